@@ -1,0 +1,3361 @@
+#!/usr/bin/env python3
+"""NATWork: carry TCP streams between the two networks of one Linux box.
+
+A client on the inside asks, by HTTP, for a host on the outside.  NATWork
+connects to it from the outside address and joins the two sockets:
+
+    client ----> inside  [ natwork.py ]  outside ----> server
+             10.0.0.1:8080            192.0.2.10
+
+No packet is rewritten and no packet is forwarded: these are two ordinary
+connections, and the kernel already knows which process owns which of them.
+Each client has a process to itself, forked before the client came, so the
+process table is the table that a NAT router would have to keep:
+
+    natwork: master 8 idle 1 busy
+     |- natwork: idle                                       (eight of these)
+     `- natwork: 10.0.0.7:3456 > 192.0.2.10:5678 > 63.1.1.54:80 http a.example
+
+When the talking is done the kernel moves the bytes, by splice(2), and none
+of them enters Python.  When the client leaves, the row in the table leaves.
+
+Usage:
+
+    natwork.py [-c FILE] [-o NAME=VALUE]... [-d]     run the gateway
+    natwork.py -t                                    check the configuration
+    natwork.py --table [--json]                      the sessions of this box
+    natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
+
+Settings are in natwork.conf, each explained and commented out at its default.
+
+Signals to the master: TERM and INT stop accepting and let busy workers finish
+(a second one ends them now); HUP reads the configuration again and reopens the
+access log.  TERM to a worker ends that one session.  Exit codes: 0 asked to
+stop, 1 unexpected, 2 bad command line, 78 bad configuration.
+
+Reading order.  Every section uses only the ones above it.  To understand a
+connection, read downwards; to understand the daemon, start at main() and read
+upwards.  The two sections to come for are Relay and Master and workers.
+
+It does not cache, decrypt, filter or balance, and it will not: chain it to
+the programs that do.
+"""
+# SPDX-License-Identifier: MIT
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import gc
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Generator
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
+from typing import NoReturn
+
+set_title: Callable[[str], None] | None
+try:
+    from setproctitle import setproctitle as set_title
+except ImportError:  # the bare box: everything works but the titles
+    set_title = None
+
+__version__ = "0.1.0"
+
+# --- Limits -------------------------------------------------------------------
+#
+# The few numbers that are not settings, because nobody who runs a gateway
+# should have to think about them.  Sizes are bytes, times are seconds.
+
+HEAD_LIMIT = 64 * 1024  # a request or response head; Squid's limit too
+LINE_LIMIT = 16 * 1024  # a request line; RFC 9112 section 3 asks for 8,000
+METHOD_LIMIT = 32  # the longest registered method has 16 letters
+BLANK_LIMIT = 16  # empty lines before a request line, as octets
+CHUNK_LINE_LIMIT = 4096  # a chunk size with its extensions
+INTERIM_LIMIT = 64  # 1xx responses to one request
+COPY_SIZE = 64 * 1024  # one recv(); a read this full means that more is there
+BULK_SIZE = 256 * 1024  # a body known to be this long is spliced from the start
+PIPE_SIZE = 256 * 1024  # asked for; 64 KiB is what one gets over the user's budget
+OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
+HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
+LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
+RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
+UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
+UPLINK_REST = 30.0  # a failed uplink is tried last for this long
+SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
+PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
+LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
+SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
+LINE_BYTES = 4096  # PIPE_BUF: a line no longer than this is written whole
+
+# --- Configuration ------------------------------------------------------------
+#
+# A setting is a line of natwork.conf and an attribute of Config; its default's
+# type says how it is read.  What a setting means beyond that (an address, a
+# rule) is parsed in the section that uses it, and refused there by refuse(), so
+# that every error names the file, the setting and the value.
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text says which part, and why."""
+
+
+class Config:
+    """Every setting and its default.  Times are seconds, as float."""
+
+    listen = "*:8080"
+    inside = (
+        "127.0.0.0/8 ::1 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
+        " 169.254.0.0/16 fe80::/10"
+    )
+    outside = ""
+    rules = ""
+    name = ""  # empty: the host name
+    spare_workers = 8
+    max_workers = 2048
+    clients_per_worker = 1000
+    head_timeout = 10.0
+    connect_timeout = 10.0
+    idle_timeout = 300.0
+    tunnel_timeout = 7440.0
+    keepalive_timeout = 15.0
+    drain_timeout = 30.0
+    log = "-"
+    log_format = "text"
+    user = "nobody"
+    pidfile = ""
+
+    def __init__(self, **settings: Any) -> None:
+        """Take settings by name, parsed; raise ConfigError for one out of range."""
+        self.where: dict[str, str] = {}  # setting -> file or option it came from
+        vars(self).update(settings)
+        self.name = self.name or socket.gethostname()
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names of all settings, in natwork.conf's order."""
+        return [
+            name
+            for name, default in vars(Config).items()
+            if isinstance(default, (str, int, float)) and not name.startswith("_")
+        ]
+
+    def refuse(self, name: str, why: str) -> ConfigError:
+        """Return the error that says where a setting stands and why it is no good."""
+        value = " ".join(str(getattr(self, name)).split())
+        return ConfigError(
+            f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
+        )
+
+    def check(self) -> None:
+        """Raise ConfigError for a number out of range or a word out of place."""
+        for name in self.names():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0 < value < 1e9:
+                raise self.refuse(name, "must be more than 0")
+        if self.max_workers > SLOTS:
+            raise self.refuse("max_workers", f"must be at most {SLOTS}")
+        if self.spare_workers > self.max_workers:
+            raise self.refuse("spare_workers", "must be at most max_workers")
+        if self.log_format not in ("text", "json"):
+            raise self.refuse("log_format", "must be text or json")
+        # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
+        if not re.fullmatch(r"[\w.-]{1,255}", self.name, re.ASCII):
+            raise self.refuse("name", "must be letters, digits, dots and dashes")
+
+    def text(self) -> str:
+        """Return every setting in force, in the form of natwork.conf."""
+        lines = ["[natwork]"]
+        for name in self.names():
+            value = getattr(self, name)
+            value = f"{value:g}" if isinstance(value, float) else str(value)
+            lines.append(f"{name} = {value}".replace("\n", "\n    ").rstrip())
+        return "\n".join(lines)
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """Return the value of one setting; raise ValueError that says what is wrong."""
+    if name not in Config.names():
+        raise ValueError("there is no such setting")
+    kind = type(getattr(Config, name))
+    if kind is str:
+        return text.strip()
+    number = {int: r"[0-9]{1,9}", float: r"[0-9]{1,9}(\.[0-9]{1,9})?"}[kind]
+    # int() and float() alone would also take "1_0", " +5" and "nan".
+    if not re.fullmatch(number, text, re.ASCII):
+        raise ValueError("is not a whole number" if kind is int else "is not a number")
+    return kind(text)
+
+
+def read_settings(path: str) -> dict[str, str]:
+    """Return the [natwork] section of an INI file; raise ConfigError."""
+    import configparser  # 240 KiB that the workers never need
+
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"{path}: {why}") from None
+    except configparser.Error as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    for section in parser.sections():
+        if section != "natwork":
+            raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
+    return dict(parser["natwork"]) if parser.has_section("natwork") else {}
+
+
+def load_config(path: str, options: Iterable[str]) -> Config:
+    """Return the settings of a file ("" is none), overridden by NAME=VALUE options.
+
+    Raises ConfigError, which names file or option, setting and value.
+    """
+    found = read_settings(path) if path else {}
+    given = [(path, name, text) for name, text in found.items()]
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise ConfigError(f"option -o {option}: must be NAME=VALUE")
+        given.append(("option -o", name.strip(), text.strip()))
+    settings, where = {}, {}
+    for place, name, text in given:
+        try:
+            settings[name], where[name] = parse_setting(name, text), place
+        except ValueError as error:
+            raise ConfigError(f"{place}: {name} = {text}: {error}") from None
+    config = Config(**settings)
+    config.where = where
+    config.check()
+    return config
+
+
+def reason(error: OSError) -> str:
+    """Return the system's reason in the form our messages end with."""
+    text = os.strerror(error.errno) if error.errno else str(error)
+    return text[:1].lower() + text[1:]
+
+
+def say(message: str) -> None:
+    """Tell the operator: one line on standard error, whole even among processes."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
+
+
+# --- Outcomes -----------------------------------------------------------------
+#
+# One failure is told to three listeners in three vocabularies: a word in the
+# access log, a status to the client, and the Proxy-Status of RFC 9209 to
+# whoever reads the answer's head.  This table is the only place that knows them.
+
+
+class Outcome(NamedTuple):
+    """How a session ended, and what the client may do about it."""
+
+    word: str  # the access log's
+    status: int  # RFC 9110 section 15
+    error: str  # RFC 9209 section 2.3; empty: not a failure of this gateway
+    advice: str = ""  # a sentence for the client's page
+
+
+ASK_OPERATOR = "Ask the operator of this gateway if you need it."
+TRY_LATER = "Try again in a moment."
+MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
+
+OK = Outcome("ok", 200, "")
+ENDED = Outcome("closed", 200, "")
+OUTSIDER = Outcome("not-inside", 0, "")
+BAD_REQUEST = Outcome("bad-request", 400, "http_request_error", MEND_CLIENT)
+HEAD_TIMEOUT = Outcome("head-timeout", 408, "http_request_error", TRY_LATER)
+BODY_TIMEOUT = Outcome("body-timeout", 408, "http_request_error", TRY_LATER)
+URI_TOO_LONG = Outcome("uri-too-long", 414, "http_request_error", MEND_CLIENT)
+EXPECTATION = Outcome("expectation-failed", 417, "http_request_error", MEND_CLIENT)
+HEAD_TOO_LARGE = Outcome("head-too-large", 431, "http_request_error", MEND_CLIENT)
+NOT_IMPLEMENTED = Outcome(
+    "not-implemented",
+    501,
+    "http_request_error",
+    "This gateway takes http:// targets, and CONNECT for everything else.",
+)
+BAD_VERSION = Outcome(
+    "bad-version", 505, "http_request_error", "This gateway speaks HTTP/1.1 and 1.0."
+)
+DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
+LOOP = Outcome(
+    "loop",
+    502,
+    "proxy_loop_detected",
+    "The target is this gateway itself: ask for the host you mean.",
+)
+NO_SUCH_HOST = Outcome(
+    "no-such-host", 502, "dns_error", "Check the spelling of the host name."
+)
+DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout", TRY_LATER)
+CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout", TRY_LATER)
+CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable", TRY_LATER)
+OVERLOAD = Outcome("overload", 503, "connection_limit_reached", TRY_LATER)
+SERVER_GONE = Outcome("server-gone", 502, "http_response_incomplete", TRY_LATER)
+BAD_RESPONSE = Outcome(
+    "bad-response",
+    502,
+    "http_protocol_error",
+    "The server is at fault; tell its owner.",
+)
+UPGRADE_FAILED = BAD_RESPONSE._replace(word="bad-upgrade", error="http_upgrade_failed")
+ANSWER_TIMEOUT = Outcome("answer-timeout", 504, "http_response_timeout", TRY_LATER)
+CLIENT_GONE = Outcome("client-gone", 400, "")
+IDLE = Outcome("idle-timeout", 504, "")
+DRAINED = Outcome("drained", 503, "")
+OPERATOR = Outcome("operator", 503, "")
+KILLED = Outcome("killed", 503, "")
+BROKEN = Outcome("internal-error", 500, "proxy_internal_error", ASK_OPERATOR)
+
+UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", TRY_LATER)
+OUTCOME_OF_ERRNO = {
+    errno.ECONNREFUSED: Outcome("refused", 502, "connection_refused", TRY_LATER),
+    errno.ECONNRESET: Outcome("reset", 502, "connection_terminated", TRY_LATER),
+    errno.ETIMEDOUT: CONNECT_TIMEOUT,
+    errno.ENETUNREACH: UNROUTABLE,
+    errno.EHOSTUNREACH: UNROUTABLE,
+    errno.ENETDOWN: UNROUTABLE,
+    errno.ENODEV: UNROUTABLE._replace(word="no-uplink"),
+    errno.EADDRNOTAVAIL: UNROUTABLE._replace(word="no-uplink"),
+    errno.EMFILE: OVERLOAD,
+    errno.ENFILE: OVERLOAD,
+    errno.ENOBUFS: OVERLOAD,
+    errno.ENOMEM: OVERLOAD,
+    errno.EAGAIN: OVERLOAD,  # from connect(2): no local port is free
+}
+
+
+class Refused(Exception):
+    """The session cannot go on: carries the Outcome, and the detail for the page."""
+
+    def __init__(self, outcome: Outcome, detail: str = "") -> None:
+        super().__init__(detail)
+        self.outcome, self.detail = outcome, detail
+
+
+class IdleTimeout(Exception):
+    """No byte moved for as long as was allowed."""
+
+
+# --- Scoreboard and session ---------------------------------------------------
+#
+# A worker's slot on the scoreboard says what it does now: one byte for its
+# state, numbers that count, and the row of its session.  The master chooses by
+# the state bytes, --table prints the rows, and when a worker dies the master
+# writes the log line that it no longer can.  The scoreboard is one piece of
+# memory that all processes share, and each number in it has a single writer,
+# so there is no lock that a killed worker could keep.
+
+FREE, BUSY, WAITING = 0, 1, 2  # WAITING: for a client that says nothing
+FIRST_IDLE = 16  # an idle worker's state is this plus its generation's number
+GENERATIONS = 240
+
+BOARD = struct.Struct("8sQdQ")  # magic, master, began, max_workers
+MAGIC = b"natwork1"
+DRAINING, RETIRED_BELOW = 64, 72  # offsets of two u64 the master writes
+FORKS_FAILED, LAST_SAID = 80, 88
+UPLINKS, UPLINK_LIMIT = 128, 64  # when each uplink last failed: f64, any worker
+STATES = 4096  # offset of the state bytes
+ROWS = STATES + SLOTS  # offset of the slots
+SLOT = struct.Struct("BxxxxxxxQQQQQQQ")
+SLOT_SIZE = 4096
+NUMBERS = struct.Struct("QQ")
+ROW_SIZE = (SLOT_SIZE - SLOT.size) // 2
+TARGET_SIZE = 1500  # characters of a target that the log keeps
+
+
+class Scoreboard:
+    """The shared memory: a header, a state byte for each slot, then the slots."""
+
+    def __init__(self, fd: int = -1) -> None:
+        """Make one, or with fd map that of another process, to read only."""
+        size = ROWS + SLOTS * SLOT_SIZE
+        self.fd = fd
+        if fd >= 0:
+            self.memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+            return
+        self.fd = os.memfd_create("natwork", os.MFD_CLOEXEC)
+        # Pages nobody writes to are never allocated: unused slots cost nothing.
+        os.ftruncate(self.fd, size)
+        self.memory = mmap.mmap(self.fd, size)
+
+    def describe(self, max_workers: int) -> None:
+        """Write down whose scoreboard this is."""
+        BOARD.pack_into(self.memory, 0, MAGIC, os.getpid(), time.time(), max_workers)
+        self.memory[UPLINKS : UPLINKS + 8 * UPLINK_LIMIT] = bytes(8 * UPLINK_LIMIT)
+
+    def number(self, offset: int) -> int:
+        value: int = struct.unpack_from("Q", self.memory, offset)[0]
+        return value
+
+    def put(self, offset: int, value: int) -> None:
+        struct.pack_into("Q", self.memory, offset, value)
+
+    def states(self, slots: int = SLOTS) -> bytes:
+        """Return the state bytes of the first slots."""
+        return self.memory[STATES : STATES + slots]
+
+    def say(self, message: str) -> None:
+        """Say what many workers may want to say at once, one line a second."""
+        second = int(time.monotonic())
+        if self.number(LAST_SAID) != second:
+            self.put(LAST_SAID, second)
+            say(message)
+
+    def uplink_failed(self, number: int) -> float:
+        """Return when an uplink last failed, on the monotonic clock; 0 is never."""
+        if number >= UPLINK_LIMIT:
+            return 0.0
+        when: float = struct.unpack_from("d", self.memory, UPLINKS + 8 * number)[0]
+        return when
+
+    def note_uplink(self, number: int, when: float) -> None:
+        if number < UPLINK_LIMIT:
+            struct.pack_into("d", self.memory, UPLINKS + 8 * number, when)
+
+
+class Slot:
+    """One worker's place on the scoreboard."""
+
+    def __init__(self, board: Scoreboard, number: int) -> None:
+        self.board, self.memory, self.number = board, board.memory, number
+        self.base = ROWS + number * SLOT_SIZE
+
+    def state(self, state: int) -> None:
+        self.memory[STATES + self.number] = state
+
+    def take(self, pid: int) -> None:
+        """Begin with a clean row; the totals are the slot's and go on growing."""
+        self.clear()
+        struct.pack_into("Q", self.memory, self.base + 8, pid)
+
+    def show(self, row: bytes) -> None:
+        """Put a session's row up.
+
+        There is room for two, and a byte that says which one is whole, so a
+        reader never sees half a row, not even after kill -9.
+        """
+        which = 2 if self.memory[self.base] == 1 else 1
+        start = self.base + SLOT.size + ROW_SIZE * (which - 1)
+        row = row[: ROW_SIZE - 1] + b"\n"
+        self.memory[start : start + len(row)] = row
+        self.memory[self.base] = which
+
+    def row(self) -> bytes:
+        """Return the row that is up, or b"" for none."""
+        which = self.memory[self.base]
+        start = self.base + SLOT.size + ROW_SIZE * (which - 1)
+        return (
+            self.memory[start : start + ROW_SIZE].partition(b"\n")[0] if which else b""
+        )
+
+    def moved(self, up: int, down: int) -> None:
+        NUMBERS.pack_into(self.memory, self.base + 16, up, down)
+
+    def clear(self) -> None:
+        self.memory[self.base] = 0
+        self.moved(0, 0)
+
+    def settle(self, up: int, down: int) -> None:
+        """Add a session that has ended to the totals, and take its row down."""
+        sessions, ups, downs = struct.unpack_from("QQQ", self.memory, self.base + 32)
+        struct.pack_into(
+            "QQQ", self.memory, self.base + 32, sessions + 1, ups + up, downs + down
+        )
+        self.clear()
+
+    def count_lost_line(self) -> None:
+        lost = self.board.number(self.base + 56)
+        self.board.put(self.base + 56, lost + 1)
+
+    def numbers(self) -> tuple[int, int, int, int, int, int, int]:
+        """Return pid, up, down now; sessions, up, down in all; lines lost."""
+        return SLOT.unpack_from(self.memory, self.base)[1:]
+
+
+UNPRINTABLE = {
+    code: f"\\x{code:02x}"
+    for code in range(256)
+    if not 0x21 <= code <= 0x7E or code in b'"\\'
+}
+
+
+def printable(raw: bytes, limit: int = 255) -> str:
+    """Return bytes from the network as text that cannot break a log line.
+
+    The text has no blank, no quote and at most limit characters; "-" is nothing.
+    """
+    text = raw[:limit].decode("latin-1").translate(UNPRINTABLE)
+    return text[:limit] or "-"
+
+
+def endpoint(address: tuple[Any, ...]) -> str:
+    """Return an address and port as one writes them: IPv6 in brackets."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@functools.lru_cache(maxsize=2)
+def timestamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+class Session:
+    """What one client asked for and got: the log line, the title and the row.
+
+    All fields are printable text without blanks, "-" when there is nothing.
+    """
+
+    __slots__ = (
+        "address",
+        "began",
+        "client",
+        "down",
+        "method",
+        "pid",
+        "proto",
+        "source",
+        "status",
+        "target",
+        "up",
+        "user",
+    )
+
+    def __init__(self, client: str) -> None:
+        self.began, self.pid, self.client = time.time(), os.getpid(), client
+        self.user = self.proto = self.method = self.target = "-"
+        self.address = self.source = self.status = "-"
+        self.up = self.down = 0  # bytes written to the server, and to the client
+
+    def row(self) -> bytes:
+        """Return the row for the scoreboard; from_row() reads it again."""
+        return (
+            f"{self.began:.3f} {self.pid} {self.client} {self.user} {self.proto} "
+            f"{self.method} {self.target} {self.address} {self.source} {self.status}"
+        ).encode()
+
+    @staticmethod
+    def from_row(row: bytes, up: int, down: int) -> Session:
+        """Return the session of a row, with the bytes it has moved so far."""
+        session = Session("-")
+        began, pid, *words = row.decode().split(" ")
+        session.began, session.pid = float(began), int(pid)
+        session.client, session.user, session.proto, session.method = words[:4]
+        session.target, session.address, session.source, session.status = words[4:]
+        session.up, session.down = up, down
+        return session
+
+    def host(self) -> str:
+        """Return the host of the target, without scheme, port and path."""
+        authority = self.target.rpartition("://")[2].partition("/")[0]
+        return authority.rpartition(":")[0].strip("[]") or authority
+
+    def title(self) -> str:
+        """Return the process title: no path, no query, and the host last."""
+        way = f"{self.client} > {self.source} > {self.address}"
+        return f"natwork: {way} {self.proto} {self.host()}"
+
+    def fields(self, outcome: str) -> dict[str, Any]:
+        """Return the fields of the access log, in its order."""
+        return {
+            "time": timestamp(int(self.began)),
+            "pid": self.pid,
+            "client": self.client,
+            "user": self.user,
+            "proto": self.proto,
+            "method": self.method,
+            "target": self.target,
+            "address": self.address,
+            "source": self.source,
+            "status": self.status,
+            "outcome": outcome,
+            "up": self.up,
+            "down": self.down,
+            "secs": round(max(0.0, time.time() - self.began), 3),
+        }
+
+
+class AccessLog:
+    """Where a line goes when a session ends.
+
+    A line is one write of at most PIPE_BUF bytes, so that the lines of many
+    workers never mix, and it never waits: what cannot be written at once is lost.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Open the file, or standard output; raise OSError."""
+        self.form, self.shared = config.log_format, False
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        if config.log != "-":
+            self.fd = os.open(config.log, flags | os.O_CREAT, 0o640)
+            return
+        try:
+            # Opened anew, so that O_NONBLOCK is ours and not the terminal's.
+            self.fd = os.open("/proc/self/fd/1", flags)
+        except OSError:  # a socket (journald's), or not ours to open again
+            self.fd, self.shared = os.dup(1), True
+
+    def write(self, session: Session, outcome: str) -> bool:
+        """Write the line of a session that has ended; return whether it was taken."""
+        fields = session.fields(outcome)
+        if self.form == "json":
+            import json
+
+            line = json.dumps(fields)
+        else:
+            line = " ".join([f"{name}={value}" for name, value in fields.items()])
+        try:
+            data = line.encode() + b"\n"
+            if self.shared and not select.select([], [self.fd], [], 0)[1]:
+                return False
+            return os.write(self.fd, data) == len(data)
+        except OSError:
+            return False
+
+
+# --- Relay --------------------------------------------------------------------
+#
+# Two sockets are open, and what enters one must leave by the other.  A lane is
+# one direction of that.  Its script is a generator that moves what it can and,
+# when it can do no more, yields the socket and the event it waits for; relay()
+# runs two such scripts side by side.  Bulk goes by splice(2) through a pipe,
+# socket to socket in the kernel; for a few bytes a plain recv() and send() is
+# cheaper.  A lane empties its pipe before it looks at its source again, so an
+# EAGAIN from splice has one meaning only, and it waits for one thing at a time.
+
+ALL = 1 << 62  # a count that no stream reaches: until the source ends
+Wait = tuple[int, int]  # a descriptor, and the poll() events awaited on it
+PAUSE: Wait = (-1, 0)  # until the other lane has got somewhere
+Script = Generator[Wait, None, Any]
+
+
+class Stream:
+    """A socket, and the bytes received from it that nobody has used yet."""
+
+    __slots__ = ("fd", "lost", "received", "sock", "watched")
+
+    def __init__(self, sock: socket.socket, lost: Outcome) -> None:
+        """Take a socket over; lost is the outcome when its far end goes away."""
+        if sock.gettimeout() != 0:
+            sock.setblocking(False)
+        self.sock, self.fd, self.lost = sock, sock.fileno(), lost
+        self.received = bytearray()
+        self.watched = False  # in the worker's epoll for silent sockets
+
+    def take(self, count: int) -> bytes:
+        """Remove and return at most count of the bytes received."""
+        piece = bytes(self.received[:count])
+        del self.received[:count]
+        return piece
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def abort(self) -> None:
+        """Close by a reset, so that nobody takes what was sent for the whole."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        self.sock.close()
+
+
+class Watch:
+    """How a worker waits for sockets, and the pipes it keeps between its clients.
+
+    The lifeline is in every wait.  It is a pipe of which only the master holds
+    the other end: when that end closes, the master is leaving or dead, and
+    what goes on here must come to its end within drain_timeout.
+    """
+
+    def __init__(self, lifeline: int, drain_timeout: float) -> None:
+        self.lifeline, self.drain_timeout = lifeline, drain_timeout
+        self.drain_at = 0.0  # monotonic; 0 while the master lives
+        self.pipes: list[tuple[int, int]] = []
+
+    def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
+        """Return the events on the descriptors wanted; {} when the time is over.
+
+        Raises Refused(DRAINED) when drain_timeout is over.
+        """
+        poll = select.poll()
+        for fd, events in wanted.items():
+            poll.register(fd, events)
+        if not self.drain_at:
+            poll.register(self.lifeline, 0)  # POLLHUP comes unasked
+        deadline = time.monotonic() + seconds
+        while True:
+            left = min(deadline, self.drain_at or deadline) - time.monotonic()
+            if left <= 0 and self.drain_at and self.drain_at < deadline:
+                raise Refused(DRAINED, "the gateway is stopping")
+            pause = min(left, PIPE_KEEP_TIME) if self.pipes else left
+            ready = dict(poll.poll(max(0.0, pause * 1000)))
+            if ready.pop(self.lifeline, 0):
+                poll.unregister(self.lifeline)
+                self.drain()
+            if ready or time.monotonic() >= deadline:
+                return ready
+            self.drop_pipes()
+
+    def drain(self) -> None:
+        """Give what goes on now drain_timeout to end."""
+        if not self.drain_at:
+            self.drain_at = time.monotonic() + self.drain_timeout
+            # For a call that waits elsewhere, in the resolver: no mercy.
+            signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
+
+    def pipe(self) -> tuple[int, int] | None:
+        """Return an empty pipe: a kept one, or a new one; None if there is none."""
+        if self.pipes:
+            return self.pipes.pop()
+        try:
+            pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # no descriptors left: the bytes can still be copied
+            return None
+        # Refused to a user who has many pipes already: then 64 KiB, or less, do.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe[1], 1031, PIPE_SIZE)  # F_SETPIPE_SZ, named in 3.10's fcntl
+        return pipe
+
+    def give_back(self, pipe: tuple[int, int], clean: bool) -> None:
+        """Keep a pipe for its next use, unless it still holds somebody's bytes."""
+        self.pipes.append(pipe)
+        if not clean:
+            self.drop_pipes()
+
+    def drop_pipes(self) -> None:
+        """Give the pipes back: a user's pipe memory is limited, an idle tunnel none."""
+        while self.pipes:
+            for fd in self.pipes.pop():
+                os.close(fd)
+
+
+class Lane:
+    """One direction of a relay: source socket to sink socket."""
+
+    __slots__ = (
+        "abandoned",
+        "done",
+        "hot",
+        "moved",
+        "out",
+        "patience",
+        "script",
+        "sink",
+        "source",
+        "waits",
+        "watch",
+    )
+
+    def __init__(
+        self, watch: Watch, source: Stream, sink: Stream | None, patience: float
+    ) -> None:
+        """Make a lane; without a sink it gets ready but sends nothing."""
+        self.watch, self.source, self.sink = watch, source, sink
+        self.patience = patience  # seconds without an event
+        self.out = bytearray()  # to be sent before anything else
+        self.moved = 0  # bytes sent so far
+        self.hot = False  # the last read was full: do not wait before the next
+        self.script: Script
+        self.waits = PAUSE
+        self.done = self.abandoned = False
+
+    def step(self) -> None:
+        """Go on until the lane must wait, or its script ends."""
+        try:
+            self.waits = next(self.script)
+        except StopIteration:
+            self.done = True
+
+    def flush(self) -> Script:
+        """Send what is gathered."""
+        while self.sink is None:
+            yield PAUSE
+        while self.out:
+            try:
+                sent = self.sink.sock.send(self.out)
+            except BlockingIOError:
+                yield self.sink.fd, select.POLLOUT
+            except OSError as error:
+                raise Refused(self.sink.lost, reason(error)) from None
+            else:
+                self.moved += sent
+                del self.out[:sent]
+
+    def receive(self, limit: int) -> Script:
+        """Send what is gathered, then return what comes; b"" is the source's end."""
+        if self.out or self.sink is None:
+            yield from self.flush()
+        while True:
+            if not self.hot:
+                yield self.source.fd, select.POLLIN
+            try:
+                data = self.source.sock.recv(limit)
+            except BlockingIOError:
+                self.hot = False
+            except OSError as error:
+                raise Refused(self.source.lost, reason(error)) from None
+            else:
+                self.hot = len(data) == COPY_SIZE
+                return data
+
+    def need(self) -> Script:
+        """Receive more; the end of the source is a failure."""
+        data = yield from self.receive(COPY_SIZE)
+        if not data:
+            raise Refused(self.source.lost, "the connection ended in mid-message")
+        self.source.received += data
+
+    def move(self, count: int) -> Script:
+        """Pass count bytes on as they are, ALL until the source ends.
+
+        Raises Refused when the source ends before count.
+        """
+        bulk = BULK_SIZE <= count < ALL
+        while count > 0:
+            if self.source.received:
+                piece = self.source.take(count)
+                self.out += piece
+                moved = len(piece)
+                if len(self.out) >= OUT_LIMIT:
+                    yield from self.flush()
+            elif bulk:
+                moved = yield from self.splice(count)
+                bulk = self.hot = moved >= COPY_SIZE
+            else:
+                data = yield from self.receive(min(count, COPY_SIZE))
+                self.out += data
+                moved = len(data)
+                bulk = moved == COPY_SIZE
+            if not moved and count < ALL // 2:
+                raise Refused(self.source.lost, "the body ended too early")
+            count -= moved or count
+
+    def splice(self, count: int) -> Script:
+        """Pass on at most count bytes through a pipe; return how many, 0 at the end."""
+        yield from self.flush()
+        assert self.sink is not None
+        source, sink = self.source.fd, self.sink.fd
+        while True:
+            if not self.hot:
+                yield source, select.POLLIN
+            held = 0
+            pipe = self.watch.pipe()
+            if not pipe:
+                self.out += yield from self.receive(min(count, COPY_SIZE))
+                return len(self.out)
+            pipe_out, pipe_in = pipe
+            try:
+                held = moved = os.splice(source, pipe_in, min(count, PIPE_SIZE))
+                while held:
+                    try:
+                        sent = os.splice(pipe_out, sink, held)
+                    except BlockingIOError:
+                        yield sink, select.POLLOUT
+                    else:
+                        held -= sent
+                        self.moved += sent
+                return moved
+            except BlockingIOError:
+                self.hot = False
+            except OSError as error:
+                side = self.sink if held else self.source
+                raise Refused(side.lost, reason(error)) from None
+            finally:
+                self.watch.give_back(pipe, clean=not held)
+
+    def tunnel(self, other: Lane) -> Script:
+        """Pass everything on, then the end of it, and leave the other lane some time."""
+        yield from self.move(ALL)
+        yield from self.flush()
+        assert self.sink is not None
+        with contextlib.suppress(OSError):
+            self.sink.sock.shutdown(socket.SHUT_WR)
+        other.patience = min(other.patience, HALF_CLOSED_TIMEOUT)
+
+
+def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
+    """Run the lanes to the server and to the client until both have ended.
+
+    Either may end first and the other goes on: a client that says its piece,
+    closes its half and listens is answered.  A server that takes no more has
+    perhaps answered before, so then only the lane up is abandoned.  Raises
+    Refused when a side is lost, IdleTimeout when nothing moved for too long.
+    """
+    for lane in (up, down):
+        advance(lane, up)
+    while not (down.done and (up.done or up.abandoned)):
+        running = [x for x in (up, down) if not x.done and not x.abandoned]
+        # While we may still write to it, POLLHUP and POLLERR on a socket, which
+        # poll() reports unasked, mean a reset.
+        wanted = {x.sink.fd: 0 for x in running if x.sink}
+        for lane in running:
+            fd, events = lane.waits
+            if lane.waits is not PAUSE:
+                wanted[fd] = wanted.get(fd, 0) | events
+        slot.moved(up.moved, down.moved)
+        ready = watch.wait(wanted, max(lane.patience for lane in running))
+        if not ready:
+            raise IdleTimeout
+        moving = [lane for lane in running if lane.waits[0] in ready]
+        for lane in moving:
+            advance(lane, up)
+        if not moving and down.sink and down.sink.fd in ready:
+            raise Refused(down.sink.lost, "connection reset")
+        if not moving:
+            up.abandoned = True
+
+
+def advance(lane: Lane, up: Lane) -> None:
+    try:
+        lane.step()
+    except Refused as refusal:
+        if lane is not up or not lane.sink or refusal.outcome is not lane.sink.lost:
+            raise
+        lane.abandoned = True
+
+
+# --- Master and workers -------------------------------------------------------
+#
+# The master keeps workers forked ahead of the clients and does nothing else: it
+# reads nothing from the network, resolves no name and accepts no client.  Its
+# loop is reap, top up, sleep, act.  Three pipes join it to its workers: through
+# the wake pipe signals and workers wake the master; through the pressure pipe
+# the master asks waiting workers for room; and the lifeline, of which each
+# generation of the configuration has one, says when to leave.  A byte in it
+# means: take no more clients under these settings.  Its end means: the master
+# is leaving, or dead.
+
+MASTER_SIGNALS = {signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
+ROOM = b"r"  # the master's "somebody silent, make room"
+
+
+class Generation:
+    """One configuration in force: its listeners, log and lifeline."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: dict[str, socket.socket],
+        log: AccessLog,
+        serve: Callable[[Worker], None],
+    ) -> None:
+        """Take listeners by name; serve is what a worker does with its client."""
+        self.config, self.listeners, self.log, self.serve = (
+            config,
+            listeners,
+            log,
+            serve,
+        )
+        self.number = 0
+        self.workers = 0  # that live
+        self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def idle(self) -> int:
+        """Return the state byte of this generation's idle workers."""
+        return FIRST_IDLE + self.number % GENERATIONS
+
+    def close(self) -> None:
+        """Free what belongs to this generation alone."""
+        for fd in (self.lifeline_out, self.lifeline_in, self.log.fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+class Worker:
+    """One process and its one client at a time: what serving code may use."""
+
+    def __init__(self, master: Master, slot: Slot) -> None:
+        generation = master.generation
+        self.generation, self.config = generation, generation.config
+        self.slot, self.board = slot, master.board
+        self.wake_in, self.pressure_out = master.wake_in, master.pressure_out
+        self.lifeline = generation.lifeline_out
+        self.watch = Watch(self.lifeline, self.config.drain_timeout)
+        self.listeners = {s.fileno(): s for s in generation.listeners.values()}
+        # Made after the fork, and exclusive: one client wakes one worker.
+        self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
+        for fd in self.listeners:
+            self.idle_poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self.idle_poll.register(self.lifeline, select.EPOLLIN)
+        self.silent_poll.register(
+            self.pressure_out, select.EPOLLIN | select.EPOLLEXCLUSIVE
+        )
+        self.silent_poll.register(self.lifeline, select.EPOLLIN)
+        self.client: socket.socket
+        self.peer = self.name = ""  # the client's address; and with its port
+        self.title = ""
+
+    def run(self) -> None:
+        """Serve clients, one after another, until it is time to leave."""
+        for _ in range(self.config.clients_per_worker):
+            self.slot.state(self.generation.idle())
+            self.entitle("natwork: idle")
+            if not self.accept():
+                return
+            self.slot.state(BUSY)
+            self.call_for_spares()
+            with self.client:
+                self.generation.serve(self)
+            if self.leaving():
+                return
+
+    def accept(self) -> bool:
+        """Wait for a client and take it; return False when it is time to leave."""
+        surplus_at = time.monotonic() + SURPLUS_TIME
+        while True:
+            pause = PIPE_KEEP_TIME if self.watch.pipes else SURPLUS_TIME
+            ready = [fd for fd, _ in self.idle_poll.poll(pause, 8)]
+            # A client who woke us woke nobody else, so he comes before the wish
+            # to leave; and when nothing woke us, it may have been lost with a
+            # worker who was killed on the way to his client.
+            for fd in ready or list(self.listeners):
+                if fd in self.listeners and self.take(fd):
+                    return True
+            if self.lifeline in ready:
+                return False
+            self.watch.drop_pipes()
+            if time.monotonic() >= surplus_at and self.is_surplus():
+                return False
+
+    def take(self, fd: int) -> bool:
+        """Accept a client from a listener; return whether there was one."""
+        try:
+            self.client, address = self.listeners[fd].accept()
+        except BlockingIOError:
+            return False  # another worker was quicker
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # the master has shut this listener
+                self.idle_poll.unregister(fd)
+                del self.listeners[fd]
+            elif error.errno in (
+                errno.EMFILE,
+                errno.ENFILE,
+                errno.ENOBUFS,
+                errno.ENOMEM,
+            ):
+                self.board.say(f"cannot accept a client: {reason(error)}")
+                self.watch.wait({}, 1.0)  # the client stays in the queue
+            return False
+        self.peer = address[0].removeprefix("::ffff:")
+        self.name = endpoint((self.peer, address[1]))
+        return True
+
+    def is_surplus(self) -> bool:
+        """Give up being idle; return whether enough others are."""
+        idle = self.generation.idle()
+        # Down first, then counted: of many that ask at once, too few leave
+        # rather than too many.
+        self.slot.state(BUSY)
+        if self.states().count(idle) >= self.config.spare_workers:
+            return True
+        self.slot.state(idle)
+        return False
+
+    def states(self) -> bytes:
+        return self.board.states(self.config.max_workers)
+
+    def call_for_spares(self) -> None:
+        """Wake the master if it has workers to fork."""
+        states = self.states()
+        if states.count(self.generation.idle()) < self.config.spare_workers:
+            if states.count(FREE):
+                self.poke()
+
+    def poke(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.wake_in, POKE)
+
+    def leaving(self) -> bool:
+        """Return whether this worker should take no more requests."""
+        board, number = self.board, self.generation.number
+        return number < board.number(RETIRED_BELOW) or board.number(DRAINING) > 0
+
+    def silence(self, seconds: float, *quiet: Stream) -> list[int]:
+        """Wait for a word from any of these, and make room for others if need be.
+
+        Returns the descriptors that have something; [] when it is time to go.
+        """
+        for stream in quiet:
+            if not stream.watched:
+                self.silent_poll.register(stream.fd, select.EPOLLIN)
+                stream.watched = True
+        self.slot.state(WAITING)
+        pause = min(seconds, PIPE_KEEP_TIME) if self.watch.pipes else seconds
+        ready = self.silent_poll.poll(pause, 8)
+        if not ready and pause < seconds:
+            self.watch.drop_pipes()
+            ready = self.silent_poll.poll(seconds - pause, 8)
+        self.slot.state(BUSY)
+        found = [fd for fd, _ in ready]
+        spoken = [stream.fd for stream in quiet if stream.fd in found]
+        if not spoken and self.pressure_out in found:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.pressure_out, 1)
+                self.poke()
+                return []
+            return self.silence(seconds, *quiet)
+        return spoken
+
+    def begin(self, session: Session) -> None:
+        """Show a session that begins, or that now knows more."""
+        self.slot.show(session.row())
+        if set_title:
+            self.entitle(session.title())
+
+    def finish(self, session: Session, outcome: str) -> None:
+        """Write down how a session ended."""
+        if not self.generation.log.write(session, outcome):
+            self.slot.count_lost_line()
+        self.slot.settle(session.up, session.down)
+
+    def entitle(self, title: str) -> None:
+        if set_title and title != self.title:
+            set_title(title)
+            self.title = title
+
+
+class Master:
+    """Keeps spare workers waiting in accept, and sees them out."""
+
+    def __init__(
+        self, board: Scoreboard, load: Callable[[Generation | None], Generation]
+    ) -> None:
+        """Take what loads a generation; raise what it raises."""
+        self.board, self.load = board, load
+        self.generation = load(None)
+        self.generations = [self.generation]  # the last is in force
+        self.workers: dict[int, tuple[Slot, Generation]] = {}
+        self.wake_out, self.wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.removed: list[socket.socket] = []  # listeners that go when they are empty
+        self.stopping = False
+        self.fork_at = self.full_said_at = 0.0  # monotonic
+        self.title = ""
+
+    def run(self) -> None:
+        """Serve until TERM or INT, then see the busy workers out."""
+        for number in MASTER_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
+        # What lives now lives in every worker: keep the collector, which would
+        # write to each object, away from the pages they share.
+        gc.collect()
+        gc.freeze()
+        while not self.stopping:
+            self.reap()
+            self.keep_spares()
+            self.show_title()
+            for byte in self.sleep():
+                self.act(byte)
+        self.drain()
+
+    def sleep(self) -> bytes:
+        """Wait for a signal, a poke or a second; return the bytes that woke us.
+
+        The C half of Python's signal handling writes each signal's number into
+        the wake pipe and our half does nothing, so no code of ours ever runs
+        in the middle of other code of ours.
+        """
+        full = not self.stopping and self.is_full()
+        crowded = full and self.make_room()
+        poll = select.poll()
+        poll.register(self.wake_out, select.POLLIN)
+        if full and not crowded:
+            for listener in self.generation.listeners.values():
+                poll.register(listener, select.POLLIN)
+        poll.poll(250 if crowded else 1000)
+        try:
+            return os.read(self.wake_out, 4096)
+        except BlockingIOError:
+            return b""
+
+    def act(self, byte: int) -> None:
+        if byte in (signal.SIGTERM, signal.SIGINT):
+            self.stopping = True
+        elif byte == signal.SIGHUP and not self.stopping:
+            self.reload()
+
+    def states(self) -> bytes:
+        return self.board.states(self.generation.config.max_workers)
+
+    def is_full(self) -> bool:
+        """Return whether a client who comes now finds nobody."""
+        states = self.states()
+        return not states.count(FREE) and not states.count(self.generation.idle())
+
+    def make_room(self) -> bool:
+        """If clients wait for a worker, ask for one; return whether they do."""
+        listeners = list(self.generation.listeners.values())
+        if not select_now(listeners):
+            return False
+        if time.monotonic() >= self.full_said_at + 60:
+            self.full_said_at = time.monotonic()
+            limit = self.generation.config.max_workers
+            say(f"all {limit} workers are busy and clients wait (max_workers)")
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.pressure_out, 64)  # a byte nobody took wakes nobody twice
+        if self.states().count(WAITING):
+            os.write(self.pressure_in, ROOM)
+        return True
+
+    def reap(self) -> None:
+        """Collect every worker that has ended, and free its slot."""
+        while self.workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            if pid not in self.workers:  # a child we inherited, as process 1 does
+                continue
+            slot, generation = self.workers.pop(pid)
+            if status:
+                self.bury(slot, os.waitstatus_to_exitcode(status))
+            slot.state(FREE)
+            generation.workers -= 1
+            if not generation.workers and generation is not self.generation:
+                self.generations.remove(generation)
+                generation.close()
+        self.close_removed()
+
+    def bury(self, slot: Slot, code: int) -> None:
+        """Write the log line that a worker could not write itself."""
+        row = slot.row()
+        if not row:
+            return
+        pid, up, down, *_ = slot.numbers()
+        session = Session.from_row(row, up, down)
+        ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
+        if not self.generation.log.write(session, ends.get(code, KILLED).word):
+            slot.count_lost_line()
+        slot.settle(up, down)
+
+    def keep_spares(self) -> None:
+        """Fork until enough workers are idle or every slot is taken."""
+        if time.monotonic() < self.fork_at:
+            return
+        states = self.states()
+        missing = self.generation.config.spare_workers
+        missing -= states.count(self.generation.idle())
+        for _ in range(min(missing, states.count(FREE))):
+            if not self.spawn():
+                return
+
+    def spawn(self) -> bool:
+        """Fork one worker; return whether that went well."""
+        slot = Slot(self.board, self.states().index(FREE))
+        # Before the fork: the worker may be busy by the time fork() returns here.
+        slot.state(self.generation.idle())
+        # Held across the fork: until the worker lets go of the wake pipe, a
+        # signal meant for it would be read by the master as its own.
+        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self.become_worker(slot)
+        except OSError as error:
+            slot.state(FREE)
+            self.board.put(FORKS_FAILED, self.board.number(FORKS_FAILED) + 1)
+            if not self.fork_at:
+                say(f"cannot fork a worker: {reason(error)}")
+            self.fork_at = time.monotonic() + 1
+            return False
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+        self.fork_at = 0.0
+        self.workers[pid] = slot, self.generation
+        self.generation.workers += 1
+        return True
+
+    def become_worker(self, slot: Slot) -> NoReturn:
+        """Serve clients in this new process, and never return."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+            for generation in self.generations:
+                os.close(generation.lifeline_in)  # the master's alone: it is its life
+            for fd in (self.wake_out, self.pressure_in, self.board.fd):
+                os.close(fd)
+            slot.take(os.getpid())
+            Worker(self, slot).run()
+            status = 0
+        except Refused:  # drained before there was a client
+            status = 0
+        except Exception:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            # Not sys.exit(): we inherited the master's atexit list, pid file included.
+            os._exit(status)
+
+    def reload(self) -> None:
+        """Put a new configuration in force, or say why the old one stays."""
+        try:
+            fresh = self.load(self.generation)
+        except (ConfigError, OSError) as error:
+            why = reason(error) if isinstance(error, OSError) else error
+            say(f"configuration not reloaded, the old one stays: {why}")
+            return
+        old = self.generation
+        fresh.number = old.number + 1
+        kept = set(fresh.listeners.values())
+        kept.update(self.removed)
+        self.removed += [s for s in old.listeners.values() if s not in kept]
+        # The new workers take what is still queued at a removed listener.
+        for number, listener in enumerate(self.removed):
+            fresh.listeners[f"removed {number}"] = listener
+        self.generation = fresh
+        self.generations.append(fresh)
+        self.board.describe(fresh.config.max_workers)
+        self.fork_at = 0.0
+        self.keep_spares()
+        self.board.put(RETIRED_BELOW, fresh.number)
+        os.write(old.lifeline_in, ROOM)
+        say("configuration reloaded")
+
+    def close_removed(self) -> None:
+        """Shut listeners that are no longer wanted, once nobody waits there."""
+        busy = select_now(self.removed)
+        for listener in self.removed:
+            if listener not in busy:
+                # Not close() alone: busy workers have it open too.
+                listener.shutdown(socket.SHUT_RDWR)
+                listener.close()
+        self.removed = busy
+        listeners = self.generation.listeners
+        for name in [n for n, s in listeners.items() if s.fileno() < 0]:
+            del listeners[name]
+
+    def drain(self) -> None:
+        """Let busy workers finish until drain_timeout, then end them."""
+        self.board.put(DRAINING, 1)
+        for generation in self.generations:
+            os.close(generation.lifeline_in)
+            generation.lifeline_in = -1
+        for name, listener in self.generation.listeners.items():
+            if not name.startswith("systemd "):  # those are not ours to shut
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + self.generation.config.drain_timeout + 2
+        end = signal.SIGTERM
+        self.reap()
+        while self.workers:
+            hurry = any(
+                byte in (signal.SIGTERM, signal.SIGINT) for byte in self.sleep()
+            )
+            if hurry or time.monotonic() > deadline:
+                for pid in self.workers:
+                    os.kill(pid, end)
+                deadline, end = time.monotonic() + 5, signal.SIGKILL
+            self.reap()
+            self.show_title()
+
+    def show_title(self) -> None:
+        states = self.states()
+        idle = states.count(self.generation.idle())
+        busy = len(states) - states.count(FREE) - idle
+        title = f"natwork: master {idle} idle {busy} busy"
+        if set_title and title != self.title:
+            set_title(title)
+            self.title = title
+
+
+def select_now(listeners: list[socket.socket]) -> list[socket.socket]:
+    """Return the listeners at which a client waits now."""
+    poll = select.poll()
+    for listener in listeners:
+        poll.register(listener, select.POLLIN)
+    ready = dict(poll.poll(0))
+    return [listener for listener in listeners if listener.fileno() in ready]
+
+
+# --- Rules --------------------------------------------------------------------
+#
+# Who is a client, and what may be dialled for him.  The addresses judged are
+# the ones that will be dialled, whatever name led to them, and with every IPv4
+# address that is written inside an IPv6 one.  Addresses are kept packed, as the
+# kernel has them, 4 or 16 bytes: of one length they compare like numbers.
+
+
+def pack(address: str) -> bytes:
+    """Return an address's 4 or 16 bytes; raise ValueError for anything else.
+
+    inet_pton() is strict: it takes no 127.1, 0x7f.1 or 010.0.0.1.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.inet_pton(family, address)
+    except (OSError, ValueError):
+        raise ValueError(f"{address!r} is not an address") from None
+
+
+def unpack(packed: bytes) -> str:
+    return socket.inet_ntop(
+        socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed
+    )
+
+
+class Network(NamedTuple):
+    """A block of addresses, from the first to the last."""
+
+    first: bytes
+    last: bytes
+
+    def has(self, packed: bytes) -> bool:
+        return len(packed) == len(self.first) and self.first <= packed <= self.last
+
+
+def parse_network(text: str) -> Network:
+    """Return the block that "10.0.0.0/8" or "fd00::1" names; raise ValueError."""
+    address, slash, length = text.partition("/")
+    packed = pack(address)
+    bits = 8 * len(packed)
+    if slash and not (re.fullmatch("[0-9]{1,3}", length) and int(length) <= bits):
+        raise ValueError(f"{text!r} has no prefix length from 0 to {bits}")
+    hosts = (1 << bits - int(length or bits)) - 1
+    if not slash:
+        hosts = 0
+    first = int.from_bytes(packed, "big") & ~hosts
+    return Network(
+        first.to_bytes(len(packed), "big"), (first | hosts).to_bytes(len(packed), "big")
+    )
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    return tuple(parse_network(word) for word in text.split())
+
+
+def contains(blocks: Iterable[Network], packed: bytes) -> bool:
+    return any(block.has(packed) for block in blocks)
+
+
+NAT64, NAT64_LOCAL = bytes.fromhex("0064ff9b0000000000000000"), b"\0\x64\xff\x9b\0\1"
+MAPPED = bytes(10) + b"\xff\xff"
+
+
+def forms(packed: bytes) -> list[bytes]:
+    """Return an address and the IPv4 addresses it stands for, if any.
+
+    IPv4-mapped and -compatible (RFC 4291), 6to4 (RFC 3056), Teredo (RFC 4380),
+    NAT64 (RFC 6052, RFC 8215): each reaches an IPv4 host under another name.
+    """
+    if len(packed) == 4:
+        return [packed]
+    tail = packed[12:]
+    if packed.startswith(MAPPED):
+        return [tail]  # the kernel dials IPv4
+    if packed.startswith(b"\x20\x02"):
+        return [packed, packed[2:6]]
+    if packed.startswith(b"\x20\x01\0\0"):
+        return [packed, packed[4:8], bytes(byte ^ 255 for byte in tail)]
+    if packed.startswith(NAT64):
+        return [packed, tail]
+    if packed.startswith(NAT64_LOCAL):
+        return [packed, tail, packed[6:8] + packed[9:11]]
+    if packed.startswith(bytes(12)) and tail[:2] != b"\0\0":
+        return [packed, tail]
+    return [packed]
+
+
+CLOSED = (
+    ("unspecified", networks("0.0.0.0/8 ::/128")),
+    ("loopback", networks("127.0.0.0/8 ::1")),
+    ("link-local", networks("169.254.0.0/16 fe80::/10")),
+    ("multicast", networks("224.0.0.0/3 ff00::/8")),  # and the reserved, and broadcast
+)
+
+
+def netlink(kind: int, flags: int, body: bytes) -> Iterator[tuple[int, bytes]]:
+    """Ask the kernel's routing table; yield the type and body of each answer."""
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    ) as sock:
+        sock.settimeout(1)
+        sock.send(struct.pack("=IHHII", 16 + len(body), kind, 1 | flags, 1, 0) + body)
+        while True:
+            data = sock.recv(65536)
+            while len(data) >= 16:
+                length, answer = struct.unpack_from("=IH", data)
+                if answer in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
+                    return
+                yield answer, data[16:length]
+                data = data[(length + 3) & ~3 :]
+            if not flags:
+                return
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Return the attributes of a netlink answer by their numbers."""
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        found[kind] = data[4:length]
+        data = data[(max(length, 4) + 3) & ~3 :]
+    return found
+
+
+class Route(NamedTuple):
+    """The way the kernel would take to an address."""
+
+    local: bool  # it is an address of this box
+    device: str
+    source: str
+
+
+def route_to(packed: bytes) -> Route | None:
+    """Return the kernel's route to an address, None if it has none."""
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    body = struct.pack("=BBBBBBBBI", family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
+    body += struct.pack("=HH", 4 + len(packed), 1) + packed  # RTA_DST
+    with contextlib.suppress(OSError):
+        for _, data in netlink(26, 0, body):  # RTM_GETROUTE
+            found = attributes(data[12:])
+            index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
+            source = found.get(7, b"")  # RTA_PREFSRC
+            device = socket.if_indextoname(index) if index else ""
+            return Route(data[7] == 2, device, unpack(source) if source else "")
+    return None
+
+
+def device_addresses(device: str) -> list[bytes]:
+    """Return the addresses of a network device, packed; none if it is not there."""
+    found = []
+    with contextlib.suppress(OSError):
+        index = socket.if_nametoindex(device)
+        for _, data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
+            if struct.unpack_from("=I", data, 4)[0] == index:
+                fields = attributes(data[8:])
+                found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
+    return found
+
+
+class Rule(NamedTuple):
+    """One line of `rules`; None stands for a part that was not given: any."""
+
+    word: str  # in the log: rule-1, rule-2, ...
+    text: str
+    allow: bool
+    sources: tuple[Network, ...] | None
+    users: frozenset[str] | None
+    names: frozenset[str] | None  # "host", ".host" or "*"
+    blocks: tuple[Network, ...]
+    ports: tuple[range, ...] | None
+
+    def matches(
+        self, client: bytes, user: str, host: str, port: int, found: list[bytes]
+    ) -> bool:
+        """Return whether every part of the rule that was given fits."""
+        return (
+            (self.sources is None or contains(self.sources, client))
+            and (self.users is None or user in self.users)
+            and (self.ports is None or any(port in ports for ports in self.ports))
+            and (self.names is None or self.names_target(host, found))
+        )
+
+    def names_target(self, host: str, found: list[bytes]) -> bool:
+        assert self.names is not None
+        if "*" in self.names or host in self.names:
+            return True
+        if any(contains(self.blocks, packed) for packed in found):
+            return True
+        # ".example" is example and everything below it.
+        labels = host.split(".")
+        return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
+
+    def opens(self, found: list[bytes], port: int) -> bool:
+        """Return whether it names what the built-in rules would close."""
+        return all(contains(self.blocks, packed) for packed in found) and (
+            port != 25 or range(25, 26) in (self.ports or ())
+        )
+
+
+def parse_ports(text: str) -> range:
+    """Return the ports of "80" or "8000-8100"; raise ValueError."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    if match:
+        low, high = int(match[1]), int(match[2] or match[1])
+        if 1 <= low <= high <= 65535:
+            return range(low, high + 1)
+    raise ValueError(f"{text!r} is not a port from 1 to 65535, or LOW-HIGH")
+
+
+def parse_rule(text: str, number: int) -> Rule:
+    """Return the rule that a line of `rules` describes; raise ValueError."""
+    # A blank behind a comma is no new word.
+    verb, *words = re.sub(r"\s*,\s*", ",", text.strip()).split()
+    if verb not in ("allow", "deny"):
+        raise ValueError(f"{text.strip()!r} does not begin with allow or deny")
+    parts = dict(zip(words[::2], words[1::2]))
+    if len(words) % 2 or 2 * len(parts) != len(words):
+        raise ValueError(f"{text.strip()!r} is not pairs of a word and a list")
+    for word in parts:
+        if word not in ("from", "user", "to", "port"):
+            raise ValueError(f"{word!r} is none of from, user, to, port")
+    lists = {word: part.split(",") for word, part in parts.items()}
+    if any("" in members for members in lists.values()):
+        raise ValueError(f"{text.strip()!r} has an empty member in a list")
+    names, blocks = set(), []
+    for target in lists.get("to", ()):
+        if "/" in target or ":" in target or re.fullmatch(r"[0-9.]+", target):
+            blocks.append(parse_network(target))
+        elif re.fullmatch(r"\*|\.?[\w-]+(\.[\w-]+)*\.?", target, re.ASCII):
+            names.add(target.lower().rstrip("."))
+        else:
+            raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
+    sources, ports = lists.get("from"), lists.get("port")
+    return Rule(
+        f"rule-{number}",
+        " ".join([verb, *words]),
+        verb == "allow",
+        tuple(parse_network(source) for source in sources) if sources else None,
+        frozenset(lists["user"]) if "user" in lists else None,
+        frozenset(names) if "to" in lists else None,
+        tuple(blocks),
+        tuple(parse_ports(port) for port in ports) if ports else None,
+    )
+
+
+class Uplink(NamedTuple):
+    """A way out: a source address, or a device by name."""
+
+    name: str
+    packed: bytes  # empty for a device
+    number: int = 0
+
+
+def parse_uplink(text: str) -> Uplink:
+    """Return the uplink a word of `outside` names; raise ValueError."""
+    with contextlib.suppress(ValueError):
+        return Uplink(text, pack(text))
+    # The kernel's IFNAMSIZ, less the final NUL.
+    if not re.fullmatch(r"[\w.@-]{1,15}", text, re.ASCII) or re.fullmatch(
+        r"[0-9.]+", text
+    ):
+        raise ValueError(f"{text!r} is neither an address nor a device name")
+    return Uplink(text, b"")
+
+
+class Verdict(NamedTuple):
+    """What the rules say of one address: the outcome, and the rule in words."""
+
+    allowed: bool
+    outcome: Outcome
+    rule: str
+
+
+def denied(word: str, rule: str) -> Verdict:
+    return Verdict(False, DENIED._replace(word=f"denied-{word}"), rule)
+
+
+class Policy:
+    """Who is a client, and what may be dialled: `inside`, `outside` and `rules`."""
+
+    def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
+        """Parse the settings; listeners are the gateway's own addresses and ports.
+
+        Raises ConfigError.
+        """
+        self.listeners = [
+            (pack(host.partition("%")[0]), port) for host, port, *_ in listeners
+        ]
+        self.ports = frozenset(port for _, port in self.listeners)
+        self.rules = []
+        try:
+            setting = "inside"
+            self.inside = networks(config.inside)
+            setting = "rules"
+            lines = [line for line in re.split("[\n;]", config.rules) if line.strip()]
+            for number, line in enumerate(lines, 1):
+                self.rules.append(parse_rule(line, number))
+            setting = "outside"
+            self.uplinks = [
+                parse_uplink(word)._replace(number=number)
+                for number, word in enumerate(config.outside.split())
+            ]
+        except ValueError as error:
+            raise config.refuse(setting, str(error)) from None
+        self.closed = (*CLOSED, ("inside", self.inside))
+
+    def is_client(self, peer: str, local: str) -> bool:
+        """Return whether a peer on the inside came to us from the inside."""
+        here = forms(pack(local.partition("%")[0]))[0]
+        for uplink in self.uplinks:
+            if here == uplink.packed:
+                return False
+            if not uplink.packed and here in device_addresses(uplink.name):
+                return False
+        return contains(self.inside, forms(pack(peer.partition("%")[0]))[0])
+
+    def is_ours(self, packed: bytes, port: int) -> bool:
+        """Return whether this is one of the gateway's own listeners: a loop."""
+        if port not in self.ports:
+            return False
+        for address, listening in self.listeners:
+            if listening != port:
+                continue
+            if address == packed:
+                return True
+            if not any(address):  # it listens on every address of this box
+                if not any(packed):
+                    return True
+                route = route_to(packed)
+                if route and route.local:
+                    return True
+        return False
+
+    def closes(self, found: list[bytes]) -> str:
+        """Return which built-in rule denies an address, "" if none does."""
+        for word, blocks in self.closed:
+            if any(contains(blocks, packed) for packed in found):
+                return word
+        route = route_to(found[-1])
+        return "own" if route and route.local else ""
+
+    def judge(
+        self, client: str, user: str, host: str, port: int, packed: bytes
+    ) -> Verdict:
+        """Return what the first rule that fits says of dialling an address.
+
+        host is what the client asked for, lower case; packed what it led to.
+        """
+        found = forms(packed)
+        if any(self.is_ours(form, port) for form in found):
+            return Verdict(False, LOOP, "the gateway's own listener")
+        who = forms(pack(client.partition("%")[0]))[0]
+        closed: str | None = None
+        for rule in self.rules:
+            if not rule.matches(who, user, host, port, found):
+                continue
+            text = f"{rule.word.replace('-', ' ')}: {rule.text}"
+            if not rule.allow:
+                return denied(rule.word, text)
+            if rule.opens(found, port):
+                return Verdict(True, OK, text)
+            if closed is None:
+                closed = self.closes(found)
+            # What an allow does not name expressly stays closed: on to the next.
+            if not closed and (port != 25 or range(25, 26) in (rule.ports or ())):
+                return Verdict(True, OK, text)
+        if closed is None:
+            closed = self.closes(found)
+        if closed:
+            return denied(closed, f"built-in rule: {closed} addresses are not reached")
+        if port == 25:
+            return denied("port-25", "built-in rule: port 25 (mail) is not reached")
+        return Verdict(True, OK, "built-in rule: allow the rest")
+
+
+# --- Connecting ---------------------------------------------------------------
+#
+# One way out for every protocol: resolve once, judge each address, and dial the
+# judged ones and no other, so that no name can lead elsewhere the second time.
+# Addresses are raced as in RFC 8305, so a dead family costs a quarter second;
+# uplinks are raced likewise, so a dead line costs one.
+
+IP_BIND_ADDRESS_NO_PORT = 24  # 3.10's socket module lacks the name
+
+
+class Attempt(NamedTuple):
+    """One connection to be tried."""
+
+    packed: bytes
+    port: int
+    uplink: Uplink | None
+    delay: float  # seconds after the attempt before it
+
+    def start(self) -> socket.socket:
+        """Return a socket that is connecting; raise OSError."""
+        four = len(self.packed) == 4
+        sock = socket.socket(
+            socket.AF_INET if four else socket.AF_INET6,
+            socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
+        )
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.uplink and self.uplink.packed:
+                # The whole port range for each target, not one for all of them.
+                sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.bind((self.uplink.name, 0))
+            elif self.uplink:
+                # A source address alone leaves the device to the routing table.
+                device = self.uplink.name.encode()
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect((unpack(self.packed), self.port))
+        except OSError as error:
+            sock.close()
+            # connect() says EAGAIN when no local port is left; ours is EINPROGRESS.
+            raise OSError(error.errno, error.strerror) from None
+        return sock
+
+
+def resolve(host: str, port: int) -> list[bytes]:
+    """Return the addresses of a host, best first; raise Refused."""
+    with contextlib.suppress(ValueError):
+        return [pack(host)]
+    began = time.monotonic()
+    try:
+        # As bytes: a str would load the IDNA tables, a megabyte in every worker.
+        found = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        # The resolver says "try again" of silence and of a refusal alike.
+        silent = error.args[0] == socket.EAI_AGAIN and time.monotonic() > began + 1.5
+        why = error.args[1] if len(error.args) == 2 else "not a host name"
+        raise Refused(
+            DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
+        ) from None
+    addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
+    return list(dict.fromkeys(forms(a)[0] for a in addresses))
+
+
+def interleave(addresses: list[bytes]) -> list[bytes]:
+    """Return addresses with the families taking turns, RFC 8305 section 4."""
+    first = [a for a in addresses if len(a) == len(addresses[0])]
+    second = [a for a in addresses if len(a) != len(addresses[0])]
+    turns = [a for pair in zip(first, second) for a in pair]
+    return turns + first[len(second) :] + second[len(first) :]
+
+
+def plan(
+    addresses: list[bytes], port: int, uplinks: list[Uplink], board: Scoreboard
+) -> list[Attempt]:
+    """Return the attempts in their order: uplink by uplink, failed ones last."""
+    ways: list[Uplink | None] = list(uplinks) or [None]
+    now = time.monotonic()
+
+    def tired(way: Uplink | None) -> bool:
+        failed = board.uplink_failed(way.number) if way else 0.0
+        return bool(failed) and now - failed < UPLINK_REST
+
+    attempts: list[Attempt] = []
+    seen: set[int] = set()  # families, as address lengths, that have a way
+    for way in sorted(ways, key=tired):
+        usable = [
+            packed
+            for packed in interleave(addresses)
+            if not way or not way.packed or len(way.packed) == len(packed)
+        ]
+        # The second source address of one line, for the other family, is no
+        # second line: it does not wait for the first to fail.
+        fresh = {len(packed) for packed in usable} - seen
+        delay = RACE_DELAY if fresh else UPLINK_DELAY
+        for packed in usable:
+            attempts.append(Attempt(packed, port, way, delay))
+            delay = RACE_DELAY
+        seen |= fresh
+    return attempts
+
+
+class Race:
+    """Connection attempts side by side, of which the first to succeed wins."""
+
+    def __init__(self, watch: Watch, board: Scoreboard) -> None:
+        self.watch, self.board = watch, board
+        self.pending: dict[int, tuple[socket.socket, Attempt]] = {}
+        self.started: list[Attempt] = []
+        self.failed: list[tuple[OSError, Attempt]] = []
+
+    def run(
+        self, attempts: list[Attempt], timeout: float
+    ) -> tuple[socket.socket, Attempt]:
+        """Return the socket that connected first; raise Refused if none does.
+
+        timeout is for all attempts together, in seconds.
+        """
+        now = start_at = time.monotonic()
+        deadline = now + timeout
+        waiting = attempts[::-1]
+        try:
+            while True:
+                while waiting and (not self.pending or now >= start_at):
+                    self.start(waiting.pop())
+                    start_at = now + (waiting[-1].delay if waiting else timeout)
+                if not self.pending:
+                    raise self.defeat()
+                until = min(start_at, deadline) if waiting else deadline
+                wanted = dict.fromkeys(self.pending, select.POLLOUT)
+                ready = self.watch.wait(wanted, until - now)
+                now = time.monotonic()
+                for fd in ready:
+                    if winner := self.settle(fd, ready[fd]):
+                        return winner
+                    start_at = now
+                    refused = {a.packed for e, a in self.failed if is_answer(e)}
+                    waiting = [a for a in waiting if a.packed not in refused]
+                if now >= deadline:
+                    seconds = f"{timeout:g} s"
+                    raise Refused(CONNECT_TIMEOUT, f"no answer within {seconds}")
+        finally:
+            for sock, _ in self.pending.values():
+                sock.close()
+
+    def start(self, attempt: Attempt) -> None:
+        self.started.append(attempt)
+        try:
+            sock = attempt.start()
+        except OSError as error:
+            self.failed.append((error, attempt))
+        else:
+            self.pending[sock.fileno()] = sock, attempt
+
+    def settle(self, fd: int, events: int) -> tuple[socket.socket, Attempt] | None:
+        """Return the attempt of a descriptor that is ready, if it succeeded."""
+        sock, attempt = self.pending.pop(fd)
+        if events & (select.POLLERR | select.POLLHUP):
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:
+                sock.close()
+                self.failed.append((OSError(number, os.strerror(number)), attempt))
+                return None
+        # An uplink has failed if it was asked earlier, and another was quicker.
+        for earlier in self.started[: self.started.index(attempt)]:
+            if earlier.uplink and earlier.uplink != attempt.uplink:
+                self.board.note_uplink(earlier.uplink.number, time.monotonic())
+        return sock, attempt
+
+    def defeat(self) -> Refused:
+        """Return the refusal that fits the attempts that failed."""
+        if not self.failed:
+            return Refused(
+                UNROUTABLE, "no uplink has an address of the target's family"
+            )
+        # An answer of the target says more than the want of a route.
+        error, attempt = max(self.failed, key=lambda failure: is_answer(failure[0]))
+        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, CONNECT_FAILED)
+        where = endpoint((unpack(attempt.packed), attempt.port))
+        return Refused(outcome, f"{where}: {reason(error)}")
+
+
+def is_answer(error: OSError) -> bool:
+    """Return whether an error is the target's answer, not the way's failure."""
+    return error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
+
+
+class Connector:
+    """What dialling needs to know: who asks, under which rules, from where."""
+
+    def __init__(self, worker: Worker, policy: Policy) -> None:
+        self.worker, self.policy = worker, policy
+
+    def judged(self, session: Session, host: str, port: int) -> list[bytes]:
+        """Return the addresses of a host that may be dialled; raise Refused."""
+        allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
+        for packed in resolve(host, port):
+            verdict = self.judge(session, host, port, packed)
+            if verdict.allowed:
+                allowed.append(packed)
+            else:
+                refusal = Refused(verdict.outcome, f"{unpack(packed)}: {verdict.rule}")
+        if not allowed:
+            raise refusal
+        return allowed
+
+    def judge(self, session: Session, host: str, port: int, packed: bytes) -> Verdict:
+        peer = self.worker.peer
+        return self.policy.judge(peer, session.user, host, port, packed)
+
+    def connect(self, session: Session, host: str, port: int) -> tuple[Stream, bytes]:
+        """Return a stream to a target, and the address dialled; raise Refused.
+
+        The session learns the address and the source.
+        """
+        worker = self.worker
+        addresses = self.judged(session, host, port)
+        attempts = plan(addresses, port, self.policy.uplinks, worker.board)
+        race = Race(worker.watch, worker.board)
+        sock, attempt = race.run(attempts, worker.config.connect_timeout)
+        try:
+            session.source = endpoint(sock.getsockname())
+            session.address = endpoint((unpack(attempt.packed), port))
+            return Stream(sock, SERVER_GONE), attempt.packed
+        except OSError as error:  # it is gone again
+            sock.close()
+            raise Refused(SERVER_GONE, reason(error)) from None
+
+
+# --- HTTP ---------------------------------------------------------------------
+#
+# Heads are parsed strictly into parts, and what is sent on is built from the
+# parts: two parsers that disagree on a malformed line are how requests are
+# smuggled, so there is nothing here for a second parser to disagree with.  Each
+# request on a kept-alive connection is parsed, judged and routed by itself.
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+STATUS_LINE = re.compile(
+    rb"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?"
+)
+# RFC 9112 section 5.1: a space before the colon is an error in a request, and
+# to be removed from a response.  A folded line, a bare CR or LF match neither.
+REQUEST_FIELDS = re.compile(rb"(?:%b:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+RESPONSE_FIELDS = re.compile(rb"(?:%b[\t ]*:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+FIELD = re.compile(rb"([^:\t ]+)[\t ]*:([^\r]*)\r\n")
+SPOILED = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")  # in a head that is not all there
+DIGITS = re.compile(rb"[0-9]{1,19}")
+QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})(?:[\t ]*;[\t ]*%b(?:[\t ]*=[\t ]*(?:%b|%b))?)*\r\n"
+    % (TOKEN, TOKEN, QUOTED)
+)
+ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
+AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?")
+HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(?::[0-9]*)?")
+
+Fields = list[tuple[bytes, bytes]]
+Names = dict[bytes, list[bytes]]  # lower case name -> values, in order
+
+CHUNKED = -1  # a body's length: known chunk by chunk
+ENDLESS = -2  # a response body's length: until the connection closes
+HOP_BY_HOP = {  # RFC 9110 section 7.6.1, and what this hop alone may read
+    b"connection",
+    b"proxy-connection",
+    b"proxy-authorization",
+    b"keep-alive",
+    b"te",
+    b"transfer-encoding",
+    b"upgrade",
+}
+# Dropped from every message, to be written anew; and from requests only.
+REWRITTEN = frozenset(HOP_BY_HOP | {b"content-length"})
+REWRITTEN_ASKED = REWRITTEN | {b"host", b"expect"}
+# Naming these in Connection must not strip what others rely on.
+END_TO_END = {
+    b"authorization",
+    b"cache-control",
+    b"content-length",
+    b"cookie",
+    b"date",
+    b"forwarded",
+    b"host",
+    b"set-cookie",
+    b"via",
+    b"x-forwarded-for",
+}
+# RFC 9110 section 6.5.1: framing, routing and identity do not come in trailers.
+NOT_IN_TRAILERS = (
+    HOP_BY_HOP
+    | END_TO_END
+    | {
+        b"content-encoding",
+        b"content-range",
+        b"content-type",
+        b"expect",
+        b"max-forwards",
+        b"proxy-authenticate",
+        b"range",
+        b"trailer",
+        b"www-authenticate",
+    }
+)
+IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
+
+
+class RequestHead(NamedTuple):
+    method: bytes
+    target: bytes
+    minor: int  # the second digit of the version; the first is 1
+    fields: Fields
+    names: Names
+
+
+class ResponseHead(NamedTuple):
+    status: int
+    reason: bytes
+    minor: int
+    fields: Fields
+    names: Names
+
+
+def parse_fields(section: bytes, grammar: re.Pattern[bytes]) -> tuple[Fields, Names]:
+    """Return the fields of a section of whole lines; raise ValueError."""
+    if not grammar.fullmatch(section):
+        raise ValueError("malformed field line")
+    fields = [(name, value.strip(b" \t")) for name, value in FIELD.findall(section)]
+    names: Names = {}
+    for name, value in fields:
+        names.setdefault(name.lower(), []).append(value)
+    return fields, names
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Return method, target and minor version; raise Refused."""
+    if len(line) > LINE_LIMIT:
+        raise Refused(URI_TOO_LONG, f"request line over {LINE_LIMIT} bytes")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Refused(BAD_REQUEST, "malformed request line")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}")
+    if len(method) > METHOD_LIMIT:
+        raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
+    return method, target, min(int(minor), 1)
+
+
+def parse_request(head: bytes) -> RequestHead:
+    """Split a request head, without its empty line, into its parts; raise Refused."""
+    line, _, section = head.partition(b"\r\n")
+    method, target, minor = parse_request_line(line)
+    try:
+        fields, names = parse_fields(section, REQUEST_FIELDS)
+    except ValueError as error:
+        raise Refused(BAD_REQUEST, str(error)) from None
+    # RFC 9112 section 3.2: one, and only one, and a valid one.
+    hosts = names.get(b"host", [])
+    if len(hosts) > 1 or not hosts and minor == 1:
+        raise Refused(BAD_REQUEST, f"{len(hosts)} Host fields")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        raise Refused(BAD_REQUEST, "invalid Host field")
+    return RequestHead(method, target, minor, fields, names)
+
+
+def parse_response(head: bytes) -> ResponseHead:
+    """Split a response head, without its empty line, into its parts; raise Refused."""
+    line, _, section = head.partition(b"\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match[1] != b"1":
+        raise Refused(BAD_RESPONSE, "malformed status line")
+    try:
+        fields, names = parse_fields(section, RESPONSE_FIELDS)
+    except ValueError as error:
+        raise Refused(BAD_RESPONSE, str(error)) from None
+    minor = min(int(match[2]), 1)
+    return ResponseHead(int(match[3]), match[4] or b"", minor, fields, names)
+
+
+def members(names: Names, name: bytes) -> list[bytes]:
+    """Return the members of a list field, lower case, from all its lines."""
+    lines = names.get(name)
+    if not lines:
+        return []
+    listed = [part.strip(b" \t").lower() for part in b",".join(lines).split(b",")]
+    return [member for member in listed if member]
+
+
+def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
+    """Return a body's length by its fields, CHUNKED, or None: the fields say nothing.
+
+    RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
+    Raises Refused with the outcome given.
+    """
+    names = head.names
+    lengths = names.get(b"content-length")
+    if b"transfer-encoding" in names:
+        codings = members(names, b"transfer-encoding")
+        if lengths:
+            raise Refused(bad, "both Content-Length and Transfer-Encoding")
+        if head.minor == 0:
+            raise Refused(bad, "Transfer-Encoding in HTTP/1.0")
+        if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
+            if bad is BAD_RESPONSE and b"chunked" not in codings:
+                return ENDLESS
+            raise Refused(bad, "Transfer-Encoding does not end in one chunked")
+        if len(codings) > 1:
+            outcome = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
+            raise Refused(outcome, "a transfer coding other than chunked")
+        return CHUNKED
+    if not lengths:
+        return None
+    if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+        raise Refused(bad, "invalid Content-Length")
+    length = int(lengths[0])
+    if length >= ALL:
+        raise Refused(bad, "Content-Length beyond all measure")
+    return length
+
+
+class Target(NamedTuple):
+    """Where a request wants to go: RFC 9112 section 3.2."""
+
+    host: str  # lower case, an IPv6 address without brackets
+    port: int
+    authority: bytes  # for Host, as the client spelled it
+    path: bytes  # for the request line: origin-form, or *
+
+
+def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
+    """Return host and port of "host:port"; default 0 demands one.  Raises Refused."""
+    match = AUTHORITY.fullmatch(raw)
+    if not match:
+        raise Refused(BAD_REQUEST, "malformed host or port in the target")
+    port = int(match[2][:6]) if match[2] else default
+    if not 0 < port < 65536:
+        raise Refused(BAD_REQUEST, "port not from 1 to 65535 in the target")
+    host = match[1].decode().lower()
+    # What ends in a number is an IPv4 address or nothing: resolvers take 127.1,
+    # 0x7f.1 and 2130706433 for 127.0.0.1.
+    last = host.removesuffix(".").rpartition(".")[2]
+    if host[0] == "[" or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
+        try:
+            pack(host := host.strip("[]"))
+        except ValueError as error:
+            raise Refused(BAD_REQUEST, str(error)) from None
+    return host, port
+
+
+def parse_target(method: bytes, raw: bytes) -> Target:
+    """Return the target of a request in authority- or absolute-form; raise Refused."""
+    if method == b"CONNECT":
+        return Target(*parse_authority(raw, 0), raw, b"")
+    match = ABSOLUTE.fullmatch(raw)
+    if not match:
+        raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
+    scheme, authority, path = match.groups()
+    if scheme.lower() != b"http":
+        raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
+    if b"#" in path:
+        raise Refused(BAD_REQUEST, "fragment in the target")
+    if b"@" in authority:
+        raise Refused(BAD_REQUEST, "user name in the target")
+    host, port = parse_authority(authority, 80)
+    if not path.startswith(b"/"):
+        path = b"*" if method == b"OPTIONS" and not path else b"/" + path
+    return Target(host, port, authority.removesuffix(b":"), path)
+
+
+def forwarded(
+    head: RequestHead | ResponseHead, via: bytes, dropped: frozenset[bytes]
+) -> bytes:
+    """Return the lines of the fields that travel on, and our Via behind them.
+
+    Left out is what belongs to one hop, by its name or because Connection says so.
+    """
+    if options := members(head.names, b"connection"):
+        dropped = dropped | (set(options) - END_TO_END)
+    lines = [
+        b"%b: %b\r\n" % field
+        for field in head.fields
+        if field[0].lower() not in dropped
+    ]
+    lines.append(b"Via: 1.%d %b\r\n" % (head.minor, via))
+    return b"".join(lines)
+
+
+def framing_lines(length: int | None) -> bytes:
+    if length is None or length == ENDLESS:
+        return b""
+    if length == CHUNKED:
+        return b"Transfer-Encoding: chunked\r\n"
+    return b"Content-Length: %d\r\n" % length
+
+
+def read_line(lane: Lane, limit: int, bad: Outcome) -> Script:
+    """Take one line off a lane's source, CRLF included; raise Refused."""
+    received = lane.source.received
+    while (end := received.find(b"\n", 0, limit)) < 0:
+        if len(received) >= limit:
+            raise Refused(bad, f"line over {limit} bytes in a chunked body")
+        yield from lane.need()
+    return lane.source.take(end + 1)
+
+
+def chunked(lane: Lane, framed: bool, bad: Outcome) -> Script:
+    """Move a chunked body, RFC 9112 section 7.1, as chunks or (not framed) bare.
+
+    Raises Refused with the outcome bad when it is malformed.
+    """
+    while True:
+        line = yield from read_line(lane, CHUNK_LINE_LIMIT, bad)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match or (size := int(match[1], 16)) >= ALL:
+            raise Refused(bad, "malformed chunk size")
+        if not size:
+            break
+        if framed:
+            lane.out += b"%x\r\n" % size
+        yield from lane.move(size)
+        if (yield from read_line(lane, 2, bad)) != b"\r\n":
+            raise Refused(bad, "chunk longer than its size")
+        if framed:
+            lane.out += b"\r\n"
+    section = b""
+    while (line := (yield from read_line(lane, HEAD_LIMIT, bad))) != b"\r\n":
+        section += line
+        if len(section) > HEAD_LIMIT:
+            raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
+    try:
+        fields, _ = parse_fields(section, REQUEST_FIELDS)
+    except ValueError as error:
+        raise Refused(bad, str(error)) from None
+    if framed:
+        kept = [f for f in fields if f[0].lower() not in NOT_IN_TRAILERS]
+        lines = b"".join(b"%b: %b\r\n" % field for field in kept)
+        lane.out += b"0\r\n%b\r\n" % lines
+
+
+PHRASES = {
+    400: "Bad Request",
+    403: "Forbidden",
+    408: "Request Timeout",
+    414: "URI Too Long",
+    417: "Expectation Failed",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> bytes:
+    """Return a time as an IMF-fixdate, RFC 9110 section 5.6.7."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
+
+
+class Http:
+    """One client's HTTP connection, and the server connection kept for it."""
+
+    def __init__(self, worker: Worker, connector: Connector, client: Stream) -> None:
+        self.worker, self.config, self.watch = worker, worker.config, worker.watch
+        self.connector, self.client = connector, client
+        self.via = self.config.name.encode()
+        self.server: Stream | None = None
+        self.server_at: tuple[str, int] = "", 0  # the host and port it was dialled for
+        self.server_packed = b""
+        self.server_names = "-", "-"  # for the log: address and source
+        self.session: Session
+        self.head: RequestHead | None = None
+        self.down: Lane
+        self.fresh = True  # no request has come yet
+        # Of the request that is being served:
+        self.keep = self.asked_to_keep = False  # the client's connection, after it
+        self.answered = False  # a final answer has begun
+        self.upgraded = False  # and it was: here begins a tunnel
+        self.continued = False  # the client was told to send its body
+        self.server_keeps = False
+        self.heard = False  # a byte of the server's answer has come
+        self.awaits_body = False  # at a time-out: it was the client's silence
+        self.lingers = False  # the last answer needs a staged close
+
+    def serve(self) -> None:
+        """Answer requests until the connection is over."""
+        try:
+            while self.one() and self.keep:
+                pass
+        finally:
+            if self.server:
+                self.server.close()
+
+    def one(self) -> bool:
+        """Answer one request; return False if none came."""
+        if not self.client.received and not self.await_request():
+            return False
+        self.session = Session(self.worker.name)
+        self.session.proto = "http"
+        self.head = None
+        self.keep = self.answered = self.upgraded = self.continued = False
+        self.awaits_body = self.lingers = False
+        outcome = BROKEN
+        try:
+            try:
+                outcome = self.request()
+            except IdleTimeout:
+                raise self.silence() from None
+            except OSError as error:
+                failure = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+                raise Refused(failure, reason(error)) from None
+        except Refused as refusal:
+            outcome = refusal.outcome
+            self.refuse(refusal)
+        finally:
+            self.worker.finish(self.session, outcome.word)
+        if self.lingers:
+            self.linger()
+        return True
+
+    def await_request(self) -> bool:
+        """Wait for the first byte of a request; return whether there is one."""
+        if self.fresh:  # it has probably come with the connection
+            self.fresh = False
+            with contextlib.suppress(BlockingIOError):
+                return self.fill()
+            seconds = self.config.head_timeout
+        else:
+            seconds = self.config.keepalive_timeout
+        while True:
+            quiet = [self.client, self.server] if self.server else [self.client]
+            spoken = self.worker.silence(seconds, *quiet)
+            if self.server and self.server.fd in spoken:
+                # It closed, or it says what nobody asked: RFC 9112 section 6.3.
+                self.drop_server()
+            if self.client.fd in spoken:
+                return self.fill()
+            if not spoken:
+                return False
+
+    def fill(self) -> bool:
+        """Receive from the client; return False at the end or after a reset."""
+        try:
+            data = self.client.sock.recv(COPY_SIZE)
+        except ConnectionError:
+            return False
+        self.client.received += data
+        return bool(data)
+
+    def drop_server(self) -> None:
+        if self.server:
+            self.server.close()
+            self.server = None
+
+    # A request: read, parse, decide.
+
+    def read_head(self) -> bytes:
+        """Take a request head off the client, without its empty line; raise Refused."""
+        received = self.client.received
+        deadline = time.monotonic() + self.config.head_timeout
+        blanks = 0
+        while True:
+            while received.startswith(b"\r\n") and blanks < BLANK_LIMIT:
+                del received[:2]  # RFC 9112 section 2.2
+                blanks += 2
+            if (end := received.find(b"\r\n\r\n", 0, HEAD_LIMIT)) >= 0:
+                head = self.client.take(end + 4)
+                return head[:-2]
+            self.check_begun(received)
+            ready = self.watch.wait(
+                {self.client.fd: select.POLLIN}, deadline - time.monotonic()
+            )
+            if not ready:
+                raise Refused(HEAD_TIMEOUT, "the request head did not come to its end")
+            if not self.fill():
+                raise Refused(CLIENT_GONE, "closed inside the request head")
+
+    def check_begun(self, received: bytearray) -> None:
+        """Refuse a head that can no longer become a good one; raise Refused."""
+        if received and not (received[:1].isalpha() or received[:1] == b"\r"):
+            raise Refused(BAD_REQUEST, "this is not HTTP")
+        line, end, _ = received.partition(b"\r\n")
+        if end or len(line) > LINE_LIMIT:
+            parse_request_line(bytes(line))
+        if SPOILED.search(received):
+            raise Refused(BAD_REQUEST, "bare CR or LF, or NUL, in the request head")
+        if len(received) >= HEAD_LIMIT:
+            raise Refused(HEAD_TOO_LARGE, f"request head over {HEAD_LIMIT} bytes")
+
+    def request(self) -> Outcome:
+        """Read and answer one request; return the outcome, or raise Refused."""
+        raw = self.read_head()
+        head = self.head = parse_request(raw)
+        session = self.session
+        session.method = printable(head.method, METHOD_LIMIT)
+        session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
+        length = body_length(head, BAD_REQUEST)
+        if head.method == b"CONNECT":
+            return self.tunnel(head, length)
+        self.wishes(head)
+        if b"max-forwards" in head.names and head.method in (b"TRACE", b"OPTIONS"):
+            if self.last_hop(head, raw):
+                return OK
+        if head.method == b"TRACE" and length is not None:
+            raise Refused(BAD_REQUEST, "TRACE with a body")
+        if head.target == b"*" and head.method == b"OPTIONS":
+            self.answer_options()
+            return OK
+        target = parse_target(head.method, head.target)
+        place = endpoint((target.host, target.port)).encode()
+        path = target.path.partition(b"?")[0]
+        session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
+        self.check_loop(head)
+        return self.forward(head, target, length)
+
+    def wishes(self, head: RequestHead) -> None:
+        """Note whether the client may go on after this; raise Refused for a bad wish."""
+        # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
+        self.keep = head.minor == 1 and b"close" not in members(
+            head.names, b"connection"
+        )
+        self.asked_to_keep = self.keep
+        if head.minor == 1 and set(members(head.names, b"expect")) - {b"100-continue"}:
+            raise Refused(EXPECTATION, "an expectation other than 100-continue")
+
+    def check_loop(self, head: RequestHead) -> None:
+        for member in members(head.names, b"via"):
+            if member.split()[1:2] == [self.via.lower()]:
+                raise Refused(LOOP, "the request has been here before, says its Via")
+
+    def last_hop(self, head: RequestHead, raw: bytes) -> bool:
+        """Answer TRACE and OPTIONS that may go no further; RFC 9110 section 7.6.2."""
+        values = head.names[b"max-forwards"]
+        if len(values) > 1 or not re.fullmatch(rb"[0-9]{1,32}", values[0]):
+            raise Refused(BAD_REQUEST, "invalid Max-Forwards")
+        if int(values[0]):
+            return False
+        if body_length(head, BAD_REQUEST):
+            self.keep = False  # the body is not read
+        if head.method == b"OPTIONS":
+            self.answer_options()
+            return True
+        secret = {b"proxy-authorization", b"authorization", b"cookie"}
+        line = raw.partition(b"\r\n")[0]
+        lines = [b"%b: %b" % f for f in head.fields if f[0].lower() not in secret]
+        echo = b"\r\n".join([line, *lines, b"", b""])
+        self.answer(b"200 OK", b"Content-Type: message/http\r\n", echo)
+        return True
+
+    def answer_options(self) -> None:
+        allow = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
+        self.answer(b"200 OK", allow, b"")
+
+    # Answers of our own.
+
+    def answer(self, status: bytes, lines: bytes, body: bytes) -> None:
+        """Send an answer of the gateway itself; the client may have gone."""
+        self.session.status = status[:3].decode()
+        date = http_date(int(time.time()))
+        head = b"HTTP/1.1 %b\r\nDate: %b\r\n%b" % (status, date, lines)
+        head += b"Content-Length: %d\r\n" % len(body)
+        if not self.keep:
+            head += b"Connection: close\r\n"
+        if self.head and self.head.method == b"HEAD":
+            body = b""
+        self.session.down += self.send(head + b"\r\n" + body)
+
+    def send(self, data: bytes) -> int:
+        """Send to the client what is short; return how much of it was taken."""
+        deadline = time.monotonic() + self.config.head_timeout
+        sent = 0
+        with contextlib.suppress(OSError, Refused):
+            while sent < len(data):
+                try:
+                    sent += self.client.sock.send(data[sent:])
+                except BlockingIOError:
+                    left = deadline - time.monotonic()
+                    if not self.watch.wait({self.client.fd: select.POLLOUT}, left):
+                        break
+        return sent
+
+    def refuse(self, refusal: Refused) -> None:
+        """Tell the client why not; where an answer has begun, cut it short."""
+        outcome, head = refusal.outcome, self.head
+        if self.answered or not outcome.error:
+            # Half an answer must not look whole: RFC 9112 section 8.
+            self.keep = False
+            self.client.abort()
+            return
+        connect = head is not None and head.method == b"CONNECT"
+        if not head or connect or outcome.status in (400, 408, 501):
+            self.keep = False
+        if self.keep and head and body_length(head, BAD_REQUEST):
+            self.keep = False  # its body is not read
+        status, lines, page = self.page(outcome, refusal.detail)
+        self.answer(status, lines, page)
+        self.lingers = not self.keep
+
+    def page(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes, bytes]:
+        """Return status, field lines and text that explain a refusal."""
+        status = f"{outcome.status} {PHRASES[outcome.status]}"
+        name, session = self.config.name, self.session
+        why = "".join(c if " " <= c <= "~" else "?" for c in detail) or outcome.word
+        asked = f"{session.method} {session.target}" if self.head else "this request"
+        page = (
+            f"{status}\n\n{name} (NATWork) refused {asked}\n\n"
+            f"Why: {why}.\nWhat to do: {outcome.advice}\n"
+        )
+        details = why.replace("\\", "/").replace('"', "'")
+        # RFC 9209 section 2: a token where it is one, else a string.
+        who = name if name[:1].isalpha() else f'"{name}"'
+        lines = (
+            f'Proxy-Status: {who}; error={outcome.error}; details="{details}"\r\n'
+            "Content-Type: text/plain; charset=utf-8\r\n"
+            "Cache-Control: no-store\r\n"
+            "X-Content-Type-Options: nosniff\r\n"
+        )
+        if outcome.status == 503:
+            lines += "Retry-After: 5\r\n"
+        return status.encode(), lines.encode(), page.encode()
+
+    def linger(self) -> None:
+        """Part so that the last answer arrives: RFC 9112 section 9.6.
+
+        To close a socket with unread bytes resets it, and the reset may
+        overtake the answer; so these are read and thrown away for a moment.
+        """
+        deadline = time.monotonic() + LINGER_TIMEOUT
+        with contextlib.suppress(OSError, Refused):
+            self.client.sock.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                if not self.watch.wait({self.client.fd: select.POLLIN}, left):
+                    return
+                if not self.client.sock.recv(COPY_SIZE):
+                    return
+
+    def silence(self) -> Refused:
+        """Return the refusal for an exchange in which nothing moved any more."""
+        if self.upgraded or self.answered:
+            return Refused(IDLE, "nothing moved")
+        if self.awaits_body:
+            return Refused(BODY_TIMEOUT, "the request body did not come to its end")
+        return Refused(ANSWER_TIMEOUT, "the server did not answer")
+
+    # CONNECT: RFC 9110 section 9.3.6.
+
+    def tunnel(self, head: RequestHead, length: int | None) -> Outcome:
+        """Answer a CONNECT and carry its bytes until both sides are done."""
+        session, worker = self.session, self.worker
+        session.proto = "connect"
+        if length is not None:
+            raise Refused(BAD_REQUEST, "CONNECT with a body")
+        target = parse_target(head.method, head.target)
+        session.target = printable(endpoint((target.host, target.port)).encode())
+        worker.begin(session)
+        self.dial(target.host, target.port)
+        session.status = "200"
+        worker.begin(session)
+        self.answered = self.upgraded = True
+        patience = self.config.tunnel_timeout
+        up = Lane(self.watch, self.client, self.server, patience)
+        down = Lane(self.watch, self.far, self.client, patience)
+        up.script, down.script = up.tunnel(down), down.tunnel(up)
+        down.out += b"HTTP/1.1 200 Connection established\r\n\r\n"
+        self.join(up, down)
+        return self.tunnel_end(up)
+
+    def tunnel_end(self, up: Lane) -> Outcome:
+        """Return how a tunnel ended, and pass a reset on."""
+        if up.abandoned:
+            raise Refused(SERVER_GONE, "the server took no more")
+        return ENDED
+
+    def dial(self, host: str, port: int) -> None:
+        """Replace the server connection by a new one; raise Refused."""
+        self.drop_server()
+        self.server, self.server_packed = self.connector.connect(
+            self.session, host, port
+        )
+        self.server_at = host, port
+        self.server_names = self.session.address, self.session.source
+
+    def join(self, up: Lane, down: Lane) -> None:
+        """Relay, and write down what moved; a server left in mid-message is reset."""
+        try:
+            relay(self.watch, self.worker.slot, up, down)
+        except (Refused, IdleTimeout):
+            self.awaits_body = not up.done and up.waits[0] == self.client.fd
+            up.script.close()
+            down.script.close()
+            self.far.abort()
+            self.server = None
+            raise
+        finally:
+            self.session.up += up.moved
+            self.session.down += down.moved
+
+    # A request that travels on.
+
+    def forward(self, head: RequestHead, target: Target, length: int | None) -> Outcome:
+        """Send a request on and its answer back; return the outcome."""
+        session, place = self.session, (target.host, target.port)
+        fields = self.request_head(head, target, length)
+        for again in (True, False):
+            up = Lane(self.watch, self.client, None, self.config.idle_timeout)
+            up.script = self.ask(up, fields, length, b"upgrade" in head.names)
+            up.step()  # reads what has come: a malformed body must reach nobody
+            reused = self.server is not None and self.server_at == place
+            if reused:
+                verdict = self.connector.judge(session, *place, self.server_packed)
+                if not verdict.allowed:
+                    raise Refused(verdict.outcome, verdict.rule)
+                session.address, session.source = self.server_names
+            else:
+                self.worker.begin(session)
+                self.dial(*place)
+            self.worker.begin(session)
+            try:
+                return self.exchange(head, up)
+            except Refused as refusal:
+                # RFC 9110 section 9.2.2: not a request that may have had an effect.
+                if not (again and reused and self.may_repeat(refusal, head, length)):
+                    raise
+        raise AssertionError("unreachable")
+
+    def may_repeat(
+        self, refusal: Refused, head: RequestHead, length: int | None
+    ) -> bool:
+        """Return whether a kept connection just closed before it heard the request."""
+        safe = head.method in IDEMPOTENT and not length
+        return safe and refusal.outcome is SERVER_GONE and not self.heard
+
+    def request_head(
+        self, head: RequestHead, target: Target, length: int | None
+    ) -> bytes:
+        """Return the head of a request as it travels on."""
+        names, dropped, extra = head.names, REWRITTEN_ASKED, b""
+        if head.method in (b"TRACE", b"OPTIONS") and b"max-forwards" in names:
+            dropped = dropped | {b"max-forwards"}
+            extra += b"Max-Forwards: %d\r\n" % (int(names[b"max-forwards"][0]) - 1)
+        if head.minor == 1 and length and b"expect" in names:
+            extra += b"Expect: 100-continue\r\n"
+        if self.offers(head):
+            offered = b", ".join(names[b"upgrade"])
+            extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
+            head.method,
+            target.path,
+            target.authority,
+            forwarded(head, self.via, dropped),
+            framing_lines(length),
+            extra,
+        )
+
+    def offers(self, head: RequestHead) -> bool:
+        """Return whether a client offers to change the protocol: RFC 9110 7.8."""
+        names = head.names
+        return (
+            head.minor == 1
+            and b"upgrade" in names
+            and b"upgrade" in members(names, b"connection")
+        )
+
+    def exchange(self, head: RequestHead, up: Lane) -> Outcome:
+        """Carry one request and its answer, at the same time; return the outcome."""
+        up.sink = self.server
+        down = Lane(self.watch, self.far, self.client, self.config.idle_timeout)
+        down.script = self.reply(down, up, head)
+        self.heard = False
+        self.join(up, down)
+        if self.upgraded:
+            return self.tunnel_end(up)
+        if up.abandoned:
+            self.keep = False
+            up.script.close()
+        # RFC 9112 section 6.3: what comes unasked belongs to no request.
+        if not self.server_keeps or up.abandoned or self.far.received:
+            self.drop_server()
+        self.lingers = not self.keep and (up.abandoned or self.asked_to_keep)
+        return OK
+
+    @property
+    def far(self) -> Stream:
+        """The server, where there must be one."""
+        assert self.server is not None
+        return self.server
+
+    def ask(self, up: Lane, fields: bytes, length: int | None, upgrade: bool) -> Script:
+        """The lane up of an exchange: head, body, and perhaps a tunnel behind it."""
+        up.out += fields
+        if length == CHUNKED:
+            yield from chunked(up, True, BAD_REQUEST)
+        elif length:
+            yield from up.move(length)
+        yield from up.flush()
+        if upgrade and not self.answered:
+            yield PAUSE  # reply() goes on with us when it knows
+        if self.upgraded:
+            yield from up.tunnel(self.down)
+
+    def reply(self, down: Lane, up: Lane, head: RequestHead) -> Script:
+        """The lane down of an exchange: interim answers, the answer, its body."""
+        self.down = down
+        for _ in range(INTERIM_LIMIT + 1):
+            response = yield from self.read_response(down)
+            if response.status >= 200 or response.status == 101:
+                break
+            self.continued |= response.status == 100
+            if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
+                down.out += self.response_line(response)
+                down.out += forwarded(response, self.via, REWRITTEN) + b"\r\n"
+                yield from down.flush()
+        else:
+            raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
+        self.session.status = str(response.status)
+        if response.status == 101:
+            yield from self.switch(down, up, head, response)
+            return
+        length = self.response_length(head, response)
+        self.answered = True
+        if up.waits is PAUSE:
+            up.step()
+        self.decide(head, response, length, up)
+        down.out += self.response_head(head, response, length)
+        if head.method == b"HEAD" or response.status in (204, 304):
+            length = 0
+        if length == CHUNKED:
+            yield from chunked(down, head.minor == 1, BAD_RESPONSE)
+        elif length:
+            yield from down.move(ALL if length == ENDLESS else length)
+        yield from down.flush()
+        if not self.server_keeps or up.abandoned:
+            up.abandoned = not up.done  # who answers and leaves wants no more
+
+    def read_response(self, down: Lane) -> Script:
+        """Take a response head off the server; raise Refused."""
+        received = down.source.received
+        while (end := received.find(b"\r\n\r\n", 0, HEAD_LIMIT)) < 0:
+            if len(received) >= HEAD_LIMIT:
+                raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
+            if SPOILED.search(received):
+                raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
+            yield from down.need()
+            self.heard = True
+        return parse_response(down.source.take(end + 4)[:-2])
+
+    def response_length(self, head: RequestHead, response: ResponseHead) -> int | None:
+        """Return the length of a response as RFC 9112 section 6.3 finds it."""
+        if response.status == 204:
+            return None
+        length = body_length(response, BAD_RESPONSE)
+        if head.method == b"HEAD" or response.status == 304:
+            return None if length == CHUNKED else length
+        return ENDLESS if length is None else length
+
+    def decide(
+        self,
+        head: RequestHead,
+        response: ResponseHead,
+        length: int | None,
+        up: Lane,
+    ) -> None:
+        """Decide which of the two connections goes on after this answer."""
+        closing = b"close" in members(response.names, b"connection")
+        self.server_keeps = response.minor == 1 and not closing and length != ENDLESS
+        if length == ENDLESS or self.worker.leaving():
+            self.keep = False
+        # RFC 9110 section 10.1.1: a client that was not told to go on may not
+        # send its body, ever.
+        if not up.done and b"expect" in head.names and not self.continued:
+            up.abandoned = True
+        if not up.done and (up.abandoned or not self.server_keeps):
+            self.keep = False
+
+    def response_line(self, response: ResponseHead) -> bytes:
+        return b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)
+
+    def response_head(
+        self, head: RequestHead, response: ResponseHead, length: int | None
+    ) -> bytes:
+        """Return the head of a final response as it travels on."""
+        extra = b""
+        if b"date" not in response.names:
+            extra += b"Date: %b\r\n" % http_date(int(time.time()))
+        if head.minor == 1 or length != CHUNKED:
+            extra += framing_lines(length)
+        if not self.keep:
+            extra += b"Connection: close\r\n"
+        fields = forwarded(response, self.via, REWRITTEN)
+        return b"%b%b%b\r\n" % (self.response_line(response), fields, extra)
+
+    def switch(
+        self, down: Lane, up: Lane, head: RequestHead, response: ResponseHead
+    ) -> Script:
+        """Turn an exchange into a tunnel, if the server took what was offered."""
+        taken = set(members(response.names, b"upgrade"))
+        offered = set(members(head.names, b"upgrade")) if self.offers(head) else set()
+        if not taken or not taken <= offered:
+            raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
+        self.keep = False
+        self.answered = self.upgraded = True
+        self.session.proto = "upgrade"
+        self.worker.begin(self.session)
+        up.patience = down.patience = self.config.tunnel_timeout
+        down.out += self.response_line(response) + forwarded(
+            response, self.via, REWRITTEN
+        )
+        chosen = b", ".join(response.names[b"upgrade"])
+        down.out += b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n" % chosen
+        yield from down.flush()
+        if up.waits is PAUSE:
+            up.step()
+        yield from down.tunnel(up)
+
+
+# --- Serving a client ---------------------------------------------------------
+#
+# What a worker does with the one who has just come: see whether he may be here,
+# and find out what he speaks.
+
+
+def serve_client(policy: Policy, worker: Worker) -> None:
+    """Serve one client from the first byte to the last."""
+    client = Stream(worker.client, CLIENT_GONE)
+    if not policy.is_client(worker.peer, worker.client.getsockname()[0]):
+        # Without a byte: a stranger learns nothing, not even what this is.
+        worker.finish(Session(worker.name), OUTSIDER.word)
+        return
+    Http(worker, Connector(worker, policy), client).serve()
+
+
+# --- Service ------------------------------------------------------------------
+#
+# From the command line to the master's loop: listeners (our own, or those that
+# systemd holds for us), the log, the pid file, and then no more privileges.
+
+
+def parse_endpoint(text: str) -> tuple[str, int]:
+    """Return host ("*" for all addresses) and port of HOST:PORT; raise ValueError."""
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError(f"{text!r} is not ADDRESS:PORT")
+    if host != "*":
+        pack(bare)
+        if (":" in bare) != (bare != host):
+            raise ValueError(f"{text!r}: an IPv6 address stands in brackets")
+    return bare, int(port)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; raise OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(LISTEN_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def passed_listeners() -> dict[str, socket.socket]:
+    """Return the sockets that systemd passed, sd_listen_fds(3); {} if none."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    return {f"systemd {fd}": socket.socket(fileno=fd) for fd in range(3, 3 + count)}
+
+
+def open_listeners(
+    config: Config, kept: dict[str, socket.socket]
+) -> dict[str, socket.socket]:
+    """Return a listener for each address of `listen`, the kept ones among them.
+
+    Raises ConfigError or OSError; then nothing that was opened here stays open.
+    """
+    try:
+        wanted = [parse_endpoint(word) for word in config.listen.split()]
+    except ValueError as error:
+        raise config.refuse("listen", str(error)) from None
+    if not wanted:
+        raise config.refuse("listen", "must name an address")
+    listeners: dict[str, socket.socket] = {}
+    opened: list[socket.socket] = []
+    try:
+        for host, port in wanted:
+            for here in ("0.0.0.0", "::") if host == "*" else (host,):
+                name = endpoint((here, port))
+                if name in kept:
+                    listeners[name] = kept[name]
+                    port = port or kept[name].getsockname()[1]
+                    continue
+                try:
+                    listeners[name] = listen(here, port)
+                except OSError as error:
+                    if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
+                        continue  # a box without IPv6
+                    raise OSError(f"cannot listen on {name}: {reason(error)}") from None
+                opened.append(listeners[name])
+                port = listeners[name].getsockname()[1]  # 0 picks one for both
+    except OSError:
+        for sock in opened:
+            sock.close()
+        raise
+    return listeners
+
+
+def load_generation(
+    path: str,
+    options: list[str],
+    passed: dict[str, socket.socket],
+    old: Generation | None,
+) -> Generation:
+    """Return the configuration in force from now on, ready to serve.
+
+    Raises ConfigError or OSError; then nothing has changed.
+    """
+    config = load_config(path, options)
+    Policy(config, [])  # refused before anything is opened
+    kept = old.listeners if old else {}
+    listeners = passed or open_listeners(config, kept)
+    fresh = [sock for sock in listeners.values() if sock not in kept.values()]
+    try:
+        for sock in fresh:
+            sock.setblocking(False)
+            # Linux hands these down to every socket that is accepted.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
+        try:
+            log = AccessLog(config)
+        except OSError as error:
+            why = f"cannot open the access log {config.log}: {reason(error)}"
+            raise OSError(why) from None
+    except (OSError, ConfigError):
+        if not passed:
+            for sock in fresh:
+                sock.close()
+        raise
+    for sock in fresh:
+        say(f"listening on {endpoint(sock.getsockname())}")
+    if old:
+        for name in ("user", "pidfile"):
+            if getattr(config, name) != getattr(old.config, name):
+                say(f"{name} is changed by a restart only")
+    serve = functools.partial(serve_client, policy)
+    return Generation(config, listeners, log, serve)
+
+
+def find_user(config: Config) -> tuple[int, int] | None:
+    """Return user and group to become, None if we are not root; raise ConfigError."""
+    if os.geteuid() != 0 or config.user == "root":
+        return None
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(config.user)
+    except KeyError:
+        raise config.refuse("user", "there is no such user") from None
+    return entry.pw_uid, entry.pw_gid
+
+
+def become(user: tuple[int, int] | None) -> None:
+    """Give up root for good."""
+    if user:
+        os.setgroups([])
+        os.setgid(user[1])
+        os.setuid(user[0])
+
+
+def write_pidfile(path: str) -> int:
+    """Write our number to a file that stays locked while we live; raise OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise OSError(f"another natwork holds the pid file {path}") from None
+    os.ftruncate(fd, 0)
+    os.write(fd, b"%d\n" % os.getpid())
+    return fd
+
+
+def remove_pidfile(path: str, fd: int) -> None:
+    os.ftruncate(fd, 0)
+    # Without privileges the directory may refuse: then an empty file stays.
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def warm() -> None:
+    """Do once, before the forks, what each worker would do for the first time."""
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(b"localhost", 80, type=socket.SOCK_STREAM)
+    http_date(0)
+    timestamp(0)
+    say_no = Refused(BAD_REQUEST)
+    with contextlib.suppress(Refused):
+        raise say_no
+
+
+def warn_double_nat(config: Config) -> None:
+    """Say it when the line to the outside is itself an inside network."""
+    route = None if config.outside else route_to(pack("192.0.2.1"))
+    if not route or not route.source:
+        return
+    if contains(networks(config.inside), pack(route.source)):
+        say(
+            f"{route.device} leads outside and has {route.source}, an inside address: "
+            "its neighbors count as clients; set outside or inside to change that"
+        )
+
+
+def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
+    """Run the gateway until it is told to stop; return the exit code.
+
+    Calls ready() when clients are served.  Raises ConfigError or OSError when
+    it cannot start.
+    """
+    config = load_config(path, options)
+    user = find_user(config)
+    # Silence from a name server must not outlast the client's patience.
+    os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
+    passed = passed_listeners()
+    board = Scoreboard()
+    master = Master(board, functools.partial(load_generation, path, options, passed))
+    pidfile = write_pidfile(config.pidfile) if config.pidfile else -1
+    warn_double_nat(config)
+    if not set_title:
+        say("setproctitle is not installed: process titles will not show the sessions")
+    become(user)
+    board.describe(config.max_workers)
+    warm()
+    ready()
+    master.run()
+    if pidfile >= 0:
+        remove_pidfile(config.pidfile, pidfile)
+    return 0
+
+
+def guard(work: Callable[[], int]) -> int:
+    """Return the exit code of some work: its own, 1 or 78, said in one line."""
+    try:
+        return work()
+    except ConfigError as error:
+        say(str(error))
+        return 78
+    except OSError as error:
+        say(reason(error))
+        return 1
+
+
+def run_daemon(path: str, options: list[str]) -> int:
+    """Detach, run the gateway behind the launcher, and return the launcher's code."""
+    try:
+        import daemon
+    except ImportError:
+        raise OSError(
+            "cannot detach: python-daemon is not installed (pip install python-daemon)"
+        ) from None
+    news_out, news_in = os.pipe2(0)
+    if os.fork():
+        os.close(news_in)
+        news = os.read(news_out, 1)  # the end of file is a start that failed
+        return news[0] if news else 1
+    os.close(news_out)
+
+    def ready() -> None:
+        os.write(news_in, b"\0")
+        os.close(news_in)
+
+    path = os.path.abspath(path) if path else path
+    status = 1
+    try:
+        # A terminal is left behind; a file that our output goes to is kept.
+        daemon.DaemonContext(
+            umask=0o027,
+            working_directory=os.getcwd(),
+            files_preserve=list(range(3, 64)),
+            stdout=None if os.isatty(1) else sys.stdout,
+            stderr=None if os.isatty(2) else sys.stderr,
+            signal_map={},
+        ).open()
+        status = guard(lambda: run(path, options, ready))
+        with contextlib.suppress(OSError):
+            os.write(news_in, bytes([status]))
+    finally:
+        os._exit(status)
+
+
+# --- main ---------------------------------------------------------------------
+
+
+def boards() -> Iterator[Scoreboard]:
+    """Yield the scoreboard of each gateway of this box that we may look at."""
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        folder = f"/proc/{pid}/fd"
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                link = f"{folder}/{name}"
+                if os.readlink(link).startswith("/memfd:natwork "):
+                    fd = os.open(link, os.O_RDONLY)
+                    board = Scoreboard(fd)
+                    os.close(fd)
+                    magic, master, *_ = BOARD.unpack_from(board.memory)
+                    if (magic, master) == (MAGIC, pid):
+                        yield board
+                        break
+
+
+def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
+    """Return the sessions of a gateway: the four columns of the paper, and more."""
+    rows = []
+    for number, state in enumerate(board.states()):
+        slot = Slot(board, number)
+        if state == FREE or not (row := slot.row()):
+            continue
+        pid, up, down, *_ = slot.numbers()
+        session = Session.from_row(row, up, down)
+        client, _, port = session.client.rpartition(":")
+        rows.append(
+            {
+                "source_ip": client.strip("[]"),
+                "original_source_port": int(port),
+                "new_source_port": int(
+                    session.source.rpartition(":")[2].strip("-") or 0
+                )
+                or None,
+                "destination": session.address,
+                "protocol": session.proto,
+                "host": session.host(),
+                "user": session.user,
+                "age": round(time.time() - session.began, 1),
+                "up": up,
+                "down": down,
+                "pid": pid,
+            }
+        )
+    return rows
+
+
+def print_table(as_json: bool) -> int:
+    """Print the state table of the gateway that runs on this box."""
+    rows, found = [], False
+    for board in boards():
+        found = True
+        rows += table_rows(board)
+    if not found:
+        raise OSError("cannot show the table: no gateway of this user runs on this box")
+    if as_json:
+        import json
+
+        print(json.dumps(rows, indent=1))
+        return 0
+    heads = (
+        "Source IP",
+        "Original Source Port",
+        "New Source Port",
+        "Destination",
+        "Protocol",
+        "Host",
+        "User",
+        "Age",
+        "Up",
+        "Down",
+        "PID",
+    )
+    lines: list[tuple[str, ...]] = [heads]
+    for row in rows:
+        lines.append(tuple("-" if cell is None else str(cell) for cell in row.values()))
+    widths = [max(len(line[n]) for line in lines) for n in range(len(heads))]
+    for line in lines:
+        print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())
+    return 0
+
+
+def explain(path: str, options: list[str], words: list[str]) -> int:
+    """Print which rule decides about a client and a target; dial nothing."""
+    config = load_config(path, options)
+    names = [parse_endpoint(word) for word in config.listen.split()]
+    own = [("0.0.0.0" if host == "*" else host, port) for host, port in names]
+    policy = Policy(config, own)
+    client, wanted, user = words[0], words[1].encode(), (*words[2:], "-")[0]
+    try:
+        inside = contains(policy.inside, forms(pack(client))[0])
+    except ValueError as error:
+        raise OSError(f"cannot explain: {error}") from None
+    print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    try:
+        if b"://" in wanted:
+            target = parse_target(b"GET", wanted)
+            host, port = target.host, target.port
+        else:
+            host, port = parse_authority(wanted, 0)
+        print(f"target {endpoint((host, port))}")
+        addresses = resolve(host, port)
+    except Refused as refusal:
+        print(f"refused: {refusal.outcome.word}: {refusal.detail}")
+        return 0
+    allowed = []
+    for packed in addresses:
+        verdict = policy.judge(client, user, host, port, packed)
+        word = "allowed" if verdict.allowed else f"refused ({verdict.outcome.word})"
+        print(f"{unpack(packed)}: {word} by {verdict.rule}")
+        if verdict.allowed:
+            allowed.append(packed)
+    for attempt in plan(allowed, port, policy.uplinks, Scoreboard()) if allowed else ():
+        route = route_to(attempt.packed)
+        if attempt.uplink:
+            way = f"from {attempt.uplink.name}"
+        elif route and route.source:
+            way = f"from {route.source}, by {route.device}, as the routing table has it"
+        else:
+            way = "but the routing table has no way there"
+        print(f"would dial {endpoint((unpack(attempt.packed), port))} {way}")
+    return 0
+
+
+def check(path: str, options: list[str]) -> int:
+    """Print every setting in force, or raise ConfigError."""
+    config = load_config(path, options)
+    Policy(config, [])
+    find_user(config)
+    for word in config.listen.split():
+        try:
+            parse_endpoint(word)
+        except ValueError as error:
+            raise config.refuse("listen", str(error)) from None
+    print(config.text())
+    return 0
+
+
+def command(arguments: list[str]) -> int:
+    """Do what the command line says; return the exit code."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="natwork", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("-c", "--config", metavar="FILE", help="settings (default: ./natwork.conf)")
+    add(
+        "-o",
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="override one setting; may be repeated",
+    )
+    add("-d", "--daemon", action="store_true", help="detach from the terminal")
+    add("-t", "--test", action="store_true", help="check and print the settings")
+    add("--table", action="store_true", help="print the sessions of this box")
+    add("--json", action="store_true", help="with --table: as JSON")
+    add(
+        "--explain",
+        nargs="+",
+        metavar=("CLIENT", "TARGET"),
+        help="say which rule decides: CLIENT TARGET [USER]",
+    )
+    add("--version", action="version", version=f"natwork {__version__}")
+    given = parser.parse_args(arguments)
+    if given.json and not given.table:
+        parser.error("--json goes with --table")
+    if given.explain and len(given.explain) not in (2, 3):
+        parser.error("--explain takes CLIENT TARGET [USER]")
+    path = given.config or ("natwork.conf" if os.path.exists("natwork.conf") else "")
+    if given.table:
+        return print_table(given.json)
+    if given.explain:
+        return explain(path, given.option, given.explain)
+    if given.test:
+        return check(path, given.option)
+    if given.daemon:
+        return run_daemon(path, given.option)
+    return run(path, given.option, lambda: None)
+
+
+def main() -> int:
+    """Run the command line; return the exit code: 0, 1, 2 or 78 (EX_CONFIG)."""
+    return guard(lambda: command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
