@@ -307,7 +307,7 @@ DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout", TRY_LATER)
 CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout", TRY_LATER)
 CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable", TRY_LATER)
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached", TRY_LATER)
-SERVER_GONE = Outcome("server-gone", 502, "http_response_incomplete", TRY_LATER)
+SERVER_GONE = Outcome("server-gone", 502, "connection_terminated", TRY_LATER)
 BAD_RESPONSE = Outcome(
     "bad-response",
     502,
@@ -639,7 +639,7 @@ class AccessLog:
 # cheaper.  A lane empties its pipe before it looks at its source again, so an
 # EAGAIN from splice has one meaning only, and it waits for one thing at a time.
 
-ALL = 1 << 62  # a count that no stream reaches: until the source ends
+ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Wait = tuple[int, int]  # a descriptor, and the poll() events awaited on it
 PAUSE: Wait = (-1, 0)  # until the other lane has got somewhere
 Script = Generator[Wait, None, Any]
@@ -2023,7 +2023,10 @@ CHUNK_LINE = re.compile(
 )
 ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?")
-HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(?::[0-9]*)?")
+HOST = re.compile(
+    rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)"
+    rb"(?::[0-9]*)?"
+)
 
 Fields = list[tuple[bytes, bytes]]
 Names = dict[bytes, list[bytes]]  # lower case name -> values, in order
@@ -2116,6 +2119,14 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     return method, target, min(int(minor), 1)
 
 
+def is_literal(raw: bytes | None) -> bool:
+    """Return whether what stood in brackets, if anything, is an IPv6 address."""
+    try:
+        return raw is None or len(pack(raw.decode())) == 16
+    except ValueError:
+        return False
+
+
 def parse_request(head: bytes) -> RequestHead:
     """Split a request head, without its empty line, into its parts; raise Refused."""
     line, _, section = head.partition(b"\r\n")
@@ -2128,23 +2139,28 @@ def parse_request(head: bytes) -> RequestHead:
     hosts = names.get(b"host", [])
     if len(hosts) > 1 or not hosts and minor == 1:
         raise Refused(BAD_REQUEST, f"{len(hosts)} Host fields")
-    if hosts and not HOST.fullmatch(hosts[0]):
+    if hosts and not ((match := HOST.fullmatch(hosts[0])) and is_literal(match[1])):
         raise Refused(BAD_REQUEST, "invalid Host field")
     return RequestHead(method, target, minor, fields, names)
+
+
+def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
+    """Return status, reason phrase and minor version; raise Refused."""
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match[1] != b"1":
+        raise Refused(BAD_RESPONSE, "malformed status line")
+    return int(match[3]), match[4] or b"", min(int(match[2]), 1)
 
 
 def parse_response(head: bytes) -> ResponseHead:
     """Split a response head, without its empty line, into its parts; raise Refused."""
     line, _, section = head.partition(b"\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if not match or match[1] != b"1":
-        raise Refused(BAD_RESPONSE, "malformed status line")
+    status, phrase, minor = parse_status_line(line)
     try:
         fields, names = parse_fields(section, RESPONSE_FIELDS)
     except ValueError as error:
         raise Refused(BAD_RESPONSE, str(error)) from None
-    minor = min(int(match[2]), 1)
-    return ResponseHead(int(match[3]), match[4] or b"", minor, fields, names)
+    return ResponseHead(status, phrase, minor, fields, names)
 
 
 def members(names: Names, name: bytes) -> list[bytes]:
@@ -2171,8 +2187,6 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
         if head.minor == 0:
             raise Refused(bad, "Transfer-Encoding in HTTP/1.0")
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-            if bad is BAD_RESPONSE and b"chunked" not in codings:
-                return ENDLESS
             raise Refused(bad, "Transfer-Encoding does not end in one chunked")
         if len(codings) > 1:
             outcome = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
@@ -2183,7 +2197,7 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
         raise Refused(bad, "invalid Content-Length")
     length = int(lengths[0])
-    if length >= ALL:
+    if length >= 1 << 63:
         raise Refused(bad, "Content-Length beyond all measure")
     return length
 
@@ -2210,10 +2224,13 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     # 0x7f.1 and 2130706433 for 127.0.0.1.
     last = host.removesuffix(".").rpartition(".")[2]
     if host[0] == "[" or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
+        bare = host.strip("[]")
         try:
-            pack(host := host.strip("[]"))
+            if (len(pack(bare)) == 16) != (host[0] == "["):
+                raise ValueError(f"{host!r} is not an IPv6 address")
         except ValueError as error:
             raise Refused(BAD_REQUEST, str(error)) from None
+        host = bare
     return host, port
 
 
@@ -2270,18 +2287,23 @@ def read_line(lane: Lane, limit: int, bad: Outcome) -> Script:
         if len(received) >= limit:
             raise Refused(bad, f"line over {limit} bytes in a chunked body")
         yield from lane.need()
-    return lane.source.take(end + 1)
+    line = lane.source.take(end + 1)
+    if not line.endswith(b"\r\n"):
+        raise Refused(bad, "bare LF in a chunked body")
+    return line
 
 
-def chunked(lane: Lane, framed: bool, bad: Outcome) -> Script:
-    """Move a chunked body, RFC 9112 section 7.1, as chunks or (not framed) bare.
+def chunked(
+    lane: Lane, head: RequestHead | ResponseHead, framed: bool, bad: Outcome
+) -> Script:
+    """Move a message's chunked body, as chunks or (not framed) bare.
 
-    Raises Refused with the outcome bad when it is malformed.
+    RFC 9112 section 7.1.  Raises Refused with the outcome bad when it is malformed.
     """
     while True:
         line = yield from read_line(lane, CHUNK_LINE_LIMIT, bad)
         match = CHUNK_LINE.fullmatch(line)
-        if not match or (size := int(match[1], 16)) >= ALL:
+        if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
         if not size:
             break
@@ -2302,7 +2324,8 @@ def chunked(lane: Lane, framed: bool, bad: Outcome) -> Script:
     except ValueError as error:
         raise Refused(bad, str(error)) from None
     if framed:
-        kept = [f for f in fields if f[0].lower() not in NOT_IN_TRAILERS]
+        dropped = NOT_IN_TRAILERS | set(members(head.names, b"connection"))
+        kept = [field for field in fields if field[0].lower() not in dropped]
         lines = b"".join(b"%b: %b\r\n" % field for field in kept)
         lane.out += b"0\r\n%b\r\n" % lines
 
@@ -2348,6 +2371,8 @@ class Http:
         self.keep = self.asked_to_keep = False  # the client's connection, after it
         self.answered = False  # a final answer has begun
         self.upgraded = False  # and it was: here begins a tunnel
+        self.endless = False  # and nothing but the close will say that it is whole
+        self.sent_before = 0  # bytes of interim answers
         self.continued = False  # the client was told to send its body
         self.server_keeps = False
         self.heard = False  # a byte of the server's answer has come
@@ -2371,6 +2396,7 @@ class Http:
         self.session.proto = "http"
         self.head = None
         self.keep = self.answered = self.upgraded = self.continued = False
+        self.endless, self.sent_before = False, 0
         self.awaits_body = self.lingers = False
         outcome = BROKEN
         try:
@@ -2555,9 +2581,10 @@ class Http:
         """Tell the client why not; where an answer has begun, cut it short."""
         outcome, head = refusal.outcome, self.head
         if self.answered or not outcome.error:
-            # Half an answer must not look whole: RFC 9112 section 8.
             self.keep = False
-            self.client.abort()
+            # Half an answer must not look whole: RFC 9112 section 8.
+            if self.upgraded or self.endless:
+                self.client.abort()
             return
         connect = head is not None and head.method == b"CONNECT"
         if not head or connect or outcome.status in (400, 408, 501):
@@ -2590,6 +2617,12 @@ class Http:
         if outcome.status == 503:
             lines += "Retry-After: 5\r\n"
         return status.encode(), lines.encode(), page.encode()
+
+    def talks_on(self) -> bool:
+        """Return whether a client who wanted to leave has said more."""
+        with contextlib.suppress(BlockingIOError):
+            return bool(self.client.received) or self.fill()
+        return False
 
     def linger(self) -> None:
         """Part so that the last answer arrives: RFC 9112 section 9.6.
@@ -2634,6 +2667,7 @@ class Http:
         down = Lane(self.watch, self.far, self.client, patience)
         up.script, down.script = up.tunnel(down), down.tunnel(up)
         down.out += b"HTTP/1.1 200 Connection established\r\n\r\n"
+        self.sent_before = -1
         self.join(up, down)
         return self.tunnel_end(up)
 
@@ -2658,10 +2692,13 @@ class Http:
             relay(self.watch, self.worker.slot, up, down)
         except (Refused, IdleTimeout):
             self.awaits_body = not up.done and up.waits[0] == self.client.fd
+            # A final answer of which nothing was sent can still become another.
+            self.answered &= down.moved > self.sent_before
             up.script.close()
             down.script.close()
-            self.far.abort()
-            self.server = None
+            if self.upgraded:
+                self.far.abort()
+            self.drop_server()
             raise
         finally:
             self.session.up += up.moved
@@ -2675,7 +2712,7 @@ class Http:
         fields = self.request_head(head, target, length)
         for again in (True, False):
             up = Lane(self.watch, self.client, None, self.config.idle_timeout)
-            up.script = self.ask(up, fields, length, b"upgrade" in head.names)
+            up.script = self.ask(up, head, fields, length)
             up.step()  # reads what has come: a malformed body must reach nobody
             reused = self.server is not None and self.server_at == place
             if reused:
@@ -2748,7 +2785,8 @@ class Http:
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
         if not self.server_keeps or up.abandoned or self.far.received:
             self.drop_server()
-        self.lingers = not self.keep and (up.abandoned or self.asked_to_keep)
+        if not self.keep:
+            self.lingers = up.abandoned or self.asked_to_keep or self.talks_on()
         return OK
 
     @property
@@ -2757,15 +2795,17 @@ class Http:
         assert self.server is not None
         return self.server
 
-    def ask(self, up: Lane, fields: bytes, length: int | None, upgrade: bool) -> Script:
+    def ask(
+        self, up: Lane, head: RequestHead, fields: bytes, length: int | None
+    ) -> Script:
         """The lane up of an exchange: head, body, and perhaps a tunnel behind it."""
         up.out += fields
         if length == CHUNKED:
-            yield from chunked(up, True, BAD_REQUEST)
+            yield from chunked(up, head, True, BAD_REQUEST)
         elif length:
             yield from up.move(length)
         yield from up.flush()
-        if upgrade and not self.answered:
+        if self.offers(head) and not self.answered:
             yield PAUSE  # reply() goes on with us when it knows
         if self.upgraded:
             yield from up.tunnel(self.down)
@@ -2773,23 +2813,23 @@ class Http:
     def reply(self, down: Lane, up: Lane, head: RequestHead) -> Script:
         """The lane down of an exchange: interim answers, the answer, its body."""
         self.down = down
-        for _ in range(INTERIM_LIMIT + 1):
+        for count in range(INTERIM_LIMIT + 1):
             response = yield from self.read_response(down)
             if response.status >= 200 or response.status == 101:
                 break
+            if count == INTERIM_LIMIT:
+                raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
             self.continued |= response.status == 100
             if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
                 down.out += self.response_line(response)
                 down.out += forwarded(response, self.via, REWRITTEN) + b"\r\n"
                 yield from down.flush()
-        else:
-            raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
         self.session.status = str(response.status)
         if response.status == 101:
             yield from self.switch(down, up, head, response)
             return
         length = self.response_length(head, response)
-        self.answered = True
+        self.answered, self.sent_before = True, down.moved
         if up.waits is PAUSE:
             up.step()
         self.decide(head, response, length, up)
@@ -2797,7 +2837,7 @@ class Http:
         if head.method == b"HEAD" or response.status in (204, 304):
             length = 0
         if length == CHUNKED:
-            yield from chunked(down, head.minor == 1, BAD_RESPONSE)
+            yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
         elif length:
             yield from down.move(ALL if length == ENDLESS else length)
         yield from down.flush()
@@ -2812,6 +2852,8 @@ class Http:
                 raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
             if SPOILED.search(received):
                 raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
+            if b"\r\n" in received:
+                parse_status_line(bytes(received.partition(b"\r\n")[0]))
             yield from down.need()
             self.heard = True
         return parse_response(down.source.take(end + 4)[:-2])
@@ -2835,7 +2877,8 @@ class Http:
         """Decide which of the two connections goes on after this answer."""
         closing = b"close" in members(response.names, b"connection")
         self.server_keeps = response.minor == 1 and not closing and length != ENDLESS
-        if length == ENDLESS or self.worker.leaving():
+        self.endless = length == ENDLESS or length == CHUNKED and head.minor == 0
+        if self.endless or self.worker.leaving():
             self.keep = False
         # RFC 9110 section 10.1.1: a client that was not told to go on may not
         # send its body, ever.

@@ -45,10 +45,11 @@ class Gateway:
         command = [sys.executable, str(ROOT / "natwork.py")]
         command += [word for setting in settings for word in ("-o", setting)]
         # As systemd does: the socket listens already, and is descriptor 3.
-        launch = f"exec {shlex.join(command)} 3<&{self.listener.fileno()}"
+        launch = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {shlex.join(command)}"
         self.process = subprocess.Popen(
-            ["sh", "-c", f"LISTEN_FDS=1 LISTEN_PID=$$ {launch}"],
-            pass_fds=[self.listener.fileno()],
+            ["sh", "-c", launch],
+            preexec_fn=lambda: os.dup2(self.listener.fileno(), 3),
+            pass_fds=[3],
             stderr=self.errors.open("w"),
             cwd=folder,
             start_new_session=True,
@@ -159,7 +160,9 @@ def read_head(connection: socket.socket) -> bytes:
 def read_exactly(connection: socket.socket, size: int) -> bytes:
     """Take size bytes off a socket, fewer if it ends before."""
     body = bytearray()
-    while len(body) < size and (piece := connection.recv(size - len(body))):
+    while len(body) < size and (
+        piece := connection.recv(min(size - len(body), 1 << 20))
+    ):
         body += piece
     return bytes(body)
 
