@@ -368,7 +368,7 @@ GENERATIONS = 240
 
 BOARD = struct.Struct("8sQdQ")  # magic, master, began, max_workers
 MAGIC = b"natwork1"
-DRAINING, RETIRED_BELOW = 64, 72  # offsets of two u64 the master writes
+RETIRED_BELOW = 72  # offset of a u64: generations below this take no more
 FORKS_FAILED, LAST_SAID = 80, 88
 UPLINKS, UPLINK_LIMIT = 128, 64  # when each uplink last failed: f64, any worker
 STATES = 4096  # offset of the state bytes
@@ -495,14 +495,18 @@ UNPRINTABLE = {
     if not 0x21 <= code <= 0x7E or code in b'"\\'
 }
 
+UNSAFE = re.compile(r"[^!#-\[\]-~]")
+
 
 def printable(raw: bytes, limit: int = 255) -> str:
     """Return bytes from the network as text that cannot break a log line.
 
     The text has no blank, no quote and at most limit characters; "-" is nothing.
     """
-    text = raw[:limit].decode("latin-1").translate(UNPRINTABLE)
-    return text[:limit] or "-"
+    text = raw[:limit].decode("latin-1")
+    if UNSAFE.search(text):
+        text = text.translate(UNPRINTABLE)[:limit]
+    return text or "-"
 
 
 def endpoint(address: tuple[Any, ...]) -> str:
@@ -571,24 +575,28 @@ class Session:
         way = f"{self.client} > {self.source} > {self.address}"
         return f"natwork: {way} {self.proto} {self.host()}"
 
-    def fields(self, outcome: str) -> dict[str, Any]:
-        """Return the fields of the access log, in its order."""
-        return {
-            "time": timestamp(int(self.began)),
-            "pid": self.pid,
-            "client": self.client,
-            "user": self.user,
-            "proto": self.proto,
-            "method": self.method,
-            "target": self.target,
-            "address": self.address,
-            "source": self.source,
-            "status": self.status,
-            "outcome": outcome,
-            "up": self.up,
-            "down": self.down,
-            "secs": round(max(0.0, time.time() - self.began), 3),
-        }
+    def line(self, outcome: str) -> str:
+        """Return the line of the access log, its fields in their order."""
+        seconds = max(0.0, time.time() - self.began)
+        return (
+            f"time={timestamp(int(self.began))} pid={self.pid} client={self.client} "
+            f"user={self.user} proto={self.proto} method={self.method} "
+            f"target={self.target} address={self.address} source={self.source} "
+            f"status={self.status} outcome={outcome} up={self.up} down={self.down} "
+            f"secs={seconds:.3f}"
+        )
+
+
+def as_json(line: str) -> str:
+    """Return a line of the access log as a JSON object, its numbers as numbers."""
+    import json
+
+    fields: dict[str, str | float | None] = {}
+    for name, text in (word.split("=", 1) for word in line.split(" ")):
+        fields[name] = None if text == "-" else text
+        if name in ("pid", "status", "up", "down", "secs") and text != "-":
+            fields[name] = float(text) if name == "secs" else int(text)
+    return json.dumps(fields)
 
 
 class AccessLog:
@@ -613,13 +621,9 @@ class AccessLog:
 
     def write(self, session: Session, outcome: str) -> bool:
         """Write the line of a session that has ended; return whether it was taken."""
-        fields = session.fields(outcome)
+        line = session.line(outcome)
         if self.form == "json":
-            import json
-
-            line = json.dumps(fields)
-        else:
-            line = " ".join([f"{name}={value}" for name, value in fields.items()])
+            line = as_json(line)
         try:
             data = line.encode() + b"\n"
             if self.shared and not select.select([], [self.fd], [], 0)[1]:
@@ -688,26 +692,30 @@ class Watch:
         self.lifeline, self.drain_timeout = lifeline, drain_timeout
         self.drain_at = 0.0  # monotonic; 0 while the master lives
         self.pipes: list[tuple[int, int]] = []
+        self.wanted: dict[int, int] = {}  # what poll is set up for
+        self.poll = select.poll()
+        self.poll.register(lifeline, 0)
 
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
 
         Raises Refused(DRAINED) when drain_timeout is over.
         """
-        poll = select.poll()
-        for fd, events in wanted.items():
-            poll.register(fd, events)
-        if not self.drain_at:
-            poll.register(self.lifeline, 0)  # POLLHUP comes unasked
+        if wanted != self.wanted:
+            self.wanted, self.poll = wanted, select.poll()
+            for fd, events in wanted.items():
+                self.poll.register(fd, events)
+            if not self.drain_at:
+                self.poll.register(self.lifeline, 0)  # POLLHUP comes unasked
         deadline = time.monotonic() + seconds
         while True:
             left = min(deadline, self.drain_at or deadline) - time.monotonic()
             if left <= 0 and self.drain_at and self.drain_at < deadline:
                 raise Refused(DRAINED, "the gateway is stopping")
             pause = min(left, PIPE_KEEP_TIME) if self.pipes else left
-            ready = dict(poll.poll(max(0.0, pause * 1000)))
+            ready = dict(self.poll.poll(max(0.0, pause * 1000)))
             if ready.pop(self.lifeline, 0):
-                poll.unregister(self.lifeline)
+                self.poll.unregister(self.lifeline)
                 self.drain()
             if ready or time.monotonic() >= deadline:
                 return ready
@@ -787,20 +795,24 @@ class Lane:
         """Send what is gathered."""
         while self.sink is None:
             yield PAUSE
-        while self.out:
-            try:
-                sent = self.sink.sock.send(self.out)
-            except BlockingIOError:
-                yield self.sink.fd, select.POLLOUT
-            except OSError as error:
-                raise Refused(self.sink.lost, reason(error)) from None
-            else:
-                self.moved += sent
-                del self.out[:sent]
+        while self.out and not self.push(self.sink):
+            yield self.sink.fd, select.POLLOUT
+
+    def push(self, sink: Stream) -> bool:
+        """Send of what is gathered what can be sent; return whether it was all."""
+        try:
+            sent = sink.sock.send(self.out)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Refused(sink.lost, reason(error)) from None
+        self.moved += sent
+        del self.out[:sent]
+        return not self.out
 
     def receive(self, limit: int) -> Script:
         """Send what is gathered, then return what comes; b"" is the source's end."""
-        if self.out or self.sink is None:
+        if self.sink is None or self.out and not self.push(self.sink):
             yield from self.flush()
         while True:
             if not self.hot:
@@ -1085,8 +1097,7 @@ class Worker:
 
     def leaving(self) -> bool:
         """Return whether this worker should take no more requests."""
-        board, number = self.board, self.generation.number
-        return number < board.number(RETIRED_BELOW) or board.number(DRAINING) > 0
+        return self.generation.number < self.board.number(RETIRED_BELOW)
 
     def silence(self, seconds: float, *quiet: Stream) -> list[int]:
         """Wait for a word from any of these, and make room for others if need be.
@@ -1148,6 +1159,7 @@ class Master:
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
         self.stopping = False
         self.fork_at = self.full_said_at = 0.0  # monotonic
+        self.fork_failing = False
         self.title = ""
 
     def run(self) -> None:
@@ -1181,7 +1193,8 @@ class Master:
         if full and not crowded:
             for listener in self.generation.listeners.values():
                 poll.register(listener, select.POLLIN)
-        poll.poll(250 if crowded else 1000)
+        wait = min(1.0, max(0.0, self.fork_at - time.monotonic()) or 1.0)
+        poll.poll(250 if crowded else wait * 1000)
         try:
             return os.read(self.wake_out, 4096)
         except BlockingIOError:
@@ -1226,6 +1239,8 @@ class Master:
                 continue
             slot, generation = self.workers.pop(pid)
             if status:
+                # One that fails whenever it starts would otherwise be forked for ever.
+                self.fork_at = max(self.fork_at, time.monotonic() + 0.1)
                 self.bury(slot, os.waitstatus_to_exitcode(status))
             slot.state(FREE)
             generation.workers -= 1
@@ -1272,13 +1287,13 @@ class Master:
         except OSError as error:
             slot.state(FREE)
             self.board.put(FORKS_FAILED, self.board.number(FORKS_FAILED) + 1)
-            if not self.fork_at:
+            if not self.fork_failing:
                 say(f"cannot fork a worker: {reason(error)}")
-            self.fork_at = time.monotonic() + 1
+            self.fork_failing, self.fork_at = True, time.monotonic() + 1
             return False
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
-        self.fork_at = 0.0
+        self.fork_failing = False
         self.workers[pid] = slot, self.generation
         self.generation.workers += 1
         return True
@@ -1351,7 +1366,7 @@ class Master:
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""
-        self.board.put(DRAINING, 1)
+        self.board.put(RETIRED_BELOW, self.generation.number + 1)
         for generation in self.generations:
             os.close(generation.lifeline_in)
             generation.lifeline_in = -1
@@ -1737,7 +1752,7 @@ class Policy:
     def judge(
         self, client: str, user: str, host: str, port: int, packed: bytes
     ) -> Verdict:
-        """Return what the first rule that fits says of dialling an address.
+        """Return what the first rule that fits says of dialing an address.
 
         host is what the client asked for, lower case; packed what it led to.
         """
@@ -1834,6 +1849,8 @@ def resolve(host: str, port: int) -> list[bytes]:
 
 def interleave(addresses: list[bytes]) -> list[bytes]:
     """Return addresses with the families taking turns, RFC 8305 section 4."""
+    if len(addresses) == 1:
+        return addresses
     first = [a for a in addresses if len(a) == len(addresses[0])]
     second = [a for a in addresses if len(a) != len(addresses[0])]
     turns = [a for pair in zip(first, second) for a in pair]
@@ -1844,20 +1861,21 @@ def plan(
     addresses: list[bytes], port: int, uplinks: list[Uplink], board: Scoreboard
 ) -> list[Attempt]:
     """Return the attempts in their order: uplink by uplink, failed ones last."""
-    ways: list[Uplink | None] = list(uplinks) or [None]
     now = time.monotonic()
 
-    def tired(way: Uplink | None) -> bool:
-        failed = board.uplink_failed(way.number) if way else 0.0
+    def tired(way: Uplink) -> bool:
+        failed = board.uplink_failed(way.number)
         return bool(failed) and now - failed < UPLINK_REST
 
+    if not uplinks:
+        return [Attempt(a, port, None, RACE_DELAY) for a in interleave(addresses)]
     attempts: list[Attempt] = []
     seen: set[int] = set()  # families, as address lengths, that have a way
-    for way in sorted(ways, key=tired):
+    for way in sorted(uplinks, key=tired):
         usable = [
             packed
             for packed in interleave(addresses)
-            if not way or not way.packed or len(way.packed) == len(packed)
+            if not way.packed or len(way.packed) == len(packed)
         ]
         # The second source address of one line, for the other family, is no
         # second line: it does not wait for the first to fail.
@@ -1955,46 +1973,34 @@ def is_answer(error: OSError) -> bool:
     return error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
 
 
-class Connector:
-    """What dialling needs to know: who asks, under which rules, from where."""
+def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list[bytes]:
+    """Return the addresses of a host that may be dialed; raise Refused if none may."""
+    allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
+    for packed in resolve(host, port):
+        verdict = policy.judge(client, user, host, port, packed)
+        if verdict.allowed:
+            allowed.append(packed)
+        else:
+            refusal = Refused(verdict.outcome, f"{unpack(packed)}: {verdict.rule}")
+    if not allowed:
+        raise refusal
+    return allowed
 
-    def __init__(self, worker: Worker, policy: Policy) -> None:
-        self.worker, self.policy = worker, policy
 
-    def judged(self, session: Session, host: str, port: int) -> list[bytes]:
-        """Return the addresses of a host that may be dialled; raise Refused."""
-        allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
-        for packed in resolve(host, port):
-            verdict = self.judge(session, host, port, packed)
-            if verdict.allowed:
-                allowed.append(packed)
-            else:
-                refusal = Refused(verdict.outcome, f"{unpack(packed)}: {verdict.rule}")
-        if not allowed:
-            raise refusal
-        return allowed
+def dial(
+    worker: Worker, policy: Policy, session: Session, host: str, port: int
+) -> socket.socket:
+    """Return a connection to a target, for a session that learns its two ends.
 
-    def judge(self, session: Session, host: str, port: int, packed: bytes) -> Verdict:
-        peer = self.worker.peer
-        return self.policy.judge(peer, session.user, host, port, packed)
-
-    def connect(self, session: Session, host: str, port: int) -> tuple[Stream, bytes]:
-        """Return a stream to a target, and the address dialled; raise Refused.
-
-        The session learns the address and the source.
-        """
-        worker = self.worker
-        addresses = self.judged(session, host, port)
-        attempts = plan(addresses, port, self.policy.uplinks, worker.board)
-        race = Race(worker.watch, worker.board)
-        sock, attempt = race.run(attempts, worker.config.connect_timeout)
-        try:
-            session.source = endpoint(sock.getsockname())
-            session.address = endpoint((unpack(attempt.packed), port))
-            return Stream(sock, SERVER_GONE), attempt.packed
-        except OSError as error:  # it is gone again
-            sock.close()
-            raise Refused(SERVER_GONE, reason(error)) from None
+    Raises Refused.
+    """
+    addresses = judged(policy, worker.peer, session.user, host, port)
+    attempts = plan(addresses, port, policy.uplinks, worker.board)
+    race = Race(worker.watch, worker.board)
+    sock, attempt = race.run(attempts, worker.config.connect_timeout)
+    session.address = endpoint((unpack(attempt.packed), port))
+    session.source = endpoint(sock.getsockname())
+    return sock
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -2028,8 +2034,7 @@ HOST = re.compile(
     rb"(?::[0-9]*)?"
 )
 
-Fields = list[tuple[bytes, bytes]]
-Names = dict[bytes, list[bytes]]  # lower case name -> values, in order
+Names = dict[bytes, list[bytes]]
 
 CHUNKED = -1  # a body's length: known chunk by chunk
 ENDLESS = -2  # a response body's length: until the connection closes
@@ -2059,7 +2064,7 @@ END_TO_END = {
     b"x-forwarded-for",
 }
 # RFC 9110 section 6.5.1: framing, routing and identity do not come in trailers.
-NOT_IN_TRAILERS = (
+NOT_IN_TRAILERS = frozenset(
     HOP_BY_HOP
     | END_TO_END
     | {
@@ -2077,12 +2082,53 @@ NOT_IN_TRAILERS = (
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
 
 
+def members(names: Names, name: bytes) -> list[bytes]:
+    """Return the members of a list field, lower case, from all its lines."""
+    lines = names.get(name)
+    if not lines:
+        return []
+    listed = [part.strip(b" \t").lower() for part in b",".join(lines).split(b",")]
+    return [member for member in listed if member]
+
+
+class Fields:
+    """The field lines of a head, parsed, and what follows from them alone."""
+
+    __slots__ = ("lines", "names", "onward", "options")
+
+    def __init__(self, section: bytes, asked: bool) -> None:
+        """Take a section of whole lines, asked: of a request; raise ValueError."""
+        if not (REQUEST_FIELDS if asked else RESPONSE_FIELDS).fullmatch(section):
+            raise ValueError("malformed field line")
+        self.lines = [
+            (name, text.strip(b" \t")) for name, text in FIELD.findall(section)
+        ]
+        self.names: Names = {}  # lower case -> values, in their order
+        for name, value in self.lines:
+            self.names.setdefault(name.lower(), []).append(value)
+        self.options = members(self.names, b"connection")
+        # The lines that travel on: not those of one hop, by their name or
+        # because Connection says so.
+        dropped = REWRITTEN_ASKED if asked else REWRITTEN
+        if self.options:
+            dropped = dropped | (set(self.options) - END_TO_END)
+        self.onward = self.without(dropped)
+
+    def without(self, dropped: frozenset[bytes]) -> bytes:
+        """Return the lines less those dropped, by their names in lower case."""
+        kept = [line for line in self.lines if line[0].lower() not in dropped]
+        return b"".join([b"%b: %b\r\n" % line for line in kept])
+
+
+# Clients and servers repeat themselves: most heads end like the one before.
+parse_fields = functools.lru_cache(maxsize=32)(Fields)
+
+
 class RequestHead(NamedTuple):
     method: bytes
     target: bytes
     minor: int  # the second digit of the version; the first is 1
     fields: Fields
-    names: Names
 
 
 class ResponseHead(NamedTuple):
@@ -2090,18 +2136,6 @@ class ResponseHead(NamedTuple):
     reason: bytes
     minor: int
     fields: Fields
-    names: Names
-
-
-def parse_fields(section: bytes, grammar: re.Pattern[bytes]) -> tuple[Fields, Names]:
-    """Return the fields of a section of whole lines; raise ValueError."""
-    if not grammar.fullmatch(section):
-        raise ValueError("malformed field line")
-    fields = [(name, value.strip(b" \t")) for name, value in FIELD.findall(section)]
-    names: Names = {}
-    for name, value in fields:
-        names.setdefault(name.lower(), []).append(value)
-    return fields, names
 
 
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
@@ -2132,16 +2166,16 @@ def parse_request(head: bytes) -> RequestHead:
     line, _, section = head.partition(b"\r\n")
     method, target, minor = parse_request_line(line)
     try:
-        fields, names = parse_fields(section, REQUEST_FIELDS)
+        fields = parse_fields(section, True)
     except ValueError as error:
         raise Refused(BAD_REQUEST, str(error)) from None
     # RFC 9112 section 3.2: one, and only one, and a valid one.
-    hosts = names.get(b"host", [])
+    hosts = fields.names.get(b"host", [])
     if len(hosts) > 1 or not hosts and minor == 1:
         raise Refused(BAD_REQUEST, f"{len(hosts)} Host fields")
     if hosts and not ((match := HOST.fullmatch(hosts[0])) and is_literal(match[1])):
         raise Refused(BAD_REQUEST, "invalid Host field")
-    return RequestHead(method, target, minor, fields, names)
+    return RequestHead(method, target, minor, fields)
 
 
 def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
@@ -2157,19 +2191,10 @@ def parse_response(head: bytes) -> ResponseHead:
     line, _, section = head.partition(b"\r\n")
     status, phrase, minor = parse_status_line(line)
     try:
-        fields, names = parse_fields(section, RESPONSE_FIELDS)
+        fields = parse_fields(section, False)
     except ValueError as error:
         raise Refused(BAD_RESPONSE, str(error)) from None
-    return ResponseHead(status, phrase, minor, fields, names)
-
-
-def members(names: Names, name: bytes) -> list[bytes]:
-    """Return the members of a list field, lower case, from all its lines."""
-    lines = names.get(name)
-    if not lines:
-        return []
-    listed = [part.strip(b" \t").lower() for part in b",".join(lines).split(b",")]
-    return [member for member in listed if member]
+    return ResponseHead(status, phrase, minor, fields)
 
 
 def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
@@ -2178,7 +2203,7 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
     Raises Refused with the outcome given.
     """
-    names = head.names
+    names = head.fields.names
     lengths = names.get(b"content-length")
     if b"transfer-encoding" in names:
         codings = members(names, b"transfer-encoding")
@@ -2211,6 +2236,7 @@ class Target(NamedTuple):
     path: bytes  # for the request line: origin-form, or *
 
 
+@functools.lru_cache(maxsize=32)
 def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     """Return host and port of "host:port"; default 0 demands one.  Raises Refused."""
     match = AUTHORITY.fullmatch(raw)
@@ -2252,24 +2278,6 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     if not path.startswith(b"/"):
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
     return Target(host, port, authority.removesuffix(b":"), path)
-
-
-def forwarded(
-    head: RequestHead | ResponseHead, via: bytes, dropped: frozenset[bytes]
-) -> bytes:
-    """Return the lines of the fields that travel on, and our Via behind them.
-
-    Left out is what belongs to one hop, by its name or because Connection says so.
-    """
-    if options := members(head.names, b"connection"):
-        dropped = dropped | (set(options) - END_TO_END)
-    lines = [
-        b"%b: %b\r\n" % field
-        for field in head.fields
-        if field[0].lower() not in dropped
-    ]
-    lines.append(b"Via: 1.%d %b\r\n" % (head.minor, via))
-    return b"".join(lines)
 
 
 def framing_lines(length: int | None) -> bytes:
@@ -2320,14 +2328,12 @@ def chunked(
         if len(section) > HEAD_LIMIT:
             raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
     try:
-        fields, _ = parse_fields(section, REQUEST_FIELDS)
+        trailers = Fields(section, True)
     except ValueError as error:
         raise Refused(bad, str(error)) from None
     if framed:
-        dropped = NOT_IN_TRAILERS | set(members(head.names, b"connection"))
-        kept = [field for field in fields if field[0].lower() not in dropped]
-        lines = b"".join(b"%b: %b\r\n" % field for field in kept)
-        lane.out += b"0\r\n%b\r\n" % lines
+        dropped = NOT_IN_TRAILERS | set(head.fields.options)
+        lane.out += b"0\r\n%b\r\n" % trailers.without(dropped)
 
 
 PHRASES = {
@@ -2355,13 +2361,12 @@ def http_date(second: int) -> bytes:
 class Http:
     """One client's HTTP connection, and the server connection kept for it."""
 
-    def __init__(self, worker: Worker, connector: Connector, client: Stream) -> None:
+    def __init__(self, worker: Worker, policy: Policy, client: Stream) -> None:
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
-        self.connector, self.client = connector, client
+        self.policy, self.client = policy, client
         self.via = self.config.name.encode()
         self.server: Stream | None = None
-        self.server_at: tuple[str, int] = "", 0  # the host and port it was dialled for
-        self.server_packed = b""
+        self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_names = "-", "-"  # for the log: address and source
         self.session: Session
         self.head: RequestHead | None = None
@@ -2490,13 +2495,16 @@ class Http:
         raw = self.read_head()
         head = self.head = parse_request(raw)
         session = self.session
-        session.method = printable(head.method, METHOD_LIMIT)
+        session.method = head.method.decode()  # a token is printable
         session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
         length = body_length(head, BAD_REQUEST)
         if head.method == b"CONNECT":
             return self.tunnel(head, length)
         self.wishes(head)
-        if b"max-forwards" in head.names and head.method in (b"TRACE", b"OPTIONS"):
+        if b"max-forwards" in head.fields.names and head.method in (
+            b"TRACE",
+            b"OPTIONS",
+        ):
             if self.last_hop(head, raw):
                 return OK
         if head.method == b"TRACE" and length is not None:
@@ -2514,21 +2522,20 @@ class Http:
     def wishes(self, head: RequestHead) -> None:
         """Note whether the client may go on after this; raise Refused for a bad wish."""
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
-        self.keep = head.minor == 1 and b"close" not in members(
-            head.names, b"connection"
-        )
+        self.keep = head.minor == 1 and b"close" not in head.fields.options
         self.asked_to_keep = self.keep
-        if head.minor == 1 and set(members(head.names, b"expect")) - {b"100-continue"}:
+        wishes = members(head.fields.names, b"expect")
+        if wishes and head.minor == 1 and set(wishes) - {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
 
     def check_loop(self, head: RequestHead) -> None:
-        for member in members(head.names, b"via"):
+        for member in members(head.fields.names, b"via"):
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
     def last_hop(self, head: RequestHead, raw: bytes) -> bool:
         """Answer TRACE and OPTIONS that may go no further; RFC 9110 section 7.6.2."""
-        values = head.names[b"max-forwards"]
+        values = head.fields.names[b"max-forwards"]
         if len(values) > 1 or not re.fullmatch(rb"[0-9]{1,32}", values[0]):
             raise Refused(BAD_REQUEST, "invalid Max-Forwards")
         if int(values[0]):
@@ -2538,10 +2545,9 @@ class Http:
         if head.method == b"OPTIONS":
             self.answer_options()
             return True
-        secret = {b"proxy-authorization", b"authorization", b"cookie"}
+        secret = frozenset({b"proxy-authorization", b"authorization", b"cookie"})
         line = raw.partition(b"\r\n")[0]
-        lines = [b"%b: %b" % f for f in head.fields if f[0].lower() not in secret]
-        echo = b"\r\n".join([line, *lines, b"", b""])
+        echo = b"%b\r\n%b\r\n" % (line, head.fields.without(secret))
         self.answer(b"200 OK", b"Content-Type: message/http\r\n", echo)
         return True
 
@@ -2680,10 +2686,9 @@ class Http:
     def dial(self, host: str, port: int) -> None:
         """Replace the server connection by a new one; raise Refused."""
         self.drop_server()
-        self.server, self.server_packed = self.connector.connect(
-            self.session, host, port
-        )
-        self.server_at = host, port
+        sock = dial(self.worker, self.policy, self.session, host, port)
+        self.server = Stream(sock, SERVER_GONE)
+        self.server_for = self.session.user, host, port
         self.server_names = self.session.address, self.session.source
 
     def join(self, up: Lane, down: Lane) -> None:
@@ -2714,11 +2719,12 @@ class Http:
             up = Lane(self.watch, self.client, None, self.config.idle_timeout)
             up.script = self.ask(up, head, fields, length)
             up.step()  # reads what has come: a malformed body must reach nobody
-            reused = self.server is not None and self.server_at == place
+            # Who may dial a place may go on asking it: the rules see no more.
+            reused = self.server is not None and self.server_for == (
+                session.user,
+                *place,
+            )
             if reused:
-                verdict = self.connector.judge(session, *place, self.server_packed)
-                if not verdict.allowed:
-                    raise Refused(verdict.outcome, verdict.rule)
                 session.address, session.source = self.server_names
             else:
                 self.worker.begin(session)
@@ -2743,31 +2749,33 @@ class Http:
         self, head: RequestHead, target: Target, length: int | None
     ) -> bytes:
         """Return the head of a request as it travels on."""
-        names, dropped, extra = head.names, REWRITTEN_ASKED, b""
+        names, onward, extra = head.fields.names, head.fields.onward, b""
         if head.method in (b"TRACE", b"OPTIONS") and b"max-forwards" in names:
-            dropped = dropped | {b"max-forwards"}
+            onward = re.sub(rb"(?im)^max-forwards:.*\r\n", b"", onward)
             extra += b"Max-Forwards: %d\r\n" % (int(names[b"max-forwards"][0]) - 1)
         if head.minor == 1 and length and b"expect" in names:
             extra += b"Expect: 100-continue\r\n"
         if self.offers(head):
             offered = b", ".join(names[b"upgrade"])
             extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
-        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%bVia: 1.%d %b\r\n%b%b\r\n" % (
             head.method,
             target.path,
             target.authority,
-            forwarded(head, self.via, dropped),
+            onward,
+            head.minor,
+            self.via,
             framing_lines(length),
             extra,
         )
 
     def offers(self, head: RequestHead) -> bool:
         """Return whether a client offers to change the protocol: RFC 9110 7.8."""
-        names = head.names
+        fields = head.fields
         return (
-            head.minor == 1
-            and b"upgrade" in names
-            and b"upgrade" in members(names, b"connection")
+            b"upgrade" in fields.options
+            and head.minor == 1
+            and b"upgrade" in fields.names
         )
 
     def exchange(self, head: RequestHead, up: Lane) -> Outcome:
@@ -2821,8 +2829,7 @@ class Http:
                 raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
             self.continued |= response.status == 100
             if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
-                down.out += self.response_line(response)
-                down.out += forwarded(response, self.via, REWRITTEN) + b"\r\n"
+                down.out += self.onward(response) + b"\r\n"
                 yield from down.flush()
         self.session.status = str(response.status)
         if response.status == 101:
@@ -2875,52 +2882,54 @@ class Http:
         up: Lane,
     ) -> None:
         """Decide which of the two connections goes on after this answer."""
-        closing = b"close" in members(response.names, b"connection")
-        self.server_keeps = response.minor == 1 and not closing and length != ENDLESS
+        closing = response.minor == 0 or b"close" in response.fields.options
+        self.server_keeps = not closing and length != ENDLESS
         self.endless = length == ENDLESS or length == CHUNKED and head.minor == 0
         if self.endless or self.worker.leaving():
             self.keep = False
         # RFC 9110 section 10.1.1: a client that was not told to go on may not
         # send its body, ever.
-        if not up.done and b"expect" in head.names and not self.continued:
+        if not up.done and b"expect" in head.fields.names and not self.continued:
             up.abandoned = True
         if not up.done and (up.abandoned or not self.server_keeps):
             self.keep = False
 
-    def response_line(self, response: ResponseHead) -> bytes:
-        return b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)
+    def onward(self, response: ResponseHead) -> bytes:
+        """Return the head of a response as it travels on, less its last lines."""
+        return b"HTTP/1.1 %d %b\r\n%bVia: 1.%d %b\r\n" % (
+            response.status,
+            response.reason,
+            response.fields.onward,
+            response.minor,
+            self.via,
+        )
 
     def response_head(
         self, head: RequestHead, response: ResponseHead, length: int | None
     ) -> bytes:
         """Return the head of a final response as it travels on."""
-        extra = b""
-        if b"date" not in response.names:
-            extra += b"Date: %b\r\n" % http_date(int(time.time()))
+        lines = self.onward(response)
+        if b"date" not in response.fields.names:
+            lines += b"Date: %b\r\n" % http_date(int(time.time()))
         if head.minor == 1 or length != CHUNKED:
-            extra += framing_lines(length)
-        if not self.keep:
-            extra += b"Connection: close\r\n"
-        fields = forwarded(response, self.via, REWRITTEN)
-        return b"%b%b%b\r\n" % (self.response_line(response), fields, extra)
+            lines += framing_lines(length)
+        return lines + (b"\r\n" if self.keep else b"Connection: close\r\n\r\n")
 
     def switch(
         self, down: Lane, up: Lane, head: RequestHead, response: ResponseHead
     ) -> Script:
         """Turn an exchange into a tunnel, if the server took what was offered."""
-        taken = set(members(response.names, b"upgrade"))
-        offered = set(members(head.names, b"upgrade")) if self.offers(head) else set()
-        if not taken or not taken <= offered:
+        taken = set(members(response.fields.names, b"upgrade"))
+        offered = set(members(head.fields.names, b"upgrade"))
+        if not taken or not taken <= offered or not self.offers(head):
             raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
         self.keep = False
         self.answered = self.upgraded = True
         self.session.proto = "upgrade"
         self.worker.begin(self.session)
         up.patience = down.patience = self.config.tunnel_timeout
-        down.out += self.response_line(response) + forwarded(
-            response, self.via, REWRITTEN
-        )
-        chosen = b", ".join(response.names[b"upgrade"])
+        chosen = b", ".join(response.fields.names[b"upgrade"])
+        down.out += self.onward(response)
         down.out += b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n" % chosen
         yield from down.flush()
         if up.waits is PAUSE:
@@ -2941,7 +2950,7 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         # Without a byte: a stranger learns nothing, not even what this is.
         worker.finish(Session(worker.name), OUTSIDER.word)
         return
-    Http(worker, Connector(worker, policy), client).serve()
+    Http(worker, policy, client).serve()
 
 
 # --- Service ------------------------------------------------------------------
