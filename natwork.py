@@ -266,7 +266,7 @@ class Outcome(NamedTuple):
     """How a session ended, and what the client may do about it."""
 
     word: str  # the access log's
-    status: int  # RFC 9110 section 15
+    status: str  # RFC 9110 section 15
     error: str  # RFC 9209 section 2.3; empty: not a failure of this gateway
     advice: str = ""  # a sentence for the client's page
 
@@ -275,58 +275,97 @@ ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
 
-OK = Outcome("ok", 200, "")
-ENDED = Outcome("closed", 200, "")
-OUTSIDER = Outcome("not-inside", 0, "")
-BAD_REQUEST = Outcome("bad-request", 400, "http_request_error", MEND_CLIENT)
-HEAD_TIMEOUT = Outcome("head-timeout", 408, "http_request_error", TRY_LATER)
-BODY_TIMEOUT = Outcome("body-timeout", 408, "http_request_error", TRY_LATER)
-URI_TOO_LONG = Outcome("uri-too-long", 414, "http_request_error", MEND_CLIENT)
-EXPECTATION = Outcome("expectation-failed", 417, "http_request_error", MEND_CLIENT)
-HEAD_TOO_LARGE = Outcome("head-too-large", 431, "http_request_error", MEND_CLIENT)
+OK = Outcome("ok", "200 OK", "")
+ENDED = Outcome("closed", "200 OK", "")
+OUTSIDER = Outcome("not-inside", "", "")
+BAD_REQUEST = Outcome(
+    "bad-request", "400 Bad Request", "http_request_error", MEND_CLIENT
+)
+HEAD_TIMEOUT = Outcome(
+    "head-timeout", "408 Request Timeout", "http_request_error", TRY_LATER
+)
+BODY_TIMEOUT = Outcome(
+    "body-timeout", "408 Request Timeout", "http_request_error", TRY_LATER
+)
+URI_TOO_LONG = Outcome(
+    "uri-too-long", "414 URI Too Long", "http_request_error", MEND_CLIENT
+)
+EXPECTATION = Outcome(
+    "expectation-failed", "417 Expectation Failed", "http_request_error", MEND_CLIENT
+)
+HEAD_TOO_LARGE = Outcome(
+    "head-too-large",
+    "431 Request Header Fields Too Large",
+    "http_request_error",
+    MEND_CLIENT,
+)
 NOT_IMPLEMENTED = Outcome(
     "not-implemented",
-    501,
+    "501 Not Implemented",
     "http_request_error",
     "This gateway takes http:// targets, and CONNECT for everything else.",
 )
 BAD_VERSION = Outcome(
-    "bad-version", 505, "http_request_error", "This gateway speaks HTTP/1.1 and 1.0."
+    "bad-version",
+    "505 HTTP Version Not Supported",
+    "http_request_error",
+    "This gateway speaks HTTP/1.1 and 1.0.",
 )
-DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
+DENIED = Outcome("denied", "403 Forbidden", "http_request_denied", ASK_OPERATOR)
 LOOP = Outcome(
     "loop",
-    502,
+    "502 Bad Gateway",
     "proxy_loop_detected",
     "The target is this gateway itself: ask for the host you mean.",
 )
 NO_SUCH_HOST = Outcome(
-    "no-such-host", 502, "dns_error", "Check the spelling of the host name."
+    "no-such-host",
+    "502 Bad Gateway",
+    "dns_error",
+    "Check the spelling of the host name.",
 )
-DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout", TRY_LATER)
-CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout", TRY_LATER)
-CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable", TRY_LATER)
-OVERLOAD = Outcome("overload", 503, "connection_limit_reached", TRY_LATER)
-SERVER_GONE = Outcome("server-gone", 502, "connection_terminated", TRY_LATER)
+DNS_TIMEOUT = Outcome("dns-timeout", "504 Gateway Timeout", "dns_timeout", TRY_LATER)
+CONNECT_TIMEOUT = Outcome(
+    "connect-timeout", "504 Gateway Timeout", "connection_timeout", TRY_LATER
+)
+CONNECT_FAILED = Outcome(
+    "connect-failed", "502 Bad Gateway", "destination_unavailable", TRY_LATER
+)
+OVERLOAD = Outcome(
+    "overload", "503 Service Unavailable", "connection_limit_reached", TRY_LATER
+)
+SERVER_GONE = Outcome(
+    "server-gone", "502 Bad Gateway", "connection_terminated", TRY_LATER
+)
 BAD_RESPONSE = Outcome(
     "bad-response",
-    502,
+    "502 Bad Gateway",
     "http_protocol_error",
     "The server is at fault; tell its owner.",
 )
 UPGRADE_FAILED = BAD_RESPONSE._replace(word="bad-upgrade", error="http_upgrade_failed")
-ANSWER_TIMEOUT = Outcome("answer-timeout", 504, "http_response_timeout", TRY_LATER)
-CLIENT_GONE = Outcome("client-gone", 400, "")
-IDLE = Outcome("idle-timeout", 504, "")
-DRAINED = Outcome("drained", 503, "")
-OPERATOR = Outcome("operator", 503, "")
-KILLED = Outcome("killed", 503, "")
-BROKEN = Outcome("internal-error", 500, "proxy_internal_error", ASK_OPERATOR)
+ANSWER_TIMEOUT = Outcome(
+    "answer-timeout", "504 Gateway Timeout", "http_response_timeout", TRY_LATER
+)
+CLIENT_GONE = Outcome("client-gone", "400 Bad Request", "")
+IDLE = Outcome("idle-timeout", "504 Gateway Timeout", "")
+DRAINED = Outcome("drained", "503 Service Unavailable", "")
+OPERATOR = Outcome("operator", "503 Service Unavailable", "")
+KILLED = Outcome("killed", "503 Service Unavailable", "")
+BROKEN = Outcome(
+    "internal-error", "500 Internal Server Error", "proxy_internal_error", ASK_OPERATOR
+)
 
-UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", TRY_LATER)
+UNROUTABLE = Outcome(
+    "unreachable", "502 Bad Gateway", "destination_ip_unroutable", TRY_LATER
+)
 OUTCOME_OF_ERRNO = {
-    errno.ECONNREFUSED: Outcome("refused", 502, "connection_refused", TRY_LATER),
-    errno.ECONNRESET: Outcome("reset", 502, "connection_terminated", TRY_LATER),
+    errno.ECONNREFUSED: Outcome(
+        "refused", "502 Bad Gateway", "connection_refused", TRY_LATER
+    ),
+    errno.ECONNRESET: Outcome(
+        "reset", "502 Bad Gateway", "connection_terminated", TRY_LATER
+    ),
     errno.ETIMEDOUT: CONNECT_TIMEOUT,
     errno.ENETUNREACH: UNROUTABLE,
     errno.EHOSTUNREACH: UNROUTABLE,
@@ -541,9 +580,10 @@ class Session:
         "user",
     )
 
-    def __init__(self, client: str) -> None:
+    def __init__(self, client: str, proto: str = "-") -> None:
         self.began, self.pid, self.client = time.time(), os.getpid(), client
-        self.user = self.proto = self.method = self.target = "-"
+        self.proto = proto
+        self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
         self.up = self.down = 0  # bytes written to the server, and to the client
 
@@ -1099,7 +1139,7 @@ class Worker:
         """Return whether this worker should take no more requests."""
         return self.generation.number < self.board.number(RETIRED_BELOW)
 
-    def silence(self, seconds: float, *quiet: Stream) -> list[int]:
+    def silence(self, seconds: float, quiet: list[Stream]) -> list[int]:
         """Wait for a word from any of these, and make room for others if need be.
 
         Returns the descriptors that have something; [] when it is time to go.
@@ -1122,13 +1162,13 @@ class Worker:
                 os.read(self.pressure_out, 1)
                 self.poke()
                 return []
-            return self.silence(seconds, *quiet)
+            return self.silence(seconds, quiet)
         return spoken
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: Session, titled: bool = False) -> None:
         """Show a session that begins, or that now knows more."""
         self.slot.show(session.row())
-        if set_title:
+        if titled and set_title:
             self.entitle(session.title())
 
     def finish(self, session: Session, outcome: str) -> None:
@@ -2336,22 +2376,6 @@ def chunked(
         lane.out += b"0\r\n%b\r\n" % trailers.without(dropped)
 
 
-PHRASES = {
-    400: "Bad Request",
-    403: "Forbidden",
-    408: "Request Timeout",
-    414: "URI Too Long",
-    417: "Expectation Failed",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    502: "Bad Gateway",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-    505: "HTTP Version Not Supported",
-}
-
-
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> bytes:
     """Return a time as an IMF-fixdate, RFC 9110 section 5.6.7."""
@@ -2367,79 +2391,63 @@ class Http:
         self.via = self.config.name.encode()
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
-        self.server_names = "-", "-"  # for the log: address and source
-        self.session: Session
-        self.head: RequestHead | None = None
-        self.down: Lane
+        self.server_ends = "-", "-"  # its address and source, for the log
         self.fresh = True  # no request has come yet
-        # Of the request that is being served:
-        self.keep = self.asked_to_keep = False  # the client's connection, after it
+        self.session: Session
+        self.start_request()
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        self.head: RequestHead | None = None
+        self.keep = False  # the client's connection goes on after this one
+        self.wants_more = False  # the client wants it to
         self.answered = False  # a final answer has begun
-        self.upgraded = False  # and it was: here begins a tunnel
-        self.endless = False  # and nothing but the close will say that it is whole
-        self.sent_before = 0  # bytes of interim answers
-        self.continued = False  # the client was told to send its body
-        self.server_keeps = False
-        self.heard = False  # a byte of the server's answer has come
-        self.awaits_body = False  # at a time-out: it was the client's silence
-        self.lingers = False  # the last answer needs a staged close
+        self.endless = False  # and nothing but the close will end it
+        self.lingers = False  # the close is to be staged
 
     def serve(self) -> None:
         """Answer requests until the connection is over."""
         try:
-            while self.one() and self.keep:
-                pass
+            while self.client.received or self.await_request():
+                self.one()
+                if self.lingers:
+                    self.linger()
+                if not self.keep:
+                    return
         finally:
-            if self.server:
-                self.server.close()
+            self.drop_server()
 
-    def one(self) -> bool:
-        """Answer one request; return False if none came."""
-        if not self.client.received and not self.await_request():
-            return False
-        self.session = Session(self.worker.name)
-        self.session.proto = "http"
-        self.head = None
-        self.keep = self.answered = self.upgraded = self.continued = False
-        self.endless, self.sent_before = False, 0
-        self.awaits_body = self.lingers = False
+    def one(self) -> None:
+        """Answer one request, whatever becomes of it, and write it down."""
+        self.start_request()
+        session = self.session = Session(self.worker.name, "http")
         outcome = BROKEN
         try:
-            try:
-                outcome = self.request()
-            except IdleTimeout:
-                raise self.silence() from None
-            except OSError as error:
-                failure = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
-                raise Refused(failure, reason(error)) from None
+            outcome = self.request()
         except Refused as refusal:
             outcome = refusal.outcome
             self.refuse(refusal)
+        except OSError as error:
+            outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+            self.refuse(Refused(outcome, reason(error)))
         finally:
-            self.worker.finish(self.session, outcome.word)
-        if self.lingers:
-            self.linger()
-        return True
+            self.worker.finish(session, outcome.word)
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
-        if self.fresh:  # it has probably come with the connection
-            self.fresh = False
+        seconds = self.config.keepalive_timeout
+        if self.fresh:
+            self.fresh, seconds = False, self.config.head_timeout
             with contextlib.suppress(BlockingIOError):
-                return self.fill()
-            seconds = self.config.head_timeout
-        else:
-            seconds = self.config.keepalive_timeout
+                return self.fill()  # it has probably come with the connection
         while True:
             quiet = [self.client, self.server] if self.server else [self.client]
-            spoken = self.worker.silence(seconds, *quiet)
+            spoken = self.worker.silence(seconds, quiet)
             if self.server and self.server.fd in spoken:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
-            if self.client.fd in spoken:
-                return self.fill()
-            if not spoken:
-                return False
+            if self.client.fd in spoken or not spoken:
+                return bool(spoken) and self.fill()
 
     def fill(self) -> bool:
         """Receive from the client; return False at the end or after a reset."""
@@ -2449,6 +2457,17 @@ class Http:
             return False
         self.client.received += data
         return bool(data)
+
+    def dial(self, host: str, port: int) -> Stream:
+        """Replace the server connection by a new one, and return it; raise Refused."""
+        self.drop_server()
+        session = self.session
+        self.server = Stream(
+            dial(self.worker, self.policy, session, host, port), SERVER_GONE
+        )
+        self.server_for = session.user, host, port
+        self.server_ends = session.address, session.source
+        return self.server
 
     def drop_server(self) -> None:
         if self.server:
@@ -2467,13 +2486,10 @@ class Http:
                 del received[:2]  # RFC 9112 section 2.2
                 blanks += 2
             if (end := received.find(b"\r\n\r\n", 0, HEAD_LIMIT)) >= 0:
-                head = self.client.take(end + 4)
-                return head[:-2]
+                return self.client.take(end + 4)[:-2]
             self.check_begun(received)
-            ready = self.watch.wait(
-                {self.client.fd: select.POLLIN}, deadline - time.monotonic()
-            )
-            if not ready:
+            left = deadline - time.monotonic()
+            if not self.watch.wait({self.client.fd: select.POLLIN}, left):
                 raise Refused(HEAD_TIMEOUT, "the request head did not come to its end")
             if not self.fill():
                 raise Refused(CLIENT_GONE, "closed inside the request head")
@@ -2494,94 +2510,76 @@ class Http:
         """Read and answer one request; return the outcome, or raise Refused."""
         raw = self.read_head()
         head = self.head = parse_request(raw)
-        session = self.session
+        session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
         session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
         length = body_length(head, BAD_REQUEST)
         if head.method == b"CONNECT":
-            return self.tunnel(head, length)
-        self.wishes(head)
-        if b"max-forwards" in head.fields.names and head.method in (
-            b"TRACE",
-            b"OPTIONS",
-        ):
-            if self.last_hop(head, raw):
-                return OK
-        if head.method == b"TRACE" and length is not None:
-            raise Refused(BAD_REQUEST, "TRACE with a body")
-        if head.target == b"*" and head.method == b"OPTIONS":
-            self.answer_options()
-            return OK
+            return self.connect(head, length)
+        # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
+        self.keep = head.minor == 1 and b"close" not in head.fields.options
+        self.wants_more = self.keep
+        if b"expect" in names and head.minor == 1:
+            if set(members(names, b"expect")) != {b"100-continue"}:
+                raise Refused(EXPECTATION, "an expectation other than 100-continue")
+        if head.method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
+            return self.answer_here(head, raw)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
         session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
-        self.check_loop(head)
-        return self.forward(head, target, length)
-
-    def wishes(self, head: RequestHead) -> None:
-        """Note whether the client may go on after this; raise Refused for a bad wish."""
-        # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
-        self.keep = head.minor == 1 and b"close" not in head.fields.options
-        self.asked_to_keep = self.keep
-        wishes = members(head.fields.names, b"expect")
-        if wishes and head.minor == 1 and set(wishes) - {b"100-continue"}:
-            raise Refused(EXPECTATION, "an expectation other than 100-continue")
-
-    def check_loop(self, head: RequestHead) -> None:
-        for member in members(head.fields.names, b"via"):
+        for member in members(names, b"via"):
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
+        return self.forward(head, target, length)
 
-    def last_hop(self, head: RequestHead, raw: bytes) -> bool:
-        """Answer TRACE and OPTIONS that may go no further; RFC 9110 section 7.6.2."""
-        values = head.fields.names[b"max-forwards"]
-        if len(values) > 1 or not re.fullmatch(rb"[0-9]{1,32}", values[0]):
+    def is_last_hop(self, head: RequestHead, length: int | None) -> bool:
+        """Return whether TRACE or OPTIONS may go no further; RFC 9110 section 7.6.2."""
+        if head.method == b"TRACE" and length is not None:
+            raise Refused(BAD_REQUEST, "TRACE with a body")
+        if length:
+            self.keep = False  # should it be answered here, its body is not read
+        values = head.fields.names.get(b"max-forwards", [])
+        if len(values) > 1 or values and not re.fullmatch(rb"[0-9]{1,32}", values[0]):
             raise Refused(BAD_REQUEST, "invalid Max-Forwards")
-        if int(values[0]):
-            return False
-        if body_length(head, BAD_REQUEST):
-            self.keep = False  # the body is not read
-        if head.method == b"OPTIONS":
-            self.answer_options()
+        if values and int(values[0]) == 0 or head.target == b"*":
             return True
+        self.keep = self.wants_more
+        return False
+
+    def answer_here(self, head: RequestHead, raw: bytes) -> Outcome:
+        """Answer TRACE with what has arrived, and OPTIONS with what is possible."""
+        if head.method == b"OPTIONS":
+            allow = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
+            self.answer("200 OK", allow, b"")
+            return OK
+        if head.target == b"*":
+            raise Refused(BAD_REQUEST, "* is a target for OPTIONS only")
         secret = frozenset({b"proxy-authorization", b"authorization", b"cookie"})
         line = raw.partition(b"\r\n")[0]
         echo = b"%b\r\n%b\r\n" % (line, head.fields.without(secret))
-        self.answer(b"200 OK", b"Content-Type: message/http\r\n", echo)
-        return True
-
-    def answer_options(self) -> None:
-        allow = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
-        self.answer(b"200 OK", allow, b"")
+        self.answer("200 OK", b"Content-Type: message/http\r\n", echo)
+        return OK
 
     # Answers of our own.
 
-    def answer(self, status: bytes, lines: bytes, body: bytes) -> None:
+    def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; the client may have gone."""
-        self.session.status = status[:3].decode()
+        self.session.status = status[:3]
         date = http_date(int(time.time()))
-        head = b"HTTP/1.1 %b\r\nDate: %b\r\n%b" % (status, date, lines)
+        head = b"HTTP/1.1 %b\r\nDate: %b\r\n%b" % (status.encode(), date, lines)
         head += b"Content-Length: %d\r\n" % len(body)
         if not self.keep:
             head += b"Connection: close\r\n"
         if self.head and self.head.method == b"HEAD":
             body = b""
-        self.session.down += self.send(head + b"\r\n" + body)
-
-    def send(self, data: bytes) -> int:
-        """Send to the client what is short; return how much of it was taken."""
-        deadline = time.monotonic() + self.config.head_timeout
-        sent = 0
+        lane = Lane(self.watch, self.client, self.client, self.config.head_timeout)
+        lane.out += head + b"\r\n" + body
         with contextlib.suppress(OSError, Refused):
-            while sent < len(data):
-                try:
-                    sent += self.client.sock.send(data[sent:])
-                except BlockingIOError:
-                    left = deadline - time.monotonic()
-                    if not self.watch.wait({self.client.fd: select.POLLOUT}, left):
-                        break
-        return sent
+            for fd, events in lane.flush():
+                if not self.watch.wait({fd: events}, lane.patience):
+                    break
+        self.session.down += lane.moved
 
     def refuse(self, refusal: Refused) -> None:
         """Tell the client why not; where an answer has begun, cut it short."""
@@ -2589,46 +2587,38 @@ class Http:
         if self.answered or not outcome.error:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
-            if self.upgraded or self.endless:
+            if self.endless:
                 self.client.abort()
             return
-        connect = head is not None and head.method == b"CONNECT"
-        if not head or connect or outcome.status in (400, 408, 501):
-            self.keep = False
+        if not head or head.method == b"CONNECT" or outcome.status[0] == "4":
+            # What was not understood has no end from which to go on; but it was
+            # when it was only denied.
+            self.keep = self.keep and outcome.status.startswith("403")
         if self.keep and head and body_length(head, BAD_REQUEST):
             self.keep = False  # its body is not read
-        status, lines, page = self.page(outcome, refusal.detail)
-        self.answer(status, lines, page)
+        self.answer(outcome.status, *self.explain(outcome, refusal.detail))
         self.lingers = not self.keep
 
-    def page(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes, bytes]:
-        """Return status, field lines and text that explain a refusal."""
-        status = f"{outcome.status} {PHRASES[outcome.status]}"
+    def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
+        """Return field lines and text that say what was refused, and why."""
         name, session = self.config.name, self.session
         why = "".join(c if " " <= c <= "~" else "?" for c in detail) or outcome.word
         asked = f"{session.method} {session.target}" if self.head else "this request"
-        page = (
-            f"{status}\n\n{name} (NATWork) refused {asked}\n\n"
-            f"Why: {why}.\nWhat to do: {outcome.advice}\n"
-        )
-        details = why.replace("\\", "/").replace('"', "'")
         # RFC 9209 section 2: a token where it is one, else a string.
         who = name if name[:1].isalpha() else f'"{name}"'
+        details = why.replace("\\", "/").replace('"', "'")
         lines = (
             f'Proxy-Status: {who}; error={outcome.error}; details="{details}"\r\n'
-            "Content-Type: text/plain; charset=utf-8\r\n"
-            "Cache-Control: no-store\r\n"
+            "Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
             "X-Content-Type-Options: nosniff\r\n"
         )
-        if outcome.status == 503:
+        if outcome.status[:3] == "503":
             lines += "Retry-After: 5\r\n"
-        return status.encode(), lines.encode(), page.encode()
-
-    def talks_on(self) -> bool:
-        """Return whether a client who wanted to leave has said more."""
-        with contextlib.suppress(BlockingIOError):
-            return bool(self.client.received) or self.fill()
-        return False
+        page = (
+            f"{outcome.status}\n\n{name} (NATWork) refused {asked}\n\n"
+            f"Why: {why}.\nWhat to do: {outcome.advice}\n"
+        )
+        return lines.encode(), page.encode()
 
     def linger(self) -> None:
         """Part so that the last answer arrives: RFC 9112 section 9.6.
@@ -2645,184 +2635,165 @@ class Http:
                 if not self.client.sock.recv(COPY_SIZE):
                     return
 
-    def silence(self) -> Refused:
-        """Return the refusal for an exchange in which nothing moved any more."""
-        if self.upgraded or self.answered:
-            return Refused(IDLE, "nothing moved")
-        if self.awaits_body:
-            return Refused(BODY_TIMEOUT, "the request body did not come to its end")
-        return Refused(ANSWER_TIMEOUT, "the server did not answer")
+    # What travels on.
 
-    # CONNECT: RFC 9110 section 9.3.6.
-
-    def tunnel(self, head: RequestHead, length: int | None) -> Outcome:
-        """Answer a CONNECT and carry its bytes until both sides are done."""
-        session, worker = self.session, self.worker
+    def connect(self, head: RequestHead, length: int | None) -> Outcome:
+        """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
+        session = self.session
         session.proto = "connect"
         if length is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
         target = parse_target(head.method, head.target)
         session.target = printable(endpoint((target.host, target.port)).encode())
-        worker.begin(session)
-        self.dial(target.host, target.port)
+        self.worker.begin(session)
+        server = self.dial(target.host, target.port)
         session.status = "200"
-        worker.begin(session)
-        self.answered = self.upgraded = True
-        patience = self.config.tunnel_timeout
-        up = Lane(self.watch, self.client, self.server, patience)
-        down = Lane(self.watch, self.far, self.client, patience)
+        self.worker.begin(session, titled=True)
+        self.answered = self.endless = True
+        up = Lane(self.watch, self.client, server, self.config.tunnel_timeout)
+        down = Lane(self.watch, server, self.client, self.config.tunnel_timeout)
         up.script, down.script = up.tunnel(down), down.tunnel(up)
         down.out += b"HTTP/1.1 200 Connection established\r\n\r\n"
-        self.sent_before = -1
         self.join(up, down)
-        return self.tunnel_end(up)
-
-    def tunnel_end(self, up: Lane) -> Outcome:
-        """Return how a tunnel ended, and pass a reset on."""
-        if up.abandoned:
-            raise Refused(SERVER_GONE, "the server took no more")
         return ENDED
 
-    def dial(self, host: str, port: int) -> None:
-        """Replace the server connection by a new one; raise Refused."""
-        self.drop_server()
-        sock = dial(self.worker, self.policy, self.session, host, port)
-        self.server = Stream(sock, SERVER_GONE)
-        self.server_for = self.session.user, host, port
-        self.server_names = self.session.address, self.session.source
-
     def join(self, up: Lane, down: Lane) -> None:
-        """Relay, and write down what moved; a server left in mid-message is reset."""
+        """Relay, and write down what moved; raise Refused.
+
+        Where the end of a stream is the end of a message, a failure is passed
+        on as a reset.
+        """
+        failed = True
         try:
             relay(self.watch, self.worker.slot, up, down)
-        except (Refused, IdleTimeout):
-            self.awaits_body = not up.done and up.waits[0] == self.client.fd
-            # A final answer of which nothing was sent can still become another.
-            self.answered &= down.moved > self.sent_before
-            up.script.close()
-            down.script.close()
-            if self.upgraded:
-                self.far.abort()
-            self.drop_server()
-            raise
+            failed = self.endless and up.abandoned
+        except IdleTimeout:
+            if self.answered:
+                raise Refused(IDLE, "nothing moved") from None
+            if not up.done and up.waits[0] == self.client.fd:
+                raise Refused(BODY_TIMEOUT, "the request body did not end") from None
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
         finally:
             self.session.up += up.moved
             self.session.down += down.moved
-
-    # A request that travels on.
+            up.script.close()
+            down.script.close()
+            if failed and self.server:
+                if self.endless:
+                    self.server.abort()
+                self.drop_server()
+        if failed:
+            raise Refused(SERVER_GONE, "the server took no more")
 
     def forward(self, head: RequestHead, target: Target, length: int | None) -> Outcome:
         """Send a request on and its answer back; return the outcome."""
-        session, place = self.session, (target.host, target.port)
-        fields = self.request_head(head, target, length)
-        for again in (True, False):
-            up = Lane(self.watch, self.client, None, self.config.idle_timeout)
-            up.script = self.ask(up, head, fields, length)
-            up.step()  # reads what has come: a malformed body must reach nobody
-            # Who may dial a place may go on asking it: the rules see no more.
-            reused = self.server is not None and self.server_for == (
-                session.user,
-                *place,
-            )
-            if reused:
-                session.address, session.source = self.server_names
-            else:
-                self.worker.begin(session)
-                self.dial(*place)
-            self.worker.begin(session)
+        session, worker = self.session, self.worker
+        wanted = session.user, target.host, target.port
+        exchange = Exchange(self, head, target, length)
+        # Who may dial a place may go on asking it: the rules see no more.
+        if self.server and self.server_for == wanted:
+            session.address, session.source = self.server_ends
+            worker.begin(session)
             try:
-                return self.exchange(head, up)
-            except Refused as refusal:
-                # RFC 9110 section 9.2.2: not a request that may have had an effect.
-                if not (again and reused and self.may_repeat(refusal, head, length)):
+                return exchange.run(self.server)
+            except Refused:
+                # RFC 9110 section 9.2.2: only what had no effect goes out again,
+                # on a connection that closed before it heard the request.
+                if exchange.heard or length or head.method not in IDEMPOTENT:
                     raise
-        raise AssertionError("unreachable")
+                exchange = Exchange(self, head, target, length)
+        worker.begin(session)
+        server = self.dial(target.host, target.port)
+        worker.begin(session, titled=True)
+        return exchange.run(server)
 
-    def may_repeat(
-        self, refusal: Refused, head: RequestHead, length: int | None
-    ) -> bool:
-        """Return whether a kept connection just closed before it heard the request."""
-        safe = head.method in IDEMPOTENT and not length
-        return safe and refusal.outcome is SERVER_GONE and not self.heard
 
-    def request_head(
-        self, head: RequestHead, target: Target, length: int | None
-    ) -> bytes:
-        """Return the head of a request as it travels on."""
-        names, onward, extra = head.fields.names, head.fields.onward, b""
+class Exchange:
+    """One request and its answer, both on their way at the same time."""
+
+    def __init__(
+        self, http: Http, head: RequestHead, target: Target, length: int | None
+    ) -> None:
+        """Get a request ready for its server; raise Refused for a malformed body."""
+        self.http, self.head, self.length = http, head, length
+        self.heard = False  # the server has answered a byte
+        self.continued = False  # the client was told to send its body
+        self.upgraded = False  # the answer was 101: here begins a tunnel
+        self.server_keeps = False
+        fields = head.fields
+        # RFC 9110 section 7.8: ignored from HTTP/1.0.
+        self.offered = fields.names.get(b"upgrade", [])
+        if head.minor == 0 or b"upgrade" not in fields.options:
+            self.offered = []
+        self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
+        self.up.out += self.request_head(target)
+        if length or self.offered:
+            self.up.script = self.ask()
+            # It takes what has come, and stops: what is malformed reaches nobody.
+            self.up.step()
+        else:
+            self.up.script = self.up.flush()
+
+    def run(self, server: Stream) -> Outcome:
+        """Carry the request to its server and the answer back; raise Refused."""
+        http, up = self.http, self.up
+        up.sink = server
+        self.down = Lane(http.watch, server, http.client, http.config.idle_timeout)
+        self.down.script = self.reply()
+        http.join(up, self.down)
+        if self.upgraded:
+            return ENDED
+        # RFC 9112 section 6.3: what comes unasked belongs to no request.
+        if not self.server_keeps or up.abandoned or server.received:
+            http.drop_server()
+        if up.abandoned:
+            http.keep = False
+        if not http.keep:
+            # A client that wanted to leave may all the same have said more.
+            with contextlib.suppress(BlockingIOError):
+                more = up.abandoned or http.client.received or http.fill()
+                http.lingers = http.wants_more or bool(more)
+        return OK
+
+    def request_head(self, target: Target) -> bytes:
+        """Return the head of the request as it travels on."""
+        head, names = self.head, self.head.fields.names
+        onward, extra = head.fields.onward, framing_lines(self.length)
         if head.method in (b"TRACE", b"OPTIONS") and b"max-forwards" in names:
             onward = re.sub(rb"(?im)^max-forwards:.*\r\n", b"", onward)
             extra += b"Max-Forwards: %d\r\n" % (int(names[b"max-forwards"][0]) - 1)
-        if head.minor == 1 and length and b"expect" in names:
+        if self.length and head.minor == 1 and b"expect" in names:
             extra += b"Expect: 100-continue\r\n"
-        if self.offers(head):
-            offered = b", ".join(names[b"upgrade"])
+        if self.offered:
+            offered = b", ".join(self.offered)
             extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
-        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%bVia: 1.%d %b\r\n%b%b\r\n" % (
-            head.method,
-            target.path,
+        line = b"%b %b HTTP/1.1" % (head.method, target.path)
+        via = b"Via: 1.%d %b" % (head.minor, self.http.via)
+        return b"%b\r\nHost: %b\r\n%b%b\r\n%b\r\n" % (
+            line,
             target.authority,
             onward,
-            head.minor,
-            self.via,
-            framing_lines(length),
+            via,
             extra,
         )
 
-    def offers(self, head: RequestHead) -> bool:
-        """Return whether a client offers to change the protocol: RFC 9110 7.8."""
-        fields = head.fields
-        return (
-            b"upgrade" in fields.options
-            and head.minor == 1
-            and b"upgrade" in fields.names
-        )
-
-    def exchange(self, head: RequestHead, up: Lane) -> Outcome:
-        """Carry one request and its answer, at the same time; return the outcome."""
-        up.sink = self.server
-        down = Lane(self.watch, self.far, self.client, self.config.idle_timeout)
-        down.script = self.reply(down, up, head)
-        self.heard = False
-        self.join(up, down)
-        if self.upgraded:
-            return self.tunnel_end(up)
-        if up.abandoned:
-            self.keep = False
-            up.script.close()
-        # RFC 9112 section 6.3: what comes unasked belongs to no request.
-        if not self.server_keeps or up.abandoned or self.far.received:
-            self.drop_server()
-        if not self.keep:
-            self.lingers = up.abandoned or self.asked_to_keep or self.talks_on()
-        return OK
-
-    @property
-    def far(self) -> Stream:
-        """The server, where there must be one."""
-        assert self.server is not None
-        return self.server
-
-    def ask(
-        self, up: Lane, head: RequestHead, fields: bytes, length: int | None
-    ) -> Script:
-        """The lane up of an exchange: head, body, and perhaps a tunnel behind it."""
-        up.out += fields
-        if length == CHUNKED:
-            yield from chunked(up, head, True, BAD_REQUEST)
-        elif length:
-            yield from up.move(length)
-        yield from up.flush()
-        if self.offers(head) and not self.answered:
+    def ask(self) -> Script:
+        """The lane up: the head, the body, and perhaps a tunnel behind it."""
+        if self.length == CHUNKED:
+            yield from chunked(self.up, self.head, True, BAD_REQUEST)
+        elif self.length:
+            yield from self.up.move(self.length)
+        yield from self.up.flush()
+        if self.offered and not self.http.answered:
             yield PAUSE  # reply() goes on with us when it knows
         if self.upgraded:
-            yield from up.tunnel(self.down)
+            yield from self.up.tunnel(self.down)
 
-    def reply(self, down: Lane, up: Lane, head: RequestHead) -> Script:
-        """The lane down of an exchange: interim answers, the answer, its body."""
-        self.down = down
+    def reply(self) -> Script:
+        """The lane down: interim answers, the answer, its body."""
+        http, head, up, down = self.http, self.head, self.up, self.down
         for count in range(INTERIM_LIMIT + 1):
-            response = yield from self.read_response(down)
+            response = yield from self.read_response()
             if response.status >= 200 or response.status == 101:
                 break
             if count == INTERIM_LIMIT:
@@ -2831,29 +2802,32 @@ class Http:
             if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
                 down.out += self.onward(response) + b"\r\n"
                 yield from down.flush()
-        self.session.status = str(response.status)
+        http.session.status = str(response.status)
         if response.status == 101:
-            yield from self.switch(down, up, head, response)
+            yield from self.switch(response)
             return
-        length = self.response_length(head, response)
-        self.answered, self.sent_before = True, down.moved
-        if up.waits is PAUSE:
-            up.step()
-        self.decide(head, response, length, up)
-        down.out += self.response_head(head, response, length)
-        if head.method == b"HEAD" or response.status in (204, 304):
-            length = 0
-        if length == CHUNKED:
-            yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
-        elif length:
-            yield from down.move(ALL if length == ENDLESS else length)
-        yield from down.flush()
-        if not self.server_keeps or up.abandoned:
-            up.abandoned = not up.done  # who answers and leaves wants no more
+        length = self.response_length(response)
+        self.decide(response, length)
+        before = down.moved
+        try:
+            down.out += self.response_head(response, length)
+            if head.method == b"HEAD" or response.status == 304:
+                length = 0
+            if length == CHUNKED:
+                yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
+            elif length:
+                yield from down.move(ALL if length == ENDLESS else length)
+            yield from down.flush()
+        except Refused:
+            # An answer of which nothing was sent can still become another.
+            http.answered = down.moved > before
+            raise
+        # Who answers and leaves wants no more.
+        up.abandoned |= not up.done and not self.server_keeps
 
-    def read_response(self, down: Lane) -> Script:
+    def read_response(self) -> Script:
         """Take a response head off the server; raise Refused."""
-        received = down.source.received
+        received = self.down.source.received
         while (end := received.find(b"\r\n\r\n", 0, HEAD_LIMIT)) < 0:
             if len(received) >= HEAD_LIMIT:
                 raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
@@ -2861,76 +2835,67 @@ class Http:
                 raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
             if b"\r\n" in received:
                 parse_status_line(bytes(received.partition(b"\r\n")[0]))
-            yield from down.need()
+            yield from self.down.need()
             self.heard = True
-        return parse_response(down.source.take(end + 4)[:-2])
+        return parse_response(self.down.source.take(end + 4)[:-2])
 
-    def response_length(self, head: RequestHead, response: ResponseHead) -> int | None:
+    def response_length(self, response: ResponseHead) -> int | None:
         """Return the length of a response as RFC 9112 section 6.3 finds it."""
         if response.status == 204:
             return None
         length = body_length(response, BAD_RESPONSE)
-        if head.method == b"HEAD" or response.status == 304:
+        if self.head.method == b"HEAD" or response.status == 304:
             return None if length == CHUNKED else length
         return ENDLESS if length is None else length
 
-    def decide(
-        self,
-        head: RequestHead,
-        response: ResponseHead,
-        length: int | None,
-        up: Lane,
-    ) -> None:
+    def decide(self, response: ResponseHead, length: int | None) -> None:
         """Decide which of the two connections goes on after this answer."""
+        http, up = self.http, self.up
+        http.answered = True
+        if up.waits is PAUSE:
+            up.step()  # its offer was refused
         closing = response.minor == 0 or b"close" in response.fields.options
         self.server_keeps = not closing and length != ENDLESS
-        self.endless = length == ENDLESS or length == CHUNKED and head.minor == 0
-        if self.endless or self.worker.leaving():
-            self.keep = False
-        # RFC 9110 section 10.1.1: a client that was not told to go on may not
-        # send its body, ever.
-        if not up.done and b"expect" in head.fields.names and not self.continued:
-            up.abandoned = True
-        if not up.done and (up.abandoned or not self.server_keeps):
-            self.keep = False
+        http.endless = length == ENDLESS or length == CHUNKED and self.head.minor == 0
+        if http.endless or http.worker.leaving():
+            http.keep = False
+        if not up.done:
+            # RFC 9110 section 10.1.1: a client that was not told to go on may
+            # not send its body, ever.
+            waiting = b"expect" in self.head.fields.names and not self.continued
+            up.abandoned |= waiting
+            http.keep &= self.server_keeps and not waiting
 
     def onward(self, response: ResponseHead) -> bytes:
         """Return the head of a response as it travels on, less its last lines."""
-        return b"HTTP/1.1 %d %b\r\n%bVia: 1.%d %b\r\n" % (
-            response.status,
-            response.reason,
-            response.fields.onward,
-            response.minor,
-            self.via,
-        )
+        line = b"HTTP/1.1 %d %b" % (response.status, response.reason)
+        via = b"Via: 1.%d %b" % (response.minor, self.http.via)
+        return b"%b\r\n%b%b\r\n" % (line, response.fields.onward, via)
 
-    def response_head(
-        self, head: RequestHead, response: ResponseHead, length: int | None
-    ) -> bytes:
+    def response_head(self, response: ResponseHead, length: int | None) -> bytes:
         """Return the head of a final response as it travels on."""
         lines = self.onward(response)
         if b"date" not in response.fields.names:
             lines += b"Date: %b\r\n" % http_date(int(time.time()))
-        if head.minor == 1 or length != CHUNKED:
+        if self.head.minor == 1 or length != CHUNKED:
             lines += framing_lines(length)
-        return lines + (b"\r\n" if self.keep else b"Connection: close\r\n\r\n")
+        return lines + (b"\r\n" if self.http.keep else b"Connection: close\r\n\r\n")
 
-    def switch(
-        self, down: Lane, up: Lane, head: RequestHead, response: ResponseHead
-    ) -> Script:
-        """Turn an exchange into a tunnel, if the server took what was offered."""
-        taken = set(members(response.fields.names, b"upgrade"))
-        offered = set(members(head.fields.names, b"upgrade"))
-        if not taken or not taken <= offered or not self.offers(head):
+    def switch(self, response: ResponseHead) -> Script:
+        """Turn the exchange into a tunnel, if the server took what was offered."""
+        http, up, down = self.http, self.up, self.down
+        chosen = response.fields.names.get(b"upgrade", [])
+        taken = set(members({b"": chosen}, b""))
+        if not taken or not taken <= set(members({b"": self.offered}, b"")):
             raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
-        self.keep = False
-        self.answered = self.upgraded = True
-        self.session.proto = "upgrade"
-        self.worker.begin(self.session)
-        up.patience = down.patience = self.config.tunnel_timeout
-        chosen = b", ".join(response.fields.names[b"upgrade"])
+        http.keep = False
+        http.answered = http.endless = self.upgraded = True
+        http.session.proto = "upgrade"
+        http.worker.begin(http.session, titled=True)
+        up.patience = down.patience = http.config.tunnel_timeout
         down.out += self.onward(response)
-        down.out += b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n" % chosen
+        lines = b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n"
+        down.out += lines % b", ".join(chosen)
         yield from down.flush()
         if up.waits is PAUSE:
             up.step()

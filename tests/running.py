@@ -1,0 +1,215 @@
+"""natwork.py as a command, and as a daemon with a file of its own; and /proc."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+from conftest import LOOPBACK
+from conftest import ROOT
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_head
+from wire import request
+
+PROGRAM = [sys.executable, str(ROOT / "natwork.py")]
+PLAIN = [sys.executable, "-I", "-S", str(ROOT / "natwork.py")]  # nothing installed
+SELF = pwd.getpwuid(os.geteuid()).pw_name  # keeps a gateway what it was started as
+ACCEPTED = b"HTTP/1.1 200 "
+
+
+def command(
+    *arguments: str, cwd: Path, program: list[str] = PROGRAM
+) -> subprocess.CompletedProcess[str]:
+    """Run natwork.py to its end, and return how it ended and what it said."""
+    return subprocess.run(
+        [*program, *arguments],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def configuration(settings: dict[str, str]) -> str:
+    """Return the text of a configuration file."""
+    lines = [f"{name} = {value}\n" for name, value in settings.items()]
+    return "[natwork]\n" + "".join(lines)
+
+
+class Daemon(Gateway):
+    """A running natwork.py that opens its own listeners, from ./natwork.conf."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        program: list[str] = PROGRAM,
+        stdout: int | IO[str] | None = None,
+        **settings: str,
+    ) -> None:
+        self.folder, self.expected = folder, 0  # the exit code
+        self.file, self.log = folder / "natwork.conf", folder / "access.log"
+        self.errors = folder / "stderr"
+        self.settings = {
+            "listen": "127.0.0.1:0",
+            "rules": LOOPBACK.removeprefix("rules="),
+            "log": str(self.log),
+            "user": SELF,
+            **settings,
+        }
+        self.file.write_text(configuration(self.settings))
+        self.log.touch()
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*program, *options],
+                stdout=stdout,
+                stderr=errors,
+                cwd=folder,
+                start_new_session=True,
+            )
+        eventually(lambda: self.listening() or self.process.poll() is not None)
+        self.address = self.listening()[0]
+
+    def said(self) -> list[str]:
+        """Return the lines on standard error."""
+        return self.errors.read_text().splitlines()
+
+    def listening(self) -> list[tuple[str, int]]:
+        """Return the addresses it has said that it listens on, in order."""
+        said = "\n".join([*self.said(), ""])
+        found = re.findall(r"^natwork: listening on (.*):([0-9]+)\n", said, re.M)
+        return [(host.strip("[]"), int(port)) for host, port in found]
+
+    def hangup(self, **settings: str) -> str:
+        """Change settings in the file, send HUP, and return what is said of it."""
+        self.settings.update(settings)
+        self.file.write_text(configuration(self.settings))
+
+        def answers() -> list[str]:
+            return [line for line in self.said() if "reloaded" in line]
+
+        before = len(answers())
+        self.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(answers()) > before)
+        return answers()[-1]
+
+    def stop(self) -> str:
+        """Ask it to stop, if it has not ended; return what it said."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=40)
+        said = self.errors.read_text()
+        assert code == self.expected and "Traceback" not in said, (code, said)
+        eventually(lambda: not group(self.process.pid))
+        return said
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[type[Daemon]]:
+    """Return a function that starts a Daemon: daemon(spare_workers="2")."""
+    running: list[Daemon] = []
+
+    def start(*options: str, **settings: object) -> Daemon:
+        folder = tmp_path / f"daemon{len(running)}"
+        folder.mkdir()
+        running.append(Daemon(folder, *options, **settings))  # type: ignore[arg-type]
+        return running[-1]
+
+    yield start  # type: ignore[misc]
+    for one in running:
+        one.stop()
+
+
+def echo(connection: socket.socket, origin: Origin) -> None:
+    """Be an origin that sends back what it gets."""
+    while data := connection.recv(65536):
+        connection.sendall(data)
+
+
+def tunnel(gateway: Gateway, origin: Origin) -> socket.socket:
+    """Return a client's end of an open tunnel to an origin that echoes."""
+    client = gateway.connect()
+    client.sendall(request(origin, method=b"CONNECT"))
+    head = read_head(client)
+    assert head.startswith(ACCEPTED), head
+    return client
+
+
+def echoes(client: socket.socket, words: bytes = b"still here") -> bool:
+    """Say whether a tunnel still carries bytes there and back."""
+    client.sendall(words)
+    got = b""
+    while len(got) < len(words) and (piece := client.recv(64)):
+        got += piece
+    return got == words
+
+
+# The kernel's view.  Each of these is about a process that may end meanwhile.
+
+
+def read_proc(pid: int, name: str) -> str:
+    """Return a file of /proc/PID, "" when the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def title(pid: int) -> str:
+    """Return the title that ps would show."""
+    return read_proc(pid, "cmdline").partition("\0")[0]
+
+
+def status(pid: int, name: str) -> str:
+    """Return a line of /proc/PID/status."""
+    match = re.search(rf"^{name}:\s*(.*)$", read_proc(pid, "status"), re.M)
+    return match[1] if match else ""
+
+
+def times(pid: int) -> float:
+    """Return the seconds of CPU that a process and its reaped children have used."""
+    fields = read_proc(pid, "stat").rpartition(")")[2].split()
+    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def descriptors(pid: int) -> list[int]:
+    """Return the descriptors that a process has open."""
+    return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+
+
+def group(leader: int) -> list[int]:
+    """Return the processes of a process group that have not ended."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        fields = read_proc(pid, "stat").rpartition(")")[2].split()
+        if fields and fields[0] not in "ZX" and int(fields[2]) == leader:
+            found.append(pid)
+    return found
+
+
+def idle(gateway: Gateway) -> list[int]:
+    """Return the workers that call themselves idle."""
+    return [pid for pid in gateway.workers() if title(pid) == "natwork: idle"]
+
+
+def worker_of(gateway: Gateway, client: socket.socket) -> int:
+    """Return the worker whose title shows this client."""
+    start = "natwork: %s:%d > " % client.getsockname()[:2]
+
+    def found() -> list[int]:
+        return [pid for pid in gateway.workers() if title(pid).startswith(start)]
+
+    eventually(found)
+    return found()[0]

@@ -1,0 +1,1069 @@
+"""Connections: kept, pipelined, retried, upgraded, tunneled, closed (R58 to R70)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import pytest
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_all
+from conftest import read_exactly
+from conftest import read_head
+from wire import CLOSED
+from wire import DENIED
+from wire import NAME
+from wire import OK
+from wire import STRICT
+from wire import Script
+from wire import at_end
+from wire import chunks
+from wire import drip
+from wire import exchange
+from wire import forwarded
+from wire import needs_ipv6
+from wire import proxy_error
+from wire import read_answer
+from wire import read_request
+from wire import request
+from wire import reset
+from wire import response
+from wire import returned
+from wire import send
+from wire import shared
+from wire import sized
+from wire import uncalled
+
+pytestmark = pytest.mark.filterwarnings(STRICT)
+gateway = shared()
+hasty = shared(
+    "head_timeout=1", "idle_timeout=1", "keepalive_timeout=1", "tunnel_timeout=1"
+)
+
+Start = Callable[..., Origin]
+CHUNKED = b"Transfer-Encoding: chunked"
+EXPECT = b"Expect: 100-continue"
+BULK = os.urandom(1 << 20) * 4
+
+
+def post(server: Origin, *fields: bytes, body: bytes = b"") -> bytes:
+    return request(server, *fields, method=b"POST", body=body)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- Keeping connections ------------------------------------------------------
+
+
+def test_both_connections_are_kept(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R58
+    with gateway.connect() as client:
+        for _ in range(5):
+            answer = exchange(client, request(server))
+            assert answer.status == 200 and not answer.closes
+    assert len(server.callers) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        sized(b"hello"),
+        sized(b""),
+        response(CHUNKED, body=chunks(b"hello")),
+        response(status=b"204 None"),
+        response(status=b"304 Same"),
+        sized(b"no", status=b"404 None"),
+        sized(b"no", status=b"500 Oh"),
+    ],
+)
+def test_every_delimited_answer_keeps_the_connections(
+    gateway: Gateway, origin: Start, answer: bytes
+) -> None:
+    server = origin(Script(answer))  # R58
+    with gateway.connect() as client:
+        for _ in range(2):
+            assert not exchange(client, request(server)).closes
+    assert len(server.callers) == 1
+
+
+def test_each_request_goes_to_its_own_server(gateway: Gateway, origin: Start) -> None:
+    servers = [origin(Script(sized(b"%d" % i))) for i in range(3)]  # R18, R62
+    with gateway.connect() as client:
+        for i in (0, 1, 0, 2, 2, 1, 0):
+            assert exchange(client, request(servers[i])).body == b"%d" % i
+        send(client, b"".join(request(servers[i]) for i in (2, 0, 1)))
+        assert [read_answer(client).body for _ in range(3)] == [b"2", b"0", b"1"]
+
+
+def test_each_request_is_judged(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R62: the last request's permission is not this one's
+    with gateway.connect() as client:
+        statuses = [
+            exchange(client, request(where)).status
+            for where in (server, DENIED, server, DENIED, server)
+        ]
+    assert statuses == [200, 403, 200, 403, 200]
+
+
+def test_a_server_connection_serves_one_client_only(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
+    for _ in range(3):  # R62: the same worker, one client after another
+        with gateway.connect() as client:
+            assert exchange(client, request(server)).status == 200
+    assert len(server.callers) == 3
+
+
+def test_a_server_that_closes_does_not_close_the_client(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script(sized(b"ok", b"Connection: close"), close=True))  # R58
+    with gateway.connect() as client:
+        for _ in range(3):
+            answer = exchange(client, request(server))
+            assert answer.status == 200 and not answer.closes
+    assert len(server.callers) == 3
+
+
+def test_an_http_1_0_server_does_not_close_the_client(
+    gateway: Gateway, origin: Start
+) -> None:
+    answer = OK.replace(b"HTTP/1.1", b"HTTP/1.0")  # R58
+    server = origin(Script(answer, close=True))
+    with gateway.connect() as client:
+        for _ in range(3):
+            answer = exchange(client, request(server))
+            assert answer.status == 200 and not answer.closes
+    assert len(server.callers) == 3
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+def test_the_end_is_announced(gateway: Gateway, origin: Start, version: bytes) -> None:
+    field = b"Connection: close" if version == b"HTTP/1.1" else b"X-A: 1"  # R58, R60
+    with gateway.connect() as client:
+        data = request(origin(Script()), field, version=version)
+        assert exchange(client, data).closes
+        assert at_end(client)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Connection: keep-alive",
+        b"Proxy-Connection: keep-alive",
+        b"Connection: Keep-Alive, x",
+        b"Keep-Alive: 300",
+    ],
+)
+def test_an_http_1_0_client_is_never_kept(
+    gateway: Gateway, origin: Start, field: bytes
+) -> None:
+    server = origin(Script())  # R59
+    data = request(server, field, version=b"HTTP/1.0")
+    with gateway.connect() as client:
+        answer = exchange(client, data + data)
+        assert answer.closes and b"keep-alive" not in answer.members(b"Connection")
+        assert at_end(client)
+    assert len(server.handle.requests) == 1
+
+
+@pytest.mark.parametrize("where", [DENIED, CLOSED])
+def test_an_http_1_0_client_is_not_kept_after_an_error(
+    gateway: Gateway, where: bytes
+) -> None:
+    with gateway.connect() as client:  # R59
+        data = request(where, b"Connection: keep-alive", version=b"HTTP/1.0")
+        assert exchange(client, data).closes
+        assert at_end(client)
+
+
+# --- Pipelining and the last answer -------------------------------------------
+
+
+def test_pipelined_answers_come_in_order(gateway: Gateway, origin: Start) -> None:
+    def slow(connection: socket.socket, server: Origin) -> None:
+        while read_request(connection):
+            select.select([connection], [], [], 0.2)  # the quick one is ready long ago
+            connection.sendall(sized(b"slow"))
+
+    first, second = origin(slow), origin(Script(sized(b"quick")))  # R60
+    where = [first, second, second, DENIED, first]
+    with gateway.connect() as client:
+        send(client, b"".join(request(one) for one in where))
+        answers = [read_answer(client) for _ in where]
+    assert [answer.status for answer in answers] == [200, 200, 200, 403, 200]
+    bodies = [answer.body for answer in answers if answer.status == 200]
+    assert bodies == [b"slow", b"quick", b"quick", b"slow"]
+
+
+def test_a_hundred_pipelined_requests_are_answered(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script())  # R60
+    data = [request(server, path=b"/%d" % i) for i in range(100)]
+    data[30] = request(
+        server, CHUNKED, method=b"POST", path=b"/30", body=chunks(b"hello")
+    )
+    with gateway.connect() as client:
+        send(client, b"".join(data))
+        assert [read_answer(client).status for _ in data] == [200] * 100
+    targets = [got.target for got in server.handle.requests]
+    assert targets == [b"/%d" % i for i in range(100)]
+
+
+def test_pipelined_requests_in_single_octets_are_answered(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script())  # R60
+    body = post(server, b"Content-Length: 5", body=b"hello")
+    with gateway.connect() as client:
+        drip(client, (request(server) + body) * 2)
+        assert [read_answer(client).status for _ in range(4)] == [200] * 4
+    got = [(one.method, one.body) for one in server.handle.requests]
+    assert got == [(b"GET", b""), (b"POST", b"hello")] * 2
+
+
+def test_nothing_after_close_is_processed(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R60
+    with gateway.connect() as client:
+        last = request(server, b"Connection: close", path=b"/last")
+        send(client, request(server) + last + request(server, path=b"/after"))
+        assert not read_answer(client).closes
+        assert read_answer(client).closes
+        assert at_end(client)
+    assert [got.target for got in server.handle.requests] == [b"/", b"/last"]
+
+
+@pytest.mark.parametrize("more", [b"", b"x" * 300_000], ids=["silent", "talkative"])
+def test_the_last_answer_survives_what_is_not_read(
+    gateway: Gateway, origin: Start, more: bytes
+) -> None:
+    server = origin(Script(sized(BULK)))  # R60: a plain close would reset it away
+    data = request(server, b"Connection: close") + more
+    with gateway.connect() as client:
+        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender.start()
+        answer = read_answer(client)
+        assert (digest(answer.body), answer.complete) == (digest(BULK), True)
+        assert at_end(client)
+        sender.join(10)
+
+
+def test_a_line_end_too_many_does_not_cost_the_answer(
+    gateway: Gateway, origin: Start
+) -> None:
+    seen = threading.Event()  # R4, R60: as very old browsers sent after a POST
+
+    def slow(connection: socket.socket, server: Origin) -> None:
+        assert read_request(connection)
+        seen.set()
+        connection.sendall(sized(BULK))
+
+    fields = b"Content-Length: 5", b"Connection: close"
+    with gateway.connect() as client:
+        send(client, post(origin(slow), *fields, body=b"hello"))
+        assert seen.wait(10)
+        send(client, b"\r\n")
+        assert digest(read_answer(client).body) == digest(BULK)
+        assert at_end(client)
+
+
+def test_a_half_closed_client_still_gets_its_answer(
+    gateway: Gateway, origin: Start
+) -> None:
+    def slow(connection: socket.socket, server: Origin) -> None:
+        assert read_request(connection)
+        select.select([connection], [], [], 0.3)
+        connection.sendall(OK)
+
+    with gateway.connect() as client:  # R61, R68
+        send(client, request(origin(slow)))
+        client.shutdown(socket.SHUT_WR)
+        assert read_answer(client).body == b"ok"
+        assert at_end(client)
+
+
+def test_a_half_closed_client_gets_all_its_pipelined_answers(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script())  # R60
+    with gateway.connect() as client:
+        send(client, request(server) * 5)
+        client.shutdown(socket.SHUT_WR)
+        assert [read_answer(client).status for _ in range(5)] == [200] * 5
+        assert at_end(client)
+
+
+# --- Idle connections ---------------------------------------------------------
+
+
+def test_an_idle_client_is_let_go_gracefully(hasty: Gateway, origin: Start) -> None:
+    with hasty.connect() as client:  # R61: no 408 that a next request might take
+        assert exchange(client, request(origin(Script()))).status == 200
+        began = time.monotonic()
+        assert at_end(client)
+        assert time.monotonic() - began > 0.5
+
+
+def test_a_next_head_that_does_not_arrive_is_timed_out(
+    hasty: Gateway, origin: Start
+) -> None:
+    with hasty.connect() as client:  # R12, R61
+        assert exchange(client, request(origin(Script()))).status == 200
+        send(client, b"GET http://a/ HT")
+        assert read_answer(client).status == 408
+        assert at_end(client)
+
+
+def test_the_server_connection_goes_with_the_client(
+    gateway: Gateway, origin: Start
+) -> None:
+    ends: list[bytes] = []  # R61
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(OK)
+        ends.append(read_all(connection))
+
+    with gateway.connect() as client:
+        assert exchange(client, request(origin(handle))).status == 200
+        assert not ends
+    eventually(lambda: ends == [b""], 5)
+
+
+def test_a_reset_client_is_not_worked_for(gateway: Gateway, origin: Start) -> None:
+    asked, left = threading.Event(), threading.Event()  # R61
+
+    def mute(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        asked.set()
+        read_all(connection)
+        left.set()
+
+    client = gateway.connect()
+    send(client, request(origin(mute)))
+    assert asked.wait(10)
+    reset(client)
+    assert left.wait(5)
+
+
+def leaves_when_idle(left: threading.Event) -> Callable[..., None]:
+    """Return an origin that closes after each answer without having said so."""
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        if request := read_request(connection):
+            server.received.append(request.method)
+            connection.sendall(OK)
+        connection.close()
+        left.set()
+
+    return handle
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_a_server_that_left_while_idle_is_called_again(
+    gateway: Gateway, origin: Start, method: bytes
+) -> None:
+    server = origin(
+        leaves_when_idle(left := threading.Event())
+    )  # R61: seen, not sent to
+    data = request(server, b"Content-Length: 5", method=method, body=b"hello")
+    with gateway.connect() as client:
+        for _ in range(3):
+            left.clear()
+            assert exchange(client, data).status == 200
+            assert left.wait(10)
+    assert server.received == [method] * 3
+
+
+# --- Retries ------------------------------------------------------------------
+
+
+class Leaving(Script):
+    """An origin whose first connection ends at its second request."""
+
+    def __init__(
+        self, last_words: bytes = b"", end: Callable[..., None] = reset
+    ) -> None:
+        super().__init__()
+        self.last_words, self.end = last_words, end
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        while request := read_request(connection):
+            self.requests.append(request)
+            if len(self.requests) == 2:
+                connection.sendall(self.last_words)
+                self.end(connection)
+                return
+            connection.sendall(OK)
+
+
+def close(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("end", [reset, close])
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"DELETE", b"PUT"])
+def test_an_idempotent_request_is_tried_again_once(
+    gateway: Gateway, origin: Start, method: bytes, end: Callable[..., None]
+) -> None:
+    server = origin(Leaving(end=end))  # R39
+    with gateway.connect() as client:
+        assert exchange(client, request(server)).status == 200
+        data = request(server, method=method)
+        assert exchange(client, data, method).status == 200
+    methods = [got.method for got in server.handle.requests]
+    assert methods == [b"GET", method, method]
+
+
+@pytest.mark.parametrize("end", [reset, close])
+@pytest.mark.parametrize(
+    ("method", "field", "body"),
+    [
+        (b"POST", b"X-A: 1", b""),
+        (b"POST", b"Content-Length: 0", b""),
+        (b"POST", b"Content-Length: 5", b"hello"),
+        (b"PATCH", b"X-A: 1", b""),
+        (b"BREW", b"X-A: 1", b""),
+        (b"get", b"X-A: 1", b""),
+        (b"PUT", b"Content-Length: 5", b"hello"),
+        (b"PUT", CHUNKED, chunks(b"hello")),
+    ],
+)
+def test_other_requests_are_not_tried_again(
+    gateway: Gateway,
+    origin: Start,
+    method: bytes,
+    field: bytes,
+    body: bytes,
+    end: Callable[..., None],
+) -> None:
+    server = origin(Leaving(end=end))  # R39
+    with gateway.connect() as client:
+        assert exchange(client, request(server)).status == 200
+        answer = exchange(client, request(server, field, method=method, body=body))
+        assert answer.status == 502
+    assert [got.method for got in server.handle.requests] == [b"GET", method]
+
+
+def test_an_answer_that_has_begun_is_not_tried_again(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Leaving(b"H", close))  # R39
+    with gateway.connect() as client:
+        assert exchange(client, request(server)).status == 200
+        assert exchange(client, request(server)).status == 502
+    assert len(server.handle.requests) == 2
+
+
+@pytest.mark.parametrize("end", [reset, close])
+def test_a_new_connection_is_not_tried_again(
+    gateway: Gateway, origin: Start, end: Callable[..., None]
+) -> None:
+    def leave(connection: socket.socket, server: Origin) -> None:
+        read_request(connection)
+        end(connection)
+
+    server = origin(leave)  # R39
+    with gateway.connect() as client:
+        answer = exchange(client, request(server))
+        assert answer.status == 502
+        assert proxy_error(answer) == b"connection_terminated"
+        assert exchange(client, request(origin(Script()))).status == 200
+    assert len(server.callers) == 1
+
+
+# --- Expect and interim answers -----------------------------------------------
+
+
+class Continuing(Script):
+    """An origin that sends interim answers between a head and its body."""
+
+    def __init__(self, *interim: bytes, final: bytes = OK) -> None:
+        super().__init__(final)
+        self.interim = interim
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        while connection.recv(1, socket.MSG_PEEK):
+            for one in self.interim:
+                connection.sendall(response(status=one))
+            if request := read_request(connection):
+                self.requests.append(request)
+                connection.sendall(self.answers[0])
+
+
+def test_an_expecting_client_is_told_to_continue(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Continuing(b"100 Continue"))  # R63: nobody sends the body unasked
+    with gateway.connect() as client:
+        head = post(server, EXPECT, b"Content-Length: 5")
+        assert exchange(client, head).status == 100
+        assert exchange(client, b"hello").status == 200
+        assert exchange(client, head).status == 100
+        assert exchange(client, b"hello").status == 200
+    got = server.handle.requests[0]
+    assert (got.body, got.members(b"Expect")) == (b"hello", [b"100-continue"])
+
+
+@pytest.mark.parametrize("expect", [[b"100-Continue"], [b"100-continue"] * 2])
+def test_expect_may_be_written_otherwise(
+    gateway: Gateway, origin: Start, expect: list[bytes]
+) -> None:
+    server = origin(Continuing(b"100 Continue"))  # R63
+    fields = [b"Expect: " + value for value in expect]
+    with gateway.connect() as client:
+        head = post(server, b"Content-Length: 5", *fields)
+        assert exchange(client, head).status == 100
+        assert exchange(client, b"hello").status == 200
+
+
+def test_an_expecting_client_may_lose_patience(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R63: this origin says nothing until it has the body
+    with gateway.connect() as client:
+        send(client, post(server, EXPECT, b"Content-Length: 5"))
+        if select.select([client], [], [], 0.3)[0]:
+            assert read_answer(client).status == 100
+        send(client, b"hello")
+        answer = read_answer(client)
+        assert (answer if answer.status >= 200 else read_answer(client)).status == 200
+    assert server.handle.requests[0].body == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("field", "body"), [(b"Content-Length: 5", b"hello"), (CHUNKED, chunks(b"hello"))]
+)
+def test_an_expecting_client_may_send_at_once(
+    gateway: Gateway, origin: Start, field: bytes, body: bytes
+) -> None:
+    server = origin(Continuing(b"100 Continue"))  # R63
+    with gateway.connect() as client:
+        answer = exchange(client, post(server, EXPECT, field, body=body))
+        assert (answer if answer.status >= 200 else read_answer(client)).status == 200
+        assert exchange(client, request(server)).status == 100  # and in step
+        assert read_answer(client).status == 200
+    assert server.handle.requests[0].body == b"hello"
+
+
+def test_a_final_answer_instead_of_continue_ends_the_upload(
+    gateway: Gateway, origin: Start
+) -> None:
+    def refuse(connection: socket.socket, server: Origin) -> None:
+        server.received.append(read_head(connection))
+        connection.sendall(sized(b"no", status=b"401 Who"))
+        server.received.append(read_all(connection))
+
+    server = origin(refuse)  # R63
+    with gateway.connect() as client:
+        head = post(server, EXPECT, b"Content-Length: 5")
+        answer = exchange(client, head)
+        assert (answer.status, answer.body) == (401, b"no")
+        assert answer.closes  # the body may or may not follow: no way to tell
+        assert at_end(client)
+    eventually(lambda: server.received[1:] == [b""])
+
+
+def test_a_denied_target_is_told_before_the_body(gateway: Gateway) -> None:
+    with gateway.connect() as client:  # R63
+        head = request(DENIED, EXPECT, b"Content-Length: 5", method=b"POST")
+        answer = exchange(client, head)
+        assert (answer.status, answer.closes) == (403, True)
+        assert at_end(client)
+
+
+@pytest.mark.parametrize(
+    "value", [b"the-unexpected", b"100-continued", b"100-continue, x"]
+)
+def test_other_expectations_fail(gateway: Gateway, origin: Start, value: bytes) -> None:
+    server = origin(Script())  # R63
+    data = post(server, b"Expect: " + value, b"Content-Length: 5", body=b"hello")
+    assert_refused(gateway, data, 417)
+    assert uncalled(server)
+
+
+def assert_refused(gateway: Gateway, data: bytes, status: int) -> None:
+    with gateway.connect() as client:
+        answer = exchange(client, data)
+        assert (answer.status, answer.closes) == (status, True)
+        assert at_end(client)
+
+
+def test_expect_without_a_body_goes_no_further(gateway: Gateway, origin: Start) -> None:
+    for length in (b"X-A: 1", b"Content-Length: 0"):  # R63
+        got = forwarded(gateway, origin(Script()), EXPECT, length)
+        assert not got.values(b"Expect")
+
+
+def test_expect_of_an_http_1_0_client_is_ignored(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Continuing(b"100 Continue", b"103 Hints"))  # R63, R64
+    fields = EXPECT, b"Content-Length: 5"
+    with gateway.connect() as client:
+        data = request(
+            server, *fields, method=b"POST", version=b"HTTP/1.0", body=b"hello"
+        )
+        assert exchange(client, data).status == 200  # the first thing it reads
+        assert at_end(client)
+    assert not server.handle.requests[0].values(b"Expect")
+
+
+def test_interim_answers_pass_in_order(gateway: Gateway, origin: Start) -> None:
+    interim = b"100 Continue", b"102 Wait", b"103 Hints", b"103 More", b"199 Odd"  # R64
+    server = origin(Continuing(*interim))
+    with gateway.connect() as client:
+        send(client, request(server))
+        starts = [read_answer(client).start for _ in range(6)]
+        assert starts == [b"HTTP/1.1 " + one for one in (*interim, b"200 OK")]
+
+
+def test_interim_answers_keep_their_fields(gateway: Gateway, origin: Start) -> None:
+    link = b"Link: </style.css>; rel=preload"  # R64
+    hints = response(link, b"Connection: x-a", b"X-A: 1", status=b"103 Early Hints")
+    server = origin(Script(hints + OK))
+    with gateway.connect() as client:
+        answer = exchange(client, request(server))
+        assert (answer.status, answer.values(b"Link")) == (103, [link[6:]])
+        assert not answer.values(b"X-A")
+        assert read_answer(client).status == 200
+
+
+def test_interim_answers_have_no_body(gateway: Gateway, origin: Start) -> None:
+    for field in (b"Content-Length: 2", CHUNKED):  # R46, R53: wire.py wants neither
+        server = origin(Script(response(field, status=b"103 Hints") + OK))
+        with gateway.connect() as client:
+            assert exchange(client, request(server)).status == 103
+            assert read_answer(client).body == b"ok"
+
+
+def test_interim_answers_travel_at_once(gateway: Gateway, origin: Start) -> None:
+    seen = threading.Event()  # R64
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response(status=b"103 Hints"))
+        if seen.wait(10):
+            connection.sendall(OK)
+
+    with gateway.connect() as client:
+        assert exchange(client, request(origin(handle))).status == 103
+        seen.set()
+        assert read_answer(client).status == 200
+
+
+def test_an_http_1_0_client_gets_no_interim_answer(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Continuing(b"100 Continue", b"103 Hints"))  # R64
+    assert returned(gateway, server, version=b"HTTP/1.0").status == 200
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+def test_interim_answers_are_bounded(
+    gateway: Gateway, origin: Start, version: bytes
+) -> None:
+    def babble(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response(status=b"103 Hints") * 10_000 + OK)
+        read_all(connection)
+
+    with gateway.connect() as client:  # R64
+        answer = exchange(client, request(origin(babble), version=version))
+        count = 0
+        while answer.status < 200:
+            answer, count = read_answer(client), count + 1
+        assert answer.status == 502 and count <= 64
+
+
+def test_sixty_interim_answers_are_fine(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script(response(status=b"103 Hints") * 60 + OK))  # R64
+    with gateway.connect() as client:
+        send(client, request(server))
+        assert [read_answer(client).status for _ in range(61)] == [103] * 60 + [200]
+
+
+def logged(gateway: Gateway, server: Origin) -> dict[str, str]:
+    """Return the one line that the access log has about this server."""
+
+    def lines() -> list[dict[str, str]]:
+        return [one for one in gateway.lines() if one["address"] == server.authority]
+
+    eventually(lines)
+    (line,) = lines()
+    return line
+
+
+# --- Upgrade ------------------------------------------------------------------
+
+UPGRADE = b"Connection: Upgrade", b"Upgrade: websocket"
+SWITCH = response(*UPGRADE, status=b"101 Switching Protocols")
+
+
+def switching(early: bytes = b"", answer: bytes = SWITCH) -> Callable[..., None]:
+    """Return an origin that switches protocols and then echoes until the end."""
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        server.received.append(read_head(connection))
+        connection.sendall(answer + early)
+        while piece := connection.recv(65536):
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+
+    return handle
+
+
+@pytest.mark.parametrize("early", [b"", b"\x81\x05hello"])
+def test_an_upgrade_becomes_a_tunnel(
+    gateway: Gateway, origin: Start, early: bytes
+) -> None:
+    server = origin(switching(early))  # R65: a frame may follow in the same segment
+    with gateway.connect() as client:
+        answer = exchange(client, request(server, *UPGRADE))
+        assert (answer.status, answer.members(b"Upgrade")) == (101, [b"websocket"])
+        assert answer.members(b"Connection") == [b"upgrade"]
+        assert answer.via == b"1.1 " + NAME
+        assert read_exactly(client, len(early)) == early
+        for piece in (b"GET http://a/ HTTP/1.1\r\n\r\n", b"\0\xff", b"x" * 200_000):
+            send(client, piece)
+            assert read_exactly(client, len(piece)) == piece
+        client.shutdown(socket.SHUT_WR)
+        assert at_end(client)
+    head = server.received[0].lower()
+    assert b"\r\nupgrade: websocket\r\n" in head and b"\r\nconnection: upgrade" in head
+    line = logged(gateway, server)
+    assert (line["proto"], line["status"]) == ("upgrade", "101")
+
+
+def test_what_the_client_says_too_early_reaches_the_server(
+    gateway: Gateway, origin: Start
+) -> None:
+    with gateway.connect() as client:  # R65
+        data = request(origin(switching()), *UPGRADE) + b"early"
+        assert exchange(client, data).status == 101
+        assert read_exactly(client, 5) == b"early"
+
+
+def test_a_refused_upgrade_stays_http(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R65
+    with gateway.connect() as client:
+        send(client, request(server, *UPGRADE) + request(server, path=b"/next"))
+        assert [read_answer(client).status for _ in range(2)] == [200, 200]
+    assert [got.target for got in server.handle.requests] == [b"/", b"/next"]
+
+
+def test_one_of_several_protocols_may_be_chosen(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(switching(answer=SWITCH.replace(b"websocket", b"WebSocket")))  # R65
+    fields = b"Connection: x, upgrade", b"Upgrade: h2c, foo/1", b"Upgrade: websocket"
+    with gateway.connect() as client:
+        assert exchange(client, request(server, *fields)).status == 101
+        send(client, b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(SWITCH.replace(b"websocket", b"h2c"), id="not-offered"),
+        pytest.param(
+            SWITCH.replace(b"websocket", b"websocket, h2c"), id="one-too-many"
+        ),
+        pytest.param(SWITCH.replace(b"websocket", b"websocket/2"), id="other-version"),
+        pytest.param(response(status=b"101 Switching Protocols"), id="not-named"),
+        pytest.param(
+            response(b"Upgrade:", status=b"101 Switching Protocols"), id="empty"
+        ),
+    ],
+)
+def test_a_switch_to_what_was_not_offered_is_502(
+    gateway: Gateway, origin: Start, answer: bytes
+) -> None:
+    server = origin(switching(b"evil", answer))  # R65, R70
+    with gateway.connect() as client:
+        answer = exchange(client, request(server, *UPGRADE))
+        assert answer.status == 502
+        assert proxy_error(answer) in (b"http_upgrade_failed", b"http_protocol_error")
+
+
+@pytest.mark.parametrize(
+    ("fields", "version"),
+    [
+        ([], b"HTTP/1.1"),
+        ([b"Upgrade: websocket"], b"HTTP/1.1"),  # Connection does not name it
+        (UPGRADE, b"HTTP/1.0"),
+    ],
+)
+def test_an_upgrade_nobody_asked_for_is_502(
+    gateway: Gateway, origin: Start, fields: list[bytes], version: bytes
+) -> None:
+    server = origin(switching(b"evil"))  # R65
+    answer = returned(gateway, server, *fields, version=version)
+    assert answer.status == 502
+    assert b"upgrade" not in server.received[0].lower()
+
+
+def test_continue_comes_before_the_switch(gateway: Gateway, origin: Start) -> None:
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response(status=b"100 Continue"))
+        server.received.append(read_exactly(connection, 5))
+        connection.sendall(SWITCH + b"after")
+
+    server = origin(handle)  # R65
+    with gateway.connect() as client:
+        fields = *UPGRADE, EXPECT, b"Content-Length: 5"
+        assert exchange(client, post(server, *fields)).status == 100
+        assert exchange(client, b"hello").status == 101
+        assert read_exactly(client, 6) == b"after"
+    assert server.received == [b"hello"]
+
+
+# --- CONNECT ------------------------------------------------------------------
+
+
+def echo(connection: socket.socket, server: Origin) -> None:
+    """Send everything back, and the end too."""
+    while piece := connection.recv(65536):
+        connection.sendall(piece)
+    connection.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def tunnel(
+    gateway: Gateway, server: Origin, early: bytes = b""
+) -> Iterator[socket.socket]:
+    """Give a client socket that CONNECT has joined to the server."""
+    with gateway.connect() as client:
+        answer = exchange(
+            client, request(server, method=b"CONNECT") + early, b"CONNECT"
+        )
+        assert answer.status == 200
+        yield client
+
+
+def test_connect_is_answered_without_framing(gateway: Gateway, origin: Start) -> None:
+    with tunnel(gateway, origin(echo)) as client:  # R46, R67: read_answer() looks
+        send(client, b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+@pytest.mark.parametrize("feed", [send, drip])
+@pytest.mark.parametrize("size", [1, 5, 70_000])
+def test_early_data_goes_first(
+    gateway: Gateway, origin: Start, size: int, feed: Callable[..., None]
+) -> None:
+    early = BULK[: size if feed is send else min(size, 500)]  # R67
+    with gateway.connect() as client:
+        feed(client, request(origin(echo), method=b"CONNECT") + early)
+        assert read_answer(client, b"CONNECT").status == 200
+        send(client, b"later")
+        assert read_exactly(client, len(early) + 5) == early + b"later"
+
+
+def test_a_server_may_speak_first(gateway: Gateway, origin: Start) -> None:
+    def greet(connection: socket.socket, server: Origin) -> None:
+        connection.sendall(b"220 ready\r\n")
+        echo(connection, server)
+
+    with tunnel(gateway, origin(greet)) as client:  # R67
+        assert read_exactly(client, 11) == b"220 ready\r\n"
+
+
+def test_what_goes_through_a_tunnel_is_nobodys_business(
+    gateway: Gateway, origin: Start
+) -> None:
+    with tunnel(gateway, origin(echo)) as client:  # R67
+        for piece in (request(DENIED), b"\r\n" * 100, b"\0\x04\x05\x16", SWITCH):
+            send(client, piece)
+            assert read_exactly(client, len(piece)) == piece
+
+
+def test_a_tunnel_carries_bulk_both_ways_at_once(
+    gateway: Gateway, origin: Start
+) -> None:
+    with tunnel(gateway, origin(echo)) as client:  # R68
+        sender = threading.Thread(target=send, args=[client, BULK], daemon=True)
+        sender.start()
+        assert digest(read_exactly(client, len(BULK))) == digest(BULK)
+        sender.join(10)
+        client.shutdown(socket.SHUT_WR)
+        assert at_end(client)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, len(BULK)])
+def test_a_client_may_close_its_half_first(
+    gateway: Gateway, origin: Start, size: int
+) -> None:
+    def answer_at_the_end(connection: socket.socket, server: Origin) -> None:
+        connection.sendall(digest(read_all(connection)).encode() + BULK[:size])
+
+    with tunnel(gateway, origin(answer_at_the_end)) as client:  # R68
+        send(client, BULK[:size])
+        client.shutdown(socket.SHUT_WR)
+        expected = digest(BULK[:size]).encode() + BULK[:size]
+        assert digest(read_all(client)) == digest(expected)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, len(BULK)])
+def test_a_server_may_close_its_half_first(
+    gateway: Gateway, origin: Start, size: int
+) -> None:
+    def speak_and_listen(connection: socket.socket, server: Origin) -> None:
+        connection.sendall(BULK[:size])
+        connection.shutdown(socket.SHUT_WR)
+        server.received.append(read_all(connection))
+
+    server = origin(speak_and_listen)  # R68
+    with tunnel(gateway, server) as client:
+        assert digest(read_all(client)) == digest(BULK[:size])
+        send(client, BULK)
+    eventually(lambda: server.received)
+    assert digest(server.received[0]) == digest(BULK)
+
+
+def test_early_data_and_half_close_together_are_answered(
+    gateway: Gateway, origin: Start
+) -> None:
+    with gateway.connect() as client:  # R67, R68
+        send(client, request(origin(echo), method=b"CONNECT") + b"hello")
+        client.shutdown(socket.SHUT_WR)
+        assert read_answer(client, b"CONNECT").status == 200
+        assert read_all(client) == b"hello"
+
+
+def test_a_reset_goes_through_the_tunnel(gateway: Gateway, origin: Start) -> None:
+    left = threading.Event()  # R68
+
+    def wait(connection: socket.socket, server: Origin) -> None:
+        read_all(connection)
+        left.set()
+
+    with tunnel(gateway, origin(wait)) as client:
+        reset(client)
+        assert left.wait(5)
+
+
+def test_a_server_reset_ends_the_tunnel(gateway: Gateway, origin: Start) -> None:
+    def leave(connection: socket.socket, server: Origin) -> None:
+        connection.recv(1)
+        reset(connection)
+
+    with tunnel(gateway, origin(leave)) as client:  # R68
+        client.settimeout(5)
+        send(client, b"x")
+        assert read_all(client) == b""
+
+
+def test_a_silent_tunnel_ends(hasty: Gateway, origin: Start) -> None:
+    left = threading.Event()  # R61, R68
+
+    def wait(connection: socket.socket, server: Origin) -> None:
+        read_all(connection)
+        left.set()
+
+    with tunnel(hasty, origin(wait)) as client:
+        assert read_all(client) == b""
+        assert left.wait(5)
+
+
+def test_a_tunnel_is_one_log_line(gateway: Gateway, origin: Start) -> None:
+    server = origin(echo)
+    with tunnel(gateway, server) as client:
+        send(client, b"hello")
+        assert read_exactly(client, 5) == b"hello"
+        client.shutdown(socket.SHUT_WR)
+        assert at_end(client)
+
+    line = logged(gateway, server)
+    assert (line["proto"], line["method"]) == ("connect", "CONNECT")
+    assert (line["status"], line["outcome"]) == ("200", "closed")
+    assert int(line["up"]) >= 5 and int(line["down"]) >= 5
+
+
+REFUSED = {
+    "denied": (DENIED + b":443", 403, b"http_request_denied"),
+    "port-25": (b"127.0.0.1:25", 403, b"http_request_denied"),
+    "closed-port": (CLOSED, 502, b"connection_refused"),
+}
+
+
+@pytest.mark.parametrize(("where", "status", "error"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_connect_ends_the_connection(
+    gateway: Gateway, origin: Start, where: bytes, status: int, error: bytes
+) -> None:
+    server = origin(Script())  # R66, R69: RFC 9931, early data is never a request
+    with gateway.connect() as client:
+        early = request(server, path=b"/smuggled")
+        answer = exchange(client, request(where, method=b"CONNECT") + early)
+        assert (answer.status, proxy_error(answer)) == (status, error)
+        assert answer.closes and at_end(client)
+    assert uncalled(server)
+
+
+def test_a_refused_connect_ends_a_kept_connection(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script())  # R69
+    with gateway.connect() as client:
+        assert exchange(client, request(server)).status == 200
+        send(client, request(DENIED + b":443", method=b"CONNECT"))
+        assert read_answer(client).status == 403
+        send(client, request(server, path=b"/smuggled"))
+        assert read_all(client) == b""
+    assert [got.target for got in server.handle.requests] == [b"/"]
+
+
+def test_connect_may_follow_other_requests(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R67
+    with gateway.connect() as client:
+        assert exchange(client, request(server)).status == 200
+        data = request(origin(echo), method=b"CONNECT") + b"hello"
+        assert exchange(client, data, b"CONNECT").status == 200
+        assert read_exactly(client, 5) == b"hello"
+
+
+@needs_ipv6
+def test_connect_reaches_ipv6(gateway: Gateway, origin: Start) -> None:
+    with tunnel(gateway, origin(echo, "::1")) as client:  # R24, R66
+        send(client, b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2"])
+def test_connect_comes_in_any_version(
+    gateway: Gateway, origin: Start, version: bytes
+) -> None:
+    data = request(origin(echo), method=b"CONNECT", version=version)  # R67
+    with gateway.connect() as client:
+        assert exchange(client, data, b"CONNECT").status == 200
+        send(client, b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+def test_connect_ignores_the_host_field(gateway: Gateway, origin: Start) -> None:
+    data = request(origin(echo), method=b"CONNECT")  # R18
+    data = data.replace(b"Host: ", b"Host: example.com\r\nX-Was: ")
+    with gateway.connect() as client:
+        assert exchange(client, data, b"CONNECT").status == 200
+
+
+# --- Overload -----------------------------------------------------------------
+
+
+def test_an_overloaded_server_may_say_when(gateway: Gateway, origin: Start) -> None:
+    busy = sized(b"busy", b"Retry-After: 120", status=b"503 Busy")  # R70
+    answer = returned(gateway, origin(Script(busy)))
+    assert (answer.status, answer.values(b"Retry-After")) == (503, [b"120"])

@@ -1,0 +1,967 @@
+"""Where a message ends: lengths, chunks, closes, and what is cut off (R42 to R57)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_all
+from conftest import read_exactly
+from conftest import read_head
+from wire import DENIED
+from wire import OK
+from wire import STRICT
+from wire import Message
+from wire import Script
+from wire import at_end
+from wire import chunks
+from wire import drip
+from wire import exchange
+from wire import forwarded
+from wire import proxy_error
+from wire import read_answer
+from wire import read_request
+from wire import request
+from wire import reset
+from wire import response
+from wire import returned
+from wire import send
+from wire import shared
+from wire import sized
+from wire import uncalled
+
+pytestmark = pytest.mark.filterwarnings(STRICT)
+gateway = shared()
+hasty = shared("head_timeout=1", "idle_timeout=1")
+
+Start = Callable[..., Origin]
+CHUNKED = b"Transfer-Encoding: chunked"
+BULK = os.urandom(1 << 20) * 4  # more than the sockets and the pipes between hold
+
+
+def post(
+    server: Origin, *fields: bytes, body: bytes = b"", path: bytes = b"/"
+) -> bytes:
+    return request(server, *fields, method=b"POST", body=body, path=path)
+
+
+class Partial(Script):
+    """An origin that tells when a request has begun to arrive, and when it ended."""
+
+    def __init__(self, answer: bytes = OK) -> None:
+        super().__init__(answer)
+        self.started, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        connection.recv(1, socket.MSG_PEEK)
+        self.started.set()
+        request = read_request(connection)
+        assert request
+        self.requests.append(request)
+        if request.complete:
+            connection.sendall(self.answers[0])
+        self.ended.set()
+
+
+# --- Chunked request bodies ---------------------------------------------------
+
+GOOD_CHUNKS = {
+    "one": b"5\r\nhello\r\n0\r\n\r\n",
+    "many": b"1\r\nh\r\n1\r\ne\r\n2\r\nll\r\n1\r\no\r\n0\r\n\r\n",
+    "leading-zeros": b"0005\r\nhello\r\n000\r\n\r\n",
+    "extension": b"5;a=b\r\nhello\r\n0\r\n\r\n",
+    "extension-without-value": b"5;a\r\nhello\r\n0;b\r\n\r\n",
+    "many-extensions": b"5;a;b=c;d=e;a=b\r\nhello\r\n0\r\n\r\n",
+    "quoted-extension": b'5;a="b; c\\"d\\\\ e"\r\nhello\r\n0\r\n\r\n',
+    "extension-with-obs-text": b'5;a="\xe9\t"\r\nhello\r\n0\r\n\r\n',
+    "blanks-around-extension": b"5 ; a = b\t;\tc\r\nhello\r\n0\r\n\r\n",
+    "trailers": b"5\r\nhello\r\n0\r\nX-A: 1\r\nX-B:\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("feed", [send, drip])
+@pytest.mark.parametrize("body", GOOD_CHUNKS.values(), ids=GOOD_CHUNKS)
+def test_good_chunks_arrive_without_extensions(
+    gateway: Gateway, origin: Start, body: bytes, feed: Callable[..., None]
+) -> None:
+    server = origin(Script())  # R50, R51: wire.py knows no extension
+    with gateway.connect() as client:
+        feed(client, post(server, CHUNKED, body=body) + request(server))
+        assert [read_answer(client).status for _ in range(2)] == [200, 200]
+    got, after = server.handle.requests
+    assert (got.body, got.complete, after.method) == (b"hello", True, b"GET")
+
+
+@pytest.mark.parametrize("size", [b"a", b"A", b"0A", b"000000000000000A"])
+def test_a_chunk_size_is_hexadecimal(
+    gateway: Gateway, origin: Start, size: bytes
+) -> None:
+    body = size + b"\r\n0123456789\r\n0\r\n\r\n"  # R50
+    got = forwarded(gateway, origin(Script()), CHUNKED, method=b"POST", body=body)
+    assert got.body == b"0123456789"
+
+
+BAD_CHUNKS = {
+    "plus": b"+5\r\nhello\r\n0\r\n\r\n",
+    "minus": b"-5\r\nhello\r\n0\r\n\r\n",
+    "prefix": b"0x5\r\nhello\r\n0\r\n\r\n",
+    "prefix-and-underscore": b"0x1_f\r\n" + b"v" * 31 + b"\r\n0\r\n\r\n",
+    "underscore": b"1_0\r\n0123456789abcdef\r\n0\r\n\r\n",
+    "space-before": b" 5\r\nhello\r\n0\r\n\r\n",
+    "tab-before": b"\t5\r\nhello\r\n0\r\n\r\n",
+    "vertical-tab-after": b"5\x0b\r\nhello\r\n0\r\n\r\n",
+    "form-feed-before": b"\x0c5\r\nhello\r\n0\r\n\r\n",
+    "nbsp-after": b"5\xa0\r\nhello\r\n0\r\n\r\n",
+    "no-size": b"\r\nhello\r\n0\r\n\r\n",
+    "no-size-but-extension": b";a\r\nhello\r\n0\r\n\r\n",
+    "no-hex-digit": b"g\r\nhello\r\n0\r\n\r\n",
+    "two-sizes": b"5 5\r\nhello\r\n0\r\n\r\n",
+    "comma": b"5,\r\nhello\r\n0\r\n\r\n",
+    "superscript": b"\xc2\xb2\r\nab\r\n0\r\n\r\n",
+    "arabic-digit": b"\xd9\xa5\r\nhello\r\n0\r\n\r\n",
+    "nul-before": b"\x005\r\nhello\r\n0\r\n\r\n",
+    "nul-after": b"5\0\r\nhello\r\n0\r\n\r\n",
+    "over-64-bits": b"10000000000000005\r\nhello\r\n0\r\n\r\n",  # R49
+    "far-over-64-bits": b"f" * 64 + b"\r\nhello\r\n0\r\n\r\n",  # R49
+    "wraps-at-32-bits-to-zero": b"100000000000000000\r\n\r\n",  # R49
+    "semicolon-alone": b"5;\r\nhello\r\n0\r\n\r\n",
+    "semicolon-and-space": b"5; \r\nhello\r\n0\r\n\r\n",
+    "two-semicolons": b"5;;a\r\nhello\r\n0\r\n\r\n",
+    "extension-without-name": b"5;=b\r\nhello\r\n0\r\n\r\n",
+    "extension-with-open-quote": b'5;a="b\r\nhello\r\n0\r\n\r\n',
+    "cr-in-extension": b"5;a\rb\r\nhello\r\n0\r\n\r\n",  # R2
+    "cr-in-quoted-extension": b'5;a="\r"\r\nhello\r\n0\r\n\r\n',  # R2
+    "lf-in-extension": b"5;a\nhello\r\n0\r\n\r\n",
+    "lf-in-quoted-extension": b'5;a="\n"\r\nhello\r\n0\r\n\r\n',
+    "nul-in-extension": b"5;a\0\r\nhello\r\n0\r\n\r\n",
+    "control-in-quoted-extension": b'5;a="\x08"\r\nhello\r\n0\r\n\r\n',
+    "lf-ends-size": b"5\nhello\r\n0\r\n\r\n",  # R3: erratum 7633
+    "cr-ends-size": b"5\rhello\r\n0\r\n\r\n",
+    "cr-cr-lf-ends-size": b"5\r\r\nhello\r\n0\r\n\r\n",
+    "lf-everywhere": b"5\nhello\n0\n\n",
+    "no-line-end-after-data": b"5\r\nhello0\r\n\r\n",
+    "too-much-data": b"5\r\nhelloo\r\n0\r\n\r\n",
+    "lf-after-data": b"5\r\nhello\n0\r\n\r\n",
+    "cr-after-data": b"5\r\nhello\r0\r\n\r\n",
+    "letters-after-data": b"5\r\nhelloXX0\r\n\r\n",
+    "lf-ends-last-size": b"5\r\nhello\r\n0\n\r\n",
+    "semicolon-after-last-size": b"5\r\nhello\r\n0;\r\n\r\n",
+    "lf-ends-body": b"5\r\nhello\r\n0\r\n\n",
+    "lf-ends-trailer": b"5\r\nhello\r\n0\r\nX: 1\nY: 2\r\n\r\n",
+    "cr-in-trailer": b"5\r\nhello\r\n0\r\nX: 1\r2\r\n\r\n",
+    "nul-in-trailer": b"5\r\nhello\r\n0\r\nX: 1\0\r\n\r\n",
+    "no-colon-in-trailer": b"5\r\nhello\r\n0\r\nX\r\n\r\n",
+    "space-before-trailer-colon": b"5\r\nhello\r\n0\r\nX : 1\r\n\r\n",
+    "space-before-trailer": b"5\r\nhello\r\n0\r\n X: 1\r\n\r\n",
+    "folded-trailer": b"5\r\nhello\r\n0\r\nX: 1\r\n 2\r\n\r\n",
+    "empty-trailer-name": b"5\r\nhello\r\n0\r\n: 1\r\n\r\n",
+    "request-as-trailer": b"5\r\nhello\r\n0\r\nGET / HTTP/1.1\r\nX: 1\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_bad_chunks_at_once_reach_nobody(
+    gateway: Gateway, origin: Start, body: bytes
+) -> None:
+    server = origin(Script())  # R50
+    with gateway.connect() as client:
+        send(client, post(server, CHUNKED, body=body) + request(server))
+        answer = read_answer(client)
+        assert (answer.status, answer.closes) == (400, True)
+        assert at_end(client)
+    assert uncalled(server)
+
+
+@pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_bad_chunks_later_are_never_a_whole_body(
+    gateway: Gateway, origin: Start, body: bytes
+) -> None:
+    server, arrived = origin(partial := Partial()), b"3\r\nfor\r\n"  # R50, R54
+    with gateway.connect() as client:
+        send(client, post(server, CHUNKED, body=arrived))
+        assert partial.started.wait(10)
+        send(client, body + request(server))
+        answer = read_answer(client)
+        assert (answer.status, answer.closes) == (400, True)
+        assert at_end(client)
+    assert partial.ended.wait(10)
+    (got,) = partial.requests
+    assert not got.complete
+
+
+@pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_bad_chunks_in_single_octets_are_never_a_whole_body(
+    gateway: Gateway, origin: Start, body: bytes
+) -> None:
+    server = origin(Script())  # R50, R54
+    with gateway.connect() as client:
+        drip(client, post(server, CHUNKED, body=body))
+        assert read_answer(client).status == 400
+        assert at_end(client)
+    assert not any(got.complete for got in server.handle.requests)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(b"5;" + b"a" * 65_536, id="name"),
+        pytest.param(b"5" + b";a=b" * 16_384, id="number"),
+        pytest.param(b'5;a="' + b"b" * 65_536 + b'"', id="value"),
+        pytest.param(b"5" + b" " * 65_536 + b";a", id="blanks"),
+        pytest.param(b"0" * 65_536 + b"5", id="zeros"),
+    ],
+)
+def test_the_chunk_line_is_bounded(
+    gateway: Gateway, origin: Start, size: bytes
+) -> None:
+    server = origin(Script())  # R51
+    began = time.monotonic()
+    with gateway.connect() as client:
+        send(client, post(server, CHUNKED, body=size + b"\r\nhello\r\n0\r\n\r\n"))
+        assert read_answer(client).status == 400
+        assert at_end(client)
+    assert not any(got.complete for got in server.handle.requests)
+    assert time.monotonic() - began < 3
+
+
+def test_many_extensions_in_many_chunks_are_bounded_in_time(
+    gateway: Gateway, origin: Start
+) -> None:
+    body = b"1;a=b\r\nx\r\n" * 10_000 + b"0\r\n\r\n"  # R51
+    got = forwarded(gateway, origin(Script()), CHUNKED, method=b"POST", body=body)
+    assert got.body == b"x" * 10_000
+
+
+def test_trailers_are_bounded(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script())  # R11, R52
+    trailers = [b"X-%d: %b" % (i, b"v" * 1000) for i in range(100)]
+    with gateway.connect() as client:
+        body = chunks(b"hello", trailers=trailers)
+        send(client, post(server, CHUNKED, body=body))
+        assert 400 <= read_answer(client).status < 500
+        assert at_end(client)
+    assert not any(got.complete for got in server.handle.requests)
+
+
+# --- Trailers -----------------------------------------------------------------
+
+
+def test_trailers_stay_trailers(gateway: Gateway, origin: Start) -> None:
+    lines = [b"X-Sum: 1", b"X-Empty:", b"X-Sum: \xe9"]  # R52
+    trailers = [(b"X-Sum", b"1"), (b"X-Empty", b""), (b"X-Sum", b"\xe9")]
+    body = chunks(b"hello", trailers=lines)
+    server = origin(Script(response(CHUNKED, b"Trailer: X-Sum", body=body)))
+    answer = returned(gateway, server, CHUNKED, method=b"POST", body=body)
+    for message in (server.handle.requests[0], answer):
+        assert (message.body, message.trailers) == (b"hello", trailers)
+        assert not message.values(b"X-Sum")
+
+
+FORBIDDEN = [
+    b"Content-Length: 3",
+    b"Transfer-Encoding: chunked",
+    b"Host: example.com",
+    b"Authorization: Basic YTpi",
+    b"Proxy-Authorization: Basic YTpi",
+    b"Connection: close",
+    b"Keep-Alive: x",
+    b"TE: trailers",
+    b"Upgrade: x",
+]
+
+
+@pytest.mark.parametrize("line", FORBIDDEN)
+def test_trailers_cannot_frame_route_or_identify(
+    gateway: Gateway, origin: Start, line: bytes
+) -> None:
+    body = chunks(b"hello", trailers=[line, b"X-A: 1"])  # R52
+    server = origin(Script(response(CHUNKED, body=body)))
+    with gateway.connect() as client:
+        data = post(server, CHUNKED, body=body)
+        answers = [exchange(client, data) for _ in range(2)]
+    for message in (*answers, *server.handle.requests):
+        assert message.body == b"hello"
+        assert message.trailers in ([], [(b"X-A", b"1")])
+        assert b"YTpi" not in repr(message).encode()
+        assert b"example.com" not in repr(message).encode()
+
+
+# --- Lengths ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2**31, 2**32 + 5, 2**48, 2**62, 2**63 - 1])
+def test_a_huge_length_does_not_wrap(
+    gateway: Gateway, origin: Start, size: int
+) -> None:
+    server = origin(partial := Partial())  # R49: carried as it is, or refused
+    with gateway.connect() as client:
+        send(client, post(server, b"Content-Length: %d" % size, body=b"hello"))
+        eventually(
+            lambda: partial.started.is_set() or select.select([client], [], [], 0)[0]
+        )
+        if not partial.started.is_set():
+            assert size > 2**48 and read_answer(client).status == 400
+            return
+        client.shutdown(socket.SHUT_WR)
+        assert partial.ended.wait(10)
+    (got,) = partial.requests
+    assert got.values(b"Content-Length") == [b"%d" % size]
+    assert b"hello".startswith(got.body) and not got.complete
+
+
+@pytest.mark.parametrize("size", [2**31, 2**32 + 5, 2**48, 2**62, 2**63 - 1])
+@pytest.mark.parametrize(
+    "form", [b"Content-Length: %d\r\n\r\n", CHUNKED + b"\r\n\r\n%x\r\n"]
+)
+def test_a_huge_response_does_not_wrap(
+    gateway: Gateway, origin: Start, form: bytes, size: int
+) -> None:
+    answer = b"HTTP/1.1 200 OK\r\n" + form % size + b"hello"  # R49, R54
+    answer = returned(gateway, origin(Script(answer, close=True)))
+    if size > 2**48 and answer.status == 502:
+        return  # refused
+    assert (answer.status, answer.complete) == (200, False)
+    assert b"hello".startswith(answer.body)
+
+
+BAD_LENGTHS = {
+    "plus": [b"+5"],
+    "minus": [b"-0"],
+    "prefix": [b"0x5"],
+    "underscore": [b"1_0"],
+    "empty": [b""],
+    "list-that-differs": [b"5, 6"],
+    "list-of-equals": [b"5, 5"],
+    "two-that-differ": [b"5", b"6"],
+    "two-equals": [b"5", b"5"],
+    "over-64-bits": [b"18446744073709551621"],
+    "of-5000-digits": [b"9" * 5000],
+    "superscript": [b"\xc2\xb2"],
+    "letters": [b"five"],
+    "inner-space": [b"5 5"],
+}
+
+
+@pytest.mark.parametrize("lengths", BAD_LENGTHS.values(), ids=BAD_LENGTHS)
+def test_a_response_with_a_bad_length_becomes_502(
+    gateway: Gateway, origin: Start, lengths: list[bytes]
+) -> None:
+    ends: list[bytes] = []  # R48
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        fields = [b"Content-Length: " + length for length in lengths]
+        connection.sendall(response(*fields, body=b"hello"))
+        ends.append(read_all(connection))
+
+    server = origin(handle)
+    with gateway.connect() as client:
+        answer = exchange(client, request(server))
+        assert (answer.status, proxy_error(answer)) == (502, b"http_protocol_error")
+        eventually(lambda: ends == [b""])
+        assert exchange(client, request(origin(Script()))).status == 200
+
+
+@pytest.mark.parametrize(
+    "fields", [[b"Content-Length: 3", CHUNKED], [CHUNKED, b"Content-Length: 99"]]
+)
+def test_a_response_with_length_and_coding_is_not_trusted(
+    gateway: Gateway, origin: Start, fields: list[bytes]
+) -> None:
+    server = origin(Script(response(*fields, body=chunks(b"hello"))))  # R42, R47
+    with gateway.connect() as client:
+        for _ in range(2):
+            answer = exchange(client, request(server))
+            assert answer.status == 502 or answer.body == b"hello"
+    assert len(server.callers) == 2  # whoever sent that is not asked again
+
+
+BAD_CODINGS = {
+    "chunked-not-last": [b"chunked, gzip"],  # R43
+    "chunked-twice": [b"chunked, chunked"],  # R44
+    "chunked-twice-on-two-lines": [b"chunked", b"chunked"],  # R44
+    "parameter": [b"chunked;q=1"],  # R50
+    "quoted": [b'"chunked"'],  # R43
+    "empty": [b""],  # R43
+    "unknown": [b"x-new, chunked"],  # R43
+    "gzip": [b"gzip, chunked"],  # R43
+    "not-chunked": [b"gzip"],  # R43
+    "vertical-tab": [b"\x0bchunked"],  # R7
+}
+
+
+@pytest.mark.parametrize("codings", BAD_CODINGS.values(), ids=BAD_CODINGS)
+def test_a_response_with_a_bad_coding_becomes_502(
+    gateway: Gateway, origin: Start, codings: list[bytes]
+) -> None:
+    fields = [b"Transfer-Encoding: " + coding for coding in codings]
+    server = origin(Script(response(*fields, body=chunks(b"hello")), close=True))
+    with gateway.connect() as client:
+        answer = exchange(client, request(server))
+        assert answer.status == 502
+        assert proxy_error(answer) in (
+            b"http_protocol_error",
+            b"http_response_transfer_coding",
+        )
+        assert exchange(client, request(origin(Script()))).status == 200
+
+
+@pytest.mark.parametrize(
+    "coding", [b"Chunked", b"CHUNKED", b"chunked,", b", chunked\t"]
+)
+def test_a_response_may_write_chunked_as_it_likes(
+    gateway: Gateway, origin: Start, coding: bytes
+) -> None:
+    field = b"Transfer-Encoding: " + coding  # R14, R43: wire.py wants it plain
+    answer = returned(gateway, origin(Script(response(field, body=chunks(b"hello")))))
+    assert (answer.body, answer.complete) == (b"hello", True)
+
+
+def test_a_coding_in_an_http_1_0_response_is_not_trusted(
+    gateway: Gateway, origin: Start
+) -> None:
+    answer = response(CHUNKED, b"Connection: keep-alive", body=chunks(b"hello"))  # R45
+    server = origin(Script(answer.replace(b"HTTP/1.1", b"HTTP/1.0")))
+    with gateway.connect() as client:
+        for _ in range(2):
+            got = exchange(client, request(server))
+            assert got.status == 502 or got.body == b"hello"
+            if got.closes:
+                break
+    assert len(server.callers) == len(server.handle.requests)
+
+
+# --- Messages without a body --------------------------------------------------
+
+BODILESS = {
+    "length": [b"Content-Length: 5"],
+    "coding": [CHUNKED],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("fields", BODILESS.values(), ids=BODILESS)
+@pytest.mark.parametrize("status", [b"204 None", b"304 Same"])
+def test_204_and_304_have_no_body(
+    gateway: Gateway, origin: Start, status: bytes, fields: list[bytes]
+) -> None:
+    server = origin(Script(response(*fields, status=status), OK))  # R46, R53
+    with gateway.connect() as client:
+        answer = exchange(client, request(server))
+        assert answer.start == b"HTTP/1.1 " + status and not answer.closes
+        assert exchange(client, request(server)).body == b"ok"
+
+
+@pytest.mark.parametrize("fields", BODILESS.values(), ids=BODILESS)
+def test_a_head_answer_has_no_body(
+    gateway: Gateway, origin: Start, fields: list[bytes]
+) -> None:
+    server = origin(Script(response(*fields), OK))  # R53
+    with gateway.connect() as client:
+        answer = exchange(client, request(server, method=b"HEAD"), b"HEAD")
+        assert answer.status == 200 and not answer.closes
+        assert exchange(client, request(server)).body == b"ok"
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"304 Same"])
+def test_the_length_of_what_is_not_sent_passes(
+    gateway: Gateway, origin: Start, status: bytes
+) -> None:
+    server = origin(Script(response(b"Content-Length: 12345", status=status)))  # R53
+    method = b"HEAD" if status.startswith(b"200") else b"GET"
+    answer = returned(gateway, server, method=method)
+    assert answer.values(b"Content-Length") == [b"12345"]
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE", b"BREW"])
+def test_a_request_without_framing_has_no_body(
+    gateway: Gateway, origin: Start, method: bytes
+) -> None:
+    server = origin(Script())  # R53
+    with gateway.connect() as client:
+        send(client, request(server, method=method) + request(server))
+        assert [read_answer(client).status for _ in range(2)] == [200, 200]
+    assert [got.method for got in server.handle.requests] == [method, b"GET"]
+
+
+@pytest.mark.parametrize("method", [b"GET", b"DELETE", b"OPTIONS", b"BREW"])
+def test_any_method_may_have_a_body(
+    gateway: Gateway, origin: Start, method: bytes
+) -> None:
+    got = forwarded(
+        gateway, origin(Script()), b"Content-Length: 5", method=method, body=b"hello"
+    )  # R53
+    assert got.body == b"hello"
+
+
+# --- Bodies, whole ------------------------------------------------------------
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 1459, 65_535, 65_536, 65_537, 300_001])
+@pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
+def test_bodies_of_all_sizes_come_back_whole(
+    gateway: Gateway, origin: Start, way: str, size: int
+) -> None:
+    body = BULK[:size]  # R53
+    answer = {
+        "sized": sized(body),
+        "chunked": response(CHUNKED, body=chunks(*([body] if body else []))),
+        "closed": response(body=body),
+    }[way]
+    server = origin(Script(answer, close=way == "closed"))
+    answer = returned(gateway, server)
+    assert (digest(answer.body), answer.complete) == (digest(body), True)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1459, 65_535, 65_536, 65_537, 300_001])
+@pytest.mark.parametrize("way", ["sized", "chunked"])
+def test_bodies_of_all_sizes_go_there_whole(
+    gateway: Gateway, origin: Start, way: str, size: int
+) -> None:
+    body = BULK[:size]  # R53
+    field, data = {
+        "sized": (b"Content-Length: %d" % size, body),
+        "chunked": (CHUNKED, chunks(*([body] if body else []))),
+    }[way]
+    got = forwarded(gateway, origin(Script()), field, method=b"POST", body=data)
+    assert (digest(got.body), got.complete) == (digest(body), True)
+
+
+@pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
+def test_bulk_comes_back_whole(gateway: Gateway, origin: Start, way: str) -> None:
+    pieces = [BULK[i : i + 100_000] for i in range(0, len(BULK), 100_000)]
+    answer = {
+        "sized": sized(BULK),
+        "chunked": response(CHUNKED, body=chunks(*pieces)),
+        "closed": response(body=BULK),
+    }[way]
+    answer = returned(gateway, origin(Script(answer, close=way == "closed")))
+    assert digest(answer.body) == digest(BULK)
+
+
+def test_bulk_goes_both_ways_at_once(gateway: Gateway, origin: Start) -> None:
+    def echo(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response(b"Content-Length: %d" % len(BULK)))
+        left = len(BULK)
+        while left and (piece := connection.recv(65536)):
+            connection.sendall(piece)
+            left -= len(piece)
+
+    server = origin(echo)
+    data = post(server, b"Content-Length: %d" % len(BULK), body=BULK)
+    with gateway.connect() as client:
+        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender.start()
+        assert digest(read_answer(client).body) == digest(BULK)
+        sender.join(10)
+
+
+def test_each_piece_travels_when_it_is_sent(gateway: Gateway, origin: Start) -> None:
+    def echo(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response(CHUNKED))
+        for _ in range(3):
+            piece = read_exactly(connection, len(b"5\r\nhello\r\n"))
+            connection.sendall(piece)
+        connection.sendall(read_exactly(connection, len(b"0\r\n\r\n")))
+
+    with gateway.connect() as client:  # nobody may wait for the end, or for more
+        send(client, post(origin(echo), CHUNKED))
+        head = read_head(client)
+        assert CHUNKED.lower() in head.lower()
+        for _ in range(3):
+            send(client, b"5\r\nhello\r\n")
+            assert read_exactly(client, 10) == b"5\r\nhello\r\n"
+        send(client, b"0\r\n\r\n")
+        assert read_exactly(client, 5) == b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("count", [1, 2000])
+def test_chunks_of_one_octet_come_back_whole(
+    gateway: Gateway, origin: Start, count: int
+) -> None:
+    body = chunks(*[b"x"] * count)  # R50
+    answer = returned(gateway, origin(Script(response(CHUNKED, body=body))))
+    assert (answer.body, answer.complete) == (b"x" * count, True)
+
+
+def test_response_extensions_are_dropped(gateway: Gateway, origin: Start) -> None:
+    body = b'5;a="b;c"\r\nhello\r\n0;x\r\n\r\n'  # R51: wire.py knows none
+    answer = returned(gateway, origin(Script(response(CHUNKED, body=body))))
+    assert (answer.body, answer.complete) == (b"hello", True)
+
+
+# --- HTTP/1.0 clients ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"", b"hello", BULK], ids=["none", "short", "long"])
+def test_an_http_1_0_client_gets_no_chunks(
+    gateway: Gateway, origin: Start, body: bytes
+) -> None:
+    coded = chunks(*([body] if body else []), trailers=[b"X-A: 1"])  # R46
+    server = origin(Script(response(CHUNKED, body=coded)))
+    answer = returned(gateway, server, b"Connection: keep-alive", version=b"HTTP/1.0")
+    assert not answer.values(b"Transfer-Encoding") and answer.closes
+    assert (digest(answer.body), answer.complete) == (digest(body), True)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param(b"", id="no-last-chunk"),
+        pytest.param(b"5\r\nhel", id="half-a-chunk"),
+        pytest.param(b"zz\r\n", id="bad-chunk"),
+    ],
+)
+def test_an_http_1_0_client_sees_a_missing_end(
+    gateway: Gateway, origin: Start, rest: bytes
+) -> None:
+    body = b"5\r\nhello\r\n" + rest  # R54: a plain close would look like the end
+    server = origin(Script(response(CHUNKED, body=body), close=True))
+    answer = returned(gateway, server, version=b"HTTP/1.0")
+    assert answer.status == 502 or not answer.complete
+
+
+# --- What is cut off ----------------------------------------------------------
+
+CUT = {
+    "sized": response(b"Content-Length: 10", body=b"hello"),
+    "sized-by-one": response(b"Content-Length: 6", body=b"hello"),
+    "sized-at-start": response(b"Content-Length: 10"),
+    "sized-bulk": response(b"Content-Length: 4000000", body=BULK[:3_000_000]),
+    "in-a-chunk": response(CHUNKED, body=b"a\r\nhello"),
+    "after-a-chunk": response(CHUNKED, body=b"5\r\nhello\r\n"),
+    "in-a-line-end": response(CHUNKED, body=b"5\r\nhello\r"),
+    "in-the-last-size": response(CHUNKED, body=b"5\r\nhello\r\n0"),
+    "in-the-last-line": response(CHUNKED, body=b"5\r\nhello\r\n0\r\n"),
+    "in-a-trailer": response(CHUNKED, body=b"5\r\nhello\r\n0\r\nX-A: 1\r\n"),
+    "before-chunks": response(CHUNKED),
+}
+
+
+@pytest.mark.parametrize("answer", CUT.values(), ids=CUT)
+def test_a_cut_response_looks_cut(
+    gateway: Gateway, origin: Start, answer: bytes
+) -> None:
+    server = origin(Script(answer, close=True))  # R54
+    with gateway.connect() as client:
+        got = exchange(client, request(server))
+        assert (got.status, got.complete) == (200, False)
+        assert read_all(client) == b""
+    assert len(server.callers) == 1  # R39
+
+
+@pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_a_response_with_bad_chunks_looks_cut(
+    gateway: Gateway, origin: Start, body: bytes
+) -> None:
+    body = b"3\r\nfor\r\n" + body  # R2, R3, R50
+    server = origin(Script(response(CHUNKED, body=body), close=True))
+    answer = returned(gateway, server)
+    assert answer.status == 502 or not answer.complete
+
+
+@pytest.mark.parametrize("size", [5, 100_000, len(BULK)])
+@pytest.mark.parametrize("way", ["sized", "chunked"])
+def test_what_came_before_the_cut_is_delivered(
+    gateway: Gateway, origin: Start, way: str, size: int
+) -> None:
+    body = BULK[:size]  # R54: a download that can be resumed begins with this
+    answer = {
+        "sized": response(b"Content-Length: %d" % (size + 1), body=body),
+        "chunked": response(CHUNKED, body=b"%x\r\n%b\r\n" % (size, body)),
+    }[way]
+    got = returned(gateway, origin(Script(answer, close=True)))
+    assert (got.status, got.complete) == (200, False)
+    assert digest(got.body) == digest(body)
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+def test_a_reset_before_the_close_looks_cut(
+    gateway: Gateway, origin: Start, version: bytes
+) -> None:
+    seen = threading.Event()  # R54
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response(body=b"hello"))
+        seen.wait(10)
+        reset(connection)
+
+    with gateway.connect() as client:
+        send(client, request(origin(handle), version=version))
+        assert b"close" in read_head(client).lower()
+        assert read_exactly(client, 5) == b"hello"
+        seen.set()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "body"), [(b"Content-Length: 10", b"hello"), (CHUNKED, b"5\r\nhello\r\n")]
+)
+@pytest.mark.parametrize("end", [lambda c: c.shutdown(socket.SHUT_WR), reset])
+def test_a_cut_request_looks_cut(
+    gateway: Gateway,
+    origin: Start,
+    field: bytes,
+    body: bytes,
+    end: Callable[[socket.socket], None],
+) -> None:
+    server = origin(partial := Partial())  # R54
+    with gateway.connect() as client:
+        send(client, post(server, field, body=body))
+        assert partial.started.wait(10)
+        end(client)
+        assert partial.ended.wait(10)
+    assert [got.complete for got in partial.requests] == [False]
+
+
+@pytest.mark.parametrize(
+    "answer", [response(b"Content-Length: 10", body=b"hello"), response(CHUNKED)]
+)
+def test_a_response_that_stalls_looks_cut(
+    hasty: Gateway, origin: Start, answer: bytes
+) -> None:
+    def stall(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(answer)
+        read_all(connection)
+
+    got = returned(hasty, origin(stall))  # R54
+    assert (got.status, got.complete) == (200, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "body"), [(b"Content-Length: 10", b"hello"), (CHUNKED, b"5\r\nhello\r\n")]
+)
+def test_a_request_that_stalls_looks_cut(
+    hasty: Gateway, origin: Start, field: bytes, body: bytes
+) -> None:
+    server = origin(partial := Partial())  # R54
+    with hasty.connect() as client:
+        answer = exchange(client, post(server, field, body=body))
+        assert (answer.status in (408, 504), answer.closes) == (True, True)
+        assert at_end(client)
+    assert partial.ended.wait(10)
+    assert [got.complete for got in partial.requests] == [False]
+
+
+def test_a_client_that_does_not_read_is_let_go(hasty: Gateway, origin: Start) -> None:
+    left = threading.Event()  # R54: no state without a deadline
+
+    def pour(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        with contextlib.suppress(OSError):
+            connection.sendall(response(b"Content-Length: %d" % 2**40))
+            while True:
+                connection.sendall(BULK)
+        left.set()
+
+    with hasty.connect() as client:
+        send(client, request(origin(pour)))
+        assert left.wait(10)
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(1 << 20):
+                pass
+
+
+def test_a_server_that_does_not_read_is_let_go(hasty: Gateway, origin: Start) -> None:
+    free = threading.Event()  # R54
+
+    def stall(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        free.wait(20)
+
+    with hasty.connect() as client:
+        data = post(origin(stall), b"Content-Length: %d" % 2**40, body=BULK * 4)
+        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender.start()
+        answer = read_answer(client)
+        assert (answer.status, answer.closes) == (504, True)
+        sender.join(10)
+        free.set()
+
+
+def test_a_client_that_leaves_ends_the_download(
+    gateway: Gateway, origin: Start
+) -> None:
+    left = threading.Event()  # R61
+
+    def pour(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        with contextlib.suppress(OSError):
+            connection.sendall(response(b"Content-Length: %d" % 2**40))
+            while True:
+                connection.sendall(BULK)
+        left.set()
+
+    with gateway.connect() as client:
+        send(client, request(origin(pour)))
+        assert read_exactly(client, 1_000_000)
+    assert left.wait(10)
+
+
+# --- Surplus ------------------------------------------------------------------
+
+EVIL = sized(b"evil", b"X-Evil: 1")
+SURPLUS = {
+    "after-length": OK + EVIL,
+    "after-length-zero": sized(b"") + EVIL,
+    "after-chunks": response(CHUNKED, body=chunks(b"ok")) + EVIL,
+    "after-204": response(status=b"204 None") + EVIL,
+    "after-304": response(status=b"304 Same") + EVIL,
+    "one-octet": OK + b"X",
+    "line-end": OK + b"\r\n",
+    "body-of-204": response(b"Content-Length: 4", status=b"204 None") + b"evil",
+}
+
+
+def clean(answer: Message) -> bool:
+    return b"evil" not in repr(answer).lower().encode()
+
+
+@pytest.mark.parametrize("answer", SURPLUS.values(), ids=SURPLUS)
+def test_what_follows_a_response_is_no_response(
+    gateway: Gateway, origin: Start, answer: bytes
+) -> None:
+    server = origin(Script(answer, OK))  # R55
+    with gateway.connect() as client:
+        first = exchange(client, request(server))
+        assert clean(first) and not first.closes
+        second = exchange(client, request(server))
+        assert clean(second) and second.body == b"ok"
+    assert len(server.callers) == 2
+
+
+def test_what_follows_a_head_answer_is_no_response(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script(EVIL.replace(b"X-Evil: 1\r\n", b""), OK))  # R53, R55
+    with gateway.connect() as client:
+        assert exchange(client, request(server, method=b"HEAD"), b"HEAD").status == 200
+        assert exchange(client, request(server)).body == b"ok"
+    assert len(server.callers) == 2
+
+
+@pytest.mark.parametrize("surplus", [EVIL, b"X", OK])
+def test_what_comes_between_exchanges_is_no_response(
+    gateway: Gateway, origin: Start, surplus: bytes
+) -> None:
+    answered, sent = threading.Event(), threading.Event()  # R55
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(OK)
+        if len(server.callers) == 1:
+            answered.wait(10)
+            connection.sendall(surplus)
+            sent.set()
+        read_all(connection)
+
+    server = origin(handle)
+    with gateway.connect() as client:
+        assert exchange(client, request(server)).body == b"ok"
+        answered.set()
+        assert sent.wait(10)
+        answer = exchange(client, request(server))
+        assert clean(answer) and answer.body == b"ok"
+    assert len(server.callers) == 2
+
+
+# --- Bodies that nobody reads -------------------------------------------------
+
+
+def test_the_body_of_a_denied_request_is_never_a_request(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(Script())  # R56
+    size = 10_000_000
+    evil = request(server, path=b"/evil")
+    body = (evil * (size // len(evil) + 1))[:size]
+    data = request(DENIED, b"Content-Length: %d" % size, method=b"POST", body=body)
+    with gateway.connect() as client:
+        sender = threading.Thread(target=send, args=[client, data + evil], daemon=True)
+        sender.start()
+        answer = read_answer(client)
+        assert (answer.status, answer.closes) == (403, True)
+        assert read_all(client) == b""
+        sender.join(10)
+    assert uncalled(server)
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [(b"Content-Length: 5", b"hello"), (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n")],
+)
+def test_a_request_behind_a_denied_body_is_harmless(
+    gateway: Gateway, origin: Start, field: bytes, body: bytes
+) -> None:
+    server = origin(Script())  # R56: kept open only by who has read the whole body
+    data = request(DENIED, field, method=b"POST", body=body)
+    with gateway.connect() as client:
+        send(client, data + request(server, path=b"/next"))
+        assert read_answer(client).status == 403
+        rest = read_all(client)
+    if rest:
+        assert [got.target for got in server.handle.requests] == [b"/next"]
+    else:
+        assert uncalled(server)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_early_answer_ends_the_upload(
+    gateway: Gateway, origin: Start, keeps: bool
+) -> None:
+    def refuse(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        read_exactly(connection, 65_536)
+        connection.sendall(sized(b"no", b"Connection: close", status=b"413 Big"))
+        if keeps:
+            read_all(connection)
+
+    server = origin(refuse)  # R56, R60
+    data = post(server, b"Content-Length: 50000000", body=BULK * 2)
+    with gateway.connect() as client:
+        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender.start()
+        answer = read_answer(client)
+        assert (answer.status, answer.body, answer.closes) == (413, b"no", True)
+        read_all(client)
+        sender.join(10)
+        assert not sender.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("field", "body"), [(b"Content-Length: 5", b"hello"), (CHUNKED, chunks(b"hello"))]
+)
+def test_an_early_answer_need_not_end_the_upload(
+    gateway: Gateway, origin: Start, field: bytes, body: bytes
+) -> None:
+    def early(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(OK)
+        server.received.append(read_exactly(connection, len(body)))
+        Script()(connection, server)
+
+    server = origin(early)  # R58: who answers early and keeps the connection reads on
+    with gateway.connect() as client:
+        answer = exchange(client, post(server, field, body=body[:-3]))
+        assert answer.status == 200 and not answer.closes
+        assert exchange(client, body[-3:] + request(server)).status == 200
+    assert server.received == [body] and len(server.callers) == 1
