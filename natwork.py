@@ -580,9 +580,8 @@ class Session:
         "user",
     )
 
-    def __init__(self, client: str, proto: str = "-") -> None:
-        self.began, self.pid, self.client = time.time(), os.getpid(), client
-        self.proto = proto
+    def __init__(self, client: str, pid: int, proto: str = "-") -> None:
+        self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
         self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
         self.up = self.down = 0  # bytes written to the server, and to the client
@@ -597,11 +596,11 @@ class Session:
     @staticmethod
     def from_row(row: bytes, up: int, down: int) -> Session:
         """Return the session of a row, with the bytes it has moved so far."""
-        session = Session("-")
-        began, pid, *words = row.decode().split(" ")
-        session.began, session.pid = float(began), int(pid)
-        session.client, session.user, session.proto, session.method = words[:4]
-        session.target, session.address, session.source, session.status = words[4:]
+        began, pid, client, *words = row.decode().split(" ")
+        session = Session(client, int(pid))
+        session.began = float(began)
+        session.user, session.proto, session.method = words[:3]
+        session.target, session.address, session.source, session.status = words[3:]
         session.up, session.down = up, down
         return session
 
@@ -707,6 +706,14 @@ class Stream:
         piece = bytes(self.received[:count])
         del self.received[:count]
         return piece
+
+    def converse(self) -> None:
+        """Get ready for more than a question and its answer.
+
+        Small pieces leave at once, and a peer who is gone is noticed in the end.
+        """
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def close(self) -> None:
         self.sock.close()
@@ -1039,7 +1046,7 @@ class Worker:
         self.generation, self.config = generation, generation.config
         self.slot, self.board = slot, master.board
         self.wake_in, self.pressure_out = master.wake_in, master.pressure_out
-        self.lifeline = generation.lifeline_out
+        self.lifeline, self.pid = generation.lifeline_out, os.getpid()
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         # Made after the fork, and exclusive: one client wakes one worker.
@@ -1211,6 +1218,7 @@ class Master:
         # write to each object, away from the pages they share.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000)
         while not self.stopping:
             self.reap()
             self.keep_spares()
@@ -1455,6 +1463,7 @@ def select_now(listeners: list[socket.socket]) -> list[socket.socket]:
 # kernel has them, 4 or 16 bytes: of one length they compare like numbers.
 
 
+@functools.lru_cache(maxsize=64)
 def pack(address: str) -> bytes:
     """Return an address's 4 or 16 bytes; raise ValueError for anything else.
 
@@ -1467,6 +1476,7 @@ def pack(address: str) -> bytes:
         raise ValueError(f"{address!r} is not an address") from None
 
 
+@functools.lru_cache(maxsize=64)
 def unpack(packed: bytes) -> str:
     return socket.inet_ntop(
         socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed
@@ -1533,6 +1543,11 @@ def forms(packed: bytes) -> list[bytes]:
     if packed.startswith(bytes(12)) and tail[:2] != b"\0\0":
         return [packed, tail]
     return [packed]
+
+
+def address_of(peer: str) -> bytes:
+    """Return the address of a peer as the kernel names it, zone and all, packed."""
+    return forms(pack(peer.partition("%")[0]))[0]
 
 
 CLOSED = (
@@ -1753,16 +1768,21 @@ class Policy:
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
+        self.judged = functools.lru_cache(maxsize=64)(self.judge_now)
 
-    def is_client(self, peer: str, local: str) -> bool:
-        """Return whether a peer on the inside came to us from the inside."""
-        here = forms(pack(local.partition("%")[0]))[0]
-        for uplink in self.uplinks:
-            if here == uplink.packed:
-                return False
-            if not uplink.packed and here in device_addresses(uplink.name):
-                return False
-        return contains(self.inside, forms(pack(peer.partition("%")[0]))[0])
+    def is_client(self, peer: str, sock: socket.socket) -> bool:
+        """Return whether a peer is on the inside, and came to us from there."""
+        if not contains(self.inside, address_of(peer)):
+            return False
+        if not self.uplinks:
+            return True
+        here = address_of(sock.getsockname()[0])
+        return not any(
+            here == uplink.packed
+            or not uplink.packed
+            and here in device_addresses(uplink.name)
+            for uplink in self.uplinks
+        )
 
     def is_ours(self, packed: bytes, port: int) -> bool:
         """Return whether this is one of the gateway's own listeners: a loop."""
@@ -1796,10 +1816,18 @@ class Policy:
 
         host is what the client asked for, lower case; packed what it led to.
         """
+        # One page asks for many things at once; but our own addresses may change.
+        second = int(time.monotonic())
+        return self.judged(client, user, host, port, packed, second)
+
+    def judge_now(
+        self, client: str, user: str, host: str, port: int, packed: bytes, second: int
+    ) -> Verdict:
+        """Do what judge() says; second is there for the cache."""
         found = forms(packed)
         if any(self.is_ours(form, port) for form in found):
             return Verdict(False, LOOP, "the gateway's own listener")
-        who = forms(pack(client.partition("%")[0]))[0]
+        who = address_of(client)
         closed: str | None = None
         for rule in self.rules:
             if not rule.matches(who, user, host, port, found):
@@ -1849,8 +1877,6 @@ class Attempt(NamedTuple):
             socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
         )
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.uplink and self.uplink.packed:
                 # The whole port range for each target, not one for all of them.
                 sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -1859,19 +1885,21 @@ class Attempt(NamedTuple):
                 # A source address alone leaves the device to the routing table.
                 device = self.uplink.name.encode()
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-            with contextlib.suppress(BlockingIOError):
-                sock.connect((unpack(self.packed), self.port))
-        except OSError as error:
+            number = sock.connect_ex((unpack(self.packed), self.port))
+            if number not in (0, errno.EINPROGRESS):
+                raise OSError(number, os.strerror(number))
+        except OSError:
             sock.close()
-            # connect() says EAGAIN when no local port is left; ours is EINPROGRESS.
-            raise OSError(error.errno, error.strerror) from None
+            raise
         return sock
 
 
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
-    with contextlib.suppress(ValueError):
+    try:
         return [pack(host)]
+    except ValueError:
+        pass  # it is a name
     began = time.monotonic()
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
@@ -1901,14 +1929,14 @@ def plan(
     addresses: list[bytes], port: int, uplinks: list[Uplink], board: Scoreboard
 ) -> list[Attempt]:
     """Return the attempts in their order: uplink by uplink, failed ones last."""
+    if not uplinks:
+        return [Attempt(a, port, None, RACE_DELAY) for a in interleave(addresses)]
     now = time.monotonic()
 
     def tired(way: Uplink) -> bool:
         failed = board.uplink_failed(way.number)
         return bool(failed) and now - failed < UPLINK_REST
 
-    if not uplinks:
-        return [Attempt(a, port, None, RACE_DELAY) for a in interleave(addresses)]
     attempts: list[Attempt] = []
     seen: set[int] = set()  # families, as address lengths, that have a way
     for way in sorted(uplinks, key=tired):
@@ -1989,6 +2017,8 @@ class Race:
                 sock.close()
                 self.failed.append((OSError(number, os.strerror(number)), attempt))
                 return None
+        if not attempt.uplink:
+            return sock, attempt
         # An uplink has failed if it was asked earlier, and another was quicker.
         for earlier in self.started[: self.started.index(attempt)]:
             if earlier.uplink and earlier.uplink != attempt.uplink:
@@ -2420,7 +2450,7 @@ class Http:
     def one(self) -> None:
         """Answer one request, whatever becomes of it, and write it down."""
         self.start_request()
-        session = self.session = Session(self.worker.name, "http")
+        session = self.session = Session(self.worker.name, self.worker.pid, "http")
         outcome = BROKEN
         try:
             outcome = self.request()
@@ -2438,8 +2468,10 @@ class Http:
         seconds = self.config.keepalive_timeout
         if self.fresh:
             self.fresh, seconds = False, self.config.head_timeout
-            with contextlib.suppress(BlockingIOError):
+            try:
                 return self.fill()  # it has probably come with the connection
+            except BlockingIOError:
+                pass
         while True:
             quiet = [self.client, self.server] if self.server else [self.client]
             spoken = self.worker.silence(seconds, quiet)
@@ -2457,6 +2489,13 @@ class Http:
             return False
         self.client.received += data
         return bool(data)
+
+    def talks_on(self) -> bool:
+        """Return whether a client who wanted to leave has all the same said more."""
+        try:
+            return bool(self.client.received) or self.fill()
+        except BlockingIOError:
+            return False
 
     def dial(self, host: str, port: int) -> Stream:
         """Replace the server connection by a new one, and return it; raise Refused."""
@@ -2650,6 +2689,7 @@ class Http:
         session.status = "200"
         self.worker.begin(session, titled=True)
         self.answered = self.endless = True
+        server.converse()
         up = Lane(self.watch, self.client, server, self.config.tunnel_timeout)
         down = Lane(self.watch, server, self.client, self.config.tunnel_timeout)
         up.script, down.script = up.tunnel(down), down.tunnel(up)
@@ -2738,6 +2778,8 @@ class Exchange:
         """Carry the request to its server and the answer back; raise Refused."""
         http, up = self.http, self.up
         up.sink = server
+        if self.length or self.offered:
+            server.converse()
         self.down = Lane(http.watch, server, http.client, http.config.idle_timeout)
         self.down.script = self.reply()
         http.join(up, self.down)
@@ -2749,10 +2791,7 @@ class Exchange:
         if up.abandoned:
             http.keep = False
         if not http.keep:
-            # A client that wanted to leave may all the same have said more.
-            with contextlib.suppress(BlockingIOError):
-                more = up.abandoned or http.client.received or http.fill()
-                http.lingers = http.wants_more or bool(more)
+            http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
 
     def request_head(self, target: Target) -> bytes:
@@ -2911,9 +2950,9 @@ class Exchange:
 def serve_client(policy: Policy, worker: Worker) -> None:
     """Serve one client from the first byte to the last."""
     client = Stream(worker.client, CLIENT_GONE)
-    if not policy.is_client(worker.peer, worker.client.getsockname()[0]):
+    if not policy.is_client(worker.peer, worker.client):
         # Without a byte: a stranger learns nothing, not even what this is.
-        worker.finish(Session(worker.name), OUTSIDER.word)
+        worker.finish(Session(worker.name, worker.pid), OUTSIDER.word)
         return
     Http(worker, policy, client).serve()
 

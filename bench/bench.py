@@ -1082,13 +1082,14 @@ def costs(measured: dict[str, Results]) -> str:
 
 
 def machine() -> str:
-    """Describe processor, memory, kernel and Python in a line."""
+    """Describe processor, memory, kernel, its TCP and Python in a line."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
     kernel = ".".join(platform.release().split(".")[:2])
+    tcp = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     return (
         f"{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}, "
-        f"{memory:.0f} GiB, Linux {kernel}, bench under Python "
+        f"{memory:.0f} GiB, Linux {kernel} with {tcp}, bench under Python "
         f"{platform.python_version()}"
     )
 

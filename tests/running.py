@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+from typing import Any
 
 import pytest
 from conftest import LOOPBACK
@@ -116,20 +118,24 @@ class Daemon(Gateway):
         return said
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[type[Daemon]]:
-    """Return a function that starts a Daemon: daemon(spare_workers="2")."""
-    running: list[Daemon] = []
+def daemons() -> Callable[..., Iterator[Callable[..., Daemon]]]:
+    """Return a module's fixture: a function that starts a Daemon with settings."""
 
-    def start(*options: str, **settings: object) -> Daemon:
-        folder = tmp_path / f"daemon{len(running)}"
-        folder.mkdir()
-        running.append(Daemon(folder, *options, **settings))  # type: ignore[arg-type]
-        return running[-1]
+    @pytest.fixture
+    def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+        running: list[Daemon] = []
 
-    yield start  # type: ignore[misc]
-    for one in running:
-        one.stop()
+        def one(*options: str, **settings: Any) -> Daemon:
+            folder = tmp_path / f"daemon{len(running)}"
+            folder.mkdir()
+            running.append(Daemon(folder, *options, **settings))
+            return running[-1]
+
+        yield one
+        for daemon in running:
+            daemon.stop()
+
+    return start
 
 
 def echo(connection: socket.socket, origin: Origin) -> None:

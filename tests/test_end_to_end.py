@@ -386,7 +386,7 @@ def test_wget_gets_a_file(rig: Rig, scheme: str) -> None:
     assert seen["scheme"] == scheme and seen["client"] == "203.0.113.1"
 
 
-PICTURES = 60  # picture N is N pixels wide; every other one is on the other server
+PICTURES = 60  # picture N is N + 1 pixels wide; every other one is on another server
 PICTURE = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="9"><!--%s--></svg>'
 )
@@ -400,12 +400,12 @@ function echo(message) {
     });
 }
 async function report() {
-    const pictures = [...document.images].filter((image, n) => image.naturalWidth == n + 1);
+    const whole = [...document.images].filter((one, n) => one.naturalWidth == n + 1);
     await fetch("/post/note", {method: "POST", body: "written by a script"});
     const note = await (await fetch("/files/note")).text();
     // A page that came by https may not open a socket without TLS.
     const answer = location.protocol == "http:" ? await echo("a message") : "none";
-    return `${location.protocol} ${pictures.length}, ${note}, ${answer}`;
+    return `${location.protocol} ${whole.length}, ${note}, ${answer}`;
 }
 async function run() {
     let result;

@@ -126,6 +126,21 @@ def test_a_server_connection_serves_one_client_only(
     assert len(server.callers) == 3
 
 
+def test_a_client_does_not_make_room_for_itself(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
+    first = gateway.connect()  # R61: one leaves and one comes, and nobody waits
+    assert exchange(first, request(server)).status == 200
+    for _ in range(150):
+        second = gateway.connect()
+        first.close()
+        assert not select.select([second], [], [], 0.01)[0]  # still welcome
+        assert exchange(second, request(server)).status == 200
+        first = second
+    first.close()
+
+
 def test_a_server_that_closes_does_not_close_the_client(
     gateway: Gateway, origin: Start
 ) -> None:
