@@ -98,6 +98,10 @@ SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
+# Plain numbers, where the socket module has members of an enum.
+INET, INET6, STREAM = (
+    int(n) for n in (socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM)
+)
 LINE_BYTES = 4096  # PIPE_BUF: a line no longer than this is written whole
 
 # --- Configuration ------------------------------------------------------------
@@ -376,7 +380,7 @@ OUTCOME_OF_ERRNO = {
     errno.ENFILE: OVERLOAD,
     errno.ENOBUFS: OVERLOAD,
     errno.ENOMEM: OVERLOAD,
-    errno.EAGAIN: OVERLOAD,  # from connect(2): no local port is free
+    errno.EAGAIN: OVERLOAD,
 }
 
 
@@ -427,11 +431,15 @@ class Scoreboard:
         size = ROWS + SLOTS * SLOT_SIZE
         self.fd = fd
         if fd >= 0:
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise ValueError("this memory could shrink")
             self.memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
             return
-        self.fd = os.memfd_create("natwork", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("natwork", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         # Pages nobody writes to are never allocated: unused slots cost nothing.
         os.ftruncate(self.fd, size)
+        # Who maps it to read must not be able to lose it under his feet.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.memory = mmap.mmap(self.fd, size)
 
     def describe(self, max_workers: int) -> None:
@@ -1001,7 +1009,21 @@ def advance(lane: Lane, up: Lane) -> None:
 # means: take no more clients under these settings.  Its end means: the master
 # is leaving, or dead.
 
-MASTER_SIGNALS = {signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+# Plain numbers and the plain C functions: what looks names up in an enum touches
+# fifty pages, which each worker would then have for itself.
+MASTER_SIGNALS = [
+    int(number)
+    for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+]
+WORKER_SIGNALS = {
+    int(signal.SIGTERM): int(signal.SIG_DFL),
+    int(signal.SIGCHLD): int(signal.SIG_DFL),
+    # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
+    int(signal.SIGINT): int(signal.SIG_IGN),
+    int(signal.SIGHUP): int(signal.SIG_IGN),
+}
+set_signal = getattr(signal.signal, "__wrapped__", signal.signal)
+set_mask = getattr(signal.pthread_sigmask, "__wrapped__", signal.pthread_sigmask)
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
 
@@ -1049,6 +1071,7 @@ class Worker:
         self.lifeline, self.pid = generation.lifeline_out, os.getpid()
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
+        self.families = {fd: int(s.family) for fd, s in self.listeners.items()}
         # Made after the fork, and exclusive: one client wakes one worker.
         self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
         for fd in self.listeners:
@@ -1096,8 +1119,11 @@ class Worker:
 
     def take(self, fd: int) -> bool:
         """Accept a client from a listener; return whether there was one."""
+        listener = self.listeners[fd]
         try:
-            self.client, address = self.listeners[fd].accept()
+            # accept() less the enum of the family, which it would look up anew.
+            number, address = listener._accept()  # type: ignore[attr-defined]
+            self.client = socket.socket(self.families[fd], STREAM, 0, number)
         except BlockingIOError:
             return False  # another worker was quicker
         except OSError as error:
@@ -1214,6 +1240,7 @@ class Master:
         for number in MASTER_SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
+        set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)  # run() has held them
         # What lives now lives in every worker: keep the collector, which would
         # write to each object, away from the pages they share.
         gc.collect()
@@ -1327,7 +1354,7 @@ class Master:
         slot.state(self.generation.idle())
         # Held across the fork: until the worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
-        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+        set_mask(int(signal.SIG_BLOCK), MASTER_SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
@@ -1340,7 +1367,7 @@ class Master:
             self.fork_failing, self.fork_at = True, time.monotonic() + 1
             return False
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+            set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
         self.fork_failing = False
         self.workers[pid] = slot, self.generation
         self.generation.workers += 1
@@ -1351,12 +1378,9 @@ class Master:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+            for number, action in WORKER_SIGNALS.items():
+                set_signal(number, action)
+            set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
             for generation in self.generations:
                 os.close(generation.lifeline_in)  # the master's alone: it is its life
             for fd in (self.wake_out, self.pressure_in, self.board.fd):
@@ -1538,8 +1562,8 @@ def forms(packed: bytes) -> list[bytes]:
         return [packed, packed[4:8], bytes(byte ^ 255 for byte in tail)]
     if packed.startswith(NAT64):
         return [packed, tail]
-    if packed.startswith(NAT64_LOCAL):
-        return [packed, tail, packed[6:8] + packed[9:11]]
+    if packed.startswith(NAT64_LOCAL):  # of a /96 or, by byte 6, of the /48 itself
+        return [packed, packed[6:8] + packed[9:11] if packed[6] else tail]
     if packed.startswith(bytes(12)) and tail[:2] != b"\0\0":
         return [packed, tail]
     return [packed]
@@ -1550,10 +1574,11 @@ def address_of(peer: str) -> bytes:
     return forms(pack(peer.partition("%")[0]))[0]
 
 
+LINK_LOCAL = networks("169.254.0.0/16 fe80::/10")
 CLOSED = (
     ("unspecified", networks("0.0.0.0/8 ::/128")),
     ("loopback", networks("127.0.0.0/8 ::1")),
-    ("link-local", networks("169.254.0.0/16 fe80::/10")),
+    ("link-local", LINK_LOCAL),
     ("multicast", networks("224.0.0.0/3 ff00::/8")),  # and the reserved, and broadcast
 )
 
@@ -1772,17 +1797,32 @@ class Policy:
 
     def is_client(self, peer: str, sock: socket.socket) -> bool:
         """Return whether a peer is on the inside, and came to us from there."""
-        if not contains(self.inside, address_of(peer)):
+        packed = address_of(peer)
+        if not contains(self.inside, packed):
             return False
-        if not self.uplinks:
+        near = contains(LINK_LOCAL, packed)
+        if not self.uplinks and not near:
             return True
-        here = address_of(sock.getsockname()[0])
-        return not any(
-            here == uplink.packed
-            or not uplink.packed
-            and here in device_addresses(uplink.name)
-            for uplink in self.uplinks
-        )
+        host, _, *scope = sock.getsockname()
+        here, route = address_of(host), route_to(packed)
+        # A link-local address says nothing of the side it is on; its device does.
+        ways = {socket.if_indextoname(scope[1])} if near and scope[1:] else set()
+        if route:
+            ways.add(route.device)
+        for uplink in self.uplinks:
+            if here == uplink.packed or not uplink.packed and uplink.name in ways:
+                return False
+            if not uplink.packed and here in device_addresses(uplink.name):
+                return False
+        return not near or not self.lead_outside(ways)
+
+    def lead_outside(self, devices: set[str]) -> bool:
+        """Return whether one of some devices is the way to the outside."""
+        sources = {uplink.packed for uplink in self.uplinks}
+        if sources:
+            return any(sources.intersection(device_addresses(d)) for d in devices)
+        routes = [route_to(pack("192.0.2.1")), route_to(pack("2001:db8::1"))]
+        return any(route.device in devices for route in routes if route)
 
     def is_ours(self, packed: bytes, port: int) -> bool:
         """Return whether this is one of the gateway's own listeners: a loop."""
@@ -1791,14 +1831,12 @@ class Policy:
         for address, listening in self.listeners:
             if listening != port:
                 continue
-            if address == packed:
+            # Who dials the unspecified address reaches the loopback one.
+            if address == packed or not any(packed):
                 return True
-            if not any(address):  # it listens on every address of this box
-                if not any(packed):
-                    return True
-                route = route_to(packed)
-                if route and route.local:
-                    return True
+            route = None if any(address) else route_to(packed)
+            if route and route.local:  # it listens on every address of this box
+                return True
         return False
 
     def closes(self, found: list[bytes]) -> str:
@@ -1806,8 +1844,8 @@ class Policy:
         for word, blocks in self.closed:
             if any(contains(blocks, packed) for packed in found):
                 return word
-        route = route_to(found[-1])
-        return "own" if route and route.local else ""
+        routes = [route_to(packed) for packed in found]
+        return "own" if any(route and route.local for route in routes) else ""
 
     def judge(
         self, client: str, user: str, host: str, port: int, packed: bytes
@@ -1818,7 +1856,7 @@ class Policy:
         """
         # One page asks for many things at once; but our own addresses may change.
         second = int(time.monotonic())
-        return self.judged(client, user, host, port, packed, second)
+        return self.judged(client, user, host.rstrip("."), port, packed, second)
 
     def judge_now(
         self, client: str, user: str, host: str, port: int, packed: bytes, second: int
@@ -1873,8 +1911,8 @@ class Attempt(NamedTuple):
         """Return a socket that is connecting; raise OSError."""
         four = len(self.packed) == 4
         sock = socket.socket(
-            socket.AF_INET if four else socket.AF_INET6,
-            socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
+            INET if four else INET6,
+            STREAM | socket.SOCK_NONBLOCK,  # and close-on-exec, as all of Python's
         )
         try:
             if self.uplink and self.uplink.packed:
@@ -1886,6 +1924,8 @@ class Attempt(NamedTuple):
                 device = self.uplink.name.encode()
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
             number = sock.connect_ex((unpack(self.packed), self.port))
+            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
+                number = errno.EAGAIN
             if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, os.strerror(number))
         except OSError:
@@ -1897,7 +1937,7 @@ class Attempt(NamedTuple):
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
     try:
-        return [pack(host)]
+        return forms(pack(host))[:1]
     except ValueError:
         pass  # it is a name
     began = time.monotonic()
@@ -3101,16 +3141,14 @@ def become(user: tuple[int, int] | None) -> None:
         os.setuid(user[0])
 
 
-def write_pidfile(path: str) -> int:
-    """Write our number to a file that stays locked while we live; raise OSError."""
+def lock_pidfile(path: str) -> int:
+    """Return the pid file, open and locked while we live; raise OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
         raise OSError(f"another natwork holds the pid file {path}") from None
-    os.ftruncate(fd, 0)
-    os.write(fd, b"%d\n" % os.getpid())
     return fd
 
 
@@ -3132,16 +3170,21 @@ def warm() -> None:
         raise say_no
 
 
-def warn_double_nat(config: Config) -> None:
-    """Say it when the line to the outside is itself an inside network."""
+def warn_of_outside(config: Config) -> None:
+    """Say what about the way out is probably not meant."""
+    for uplink in (parse_uplink(word) for word in config.outside.split()):
+        route = route_to(uplink.packed) if uplink.packed else None
+        if not (route and route.local or device_addresses(uplink.name)):
+            say(f"outside: {uplink.name} is not there now")
     route = None if config.outside else route_to(pack("192.0.2.1"))
-    if not route or not route.source:
+    if not route:
         return
-    if contains(networks(config.inside), pack(route.source)):
-        say(
-            f"{route.device} leads outside and has {route.source}, an inside address: "
-            "its neighbors count as clients; set outside or inside to change that"
-        )
+    for packed in device_addresses(route.device):
+        if contains(networks(config.inside), packed) and len(packed) == 4:
+            say(
+                f"{route.device} leads outside and has {unpack(packed)}, an inside "
+                "address: its neighbors count as clients; set outside or inside"
+            )
 
 
 def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
@@ -3152,13 +3195,18 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     """
     config = load_config(path, options)
     user = find_user(config)
+    # Whoever reads that we listen may send us a signal: it waits for the master.
+    set_mask(int(signal.SIG_BLOCK), MASTER_SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     passed = passed_listeners()
     board = Scoreboard()
+    pidfile = lock_pidfile(config.pidfile) if config.pidfile else -1
     master = Master(board, functools.partial(load_generation, path, options, passed))
-    pidfile = write_pidfile(config.pidfile) if config.pidfile else -1
-    warn_double_nat(config)
+    if pidfile >= 0:
+        os.ftruncate(pidfile, 0)
+        os.write(pidfile, b"%d\n" % os.getpid())
+    warn_of_outside(config)
     if not set_title:
         say("setproctitle is not installed: process titles will not show the sessions")
     become(user)
@@ -3225,10 +3273,17 @@ def run_daemon(path: str, options: list[str]) -> int:
 
 
 def boards() -> Iterator[Scoreboard]:
-    """Yield the scoreboard of each gateway of this box that we may look at."""
+    """Yield the scoreboard of each gateway of this box that we may look at.
+
+    Another network namespace is another box.
+    """
+    here = os.readlink("/proc/self/ns/net")
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         folder = f"/proc/{pid}/fd"
-        with contextlib.suppress(OSError):
+        # Any process may give its memory our name: what does not fit is not ours.
+        with contextlib.suppress(OSError, ValueError, struct.error):
+            if os.readlink(f"/proc/{pid}/ns/net") != here:
+                continue
             for name in os.listdir(folder):
                 link = f"{folder}/{name}"
                 if os.readlink(link).startswith("/memfd:natwork "):
@@ -3249,7 +3304,10 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
         if state == FREE or not (row := slot.row()):
             continue
         pid, up, down, *_ = slot.numbers()
-        session = Session.from_row(row, up, down)
+        try:
+            session = Session.from_row(row, up, down)
+        except ValueError:  # no row of ours
+            continue
         client, _, port = session.client.rpartition(":")
         rows.append(
             {

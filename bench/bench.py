@@ -171,7 +171,7 @@ LogLevel Connect
 
 
 def squid(place: Place, port: int) -> list[str]:
-    tuning = "read_ahead_gap 1 MB" if place.tuned else ""
+    tuning = "read_ahead_gap 1 MB\nbuffered_logs on" if place.tuned else ""
     config = f"""\
 http_port {HOST}:{port}
 acl here src 127.0.0.0/8
@@ -181,7 +181,6 @@ cache deny all
 cache_mem 0
 {tuning}
 access_log stdio:{place.log("squid")} squid
-buffered_logs on
 cache_log {place.log("squid-cache")}
 cache_store_log none
 netdb_filename none
@@ -1199,6 +1198,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise BenchError(f"{tool} is not installed; apt-get install {tool}")
     names = ["natwork"] if arguments.syscalls else arguments.beside
     names = [name for name in names if any(row in ROWS for row in rows)] or names[:1]
+    before = os.getloadavg()[0]
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         prepare(folder, arguments.natwork, load.bulk_size)
@@ -1210,7 +1210,7 @@ def run(arguments: argparse.Namespace) -> None:
         await_listener("nginx", process, origin, place)
         contenders = start_contenders(place, names, held)
         versions = ["nginx"] + [c.name for c in contenders if c.process]
-        print(machine())
+        print(f"{machine()}; load before {before:.1f}")
         print(", ".join(f"{n} {version(n, place)}".strip() for n in versions), "\n")
         show_rows(place, contenders, [row for row in rows if row in ROWS], load)
         if arguments.syscalls:

@@ -9,10 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from conftest import Origin
 from conftest import eventually
 from conftest import read_head
 from wire import request
+from wire import sized
 
 PROGRAM = [sys.executable, str(ROOT / "natwork.py")]
 PLAIN = [sys.executable, "-I", "-S", str(ROOT / "natwork.py")]  # nothing installed
@@ -58,7 +59,8 @@ class Daemon(Gateway):
         folder: Path,
         *options: str,
         program: list[str] = PROGRAM,
-        stdout: int | IO[str] | None = None,
+        stdout: int | None = None,
+        before: Callable[[], None] | None = None,
         **settings: str,
     ) -> None:
         self.folder, self.expected = folder, 0  # the exit code
@@ -80,6 +82,7 @@ class Daemon(Gateway):
                 stderr=errors,
                 cwd=folder,
                 start_new_session=True,
+                preexec_fn=before,
             )
         eventually(lambda: self.listening() or self.process.poll() is not None)
         self.address = self.listening()[0]
@@ -138,6 +141,20 @@ def daemons() -> Callable[..., Iterator[Callable[..., Daemon]]]:
     return start
 
 
+class Held:
+    """An origin that answers a request only when the test lets it."""
+
+    def __init__(self) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        if connection.recv(65536):
+            self.asked.set()
+            self.go.wait(20)
+            connection.sendall(sized(b"at last"))
+            connection.recv(1)
+
+
 def echo(connection: socket.socket, origin: Origin) -> None:
     """Be an origin that sends back what it gets."""
     while data := connection.recv(65536):
@@ -180,8 +197,8 @@ def title(pid: int) -> str:
 
 def status(pid: int, name: str) -> str:
     """Return a line of /proc/PID/status."""
-    match = re.search(rf"^{name}:\s*(.*)$", read_proc(pid, "status"), re.M)
-    return match[1] if match else ""
+    match = re.search(rf"^{name}:[ \t]*(.*)$", read_proc(pid, "status"), re.M)
+    return match[1].strip() if match else ""
 
 
 def times(pid: int) -> float:
@@ -217,5 +234,6 @@ def worker_of(gateway: Gateway, client: socket.socket) -> int:
     def found() -> list[int]:
         return [pid for pid in gateway.workers() if title(pid).startswith(start)]
 
-    eventually(found)
-    return found()[0]
+    pids = eventually(found)
+    assert isinstance(pids, list)
+    return int(pids[0])

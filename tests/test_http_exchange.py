@@ -132,7 +132,7 @@ def test_a_client_does_not_make_room_for_itself(
     gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
     first = gateway.connect()  # R61: one leaves and one comes, and nobody waits
     assert exchange(first, request(server)).status == 200
-    for _ in range(150):
+    for _ in range(200):
         second = gateway.connect()
         first.close()
         assert not select.select([second], [], [], 0.01)[0]  # still welcome
@@ -292,6 +292,19 @@ def test_a_line_end_too_many_does_not_cost_the_answer(
         assert seen.wait(10)
         send(client, b"\r\n")
         assert digest(read_answer(client).body) == digest(BULK)
+        assert at_end(client)
+
+
+@pytest.mark.parametrize("target", [b"*", b"http://a/"])
+def test_an_answer_of_our_own_survives_a_body_nobody_reads(
+    gateway: Gateway, target: bytes
+) -> None:
+    with gateway.connect() as client:  # R56, R60
+        head = b"OPTIONS %b HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n" % target
+        body = b"x" * 300_000
+        send(client, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = read_answer(client)
+        assert (answer.status, answer.closes) == (200, True)
         assert at_end(client)
 
 
@@ -498,6 +511,46 @@ def test_a_new_connection_is_not_tried_again(
         assert proxy_error(answer) == b"connection_terminated"
         assert exchange(client, request(origin(Script()))).status == 200
     assert len(server.callers) == 1
+
+
+def falls_silent(asked: threading.Event) -> Callable[..., None]:
+    """Return an origin that answers one request a connection, and no more."""
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        server.received.append(read_head(connection))
+        connection.sendall(OK)
+        if second := read_head(connection):
+            server.received.append(second)
+            asked.set()
+            read_all(connection)
+
+    return handle
+
+
+def test_a_kept_server_that_falls_silent_is_not_asked_again(
+    hasty: Gateway, origin: Start
+) -> None:
+    server = origin(falls_silent(threading.Event()))  # R39: it may be at work on it
+    with hasty.connect() as client:
+        assert exchange(client, request(server)).status == 200
+        answer = exchange(client, request(server))
+        assert (answer.status, proxy_error(answer)) == (504, b"http_response_timeout")
+    assert len(server.received) == 2
+
+
+def test_nobody_is_asked_again_for_a_client_that_left(
+    gateway: Gateway, origin: Start
+) -> None:
+    server = origin(falls_silent(asked := threading.Event()))  # R39, R61
+    client = gateway.connect()
+    assert exchange(client, request(server)).status == 200
+    send(client, request(server, path=b"/left"))
+    assert asked.wait(10)
+    reset(client)
+    eventually(lambda: [one for one in gateway.lines() if "/left" in one["target"]])
+    with socket.create_connection((server.host, server.port)) as probe:
+        eventually(lambda: probe.getsockname() in server.callers)
+    assert len(server.callers) == 2  # the gateway once, and the probe
 
 
 # --- Expect and interim answers -----------------------------------------------

@@ -600,6 +600,35 @@ def test_chunks_of_one_octet_come_back_whole(
     assert (answer.body, answer.complete) == (b"x" * count, True)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(sized(b"hello"), id="sized"),
+        pytest.param(response(body=b"hello"), id="closed"),
+        pytest.param(
+            response(CHUNKED, body=chunks(b"hel", b"lo", trailers=[b"X-A: 1"])),
+            id="chunked",
+        ),
+        pytest.param(
+            response(b"Link: x", status=b"103 Hints") + sized(b"hello"), id="interim"
+        ),
+    ],
+)
+def test_answers_in_single_octets_come_back_whole(
+    gateway: Gateway, origin: Start, answer: bytes
+) -> None:
+    def handle(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        drip(connection, answer)
+
+    with gateway.connect() as client:  # R12, R53
+        got = exchange(client, request(origin(handle)))
+        if got.status == 103:
+            got = read_answer(client)
+    assert (got.status, got.body, got.complete) == (200, b"hello", True)
+    assert bool(got.trailers) == (b"X-A" in answer)
+
+
 def test_response_extensions_are_dropped(gateway: Gateway, origin: Start) -> None:
     body = b'5;a="b;c"\r\nhello\r\n0;x\r\n\r\n'  # R51: wire.py knows none
     answer = returned(gateway, origin(Script(response(CHUNKED, body=body))))

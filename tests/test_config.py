@@ -1,0 +1,274 @@
+"""The configuration: good files, each kind of bad file, options, natwork.conf, -t."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from conftest import eventually
+from running import Daemon
+from running import command
+from running import daemons
+from wire import DENIED
+from wire import exchange
+from wire import request
+
+import natwork
+
+daemon = daemons()
+SHIPPED = ROOT / "natwork.conf"
+ONE_LINE = r"natwork: [^\n]+[^\n.!]\n"
+SETTING = re.compile(r"^#(\w+) =(?: (.*))?$", re.M)  # "#name = value", and no prose
+
+
+def printed(*arguments: str, cwd: Path) -> str:
+    """Return what -t prints for a good configuration."""
+    done = command("-t", *arguments, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def names(text: str) -> list[str]:
+    return re.findall(r"^(\w+) =", text, re.M)
+
+
+def refused(*arguments: str, cwd: Path) -> str:
+    """Return the one line that says why a configuration is no good."""
+    done = command(*arguments, cwd=cwd)
+    assert (done.returncode, done.stdout) == (78, ""), done
+    assert re.fullmatch(ONE_LINE, done.stderr), done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def checked(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], str]:
+    """Return a function that has -t check a file, in this process for speed."""
+
+    def check(content: str) -> str:
+        (tmp_path / "bad.conf").write_text(content, encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["natwork", "-t", "-c", "bad.conf"])
+        code = natwork.main()
+        printed, why = capfd.readouterr()
+        assert (code, printed) == (78, ""), printed
+        assert re.fullmatch(ONE_LINE, why), why
+        return why
+
+    return check
+
+
+def test_the_shipped_file_says_the_defaults(tmp_path: Path) -> None:
+    shipped = SHIPPED.read_text()
+    (tmp_path / "all.conf").write_text(SETTING.sub(r"\1 = \2", shipped))
+    defaults = printed(cwd=tmp_path)
+    assert printed("-c", "all.conf", cwd=tmp_path) == defaults
+    assert [match[1] for match in SETTING.finditer(shipped)] == names(defaults)
+
+
+def test_the_shipped_file_changes_nothing_as_it_is(tmp_path: Path) -> None:
+    assert printed("-c", str(SHIPPED), cwd=tmp_path) == printed(cwd=tmp_path)
+
+
+def test_the_shipped_file_explains_every_setting() -> None:
+    lines = SHIPPED.read_text().splitlines()
+    settings = [n for n, line in enumerate(lines) if SETTING.match(line)]
+    bare = [lines[n] for n in settings if not re.match(r"#  ?\S|#   ", lines[n - 1])]
+    assert settings and not bare, bare
+
+
+GOOD = {
+    "numbers": "spare_workers = 3\nmax_workers=65536\nhead_timeout = 0.25\n",
+    "long times": "tunnel_timeout = 1000000\nidle_timeout = 123456.5\n",
+    "rules in lines": "rules =\n  allow to 10.0.0.0/8 port 80,443\n\n  deny port 9\n",
+    "rules in parts": "rules = allow from 10.0.0.7, ::1 to * ; deny user a,b\n",
+    "comments": "# one\n; another\nname = a.b-c_d\n# = %(x)s ${y}\n",
+    "listeners": "listen = *:0 [::1]:80 10.0.0.1:65535\n",
+    "uplinks": "outside = eth0 192.0.2.1 2001:db8::1 wan.1@x\n",
+    "text as it stands": "log = /var/log/a b %(c)s \"d\" 'e' #f ;g\n",
+    "colon": "name : other\n",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("text", GOOD.values(), ids=GOOD.keys())
+def test_what_is_printed_is_itself_a_configuration_file(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "good.conf").write_text(f"[natwork]\n{text}")
+    once = printed("-c", "good.conf", cwd=tmp_path)
+    assert bool(text) == (once != printed(cwd=tmp_path))
+    (tmp_path / "natwork.conf").write_text(once)  # found without -c
+    assert printed(cwd=tmp_path) == once
+
+
+def test_rules_given_as_an_option_survive_printing(tmp_path: Path) -> None:
+    rules = "allow to a.example\n;deny to b.example\ndeny to c.example"
+    done = command("-t", "-o", f"rules={rules}", cwd=tmp_path)
+    if done.returncode == 0:  # or it may be refused
+        (tmp_path / "again.conf").write_text(done.stdout)
+        assert printed("-c", "again.conf", cwd=tmp_path) == done.stdout
+    else:
+        assert done.returncode == 78
+
+
+def test_an_empty_file_is_a_good_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.conf").write_text("")
+    assert printed("-c", "empty.conf", cwd=tmp_path) == printed(cwd=tmp_path)
+
+
+BAD_SETTINGS = [
+    "no_such_setting = 1",
+    "Spare_workers = 1",  # names are as they are written
+    "spare_workers = 1_0",  # trap 8: int() takes the first four
+    "spare_workers = +5",
+    "spare_workers = ٣",
+    "spare_workers = 0x10",
+    "spare_workers = -1",
+    "spare_workers = 0",
+    "spare_workers = 1.5",
+    "spare_workers = 9999999999",
+    "spare_workers =",
+    "spare_workers = 2049",  # over max_workers
+    "max_workers = 7",  # under spare_workers
+    "max_workers = 65537",
+    "max_workers = many",
+    "clients_per_worker = 0",
+    "head_timeout = nan",
+    "head_timeout = inf",
+    "head_timeout = 1e3",
+    "head_timeout = -1",
+    "head_timeout = 0",
+    "head_timeout = 1_0",
+    "head_timeout = .5",
+    "head_timeout = 10 s",
+    "idle_timeout =",
+    "name = two words",
+    'name = a"b',
+    "name = a/b",
+    "name = café",
+    "log_format = xml",
+    "log_format =",
+    "listen =",
+    "listen = 8080",
+    "listen = localhost:8080",
+    "listen = 127.1:8080",  # trap 12: libraries take it for 127.0.0.1
+    "listen = ::1:8080",
+    "listen = [127.0.0.1]:8080",
+    "listen = 127.0.0.1:65536",
+    "listen = 127.0.0.1:http",
+    "listen = 127.0.0.1:8080,127.0.0.2:8080",
+    "inside = 10.0.0.0/33",
+    "inside = 10.0.0.0/",
+    "inside = 10.0.0",
+    "inside = fc00::/129",
+    "inside = lan.example",
+    "inside = 10.0.0.0/8,192.168.0.0/16",
+    "outside = 192.0.2.256",
+    "outside = name-too-long-for-a-device",
+    "outside = eth0,eth1",
+    "rules = permit to *",
+    "rules = allow *",
+    "rules = allow to",
+    "rules = allow to * to *",
+    "rules = allow at *",
+    "rules = allow to ,",
+    "rules = allow to 10.0.0.0/33",
+    "rules = allow to exa$mple",
+    "rules = allow from lan.example",
+    "rules = deny port 0",
+    "rules = deny port 65536",
+    "rules = deny port 443-80",
+    "rules = deny port http",
+    "rules = allow to * ; oops",
+]
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
+def test_a_bad_setting_is_one_line_with_file_setting_and_value(
+    checked: Callable[[str], str], setting: str
+) -> None:
+    name, _, value = setting.partition(" =")
+    if setting == "max_workers = 7":  # it is spare_workers that does not fit
+        name, value = "spare_workers", "8"
+    why = checked(f"[natwork]\n{setting}\n")
+    # What does not stand in the file itself is a default's fault.
+    assert "bad.conf: " in why or "default: " in why
+    assert name in why and value.strip() in why
+
+
+@pytest.mark.parametrize(
+    "setting", ["spare_workers = 1_0", "listen = 8080", "rules = permit to *"]
+)
+def test_the_gateway_itself_does_not_start_on_a_bad_file(
+    tmp_path: Path, setting: str
+) -> None:
+    (tmp_path / "natwork.conf").write_text(f"[natwork]\n{setting}\n")
+    assert setting in refused(cwd=tmp_path)
+
+
+BAD_FILES = {
+    "no section header": (b"spare_workers = 4\n", "spare_workers = 4"),
+    "another section": (b"[natwork]\n[squid]\nx = 1\n", "[squid]"),
+    "only another section": (b"[DEFAULT]\nspare_workers = 4\n", "[DEFAULT]"),
+    "section in another case": (b"[NATWork]\nspare_workers = 4\n", "[NATWork]"),
+    "duplicate setting": (b"[natwork]\nname = a\nname = b\n", "name"),
+    "duplicate section": (b"[natwork]\n[natwork]\n", "natwork"),
+    "no equals sign": (b"[natwork]\nspare_workers\n", "spare_workers"),
+    "not UTF-8": (b"[natwork]\nname = caf\xe9\n", "UTF-8"),
+    "no value": (b"[natwork]\n= 5\n", "5"),
+}
+
+
+@pytest.mark.parametrize("content, part", BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_bad_file_is_one_line_that_names_it(
+    tmp_path: Path, content: bytes, part: str
+) -> None:
+    (tmp_path / "bad.conf").write_bytes(content)
+    why = refused("-c", "bad.conf", cwd=tmp_path)
+    assert "bad.conf: " in why and part in why
+
+
+def test_a_missing_file_is_one_line_that_names_it(tmp_path: Path) -> None:
+    why = refused("-c", "nowhere.conf", cwd=tmp_path)
+    assert why == "natwork: nowhere.conf: no such file or directory\n"
+    assert "is a directory" in refused("-c", ".", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option", ["spare_workers=1_0", "no_such_setting=1", "rules=permit", "name", "=1"]
+)
+def test_a_bad_option_is_one_line_that_names_it(tmp_path: Path, option: str) -> None:
+    why = refused("-o", option, cwd=tmp_path)
+    assert "option -o" in why
+    assert all(part in why for part in option.split("="))
+
+
+def test_an_option_overrides_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    (tmp_path / "natwork.conf").write_text("[natwork]\nname = file\nuser = root\n")
+    text = printed("-o", "name = first", "-o", "name=last", cwd=tmp_path)
+    assert "\nname = last\n" in text and "\nuser = root\n" in text
+
+
+def test_an_option_does_not_save_a_bad_file(tmp_path: Path) -> None:
+    (tmp_path / "natwork.conf").write_text("[natwork]\nspare_workers = x\n")
+    assert "spare_workers = x" in refused("-o", "spare_workers=1", cwd=tmp_path)
+
+
+def test_an_option_still_wins_after_a_reload(daemon: Callable[..., Daemon]) -> None:
+    gateway = daemon("-o", "name=option", name="file")
+
+    def refusal() -> bytes:
+        with gateway.connect() as client:
+            answer = exchange(client, request(DENIED + b":81"))
+        return answer.values(b"Proxy-Status")[0]
+
+    assert refusal().startswith(b"option; ")
+    gateway.hangup(name="other", rules="deny port 81")
+    eventually(lambda: b"rule 1" in refusal())  # so it has been read again
+    assert refusal().startswith(b"option; ")

@@ -1,0 +1,608 @@
+"""Connecting: from where, to which address, by which line, and how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import Box
+from box import Gateway as BoxGateway
+from box import dual_homed_box
+from box import ip
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_exactly
+from conftest import read_head
+from proc import ALONE
+from proc import no_more_descriptors
+from proc import only_worker
+from wire import NAME
+from wire import Message
+from wire import Script
+from wire import exchange
+from wire import proxy_error
+from wire import request
+from wire import shared
+
+import natwork
+
+Start = Callable[..., Origin]
+Natwork = Callable[..., Gateway]
+NAMED = f"name={NAME.decode()}"
+
+
+def greet(connection: socket.socket, server: Origin) -> None:
+    """Serve a tunnel and a request alike."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    connection.recv(65536)
+
+
+def callers(server: Origin, count: int) -> list[str]:
+    """Return who called, once as many have."""
+    eventually(lambda: len(server.callers) >= count)
+    return [host for host, _ in server.callers]
+
+
+def written(address: tuple[str, int]) -> str:
+    """Return an address and port as the log has them."""
+    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address
+
+
+# --- The order of attempts ----------------------------------------------------
+
+FOUR, SIX = ["192.0.2.1", "192.0.2.2", "192.0.2.3"], ["2001:db8::1", "2001:db8::2"]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "order"),
+    [
+        (FOUR[:1], FOUR[:1]),
+        (FOUR, FOUR),
+        (SIX, SIX),
+        (SIX + FOUR, [SIX[0], FOUR[0], SIX[1], FOUR[1], FOUR[2]]),
+        (FOUR + SIX, [FOUR[0], SIX[0], FOUR[1], SIX[1], FOUR[2]]),
+        (SIX[:1] + FOUR, [SIX[0], *FOUR]),
+        (FOUR + SIX[:1], [FOUR[0], SIX[0], *FOUR[1:]]),
+    ],
+)
+def test_the_families_take_turns(addresses: list[str], order: list[str]) -> None:
+    packed = [natwork.pack(address) for address in addresses]
+    found = [natwork.unpack(address) for address in natwork.interleave(packed)]
+    assert found == order  # RFC 8305 section 4
+
+
+@pytest.mark.parametrize(
+    ("outside", "failed", "order"),
+    [
+        ("", {}, [("", SIX[0]), ("", FOUR[0])]),
+        ("a b", {}, [("a", SIX[0]), ("a", FOUR[0]), ("b", SIX[0]), ("b", FOUR[0])]),
+        ("a b", {0: 1}, [("b", SIX[0]), ("b", FOUR[0]), ("a", SIX[0]), ("a", FOUR[0])]),
+        ("a b", {0: 29, 1: 31}, [("b", SIX[0]), ("b", FOUR[0])]),
+        ("a b", {0: 31}, [("a", SIX[0]), ("a", FOUR[0])]),
+        ("a b", {0: 1, 1: 1}, [("a", SIX[0]), ("a", FOUR[0])]),
+        # A source address is of one family.
+        ("192.0.2.9 fd00::9", {}, [("192.0.2.9", FOUR[0]), ("fd00::9", SIX[0])]),
+        ("192.0.2.9", {}, [("192.0.2.9", FOUR[0])]),
+        ("192.0.2.8 192.0.2.9", {}, [("192.0.2.8", FOUR[0]), ("192.0.2.9", FOUR[0])]),
+    ],
+)
+def test_uplinks_go_by_preference_and_failed_ones_last(
+    outside: str, failed: dict[int, float], order: list[tuple[str, str]]
+) -> None:
+    policy = natwork.Policy(natwork.Config(outside=outside), [])
+    board = natwork.Scoreboard()
+    for number, ago in failed.items():
+        board.note_uplink(number, time.monotonic() - ago)
+    addresses = [natwork.pack(SIX[0]), natwork.pack(FOUR[0])]
+    attempts = natwork.plan(addresses, 80, policy.uplinks, board)
+    found = [(a.uplink.name if a.uplink else "", a.packed) for a in attempts]
+    assert [(n, natwork.unpack(p)) for n, p in found][: len(order)] == order
+
+
+# --- Source addresses ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
+@pytest.mark.parametrize(
+    ("outside", "target", "source"),
+    [
+        ("127.0.0.2", "127.0.0.3", "127.0.0.2"),
+        ("127.0.0.2", "[::ffff:127.0.0.3]", "127.0.0.2"),
+        ("127.0.0.2", "localhost", "127.0.0.2"),
+        ("127.0.0.2 127.0.0.4", "127.0.0.3", "127.0.0.2"),
+        ("127.0.0.2 ::1", "[::1]", "::1"),
+        ("::1 127.0.0.2", "127.0.0.3", "127.0.0.2"),
+        ("::1", "[::1]", "::1"),
+        # Not an address of this box: the second serves.
+        ("198.51.100.77 127.0.0.2", "127.0.0.3", "127.0.0.2"),
+        ("198.51.100.77 198.51.100.78 127.0.0.2", "127.0.0.3", "127.0.0.2"),
+        ("2001:db8::77 ::1", "[::1]", "::1"),
+        ("nosuch0 127.0.0.2", "127.0.0.3", "127.0.0.2"),
+    ],
+)
+def test_the_server_is_called_from_the_outside_address(
+    natwork: Natwork,
+    origin: Start,
+    outside: str,
+    target: str,
+    source: str,
+    method: bytes,
+) -> None:
+    server = origin(greet, "::1" if target == "[::1]" else "0.0.0.0")
+    gateway = natwork(f"outside={outside}")  # trap 15
+    place = f"{target}:{server.port}".encode()
+    with gateway.connect() as client:
+        assert exchange(client, request(place, method=method), method).status == 200
+    assert callers(server, 1) == [source]
+    (line,) = gateway.lines(1)
+    assert line["source"] == written(server.callers[0])
+    assert line["address"].endswith(f":{server.port}")
+
+
+def test_a_kept_connection_has_the_source_it_was_dialed_from(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway, server = natwork("outside=127.0.0.2"), origin(Script(), "127.0.0.3")
+    with gateway.connect() as client:
+        for _ in range(3):
+            assert exchange(client, request(server)).status == 200
+    assert callers(server, 1) == ["127.0.0.2"]
+    sources = {line["source"] for line in gateway.lines(3)}
+    assert sources == {"127.0.0.2:%d" % server.callers[0][1]}
+
+
+# --- Failures -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
+@pytest.mark.parametrize(
+    ("outside", "target", "word", "status", "error"),
+    [
+        ("", "127.0.0.3:1", "refused", 502, b"connection_refused"),
+        ("127.0.0.2", "127.0.0.3:1", "refused", 502, b"connection_refused"),
+        ("127.0.0.2 127.0.0.4", "127.0.0.3:1", "refused", 502, b"connection_refused"),
+        ("", "[::1]:1", "refused", 502, b"connection_refused"),
+        ("", "nosuch.invalid:80", "no-such-host", 502, b"dns_error"),
+        ("nosuch0", "127.0.0.3:1", "no-uplink", 502, b"destination_ip_unroutable"),
+        ("127.0.0.2", "[::1]:1", "unreachable", 502, b"destination_ip_unroutable"),
+        ("::1", "127.0.0.3:1", "unreachable", 502, b"destination_ip_unroutable"),
+        (
+            "198.51.100.77",
+            "127.0.0.3:1",
+            "no-uplink",
+            502,
+            b"destination_ip_unroutable",
+        ),
+        # The target's answer says more than the other uplink's want of a route.
+        ("nosuch0 127.0.0.2", "127.0.0.3:1", "refused", 502, b"connection_refused"),
+        ("127.0.0.2 nosuch0", "127.0.0.3:1", "refused", 502, b"connection_refused"),
+    ],
+)
+def test_a_failure_has_its_outcome(
+    natwork: Natwork,
+    outside: str,
+    target: str,
+    word: str,
+    status: int,
+    error: bytes,
+    method: bytes,
+) -> None:
+    gateway = natwork(f"outside={outside}", NAMED, "spare_workers=1")
+    with gateway.connect() as client:
+        answer = exchange(client, request(target.encode(), method=method), method)
+    assert (answer.status, proxy_error(answer)) == (status, error)
+    (line,) = gateway.lines(1)
+    assert (line["outcome"], line["status"]) == (word, str(status))
+    assert (line["address"], line["source"]) == ("-", "-")
+
+
+@contextlib.contextmanager
+def full_listener(host: str) -> Iterator[int]:
+    """Return the port of a listener whose queue is full: it answers nobody more."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((host, 0), backlog=0))
+        with contextlib.suppress(TimeoutError):
+            for _ in range(100):
+                waiting = stack.enter_context(socket.socket())
+                waiting.settimeout(0.3)
+                waiting.connect(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_a_listener_that_does_not_answer_is_a_timeout(natwork: Natwork) -> None:
+    gateway = natwork(NAMED, "connect_timeout=1")
+    with full_listener("127.0.0.3") as port:
+        place = b"127.0.0.3:%d" % port
+        with gateway.connect() as client:
+            answer = exchange(client, request(place, method=b"CONNECT"), b"CONNECT")
+    assert (answer.status, proxy_error(answer)) == (504, b"connection_timeout")
+    assert gateway.lines(1)[0]["outcome"] == "connect-timeout"
+
+
+def test_a_client_is_told_when_descriptors_run_out_and_served_when_they_return(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway, server = natwork(NAMED, *ALONE), origin(Script())
+    pid = only_worker(gateway)
+    options = request(b"a", method=b"OPTIONS").replace(b"http://a/", b"*")
+    with gateway.connect() as client:
+        assert exchange(client, options).status == 200
+        with no_more_descriptors(pid):  # trap 22
+            for _ in range(3):
+                answer = exchange(client, request(server))
+                assert answer.status == 503 and not answer.closes
+                assert proxy_error(answer) == b"connection_limit_reached"
+                assert answer.values(b"Retry-After")[0].isdigit()
+        assert exchange(client, request(server)).status == 200
+    assert len(server.callers) == 1
+    assert gateway.workers() == [pid]
+    outcomes = [x["outcome"] for x in gateway.lines(6) if x["method"] == "GET"]
+    assert outcomes == ["overload"] * 3 + ["ok"]
+
+
+opened = shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
+
+
+@pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
+@pytest.mark.parametrize(
+    "spelling",
+    """
+    127.0.0.1 localhost LOCALHOST [::ffff:127.0.0.1] [::FFFF:7F00:1] [::127.0.0.1]
+    [2002:7f00:1::] [64:ff9b::127.0.0.1] 0.0.0.0 [::ffff:0.0.0.0]
+    """.split(),
+)
+def test_the_gateway_does_not_call_itself_whatever_the_rules(
+    opened: Gateway, spelling: str, method: bytes
+) -> None:
+    place = b"%b:%d" % (spelling.encode(), opened.address[1])
+    count = len(opened.lines())
+    with opened.connect() as client:
+        answer = exchange(client, request(place, method=method), method)
+    (line,) = opened.lines(count + 1)[count:]
+    assert (line["outcome"], line["address"]) == ("loop", "-")
+    assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
+
+
+# --- A box with two lines, and a name server that may lie ---------------------
+
+A, AAAA = 1, 28  # RFC 1035, RFC 3596
+
+
+class NameServer:
+    """Answers A and AAAA from a table: name -> lists of addresses, one a question.
+
+    The last list of a name is given again and again; None is no answer at all.
+    """
+
+    def __init__(self, sock: socket.socket, table: dict[str, list[str | None]]) -> None:
+        self.sock, self.table = sock, table
+        self.asked: list[tuple[str, int]] = []
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                question, who = self.sock.recvfrom(512)
+                if answer := self.answer(question):
+                    self.sock.sendto(answer, who)
+
+    def answer(self, question: bytes) -> bytes:
+        labels, at = [], 12
+        while length := question[at]:
+            labels.append(question[at + 1 : at + 1 + length].decode())
+            at += 1 + length
+        name, kind = ".".join(labels), int.from_bytes(question[at + 1 : at + 3], "big")
+        turns = self.table.get(name.lower())
+        turn = self.asked.count((name, kind))
+        self.asked.append((name, kind))
+        found = turns[min(turn, len(turns) - 1)] if turns else ""
+        if found is None:
+            return b""
+        family = {A: socket.AF_INET, AAAA: socket.AF_INET6}.get(kind)
+        packed = [
+            socket.inet_pton(family, address)
+            for address in found.split()
+            if family and (":" in address) == (kind == AAAA)
+        ]
+        flags = 0x8580 if turns else 0x8583  # no such name
+        head = question[:2] + struct.pack("!HHHHH", flags, 1, len(packed), 0, 0)
+        records = b"".join(
+            b"\xc0\x0c" + struct.pack("!HHIH", kind, 1, 0, len(one)) + one
+            for one in packed
+        )
+        return head + question[12 : at + 5] + records
+
+
+# 192.0.2.80 is behind both lines; what else is in 192.0.2.0/24 answers nobody.
+TABLE: dict[str, list[str | None]] = {
+    "far.example": ["192.0.2.80"],
+    "dead-first.example": ["192.0.2.99 203.0.113.80"],
+    "dead-family.example": ["2001:db8:9::99 203.0.113.80"],
+    "refusing-first.example": ["203.0.113.80 203.0.113.81"],
+    "all-dead.example": ["192.0.2.91 192.0.2.92 192.0.2.93 192.0.2.94 192.0.2.95"],
+    "rebinding.example": ["203.0.113.80", "10.9.0.2"],
+    "mixed.example": ["10.9.0.2 203.0.113.80"],
+    "inside.example": ["10.9.0.2"],
+    "mapped.example": ["::ffff:10.9.0.2"],
+    "a.denied.example": ["203.0.113.80"],
+    "silent.example": [None],
+}
+
+ROUTES = """
+    route add unreachable 198.18.0.1
+    route add prohibit 198.18.0.2
+    route add blackhole 198.18.0.3
+"""
+
+
+class Lines:
+    """A box between two networks, one at a time a gateway in it, and servers."""
+
+    def __init__(self, box: Box) -> None:
+        self.box, self.origins = box, list[Origin]()
+        folder = Path("/etc/netns", box.name("gateway"))
+        (folder / "nsswitch.conf").write_text("hosts: files dns\n")
+        (folder / "resolv.conf").write_text("nameserver 203.0.113.80\n")
+        ip("-n", box.name("gateway"), "-batch", "-", given=ROUTES)
+        sock = box.within("outside", lambda: socket.socket(type=socket.SOCK_DGRAM))
+        sock.bind(("203.0.113.80", 53))
+        self.names = NameServer(sock, TABLE)
+
+    def origin(self, host: str, place: str = "outside") -> Origin:
+        """Start a server that greets its callers."""
+        self.origins.append(self.box.within(place, lambda: Origin(greet, host)))
+        return self.origins[-1]
+
+    def client(self, seconds: float = 10.0) -> socket.socket:
+        """Return a client's connection to the gateway from the inside."""
+        return self.box.connect("inside", ("10.9.0.1", 8080), seconds)
+
+    def ask(self, place: str, seconds: float = 10.0) -> Message:
+        """Return the answer to a CONNECT; its body is the server's greeting."""
+        with self.client(seconds) as client:
+            data = request(place.encode(), method=b"CONNECT")
+            return exchange(client, data, b"CONNECT")
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Lines]:
+    """Return a box with two lines to the outside."""
+    with dual_homed_box(second_uplink=True) as made:
+        lines = Lines(made)
+        yield lines
+        lines.names.sock.close()
+
+
+@pytest.fixture
+def lines(box: Lines) -> Iterator[Lines]:
+    """Return the box, without the servers and questions of the test before."""
+    box.names.asked.clear()
+    yield box
+    for server in box.origins:
+        server.listener.close()
+    box.origins.clear()
+
+
+@pytest.fixture
+def gateway(lines: Lines, tmp_path: Path) -> Iterator[Callable[..., BoxGateway]]:
+    """Return a function that starts natwork.py in the box."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str) -> BoxGateway:
+            started = BoxGateway(lines.box, tmp_path, (NAMED, *options))
+            stack.callback(started.stop)
+            return started
+
+        yield start
+
+
+BoxNatwork = Callable[..., BoxGateway]
+
+
+@pytest.mark.parametrize("name", ["dead-first", "dead-family"])
+def test_a_dead_address_does_not_keep_the_next_one_waiting(
+    lines: Lines, gateway: BoxNatwork, name: str
+) -> None:
+    running, server = gateway("connect_timeout=60"), lines.origin("203.0.113.80")
+    answer = lines.ask(f"{name}.example:{server.port}", seconds=5)  # not 60
+    assert answer.status == 200
+    assert callers(server, 1) == ["203.0.113.1"]
+    assert running.lines(1)[0]["address"] == server.authority
+
+
+def test_the_next_address_is_tried_when_one_refuses(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    running, server = gateway(), lines.origin("203.0.113.81")
+    assert lines.ask(f"refusing-first.example:{server.port}").status == 200
+    assert running.lines(1)[0]["address"] == server.authority
+
+
+def test_the_time_to_connect_is_for_all_addresses_together(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    running = gateway("connect_timeout=1", "outside=wan wan2")
+    answer = lines.ask("all-dead.example:80", seconds=4)  # not ten times one
+    assert (answer.status, proxy_error(answer)) == (504, b"connection_timeout")
+    assert running.lines(1)[0]["outcome"] == "connect-timeout"
+
+
+@pytest.mark.parametrize(
+    ("target", "word", "status", "error"),
+    [
+        ("198.18.0.1:80", "unreachable", 502, b"destination_ip_unroutable"),
+        ("198.18.0.2:80", "connect-failed", 502, b"destination_unavailable"),
+        ("198.18.0.3:80", "connect-failed", 502, b"destination_unavailable"),
+        ("203.0.113.80:1", "refused", 502, b"connection_refused"),
+        ("nosuch.example:80", "no-such-host", 502, b"dns_error"),
+        ("silent.example:80", "dns-timeout", 504, b"dns_timeout"),
+        ("inside.example:80", "denied-inside", 403, b"http_request_denied"),
+        ("mapped.example:80", "denied-inside", 403, b"http_request_denied"),
+    ],
+)
+def test_a_failure_on_the_way_has_its_outcome(
+    lines: Lines,
+    gateway: BoxNatwork,
+    target: str,
+    word: str,
+    status: int,
+    error: bytes,
+) -> None:
+    running = gateway()
+    answer = lines.ask(target, seconds=20)
+    (line,) = running.lines(1)
+    assert (answer.status, proxy_error(answer)) == (status, error)
+    assert (line["outcome"], line["address"]) == (word, "-")
+
+
+def test_a_name_is_resolved_once_and_the_judged_address_is_dialed(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    running, server = gateway(), lines.origin("203.0.113.80")
+    victim = lines.origin("10.9.0.2", "inside")
+    place = f"rebinding.example:{server.port}"
+    assert lines.ask(place).status == 200  # trap 13
+    assert lines.names.asked.count(("rebinding.example", A)) == 1
+    assert running.lines(1)[0]["address"] == server.authority
+    assert lines.ask(f"rebinding.example:{victim.port}").status == 403  # judged anew
+    assert lines.names.asked.count(("rebinding.example", A)) == 2
+    assert victim.callers == []
+
+
+def test_of_the_addresses_of_a_name_only_the_allowed_are_dialed(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    running, server = gateway(), lines.origin("203.0.113.80")
+    assert lines.ask(f"mixed.example:{server.port}").status == 200  # trap 13
+    victim = lines.origin("10.9.0.2", "inside")
+    assert lines.ask(f"mixed.example:{victim.port}").status == 502  # and no other
+    assert victim.callers == []
+    assert {x["address"] for x in running.lines(2)} == {server.authority, "-"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.denied.example", "A.Denied.Example", "a.denied.example."]
+)
+def test_a_host_rule_holds_however_the_name_is_written(
+    lines: Lines, gateway: BoxNatwork, name: str
+) -> None:
+    running, server = gateway("rules=deny to .denied.example"), lines.origin("0.0.0.0")
+    assert lines.ask(f"{name}:{server.port}").status == 403
+    assert running.lines(1)[0]["outcome"] == "denied-rule-1"
+    assert server.callers == []
+
+
+@pytest.mark.parametrize(
+    ("outside", "source"),
+    [
+        ("wan2", "198.51.100.1"),  # the routing table alone prefers wan
+        ("nosuch0 wan2", "198.51.100.1"),
+        ("203.0.113.77 wan2", "198.51.100.1"),
+        ("wan wan2", "203.0.113.1"),
+    ],
+)
+@pytest.mark.parametrize("user", ["nobody", "root"])
+def test_a_device_is_an_uplink_without_any_privilege(
+    lines: Lines, gateway: BoxNatwork, outside: str, source: str, user: str
+) -> None:
+    running = gateway(f"outside={outside}", f"user={user}")
+    server = lines.origin("192.0.2.80")
+    assert lines.ask(server.authority).status == 200
+    assert callers(server, 1) == [source]  # trap 15
+    assert running.lines(1)[0]["source"] == written(server.callers[0])
+
+
+def test_an_uplink_that_failed_goes_last_for_a_while(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    gateway("outside=wan wan2")
+    server = lines.origin("192.0.2.80")
+    assert lines.ask(server.authority).status == 200
+    lines.box.link("outside", "wan", "arp", "off")
+    ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
+    try:
+        assert lines.ask(server.authority).status == 200
+    finally:
+        lines.box.link("outside", "wan", "arp", "on")
+    # The line is whole again, but nobody is made to find that out.
+    assert lines.ask(server.authority).status == 200
+    lost = "203.0.113.1", "198.51.100.1", "198.51.100.1"
+    assert callers(server, 3) == list(lost)
+
+
+def test_an_answer_of_the_target_is_not_the_uplinks_failure(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    gateway("outside=wan wan2")
+    server = lines.origin("192.0.2.80")
+    answer = lines.ask("192.0.2.80:1")
+    assert proxy_error(answer) == b"connection_refused"
+    assert lines.ask(server.authority).status == 200
+    assert callers(server, 1) == ["203.0.113.1"]  # wan is preferred as before
+
+
+@pytest.mark.parametrize("outside", ["203.0.113.1", "wan", ""])
+def test_the_ports_of_a_source_address_serve_every_target_anew(
+    lines: Lines, gateway: BoxNatwork, outside: str
+) -> None:
+    ports = "ipv4/ip_local_port_range"
+    before = lines.box.get("gateway", ports)
+    gateway(f"outside={outside}")
+    servers = [lines.origin(host) for host in ("203.0.113.80", "203.0.113.81") * 3]
+    lines.box.set("gateway", ports, "40000 40001")  # trap 16
+    try:
+        with contextlib.ExitStack() as stack:
+            for server in servers:  # six at once, by two ports
+                client = stack.enter_context(lines.client())
+                place = server.authority.encode()
+                client.sendall(request(place, method=b"CONNECT"))
+                assert read_head(client).startswith(b"HTTP/1.1 200 ")
+                assert read_exactly(client, 15) == b"HTTP/1.1 200 OK"
+    finally:
+        lines.box.set("gateway", ports, before)
+
+
+@pytest.mark.parametrize("outside", ["203.0.113.1", ""])
+def test_a_box_without_a_free_port_is_overloaded(
+    lines: Lines, gateway: BoxNatwork, outside: str
+) -> None:
+    ports = "ipv4/ip_local_port_range"
+    before = lines.box.get("gateway", ports)
+    running, server = gateway(f"outside={outside}"), lines.origin("203.0.113.80")
+    place = server.authority.encode()
+    lines.box.set("gateway", ports, "40000 40001")
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                client = stack.enter_context(lines.client())
+                client.sendall(request(place, method=b"CONNECT"))
+                assert read_head(client).startswith(b"HTTP/1.1 200 ")
+            answer = lines.ask(server.authority)
+            assert running.lines(1)[0]["outcome"] == "overload"  # trap 22
+            assert (answer.status, len(answer.values(b"Retry-After"))) == (503, 1)
+    finally:
+        lines.box.set("gateway", ports, before)
+
+
+def test_a_device_has_the_address_that_it_has_when_it_is_used(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    gateway("outside=wan2")
+    server, here = lines.origin("198.51.100.80"), lines.box.name("gateway")
+    assert lines.ask(server.authority).status == 200
+    old, new = (f"198.51.100.{n}/24 dev wan2".split() for n in (1, 2))
+    ip("-n", here, "addr", "del", *old)
+    with contextlib.ExitStack() as stack:
+        stack.callback(ip, "-n", here, "addr", "add", *old)
+        ip("-n", here, "addr", "add", *new)
+        stack.callback(ip, "-n", here, "addr", "del", *new)
+        assert lines.ask(server.authority).status == 200  # trap 15
+    assert callers(server, 2) == ["198.51.100.1", "198.51.100.2"]

@@ -1,0 +1,491 @@
+"""One session record: the access log, the titles, and the state table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from running import PROGRAM
+from running import Daemon
+from running import Held
+from running import command
+from running import daemons
+from running import echo
+from running import echoes
+from running import idle
+from running import title
+from running import tunnel
+from running import worker_of
+from wire import DENIED
+from wire import Script
+from wire import exchange
+from wire import read_answer
+from wire import request
+from wire import send
+from wire import shared
+from wire import sized
+
+daemon = daemons()
+gateway = shared()
+Start = Callable[..., Origin]
+FIELDS = (  # a contract, and this is their order
+    "time pid client user proto method target address source status outcome "
+    "up down secs"
+).split()
+LINE = re.compile(" ".join(f"{name}=[!#-~]+" for name in FIELDS))  # no quote
+COLUMNS = (
+    "Source IP",
+    "Original Source Port",
+    "New Source Port",
+    "Destination",
+    "Protocol",
+    "Host",
+    "User",
+    "Age",
+    "Up",
+    "Down",
+    "PID",
+)
+
+
+def table(*arguments: str, cwd: Path = ROOT) -> str:
+    """Return what --table prints of all gateways of this box, ours among them."""
+    done = command("--table", *arguments, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def rows(gateway: Gateway) -> list[dict[str, object]]:
+    """Return the rows of --table --json that are this gateway's."""
+    ours = gateway.workers()
+    return [row for row in json.loads(table("--json")) if row["pid"] in ours]
+
+
+def test_each_request_is_one_line_with_its_fields_in_order(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork(), origin(Script(sized(b"hello")))
+    with gateway.connect() as client:
+        name = "%s:%d" % client.getsockname()
+        exchange(client, request(server, path=b"/a/b?c"))
+        exchange(client, request(DENIED))
+        exchange(client, request(server, path=b"/post", method=b"POST"))
+    lines = gateway.lines(3)
+    assert [list(line) for line in lines] == [FIELDS] * 3
+    assert [line["status"] for line in lines] == ["200", "403", "200"]
+    assert [line["outcome"] for line in lines] == ["ok", "denied-inside", "ok"]
+    assert [line["method"] for line in lines] == ["GET", "GET", "POST"]
+    first, second, third = lines
+    assert first["target"] == f"{server.url}/a/b"
+    assert first["address"] == server.authority
+    assert first["source"] == "%s:%d" % server.callers[0]
+    assert (second["address"], second["source"]) == ("-", "-")
+    assert {line["client"] for line in lines} == {name}
+    assert {line["pid"] for line in lines} <= {str(p) for p in gateway.workers()}
+    assert int(first["down"]) > 5 and int(first["up"]) > 0 and second["up"] == "0"
+    assert re.fullmatch(r"[0-9]+\.[0-9]{3}", first["secs"])
+    began = time.strptime(first["time"], "%Y-%m-%dT%H:%M:%SZ")  # UTC
+    assert abs(time.mktime(began) - time.mktime(time.gmtime())) < 60
+
+
+def test_a_tunnel_is_one_line_when_it_ends(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork(), origin(echo)
+    with tunnel(gateway, server) as client:
+        assert echoes(client, b"x" * 1000)
+        assert gateway.log.read_text() == ""
+    (line,) = gateway.lines(1)
+    assert (line["proto"], line["method"]) == ("connect", "CONNECT")
+    assert (line["target"], line["address"]) == (server.authority, server.authority)
+    assert (line["status"], line["outcome"]) == ("200", "closed")
+    assert (line["up"], int(line["down"]) >= 1000) == ("1000", True)
+
+
+def test_a_client_who_asks_nothing_has_no_line(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=1")
+    with gateway.connect():
+        pass
+    with gateway.connect() as client:
+        exchange(client, request(DENIED))
+    assert len(gateway.lines(1)) == 1
+
+
+EVERY_BYTE = bytes(set(range(1, 256)) - set(b"\r\n"))
+HOSTILE = {
+    "every byte in the path": b"GET http://%b/%b HTTP/1.1\r\n" % (DENIED, EVERY_BYTE),
+    "escapes in the path": b"GET http://%b/\x1b[2J\x1b]0;x\x07 HTTP/1.1\r\n" % DENIED,
+    "high bytes in the path": b"GET http://%b/\xe9\xff\x80 HTTP/1.1\r\n" % DENIED,
+    "quotes in the path": b'GET http://%b/"\\"\\x HTTP/1.1\r\n' % DENIED,
+    "a forged field": b"GET http://%b/a_outcome=ok HTTP/1.1\r\n" % DENIED,
+    "a forged line": b"GET http://%b/a\ntime=x HTTP/1.1\r\n" % DENIED,
+    "a bare CR": b"GET http://%b/a\rtime=x HTTP/1.1\r\n" % DENIED,
+    "a long path": b"GET http://%b/%b HTTP/1.1\r\n" % (DENIED, b"a" * 15000),
+    "a long path of quotes": b"GET http://%b/%b HTTP/1.1\r\n" % (DENIED, b'"' * 15000),
+    "a long path of high bytes": b"GET http://%b/%b HTTP/1.1\r\n"
+    % (DENIED, b"\xff" * 15000),
+    "a hostile method": b"G\x1bET http://%b/ HTTP/1.1\r\n" % DENIED,
+    "a method of all marks": b"!#$%%&'*+-.^_`|~ http://%b/ HTTP/1.1\r\n" % DENIED,
+    "a long method": b"%b http://%b/ HTTP/1.1\r\n" % (b"M" * 5000, DENIED),
+    "a hostile host to connect": b"CONNECT a\x07\xff\\:443 HTTP/1.1\r\n",
+    "a long host to connect": b"CONNECT %b:443 HTTP/1.1\r\n" % (b"h" * 15000),
+    "a long host": b"GET http://%b/ HTTP/1.1\r\n" % (b"\xe9" * 9000),
+    "a hostile scheme": b"GET x\x1b://%b/ HTTP/1.1\r\n" % DENIED,
+    "a hostile version": b"GET http://%b/ HTTP/\x1b.1\r\n" % DENIED,
+    "no HTTP": b"\x16\x03\x01\xff\x00\n\n\x1b[2J\r\n",
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("host", [DENIED, b'\x1b\xff"\\'], ids=["host", "bad host"])
+def test_hostile_bytes_stay_one_short_line_of_printable_ascii(
+    gateway: Gateway, line: bytes, host: bytes
+) -> None:
+    before = gateway.log.read_bytes()
+    with gateway.connect() as client:
+        send(client, line + b"Host: " + host + b"\r\nConnection: close\r\n\r\n")
+        read_answer(client)
+    eventually(lambda: gateway.log.read_bytes() != before)
+    written = gateway.log.read_bytes()[len(before) :]
+    assert len(written) <= 4096 and written.endswith(b"\n")
+    assert LINE.fullmatch(written[:-1].decode("ascii"))
+
+
+def test_a_stranger_is_one_line_without_an_answer(
+    natwork: Callable[..., Gateway],
+) -> None:
+    gateway = natwork("inside=10.0.0.0/8")
+    with gateway.connect() as client:
+        name = "%s:%d" % client.getsockname()
+        send(client, request(DENIED))
+        try:
+            assert client.recv(1) == b""
+        except ConnectionResetError:  # closed with our request unread
+            pass
+    (line,) = gateway.lines(1)
+    assert line["client"] == name
+    assert (line["outcome"], line["status"], line["down"]) == ("not-inside", "-", "0")
+
+
+def test_path_query_and_password_are_not_in_the_title(
+    gateway: Gateway, origin: Start
+) -> None:
+    held, before = Held(), len(gateway.log.read_text().splitlines())
+    server = origin(held, "127.0.0.3")
+    secrets = [b"Authorization: Basic c2VjcmV0", b"Proxy-Authorization: Basic cHc="]
+    with gateway.connect() as client:
+        send(client, request(server, *secrets, path=b"/path?token=query"))
+        assert held.asked.wait(10)
+        source = "%s:%d" % server.callers[0]
+        shown = "%s:%d" % client.getsockname()
+        expected = f"natwork: {shown} > {source} > {server.authority} http 127.0.0.3"
+        assert title(worker_of(gateway, client)) == expected  # trap 27
+        (row,) = [r for r in rows(gateway) if r["destination"] == server.authority]
+        assert not {"query", "token", "/path"} & set(re.findall(r"\W?\w+", str(row)))
+        held.go.set()
+        assert read_answer(client).body == b"at last"
+    shown = gateway.lines(before + 1)[-1]["target"]
+    assert shown == f"{server.url}/path"
+    assert not re.search("token|query|c2VjcmV0|cHc=", gateway.log.read_text())
+
+
+def test_user_and_password_in_a_target_are_written_nowhere(gateway: Gateway) -> None:
+    targets = [b"http://me:secret@10.1.2.3/", b"http://me:secret@10.1.2.3/?secret"]
+    before = len(gateway.lines())
+    for target in targets:
+        with gateway.connect() as client:
+            head = b"GET %b HTTP/1.1\r\nHost: 10.1.2.3\r\n\r\n" % target
+            assert exchange(client, head).status in (400, 403)
+    with gateway.connect() as client:
+        head = b"CONNECT me:secret@10.1.2.3:443 HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert exchange(client, head).status in (400, 403)
+    gateway.lines(before + 3)
+    assert "secret" not in gateway.log.read_text()
+
+
+def test_json_lines_have_the_same_fields(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork("log_format=json"), origin(Script(sized(b"hello")))
+    with gateway.connect() as client:  # refused, and closed
+        exchange(client, request(server, path=b'/"\\\x1b\xff'))
+    eventually(lambda: gateway.log.read_bytes().count(b"\n") == 1)
+    with gateway.connect() as client:
+        exchange(client, request(server, path=b"/plain"))
+        exchange(client, request(DENIED))
+    eventually(lambda: gateway.log.read_bytes().count(b"\n") == 3)
+    text = gateway.log.read_bytes().decode("ascii")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [list(line) for line in lines] == [FIELDS] * 3
+    assert lines[1]["target"] == f"{server.url}/plain"
+    assert [line["status"] for line in lines[1:]] == [200, 403]
+    assert lines[2]["address"] is None and lines[1]["address"] == server.authority
+    for name in ("pid", "up", "down", "secs"):
+        assert all(type(line[name]) in (int, float) for line in lines), name
+
+
+def test_a_long_json_line_is_short_enough_for_a_pipe(
+    natwork: Callable[..., Gateway],
+) -> None:
+    gateway = natwork("log_format=json")
+    with gateway.connect() as client:
+        exchange(client, request(DENIED, path=b"/" + b'"' * 15000))
+    eventually(lambda: gateway.log.read_bytes().endswith(b"\n"))
+    assert len(gateway.log.read_bytes()) <= 4096
+    assert json.loads(gateway.log.read_text())["method"] == "GET"
+
+
+def fill(pipe: int) -> None:
+    """Write to a pipe until nothing more fits."""
+    os.set_blocking(pipe, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe, b"." * 4096)
+    os.set_blocking(pipe, True)  # the gateway must not rely on what we set
+
+
+def test_a_full_pipe_loses_lines_and_stops_nobody(
+    daemon: Callable[..., Daemon], origin: Start
+) -> None:
+    out, into = os.pipe()
+    fill(into)
+    gateway = daemon(log="-", stdout=into, spare_workers="1")
+    server = origin(Script())
+    for _ in range(5):
+        with gateway.connect() as client:
+            assert exchange(client, request(server)).status == 200
+    eventually(lambda: len(idle(gateway)) == len(gateway.workers()))
+    os.set_blocking(out, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            assert set(os.read(out, 4096)) == set(b".")  # all five are lost
+    with gateway.connect() as client:
+        assert exchange(client, request(server, path=b"/heard")).status == 200
+    os.set_blocking(out, True)
+    assert b"/heard status=" in re.sub(rb" address.*?(?= status)", b"", read_line(out))
+    os.close(into)
+    os.close(out)
+
+
+def read_line(pipe: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(pipe, 1)
+    return line
+
+
+def test_a_reader_who_has_gone_stops_nobody(
+    daemon: Callable[..., Daemon], origin: Start
+) -> None:
+    out, into = os.pipe()
+    gateway = daemon(log="-", stdout=into, spare_workers="1")
+    os.close(into)
+    os.close(out)  # EPIPE from here on, and perhaps SIGPIPE
+    for _ in range(3):
+        with gateway.connect() as client:
+            assert exchange(client, request(DENIED)).status == 403
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "file"])
+def test_standard_output_may_be_anything(
+    daemon: Callable[..., Daemon], tmp_path: Path, kind: str
+) -> None:
+    if kind == "socket":  # as journald has it: it cannot be opened a second time
+        ours, theirs = socket.socketpair()
+        out, into = ours.detach(), theirs.detach()
+    elif kind == "pipe":
+        out, into = os.pipe()
+    else:
+        into = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+        out = os.open(tmp_path / "out", os.O_RDONLY)
+    gateway = daemon(log="-", stdout=into)
+    os.close(into)
+    for _ in range(2):
+        with gateway.connect() as client:
+            exchange(client, request(DENIED))
+    lines = b""
+
+    def two() -> bool:
+        nonlocal lines
+        lines += os.read(out, 4096)
+        return lines.count(b"\n") == 2
+
+    eventually(two)
+    assert all(LINE.fullmatch(line) for line in lines.decode().splitlines())
+    os.close(out)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_of_many_workers_never_mix(
+    daemon: Callable[..., Daemon], form: str
+) -> None:
+    out, into = os.pipe()
+    gateway = daemon(log="-", stdout=into, log_format=form, spare_workers="8")
+    os.close(into)
+    lines: list[bytes] = []
+
+    def read() -> None:
+        with open(out, "rb") as pipe:
+            lines.extend(pipe)
+
+    def ask() -> None:
+        with gateway.connect(20) as client:
+            for _ in range(25):
+                exchange(client, request(DENIED, path=b"/" + b"x" * 3000))
+
+    reader = threading.Thread(target=read)
+    askers = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in [reader, *askers]:
+        thread.start()
+    for thread in askers:
+        thread.join()
+    gateway.stop()
+    reader.join()  # to the end of file: nobody has the pipe any more
+    assert len(lines) == 200
+    if form == "json":
+        assert all(list(json.loads(line)) == FIELDS for line in lines)
+    else:
+        assert all(LINE.fullmatch(line.decode().rstrip("\n")) for line in lines)
+
+
+def test_titles_tell_master_idle_and_busy_apart(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork("spare_workers=3"), origin(echo, "127.0.0.3")
+    master = gateway.process.pid
+    eventually(lambda: title(master) == "natwork: master 3 idle 0 busy")
+    eventually(lambda: len(idle(gateway)) == 3)
+    with tunnel(gateway, server) as client:
+        assert echoes(client)
+        ends = "%s:%d" % client.getsockname(), "%s:%d" % server.callers[0]
+        shown = title(worker_of(gateway, client))
+        assert shown == f"natwork: {ends[0]} > {ends[1]} > {server.authority} " + (
+            "connect 127.0.0.3"
+        )
+        eventually(lambda: title(master) == "natwork: master 3 idle 1 busy")
+    eventually(lambda: title(master).endswith(" idle 0 busy"))
+    eventually(lambda: len(idle(gateway)) == len(gateway.workers()))
+
+
+def test_the_table_shows_an_open_tunnel_and_its_bytes(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork(), origin(echo, "127.0.0.3")
+    with tunnel(gateway, server) as client:
+        assert echoes(client, b"x" * 50000)
+        worker = worker_of(gateway, client)
+        eventually(lambda: rows(gateway)[0]["up"] == 50000)
+        (row,) = rows(gateway)
+        assert isinstance(row.pop("age"), float)
+        assert isinstance(down := row.pop("down"), int) and down >= 50000
+        assert row == {
+            "source_ip": "127.0.0.1",
+            "original_source_port": client.getsockname()[1],
+            "new_source_port": server.callers[0][1],
+            "destination": server.authority,
+            "protocol": "connect",
+            "host": "127.0.0.3",
+            "user": "-",
+            "up": 50000,
+            "pid": worker,
+        }
+        head, *lines = table().splitlines()
+        assert tuple(re.split("  +", head)) == COLUMNS
+        (line,) = [line for line in lines if line.endswith(f" {worker}")]
+        cells = re.split("  +", line)
+        assert cells[:7] == [
+            "127.0.0.1",
+            str(client.getsockname()[1]),
+            str(server.callers[0][1]),
+            server.authority,
+            "connect",
+            "127.0.0.3",
+            "-",
+        ]
+        assert cells[8:] == ["50000", str(down), str(worker)]
+    eventually(lambda: not rows(gateway))
+
+
+def test_an_idle_gateway_has_an_empty_table(natwork: Callable[..., Gateway]) -> None:
+    gateway = natwork()
+    eventually(lambda: idle(gateway))
+    assert rows(gateway) == []
+    assert tuple(re.split("  +", table().splitlines()[0])) == COLUMNS
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_no_table_without_a_gateway(tmp_path: Path, form: list[str]) -> None:
+    # In a /proc of its own: other gateways may run on this box.
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    alone += ["--user", "--map-root-user"] if os.geteuid() else []
+    done = command("--table", *form, cwd=tmp_path, program=[*alone, *PROGRAM])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("natwork: cannot show the table: [^\n]+\n", done.stderr)
+
+
+def test_a_dead_gateway_is_not_in_the_table(
+    daemon: Callable[..., Daemon], origin: Start
+) -> None:
+    gateway = daemon()
+    with tunnel(gateway, origin(echo)) as client:
+        worker = worker_of(gateway, client)
+        gateway.expected = -signal.SIGKILL
+        gateway.process.kill()
+        gateway.process.wait(10)
+        done = command("--table", "--json", cwd=ROOT)
+        assert done.returncode == 1 or worker not in [
+            row["pid"] for row in json.loads(done.stdout)
+        ]
+
+
+def test_log_and_table_agree_after_kill_9(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork(), origin(echo)
+    clients = [tunnel(gateway, server) for _ in range(6)]
+    pids = [worker_of(gateway, client) for client in clients]
+    assert all(echoes(client, b"12345") for client in clients)
+    eventually(lambda: [row["up"] for row in rows(gateway)] == [5] * 6)
+    for pid in pids[:3]:
+        os.kill(pid, signal.SIGKILL)
+    lines = gateway.lines(3)
+    assert {line["pid"] for line in lines} == {str(pid) for pid in pids[:3]}
+    assert all(line["outcome"] == "killed" and line["up"] == "5" for line in lines)
+    assert {line["client"] for line in lines} == {
+        "%s:%d" % client.getsockname() for client in clients[:3]
+    }
+    assert {row["pid"] for row in rows(gateway)} == set(pids[3:])
+    assert all(echoes(client) for client in clients[3:])
+    for client in clients:
+        client.close()
+    lines = gateway.lines(6)
+    assert [line["outcome"] for line in lines[3:]] == ["closed"] * 3
+    assert len(lines) == 6 and rows(gateway) == []
+
+
+def test_a_session_is_in_one_table_only_once_its_slot_is_used_again(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=1")
+    server = origin(echo)
+    for _ in range(3):
+        with tunnel(gateway, server) as client:
+            assert len(rows(gateway)) == 1
+            os.kill(worker_of(gateway, client), signal.SIGKILL)
+        eventually(lambda: idle(gateway))
+        assert rows(gateway) == []
+    assert [line["outcome"] for line in gateway.lines(3)] == ["killed"] * 3

@@ -1,0 +1,695 @@
+"""The master and its workers: real forks, real signals, real clients."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_all
+from running import Daemon
+from running import Held
+from running import daemons
+from running import descriptors
+from running import echo
+from running import echoes
+from running import group
+from running import idle
+from running import status
+from running import times
+from running import title
+from running import tunnel
+from running import worker_of
+from wire import DENIED
+from wire import Script
+from wire import at_end
+from wire import exchange
+from wire import read_answer
+from wire import request
+from wire import send
+
+daemon = daemons()
+Start = Callable[..., Origin]
+Run = Callable[..., Gateway]
+Launch = Callable[..., Daemon]
+PATIENT = ("keepalive_timeout=60", "head_timeout=60")  # no timeout makes room
+
+
+def get(gateway: Gateway, origin: Origin | bytes = DENIED) -> int:
+    """Ask by a connection of its own; return the status."""
+    with gateway.connect() as client:
+        return exchange(client, request(origin)).status
+
+
+def refuses(address: tuple[str, int]) -> bool:
+    """Say whether nobody listens there."""
+    try:
+        socket.create_connection(address, 10).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def silent(client: socket.socket) -> bool:
+    """Say whether nothing has come: no byte, and no end."""
+    return not select.select([client], [], [], 0)[0]
+
+
+def ready(gateway: Gateway, count: int) -> list[int]:
+    """Return the idle workers that sleep, once there are as many at least."""
+
+    def asleep() -> list[int]:
+        return [pid for pid in idle(gateway) if status(pid, "State")[:1] == "S"]
+
+    eventually(lambda: len(asleep()) >= count)
+    return asleep()
+
+
+# Spares and the limit.
+
+
+def test_spares_are_kept_ahead_of_the_clients(natwork: Run, origin: Start) -> None:
+    gateway, server = natwork("spare_workers=3"), origin(echo)
+    ready(gateway, 3)
+    with contextlib.ExitStack() as clients:
+        for busy in range(1, 5):
+            clients.enter_context(tunnel(gateway, server))
+            ready(gateway, 3)
+            assert len(gateway.workers()) == busy + 3
+
+
+def test_all_missing_spares_are_forked_at_once(natwork: Run) -> None:
+    gateway = natwork("spare_workers=40")  # trap 23: one a second would take 40 s
+    pids = ready(gateway, 40)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(set(idle(gateway)) - set(pids)) == 40)
+
+
+def test_beyond_max_workers_clients_wait_and_are_served_later(
+    natwork: Run, origin: Start
+) -> None:
+    gateway, server = natwork("spare_workers=1", "max_workers=2"), origin(echo)
+    with tunnel(gateway, server) as first, tunnel(gateway, server) as second:
+        with gateway.connect() as third, gateway.connect() as fourth:
+            for client in (third, fourth):
+                send(client, request(DENIED, b"Connection: close"))
+            eventually(lambda: "all 2 workers are busy" in gateway.errors.read_text())
+            assert len(gateway.workers()) == 2
+            assert silent(third) and silent(fourth)
+            first.close()
+            assert read_answer(third).status == read_answer(fourth).status == 403
+        assert echoes(second)
+
+
+@pytest.mark.parametrize("kind", ["kept alive", "never said a word"])
+def test_a_full_house_of_silent_clients_lets_the_next_one_in(
+    natwork: Run, kind: str
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=3", *PATIENT)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            client = stack.enter_context(gateway.connect())
+            if kind == "kept alive":
+                assert exchange(client, request(DENIED)).status == 403
+        for _ in range(6):
+            newcomer = stack.enter_context(gateway.connect(timeout=5))
+            assert exchange(newcomer, request(DENIED)).status == 403
+            assert len(gateway.workers()) <= 3
+    said = gateway.errors.read_text()
+    assert said.count("\nnatwork: all 3 workers are busy and clients wait") <= 1
+    assert said.count("max_workers") == 1, said
+
+
+def test_a_full_house_does_not_disturb_who_is_served(
+    natwork: Run, origin: Start
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=2", *PATIENT)
+    with tunnel(gateway, origin(echo)) as busy, gateway.connect() as quiet:
+        assert exchange(quiet, request(DENIED)).status == 403
+        for _ in range(3):
+            assert get(gateway) == 403
+            assert echoes(busy)
+        assert at_end(quiet)  # it was the one to make room, and gracefully
+
+
+def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
+    gateway, server = natwork("spare_workers=6"), origin(echo)  # trap 21
+
+    def sleeps(pids: list[int]) -> list[str]:
+        """How often each has gone to sleep, once they all stay asleep."""
+        seen: list[list[str]] = [[]]
+
+        def quiet() -> bool:
+            seen.append([status(pid, "voluntary_ctxt_switches") for pid in pids])
+            return seen[-1] == seen[-2]
+
+        eventually(quiet)
+        return seen[-1]
+
+    with contextlib.ExitStack() as clients:
+        for _ in range(4):
+            pids = ready(gateway, 6)
+            before = sleeps(pids)
+            client = clients.enter_context(tunnel(gateway, server))
+            busy = worker_of(gateway, client)
+            ready(gateway, 6)
+            after = sleeps(pids)
+            woken = [p for p, was, now in zip(pids, before, after) if was != now]
+            assert woken == [busy]
+
+
+def test_clients_per_worker_of_one_gives_each_client_a_process(natwork: Run) -> None:
+    gateway = natwork("clients_per_worker=1", "spare_workers=2")
+    assert [get(gateway) for _ in range(10)] == [403] * 10
+    assert len({line["pid"] for line in gateway.lines(10)}) == 10
+
+
+def test_a_worker_serves_no_more_than_clients_per_worker(natwork: Run) -> None:
+    settings = ("clients_per_worker=3", "spare_workers=1", "max_workers=1")
+    gateway = natwork(*settings)
+    assert [get(gateway) for _ in range(9)] == [403] * 9
+    pids = [line["pid"] for line in gateway.lines(9)]
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 3]
+
+
+def test_two_hundred_clients_leave_no_descriptor_and_no_zombie(
+    natwork: Run, origin: Start
+) -> None:
+    gateway, server = (
+        natwork("clients_per_worker=1", "spare_workers=4"),
+        origin(Script()),
+    )
+    master = gateway.process.pid
+    ready(gateway, 4)
+    before = descriptors(master)
+    for _ in range(200):
+        assert get(gateway, server) == 200
+    ready(gateway, 4)
+    assert descriptors(master) == before
+    eventually(lambda: len(gateway.workers()) == 4)  # zombies would be among them
+
+
+def test_a_worker_leaks_no_descriptor(natwork: Run, origin: Start) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=1")
+    server = origin(Script())
+    (worker,) = ready(gateway, 1)
+    before = descriptors(worker)
+    for _ in range(50):
+        assert get(gateway, server) == 200
+        with tunnel(gateway, origin(echo)) as client:
+            assert echoes(client)
+    ready(gateway, 1)
+    # A kept pipe may be among them for a moment.
+    eventually(lambda: descriptors(worker) == before)
+
+
+# Leaving.
+
+
+def test_term_drains(daemon: Launch, origin: Start) -> None:
+    gateway, server = daemon(spare_workers="3"), origin(echo)
+    with (
+        tunnel(gateway, server) as client,
+        gateway.connect() as kept,
+        gateway.connect() as mute,
+    ):
+        assert exchange(kept, request(DENIED)).status == 403
+        busy = worker_of(gateway, client)
+        eventually(lambda: title(gateway.process.pid).endswith(" 3 busy"))
+        gateway.process.terminate()
+        assert at_end(kept) and at_end(mute)
+        eventually(lambda: gateway.workers() == [busy])
+        eventually(lambda: title(gateway.process.pid).endswith(" 0 idle 1 busy"))
+        assert refuses(gateway.address)
+        assert echoes(client) and gateway.process.poll() is None
+    assert gateway.process.wait(10) == 0
+    assert [line["outcome"] for line in gateway.lines(2)][1:] == ["closed"]
+
+
+def test_drain_timeout_ends_the_rest(natwork: Run, origin: Start) -> None:
+    gateway, held = natwork("drain_timeout=1"), Held()
+    with tunnel(gateway, origin(echo)) as client, gateway.connect() as asking:
+        send(asking, request(origin(held)))
+        assert held.asked.wait(10)
+        gateway.process.terminate()
+        assert gateway.process.wait(20) == 0
+        assert read_all(client) == b"" and b" 200 " not in read_all(asking)
+    assert [line["outcome"] for line in gateway.lines(2)] == ["drained"] * 2
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(
+    natwork: Run, origin: Start, second: signal.Signals
+) -> None:
+    gateway = natwork("drain_timeout=300")
+    with tunnel(gateway, origin(echo)) as client:
+        gateway.process.terminate()
+        eventually(lambda: len(gateway.workers()) == 1)
+        assert echoes(client)
+        gateway.process.send_signal(second)
+        assert gateway.process.wait(10) == 0
+    (line,) = gateway.lines(1)
+    assert line["outcome"] == "operator"
+
+
+def test_ctrl_c_in_a_terminal_drains(natwork: Run, origin: Start) -> None:
+    gateway = natwork()
+    with tunnel(gateway, origin(echo)) as client:
+        os.killpg(gateway.process.pid, signal.SIGINT)  # the whole group, as a tty does
+        eventually(lambda: len(gateway.workers()) == 1)
+        assert echoes(client)
+    assert gateway.process.wait(10) == 0
+    assert [line["outcome"] for line in gateway.lines(1)] == ["closed"]
+
+
+def test_a_hangup_of_the_terminal_ends_no_session(natwork: Run, origin: Start) -> None:
+    gateway = natwork("user=root")
+    with tunnel(gateway, origin(echo)) as client:
+        os.killpg(gateway.process.pid, signal.SIGHUP)
+        eventually(lambda: "reloaded" in gateway.errors.read_text())
+        assert echoes(client)
+
+
+def test_an_answer_in_progress_at_term_says_close(natwork: Run, origin: Start) -> None:
+    gateway, held = natwork(), Held()
+    with gateway.connect() as client:
+        send(client, request(origin(held)))
+        assert held.asked.wait(10)
+        gateway.process.terminate()
+        eventually(lambda: len(gateway.workers()) == 1)
+        held.go.set()
+        answer = read_answer(client)
+        assert answer.body == b"at last" and answer.closes
+        assert at_end(client)
+    assert gateway.process.wait(10) == 0
+
+
+def test_who_was_in_the_queue_at_term_is_not_lost_to_a_passed_socket(
+    natwork: Run, origin: Start
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=1")
+    with tunnel(gateway, origin(echo)), gateway.connect() as queued:
+        send(queued, request(DENIED))
+        gateway.process.terminate()
+        eventually(lambda: title(gateway.process.pid).endswith(" 0 idle 1 busy"))
+        assert silent(queued)  # whoever takes the socket over serves it
+    assert gateway.process.wait(10) == 0
+    gateway.listener.accept()[0].close()
+
+
+# Reloading.
+
+
+def test_after_hup_new_requests_are_under_the_new_rules(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway, server, held = daemon(), origin(echo), Held()
+    slow = origin(held)
+    with (
+        tunnel(gateway, server) as old,
+        gateway.connect() as kept,
+        gateway.connect() as asking,
+    ):
+        assert exchange(kept, request(DENIED)).status == 403
+        send(asking, request(slow))
+        assert held.asked.wait(10)
+        assert gateway.hangup(rules="deny to *").endswith("configuration reloaded")
+        assert at_end(kept)
+        eventually(lambda: get(gateway, server) == 403)
+        assert [get(gateway, server) for _ in range(10)] == [403] * 10
+        assert echoes(old)  # under the rules it began with
+        held.go.set()
+        answer = read_answer(asking)
+        assert answer.body == b"at last" and answer.closes and at_end(asking)
+        assert gateway.listening() == [gateway.address]  # said once, never closed
+
+
+def test_a_client_who_has_not_spoken_yet_survives_a_reload(daemon: Launch) -> None:
+    gateway = daemon()
+    master = gateway.process.pid
+    eventually(lambda: title(master).endswith(" 0 busy"))
+    with gateway.connect() as client:
+        eventually(lambda: title(master).endswith(" 1 busy"))
+        gateway.hangup()
+        eventually(lambda: len(gateway.workers()) <= 9)
+        send(client, request(DENIED))
+        assert read_answer(client).status == 403
+
+
+def test_reloaded_is_said_when_the_new_rules_hold(daemon: Launch) -> None:
+    gateway = daemon(spare_workers="8", rules="deny port 79")
+    for port in range(80, 90):
+        gateway.hangup(rules=f"deny port {port}")
+        with gateway.connect() as client:
+            answer = exchange(client, request(DENIED + b":%d" % port))
+        assert b"rule 1" in answer.values(b"Proxy-Status")[0], port
+
+
+@pytest.mark.parametrize(
+    "name, value, why",
+    [
+        ("spare_workers", "1_0", "spare_workers = 1_0: is not a whole number"),
+        ("rules", "permit to *", "rules = permit to *: "),
+        ("listen", "127.0.0.1:http", "listen = 127.0.0.1:http: "),
+        ("listen", "192.0.2.7:0", "cannot listen on 192.0.2.7:0: "),
+        ("nonsense", "1", "nonsense = 1: there is no such setting"),
+        ("log", "/nowhere/log", "cannot open the access log /nowhere/log: no such"),
+    ],
+)
+def test_a_bad_reload_changes_nothing(
+    daemon: Launch, origin: Start, name: str, value: str, why: str
+) -> None:
+    gateway, server = daemon(), origin(echo)
+    ready(gateway, 8)
+    with tunnel(gateway, server) as client, gateway.connect() as kept:
+        assert exchange(kept, request(DENIED)).status == 403
+        files = descriptors(gateway.process.pid)
+        before, pids = len(gateway.said()), set(gateway.workers())
+        answer = gateway.hangup(**{"spare_workers": "3", name: value})
+        assert answer.startswith("natwork: configuration not reloaded, ")
+        assert why in answer and len(gateway.said()) == before + 1
+        assert pids <= set(gateway.workers())
+        assert echoes(client)
+        assert exchange(kept, request(DENIED)).status == 403
+        assert get(gateway) == 403
+        assert descriptors(gateway.process.pid) == files
+
+
+def test_a_bad_reload_can_be_mended(daemon: Launch) -> None:
+    gateway = daemon(spare_workers="2")
+    assert "not reloaded" in gateway.hangup(spare_workers="x")
+    assert gateway.hangup(spare_workers="4").endswith("configuration reloaded")
+    ready(gateway, 4)
+
+
+def test_reloads_under_load_lose_no_client(daemon: Launch, origin: Start) -> None:
+    gateway, server = daemon(spare_workers="4"), origin(Script())
+    ready(gateway, 4)
+    before = descriptors(gateway.process.pid)
+    failures: list[object] = []
+    served, over = [0, 0, 0], threading.Event()
+
+    def ask(number: int) -> None:
+        while not over.is_set():
+            try:
+                assert get(gateway, server) == 200
+                served[number] += 1
+            except (OSError, AssertionError) as failure:
+                failures.append(failure)
+
+    askers = [threading.Thread(target=ask, args=[n]) for n in range(len(served))]
+    for thread in askers:
+        thread.start()
+    for _ in range(10):
+        count = sum(served)
+        assert gateway.hangup().endswith("configuration reloaded")
+        eventually(lambda: failures or sum(served) > count + 5)  # noqa: B023
+    over.set()
+    for thread in askers:
+        thread.join()
+    assert not failures, failures
+    assert len(gateway.lines(sum(served))) == sum(served)
+    eventually(lambda: descriptors(gateway.process.pid) == before)
+
+
+def test_listeners_come_and_go_with_a_reload(daemon: Launch, origin: Start) -> None:
+    gateway, server = daemon(listen="127.0.0.1:0 127.0.0.2:0"), origin(echo)
+    stays, goes = gateway.listening()
+    gateway.address = goes
+    with tunnel(gateway, server) as client:
+        gateway.hangup(listen="127.0.0.3:0 127.0.0.1:0")
+        comes = gateway.listening()[-1]
+        eventually(lambda: refuses(goes))
+        for gateway.address in (stays, comes):
+            assert get(gateway) == 403
+        assert len(gateway.listening()) == 3 and comes[0] == "127.0.0.3"
+        assert echoes(client)  # it came by the listener that is gone
+    with socket.create_server(goes):  # and its port is free again
+        pass
+
+
+def test_who_waits_at_a_listener_that_goes_is_served(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway = daemon(
+        listen="127.0.0.1:0 127.0.0.2:0", spare_workers="1", max_workers="1"
+    )
+    stays, goes = gateway.listening()
+    with tunnel(gateway, origin(echo)) as busy:
+        queued = [socket.create_connection(goes, 10) for _ in range(3)]
+        gateway.hangup(listen="127.0.0.1:0", max_workers="2")
+        for client in queued:
+            send(client, request(DENIED, b"Connection: close"))
+            assert read_answer(client).status == 403
+            client.close()
+        eventually(lambda: refuses(goes))
+        assert echoes(busy)
+
+
+def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:
+    gateway, server = daemon(spare_workers="4", max_workers="8"), origin(echo)
+    ready(gateway, 4)
+    with tunnel(gateway, server) as first, tunnel(gateway, server) as second:
+        gateway.hangup(spare_workers="1", max_workers="2")
+        eventually(lambda: len(gateway.workers()) <= 3)
+        first.close()
+        assert get(gateway) == 403
+        assert echoes(second)
+        gateway.hangup(spare_workers="6", max_workers="2048")
+        ready(gateway, 6)
+        assert echoes(second)
+
+
+def test_hup_opens_a_rotated_log_anew(daemon: Launch, origin: Start) -> None:
+    gateway = daemon()
+    with tunnel(gateway, origin(echo)):
+        assert get(gateway) == 403
+        old = gateway.lines(1)
+        rotated = gateway.log.rename(gateway.log.with_suffix(".1"))
+        gateway.hangup()
+        eventually(gateway.log.exists)
+
+        def arrives() -> bool:
+            assert get(gateway) == 403
+            return bool(gateway.log.read_text())
+
+        eventually(arrives)
+        assert len(gateway.lines(1)) >= 1
+    assert rotated.read_text().startswith(f"time={old[0]['time']} pid={old[0]['pid']} ")
+
+
+# Dying.
+
+
+def test_term_to_a_worker_ends_that_session_only(natwork: Run, origin: Start) -> None:
+    gateway, server = natwork("spare_workers=2"), origin(echo)
+    with tunnel(gateway, server) as one, tunnel(gateway, server) as other:
+        assert echoes(one, b"12345")
+        pid = worker_of(gateway, one)
+        os.kill(pid, signal.SIGTERM)
+        (line,) = gateway.lines(1)
+        assert (line["pid"], line["outcome"]) == (str(pid), "operator")
+        assert (line["up"], line["status"]) == ("5", "200")
+        assert echoes(other)
+        ready(gateway, 2)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_a_killed_worker_harms_nobody_else(
+    natwork: Run, origin: Start, how: signal.Signals
+) -> None:
+    gateway, server = natwork("spare_workers=2"), origin(echo)
+    with tunnel(gateway, server) as one, tunnel(gateway, server) as other:
+        pid = worker_of(gateway, one)
+        os.kill(pid, how)
+        (line,) = gateway.lines(1)
+        assert (line["pid"], line["outcome"]) == (str(pid), "killed")
+        assert echoes(other) and get(gateway) == 403
+        ready(gateway, 2)
+        assert pid not in gateway.workers()
+
+
+def test_killed_idle_workers_are_replaced_and_leave_no_line(natwork: Run) -> None:
+    gateway = natwork("spare_workers=3")
+    for count, pid in enumerate(ready(gateway, 3), 1):
+        os.kill(pid, signal.SIGKILL)
+        assert get(gateway) == 403
+        gateway.lines(count)  # that worker is idle again, or will be
+    ready(gateway, 3)
+    assert [line["outcome"] for line in gateway.lines(3)] == ["denied-inside"] * 3
+
+
+def test_no_worker_outlives_a_killed_master(daemon: Launch, origin: Start) -> None:
+    gateway = daemon(drain_timeout="2")
+    gateway.expected = -signal.SIGKILL
+    with (
+        tunnel(gateway, origin(echo)) as client,
+        gateway.connect() as kept,
+    ):
+        assert exchange(kept, request(DENIED)).status == 403
+        busy = worker_of(gateway, client)
+        gateway.process.kill()
+        gateway.process.wait(10)
+        assert at_end(kept)
+        eventually(lambda: alive(gateway) in ([busy], []))
+        eventually(lambda: not alive(gateway))
+        assert read_all(client) == b""
+    assert gateway.lines(2)[-1]["outcome"] == "drained"
+    with socket.create_server(gateway.address):  # free for the next one
+        pass
+
+
+def alive(gateway: Gateway) -> list[int]:
+    """Return the processes of a gateway, also after the master's death."""
+    return group(gateway.process.pid)
+
+
+def test_a_busy_worker_finishes_after_its_master_died(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway = daemon()
+    gateway.expected = -signal.SIGKILL
+    with tunnel(gateway, origin(echo)) as client:
+        busy = worker_of(gateway, client)
+        gateway.process.kill()
+        eventually(lambda: alive(gateway) == [busy])  # the idle ones leave at once
+        assert echoes(client)
+    eventually(lambda: not alive(gateway))
+    assert [line["outcome"] for line in gateway.lines(1)] == ["closed"]
+
+
+# What the kernel refuses: trap 22.
+
+
+def limit(pid: int, kind: str, soft: int | str) -> None:
+    """Set a soft limit of a running process, as the user that it runs as."""
+    user, group = (int(status(pid, name).split()[0]) for name in ("Uid", "Gid"))
+    ids = {"user": user, "group": group} if os.geteuid() == 0 else {}
+    command = ["prlimit", f"--pid={pid}", f"--{kind}={soft}:"]
+    subprocess.run(command, check=True, timeout=10, **ids)
+
+
+def calm(*pids: int) -> bool:
+    """Watch processes for two seconds; say whether they use little CPU."""
+    before = sum(times(pid) for pid in pids)
+    time.sleep(2)  # the observation itself
+    return sum(times(pid) for pid in pids) - before < 0.5
+
+
+def test_a_worker_without_descriptors_serves_when_they_return(natwork: Run) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=1")
+    (worker,) = ready(gateway, 1)
+    limit(worker, "nofile", 3)
+    with gateway.connect() as client:
+        send(client, request(DENIED))
+        words = "natwork: cannot accept a client: too many open files\n"
+        eventually(lambda: words in gateway.errors.read_text())
+        assert calm(worker, gateway.process.pid)
+        assert silent(client)
+        assert gateway.errors.read_text().count(words) <= 5  # one a second
+        limit(worker, "nofile", 1024)
+        assert read_answer(client).status == 403
+    assert gateway.workers() == [worker]
+
+
+def test_no_descriptor_for_the_server_is_an_answer(natwork: Run, origin: Start) -> None:
+    gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
+    (worker,) = ready(gateway, 1)
+    free = min(set(range(64)) - set(descriptors(worker)))
+    limit(worker, "nofile", free + 1)  # one for the client, and no more
+    with gateway.connect() as client:
+        answer = exchange(client, request(server))
+        assert answer.status == 503 and answer.values(b"Retry-After")
+    limit(worker, "nofile", 1024)
+    assert get(gateway, server) == 200
+    assert [line["outcome"] for line in gateway.lines(2)] == ["overload", "ok"]
+
+
+def test_a_failing_fork_is_said_once_and_tried_again(daemon: Launch) -> None:
+    # The limit is for ordinary users only.
+    gateway = daemon(spare_workers="2", user="nobody")
+    master, words = gateway.process.pid, "natwork: cannot fork a worker: "
+    pids = ready(gateway, 2)
+    limit(master, "nproc", 1)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    with gateway.connect() as client:
+        send(client, request(DENIED))
+        eventually(lambda: words in gateway.errors.read_text())
+        assert calm(master) and silent(client)
+        assert gateway.errors.read_text().count(words) == 1
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        limit(master, "nproc", "unlimited" if hard < 0 else hard)
+        assert read_answer(client).status == 403
+    ready(gateway, 2)
+
+
+def test_workers_that_cannot_start_are_no_fork_storm(natwork: Run) -> None:
+    gateway = natwork("spare_workers=8")
+    master = gateway.process.pid
+    pids = ready(gateway, 8)
+    limit(master, "nofile", 4)  # inherited: no epoll for them
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not set(pids) & set(gateway.workers()))
+    before = len(gateway.errors.read_text())
+    assert calm(master)
+    assert gateway.errors.read_text()[before:].count("\n") <= 10
+    limit(master, "nofile", 1024)
+    ready(gateway, 8)
+    assert get(gateway) == 403
+
+
+def test_descriptors_that_run_out_at_a_reload_change_nothing(daemon: Launch) -> None:
+    gateway = daemon(listen="127.0.0.1:0")
+    master = gateway.process.pid
+    ready(gateway, 8)
+    before = descriptors(master)
+    free = min(set(range(64)) - set(before))
+    for count in range(5):  # the file, a listener, the log, a pipe: fewer than these
+        limit(master, "nofile", free + count)
+        said = gateway.hangup(listen="127.0.0.2:0 127.0.0.1:0")
+        limit(master, "nofile", 1024)
+        if said.endswith("configuration reloaded"):
+            break
+        assert "too many open files" in said
+        assert descriptors(master) == before and get(gateway) == 403
+    assert gateway.hangup().endswith("configuration reloaded")
+    eventually(lambda: get(gateway) == 403)
+
+
+def test_the_pid_file_is_the_masters_alone(daemon: Launch) -> None:
+    gateway = daemon(pidfile="natwork.pid", clients_per_worker="1")  # trap 20
+    pidfile = gateway.folder / "natwork.pid"
+    for _ in range(5):
+        assert get(gateway) == 403
+    os.kill(ready(gateway, 8)[0], signal.SIGTERM)
+    ready(gateway, 8)
+    assert pidfile.read_text() == f"{gateway.process.pid}\n"
+    gateway.stop()
+    assert not pidfile.exists()
+
+
+def test_a_burst_of_signals_kills_nobody(natwork: Run, origin: Start) -> None:
+    gateway = natwork("clients_per_worker=1", "user=root")  # traps 17, 18 and 19
+    with tunnel(gateway, origin(echo)) as client:
+        for _ in range(50):
+            gateway.process.send_signal(signal.SIGCHLD)
+            gateway.process.send_signal(signal.SIGHUP)
+            for pid in gateway.workers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGHUP)
+        assert get(gateway) == 403
+        assert echoes(client)

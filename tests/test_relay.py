@@ -1,0 +1,780 @@
+"""Relay: what enters one socket leaves by the other, over real TCP through CONNECT."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import conftest
+import pytest
+from conftest import ROOT
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_all
+from conftest import read_exactly
+from conftest import read_head
+from proc import ALONE
+from proc import at_rest
+from proc import links
+from proc import no_more_descriptors
+from proc import only_worker
+from proc import status
+from proc import ticks
+from wire import STRICT
+from wire import chunks
+from wire import read_answer
+from wire import read_request
+from wire import request
+from wire import reset
+from wire import response
+from wire import send
+from wire import shared
+from wire import sized
+
+pytestmark = pytest.mark.filterwarnings(STRICT)
+gateway = shared()
+hasty = shared("tunnel_timeout=1")
+
+Start = Callable[..., Origin]
+Natwork = Callable[..., Gateway]
+MIB = 1 << 20
+DATA = os.urandom(MIB) * 20
+SIZES = [0, 1, 100, 64 * 1024, MIB, 20 * MIB]
+HEAD = b"HTTP/1.1 200 Connection established\r\n\r\n"
+TICK = os.sysconf("SC_CLK_TCK")
+F_SETPIPE_SZ = 1031  # named in the fcntl module since Python 3.10
+
+
+@contextlib.contextmanager
+def tunnel(
+    gateway: Gateway, server: Origin, early: bytes = b"", buffer: int = 0
+) -> Iterator[socket.socket]:
+    """Return a client's end of a tunnel; buffer is the size of what it can hold."""
+    with socket.socket() as client:
+        if buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        client.settimeout(20)
+        client.connect(gateway.address)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(request(server, method=b"CONNECT") + early)
+        assert read_head(client) == HEAD
+        yield client
+
+
+@contextlib.contextmanager
+def sending(connection: socket.socket, data: bytes, end: bool = True) -> Iterator[None]:
+    """Send from a thread for as long as the block lasts, then close that half."""
+
+    def run() -> None:
+        send(connection, data)
+        if end:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=run, daemon=True)
+    sender.start()
+    yield
+    sender.join(20)
+    assert not sender.is_alive()
+
+
+def same(one: bytes | bytearray, other: bytes) -> bool:
+    """Compare megabytes without pytest showing them."""
+    return one == other
+
+
+def logged(gateway: Gateway, server: Origin) -> dict[str, str]:
+    """Return the access log's line of the session with a server, once it is there."""
+
+    def find() -> list[dict[str, str]]:
+        return [x for x in gateway.lines() if server.authority in x["target"]]
+
+    eventually(find)
+    (line,) = find()
+    return line
+
+
+class Counter:
+    """An origin that sends without end until told to stop, and counts what it sent."""
+
+    def __init__(self, piece: bytes = b"x" * 10_000) -> None:
+        self.piece, self.sent, self.stop = piece, 0, threading.Event()
+
+    def __call__(self, connection: socket.socket, server: Origin | None) -> None:
+        with connection.dup() as sock:  # its time-out is not the reader's
+            sock.settimeout(0.1)
+            while not self.stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    self.sent += sock.send(self.piece[self.sent % len(self.piece) :])
+
+    def start(self, connection: socket.socket) -> threading.Thread:
+        """Send from a thread."""
+        thread = threading.Thread(target=self, args=[connection, None], daemon=True)
+        thread.start()
+        return thread
+
+
+def echo(connection: socket.socket, server: Origin) -> None:
+    while piece := connection.recv(65536):
+        connection.sendall(piece)
+
+
+# --- Close orders -------------------------------------------------------------
+
+
+def answer_the_end(connection: socket.socket, server: Origin) -> None:
+    """Read to the client's end, and only then speak."""
+    server.received.append(data := read_all(connection))
+    connection.sendall(data[::-1])
+
+
+def speak_first(connection: socket.socket, server: Origin) -> None:
+    """Speak, close this half, and then listen."""
+    size = int(read_exactly(connection, 8))
+    connection.sendall(DATA[:size][::-1])
+    connection.shutdown(socket.SHUT_WR)
+    server.received.append(b"%08d" % size + read_all(connection))
+
+
+def speak_and_listen(connection: socket.socket, server: Origin) -> None:
+    """Do both at once."""
+    size = int(read_exactly(connection, 8))
+    with sending(connection, DATA[:size][::-1]):
+        server.received.append(b"%08d" % size + read_all(connection))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("order", ["client first", "server first", "both at once"])
+def test_whoever_closes_first_every_byte_arrives(
+    gateway: Gateway, origin: Start, order: str, size: int
+) -> None:
+    handle = {
+        "client first": answer_the_end,  # trap 5
+        "server first": speak_first,
+        "both at once": speak_and_listen,
+    }[order]
+    server, data = origin(handle), b"%08d" % size + DATA[:size]
+    answer = data[::-1] if order == "client first" else DATA[:size][::-1]
+    with tunnel(gateway, server) as client:
+        if order == "client first":
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            assert same(read_all(client), answer)
+        elif order == "server first":
+            client.sendall(data[:8])
+            assert same(read_all(client), answer)
+            client.sendall(data[8:])
+        else:
+            with sending(client, data):
+                assert same(read_all(client), answer)
+    line = logged(gateway, server)  # trap 6
+    eventually(lambda: server.received)
+    assert same(server.received[0], data)
+    assert line["outcome"] == "closed"
+    assert int(line["up"]) == len(data)
+    assert int(line["down"]) == len(HEAD) + len(answer)
+
+
+def test_a_half_closed_tunnel_goes_on_the_other_way(
+    gateway: Gateway, origin: Start
+) -> None:
+    def converse(connection: socket.socket, server: Origin) -> None:
+        assert read_all(connection) == b"the end"
+        for piece in (b"one", b"two"):
+            connection.sendall(piece)
+            server.received.append(piece)
+            eventually(lambda: not server.received)
+
+    server = origin(converse)
+    with tunnel(gateway, server) as client:  # trap 5
+        client.sendall(b"the end")
+        client.shutdown(socket.SHUT_WR)
+        for piece in (b"one", b"two"):
+            assert read_exactly(client, 3) == piece
+            eventually(lambda: server.received)
+            server.received.clear()
+        assert client.recv(1) == b""
+
+
+def test_early_data_arrives_first(gateway: Gateway, origin: Start) -> None:
+    server = origin(echo)
+    with tunnel(gateway, server, early=DATA[:100_000]) as client:
+        client.sendall(b"later")
+        client.shutdown(socket.SHUT_WR)
+        assert same(read_all(client), DATA[:100_000] + b"later")
+    assert int(logged(gateway, server)["up"]) == 100_005
+
+
+def test_an_answer_arrives_though_the_server_takes_no_more(
+    gateway: Gateway, origin: Start
+) -> None:
+    def refuse(connection: socket.socket, server: Origin) -> None:
+        connection.shutdown(socket.SHUT_RD)
+        at_rest(lambda: sender.sent)
+        connection.sendall(DATA)
+        assert read.wait(20)  # to close with input unread resets
+
+    sender, read, server = Counter(), threading.Event(), origin(refuse)
+    with tunnel(gateway, server) as client:  # trap 5
+        thread = sender.start(client)
+        assert same(read_exactly(client, len(DATA)), DATA)
+        sender.stop.set()
+        thread.join(20)
+        read.set()
+        assert read_all(client) == b""
+
+
+def test_an_answer_that_is_followed_by_a_reset_arrives(
+    natwork: Natwork, origin: Start
+) -> None:
+    def answer(connection: socket.socket, server: Origin) -> None:
+        assert standing.wait(20)
+        connection.sendall(DATA[:10_000])
+        reset(connection)
+        left.set()
+
+    gateway, server = natwork(*ALONE), origin(answer)
+    standing, left, pid = threading.Event(), threading.Event(), only_worker(gateway)
+    with tunnel(gateway, server) as client:  # trap 6
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            standing.set()
+            client.sendall(b"the server will not read this")
+            assert left.wait(20)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert same(read_exactly(client, 10_000), DATA[:10_000])
+        assert read_all(client) == b""
+    assert logged(gateway, server)["outcome"] == "server-gone"
+
+
+# --- Little and much ----------------------------------------------------------
+
+
+def dribble(connection: socket.socket, data: bytes) -> None:
+    """Send in writes of 1 to 100 bytes, each a segment of its own."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    at, size = 0, 1
+    while at < len(data):
+        connection.sendall(data[at : at + size])
+        at, size = at + size, size % 100 + 1
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_megabyte_in_tiny_writes_reaches_a_slow_reader(
+    gateway: Gateway, origin: Start, way: str
+) -> None:
+    def speak(connection: socket.socket, server: Origin) -> None:
+        dribble(connection, DATA[:MIB])
+
+    def listen(connection: socket.socket, server: Origin) -> None:
+        server.received.append(read_all(connection))
+
+    server = origin(speak if way == "down" else listen)  # trap 2
+    if way == "up":  # what is accepted inherits it
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    with tunnel(gateway, server, buffer=16384 if way == "down" else 0) as client:
+        if way == "down":
+            got = bytearray()
+            while piece := client.recv(1000):
+                got += piece
+        else:
+            dribble(client, DATA[:MIB])
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+            got = bytearray(server.received[0])
+    assert same(got, DATA[:MIB])
+
+
+def test_bulk_goes_both_ways_at_once(gateway: Gateway, origin: Start) -> None:
+    server = origin(echo)
+    with tunnel(gateway, server) as client, sending(client, DATA):
+        assert same(read_all(client), DATA)
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[socket.socket]:
+    """Return a connection to nowhere.
+
+    The kernel joins segments that lie side by side in memory, and they would
+    need one slot of a pipe; whoever writes to two sockets in turn has none such.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as one:
+            other, _ = listener.accept()
+            reader = threading.Thread(target=read_all, args=[other], daemon=True)
+            reader.start()
+            yield one
+            one.shutdown(socket.SHUT_WR)
+            reader.join(10)
+            other.close()
+
+
+SEGMENTS = 64 * 16 + 3  # several times the 16 or 64 slots that a pipe has
+
+
+@pytest.mark.parametrize("kind", ["tunnel", "body"])
+def test_many_small_segments_fill_a_pipe_and_nothing_hangs(
+    natwork: Natwork, origin: Start, kind: str
+) -> None:
+    # While the worker stands still the segments queue up; then it splices. The
+    # rest is sent only when they have arrived: whoever waits for more input
+    # while his pipe holds bytes waits for ever.
+    before = 65536 if kind == "tunnel" else 0
+    first, total = before + 100 * SEGMENTS, MIB
+    standing, arrived = threading.Event(), threading.Event()
+    sent = 0
+
+    def speak(connection: socket.socket, server: Origin) -> None:
+        nonlocal sent
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind == "body":
+            read_head(connection)
+        assert standing.wait(20)
+        if kind == "body":
+            connection.sendall(response(b"Content-Length: %d" % total))
+        connection.sendall(DATA[:before])
+        with beside() as other:
+            for sent in range(before, first, 100):
+                connection.sendall(DATA[sent : sent + 100])
+                other.sendall(DATA[:100])
+        assert arrived.wait(20)
+        connection.sendall(DATA[first:total])
+
+    gateway, server = natwork(*ALONE), origin(speak)
+    pid = only_worker(gateway)  # trap 2
+    with contextlib.ExitStack() as stack:
+        if kind == "tunnel":
+            client = stack.enter_context(tunnel(gateway, server))
+        else:
+            client = stack.enter_context(gateway.connect(20))
+            client.sendall(request(server))
+        eventually(lambda: server.callers)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            standing.set()
+            at_rest(lambda: sent)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        if kind == "body":
+            assert b"Content-Length: %d\r\n" % total in read_head(client)
+        assert same(read_exactly(client, first), DATA[:first])
+        arrived.set()
+        assert same(read_exactly(client, total - first), DATA[first:total])
+
+
+# --- Stalls -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "piece"), [("down", 100), ("down", 100_000), ("up", 100), ("body", 100_000)]
+)
+def test_a_stalled_reader_costs_neither_cpu_nor_memory(
+    natwork: Natwork, origin: Start, way: str, piece: int
+) -> None:
+    pattern = DATA[:piece]
+    read_on, sender = threading.Event(), Counter(pattern)
+
+    def stall(connection: socket.socket, server: Origin) -> None:
+        assert read_on.wait(20)
+        server.received.append(read_all(connection))
+
+    def body(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(response())
+        sender(connection, server)
+
+    handle = {"down": sender, "up": stall, "body": body}[way]
+    gateway, server = natwork(*ALONE), origin(handle)
+    pid = only_worker(gateway)
+    with contextlib.ExitStack() as stack:
+        if way == "body":
+            client = stack.enter_context(gateway.connect(20))
+            client.sendall(request(server))
+            assert read_head(client).startswith(b"HTTP/1.1 200 ")
+        else:
+            client = stack.enter_context(tunnel(gateway, server))
+        memory = status(pid, "VmRSS")
+        if way == "up":
+            sender.start(client)
+        at_rest(lambda: sender.sent)
+        used = ticks(pid)
+        time.sleep(2)  # what is measured, not waited for
+        assert ticks(pid) - used <= TICK // 10  # trap 2
+        assert status(pid, "VmRSS") - memory < 4096  # kB: it holds nothing back
+        sender.stop.set()
+        if way == "up":
+            read_on.set()
+            at_rest(lambda: sender.sent)
+            client.shutdown(socket.SHUT_WR)
+            eventually(lambda: server.received)
+            got = server.received[0]
+        else:
+            got = read_all(client)
+    expected = pattern * (sender.sent // piece + 1)
+    assert same(got, expected[: sender.sent])
+
+
+# --- Resets, silence, and what the log says -----------------------------------
+
+
+@pytest.mark.parametrize("moved", [0, 100, MIB])
+def test_a_reset_of_the_client_reaches_the_server(
+    gateway: Gateway, origin: Start, moved: int
+) -> None:
+    def wait(connection: socket.socket, server: Origin) -> None:
+        try:
+            while piece := connection.recv(65536):
+                server.received.append(piece)
+            server.received.append(b"an orderly end")
+        except ConnectionResetError:
+            server.received.append(b"reset")
+
+    server = origin(wait)
+    with tunnel(gateway, server) as client:
+        client.sendall(DATA[:moved])
+        eventually(lambda: len(b"".join(server.received)) == moved)
+        reset(client)
+    eventually(lambda: server.received[-1:] == [b"reset"])
+    line = logged(gateway, server)
+    assert (line["outcome"], line["up"]) == ("client-gone", str(moved))
+
+
+@pytest.mark.parametrize("moved", [0, 100, MIB])
+def test_a_reset_of_the_server_reaches_the_client(
+    gateway: Gateway, origin: Start, moved: int
+) -> None:
+    def leave(connection: socket.socket, server: Origin) -> None:
+        connection.sendall(DATA[:moved])
+        connection.recv(1)
+        reset(connection)
+
+    server = origin(leave)
+    with tunnel(gateway, server) as client:
+        assert same(read_exactly(client, moved), DATA[:moved])
+        client.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    line = logged(gateway, server)
+    assert (line["outcome"], line["up"]) == ("server-gone", "1")
+    assert int(line["down"]) == len(HEAD) + moved
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reset_ends_a_tunnel_that_is_stalled(
+    gateway: Gateway, origin: Start, who: str
+) -> None:
+    sender, ended = Counter(), threading.Event()
+
+    def flood(connection: socket.socket, server: Origin) -> None:
+        try:
+            sender(connection, server)
+            reset(connection)
+        finally:
+            ended.set()
+
+    server = origin(flood)
+    with tunnel(gateway, server) as client:
+        at_rest(lambda: sender.sent)
+        if who == "client":
+            reset(client)
+            assert ended.wait(10)
+        else:
+            sender.stop.set()
+            with pytest.raises(ConnectionResetError):
+                while client.recv(65536):
+                    pass
+    assert logged(gateway, server)["outcome"] == f"{who}-gone"
+
+
+def test_a_silent_tunnel_ends_and_its_bytes_are_counted(
+    hasty: Gateway, origin: Start
+) -> None:
+    def talk(connection: socket.socket, server: Origin) -> None:
+        server.received.append(read_exactly(connection, 1000))
+        connection.sendall(DATA[:3000])
+        with contextlib.suppress(ConnectionResetError):
+            server.received.append(connection.recv(1))
+
+    server = origin(talk)
+    with tunnel(hasty, server) as client:  # trap 7
+        client.sendall(DATA[:1000])
+        assert read_all(client) == DATA[:3000]
+    line = logged(hasty, server)
+    assert line["outcome"] == "idle-timeout"
+    assert (line["up"], line["down"]) == ("1000", str(len(HEAD) + 3000))
+
+
+def test_a_tunnel_in_which_one_side_talks_is_not_silent(
+    hasty: Gateway, origin: Start
+) -> None:
+    def talk(connection: socket.socket, server: Origin) -> None:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            connection.sendall(b".")
+            server.received.append(b".")
+            select.select([], [], [], 0.1)
+
+    server = origin(talk)
+    with tunnel(hasty, server) as client:
+        client.settimeout(5)
+        got = read_all(client)
+    assert got == b"".join(server.received)
+    assert logged(hasty, server)["outcome"] == "closed"
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_half_closed_tunnel_may_be_silent_for_less(
+    natwork: Natwork,
+    origin: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    who: str,
+) -> None:
+    # The same program, with half a second where it says four minutes.
+    text = (ROOT / "natwork.py").read_text()
+    quick = text.replace("\nHALF_CLOSED_TIMEOUT = 240.0", "\nHALF_CLOSED_TIMEOUT = 0.5")
+    assert quick != text
+    (tmp_path / "natwork.py").write_text(quick)
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+
+    def close_half(connection: socket.socket, server: Origin) -> None:
+        if who == "server":
+            connection.shutdown(socket.SHUT_WR)
+        server.received.append(read_all(connection))
+        assert who == "server" or ended.wait(10)
+
+    ended = threading.Event()
+    gateway, server = natwork(*ALONE), origin(close_half)
+    with tunnel(gateway, server) as client:  # trap 7
+        if who == "client":
+            client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b""
+        line = logged(gateway, server)
+        ended.set()
+    assert line["outcome"] == "idle-timeout"
+
+
+# --- Pipes --------------------------------------------------------------------
+
+
+def test_a_little_used_tunnel_opens_no_pipe(natwork: Natwork, origin: Start) -> None:
+    gateway, server = natwork(*ALONE), origin(echo)
+    pid = only_worker(gateway)
+    idle = links(pid, "pipe:")
+    with tunnel(gateway, server) as client:
+        assert links(pid, "pipe:") == idle
+        for size in (1, 1000, 10_000):
+            client.sendall(DATA[:size])
+            assert same(read_exactly(client, size), DATA[:size])
+            assert links(pid, "pipe:") == idle  # trap 4
+
+
+def test_pipes_are_made_for_bulk_and_given_back(
+    natwork: Natwork, origin: Start
+) -> None:
+    sender = Counter()
+    gateway, server = natwork(*ALONE), origin(sender)
+    pid = only_worker(gateway)
+    idle = links(pid, "pipe:")
+    with tunnel(gateway, server) as client:  # trap 3
+        at_rest(lambda: sender.sent)
+        assert links(pid, "pipe:") > idle  # it is in there that bytes wait
+        got = 0
+        while got < max(sender.sent, 4 * MIB):
+            got += len(client.recv(65536))
+        # Stopped by the reader, who stops: now empty it, and keep it open.
+        client.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while client.recv(65536):
+                sender.stop.set()
+        eventually(lambda: links(pid, "pipe:") == idle)
+    assert pid in gateway.workers()
+
+
+def test_an_idle_tunnel_gives_back_the_pipes_of_its_bulk(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway, server = natwork(*ALONE), origin(echo)
+    pid = only_worker(gateway)
+    idle = links(pid, "pipe:")
+    with tunnel(gateway, server) as client:  # trap 3
+        for _ in range(2):
+            with sending(client, DATA[:MIB], end=False):
+                assert same(read_exactly(client, MIB), DATA[:MIB])
+            eventually(lambda: links(pid, "pipe:") == idle)
+    assert int(logged(gateway, server)["up"]) == 2 * MIB
+
+
+SPEND = f"""
+import fcntl, os, pwd, sys
+if sys.argv[1]:
+    os.setuid(pwd.getpwnam(sys.argv[1]).pw_uid)
+held = []
+try:
+    while True:
+        held.append(os.pipe())
+        fcntl.fcntl(held[-1][1], {F_SETPIPE_SZ}, 1 << 20)
+except PermissionError:
+    pass
+for fd in held.pop(0):  # 256 of the 16,384 pages: room for four pipes of ours
+    os.close(fd)
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def pipe_budget_spent(user: str) -> Iterator[None]:
+    """Let a user have no pipe memory left but for a handful of pipes."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", SPEND, user],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdin and holder.stdout
+    with holder, holder.stdin, holder.stdout:
+        assert int(holder.stdout.readline()) > 8
+        yield
+
+
+def test_bulk_flows_when_the_pipe_budget_of_the_user_is_spent(
+    natwork: Natwork, origin: Start
+) -> None:
+    # Not as nobody: others on this box may be nobody too. Root has no budget.
+    user = "daemon" if os.geteuid() == 0 else ""
+    gateway = natwork("spare_workers=4", *([f"user={user}"] if user else []))
+    senders = [Counter(DATA[:MIB]) for _ in range(24)]
+    with contextlib.ExitStack() as stack:  # trap 3
+        stack.enter_context(pipe_budget_spent(user))
+        clients = []
+        for sender in senders:  # each holds a full pipe, as it is not read from
+            one = tunnel(gateway, origin(sender), buffer=16384)
+            clients.append(stack.enter_context(one))
+        for sender in senders:
+            at_rest(functools.partial(getattr, sender, "sent"), 0.05)
+        assert all(status(pid, "Uid") != 0 for pid in gateway.workers())
+        client = stack.enter_context(tunnel(gateway, origin(echo)))
+        with sending(client, DATA):
+            assert same(read_all(client), DATA)
+        for client, sender in zip(clients, senders):
+            sender.stop.set()
+            got = read_all(client)
+            expected = DATA[:MIB] * (len(got) // MIB + 1)
+            assert same(got, expected[: len(got)])
+            assert len(got) == sender.sent
+
+
+@pytest.mark.parametrize("way", ["tunnel", "body"])
+def test_bulk_is_copied_when_no_pipe_can_be_had(
+    natwork: Natwork, origin: Start, way: str
+) -> None:
+    def answer(connection: socket.socket, server: Origin) -> None:
+        while read_request(connection):
+            connection.sendall(sized(DATA))
+
+    handle = echo if way == "tunnel" else answer
+    gateway, server = natwork(*ALONE), origin(handle)
+    pid = only_worker(gateway)
+    idle = links(pid, "pipe:")
+    if way == "tunnel":
+        with tunnel(gateway, server) as client, no_more_descriptors(pid):  # trap 22
+            with sending(client, DATA):
+                assert same(read_all(client), DATA)
+            assert links(pid, "pipe:") == idle
+        return
+    with gateway.connect(20) as client:
+        client.sendall(request(server))
+        assert same(read_answer(client).body, DATA)
+        eventually(lambda: links(pid, "pipe:") == idle)  # trap 3: silent, too
+        with no_more_descriptors(pid):
+            client.sendall(request(server))
+            assert same(read_answer(client).body, DATA)
+            assert links(pid, "pipe:") == idle
+    assert len(server.callers) == 1
+
+
+# --- Bodies -------------------------------------------------------------------
+
+
+def framed(way: str, data: bytes) -> tuple[bytes, bytes]:
+    """Return the field that announces a body, and the body, 20 chunks at most."""
+    if way == "sized":
+        return b"Content-Length: %d" % len(data), data
+    pieces = [data[i : i + MIB] for i in range(0, len(data), MIB)]
+    return b"Transfer-Encoding: chunked", chunks(*pieces)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
+@pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
+def test_twenty_megabytes_come_back_whole(
+    gateway: Gateway, origin: Start, way: str, slow: bool
+) -> None:
+    def answer(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        field, body = (b"", DATA) if way == "closed" else framed(way, DATA)
+        connection.sendall(response(*([field] if field else []), body=body))
+
+    server = origin(answer)
+    with socket.socket() as client:
+        if slow:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        client.settimeout(20)
+        client.connect(gateway.address)
+        client.sendall(request(server))
+        got = read_answer(client)
+    assert (same(got.body, DATA), got.complete) == (True, True)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
+@pytest.mark.parametrize("way", ["sized", "chunked"])
+def test_twenty_megabytes_get_there_whole(
+    gateway: Gateway, origin: Start, way: str, slow: bool
+) -> None:
+    def store(connection: socket.socket, server: Origin) -> None:
+        message = read_request(connection)
+        assert message and message.complete
+        server.received.append(message.body)
+        connection.sendall(sized(b"stored"))
+
+    server = origin(store)
+    if slow:  # what is accepted inherits it
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    field, body = framed(way, DATA)
+    data = request(server, field, method=b"POST", body=body)
+    with gateway.connect(20) as client, sending(client, data, end=False):
+        assert read_answer(client).body == b"stored"
+    assert same(server.received[0], DATA)
+
+
+@pytest.mark.parametrize("way", ["sized", "chunked"])
+def test_bodies_go_both_ways_at_once(gateway: Gateway, origin: Start, way: str) -> None:
+    field, body = framed(way, DATA)
+
+    def answer(connection: socket.socket, server: Origin) -> None:
+        connection.recv(1, socket.MSG_PEEK)
+        with sending(connection, response(field, body=body), end=False):
+            message = read_request(connection)
+        assert message and message.complete
+        server.received.append(message.body)
+
+    server = origin(answer)
+    with gateway.connect(20) as client:
+        data = request(server, field, method=b"POST", body=body)
+        with sending(client, data, end=False):
+            got = read_answer(client)
+    assert (same(got.body, DATA), got.complete) == (True, True)
+    eventually(lambda: server.received)
+    assert same(server.received[0], DATA)

@@ -1,0 +1,686 @@
+"""Rules: who is a client, and what may be dialed for him, by name or by address."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from conftest import Gateway
+from conftest import Origin
+from wire import NAME
+from wire import Script
+from wire import exchange
+from wire import proxy_error
+from wire import request
+from wire import shared
+from wire import uncalled
+
+import natwork
+
+Start = Callable[..., Origin]
+Natwork = Callable[..., Gateway]
+CLIENT = "10.0.0.7"
+
+
+# --- Networks and forms -------------------------------------------------------
+
+
+NETWORKS = {
+    "10.0.0.0/8": ("10.0.0.0", "10.255.255.255"),
+    "10.1.2.3/8": ("10.0.0.0", "10.255.255.255"),
+    "192.0.2.1": ("192.0.2.1", "192.0.2.1"),
+    "192.0.2.1/32": ("192.0.2.1", "192.0.2.1"),
+    "192.0.2.129/25": ("192.0.2.128", "192.0.2.255"),
+    "192.0.2.6/31": ("192.0.2.6", "192.0.2.7"),
+    "0.0.0.0/0": ("0.0.0.0", "255.255.255.255"),
+    "::1": ("::1", "::1"),
+    "::/128": ("::", "::"),
+    "fe80::/10": ("fe80::", "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
+    "2001:DB8::/33": ("2001:db8::", "2001:db8:7fff:ffff:ffff:ffff:ffff:ffff"),
+    "::/0": ("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
+    "::ffff:10.0.0.0/104": ("::ffff:10.0.0.0", "::ffff:10.255.255.255"),
+}
+
+
+@pytest.mark.parametrize("text", NETWORKS)
+def test_a_network_is_its_first_and_last_address(text: str) -> None:
+    network = natwork.parse_network(text)
+    first, last = (natwork.pack(address) for address in NETWORKS[text])
+    assert (network.first, network.last) == (first, last)
+    assert network.has(first) and network.has(last)
+    for beside in (int.from_bytes(first, "big") - 1, int.from_bytes(last, "big") + 1):
+        if 0 <= beside < 1 << 8 * len(first):
+            assert not network.has(beside.to_bytes(len(first), "big"))
+    other = bytes(4 if len(first) == 16 else 16)  # never one of the other family
+    assert not network.has(other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    """
+    10 10.0.0 10.0.0.0.0 10.0.0.256 10.0.0.1/33 10.0.0.1/-1 10.0.0.1/+8 10.0.0.1/
+    10.0.0.1/8/8 10.0.0.1/0x8 10.0.0.1/8.0 10.0.0.1/255.0.0.0 010.0.0.1 0x7f.1
+    2130706433 127.1 /8 example.com ::1/129 ::1/ :::1 1::2::3 fe80::1%lo [::1]
+    ::ffff:10.0.0 10.0.0.1/0000000008 10.0.0.1/²
+    """.split(),
+)
+def test_what_is_no_network_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not an address|has no prefix length"):
+        natwork.parse_network(text)  # traps 8, 12
+
+
+FORMS = {
+    "192.0.2.1": ["192.0.2.1"],
+    "2001:db8::1": ["2001:db8::1"],
+    "::1": ["::1"],
+    "::": ["::"],
+    # IPv4-mapped: the kernel dials IPv4.
+    "::ffff:127.0.0.1": ["127.0.0.1"],
+    "::ffff:0.0.0.0": ["0.0.0.0"],
+    "0:0:0:0:0:ffff:c000:201": ["192.0.2.1"],
+    # IPv4-compatible, RFC 4291 section 2.5.5.1.
+    "::127.0.0.1": ["::7f00:1", "127.0.0.1"],
+    "::a01:203": ["::a01:203", "10.1.2.3"],
+    # 6to4, RFC 3056.
+    "2002:7f00:1::": ["2002:7f00:1::", "127.0.0.1"],
+    "2002:a01:203:4::5": ["2002:a01:203:4::5", "10.1.2.3"],
+    # Teredo, RFC 4380 section 4: the server, and the client inverted.
+    "2001:0:c000:201:0:0:80ff:fffe": [
+        "2001:0:c000:201:0:0:80ff:fffe",
+        "192.0.2.1",
+        "127.0.0.1",
+    ],
+    # NAT64: RFC 6052 section 2.1, and RFC 8215's local prefix at lengths 96 and 48.
+    "64:ff9b::7f00:1": ["64:ff9b::7f00:1", "127.0.0.1"],
+    "64:ff9b::10.1.2.3": ["64:ff9b::10.1.2.3", "10.1.2.3"],
+    "64:ff9b:1::127.0.0.1": ["64:ff9b:1::127.0.0.1", "127.0.0.1"],
+    "64:ff9b:1:7f00:0:100::": ["64:ff9b:1:7f00:0:100::", "127.0.0.1"],
+    # Near misses.
+    "2001:1::7f00:1": ["2001:1::7f00:1"],
+    "2003:7f00:1::": ["2003:7f00:1::"],
+    "64:ff9b:2::7f00:1": ["64:ff9b:2::7f00:1"],
+    "::fffe:127.0.0.1": ["::fffe:127.0.0.1"],
+    "1::ffff:127.0.0.1": ["1::ffff:127.0.0.1"],
+}
+
+
+@pytest.mark.parametrize("address", FORMS)
+def test_an_address_is_unwrapped(address: str) -> None:
+    found = natwork.forms(natwork.pack(address))  # trap 12
+    wanted = [natwork.pack(form) for form in FORMS[address]]
+    if address.startswith("64:ff9b:1:"):  # every length of prefix may be looked at
+        assert set(wanted) <= set(found)
+    else:
+        assert found == wanted
+
+
+# --- Lines of `rules` ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("permit to *", "allow or deny"),
+        ("Allow to *", "allow or deny"),
+        ("to *", "allow or deny"),
+        ("allow to", "pairs"),
+        ("allow * to", "none of from, user, to, port"),
+        ("allow to * to *", "pairs"),
+        ("allow to * port 80 to example.com", "pairs"),
+        ("allow via eth0", "'via'"),
+        ("allow FROM 10.0.0.0/8", "'FROM'"),
+        ("allow from example.com", "'example.com'"),
+        ("allow from 10.0.0.0/33", "'10.0.0.0/33'"),
+        ("allow from *", "'*'"),
+        ("allow to 10.0.0.0/33", "'10.0.0.0/33'"),
+        ("allow to 10.0.0", "'10.0.0'"),
+        ("allow to 127.1", "'127.1'"),
+        ("allow to ex*mple.com", "'ex*mple.com'"),
+        ("allow to *.example", "'*.example'"),
+        ("allow to ..example", "'..example'"),
+        ("allow to example..com", "'example..com'"),
+        ("allow to .", "'.'"),
+        ("allow to exämple.com", "'exämple.com'"),
+        ("allow to example.com:80", "'example.com:80'"),
+        ("allow to http://example.com/", "'http:'"),
+        ("allow to a,,b", "empty"),
+        ("allow to a,", "empty"),
+        ("allow to a ,,b", "empty"),
+        ("allow port 0", "'0'"),
+        ("allow port 65536", "'65536'"),
+        ("allow port 80-", "'80-'"),
+        ("allow port -80", "'-80'"),
+        ("allow port 90-80", "'90-80'"),
+        ("allow port 0-80", "'0-80'"),
+        ("allow port 1-65536", "'1-65536'"),
+        ("allow port http", "'http'"),
+        ("allow port *", "'*'"),
+        ("allow port +80", "'+80'"),  # trap 8
+        ("allow port 8_0", "'8_0'"),
+        ("allow port ８０", "'８０'"),
+        ("allow port 0x50", "'0x50'"),
+    ],
+)
+def test_a_bad_rule_is_refused_and_the_error_names_it(
+    line: str, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        natwork.parse_rule(line, 1)
+    config = natwork.Config(rules=f"deny to a; {line}")
+    with pytest.raises(natwork.ConfigError, match="rules = .*" + re.escape(complaint)):
+        natwork.Policy(config, [])
+
+
+def test_a_rule_is_its_words_whatever_the_blanks() -> None:
+    rule = natwork.parse_rule("  deny   to a.example , .b.example  port 80,90-99 ", 3)
+    assert rule.text == "deny to a.example,.b.example port 80,90-99"
+    assert (rule.word, rule.allow) == ("rule-3", False)
+
+
+# --- Verdicts -----------------------------------------------------------------
+
+# rules; client, user; host, port, address; the word of the log, "ok" for allowed.
+# "own" needs an address of this box and is shown live, below.
+OUTSIDE = "93.184.216.34"
+OTHERS = "built-in rule: allow the rest"
+VERDICTS = [
+    # No rules: the built-in ones.
+    ("", "a.example", 80, OUTSIDE, "ok"),
+    ("", "a.example", 80, "2606:2800:220:1::1", "ok"),
+    ("", "a.example", 25, OUTSIDE, "denied-port-25"),
+    ("", "a.example", 24, OUTSIDE, "ok"),
+    ("", "a.example", 80, "0.0.0.0", "denied-unspecified"),
+    ("", "a.example", 80, "::", "denied-unspecified"),
+    ("", "a.example", 80, "127.0.0.1", "denied-loopback"),
+    ("", "a.example", 80, "::1", "denied-loopback"),
+    ("", "a.example", 80, "169.254.169.254", "denied-link-local"),
+    ("", "a.example", 80, "fe80::1", "denied-link-local"),
+    ("", "a.example", 80, "224.0.0.1", "denied-multicast"),
+    ("", "a.example", 80, "255.255.255.255", "denied-multicast"),
+    ("", "a.example", 80, "ff02::1", "denied-multicast"),
+    ("", "a.example", 80, "10.1.2.3", "denied-inside"),
+    ("", "a.example", 80, "172.31.255.255", "denied-inside"),
+    ("", "a.example", 80, "172.32.0.0", "ok"),
+    ("", "a.example", 80, "192.168.0.1", "denied-inside"),
+    ("", "a.example", 80, "fd00::1", "denied-inside"),
+    # In all their forms: trap 12.
+    ("", "a.example", 80, "::ffff:127.0.0.1", "denied-loopback"),
+    ("", "a.example", 80, "::127.0.0.1", "denied-loopback"),
+    ("", "a.example", 80, "2002:7f00:1::", "denied-loopback"),
+    ("", "a.example", 80, "64:ff9b::7f00:1", "denied-loopback"),
+    ("", "a.example", 80, "64:ff9b:1::7f00:1", "denied-loopback"),
+    ("", "a.example", 80, "64:ff9b:1:7f00:0:100::", "denied-loopback"),
+    ("", "a.example", 80, "64:ff9b:1::5db8:d822", "ok"),
+    ("", "a.example", 80, "64:ff9b::5db8:d822", "ok"),
+    ("", "a.example", 80, "2001:0:c000:201::80ff:fffe", "denied-loopback"),
+    ("", "a.example", 80, "2001:0:7f00:1::", "denied-loopback"),
+    ("", "a.example", 80, "::ffff:10.1.2.3", "denied-inside"),
+    ("", "a.example", 80, "64:ff9b::10.1.2.3", "denied-inside"),
+    ("", "a.example", 80, "2002:a9fe:a9fe::1", "denied-link-local"),
+    # The first match decides.
+    ("deny to *; allow to a.example", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("allow to a.example; deny to *", "a.example", 80, OUTSIDE, "ok"),
+    ("allow to a.example; deny to *", "b.example", 80, OUTSIDE, "denied-rule-2"),
+    ("deny", "b.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to b.example\ndeny to *", "a.example", 80, OUTSIDE, "denied-rule-2"),
+    ("\n ;; deny to b.example;\n\ndeny", "a.example", 80, OUTSIDE, "denied-rule-2"),
+    # A deny for the user's own reasons comes before the built-in ones.
+    ("deny to *", "a.example", 80, "127.0.0.1", "denied-rule-1"),
+    # An allow opens what is closed only by a CIDR that contains it.
+    ("allow to *", "a.example", 80, "127.0.0.1", "denied-loopback"),
+    ("allow", "a.example", 80, "127.0.0.1", "denied-loopback"),
+    ("allow to a.example", "a.example", 80, "10.1.2.3", "denied-inside"),
+    ("allow to .example", "a.example", 80, "10.1.2.3", "denied-inside"),
+    ("allow port 80", "a.example", 80, "10.1.2.3", "denied-inside"),
+    ("allow from 10.0.0.0/8", "a.example", 80, "10.1.2.3", "denied-inside"),
+    ("allow to 10.1.2.3", "a.example", 80, "10.1.2.3", "ok"),
+    ("allow to 10.1.0.0/16", "a.example", 80, "10.1.2.3", "ok"),
+    ("allow to 10.1.0.0/16", "a.example", 80, "10.2.2.3", "denied-inside"),
+    ("allow to 10.1.0.0/16,*", "a.example", 80, "10.2.2.3", "denied-inside"),
+    ("allow to 127.0.0.0/8", "a.example", 80, "::ffff:127.0.0.1", "ok"),
+    ("allow to ::1", "a.example", 80, "127.0.0.1", "denied-loopback"),
+    ("allow to ::ffff:0:0/96", "a.example", 80, "127.0.0.1", "denied-loopback"),
+    ("allow to 64:ff9b::/96", "a.example", 80, "64:ff9b::7f00:1", "denied-loopback"),
+    ("allow to 10.1.0.0/16 port 81", "a.example", 80, "10.1.2.3", "denied-inside"),
+    ("allow to *; allow to 10.1.0.0/16", "a.example", 80, "10.1.2.3", "ok"),
+    ("allow to *; deny to 10.1.2.3", "a.example", 80, "10.1.2.3", "denied-rule-2"),
+    ("deny to 10.1.2.3; allow to 10.0.0.0/8", "a", 80, "10.1.2.3", "denied-rule-1"),
+    # A deny fits whichever form an address has.
+    ("deny to 192.0.2.0/24", "a.example", 80, "64:ff9b::192.0.2.1", "denied-rule-1"),
+    ("deny to 192.0.2.0/24", "a.example", 80, "2002:c000:201::1", "denied-rule-1"),
+    ("deny to 64:ff9b::/96", "a.example", 80, "64:ff9b::808:808", "denied-rule-1"),
+    # Port 25 only where it is named, alone.
+    ("allow port 25", "a.example", 25, OUTSIDE, "ok"),
+    ("allow port 24,25", "a.example", 25, OUTSIDE, "ok"),
+    ("allow port 25-25", "a.example", 25, OUTSIDE, "ok"),
+    ("allow port 1-65535", "a.example", 25, OUTSIDE, "denied-port-25"),
+    ("allow port 25-26", "a.example", 25, OUTSIDE, "denied-port-25"),
+    ("allow to *", "a.example", 25, OUTSIDE, "denied-port-25"),
+    (f"allow to {OUTSIDE}", "a.example", 25, OUTSIDE, "denied-port-25"),
+    ("allow to a.example; allow port 25", "a.example", 25, OUTSIDE, "ok"),
+    ("allow port 25", "a.example", 25, "10.1.2.3", "denied-inside"),
+    ("allow to 10.1.2.3", "a.example", 25, "10.1.2.3", "denied-inside"),
+    ("allow to 10.1.2.3 port 25", "a.example", 25, "10.1.2.3", "ok"),
+    # Hosts.
+    ("deny to a.example", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to A.Example", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to a.example.", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to a.example", "a.example.", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to a.example", "A.EXAMPLE", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to a.example.", "a.example.", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to a.example", "b.a.example", 80, OUTSIDE, "ok"),
+    ("deny to .example", "example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to .example", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to .example", "c.b.a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to .EXAMPLE.", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to .example", "a.example.", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to .example", "example.", 80, OUTSIDE, "denied-rule-1"),
+    ("deny to .example", "badexample", 80, OUTSIDE, "ok"),
+    ("deny to .a.example", "ba.example", 80, OUTSIDE, "ok"),
+    ("deny to .example", "example.com", 80, OUTSIDE, "ok"),
+    ("deny to a.example", OUTSIDE, 80, OUTSIDE, "ok"),
+    # Ports.
+    ("deny port 8000-8010", "a.example", 7999, OUTSIDE, "ok"),
+    ("deny port 8000-8010", "a.example", 8000, OUTSIDE, "denied-rule-1"),
+    ("deny port 8000-8010", "a.example", 8010, OUTSIDE, "denied-rule-1"),
+    ("deny port 8000-8010", "a.example", 8011, OUTSIDE, "ok"),
+    ("deny port 81, 83", "a.example", 83, OUTSIDE, "denied-rule-1"),
+    ("deny port 81, 83", "a.example", 82, OUTSIDE, "ok"),
+    ("deny port 65535", "a.example", 65535, OUTSIDE, "denied-rule-1"),
+    # Every part that is given must fit.
+    ("deny from 10.0.0.7", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny from 10.0.0.0/29,192.0.2.1", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny from 10.0.0.8/29", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from ::/0", "a.example", 80, OUTSIDE, "ok"),
+    ("deny user ann", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny user bob,ann", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny user bob", "a.example", 80, OUTSIDE, "ok"),
+    ("deny user Ann", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from 10.0.0.7 user ann to .example port 80", "a.example", 80, OUTSIDE, "!"),
+    ("deny from 10.0.0.8 user ann to .example port 80", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from 10.0.0.7 user bob to .example port 80", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from 10.0.0.7 user ann to .test port 80", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from 10.0.0.7 user ann to .example port 81", "a.example", 80, OUTSIDE, "ok"),
+]
+
+
+@pytest.mark.parametrize(("rules", "host", "port", "address", "word"), VERDICTS)
+def test_the_first_rule_that_fits_decides(
+    rules: str, host: str, port: int, address: str, word: str
+) -> None:
+    policy = natwork.Policy(natwork.Config(rules=rules), [("192.168.0.1", 8080)])
+    host, port = natwork.parse_authority(f"{host}:{port}".encode(), 0)  # as it comes
+    verdict = policy.judge(CLIENT, "ann", host, port, natwork.pack(address))
+    word = "denied-rule-1" if word == "!" else word
+    assert (verdict.allowed, verdict.outcome.word) == (word == "ok", word)
+    if match := re.fullmatch(r"denied-rule-(\d)", word):
+        lines = [line.strip() for line in re.split("[\n;]", rules) if line.strip()]
+        line = re.sub(", ", ",", lines[int(match[1]) - 1])
+        assert verdict.rule == f"rule {match[1]}: {line}"
+    elif word != "ok":
+        assert word.removeprefix("denied-").replace("-", " ") in verdict.rule.replace(
+            "-", " "
+        )
+
+
+def test_a_client_has_one_address_however_it_is_written() -> None:
+    policy = natwork.Policy(natwork.Config(rules="deny from 10.0.0.7"), [])
+    packed = natwork.pack(OUTSIDE)
+    for client in ("10.0.0.7", "::ffff:10.0.0.7"):
+        assert not policy.judge(client, "-", "a.example", 80, packed).allowed
+    assert policy.judge("::10.0.0.7", "-", "a.example", 80, packed).allowed
+
+
+OPEN = "allow to 0.0.0.0/0, ::/0 port 1-65535, 8080"
+
+
+@pytest.mark.parametrize("rules", ["", OPEN])
+@pytest.mark.parametrize(
+    ("listener", "address"),
+    [
+        ("192.168.0.1", "192.168.0.1"),
+        ("192.168.0.1", "::ffff:192.168.0.1"),
+        ("192.168.0.1", "64:ff9b::192.168.0.1"),
+        ("192.168.0.1", "2002:c0a8:1::1"),
+        ("fd00::1", "fd00::1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.9.9.9"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("0.0.0.0", "::ffff:127.0.0.1"),
+        ("::", "::1"),
+        ("::", "::"),
+    ],
+)
+def test_no_rule_opens_the_gateways_own_listener(
+    rules: str, listener: str, address: str
+) -> None:
+    policy = natwork.Policy(natwork.Config(rules=rules), [(listener, 8080)])
+    packed = natwork.pack(address)
+    verdict = policy.judge(CLIENT, "-", "a.example", 8080, packed)
+    assert (verdict.allowed, verdict.outcome.word) == (False, "loop")
+    beside = policy.judge(CLIENT, "-", "a.example", 8081, packed)
+    assert beside.outcome.word != "loop" and beside.allowed == bool(rules)
+
+
+@pytest.mark.parametrize("rules", ["", OPEN])
+@pytest.mark.parametrize(
+    ("listener", "address"),
+    [("127.0.0.1", "0.0.0.0"), ("127.0.0.1", "::ffff:0.0.0.0"), ("::1", "::")],
+)
+def test_the_unspecified_address_is_loopback_to_who_dials_it(
+    rules: str, listener: str, address: str
+) -> None:
+    policy = natwork.Policy(natwork.Config(rules=rules), [(listener, 8080)])
+    packed = natwork.pack(address)
+    assert not policy.judge(CLIENT, "-", "a.example", 8080, packed).allowed
+
+
+# --- Live: closed addresses ---------------------------------------------------
+
+closed = shared("rules=allow to *; allow port 1-65535; allow to localhost")
+
+
+def here(family: int, address: str) -> str:
+    """Return the source address that the box would use to an address, "" for none."""
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.connect((address, 53))  # no packet is sent
+            return str(sock.getsockname()[0])
+    return ""
+
+
+CLOSED = {
+    "loopback": """
+        127.0.0.1 127.0.0.3 127.255.255.254 localhost LocalHost [::1]
+        [0:0:0:0:0:0:0:1] [::ffff:127.0.0.1] [::FFFF:7F00:1] [::127.0.0.1] [::7f00:1]
+        [2002:7f00:1::] [2002:7f00:0001:0:0:0:0:1] [64:ff9b::7f00:1]
+        [64:ff9b::127.0.0.1] [64:ff9b:1::7f00:1] [2001:0:c000:201::80ff:fffe]
+        [2001::7f00:1:0:0:0:0]
+        """,
+    "unspecified": "0.0.0.0 0.1.2.3 [::] [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0]",
+    "link-local": """
+        169.254.169.254 [fe80::1] [febf::1] [::ffff:169.254.169.254]
+        [64:ff9b::a9fe:a9fe] [2002:a9fe:a9fe::]
+        """,
+    "multicast": """
+        224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 [ff02::1] [ff0e::1]
+        [::ffff:224.0.0.1] [64:ff9b::e000:1]
+        """,
+    "inside": """
+        10.1.2.3 172.16.0.1 192.168.255.255 [fd00::1] [::ffff:10.1.2.3]
+        [64:ff9b::10.1.2.3] [2002:a01:203::]
+        """,
+}
+TARGETS = [(word, target) for word in CLOSED for target in CLOSED[word].split()]
+
+
+@pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
+@pytest.mark.parametrize(("word", "target"), TARGETS)
+def test_a_closed_address_is_refused_and_the_rule_is_named(
+    closed: Gateway,
+    origin: Start,
+    capsys: pytest.CaptureFixture[str],
+    word: str,
+    target: str,
+    method: bytes,
+) -> None:
+    server = origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
+    place = f"{target}:{server.port}"  # traps 12, 13
+    count = len(closed.lines())
+    with closed.connect() as client:
+        answer = exchange(client, request(place.encode(), method=method), method)
+        assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
+    rule = f"built-in rule: {word} addresses are not reached".encode()
+    assert rule in answer.body and rule in answer.values(b"Proxy-Status")[0]
+    line = closed.lines(count + 1)[count]
+    assert (line["status"], line["outcome"]) == ("403", f"denied-{word}")
+    assert (line["address"], line["source"]) == ("-", "-")
+    assert uncalled(server)
+    rules = "rules=allow to *; allow port 1-65535; allow to localhost"
+    said = explained(capsys, closed, "127.0.0.1", place, "-o", rules)
+    assert f"refused (denied-{word}) by {rule.decode()}" in said
+
+
+def test_an_address_of_the_gateway_itself_is_refused(natwork: Natwork) -> None:
+    # So that it is none of the others: nothing but loopback is inside.
+    gateway = natwork("inside=127.0.0.0/8", loopback=False)
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        server.settimeout(0)
+        address = here(socket.AF_INET, "198.51.100.1")
+        if not address or address.startswith("127."):
+            if os.environ.get("CI") == "true":
+                pytest.fail("this box has loopback addresses only")
+            pytest.skip("this box has loopback addresses only")
+        place = f"{address}:{server.getsockname()[1]}".encode()
+        for method in (b"GET", b"CONNECT"):
+            with gateway.connect() as client:
+                answer = exchange(client, request(place, method=method), method)
+                assert answer.status == 403
+                assert b"built-in rule: own addresses" in answer.body
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert [line["outcome"] for line in gateway.lines(2)] == ["denied-own"] * 2
+
+
+@pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
+@pytest.mark.parametrize(
+    "target",
+    "127.1 127.0.1 0x7f.1 0x7f000001 017700000001 2130706433 0 0177.0.0.1".split(),
+)
+def test_what_only_a_resolver_takes_for_an_address_is_not_resolved(
+    closed: Gateway, origin: Start, target: str, method: bytes
+) -> None:
+    server = origin(Script())  # trap 12
+    with closed.connect() as client:
+        place = f"{target}:{server.port}".encode()
+        assert exchange(client, request(place, method=method), method).status == 400
+    assert uncalled(server)
+
+
+# --- Live: who is a client ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "peer"),
+    [
+        ("inside=10.0.0.0/8", "127.0.0.1"),
+        ("inside=127.0.0.0/30", "127.0.0.4"),
+        ("inside=::1", "127.0.0.1"),
+        ("outside=127.0.0.1", "127.0.0.1"),
+        ("outside=127.0.0.1", "127.0.0.9"),
+        ("outside=nosuch0 127.0.0.1", "127.0.0.1"),
+        ("outside=lo", "127.0.0.1"),
+    ],
+)
+def test_who_is_not_a_client_is_closed_without_a_byte(
+    natwork: Natwork, origin: Start, option: str, peer: str
+) -> None:
+    gateway, server = natwork(option), origin(Script())
+    with socket.socket() as client:
+        client.settimeout(10)
+        client.bind((peer, 0))
+        client.connect(gateway.address)
+        assert client.recv(1) == b""
+        name = "%s:%d" % client.getsockname()
+        with contextlib.suppress(ConnectionError):
+            client.sendall(request(server))  # nor is anything done for him
+    (line,) = gateway.lines(1)
+    assert line["client"] == name
+    assert (line["outcome"], line["status"]) == ("not-inside", "-")
+    assert (line["up"], line["down"]) == ("0", "0")
+    assert uncalled(server)
+
+
+@pytest.mark.parametrize(
+    ("option", "peer"),
+    [
+        ("inside=127.0.0.0/30", "127.0.0.3"),
+        ("inside=::1 127.0.0.9", "127.0.0.9"),
+        ("outside=127.0.0.2", "127.0.0.1"),
+        ("outside=nosuch0 127.0.0.2", "127.0.0.1"),
+    ],
+)
+def test_who_is_a_client_is_served(
+    natwork: Natwork, origin: Start, option: str, peer: str
+) -> None:
+    gateway, server = natwork(option), origin(Script())
+    with socket.socket() as client:
+        client.settimeout(10)
+        client.bind((peer, 0))
+        client.connect(gateway.address)
+        assert exchange(client, request(server)).status == 200
+
+
+# --- Live: rules, and --explain -----------------------------------------------
+
+
+def explained(
+    capsys: pytest.CaptureFixture[str], gateway: Gateway, client: str, *words: str
+) -> str:
+    """Return what --explain prints of TARGET, then options, then perhaps a user."""
+    (target, *options) = words
+    user = [options.pop()] if len(options) % 2 else []
+    listen = "listen=%s:%d" % gateway.address
+    capsys.readouterr()
+    code = natwork.command(["-o", listen, *options, "--explain", client, target, *user])
+    assert code == 0
+    return capsys.readouterr().out
+
+
+RULES = """
+    deny from 127.0.0.9
+    deny user ann
+    deny to localhost
+    deny to 127.0.0.4
+    allow to 127.0.0.5 port {port}
+    deny to 127.0.0.5
+    deny to .denied.example
+    allow to *
+    allow to 127.0.0.0/28 port 1-65535
+    allow to 127.0.0.14 port 25
+"""
+
+# client; target, where PORT stands for an origin's; the rule that decides
+DECIDED = [
+    ("127.0.0.1", "127.0.0.3:PORT", "allowed by rule 9"),
+    ("127.0.0.1", "[::ffff:127.0.0.3]:PORT", "allowed by rule 9"),
+    ("127.0.0.1", "127.0.0.5:PORT", "allowed by rule 5"),
+    ("127.0.0.1", "127.0.0.5:1", "refused (denied-rule-6) by rule 6"),
+    ("127.0.0.1", "127.0.0.4:PORT", "refused (denied-rule-4) by rule 4"),
+    ("127.0.0.1", "[::ffff:7f00:4]:PORT", "refused (denied-rule-4) by rule 4"),
+    ("127.0.0.1", "localhost:PORT", "refused (denied-rule-3) by rule 3"),
+    ("127.0.0.1", "LOCALHOST:PORT", "refused (denied-rule-3) by rule 3"),
+    ("127.0.0.9", "127.0.0.3:PORT", "refused (denied-rule-1) by rule 1"),
+    ("127.0.0.1", "127.0.0.3:25", "refused (denied-loopback) by built-in rule"),
+    ("127.0.0.1", "198.51.100.1:25", "refused (denied-port-25) by built-in rule"),
+    ("127.0.0.1", "127.0.0.14:25", "allowed by rule 10"),
+    ("127.0.0.1", "127.0.0.16:PORT", "refused (denied-loopback) by built-in rule"),
+    ("127.0.0.1", "[::1]:PORT", "refused (denied-loopback) by built-in rule"),
+    ("127.0.0.1", "10.0.0.1:PORT", "refused (denied-inside) by built-in rule"),
+    ("127.0.0.1", "127.0.0.1:LISTENER", "refused (loop) by the gateway's own listener"),
+    ("127.0.0.1", "[::ffff:127.0.0.1]:LISTENER", "refused (loop) by the gateway's own"),
+    ("127.0.0.1", "nosuch.invalid:80", "refused: no-such-host: nosuch.invalid"),
+    ("127.0.0.1", "127.1:PORT", "refused: bad-request"),
+]
+
+
+def test_explain_says_what_the_gateway_does_and_dials_nothing(
+    natwork: Natwork, origin: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = origin(Script(), "0.0.0.0")
+    rules = "rules=" + RULES.format(port=server.port).strip()
+    gateway = natwork(rules, f"name={NAME.decode()}", loopback=False)
+    reached = 0
+    for number, (peer, target, verdict) in enumerate(DECIDED):
+        target = target.replace("PORT", str(server.port))
+        target = target.replace("LISTENER", str(gateway.address[1]))
+        before = len(server.callers)
+        said = explained(capsys, gateway, peer, target, "-o", rules)
+        assert verdict in said, target
+        assert len(server.callers) == before  # explained, not dialed
+        with socket.socket() as client:
+            client.settimeout(10)
+            client.bind((peer, 0))
+            client.connect(gateway.address)
+            answer = exchange(client, request(target.encode()))
+        line = gateway.lines(number + 1)[number]
+        if verdict.startswith("allowed"):
+            assert answer.status in (200, 502), target  # 502: nobody listens at 25
+            assert line["outcome"] in ("ok", "refused")
+            reached += answer.status == 200
+            address = line["address"] if line["address"] != "-" else target
+            assert f"would dial {address} " in said
+        else:
+            match = re.search(r"refused(?: \(([a-z0-9-]+)\)|: ([a-z-]+))", said)
+            assert match and line["outcome"] == (match[1] or match[2]), target
+            assert "would dial" not in said and line["address"] == "-"
+            why = re.search(r" by (.*)", said)
+            assert not why or why[1].encode() in answer.body
+    assert reached == len(server.callers) == 3
+
+
+@pytest.mark.parametrize(("rules", "host", "port", "address", "word"), VERDICTS)
+def test_explain_says_what_the_rules_say(
+    closed: Gateway,
+    capsys: pytest.CaptureFixture[str],
+    rules: str,
+    host: str,
+    port: int,
+    address: str,
+    word: str,
+) -> None:
+    # A literal: what a name leads to is not ours to say.
+    policy = natwork.Policy(natwork.Config(rules=rules), [])
+    place = natwork.endpoint((address, port))
+    verdict = policy.judge(CLIENT, "ann", address, port, natwork.pack(address))
+    said = explained(capsys, closed, CLIENT, place, "-o", f"rules={rules}", "ann")
+    refused = f"refused ({verdict.outcome.word})"
+    decision = f"{'allowed' if verdict.allowed else refused} by {verdict.rule}\n"
+    assert f": {decision}" in said
+    assert ("would dial" in said) == verdict.allowed
+
+
+def test_explain_knows_the_user_and_who_is_no_client(
+    closed: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = "rules=deny user ann"
+    for words, decision in ((["ann"], "refused (denied-rule-1)"), ([], "allowed by")):
+        said = explained(capsys, closed, CLIENT, f"{OUTSIDE}:80", "-o", rules, *words)
+        assert decision in said and f"client {CLIENT}: inside, served" in said
+    said = explained(capsys, closed, "192.0.2.9", f"{OUTSIDE}:80")
+    assert "client 192.0.2.9: not inside, refused" in said
+
+
+def test_explain_makes_no_connection(tmp_path: Path) -> None:
+    if not any(
+        os.access(f"{folder}/strace", os.X_OK)
+        for folder in os.environ["PATH"].split(":")
+    ):
+        if os.environ.get("CI") == "true":
+            pytest.fail("not installed: strace")
+        pytest.skip("not installed: strace")
+    program = [sys.executable, str(ROOT / "natwork.py"), "-o", "outside=192.0.2.1"]
+    trace = ["strace", "-f", "-e", "trace=%network", "-o", str(tmp_path / "trace")]
+    for target in ("127.0.0.1:80", "localhost:80", f"{OUTSIDE}:443"):
+        done = subprocess.run(
+            [*trace, *program, "--explain", "127.0.0.1", target],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert "client 127.0.0.1: inside" in done.stdout
+        calls = (tmp_path / "trace").read_text()
+        assert "exited with 0" in calls
+        assert ("AF_NETLINK" in calls) == (OUTSIDE in target)  # the routing table
+        assert not re.search(r"AF_INET6?, SOCK_STREAM", calls), calls

@@ -1,0 +1,532 @@
+"""The service: listeners, the pid file, privileges, daemon mode, the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import platform
+import pwd
+import re
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from running import PLAIN
+from running import PROGRAM
+from running import Daemon
+from running import command
+from running import configuration
+from running import daemons
+from running import echo
+from running import echoes
+from running import group
+from running import idle
+from running import read_proc
+from running import status
+from running import title
+from running import tunnel
+from wire import DENIED
+from wire import exchange
+from wire import request
+
+import natwork as program
+
+daemon = daemons()
+Launch = Callable[..., Daemon]
+Start = Callable[..., Origin]
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="drops what only root has")
+
+
+def answers(address: tuple[str, int]) -> bool:
+    """Say whether a gateway serves at an address."""
+    with socket.create_connection(address, 10) as client:
+        return exchange(client, request(DENIED)).status == 403
+
+
+def failed(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """Return the one line in which a program said why it ended with this code."""
+    assert done.returncode == code and not done.stdout, done
+    assert re.fullmatch(r"natwork: [^\n]+[^\n.!]\n", done.stderr), done.stderr
+    return done.stderr
+
+
+# Listeners.
+
+
+def test_every_address_is_listened_on_and_said(daemon: Launch) -> None:
+    gateway = daemon(listen="127.0.0.1:0 127.0.0.2:0\n  127.0.0.3:0")
+    hosts = [host for host, _ in gateway.listening()]
+    assert hosts == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    assert all(answers(address) for address in gateway.listening())
+    assert len(gateway.said()) == 3
+
+
+@pytest.fixture
+def ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this box has no IPv6")
+
+
+@pytest.mark.usefixtures("ipv6")
+def test_a_star_is_both_families_at_one_port(daemon: Launch) -> None:
+    gateway = daemon(listen="*:0")
+    (first, port), (second, same) = gateway.listening()
+    assert (first, second) == ("0.0.0.0", "::") and port == same != 0
+    assert answers(("127.0.0.1", port)) and answers(("::1", port))
+    with socket.create_connection(("::1", port), 10) as client:
+        exchange(client, request(DENIED))
+        name = "[%s]:%d" % client.getsockname()[:2]
+    assert name in [line["client"] for line in gateway.lines(3)]
+    said = gateway.hangup()  # the pair is kept, port 0 or not
+    assert said.endswith("configuration reloaded") and len(gateway.listening()) == 2
+    assert answers(("127.0.0.1", port)) and answers(("::1", port))
+
+
+@pytest.mark.usefixtures("ipv6")
+def test_an_ipv6_listener_stands_in_brackets(daemon: Launch) -> None:
+    gateway = daemon(listen="[::1]:0")
+    assert gateway.said()[0] == "natwork: listening on [::1]:%d" % gateway.address[1]
+    assert answers(("::1", gateway.address[1]))
+
+
+def test_an_address_in_use_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = "127.0.0.1:%d" % taken.getsockname()[1]
+        why = failed(command("-o", f"listen={where}", cwd=tmp_path), 1)
+        assert why == f"natwork: cannot listen on {where}: address already in use\n"
+        # Also when it is the second, and then nothing is said of the first.
+        both = f"listen=127.0.0.2:0 {where}"
+        assert failed(command("-o", both, cwd=tmp_path), 1) == why
+
+
+@pytest.mark.usefixtures("ipv6")
+def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        why = failed(command("-o", f"listen=*:{port}", cwd=tmp_path), 1)
+        words = f"natwork: cannot listen on [::]:{port}: address already in use\n"
+        assert why == words
+
+
+def test_an_address_of_another_box_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    why = failed(command("-o", "listen=192.0.2.7:0", cwd=tmp_path), 1)
+    assert why.startswith("natwork: cannot listen on 192.0.2.7:0: cannot assign")
+
+
+def test_a_port_can_be_taken_over_at_once(daemon: Launch, origin: Start) -> None:
+    first = daemon()
+    with tunnel(first, origin(echo)):  # leaves a socket in FIN_WAIT or TIME_WAIT
+        first.process.terminate()
+        eventually(lambda: title(first.process.pid).endswith(" 0 idle 1 busy"))
+        second = daemon(listen="127.0.0.1:%d" % first.address[1])
+        assert answers(second.address)
+
+
+# Sockets that systemd passes.
+
+
+@contextlib.contextmanager
+def activated(
+    folder: Path, sockets: list[socket.socket], pid: str = "$$"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a gateway with listening sockets as descriptors 3 and up."""
+    settings = [f"log={folder / 'log'}", "listen=127.0.0.1:0", "drain_timeout=5"]
+    words = [word for setting in settings for word in ("-o", setting)]
+    launch = f"LISTEN_FDS={len(sockets)} LISTEN_PID={pid} exec " + shlex.join(
+        [*PROGRAM, *words]
+    )
+
+    def hand_over() -> None:
+        for number, fd in enumerate([os.dup(s.fileno()) for s in sockets]):
+            os.dup2(fd, 3 + number)
+
+    with (
+        (folder / "said").open("w") as errors,
+        subprocess.Popen(
+            ["sh", "-c", launch],
+            preexec_fn=hand_over,
+            pass_fds=range(3, 3 + len(sockets)),
+            stderr=errors,
+            cwd=folder,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+
+
+@pytest.fixture
+def passed() -> Iterator[list[socket.socket]]:
+    # Placed out of the way: descriptors 3 to 5 are the gateway's.
+    sockets = [socket.create_server((f"127.0.0.{n}", 0)) for n in (1, 2, 3)]
+    yield sockets
+    for sock in sockets:
+        sock.close()
+
+
+def test_passed_sockets_are_served_instead_of_listen(
+    tmp_path: Path, passed: list[socket.socket]
+) -> None:
+    with activated(tmp_path, passed):
+        assert all(answers(sock.getsockname()) for sock in passed)
+    names = ["%s:%d" % sock.getsockname() for sock in passed]
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == [f"natwork: listening on {name}" for name in names]
+
+
+def test_passed_sockets_are_left_open_for_the_next_one(
+    tmp_path: Path, passed: list[socket.socket]
+) -> None:
+    with activated(tmp_path, passed[:1]) as process:
+        where = passed[0].getsockname()
+        assert answers(where)
+        process.send_signal(signal.SIGHUP)
+        said = tmp_path / "said"
+        eventually(lambda: "reloaded" in said.read_text())
+        assert answers(where)
+    with socket.create_connection(where, 10) as client:
+        (accepted, name) = passed[0].accept()  # it still listens
+        assert name == client.getsockname()
+        accepted.close()
+
+
+def test_sockets_meant_for_another_process_are_not_taken(
+    tmp_path: Path, passed: list[socket.socket]
+) -> None:
+    with activated(tmp_path, passed[:1], pid="1"):
+        said = tmp_path / "said"
+        eventually(lambda: "listening" in said.read_text())
+        assert "%s:%d" % passed[0].getsockname() not in said.read_text()
+
+
+# Daemon mode.
+
+
+@contextlib.contextmanager
+def detached(
+    folder: Path, *options: str, **settings: str
+) -> Iterator[tuple[subprocess.CompletedProcess[str], int]]:
+    """Run natwork.py -d; give how the launcher ended and the daemon's number."""
+    pidfile = folder / "natwork.pid"
+    settings = {
+        "listen": "127.0.0.1:0",
+        "log": "access.log",
+        "user": "root",
+        "pidfile": "natwork.pid",
+        **settings,
+    }
+    (folder / "natwork.conf").write_text(configuration(settings))
+    with (folder / "said").open("w") as errors:
+        done = subprocess.run(
+            [*PROGRAM, "-d", *options], cwd=folder, stderr=errors, timeout=30
+        )
+    pid = int(pidfile.read_text()) if pidfile.exists() else 0
+    try:
+        yield done, pid
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGTERM)
+            eventually(lambda: not read_proc(pid, "stat"))
+
+
+def test_a_daemon_serves_when_its_launcher_has_ended(tmp_path: Path) -> None:
+    with detached(tmp_path) as (done, pid):
+        assert done.returncode == 0  # trap 24: and the listener was preserved
+        (said,) = (tmp_path / "said").read_text().splitlines()
+        assert answers(("127.0.0.1", int(said.rpartition(":")[2])))
+        session = read_proc(pid, "stat").rpartition(")")[2].split()[3]
+        assert int(session) != os.getsid(0)  # no terminal can hang it up
+        assert status(pid, "Umask") == "0027"
+        assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+        eventually(lambda: title(pid).startswith("natwork: master "))
+        log = tmp_path / "access.log"
+        eventually(lambda: log.read_text().count("\n") == 1)
+        os.kill(pid, signal.SIGHUP)
+        eventually(lambda: "reloaded" in (tmp_path / "said").read_text())
+        assert "configuration reloaded" in (tmp_path / "said").read_text()
+    assert not (tmp_path / "natwork.pid").exists()
+    eventually(lambda: not group(pid))
+
+
+def test_a_daemon_that_cannot_start_is_told_by_its_launcher(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = "127.0.0.1:%d" % taken.getsockname()[1]
+        with detached(tmp_path, listen=where) as (done, pid):
+            assert (done.returncode, pid) == (1, 0)
+    said = (tmp_path / "said").read_text()
+    assert said == f"natwork: cannot listen on {where}: address already in use\n"
+
+
+def test_a_badly_configured_daemon_is_told_by_its_launcher(tmp_path: Path) -> None:
+    with detached(tmp_path, spare_workers="x") as (done, pid):
+        assert (done.returncode, pid) == (78, 0)
+    said = (tmp_path / "said").read_text()
+    assert said.count("\n") == 1 and "spare_workers = x: " in said
+
+
+def test_a_daemon_needs_python_daemon(tmp_path: Path) -> None:
+    done = command("-d", "-o", "listen=127.0.0.1:0", cwd=tmp_path, program=PLAIN)
+    assert "pip install python-daemon" in failed(done, 1)
+
+
+# The pid file.
+
+
+def test_the_pid_file_is_there_while_the_gateway_is(daemon: Launch) -> None:
+    gateway = daemon(pidfile="natwork.pid")
+    pidfile = gateway.folder / "natwork.pid"
+    eventually(pidfile.exists)
+    assert pidfile.read_text() == f"{gateway.process.pid}\n"
+    gateway.stop()
+    assert not pidfile.exists()
+
+
+def test_a_stale_pid_file_is_taken_over(daemon: Launch, tmp_path: Path) -> None:
+    pidfile = tmp_path / "stale.pid"
+    pidfile.write_text("4194304 and more of it\n")
+    gateway = daemon(pidfile=str(pidfile))
+    eventually(lambda: pidfile.read_text() == f"{gateway.process.pid}\n")
+
+
+def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
+    gateway = daemon(pidfile="natwork.pid")
+    eventually((gateway.folder / "natwork.pid").exists)
+    done = command("-o", "log=-", cwd=gateway.folder)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == "natwork: another natwork holds the pid file natwork.pid"
+    assert int((gateway.folder / "natwork.pid").read_text()) == gateway.process.pid
+    assert answers(gateway.address)
+
+
+def test_a_pid_file_nowhere_is_one_reason_and_exit_1(tmp_path: Path) -> None:
+    options = ("-o", "listen=127.0.0.1:0", "-o", "pidfile=/nowhere/natwork.pid")
+    done = command(*options, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "/nowhere/natwork.pid" in last and last.endswith("no such file or directory")
+
+
+def test_a_log_nowhere_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    options = ("-o", "listen=127.0.0.1:0", "-o", "log=/nowhere/log")
+    why = failed(command(*options, cwd=tmp_path), 1)
+    assert why.startswith("natwork: cannot open the access log /nowhere/log: no such")
+
+
+# Privileges.
+
+
+@as_root
+def test_root_becomes_nobody_for_good(daemon: Launch) -> None:
+    gateway = daemon(user="nobody", pidfile="natwork.pid")
+    nobody = pwd.getpwnam("nobody")
+    eventually(lambda: len(idle(gateway)) == 8)
+    for pid in [gateway.process.pid, *gateway.workers()]:
+        assert set(status(pid, "Uid").split()) == {str(nobody.pw_uid)}
+        assert set(status(pid, "Gid").split()) == {str(nobody.pw_gid)}
+        assert status(pid, "Groups") == ""
+        assert int(status(pid, "CapEff"), 16) == int(status(pid, "CapPrm"), 16) == 0
+    assert answers(gateway.address)
+    assert gateway.lines(1)  # opened while it could
+    gateway.stop()
+    # The folder is not nobody's: then an empty file is what may stay.
+    pidfile = gateway.folder / "natwork.pid"
+    assert not pidfile.exists() or not pidfile.read_text()
+
+
+@as_root
+def test_a_reload_that_asks_for_lost_privileges_is_refused_whole() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        gateway = Daemon(folder, user="nobody", spare_workers="2")
+        gateway.log.chmod(0o666)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            new = "127.0.0.1:%d" % free.getsockname()[1]
+        eventually(lambda: len(idle(gateway)) == 2)
+        files = os.listdir(f"/proc/{gateway.process.pid}/fd")
+        for settings in (
+            {"log": str(folder / "new.log")},  # in a folder of root's
+            {"listen": "127.0.0.1:0 192.0.2.7:80", "log": str(gateway.log)},
+        ):
+            settings["listen"] = f"127.0.0.1:0 {new} " + settings.get("listen", "")
+            said = gateway.hangup(**settings)
+            assert said.startswith("natwork: configuration not reloaded, ")
+            assert answers(gateway.address)
+            assert os.listdir(f"/proc/{gateway.process.pid}/fd") == files
+        gateway.file.chmod(0o600)  # a file that only root may read
+        assert "permission denied" in gateway.hangup()
+        gateway.file.chmod(0o644)
+        said = gateway.hangup(listen="127.0.0.1:0", log=str(gateway.log))
+        assert said.endswith("configuration reloaded")
+        assert answers(gateway.address)
+        gateway.stop()
+
+
+@as_root
+def test_a_gateway_started_by_root_can_be_reloaded() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        gateway = Daemon(folder, user="nobody")  # its log was made by root
+        assert gateway.hangup().endswith("configuration reloaded")
+        gateway.stop()
+
+
+@as_root
+def test_an_unknown_user_is_one_line_and_exit_78(tmp_path: Path) -> None:
+    for check in ([], ["-t"]):
+        why = failed(command(*check, "-o", "user=no-such-user", cwd=tmp_path), 78)
+        assert why.startswith("natwork: option -o: user = no-such-user: ")
+
+
+def test_user_and_pid_file_need_a_restart(daemon: Launch) -> None:
+    gateway = daemon()
+    before = len(gateway.said())
+    user = "daemon" if gateway.settings["user"] != "daemon" else "root"
+    gateway.hangup(user=user, pidfile="other.pid")
+    said = gateway.said()[before:]
+    assert "natwork: user is changed by a restart only" in said
+    assert "natwork: pidfile is changed by a restart only" in said
+    assert answers(gateway.address) and not (gateway.folder / "other.pid").exists()
+
+
+# The command line.
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    done = command("--version", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"natwork {program.__version__}\n"
+
+
+def test_help_names_what_there_is(tmp_path: Path) -> None:
+    done = command("--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("--config", "--option", "--daemon", "--test", "--table", "--explain"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--nonsense"],
+        ["natwork.conf"],
+        ["-c"],
+        ["-o"],
+        ["--json"],
+        ["--explain"],
+        ["--explain", "10.0.0.1"],
+        ["--explain", "10.0.0.1", "a.example", "user", "more"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_command_line_exits_2(tmp_path: Path, words: list[str]) -> None:
+    done = command(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: natwork") and "Traceback" not in done.stderr
+
+
+def test_a_test_of_the_configuration_opens_nothing(
+    daemon: Launch, tmp_path: Path
+) -> None:
+    gateway = daemon(pidfile="natwork.pid")
+    eventually((gateway.folder / "natwork.pid").exists)
+    where = "listen=127.0.0.1:%d" % gateway.address[1]
+    done = command("-t", "-o", where, cwd=gateway.folder)  # in use, and locked
+    assert (done.returncode, done.stderr) == (0, "")
+    done = command("-t", "-o", "log=new.log", cwd=tmp_path)
+    assert done.returncode == 0 and not (tmp_path / "new.log").exists()
+
+
+def test_the_exit_code_of_a_gateway_that_was_asked_to_stop_is_0(
+    daemon: Launch,
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gateway = daemon()
+        gateway.process.send_signal(number)  # at once: it may still be starting
+        assert gateway.process.wait(20) == 0
+
+
+def test_a_hangup_while_it_starts_is_no_end(daemon: Launch) -> None:
+    for _ in range(3):
+        gateway = daemon()
+        gateway.process.send_signal(signal.SIGHUP)
+        assert answers(gateway.address)
+
+
+# A bare box.
+
+
+def test_without_setproctitle_it_serves_and_says_so_once(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway = daemon(program=PLAIN)
+    words = "natwork: setproctitle is not installed: process titles "
+    with tunnel(gateway, origin(echo)) as client:
+        assert echoes(client)
+    assert answers(gateway.address)
+    gateway.hangup()
+    said = [line for line in gateway.said() if "setproctitle" in line]
+    assert len(said) == 1 and said[0].startswith(words)
+    done = command("--table", "--json", cwd=gateway.folder, program=PLAIN)
+    assert done.returncode == 0 and isinstance(json.loads(done.stdout), list)
+
+
+def test_nothing_is_said_of_setproctitle_where_it_is(daemon: Launch) -> None:
+    gateway = daemon()
+    eventually(lambda: title(gateway.process.pid).startswith("natwork: master "))
+    assert len(gateway.said()) == 1
+
+
+def forbid_ipv6() -> None:
+    """Have the kernel refuse this process AF_INET6 sockets, as a box without IPv6."""
+    number = {"x86_64": 41, "aarch64": 198}[platform.machine()]  # of socket(2)
+    code = [  # classic BPF over struct seccomp_data: seccomp(2)
+        (0x20, 0, 0, 0),  # load the system call's number
+        (0x15, 0, 3, number),  # another one: allow
+        (0x20, 0, 0, 16),  # load its first argument
+        (0x15, 0, 1, socket.AF_INET6),  # another family: allow
+        (0x06, 0, 0, 0x00050000 | errno.EAFNOSUPPORT),
+        (0x06, 0, 0, 0x7FFF0000),
+    ]
+    filters = b"".join(struct.pack("HBBI", *line) for line in code)
+    buffer = ctypes.create_string_buffer(filters, len(filters))
+    rules = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, rules, 0, 0) == 0  # PR_SET_SECCOMP, to filter
+
+
+def test_no_ipv6_is_no_error(daemon: Launch) -> None:
+    gateway = daemon(listen="*:0", before=forbid_ipv6)
+    ((host, port),) = gateway.listening()
+    assert host == "0.0.0.0" and answers(("127.0.0.1", port))
+    assert len(gateway.said()) == 1
+
+
+def test_a_gateway_leaves_nothing_but_what_it_was_told_to_write(
+    daemon: Launch,
+) -> None:
+    gateway: Gateway = daemon()
+    assert answers(gateway.address)
+    gateway.stop()
+    names = {path.name for path in gateway.log.parent.iterdir()}
+    assert names == {"access.log", "natwork.conf", "stderr"}
