@@ -112,6 +112,18 @@ LINE_BYTES = 4096  # PIPE_BUF: a line no longer than this is written whole
 # that every error names the file, the setting and the value.
 
 
+def reason(error: OSError) -> str:
+    """Return the system's reason in the form our messages end with."""
+    text = os.strerror(error.errno) if error.errno else str(error)
+    return text[:1].lower() + text[1:]
+
+
+def say(message: str) -> None:
+    """Tell the operator: one line on standard error, whole even among processes."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text says which part, and why."""
 
@@ -179,13 +191,21 @@ class Config:
         if not re.fullmatch(r"[\w.-]{1,255}", self.name, re.ASCII):
             raise self.refuse("name", "must be letters, digits, dots and dashes")
 
+    def rule_lines(self) -> list[str]:
+        """Return the lines of `rules`, which end at a newline or a semicolon."""
+        lines = [line.strip() for line in re.split("[\n;]", self.rules)]
+        return [line for line in lines if line]
+
     def text(self) -> str:
         """Return every setting in force, in the form of natwork.conf."""
         lines = ["[natwork]"]
         for name in self.names():
             value = getattr(self, name)
-            value = f"{value:g}" if isinstance(value, float) else str(value)
-            lines.append(f"{name} = {value}".replace("\n", "\n    ").rstrip())
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if name == "rules":  # a line that begins with ";" would be a comment
+                value = "".join(f"\n    {line}" for line in self.rule_lines())
+            lines.append(f"{name} = {value}".rstrip())
         return "\n".join(lines)
 
 
@@ -245,18 +265,6 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     config.where = where
     config.check()
     return config
-
-
-def reason(error: OSError) -> str:
-    """Return the system's reason in the form our messages end with."""
-    text = os.strerror(error.errno) if error.errno else str(error)
-    return text[:1].lower() + text[1:]
-
-
-def say(message: str) -> None:
-    """Tell the operator: one line on standard error, whole even among processes."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
 
 
 # --- Outcomes -----------------------------------------------------------------
@@ -353,7 +361,9 @@ ANSWER_TIMEOUT = Outcome(
 )
 CLIENT_GONE = Outcome("client-gone", "400 Bad Request", "")
 IDLE = Outcome("idle-timeout", "504 Gateway Timeout", "")
-DRAINED = Outcome("drained", "503 Service Unavailable", "")
+DRAINED = Outcome(
+    "drained", "503 Service Unavailable", "proxy_internal_error", TRY_LATER
+)
 OPERATOR = Outcome("operator", "503 Service Unavailable", "")
 KILLED = Outcome("killed", "503 Service Unavailable", "")
 BROKEN = Outcome(
@@ -491,6 +501,10 @@ class Slot:
         """Begin with a clean row; the totals are the slot's and go on growing."""
         self.clear()
         struct.pack_into("Q", self.memory, self.base + 8, pid)
+
+    def started(self) -> bool:
+        """Return whether the worker forked for this slot has got as far as take()."""
+        return self.board.number(self.base + 8) > 0
 
     def show(self, row: bytes) -> None:
         """Put a session's row up.
@@ -656,6 +670,10 @@ class AccessLog:
     def __init__(self, config: Config) -> None:
         """Open the file, or standard output; raise OSError."""
         self.form, self.shared = config.log_format, False
+        if self.form == "json":
+            import json
+
+            json.dumps("")  # once here, not in every worker
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if config.log != "-":
             self.fd = os.open(config.log, flags | os.O_CREAT, 0o640)
@@ -948,13 +966,22 @@ class Lane:
                 self.watch.give_back(pipe, clean=not held)
 
     def tunnel(self, other: Lane) -> Script:
-        """Pass everything on, then the end of it, and leave the other lane some time."""
+        """Pass everything on, then the end of it; the other lane has its time."""
         yield from self.move(ALL)
         yield from self.flush()
         assert self.sink is not None
         with contextlib.suppress(OSError):
             self.sink.sock.shutdown(socket.SHUT_WR)
         other.patience = min(other.patience, HALF_CLOSED_TIMEOUT)
+
+
+def advance(lane: Lane, up: Lane) -> None:
+    try:
+        lane.step()
+    except Refused as refusal:
+        if lane is not up or not lane.sink or refusal.outcome is not lane.sink.lost:
+            raise
+        lane.abandoned = True
 
 
 def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
@@ -989,15 +1016,6 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
             up.abandoned = True
 
 
-def advance(lane: Lane, up: Lane) -> None:
-    try:
-        lane.step()
-    except Refused as refusal:
-        if lane is not up or not lane.sink or refusal.outcome is not lane.sink.lost:
-            raise
-        lane.abandoned = True
-
-
 # --- Master and workers -------------------------------------------------------
 #
 # The master keeps workers forked ahead of the clients and does nothing else: it
@@ -1026,6 +1044,15 @@ set_signal = getattr(signal.signal, "__wrapped__", signal.signal)
 set_mask = getattr(signal.pthread_sigmask, "__wrapped__", signal.pthread_sigmask)
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
+
+
+def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
+    """Return the listeners at which a client waits now."""
+    poll = select.poll()
+    for listener in listeners:
+        poll.register(listener, select.POLLIN)
+    ready = dict(poll.poll(0))
+    return [listener for listener in listeners if listener.fileno() in ready]
 
 
 class Generation:
@@ -1084,6 +1111,7 @@ class Worker:
         self.client: socket.socket
         self.peer = self.name = ""  # the client's address; and with its port
         self.title = ""
+        self.made_room = False
 
     def run(self) -> None:
         """Serve clients, one after another, until it is time to leave."""
@@ -1094,6 +1122,9 @@ class Worker:
                 return
             self.slot.state(BUSY)
             self.call_for_spares()
+            if self.made_room:  # and has taken the one who waited: is there another?
+                self.made_room = False
+                self.poke()
             with self.client:
                 self.generation.serve(self)
             if self.leaving():
@@ -1172,31 +1203,43 @@ class Worker:
         """Return whether this worker should take no more requests."""
         return self.generation.number < self.board.number(RETIRED_BELOW)
 
-    def silence(self, seconds: float, quiet: list[Stream]) -> list[int]:
+    def silence(self, seconds: float, quiet: list[Stream], fresh: bool) -> list[int]:
         """Wait for a word from any of these, and make room for others if need be.
 
-        Returns the descriptors that have something; [] when it is time to go.
+        Returns the descriptors that have something; [] when it is time to go.  A
+        fresh client was promised an answer: a reload does not send him away.
         """
         for stream in quiet:
             if not stream.watched:
                 self.silent_poll.register(stream.fd, select.EPOLLIN)
                 stream.watched = True
         self.slot.state(WAITING)
-        pause = min(seconds, PIPE_KEEP_TIME) if self.watch.pipes else seconds
-        ready = self.silent_poll.poll(pause, 8)
-        if not ready and pause < seconds:
-            self.watch.drop_pipes()
-            ready = self.silent_poll.poll(seconds - pause, 8)
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            pause = min(left, PIPE_KEEP_TIME) if self.watch.pipes else left
+            found = dict(self.silent_poll.poll(pause, 8))
+            if spoken := [stream.fd for stream in quiet if stream.fd in found]:
+                self.slot.state(BUSY)
+                return spoken
+            if self.pressure_out in found and self.is_wanted():
+                break
+            if self.lifeline in found:
+                if not fresh or found[self.lifeline] & select.EPOLLHUP:
+                    break
+                self.silent_poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
+            if not found:
+                self.watch.drop_pipes()
         self.slot.state(BUSY)
-        found = [fd for fd, _ in ready]
-        spoken = [stream.fd for stream in quiet if stream.fd in found]
-        if not spoken and self.pressure_out in found:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self.pressure_out, 1)
-                self.poke()
-                return []
-            return self.silence(seconds, quiet)
-        return spoken
+        return []
+
+    def is_wanted(self) -> bool:
+        """Take the master's wish for room; return whether it still holds."""
+        try:
+            os.read(self.pressure_out, 1)
+        except BlockingIOError:  # another worker was quicker
+            return False
+        self.made_room = bool(select_now(self.listeners.values()))
+        return self.made_room
 
     def begin(self, session: Session, titled: bool = False) -> None:
         """Show a session that begins, or that now knows more."""
@@ -1229,6 +1272,7 @@ class Master:
         self.workers: dict[int, tuple[Slot, Generation]] = {}
         self.wake_out, self.wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.retiring: Generation | None = None  # until its idle workers have left
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
         self.stopping = False
         self.fork_at = self.full_said_at = 0.0  # monotonic
@@ -1309,13 +1353,13 @@ class Master:
         while self.workers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
-                return
+                break
             if pid not in self.workers:  # a child we inherited, as process 1 does
                 continue
             slot, generation = self.workers.pop(pid)
             if status:
-                # One that fails whenever it starts would otherwise be forked for ever.
-                self.fork_at = max(self.fork_at, time.monotonic() + 0.1)
+                if not slot.started():  # nor would the next one get further now
+                    self.fork_at = time.monotonic() + 1
                 self.bury(slot, os.waitstatus_to_exitcode(status))
             slot.state(FREE)
             generation.workers -= 1
@@ -1323,6 +1367,9 @@ class Master:
                 self.generations.remove(generation)
                 generation.close()
         self.close_removed()
+        if self.retiring and not self.states().count(self.retiring.idle()):
+            self.retiring = None
+            say("configuration reloaded")
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
@@ -1352,6 +1399,7 @@ class Master:
         slot = Slot(self.board, self.states().index(FREE))
         # Before the fork: the worker may be busy by the time fork() returns here.
         slot.state(self.generation.idle())
+        slot.take(0)
         # Held across the fork: until the worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
         set_mask(int(signal.SIG_BLOCK), MASTER_SIGNALS)
@@ -1385,11 +1433,14 @@ class Master:
                 os.close(generation.lifeline_in)  # the master's alone: it is its life
             for fd in (self.wake_out, self.pressure_in, self.board.fd):
                 os.close(fd)
-            slot.take(os.getpid())
-            Worker(self, slot).run()
+            worker = Worker(self, slot)
+            slot.take(worker.pid)
+            worker.run()
             status = 0
         except Refused:  # drained before there was a client
             status = 0
+        except OSError as error:
+            self.board.say(f"a worker ends early: {reason(error)}")
         except Exception:
             import traceback
 
@@ -1421,7 +1472,7 @@ class Master:
         self.keep_spares()
         self.board.put(RETIRED_BELOW, fresh.number)
         os.write(old.lifeline_in, ROOM)
-        say("configuration reloaded")
+        self.retiring = old
 
     def close_removed(self) -> None:
         """Shut listeners that are no longer wanted, once nobody waits there."""
@@ -1470,19 +1521,10 @@ class Master:
             self.title = title
 
 
-def select_now(listeners: list[socket.socket]) -> list[socket.socket]:
-    """Return the listeners at which a client waits now."""
-    poll = select.poll()
-    for listener in listeners:
-        poll.register(listener, select.POLLIN)
-    ready = dict(poll.poll(0))
-    return [listener for listener in listeners if listener.fileno() in ready]
-
-
 # --- Rules --------------------------------------------------------------------
 #
-# Who is a client, and what may be dialled for him.  The addresses judged are
-# the ones that will be dialled, whatever name led to them, and with every IPv4
+# Who is a client, and what may be dialed for him.  The addresses judged are
+# the ones that will be dialed, whatever name led to them, and with every IPv4
 # address that is written inside an IPv6 one.  Addresses are kept packed, as the
 # kernel has them, 4 or 16 bytes: of one length they compare like numbers.
 
@@ -1766,7 +1808,7 @@ def denied(word: str, rule: str) -> Verdict:
 
 
 class Policy:
-    """Who is a client, and what may be dialled: `inside`, `outside` and `rules`."""
+    """Who is a client, and what may be dialed: `inside`, `outside` and `rules`."""
 
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
@@ -1782,8 +1824,7 @@ class Policy:
             setting = "inside"
             self.inside = networks(config.inside)
             setting = "rules"
-            lines = [line for line in re.split("[\n;]", config.rules) if line.strip()]
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(config.rule_lines(), 1):
                 self.rules.append(parse_rule(line, number))
             setting = "outside"
             self.uplinks = [
@@ -1996,6 +2037,11 @@ def plan(
     return attempts
 
 
+def is_answer(error: OSError) -> bool:
+    """Return whether an error is the target's answer, not the way's failure."""
+    return error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
+
+
 class Race:
     """Connection attempts side by side, of which the first to succeed wins."""
 
@@ -2078,11 +2124,6 @@ class Race:
         return Refused(outcome, f"{where}: {reason(error)}")
 
 
-def is_answer(error: OSError) -> bool:
-    """Return whether an error is the target's answer, not the way's failure."""
-    return error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
-
-
 def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list[bytes]:
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
@@ -2143,6 +2184,8 @@ HOST = re.compile(
     rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)"
     rb"(?::[0-9]*)?"
 )
+
+USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|\?.*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
 
@@ -2452,6 +2495,200 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
+class Exchange:
+    """One request and its answer, both on their way at the same time."""
+
+    def __init__(
+        self, http: Http, head: RequestHead, target: Target, length: int | None
+    ) -> None:
+        """Get a request ready for its server; raise Refused for a malformed body."""
+        self.http, self.head, self.length = http, head, length
+        self.heard = False  # the server has answered a byte
+        self.continued = False  # the client was told to send its body
+        self.upgraded = False  # the answer was 101: here begins a tunnel
+        self.server_keeps = False
+        fields = head.fields
+        # RFC 9110 section 7.8: ignored from HTTP/1.0.
+        self.offered = fields.names.get(b"upgrade", [])
+        if head.minor == 0 or b"upgrade" not in fields.options:
+            self.offered = []
+        self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
+        self.up.out += self.request_head(target)
+        if length or self.offered:
+            self.up.script = self.ask()
+            # It takes what has come, and stops: what is malformed reaches nobody.
+            self.up.step()
+        else:
+            self.up.script = self.up.flush()
+
+    def run(self, server: Stream) -> Outcome:
+        """Carry the request to its server and the answer back; raise Refused."""
+        http, up = self.http, self.up
+        up.sink = server
+        if self.length or self.offered:
+            server.converse()
+        self.down = Lane(http.watch, server, http.client, http.config.idle_timeout)
+        self.down.script = self.reply()
+        http.join(up, self.down)
+        if self.upgraded:
+            return ENDED
+        # RFC 9112 section 6.3: what comes unasked belongs to no request.
+        if not self.server_keeps or up.abandoned or server.received:
+            http.drop_server()
+        if up.abandoned:
+            http.keep = False
+        if not http.keep:
+            http.lingers = http.wants_more or up.abandoned or http.talks_on()
+        return OK
+
+    def request_head(self, target: Target) -> bytes:
+        """Return the head of the request as it travels on."""
+        head, names = self.head, self.head.fields.names
+        onward, extra = head.fields.onward, framing_lines(self.length)
+        if head.method in (b"TRACE", b"OPTIONS") and b"max-forwards" in names:
+            onward = re.sub(rb"(?im)^max-forwards:.*\r\n", b"", onward)
+            extra += b"Max-Forwards: %d\r\n" % (int(names[b"max-forwards"][0]) - 1)
+        if self.length and head.minor == 1 and members(names, b"expect"):
+            extra += b"Expect: 100-continue\r\n"
+        if self.offered:
+            offered = b", ".join(self.offered)
+            extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
+        line = b"%b %b HTTP/1.1" % (head.method, target.path)
+        via = b"Via: 1.%d %b" % (head.minor, self.http.via)
+        return b"%b\r\nHost: %b\r\n%b%b\r\n%b\r\n" % (
+            line,
+            target.authority,
+            onward,
+            via,
+            extra,
+        )
+
+    def ask(self) -> Script:
+        """The lane up: the head, the body, and perhaps a tunnel behind it."""
+        if self.length == CHUNKED:
+            yield from chunked(self.up, self.head, True, BAD_REQUEST)
+        elif self.length:
+            yield from self.up.move(self.length)
+        yield from self.up.flush()
+        if self.offered and not self.http.answered:
+            yield PAUSE  # reply() goes on with us when it knows
+        if self.upgraded:
+            yield from self.up.tunnel(self.down)
+
+    def reply(self) -> Script:
+        """The lane down: interim answers, the answer, its body."""
+        http, head, up, down = self.http, self.head, self.up, self.down
+        for count in range(INTERIM_LIMIT + 1):
+            response = yield from self.read_response()
+            if response.status >= 200 or response.status == 101:
+                break
+            if count == INTERIM_LIMIT:
+                raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
+            self.continued |= response.status == 100
+            if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
+                down.out += self.onward(response) + b"\r\n"
+                yield from down.flush()
+        http.session.status = str(response.status)
+        if response.status == 101:
+            yield from self.switch(response)
+            return
+        length = self.response_length(response)
+        self.decide(response, length)
+        before = down.moved
+        try:
+            down.out += self.response_head(response, length)
+            if head.method == b"HEAD" or response.status == 304:
+                length = 0
+            if length == CHUNKED:
+                yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
+            elif length:
+                yield from down.move(ALL if length == ENDLESS else length)
+            yield from down.flush()
+        except Refused:
+            # An answer of which nothing was sent can still become another.
+            http.answered = down.moved > before
+            raise
+        # Who answers and leaves wants no more.
+        up.abandoned |= not up.done and not self.server_keeps
+
+    def read_response(self) -> Script:
+        """Take a response head off the server; raise Refused."""
+        received, looked = self.down.source.received, 0
+        while (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) < 0:
+            if len(received) >= HEAD_LIMIT:
+                raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
+            if SPOILED.search(received, looked):
+                raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
+            if received.find(b"\r\n", looked) >= 0:
+                parse_status_line(bytes(received.partition(b"\r\n")[0]))
+            looked = max(0, len(received) - 3)
+            yield from self.down.need()
+            self.heard = True
+        return parse_response(self.down.source.take(end + 4)[:-2])
+
+    def response_length(self, response: ResponseHead) -> int | None:
+        """Return the length of a response as RFC 9112 section 6.3 finds it."""
+        if response.status == 204:
+            return None
+        length = body_length(response, BAD_RESPONSE)
+        if self.head.method == b"HEAD" or response.status == 304:
+            return None if length == CHUNKED else length
+        return ENDLESS if length is None else length
+
+    def decide(self, response: ResponseHead, length: int | None) -> None:
+        """Decide which of the two connections goes on after this answer."""
+        http, up = self.http, self.up
+        http.answered = True
+        if up.waits is PAUSE:
+            up.step()  # its offer was refused
+        closing = response.minor == 0 or b"close" in response.fields.options
+        self.server_keeps = not closing and length != ENDLESS
+        http.endless = length == ENDLESS or length == CHUNKED and self.head.minor == 0
+        if http.endless or http.worker.leaving():
+            http.keep = False
+        if not up.done:
+            # RFC 9110 section 10.1.1: a client that was not told to go on may
+            # not send its body, ever.
+            waiting = members(self.head.fields.names, b"expect") and not self.continued
+            up.abandoned |= bool(waiting)
+            http.keep &= self.server_keeps and not waiting
+
+    def onward(self, response: ResponseHead) -> bytes:
+        """Return the head of a response as it travels on, less its last lines."""
+        line = b"HTTP/1.1 %d %b" % (response.status, response.reason)
+        via = b"Via: 1.%d %b" % (response.minor, self.http.via)
+        return b"%b\r\n%b%b\r\n" % (line, response.fields.onward, via)
+
+    def response_head(self, response: ResponseHead, length: int | None) -> bytes:
+        """Return the head of a final response as it travels on."""
+        lines = self.onward(response)
+        if b"date" not in response.fields.names:
+            lines += b"Date: %b\r\n" % http_date(int(time.time()))
+        if self.head.minor == 1 or length != CHUNKED:
+            lines += framing_lines(length)
+        return lines + (b"\r\n" if self.http.keep else b"Connection: close\r\n\r\n")
+
+    def switch(self, response: ResponseHead) -> Script:
+        """Turn the exchange into a tunnel, if the server took what was offered."""
+        http, up, down = self.http, self.up, self.down
+        chosen = response.fields.names.get(b"upgrade", [])
+        taken = set(members({b"": chosen}, b""))
+        if not taken or not taken <= set(members({b"": self.offered}, b"")):
+            raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
+        http.keep = False
+        http.answered = http.endless = self.upgraded = True
+        http.session.proto = "upgrade"
+        http.worker.begin(http.session, titled=True)
+        up.patience = down.patience = http.config.tunnel_timeout
+        down.out += self.onward(response)
+        lines = b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n"
+        down.out += lines % b", ".join(chosen)
+        yield from down.flush()
+        if up.waits is PAUSE:
+            up.step()
+        yield from down.tunnel(up)
+
+
 class Http:
     """One client's HTTP connection, and the server connection kept for it."""
 
@@ -2505,16 +2742,19 @@ class Http:
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
-        seconds = self.config.keepalive_timeout
-        if self.fresh:
+        seconds, fresh = self.config.keepalive_timeout, self.fresh
+        if fresh:
             self.fresh, seconds = False, self.config.head_timeout
             try:
                 return self.fill()  # it has probably come with the connection
             except BlockingIOError:
                 pass
+            # Who has just come makes no room for who comes next.
+            if self.watch.wait({self.client.fd: select.POLLIN}, min(1.0, seconds)):
+                return self.fill()
         while True:
             quiet = [self.client, self.server] if self.server else [self.client]
-            spoken = self.worker.silence(seconds, quiet)
+            spoken = self.worker.silence(seconds, quiet, fresh)
             if self.server and self.server.fd in spoken:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
@@ -2559,28 +2799,31 @@ class Http:
         """Take a request head off the client, without its empty line; raise Refused."""
         received = self.client.received
         deadline = time.monotonic() + self.config.head_timeout
-        blanks = 0
+        blanks = looked = 0
         while True:
             while received.startswith(b"\r\n") and blanks < BLANK_LIMIT:
                 del received[:2]  # RFC 9112 section 2.2
                 blanks += 2
-            if (end := received.find(b"\r\n\r\n", 0, HEAD_LIMIT)) >= 0:
+            if (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) >= 0:
                 return self.client.take(end + 4)[:-2]
-            self.check_begun(received)
+            self.check_begun(received, looked)
+            looked = max(0, len(received) - 3)
             left = deadline - time.monotonic()
             if not self.watch.wait({self.client.fd: select.POLLIN}, left):
                 raise Refused(HEAD_TIMEOUT, "the request head did not come to its end")
             if not self.fill():
                 raise Refused(CLIENT_GONE, "closed inside the request head")
 
-    def check_begun(self, received: bytearray) -> None:
-        """Refuse a head that can no longer become a good one; raise Refused."""
+    def check_begun(self, received: bytearray, looked: int) -> None:
+        """Refuse a head that can no longer become a good one; raise Refused.
+
+        What stands before looked has been checked.
+        """
         if received and not (received[:1].isalpha() or received[:1] == b"\r"):
             raise Refused(BAD_REQUEST, "this is not HTTP")
-        line, end, _ = received.partition(b"\r\n")
-        if end or len(line) > LINE_LIMIT:
-            parse_request_line(bytes(line))
-        if SPOILED.search(received):
+        if received.find(b"\r\n", looked) >= 0 or len(received) > LINE_LIMIT:
+            parse_request_line(bytes(received[: LINE_LIMIT + 2].partition(b"\r\n")[0]))
+        if SPOILED.search(received, looked):
             raise Refused(BAD_REQUEST, "bare CR or LF, or NUL, in the request head")
         if len(received) >= HEAD_LIMIT:
             raise Refused(HEAD_TOO_LARGE, f"request head over {HEAD_LIMIT} bytes")
@@ -2591,7 +2834,7 @@ class Http:
         head = self.head = parse_request(raw)
         session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
-        session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
+        session.target = printable(USER_OR_QUERY.sub(b"", head.target), TARGET_SIZE)
         length = body_length(head, BAD_REQUEST)
         if head.method == b"CONNECT":
             return self.connect(head, length)
@@ -2599,7 +2842,7 @@ class Http:
         self.keep = head.minor == 1 and b"close" not in head.fields.options
         self.wants_more = self.keep
         if b"expect" in names and head.minor == 1:
-            if set(members(names, b"expect")) != {b"100-continue"}:
+            if set(members(names, b"expect")) - {b"100-continue"}:
                 raise Refused(EXPECTATION, "an expectation other than 100-continue")
         if head.method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
             return self.answer_here(head, raw)
@@ -2628,6 +2871,7 @@ class Http:
 
     def answer_here(self, head: RequestHead, raw: bytes) -> Outcome:
         """Answer TRACE with what has arrived, and OPTIONS with what is possible."""
+        self.lingers = not self.keep
         if head.method == b"OPTIONS":
             allow = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
             self.answer("200 OK", allow, b"")
@@ -2776,209 +3020,17 @@ class Http:
             worker.begin(session)
             try:
                 return exchange.run(self.server)
-            except Refused:
+            except Refused as refusal:
                 # RFC 9110 section 9.2.2: only what had no effect goes out again,
                 # on a connection that closed before it heard the request.
-                if exchange.heard or length or head.method not in IDEMPOTENT:
+                lost = refusal.outcome is SERVER_GONE and not exchange.heard
+                if not lost or length or head.method not in IDEMPOTENT:
                     raise
                 exchange = Exchange(self, head, target, length)
         worker.begin(session)
         server = self.dial(target.host, target.port)
         worker.begin(session, titled=True)
         return exchange.run(server)
-
-
-class Exchange:
-    """One request and its answer, both on their way at the same time."""
-
-    def __init__(
-        self, http: Http, head: RequestHead, target: Target, length: int | None
-    ) -> None:
-        """Get a request ready for its server; raise Refused for a malformed body."""
-        self.http, self.head, self.length = http, head, length
-        self.heard = False  # the server has answered a byte
-        self.continued = False  # the client was told to send its body
-        self.upgraded = False  # the answer was 101: here begins a tunnel
-        self.server_keeps = False
-        fields = head.fields
-        # RFC 9110 section 7.8: ignored from HTTP/1.0.
-        self.offered = fields.names.get(b"upgrade", [])
-        if head.minor == 0 or b"upgrade" not in fields.options:
-            self.offered = []
-        self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
-        self.up.out += self.request_head(target)
-        if length or self.offered:
-            self.up.script = self.ask()
-            # It takes what has come, and stops: what is malformed reaches nobody.
-            self.up.step()
-        else:
-            self.up.script = self.up.flush()
-
-    def run(self, server: Stream) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused."""
-        http, up = self.http, self.up
-        up.sink = server
-        if self.length or self.offered:
-            server.converse()
-        self.down = Lane(http.watch, server, http.client, http.config.idle_timeout)
-        self.down.script = self.reply()
-        http.join(up, self.down)
-        if self.upgraded:
-            return ENDED
-        # RFC 9112 section 6.3: what comes unasked belongs to no request.
-        if not self.server_keeps or up.abandoned or server.received:
-            http.drop_server()
-        if up.abandoned:
-            http.keep = False
-        if not http.keep:
-            http.lingers = http.wants_more or up.abandoned or http.talks_on()
-        return OK
-
-    def request_head(self, target: Target) -> bytes:
-        """Return the head of the request as it travels on."""
-        head, names = self.head, self.head.fields.names
-        onward, extra = head.fields.onward, framing_lines(self.length)
-        if head.method in (b"TRACE", b"OPTIONS") and b"max-forwards" in names:
-            onward = re.sub(rb"(?im)^max-forwards:.*\r\n", b"", onward)
-            extra += b"Max-Forwards: %d\r\n" % (int(names[b"max-forwards"][0]) - 1)
-        if self.length and head.minor == 1 and b"expect" in names:
-            extra += b"Expect: 100-continue\r\n"
-        if self.offered:
-            offered = b", ".join(self.offered)
-            extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
-        line = b"%b %b HTTP/1.1" % (head.method, target.path)
-        via = b"Via: 1.%d %b" % (head.minor, self.http.via)
-        return b"%b\r\nHost: %b\r\n%b%b\r\n%b\r\n" % (
-            line,
-            target.authority,
-            onward,
-            via,
-            extra,
-        )
-
-    def ask(self) -> Script:
-        """The lane up: the head, the body, and perhaps a tunnel behind it."""
-        if self.length == CHUNKED:
-            yield from chunked(self.up, self.head, True, BAD_REQUEST)
-        elif self.length:
-            yield from self.up.move(self.length)
-        yield from self.up.flush()
-        if self.offered and not self.http.answered:
-            yield PAUSE  # reply() goes on with us when it knows
-        if self.upgraded:
-            yield from self.up.tunnel(self.down)
-
-    def reply(self) -> Script:
-        """The lane down: interim answers, the answer, its body."""
-        http, head, up, down = self.http, self.head, self.up, self.down
-        for count in range(INTERIM_LIMIT + 1):
-            response = yield from self.read_response()
-            if response.status >= 200 or response.status == 101:
-                break
-            if count == INTERIM_LIMIT:
-                raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
-            self.continued |= response.status == 100
-            if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
-                down.out += self.onward(response) + b"\r\n"
-                yield from down.flush()
-        http.session.status = str(response.status)
-        if response.status == 101:
-            yield from self.switch(response)
-            return
-        length = self.response_length(response)
-        self.decide(response, length)
-        before = down.moved
-        try:
-            down.out += self.response_head(response, length)
-            if head.method == b"HEAD" or response.status == 304:
-                length = 0
-            if length == CHUNKED:
-                yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
-            elif length:
-                yield from down.move(ALL if length == ENDLESS else length)
-            yield from down.flush()
-        except Refused:
-            # An answer of which nothing was sent can still become another.
-            http.answered = down.moved > before
-            raise
-        # Who answers and leaves wants no more.
-        up.abandoned |= not up.done and not self.server_keeps
-
-    def read_response(self) -> Script:
-        """Take a response head off the server; raise Refused."""
-        received = self.down.source.received
-        while (end := received.find(b"\r\n\r\n", 0, HEAD_LIMIT)) < 0:
-            if len(received) >= HEAD_LIMIT:
-                raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
-            if SPOILED.search(received):
-                raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
-            if b"\r\n" in received:
-                parse_status_line(bytes(received.partition(b"\r\n")[0]))
-            yield from self.down.need()
-            self.heard = True
-        return parse_response(self.down.source.take(end + 4)[:-2])
-
-    def response_length(self, response: ResponseHead) -> int | None:
-        """Return the length of a response as RFC 9112 section 6.3 finds it."""
-        if response.status == 204:
-            return None
-        length = body_length(response, BAD_RESPONSE)
-        if self.head.method == b"HEAD" or response.status == 304:
-            return None if length == CHUNKED else length
-        return ENDLESS if length is None else length
-
-    def decide(self, response: ResponseHead, length: int | None) -> None:
-        """Decide which of the two connections goes on after this answer."""
-        http, up = self.http, self.up
-        http.answered = True
-        if up.waits is PAUSE:
-            up.step()  # its offer was refused
-        closing = response.minor == 0 or b"close" in response.fields.options
-        self.server_keeps = not closing and length != ENDLESS
-        http.endless = length == ENDLESS or length == CHUNKED and self.head.minor == 0
-        if http.endless or http.worker.leaving():
-            http.keep = False
-        if not up.done:
-            # RFC 9110 section 10.1.1: a client that was not told to go on may
-            # not send its body, ever.
-            waiting = b"expect" in self.head.fields.names and not self.continued
-            up.abandoned |= waiting
-            http.keep &= self.server_keeps and not waiting
-
-    def onward(self, response: ResponseHead) -> bytes:
-        """Return the head of a response as it travels on, less its last lines."""
-        line = b"HTTP/1.1 %d %b" % (response.status, response.reason)
-        via = b"Via: 1.%d %b" % (response.minor, self.http.via)
-        return b"%b\r\n%b%b\r\n" % (line, response.fields.onward, via)
-
-    def response_head(self, response: ResponseHead, length: int | None) -> bytes:
-        """Return the head of a final response as it travels on."""
-        lines = self.onward(response)
-        if b"date" not in response.fields.names:
-            lines += b"Date: %b\r\n" % http_date(int(time.time()))
-        if self.head.minor == 1 or length != CHUNKED:
-            lines += framing_lines(length)
-        return lines + (b"\r\n" if self.http.keep else b"Connection: close\r\n\r\n")
-
-    def switch(self, response: ResponseHead) -> Script:
-        """Turn the exchange into a tunnel, if the server took what was offered."""
-        http, up, down = self.http, self.up, self.down
-        chosen = response.fields.names.get(b"upgrade", [])
-        taken = set(members({b"": chosen}, b""))
-        if not taken or not taken <= set(members({b"": self.offered}, b"")):
-            raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
-        http.keep = False
-        http.answered = http.endless = self.upgraded = True
-        http.session.proto = "upgrade"
-        http.worker.begin(http.session, titled=True)
-        up.patience = down.patience = http.config.tunnel_timeout
-        down.out += self.onward(response)
-        lines = b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n"
-        down.out += lines % b", ".join(chosen)
-        yield from down.flush()
-        if up.waits is PAUSE:
-            up.step()
-        yield from down.tunnel(up)
 
 
 # --- Serving a client ---------------------------------------------------------
@@ -3016,6 +3068,17 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     return bare, int(port)
 
 
+def endpoints(config: Config) -> list[tuple[str, int]]:
+    """Return the hosts and ports of `listen`; raise ConfigError."""
+    try:
+        found = [parse_endpoint(word) for word in config.listen.split()]
+    except ValueError as error:
+        raise config.refuse("listen", str(error)) from None
+    if not found:
+        raise config.refuse("listen", "must name an address")
+    return found
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; raise OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3047,16 +3110,10 @@ def open_listeners(
 
     Raises ConfigError or OSError; then nothing that was opened here stays open.
     """
-    try:
-        wanted = [parse_endpoint(word) for word in config.listen.split()]
-    except ValueError as error:
-        raise config.refuse("listen", str(error)) from None
-    if not wanted:
-        raise config.refuse("listen", "must name an address")
     listeners: dict[str, socket.socket] = {}
     opened: list[socket.socket] = []
     try:
-        for host, port in wanted:
+        for host, port in endpoints(config):
             for here in ("0.0.0.0", "::") if host == "*" else (host,):
                 name = endpoint((here, port))
                 if name in kept:
@@ -3091,9 +3148,11 @@ def load_generation(
     config = load_config(path, options)
     Policy(config, [])  # refused before anything is opened
     kept = old.listeners if old else {}
-    listeners = passed or open_listeners(config, kept)
-    fresh = [sock for sock in listeners.values() if sock not in kept.values()]
-    try:
+    with contextlib.ExitStack() as undo:
+        listeners = passed or open_listeners(config, kept)
+        fresh = [sock for sock in listeners.values() if sock not in kept.values()]
+        for sock in () if passed else fresh:
+            undo.callback(sock.close)
         for sock in fresh:
             sock.setblocking(False)
             # Linux hands these down to every socket that is accepted.
@@ -3105,19 +3164,16 @@ def load_generation(
         except OSError as error:
             why = f"cannot open the access log {config.log}: {reason(error)}"
             raise OSError(why) from None
-    except (OSError, ConfigError):
-        if not passed:
-            for sock in fresh:
-                sock.close()
-        raise
+        undo.callback(os.close, log.fd)
+        serve = functools.partial(serve_client, policy)
+        generation = Generation(config, listeners, log, serve)
+        undo.pop_all()
     for sock in fresh:
         say(f"listening on {endpoint(sock.getsockname())}")
-    if old:
-        for name in ("user", "pidfile"):
-            if getattr(config, name) != getattr(old.config, name):
-                say(f"{name} is changed by a restart only")
-    serve = functools.partial(serve_client, policy)
-    return Generation(config, listeners, log, serve)
+    for name in ("user", "pidfile"):
+        if old and getattr(config, name) != getattr(old.config, name):
+            say(f"{name} is changed by a restart only")
+    return generation
 
 
 def find_user(config: Config) -> tuple[int, int] | None:
@@ -3143,7 +3199,10 @@ def become(user: tuple[int, int] | None) -> None:
 
 def lock_pidfile(path: str) -> int:
     """Return the pid file, open and locked while we live; raise OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise OSError(f"cannot open the pid file {path}: {reason(error)}") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -3202,20 +3261,25 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     passed = passed_listeners()
     board = Scoreboard()
     pidfile = lock_pidfile(config.pidfile) if config.pidfile else -1
-    master = Master(board, functools.partial(load_generation, path, options, passed))
-    if pidfile >= 0:
-        os.ftruncate(pidfile, 0)
-        os.write(pidfile, b"%d\n" % os.getpid())
-    warn_of_outside(config)
-    if not set_title:
-        say("setproctitle is not installed: process titles will not show the sessions")
-    become(user)
-    board.describe(config.max_workers)
-    warm()
-    ready()
-    master.run()
-    if pidfile >= 0:
-        remove_pidfile(config.pidfile, pidfile)
+    try:
+        load = functools.partial(load_generation, path, options, passed)
+        master = Master(board, load)
+        if pidfile >= 0:
+            os.ftruncate(pidfile, 0)
+            os.write(pidfile, b"%d\n" % os.getpid())
+        warn_of_outside(config)
+        if not set_title:
+            say("setproctitle is not installed: titles will not show the sessions")
+        if user and config.log != "-":
+            os.fchown(master.generation.log.fd, *user)  # a reload will open it again
+        become(user)
+        board.describe(config.max_workers)
+        warm()
+        ready()
+        master.run()
+    finally:
+        if pidfile >= 0:
+            remove_pidfile(config.pidfile, pidfile)
     return 0
 
 
@@ -3368,8 +3432,7 @@ def print_table(as_json: bool) -> int:
 def explain(path: str, options: list[str], words: list[str]) -> int:
     """Print which rule decides about a client and a target; dial nothing."""
     config = load_config(path, options)
-    names = [parse_endpoint(word) for word in config.listen.split()]
-    own = [("0.0.0.0" if host == "*" else host, port) for host, port in names]
+    own = [("0.0.0.0" if h == "*" else h, port) for h, port in endpoints(config)]
     policy = Policy(config, own)
     client, wanted, user = words[0], words[1].encode(), (*words[2:], "-")[0]
     try:
@@ -3412,11 +3475,7 @@ def check(path: str, options: list[str]) -> int:
     config = load_config(path, options)
     Policy(config, [])
     find_user(config)
-    for word in config.listen.split():
-        try:
-            parse_endpoint(word)
-        except ValueError as error:
-            raise config.refuse("listen", str(error)) from None
+    endpoints(config)
     print(config.text())
     return 0
 

@@ -112,7 +112,8 @@ class Origin:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.listener = socket.create_server((host, 0), family=family, backlog=512)
         self.host, self.port = self.listener.getsockname()[:2]
-        self.authority = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        name = f"[{host}]" if ":" in host else host
+        self.authority = f"{name}:{self.port}"
         self.url = f"http://{self.authority}"
         self.callers: list[tuple[str, int]] = []  # who connected, in order
         self.received: list[bytes] = []  # heads and bodies, as the test stores them
@@ -125,7 +126,9 @@ class Origin:
                 connection, caller = self.listener.accept()
                 connection.settimeout(20)
                 self.callers.append(caller[:2])
-                threading.Thread(target=self.one, args=[connection], daemon=True).start()
+                serve = threading.Thread(target=self.one, args=[connection])
+                serve.daemon = True
+                serve.start()
 
     def one(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
@@ -143,6 +146,8 @@ def origin() -> Iterator[Callable[..., Origin]]:
 
     yield start
     for one in started:
+        with contextlib.suppress(OSError):
+            one.listener.shutdown(socket.SHUT_RDWR)  # close() leaves accept() waiting
         one.listener.close()
 
 
