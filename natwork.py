@@ -1358,10 +1358,14 @@ class Master:
                 continue
             slot, generation = self.workers.pop(pid)
             if status:
-                if not slot.started():  # nor would the next one get further now
-                    self.fork_at = time.monotonic() + 1
                 self.bury(slot, os.waitstatus_to_exitcode(status))
             slot.state(FREE)
+            if status and not slot.started():  # nor would the next one get further
+                self.fork_at = time.monotonic() + 1
+            elif status and not self.stopping:
+                # A client may have woken him and nobody else; a new worker
+                # looks at the queue before it waits.
+                self.spawn()
             generation.workers -= 1
             if not generation.workers and generation is not self.generation:
                 self.generations.remove(generation)
