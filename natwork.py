@@ -44,6 +44,7 @@ the programs that do.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import errno
 import fcntl
@@ -96,6 +97,7 @@ UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
+WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 # Plain numbers, where the socket module has members of an enum.
@@ -274,123 +276,81 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 # whoever reads the answer's head.  This table is the only place that knows them.
 
 
+ASK_OPERATOR = "Ask the operator of this gateway if you need it."
+TRY_LATER = "Try again in a moment."
+MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
+USE_CONNECT = "This gateway takes http:// targets, and CONNECT for everything else."
+ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
+
+
+STATUSES = (
+    "400 Bad Request,403 Forbidden,408 Request Timeout,414 URI Too Long,"
+    "417 Expectation Failed,431 Request Header Fields Too Large,"
+    "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,"
+    "503 Service Unavailable,504 Gateway Timeout,505 HTTP Version Not Supported"
+).split(",")
+
+
 class Outcome(NamedTuple):
     """How a session ended, and what the client may do about it."""
 
     word: str  # the access log's
-    status: str  # RFC 9110 section 15
-    error: str  # RFC 9209 section 2.3; empty: not a failure of this gateway
-    advice: str = ""  # a sentence for the client's page
+    status: int  # RFC 9110 section 15
+    error: str = ""  # RFC 9209 section 2.3; empty: there is nobody left to tell
+    advice: str = TRY_LATER  # a sentence for the client's page
+
+    def status_text(self) -> str:
+        """Return the status as it stands in a status line, with its phrase."""
+        return next(text for text in STATUSES if text.startswith(str(self.status)))
 
 
-ASK_OPERATOR = "Ask the operator of this gateway if you need it."
-TRY_LATER = "Try again in a moment."
-MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
+OK = Outcome("ok", 200)
+ENDED = Outcome("closed", 200)
+OUTSIDER = Outcome("not-inside", 403)
+CLIENT_GONE = Outcome("client-gone", 400)
+IDLE = Outcome("idle-timeout", 504)
+OPERATOR = Outcome("operator", 503)
+KILLED = Outcome("killed", 503)
+DRAINED = Outcome("drained", 503, "proxy_internal_error")
+BROKEN = Outcome("internal-error", 500, "proxy_internal_error", ASK_OPERATOR)
 
-OK = Outcome("ok", "200 OK", "")
-ENDED = Outcome("closed", "200 OK", "")
-OUTSIDER = Outcome("not-inside", "", "")
-BAD_REQUEST = Outcome(
-    "bad-request", "400 Bad Request", "http_request_error", MEND_CLIENT
-)
-HEAD_TIMEOUT = Outcome(
-    "head-timeout", "408 Request Timeout", "http_request_error", TRY_LATER
-)
-BODY_TIMEOUT = Outcome(
-    "body-timeout", "408 Request Timeout", "http_request_error", TRY_LATER
-)
-URI_TOO_LONG = Outcome(
-    "uri-too-long", "414 URI Too Long", "http_request_error", MEND_CLIENT
-)
-EXPECTATION = Outcome(
-    "expectation-failed", "417 Expectation Failed", "http_request_error", MEND_CLIENT
-)
-HEAD_TOO_LARGE = Outcome(
-    "head-too-large",
-    "431 Request Header Fields Too Large",
-    "http_request_error",
-    MEND_CLIENT,
-)
-NOT_IMPLEMENTED = Outcome(
-    "not-implemented",
-    "501 Not Implemented",
-    "http_request_error",
-    "This gateway takes http:// targets, and CONNECT for everything else.",
-)
-BAD_VERSION = Outcome(
-    "bad-version",
-    "505 HTTP Version Not Supported",
-    "http_request_error",
-    "This gateway speaks HTTP/1.1 and 1.0.",
-)
-DENIED = Outcome("denied", "403 Forbidden", "http_request_denied", ASK_OPERATOR)
-LOOP = Outcome(
-    "loop",
-    "502 Bad Gateway",
-    "proxy_loop_detected",
-    "The target is this gateway itself: ask for the host you mean.",
-)
-NO_SUCH_HOST = Outcome(
-    "no-such-host",
-    "502 Bad Gateway",
-    "dns_error",
-    "Check the spelling of the host name.",
-)
-DNS_TIMEOUT = Outcome("dns-timeout", "504 Gateway Timeout", "dns_timeout", TRY_LATER)
-CONNECT_TIMEOUT = Outcome(
-    "connect-timeout", "504 Gateway Timeout", "connection_timeout", TRY_LATER
-)
-CONNECT_FAILED = Outcome(
-    "connect-failed", "502 Bad Gateway", "destination_unavailable", TRY_LATER
-)
-OVERLOAD = Outcome(
-    "overload", "503 Service Unavailable", "connection_limit_reached", TRY_LATER
-)
-SERVER_GONE = Outcome(
-    "server-gone", "502 Bad Gateway", "connection_terminated", TRY_LATER
-)
-BAD_RESPONSE = Outcome(
-    "bad-response",
-    "502 Bad Gateway",
-    "http_protocol_error",
-    "The server is at fault; tell its owner.",
-)
+BAD_REQUEST = Outcome("bad-request", 400, "http_request_error", MEND_CLIENT)
+HEAD_TIMEOUT = BAD_REQUEST._replace(word="head-timeout", status=408)
+BODY_TIMEOUT = BAD_REQUEST._replace(word="body-timeout", status=408)
+URI_TOO_LONG = BAD_REQUEST._replace(word="uri-too-long", status=414)
+EXPECTATION = BAD_REQUEST._replace(word="expectation-failed", status=417)
+HEAD_TOO_LARGE = BAD_REQUEST._replace(word="head-too-large", status=431)
+BAD_VERSION = BAD_REQUEST._replace(word="bad-version", status=505)
+NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT)
+DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
+LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER)
+
+NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.")
+DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout")
+CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout")
+CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable")
+CONNECT_REFUSED = Outcome("refused", 502, "connection_refused")
+CONNECT_RESET = Outcome("reset", 502, "connection_terminated")
+UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable")
+NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
+OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
+
+SERVER_GONE = Outcome("server-gone", 502, "connection_terminated")
+BAD_RESPONSE = Outcome("bad-response", 502, "http_protocol_error", "Tell its owner.")
 UPGRADE_FAILED = BAD_RESPONSE._replace(word="bad-upgrade", error="http_upgrade_failed")
-ANSWER_TIMEOUT = Outcome(
-    "answer-timeout", "504 Gateway Timeout", "http_response_timeout", TRY_LATER
-)
-CLIENT_GONE = Outcome("client-gone", "400 Bad Request", "")
-IDLE = Outcome("idle-timeout", "504 Gateway Timeout", "")
-DRAINED = Outcome(
-    "drained", "503 Service Unavailable", "proxy_internal_error", TRY_LATER
-)
-OPERATOR = Outcome("operator", "503 Service Unavailable", "")
-KILLED = Outcome("killed", "503 Service Unavailable", "")
-BROKEN = Outcome(
-    "internal-error", "500 Internal Server Error", "proxy_internal_error", ASK_OPERATOR
-)
+ANSWER_TIMEOUT = Outcome("answer-timeout", 504, "http_response_timeout")
 
-UNROUTABLE = Outcome(
-    "unreachable", "502 Bad Gateway", "destination_ip_unroutable", TRY_LATER
-)
 OUTCOME_OF_ERRNO = {
-    errno.ECONNREFUSED: Outcome(
-        "refused", "502 Bad Gateway", "connection_refused", TRY_LATER
-    ),
-    errno.ECONNRESET: Outcome(
-        "reset", "502 Bad Gateway", "connection_terminated", TRY_LATER
-    ),
+    errno.ECONNREFUSED: CONNECT_REFUSED,
+    errno.ECONNRESET: CONNECT_RESET,
     errno.ETIMEDOUT: CONNECT_TIMEOUT,
-    errno.ENETUNREACH: UNROUTABLE,
-    errno.EHOSTUNREACH: UNROUTABLE,
-    errno.ENETDOWN: UNROUTABLE,
-    errno.ENODEV: UNROUTABLE._replace(word="no-uplink"),
-    errno.EADDRNOTAVAIL: UNROUTABLE._replace(word="no-uplink"),
-    errno.EMFILE: OVERLOAD,
-    errno.ENFILE: OVERLOAD,
-    errno.ENOBUFS: OVERLOAD,
-    errno.ENOMEM: OVERLOAD,
-    errno.EAGAIN: OVERLOAD,
+    errno.ENODEV: NO_UPLINK,
+    errno.EADDRNOTAVAIL: NO_UPLINK,
+    **dict.fromkeys(
+        (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN), UNROUTABLE
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
+    **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM), OVERLOAD),
 }
 
 
@@ -586,21 +546,6 @@ class Session:
 
     All fields are printable text without blanks, "-" when there is nothing.
     """
-
-    __slots__ = (
-        "address",
-        "began",
-        "client",
-        "down",
-        "method",
-        "pid",
-        "proto",
-        "source",
-        "status",
-        "target",
-        "up",
-        "user",
-    )
 
     def __init__(self, client: str, pid: int, proto: str = "-") -> None:
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
@@ -830,20 +775,6 @@ class Watch:
 class Lane:
     """One direction of a relay: source socket to sink socket."""
 
-    __slots__ = (
-        "abandoned",
-        "done",
-        "hot",
-        "moved",
-        "out",
-        "patience",
-        "script",
-        "sink",
-        "source",
-        "waits",
-        "watch",
-    )
-
     def __init__(
         self, watch: Watch, source: Stream, sink: Stream | None, patience: float
     ) -> None:
@@ -1040,8 +971,7 @@ WORKER_SIGNALS = {
     int(signal.SIGINT): int(signal.SIG_IGN),
     int(signal.SIGHUP): int(signal.SIG_IGN),
 }
-set_signal = getattr(signal.signal, "__wrapped__", signal.signal)
-set_mask = getattr(signal.pthread_sigmask, "__wrapped__", signal.pthread_sigmask)
+set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
 
@@ -1072,6 +1002,7 @@ class Generation:
             log,
             serve,
         )
+        self.families = {s.fileno(): int(s.family) for s in listeners.values()}
         self.number = 0
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1090,15 +1021,17 @@ class Generation:
 class Worker:
     """One process and its one client at a time: what serving code may use."""
 
-    def __init__(self, master: Master, slot: Slot) -> None:
-        generation = master.generation
+    def __init__(
+        self, generation: Generation, slot: Slot, wake_in: int, pressure_out: int
+    ) -> None:
+        """Get ready in a new process; the descriptors are pipes of the master's."""
         self.generation, self.config = generation, generation.config
-        self.slot, self.board = slot, master.board
-        self.wake_in, self.pressure_out = master.wake_in, master.pressure_out
+        self.slot, self.board = slot, slot.board
+        self.wake_in, self.pressure_out = wake_in, pressure_out
         self.lifeline, self.pid = generation.lifeline_out, os.getpid()
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
-        self.families = {fd: int(s.family) for fd, s in self.listeners.items()}
+        self.families = generation.families
         # Made after the fork, and exclusive: one client wakes one worker.
         self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
         for fd in self.listeners:
@@ -1437,7 +1370,7 @@ class Master:
                 os.close(generation.lifeline_in)  # the master's alone: it is its life
             for fd in (self.wake_out, self.pressure_in, self.board.fd):
                 os.close(fd)
-            worker = Worker(self, slot)
+            worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
             slot.take(worker.pid)
             worker.run()
             status = 0
@@ -1469,6 +1402,7 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for number, listener in enumerate(self.removed):
             fresh.listeners[f"removed {number}"] = listener
+            fresh.families[listener.fileno()] = int(listener.family)
         self.generation = fresh
         self.generations.append(fresh)
         self.board.describe(fresh.config.max_workers)
@@ -2193,48 +2127,26 @@ USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|\?.*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
 
+MISUNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 CHUNKED = -1  # a body's length: known chunk by chunk
 ENDLESS = -2  # a response body's length: until the connection closes
-HOP_BY_HOP = {  # RFC 9110 section 7.6.1, and what this hop alone may read
-    b"connection",
-    b"proxy-connection",
-    b"proxy-authorization",
-    b"keep-alive",
-    b"te",
-    b"transfer-encoding",
-    b"upgrade",
-}
+# RFC 9110 section 7.6.1, and what this hop alone may read.
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection proxy-authorization keep-alive te transfer-encoding "
+    b"upgrade".split()
+)
 # Dropped from every message, to be written anew; and from requests only.
-REWRITTEN = frozenset(HOP_BY_HOP | {b"content-length"})
+REWRITTEN = HOP_BY_HOP | {b"content-length"}
 REWRITTEN_ASKED = REWRITTEN | {b"host", b"expect"}
 # Naming these in Connection must not strip what others rely on.
-END_TO_END = {
-    b"authorization",
-    b"cache-control",
-    b"content-length",
-    b"cookie",
-    b"date",
-    b"forwarded",
-    b"host",
-    b"set-cookie",
-    b"via",
-    b"x-forwarded-for",
-}
+END_TO_END = frozenset(
+    b"authorization cache-control content-length cookie date forwarded host set-cookie "
+    b"via x-forwarded-for".split()
+)
 # RFC 9110 section 6.5.1: framing, routing and identity do not come in trailers.
-NOT_IN_TRAILERS = frozenset(
-    HOP_BY_HOP
-    | END_TO_END
-    | {
-        b"content-encoding",
-        b"content-range",
-        b"content-type",
-        b"expect",
-        b"max-forwards",
-        b"proxy-authenticate",
-        b"range",
-        b"trailer",
-        b"www-authenticate",
-    }
+NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
+    b"content-encoding content-range content-type expect max-forwards range trailer "
+    b"proxy-authenticate www-authenticate".split()
 )
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
 
@@ -2917,13 +2829,12 @@ class Http:
             if self.endless:
                 self.client.abort()
             return
-        if not head or head.method == b"CONNECT" or outcome.status[0] == "4":
-            # What was not understood has no end from which to go on; but it was
-            # when it was only denied.
-            self.keep = self.keep and outcome.status.startswith("403")
+        # What was not understood has no end from which to go on.
+        if not head or head.method == b"CONNECT" or outcome.status in MISUNDERSTOOD:
+            self.keep = False
         if self.keep and head and body_length(head, BAD_REQUEST):
             self.keep = False  # its body is not read
-        self.answer(outcome.status, *self.explain(outcome, refusal.detail))
+        self.answer(outcome.status_text(), *self.explain(outcome, refusal.detail))
         self.lingers = not self.keep
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
@@ -2939,10 +2850,10 @@ class Http:
             "Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
             "X-Content-Type-Options: nosniff\r\n"
         )
-        if outcome.status[:3] == "503":
+        if outcome.status == 503:
             lines += "Retry-After: 5\r\n"
         page = (
-            f"{outcome.status}\n\n{name} (NATWork) refused {asked}\n\n"
+            f"{outcome.status_text()}\n\n{name} (NATWork) refused {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
         )
         return lines.encode(), page.encode()
@@ -3222,15 +3133,62 @@ def remove_pidfile(path: str, fd: int) -> None:
         os.unlink(path)
 
 
+def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
+    """Be a few clients and their server, for warm()."""
+    signal.alarm(5)  # whatever happens, it is over then
+    at = endpoint(origin.getsockname())
+    fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
+    for number in range(WARM_CLIENTS):
+        client = socket.create_connection(door)
+        tunnel = number % 2
+        client.sendall((f"CONNECT {at} " if tunnel else f"GET http://{at}/ ").encode())
+        client.sendall(fields.encode())
+        server, _ = origin.accept()
+        if tunnel:
+            client.recv(COPY_SIZE)
+            client.sendall(b"a word")
+        server.recv(COPY_SIZE)
+        server.sendall(
+            b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
+        )
+        client.recv(COPY_SIZE)
+        client.close()
+        server.close()
+
+
 def warm() -> None:
-    """Do once, before the forks, what each worker would do for the first time."""
+    """Do once, before the forks, what each worker would do for the first time.
+
+    What the interpreter learns and allocates while it runs a piece of code for
+    the first few times is then shared, instead of every worker's own.
+    """
     with contextlib.suppress(OSError):
         socket.getaddrinfo(b"localhost", 80, type=socket.SOCK_STREAM)
-    http_date(0)
-    timestamp(0)
-    say_no = Refused(BAD_REQUEST)
-    with contextlib.suppress(Refused):
-        raise say_no
+    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+        door = undo.enter_context(listen("127.0.0.1", 0))
+        origin = undo.enter_context(listen("127.0.0.1", 0))
+        config = Config(rules="allow to 127.0.0.0/8 port 1-65535", log=os.devnull)
+        serve = functools.partial(serve_client, Policy(config, []))
+        generation = Generation(config, {"": door}, AccessLog(config), serve)
+        undo.callback(generation.close)
+        wake_out, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        undo.callback(os.close, wake_out)
+        undo.callback(os.close, wake_in)
+        board = Scoreboard()
+        undo.callback(os.close, board.fd)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                play_clients(door.getsockname(), origin)
+            finally:
+                os._exit(0)
+        # Now the lifeline is the other process's: we serve until it has ended.
+        os.close(generation.lifeline_in)
+        generation.lifeline_in = -1
+        door.setblocking(False)
+        undo.callback(os.waitpid, pid, 0)
+        undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+        Worker(generation, Slot(board, 0), wake_in, wake_out).run()
 
 
 def warn_of_outside(config: Config) -> None:
@@ -3273,7 +3231,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)
         if not set_title:
-            say("setproctitle is not installed: titles will not show the sessions")
+            say("setproctitle is not installed: process titles will be missing")
         if user and config.log != "-":
             os.fchown(master.generation.log.fd, *user)  # a reload will open it again
         become(user)
@@ -3411,18 +3369,9 @@ def print_table(as_json: bool) -> int:
 
         print(json.dumps(rows, indent=1))
         return 0
-    heads = (
-        "Source IP",
-        "Original Source Port",
-        "New Source Port",
-        "Destination",
-        "Protocol",
-        "Host",
-        "User",
-        "Age",
-        "Up",
-        "Down",
-        "PID",
+    heads = tuple(
+        "Source IP,Original Source Port,New Source Port,Destination,Protocol,Host,User,"
+        "Age,Up,Down,PID".split(",")
     )
     lines: list[tuple[str, ...]] = [heads]
     for row in rows:

@@ -413,6 +413,31 @@ def cpu_seconds(contender: Contender) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Processor seconds since some beginning: of the whole machine, and our own."""
+
+    passed: float  # all processors together, idle or not
+    busy: float
+    ours: float  # the bench, its clients, the origin, the contenders
+
+    @staticmethod
+    def now(leaders: list[int]) -> "Usage":
+        """Return the usage by now, ours being these sessions and this process."""
+        tick = os.sysconf("SC_CLK_TCK")
+        line = Path("/proc/stat").read_text().split("\n")[0]
+        spent = [int(word) / tick for word in line.split()[1:9]]  # user to steal
+        idle = spent[3] + spent[4]  # waiting for a disk is idle, too
+        ticks = sum(m.ticks for leader in leaders for m in family(leader))
+        # Interrupts count as busy: a process is charged for those it is hit by.
+        return Usage(sum(spent), sum(spent) - idle, ticks / tick + sum(os.times()[:4]))
+
+    def others_since(self, before: "Usage") -> float:
+        """Return the share of the machine that went to programs not ours."""
+        foreign = (self.busy - before.busy) - (self.ours - before.ours)
+        return max(0.0, foreign / (self.passed - before.passed))
+
+
 # --- Clients ----------------------------------------------------------------
 
 
@@ -1136,10 +1161,16 @@ def prepare(folder: Path, program: Path, bulk_size: int) -> None:
 
 
 def start_contenders(
-    place: Place, names: list[str], held: contextlib.ExitStack
+    place: Place,
+    names: list[str],
+    origin: "subprocess.Popen[bytes]",
+    held: contextlib.ExitStack,
 ) -> list[Contender]:
-    """Start what is installed; say in a line what is missing or does not start."""
-    contenders = [Contender("direct", "direct", place.origin)]
+    """Start what is installed; say in a line what is missing or does not start.
+
+    The first contender is "direct", whose process is the origin itself.
+    """
+    contenders = [Contender("direct", "direct", place.origin, process=origin)]
     for name in names:
         recipe = RECIPES[name]
         port, tunnel_port = free_ports(2)
@@ -1169,12 +1200,16 @@ def show_rows(
 ) -> None:
     """Measure the rows and print a table after each, then the two over all."""
     measured: dict[str, Results] = {}
+    leaders = [c.process.pid for c in contenders if c.process]
     for name in names:
         row = ROWS[name]
         fit = [c for c in contenders if row.everyone or c.browses()]
+        before = Usage.now(leaders)
         measured[name] = measure(row, place, fit, load)
+        others = Usage.now(leaders).others_since(before)
         note("")
-        print(f"{table(name, row, measured[name], load)}\n", flush=True)
+        print(table(name, row, measured[name], load))
+        print(f"other programs took {others:.0%} of the machine\n", flush=True)
     if measured:
         print(f"{costs(measured)}\n\n{summary(measured)}\n")
 
@@ -1210,8 +1245,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         process = held.enter_context(running("nginx", nginx(place, origin), place))
         await_listener("nginx", process, origin, place)
-        contenders = start_contenders(place, names, held)
-        versions = ["nginx"] + [c.name for c in contenders if c.process]
+        contenders = start_contenders(place, names, process, held)
+        versions = ["nginx"] + [c.name for c in contenders[1:]]
         print(f"{machine()}; load before {before:.1f}")
         print(", ".join(f"{n} {version(n, place)}".strip() for n in versions), "\n")
         show_rows(place, contenders, [row for row in rows if row in ROWS], load)
