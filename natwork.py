@@ -1129,8 +1129,10 @@ class Worker:
                 self.poke()
 
     def poke(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             os.write(self.wake_in, POKE)
+        except OSError:
+            pass  # it is full, and so the master is awake; or the master is gone
 
     def leaving(self) -> bool:
         """Return whether this worker should take no more requests."""
@@ -2517,6 +2519,8 @@ class Exchange:
                 length = 0
             if length == CHUNKED:
                 yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
+            elif length and 0 < length <= len(down.source.received):
+                down.out += down.source.take(length)  # it has come with the head
             elif length:
                 yield from down.move(ALL if length == ENDLESS else length)
             yield from down.flush()

@@ -886,3 +886,15 @@ def test_the_gateway_uses_no_packet_forwarding_of_the_kernel(rig: Rig) -> None:
     counters = rig.box.within("gateway", lambda: SNMP.read_text().splitlines())
     names, values = (line.split()[1:] for line in counters if line.startswith("Ip:"))
     assert dict(zip(names, values, strict=True))["ForwDatagrams"] == "0"
+
+
+def test_a_link_local_neighbor_outside_is_no_client(rig: Rig) -> None:
+    rig.natwork()
+    path = rig.web.write("page", b"a page")
+    gateway = rig.box.name("gateway")
+    shown = ip("-n", gateway, "-6", "-o", "addr", "show", "dev", "wan", "scope", "link")
+    address = next(w for w in shown.split() if w.startswith("fe80")).split("/")[0]
+    proxy, url = f"http://[{address}%25wan]:8080", f"http://www.example.com{path}"
+    words = "curl", "--silent", "--max-time", "5", "--proxy", proxy, url
+    done = rig.box.run("outside", *words)
+    assert done.returncode in (52, 56) and done.stdout == ""
