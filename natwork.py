@@ -2125,6 +2125,7 @@ HOST = re.compile(
     rb"(?::[0-9]*)?"
 )
 
+NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
 USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|\?.*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
@@ -2320,7 +2321,7 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     # What ends in a number is an IPv4 address or nothing: resolvers take 127.1,
     # 0x7f.1 and 2130706433 for 127.0.0.1.
     last = host.removesuffix(".").rpartition(".")[2]
-    if host[0] == "[" or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
+    if host[0] == "[" or NUMBER.fullmatch(last):
         bare = host.strip("[]")
         try:
             if (len(pack(bare)) == 16) != (host[0] == "["):
