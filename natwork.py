@@ -23,7 +23,7 @@ Usage:
 
     natwork.py [-c FILE] [-o NAME=VALUE]... [-d]     run the gateway
     natwork.py -t                                    check the configuration
-    natwork.py --table [--json]                      the sessions of this box
+    natwork.py --table [--json]                      the sessions of this box (root)
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
 
 Settings are in natwork.conf, each explained and commented out at its default.
@@ -56,6 +56,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -187,6 +188,8 @@ class Config:
             raise self.refuse("max_workers", f"must be at most {SLOTS}")
         if self.spare_workers > self.max_workers:
             raise self.refuse("spare_workers", "must be at most max_workers")
+        if not self.log:
+            raise self.refuse("log", "must be - or a file")
         if self.log_format not in ("text", "json"):
             raise self.refuse("log_format", "must be text or json")
         # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
@@ -246,10 +249,12 @@ def read_settings(path: str) -> dict[str, str]:
 
 
 def load_config(path: str, options: Iterable[str]) -> Config:
-    """Return the settings of a file ("" is none), overridden by NAME=VALUE options.
+    """Return the settings of a file, overridden by NAME=VALUE options.
 
+    The path "" stands for natwork.conf, or the defaults where there is none.
     Raises ConfigError, which names file or option, setting and value.
     """
+    path = path or ("natwork.conf" if os.path.exists("natwork.conf") else "")
     found = read_settings(path) if path else {}
     given = [(path, name, text) for name, text in found.items()]
     for option in options:
@@ -379,17 +384,17 @@ FREE, BUSY, WAITING = 0, 1, 2  # WAITING: for a client that says nothing
 FIRST_IDLE = 16  # an idle worker's state is this plus its generation's number
 GENERATIONS = 240
 
-BOARD = struct.Struct("8sQdQ")  # magic, master, began, max_workers
-MAGIC = b"natwork1"
-RETIRED_BELOW = 72  # offset of a u64: generations below this take no more
-FORKS_FAILED, LAST_SAID = 80, 88
-UPLINKS, UPLINK_LIMIT = 128, 64  # when each uplink last failed: f64, any worker
+# The header, as 64-bit words.
+MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
+UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
+OURS = 0x316B726F7774616E  # "natwork1"
 STATES = 4096  # offset of the state bytes
 ROWS = STATES + SLOTS  # offset of the slots
-SLOT = struct.Struct("BxxxxxxxQQQQQQQ")
-SLOT_SIZE = 4096
-NUMBERS = struct.Struct("QQ")
-ROW_SIZE = (SLOT_SIZE - SLOT.size) // 2
+# A slot begins with words too: which row is up; pid; bytes of the session that
+# is; and in all sessions, bytes, and log lines that were lost.
+WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
+SLOT_SIZE, SLOT_HEAD = 4096, 64
+ROW_SIZE = (SLOT_SIZE - SLOT_HEAD) // 2
 TARGET_SIZE = 1500  # characters of a target that the log keeps
 
 
@@ -404,6 +409,7 @@ class Scoreboard:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise ValueError("this memory could shrink")
             self.memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+            self.words = memoryview(self.memory).cast("Q")
             return
         self.fd = os.memfd_create("natwork", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         # Pages nobody writes to are never allocated: unused slots cost nothing.
@@ -411,18 +417,14 @@ class Scoreboard:
         # Who maps it to read must not be able to lose it under his feet.
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.memory = mmap.mmap(self.fd, size)
+        self.words = memoryview(self.memory).cast("Q")
 
     def describe(self, max_workers: int) -> None:
-        """Write down whose scoreboard this is."""
-        BOARD.pack_into(self.memory, 0, MAGIC, os.getpid(), time.time(), max_workers)
-        self.memory[UPLINKS : UPLINKS + 8 * UPLINK_LIMIT] = bytes(8 * UPLINK_LIMIT)
-
-    def number(self, offset: int) -> int:
-        value: int = struct.unpack_from("Q", self.memory, offset)[0]
-        return value
-
-    def put(self, offset: int, value: int) -> None:
-        struct.pack_into("Q", self.memory, offset, value)
+        """Write down whose scoreboard this is; no uplink has failed yet."""
+        words = self.words
+        words[MAGIC], words[MASTER], words[MAX_WORKERS] = OURS, os.getpid(), max_workers
+        for number in range(UPLINK_LIMIT):
+            words[UPLINKS + number] = 0
 
     def states(self, slots: int = SLOTS) -> bytes:
         """Return the state bytes of the first slots."""
@@ -431,20 +433,18 @@ class Scoreboard:
     def say(self, message: str) -> None:
         """Say what many workers may want to say at once, one line a second."""
         second = int(time.monotonic())
-        if self.number(LAST_SAID) != second:
-            self.put(LAST_SAID, second)
+        if self.words[LAST_SAID] != second:
+            self.words[LAST_SAID] = second
             say(message)
 
-    def uplink_failed(self, number: int) -> float:
-        """Return when an uplink last failed, on the monotonic clock; 0 is never."""
-        if number >= UPLINK_LIMIT:
-            return 0.0
-        when: float = struct.unpack_from("d", self.memory, UPLINKS + 8 * number)[0]
-        return when
+    def is_tired(self, uplink: int) -> bool:
+        """Return whether an uplink has failed a short while ago."""
+        failed = self.words[UPLINKS + uplink] if uplink < UPLINK_LIMIT else 0
+        return failed > 0 and time.monotonic() - failed < UPLINK_REST
 
-    def note_uplink(self, number: int, when: float) -> None:
-        if number < UPLINK_LIMIT:
-            struct.pack_into("d", self.memory, UPLINKS + 8 * number, when)
+    def note_failure(self, uplink: int) -> None:
+        if uplink < UPLINK_LIMIT:
+            self.words[UPLINKS + uplink] = int(time.monotonic())
 
 
 class Slot:
@@ -453,61 +453,45 @@ class Slot:
     def __init__(self, board: Scoreboard, number: int) -> None:
         self.board, self.memory, self.number = board, board.memory, number
         self.base = ROWS + number * SLOT_SIZE
+        self.words = board.words[self.base // 8 : (self.base + SLOT_HEAD) // 8]
 
     def state(self, state: int) -> None:
         self.memory[STATES + self.number] = state
 
     def take(self, pid: int) -> None:
         """Begin with a clean row; the totals are the slot's and go on growing."""
-        self.clear()
-        struct.pack_into("Q", self.memory, self.base + 8, pid)
-
-    def started(self) -> bool:
-        """Return whether the worker forked for this slot has got as far as take()."""
-        return self.board.number(self.base + 8) > 0
+        self.words[WHICH] = self.words[UP] = self.words[DOWN] = 0
+        self.words[PID] = pid  # 0 until the worker has got this far
 
     def show(self, row: bytes) -> None:
         """Put a session's row up.
 
-        There is room for two, and a byte that says which one is whole, so a
+        There is room for two, and a word that says which one is whole, so a
         reader never sees half a row, not even after kill -9.
         """
-        which = 2 if self.memory[self.base] == 1 else 1
-        start = self.base + SLOT.size + ROW_SIZE * (which - 1)
+        which = 2 if self.words[WHICH] == 1 else 1
+        start = self.base + SLOT_HEAD + ROW_SIZE * (which - 1)
         row = row[: ROW_SIZE - 1] + b"\n"
         self.memory[start : start + len(row)] = row
-        self.memory[self.base] = which
+        self.words[WHICH] = which
 
     def row(self) -> bytes:
         """Return the row that is up, or b"" for none."""
-        which = self.memory[self.base]
-        start = self.base + SLOT.size + ROW_SIZE * (which - 1)
-        return (
-            self.memory[start : start + ROW_SIZE].partition(b"\n")[0] if which else b""
-        )
+        if not (which := self.words[WHICH]):
+            return b""
+        start = self.base + SLOT_HEAD + ROW_SIZE * (which - 1)
+        return self.memory[start : start + ROW_SIZE].partition(b"\n")[0]
 
     def moved(self, up: int, down: int) -> None:
-        NUMBERS.pack_into(self.memory, self.base + 16, up, down)
-
-    def clear(self) -> None:
-        self.memory[self.base] = 0
-        self.moved(0, 0)
+        self.words[UP], self.words[DOWN] = up, down
 
     def settle(self, up: int, down: int) -> None:
         """Add a session that has ended to the totals, and take its row down."""
-        sessions, ups, downs = struct.unpack_from("QQQ", self.memory, self.base + 32)
-        struct.pack_into(
-            "QQQ", self.memory, self.base + 32, sessions + 1, ups + up, downs + down
-        )
-        self.clear()
-
-    def count_lost_line(self) -> None:
-        lost = self.board.number(self.base + 56)
-        self.board.put(self.base + 56, lost + 1)
-
-    def numbers(self) -> tuple[int, int, int, int, int, int, int]:
-        """Return pid, up, down now; sessions, up, down in all; lines lost."""
-        return SLOT.unpack_from(self.memory, self.base)[1:]
+        words = self.words
+        words[SESSIONS] += 1
+        words[UPS] += up
+        words[DOWNS] += down
+        words[WHICH] = words[UP] = words[DOWN] = 0
 
 
 UNPRINTABLE = {
@@ -612,8 +596,9 @@ class AccessLog:
     workers never mix, and it never waits: what cannot be written at once is lost.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Open the file, or standard output; raise OSError."""
+    def __init__(self, config: Config, old: AccessLog | None = None) -> None:
+        """Open the file, or standard output, as the old log did; raise OSError."""
+        self.path = config.log
         self.form, self.shared = config.log_format, False
         if self.form == "json":
             import json
@@ -623,24 +608,35 @@ class AccessLog:
         if config.log != "-":
             self.fd = os.open(config.log, flags | os.O_CREAT, 0o640)
             return
+        if old and old.path == "-":
+            # Not anew: we may have lost the right to, and O_APPEND with it.
+            self.fd, self.shared = os.dup(old.fd), old.shared
+            return
         try:
             # Opened anew, so that O_NONBLOCK is ours and not the terminal's.
             self.fd = os.open("/proc/self/fd/1", flags)
         except OSError:  # a socket (journald's), or not ours to open again
             self.fd, self.shared = os.dup(1), True
 
-    def write(self, session: Session, outcome: str) -> bool:
-        """Write the line of a session that has ended; return whether it was taken."""
+    def write(self, session: Session, outcome: str, slot: Slot) -> None:
+        """Write the line of a session that has ended, or count it as lost."""
         line = session.line(outcome)
         if self.form == "json":
             line = as_json(line)
+        words, written = slot.board.words, 0
+        # Behind half a line, a disk having been full, the next begins anew.
+        data = b"\n" * words[LOG_CUT] + line.encode() + b"\n"
         try:
-            data = line.encode() + b"\n"
-            if self.shared and not select.select([], [self.fd], [], 0)[1]:
-                return False
-            return os.write(self.fd, data) == len(data)
+            if not self.shared or select.select([], [self.fd], [], 0)[1]:
+                written = os.write(self.fd, data)
         except OSError:
-            return False
+            pass  # it is full, or nobody reads it
+        if written == len(data):
+            words[LOG_CUT] = 0
+            return
+        words[LOG_CUT] |= written > 0
+        slot.words[LOST] += 1
+        slot.board.say("the access log takes no more: lines are lost")
 
 
 # --- Relay --------------------------------------------------------------------
@@ -1136,7 +1132,7 @@ class Worker:
 
     def leaving(self) -> bool:
         """Return whether this worker should take no more requests."""
-        return self.generation.number < self.board.number(RETIRED_BELOW)
+        return self.generation.number < self.board.words[RETIRED_BELOW]
 
     def silence(self, seconds: float, quiet: list[Stream], fresh: bool) -> list[int]:
         """Wait for a word from any of these, and make room for others if need be.
@@ -1184,8 +1180,7 @@ class Worker:
 
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
-        if not self.generation.log.write(session, outcome):
-            self.slot.count_lost_line()
+        self.generation.log.write(session, outcome, self.slot)
         self.slot.settle(session.up, session.down)
 
     def entitle(self, title: str) -> None:
@@ -1295,7 +1290,7 @@ class Master:
             if status:
                 self.bury(slot, os.waitstatus_to_exitcode(status))
             slot.state(FREE)
-            if status and not slot.started():  # nor would the next one get further
+            if status and not slot.words[PID]:  # nor would the next one get further
                 self.fork_at = time.monotonic() + 1
             elif status and not self.stopping:
                 # A client may have woken him and nobody else; a new worker
@@ -1315,11 +1310,10 @@ class Master:
         row = slot.row()
         if not row:
             return
-        pid, up, down, *_ = slot.numbers()
+        up, down = slot.words[UP], slot.words[DOWN]
         session = Session.from_row(row, up, down)
         ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-        if not self.generation.log.write(session, ends.get(code, KILLED).word):
-            slot.count_lost_line()
+        self.generation.log.write(session, ends.get(code, KILLED).word, slot)
         slot.settle(up, down)
 
     def keep_spares(self) -> None:
@@ -1348,7 +1342,7 @@ class Master:
                 self.become_worker(slot)
         except OSError as error:
             slot.state(FREE)
-            self.board.put(FORKS_FAILED, self.board.number(FORKS_FAILED) + 1)
+            self.board.words[FORKS_FAILED] += 1
             if not self.fork_failing:
                 say(f"cannot fork a worker: {reason(error)}")
             self.fork_failing, self.fork_at = True, time.monotonic() + 1
@@ -1392,7 +1386,7 @@ class Master:
         """Put a new configuration in force, or say why the old one stays."""
         try:
             fresh = self.load(self.generation)
-        except (ConfigError, OSError) as error:
+        except (ConfigError, OSError, ImportError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             say(f"configuration not reloaded, the old one stays: {why}")
             return
@@ -1410,7 +1404,7 @@ class Master:
         self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
         self.keep_spares()
-        self.board.put(RETIRED_BELOW, fresh.number)
+        self.board.words[RETIRED_BELOW] = fresh.number
         os.write(old.lifeline_in, ROOM)
         self.retiring = old
 
@@ -1429,7 +1423,7 @@ class Master:
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""
-        self.board.put(RETIRED_BELOW, self.generation.number + 1)
+        self.board.words[RETIRED_BELOW] = self.generation.number + 1
         for generation in self.generations:
             os.close(generation.lifeline_in)
             generation.lifeline_in = -1
@@ -1696,7 +1690,7 @@ def parse_rule(text: str, number: int) -> Rule:
         raise ValueError(f"{text.strip()!r} has an empty member in a list")
     names, blocks = set(), []
     for target in lists.get("to", ()):
-        if "/" in target or ":" in target or re.fullmatch(r"[0-9.]+", target):
+        if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
             blocks.append(parse_network(target))
         elif re.fullmatch(r"\*|\.?[\w-]+(\.[\w-]+)*\.?", target, re.ASCII):
             names.add(target.lower().rstrip("."))
@@ -1952,15 +1946,9 @@ def plan(
     """Return the attempts in their order: uplink by uplink, failed ones last."""
     if not uplinks:
         return [Attempt(a, port, None, RACE_DELAY) for a in interleave(addresses)]
-    now = time.monotonic()
-
-    def tired(way: Uplink) -> bool:
-        failed = board.uplink_failed(way.number)
-        return bool(failed) and now - failed < UPLINK_REST
-
     attempts: list[Attempt] = []
     seen: set[int] = set()  # families, as address lengths, that have a way
-    for way in sorted(uplinks, key=tired):
+    for way in sorted(uplinks, key=lambda uplink: board.is_tired(uplink.number)):
         usable = [
             packed
             for packed in interleave(addresses)
@@ -2048,7 +2036,7 @@ class Race:
         # An uplink has failed if it was asked earlier, and another was quicker.
         for earlier in self.started[: self.started.index(attempt)]:
             if earlier.uplink and earlier.uplink != attempt.uplink:
-                self.board.note_uplink(earlier.uplink.number, time.monotonic())
+                self.board.note_failure(earlier.uplink.number)
         return sock, attempt
 
     def defeat(self) -> Refused:
@@ -2654,12 +2642,19 @@ class Http:
             outcome = self.request()
         except Refused as refusal:
             outcome = refusal.outcome
+            self.name_target()
             self.refuse(refusal)
         except OSError as error:
             outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
             self.refuse(Refused(outcome, reason(error)))
         finally:
             self.worker.finish(session, outcome.word)
+
+    def name_target(self) -> None:
+        """Let the log know the target, as it was spelled if it was not understood."""
+        if self.head and self.session.target == "-":
+            bare = USER_OR_QUERY.sub(b"", self.head.target)
+            self.session.target = printable(bare, TARGET_SIZE)
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
@@ -2755,7 +2750,6 @@ class Http:
         head = self.head = parse_request(raw)
         session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
-        session.target = printable(USER_OR_QUERY.sub(b"", head.target), TARGET_SIZE)
         length = body_length(head, BAD_REQUEST)
         if head.method == b"CONNECT":
             return self.connect(head, length)
@@ -2771,7 +2765,7 @@ class Http:
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
         session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
-        for member in members(names, b"via"):
+        for member in members(names, b"via") if b"via" in names else ():
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
         return self.forward(head, target, length)
@@ -2793,6 +2787,7 @@ class Http:
     def answer_here(self, head: RequestHead, raw: bytes) -> Outcome:
         """Answer TRACE with what has arrived, and OPTIONS with what is possible."""
         self.lingers = not self.keep
+        self.name_target()
         if head.method == b"OPTIONS":
             allow = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
             self.answer("200 OK", allow, b"")
@@ -2983,7 +2978,7 @@ def parse_endpoint(text: str) -> tuple[str, int]:
         raise ValueError(f"{text!r} is not ADDRESS:PORT")
     if host != "*":
         pack(bare)
-        if (":" in bare) != (bare != host):
+        if (":" in bare) != (host == f"[{bare}]"):
             raise ValueError(f"{text!r}: an IPv6 address stands in brackets")
     return bare, int(port)
 
@@ -3080,7 +3075,7 @@ def load_generation(
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
         try:
-            log = AccessLog(config)
+            log = AccessLog(config, old.log if old else None)
         except OSError as error:
             why = f"cannot open the access log {config.log}: {reason(error)}"
             raise OSError(why) from None
@@ -3120,9 +3115,13 @@ def become(user: tuple[int, int] | None) -> None:
 def lock_pidfile(path: str) -> int:
     """Return the pid file, open and locked while we live; raise OSError."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags, 0o644)
     except OSError as error:
         raise OSError(f"cannot open the pid file {path}: {reason(error)}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"cannot use the pid file {path}: it is no regular file")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -3270,6 +3269,7 @@ def run_daemon(path: str, options: list[str]) -> int:
         raise OSError(
             "cannot detach: python-daemon is not installed (pip install python-daemon)"
         ) from None
+    config = load_config(path, options)  # its faults are told before we detach
     news_out, news_in = os.pipe2(0)
     if os.fork():
         os.close(news_in)
@@ -3278,19 +3278,24 @@ def run_daemon(path: str, options: list[str]) -> int:
     os.close(news_out)
 
     def ready() -> None:
+        """Let go of what the caller waits for; keep a file, and the log's way out."""
+        with open(os.devnull, "r+b") as null:
+            for fd in (1, 2):
+                wanted = fd == 1 and config.log == "-" and not os.isatty(fd)
+                if not wanted and not stat.S_ISREG(os.fstat(fd).st_mode):
+                    os.dup2(null.fileno(), fd)
         os.write(news_in, b"\0")
         os.close(news_in)
 
     path = os.path.abspath(path) if path else path
     status = 1
     try:
-        # A terminal is left behind; a file that our output goes to is kept.
         daemon.DaemonContext(
             umask=0o027,
             working_directory=os.getcwd(),
             files_preserve=list(range(3, 64)),
-            stdout=None if os.isatty(1) else sys.stdout,
-            stderr=None if os.isatty(2) else sys.stderr,
+            stdout=sys.stdout,
+            stderr=sys.stderr,
             signal_map={},
         ).open()
         status = guard(lambda: run(path, options, ready))
@@ -3321,8 +3326,7 @@ def boards() -> Iterator[Scoreboard]:
                     fd = os.open(link, os.O_RDONLY)
                     board = Scoreboard(fd)
                     os.close(fd)
-                    magic, master, *_ = BOARD.unpack_from(board.memory)
-                    if (magic, master) == (MAGIC, pid):
+                    if (board.words[MAGIC], board.words[MASTER]) == (OURS, pid):
                         yield board
                         break
 
@@ -3334,7 +3338,7 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
         slot = Slot(board, number)
         if state == FREE or not (row := slot.row()):
             continue
-        pid, up, down, *_ = slot.numbers()
+        pid, up, down = slot.words[PID : DOWN + 1]
         try:
             session = Session.from_row(row, up, down)
         except ValueError:  # no row of ours
@@ -3392,7 +3396,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     config = load_config(path, options)
     own = [("0.0.0.0" if h == "*" else h, port) for h, port in endpoints(config)]
     policy = Policy(config, own)
-    client, wanted, user = words[0], words[1].encode(), (*words[2:], "-")[0]
+    client, wanted, user = words[0], os.fsencode(words[1]), (*words[2:], "-")[0]
     try:
         inside = contains(policy.inside, forms(pack(client))[0])
     except ValueError as error:
@@ -3471,7 +3475,7 @@ def command(arguments: list[str]) -> int:
         parser.error("--json goes with --table")
     if given.explain and len(given.explain) not in (2, 3):
         parser.error("--explain takes CLIENT TARGET [USER]")
-    path = given.config or ("natwork.conf" if os.path.exists("natwork.conf") else "")
+    path = given.config or ""
     if given.table:
         return print_table(given.json)
     if given.explain:
@@ -3485,6 +3489,11 @@ def command(arguments: list[str]) -> int:
 
 def main() -> int:
     """Run the command line; return the exit code: 0, 1, 2 or 78 (EX_CONFIG)."""
+    # Were one of these closed, the next file opened would take its number, and
+    # what is meant for the operator would be written there.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
     return guard(lambda: command(sys.argv[1:]))
 
 

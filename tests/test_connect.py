@@ -100,7 +100,7 @@ def test_uplinks_go_by_preference_and_failed_ones_last(
     policy = natwork.Policy(natwork.Config(outside=outside), [])
     board = natwork.Scoreboard()
     for number, ago in failed.items():
-        board.note_uplink(number, time.monotonic() - ago)
+        board.words[natwork.UPLINKS + number] = int(time.monotonic() - ago)
     addresses = [natwork.pack(SIX[0]), natwork.pack(FOUR[0])]
     attempts = natwork.plan(addresses, 80, policy.uplinks, board)
     found = [(a.uplink.name if a.uplink else "", a.packed) for a in attempts]
