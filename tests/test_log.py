@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -489,3 +490,44 @@ def test_a_session_is_in_one_table_only_once_its_slot_is_used_again(
         eventually(lambda: idle(gateway))
         assert rows(gateway) == []
     assert [line["outcome"] for line in gateway.lines(3)] == ["killed"] * 3
+
+
+def served(gateway: Daemon) -> bool:
+    """Say whether a gateway answers a request, which it denies."""
+    with socket.create_connection(gateway.address, 10) as client:
+        client.sendall(b"GET http://10.1.2.3/ HTTP/1.1\r\nHost: 10.1.2.3\r\n\r\n")
+        return client.recv(12) == b"HTTP/1.1 403"
+
+
+def test_a_reload_does_not_write_over_what_the_shell_opened(
+    daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    user = "root" if os.geteuid() else "nobody"  # who may not open it again
+    with (tmp_path / "out").open("wb") as out:  # by ">", without O_APPEND
+        gateway = daemon(log="-", user=user, stdout=out.fileno())
+    assert served(gateway) and served(gateway)
+    gateway.hangup()
+    assert served(gateway)
+    lines = eventually(lambda: (tmp_path / "out").read_text().splitlines()[2:] and 1)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert len(lines) == 3 and all(line.startswith("time=") for line in lines)
+
+
+def test_half_a_line_is_not_joined_by_the_next(daemon: Callable[..., Daemon]) -> None:
+    gateway = daemon()
+
+    def limit(size: int) -> None:
+        """Let the gateway's files be this large and no larger, as a full disk does."""
+        for pid in (gateway.process.pid, *gateway.workers()):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    limit(1000)
+    for _ in range(12):
+        assert served(gateway)  # a lost line stops no session
+    eventually(lambda: any("lines are lost" in line for line in gateway.said()))
+    limit(resource.RLIM_INFINITY)
+    assert served(gateway)
+    eventually(lambda: " secs=" in gateway.log.read_text().splitlines()[-1])
+    lines = gateway.log.read_text().splitlines()
+    assert all(line.startswith("time=") for line in lines)
+    assert all(line.count("time=") == 1 for line in lines) and len(lines) < 13

@@ -26,6 +26,7 @@ from conftest import Origin
 from conftest import eventually
 from running import PLAIN
 from running import PROGRAM
+from running import SELF
 from running import Daemon
 from running import command
 from running import configuration
@@ -530,3 +531,24 @@ def test_a_gateway_leaves_nothing_but_what_it_was_told_to_write(
     gateway.stop()
     names = {path.name for path in gateway.log.parent.iterdir()}
     assert names == {"access.log", "natwork.conf", "stderr"}
+
+
+def test_a_closed_standard_output_is_not_the_scoreboard(daemon: Launch) -> None:
+    gateway = daemon(before=lambda: os.close(1))
+    assert answers(gateway.address)
+    assert os.readlink(f"/proc/{gateway.process.pid}/fd/1") == os.devnull
+
+
+def test_a_daemon_lets_go_of_a_pipe_that_its_caller_reads(tmp_path: Path) -> None:
+    settings = {"listen": "127.0.0.1:0", "log": "log", "pidfile": "pid", "user": SELF}
+    (tmp_path / "natwork.conf").write_text(configuration(settings))
+    done = command("-d", cwd=tmp_path)  # it reads both outputs to their ends
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    assert done.returncode == 0 and "listening on" in done.stderr
+    eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_bytes_that_are_no_text_are_explained_too(tmp_path: Path) -> None:
+    done = command("--explain", "10.0.0.7", "http://\udcff\udcfe/", cwd=tmp_path)
+    assert done.returncode == 0 and "bad-request" in done.stdout
