@@ -2082,6 +2082,45 @@ def dial(
     return sock
 
 
+def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
+    """Run a session's lanes and count what they moved; raise as relay() does."""
+    try:
+        relay(worker.watch, worker.slot, up, down)
+    finally:
+        session.up += up.moved
+        session.down += down.moved
+        up.script.close()
+        down.script.close()
+
+
+def tunnel(
+    worker: Worker, session: Session, client: Stream, server: Stream, opening: bytes
+) -> None:
+    """Join a client and his server, after a few bytes to the client, until both end.
+
+    Closes the server.  Raises Refused when a side is lost or silent for too
+    long; then both were reset, because the end of a stream is here the end of
+    what it says.
+    """
+    server.converse()
+    up = Lane(worker.watch, client, server, worker.config.tunnel_timeout)
+    down = Lane(worker.watch, server, client, worker.config.tunnel_timeout)
+    up.script, down.script = up.tunnel(down), down.tunnel(up)
+    down.out += opening
+    try:
+        carry(worker, session, up, down)
+        if up.abandoned:
+            raise Refused(SERVER_GONE, "the server took no more")
+    except (Refused, IdleTimeout) as error:
+        server.abort()
+        client.abort()
+        if isinstance(error, Refused):
+            raise
+        raise Refused(IDLE, "nothing moved") from None
+    finally:
+        server.close()
+
+
 # --- HTTP ---------------------------------------------------------------------
 #
 # Heads are parsed strictly into parts, and what is sent on is built from the
@@ -2888,12 +2927,8 @@ class Http:
         session.status = "200"
         self.worker.begin(session, titled=True)
         self.answered = self.endless = True
-        server.converse()
-        up = Lane(self.watch, self.client, server, self.config.tunnel_timeout)
-        down = Lane(self.watch, server, self.client, self.config.tunnel_timeout)
-        up.script, down.script = up.tunnel(down), down.tunnel(up)
-        down.out += b"HTTP/1.1 200 Connection established\r\n\r\n"
-        self.join(up, down)
+        opening = b"HTTP/1.1 200 Connection established\r\n\r\n"
+        tunnel(self.worker, session, self.client, server, opening)
         return ENDED
 
     def join(self, up: Lane, down: Lane) -> None:
@@ -2904,7 +2939,7 @@ class Http:
         """
         failed = True
         try:
-            relay(self.watch, self.worker.slot, up, down)
+            carry(self.worker, self.session, up, down)
             failed = self.endless and up.abandoned
         except IdleTimeout:
             if self.answered:
@@ -2913,10 +2948,6 @@ class Http:
                 raise Refused(BODY_TIMEOUT, "the request body did not end") from None
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
         finally:
-            self.session.up += up.moved
-            self.session.down += down.moved
-            up.script.close()
-            down.script.close()
             if failed and self.server:
                 if self.endless:
                     self.server.abort()
