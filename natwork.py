@@ -64,15 +64,31 @@ from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
-set_title: Callable[[str], None] | None
-try:
-    from setproctitle import setproctitle as set_title
-except ImportError:  # the bare box: everything works but the titles
-    set_title = None
+
+def load_set_title() -> Callable[[str], None] | None:
+    """Return setproctitle's function; None on the bare box, which has no titles.
+
+    Its C part alone: the package around that loads logging and threading, and
+    what these do after each fork would cost every worker a quarter megabyte.
+    """
+    package = PathFinder.find_spec("setproctitle")
+    places = package and package.submodule_search_locations
+    spec = PathFinder.find_spec("_setproctitle", places) if places else None
+    if not spec or not spec.loader:
+        return None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Callable[[str], None] = module.setproctitle
+    return function
+
+
+set_title = load_set_title()
 
 __version__ = "0.1.0"
 
