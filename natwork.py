@@ -2698,10 +2698,10 @@ class Http:
         worker: Worker,
         policy: Policy,
         client: Stream,
-        own_page: Callable[[Http, str, bytes], Outcome],
+        pages: Callable[[Http, str, bytes], Outcome],
     ) -> None:
-        """Take a client over; own_page answers what is asked of the gateway itself."""
-        self.own_page = own_page
+        """Take a client over; pages() answers what is asked of the gateway itself."""
+        self.pages = pages
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
         self.policy, self.client = policy, client
         self.via = self.config.name.encode()
@@ -2863,7 +2863,7 @@ class Http:
             return self.answer_here(head, raw)
         if head.target.startswith(b"/"):
             session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
-            return self.own_page(self, host_named(head), head.target)
+            return self.pages(self, host_named(head), head.target)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
@@ -2872,7 +2872,7 @@ class Http:
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
         if self.policy.means_us(target.host, target.port):
-            return self.own_page(self, target.host, target.path)
+            return self.pages(self, target.host, target.path)
         return self.forward(head, target, length)
 
     def is_last_hop(self, head: RequestHead, length: int | None) -> bool:
@@ -3079,16 +3079,20 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #8886; padding: .3em .7em; text-align: left }
 th { font-weight: 600; vertical-align: bottom }
 td { overflow-wrap: anywhere; vertical-align: top }
+td:is(:nth-child(1), :nth-child(4), :nth-child(6), :nth-child(7)) { min-width: 9em }
 :is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(n + 8)) { text-align: right }
 td:nth-child(n + 8) { white-space: nowrap }
 .stale { opacity: .5 }
-@media (max-width: 60em) {
+@media (max-width: 78em) {
   body { margin: 1em }
-  table, tbody { display: block }
+  table { display: block }
   thead { display: none }
+  tbody { display: grid; gap: .8em;
+    grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%%), 1fr)) }
   tr { border: 1px solid #8886; border-radius: 6px; display: grid; gap: .4em 1em;
-    grid-template-columns: repeat(3, 1fr); margin-bottom: .8em; padding: .6em }
-  td { border: 0; padding: 0; text-align: left !important }
+    align-content: start; grid-template-columns: repeat(3, 1fr); padding: .6em }
+  td { border: 0; min-width: 0 !important; padding: 0; text-align: left !important }
+  td:nth-child(-n + 3) { align-self: end }
   td:nth-child(4), td:nth-child(6) { grid-column: span 2 }
   td::before { content: attr(data-head); display: block }
 }
@@ -3319,9 +3323,14 @@ def metrics(board: Scoreboard) -> str:
         ("connect_seconds", "summary", "From a target to a connection.", seconds),
         ("workers", "gauge", "Workers, by what they do.", by_state),
         ("workers_limit", "gauge", "The most that there may be.", {"": found["limit"]}),
-        ("forks_total", "counter", "Workers forked.", {"": words[FORKS]}),
-        ("forks_failed_total", "counter", "And not.", {"": words[FORKS_FAILED]}),
-        ("log_lines_lost_total", "counter", "Of the access log.", {"": lost}),
+        ("forks_total", "counter", "Workers that began.", {"": words[FORKS]}),
+        ("forks_failed_total", "counter", "And could not.", {"": words[FORKS_FAILED]}),
+        (
+            "log_lines_lost_total",
+            "counter",
+            "They did not get into the log.",
+            {"": lost},
+        ),
         ("start_time_seconds", "gauge", "When it began.", {"": words[BEGAN]}),
     ]
     lines = []
