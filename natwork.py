@@ -406,8 +406,9 @@ WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
 SLOT_SIZE, SLOT_HEAD = 8192, 64
 ROW_SIZE = (4096 - SLOT_HEAD) // 2
 # Its second page counts, in words: connections made, the microseconds they took,
-# and the sessions that have ended, by protocol and outcome.
-MADE, MADE_IN, ENDED_BY = range(3)
+# and the sessions that have ended, by protocol and outcome.  ENDS is which of
+# these counts the session belongs to, once its line is being written.
+MADE, MADE_IN, ENDS, ENDED_BY = range(4)
 PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect ftp gopher".split()
 PROTOCOL_AT = {proto: number for number, proto in enumerate(PROTOCOLS)}
 OUTCOME_AT = {word: number for number, word in enumerate(["other", *OUTCOMES])}
@@ -515,14 +516,23 @@ class Slot:
         self.counts[MADE] += 1
         self.counts[MADE_IN] += int(seconds * 1e6)
 
-    def settle(self, session: Session, outcome: str) -> None:
+    def end(self, session: Session, outcome: str) -> None:
+        """Get ready to settle a session whose log line comes next.
+
+        From here on the line counts as written, so that a worker who is killed
+        behind it does not get a second one.
+        """
+        self.moved(session.up, session.down)
+        self.counts[ENDS] = ended_by(session.proto, outcome)
+
+    def settle(self) -> None:
         """Add a session that has ended to the totals, and take its row down."""
-        words = self.words
+        words, counts = self.words, self.counts
         words[SESSIONS] += 1
-        words[UPS] += session.up
-        words[DOWNS] += session.down
-        self.counts[ended_by(session.proto, outcome)] += 1
-        words[WHICH] = words[UP] = words[DOWN] = 0
+        words[UPS] += words[UP]
+        words[DOWNS] += words[DOWN]
+        counts[counts[ENDS]] += 1
+        counts[ENDS] = words[WHICH] = words[UP] = words[DOWN] = 0
 
 
 UNPRINTABLE = {
@@ -1210,8 +1220,9 @@ class Worker:
 
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
+        self.slot.end(session, outcome)
         self.generation.log.write(session, outcome, self.slot)
-        self.slot.settle(session, outcome)
+        self.slot.settle()
 
     def entitle(self, title: str) -> None:
         if set_title and title != self.title:
@@ -1338,14 +1349,15 @@ class Master:
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
-        row = slot.row()
-        if not row:
-            return
-        session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
-        ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-        outcome = ends.get(code, KILLED).word
-        self.generation.log.write(session, outcome, slot)
-        slot.settle(session, outcome)
+        if not slot.counts[ENDS]:
+            if not (row := slot.row()):
+                return
+            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
+            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
+            outcome = ends.get(code, KILLED).word
+            slot.end(session, outcome)
+            self.generation.log.write(session, outcome, slot)
+        slot.settle()
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken."""
