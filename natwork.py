@@ -517,10 +517,9 @@ class Slot:
         self.counts[MADE_IN] += int(seconds * 1e6)
 
     def end(self, session: Session, outcome: str) -> None:
-        """Get ready to settle a session whose log line comes next.
+        """Get ready to settle a session whose log line is written next.
 
-        From here on the line counts as written, so that a worker who is killed
-        behind it does not get a second one.
+        From here on it counts as written: who is killed now gets no second one.
         """
         self.moved(session.up, session.down)
         self.counts[ENDS] = ended_by(session.proto, outcome)
@@ -666,6 +665,7 @@ class AccessLog:
         words, written = slot.board.words, 0
         # Behind half a line, a disk having been full, the next begins anew.
         data = b"\n" * words[LOG_CUT] + line.encode() + b"\n"
+        slot.end(session, outcome)
         try:
             if not self.shared or select.select([], [self.fd], [], 0)[1]:
                 written = os.write(self.fd, data)
@@ -1220,7 +1220,6 @@ class Worker:
 
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
-        self.slot.end(session, outcome)
         self.generation.log.write(session, outcome, self.slot)
         self.slot.settle()
 
@@ -1355,7 +1354,6 @@ class Master:
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
             ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
             outcome = ends.get(code, KILLED).word
-            slot.end(session, outcome)
             self.generation.log.write(session, outcome, slot)
         slot.settle()
 
