@@ -571,6 +571,10 @@ class Session:
     All fields are printable text without blanks, "-" when there is nothing.
     """
 
+    __slots__ = (
+        "address,began,client,down,method,pid,proto,source,status,target,up,user"
+    ).split(",")
+
     def __init__(self, client: str, pid: int, proto: str = "-") -> None:
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
         self.user = self.method = self.target = "-"
@@ -761,17 +765,25 @@ class Watch:
                 self.poll.register(fd, events)
             if not self.drain_at:
                 self.poll.register(self.lifeline, 0)  # POLLHUP comes unasked
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline = now + seconds
         while True:
-            left = min(deadline, self.drain_at or deadline) - time.monotonic()
-            if left <= 0 and self.drain_at and self.drain_at < deadline:
-                raise Refused(DRAINED, "the gateway is stopping")
-            pause = min(left, PIPE_KEEP_TIME) if self.pipes else left
-            ready = dict(self.poll.poll(max(0.0, pause * 1000)))
-            if ready.pop(self.lifeline, 0):
+            left = deadline - now
+            if self.drain_at and self.drain_at < deadline:
+                left = self.drain_at - now
+                if left <= 0:
+                    raise Refused(DRAINED, "the gateway is stopping")
+            if self.pipes and left > PIPE_KEEP_TIME:
+                left = PIPE_KEEP_TIME
+            ready = dict(self.poll.poll(left * 1000 if left > 0 else 0))
+            if self.lifeline in ready:
+                del ready[self.lifeline]
                 self.poll.unregister(self.lifeline)
                 self.drain()
-            if ready or time.monotonic() >= deadline:
+            if ready:
+                return ready
+            now = time.monotonic()
+            if now >= deadline:
                 return ready
             self.drop_pipes()
 
@@ -810,6 +822,10 @@ class Watch:
 
 class Lane:
     """One direction of a relay: source socket to sink socket."""
+
+    __slots__ = (
+        "abandoned,done,hot,moved,out,patience,script,sink,source,waits,watch"
+    ).split(",")
 
     def __init__(
         self, watch: Watch, source: Stream, sink: Stream | None, patience: float
@@ -959,28 +975,32 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     perhaps answered before, so then only the lane up is abandoned.  Raises
     Refused when a side is lost, IdleTimeout when nothing moved for too long.
     """
-    for lane in (up, down):
-        advance(lane, up)
-    while not (down.done and (up.done or up.abandoned)):
-        running = [x for x in (up, down) if not x.done and not x.abandoned]
-        # While we may still write to it, POLLHUP and POLLERR on a socket, which
-        # poll() reports unasked, mean a reset.
-        wanted = {x.sink.fd: 0 for x in running if x.sink}
-        for lane in running:
-            fd, events = lane.waits
-            if lane.waits is not PAUSE:
-                wanted[fd] = wanted.get(fd, 0) | events
-        slot.moved(up.moved, down.moved)
-        ready = watch.wait(wanted, max(lane.patience for lane in running))
-        if not ready:
-            raise IdleTimeout
-        moving = [lane for lane in running if lane.waits[0] in ready]
-        for lane in moving:
+    try:
+        for lane in (up, down):
             advance(lane, up)
-        if not moving and down.sink and down.sink.fd in ready:
-            raise Refused(down.sink.lost, "connection reset")
-        if not moving:
-            up.abandoned = True
+        while not (down.done and (up.done or up.abandoned)):
+            running = [x for x in (up, down) if not x.done and not x.abandoned]
+            # While we may still write to it, POLLHUP and POLLERR on a socket,
+            # which poll() reports unasked, mean a reset.
+            wanted = {x.sink.fd: 0 for x in running if x.sink}
+            for lane in running:
+                fd, events = lane.waits
+                if lane.waits is not PAUSE:
+                    wanted[fd] = wanted.get(fd, 0) | events
+            slot.moved(up.moved, down.moved)
+            ready = watch.wait(wanted, max(lane.patience for lane in running))
+            if not ready:
+                raise IdleTimeout
+            moving = [lane for lane in running if lane.waits[0] in ready]
+            for lane in moving:
+                advance(lane, up)
+            if not moving and down.sink and down.sink.fd in ready:
+                raise Refused(down.sink.lost, "connection reset")
+            if not moving:
+                up.abandoned = True
+    finally:
+        for lane in (up, down):
+            lane.script.close()  # it gives back what it holds
 
 
 # --- Master and workers -------------------------------------------------------
@@ -2145,8 +2165,6 @@ def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
     finally:
         session.up += up.moved
         session.down += down.moved
-        up.script.close()
-        down.script.close()
 
 
 def tunnel(
@@ -2246,6 +2264,17 @@ def members(names: Names, name: bytes) -> list[bytes]:
     return [member for member in listed if member]
 
 
+def is_host(value: bytes) -> bool:
+    """Return whether a Host field is one: RFC 9112 section 3.2, RFC 3986."""
+    match = HOST.fullmatch(value)
+    if not match or not match[1]:
+        return bool(match)
+    try:
+        return len(pack(match[1].decode())) == 16
+    except ValueError:
+        return False
+
+
 class Fields:
     """The field lines of a head, parsed, and what follows from them alone."""
 
@@ -2261,6 +2290,8 @@ class Fields:
         self.names: Names = {}  # lower case -> values, in their order
         for name, value in self.lines:
             self.names.setdefault(name.lower(), []).append(value)
+        if asked and not all(is_host(host) for host in self.names.get(b"host", ())):
+            raise ValueError("invalid Host field")
         self.options = members(self.names, b"connection")
         # The lines that travel on: not those of one hop, by their name or
         # because Connection says so.
@@ -2308,14 +2339,6 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     return method, target, min(int(minor), 1)
 
 
-def is_literal(raw: bytes | None) -> bool:
-    """Return whether what stood in brackets, if anything, is an IPv6 address."""
-    try:
-        return raw is None or len(pack(raw.decode())) == 16
-    except ValueError:
-        return False
-
-
 def parse_request(head: bytes) -> RequestHead:
     """Split a request head, without its empty line, into its parts; raise Refused."""
     line, _, section = head.partition(b"\r\n")
@@ -2324,12 +2347,10 @@ def parse_request(head: bytes) -> RequestHead:
         fields = parse_fields(section, True)
     except ValueError as error:
         raise Refused(BAD_REQUEST, str(error)) from None
-    # RFC 9112 section 3.2: one, and only one, and a valid one.
-    hosts = fields.names.get(b"host", [])
-    if len(hosts) > 1 or not hosts and minor == 1:
-        raise Refused(BAD_REQUEST, f"{len(hosts)} Host fields")
-    if hosts and not ((match := HOST.fullmatch(hosts[0])) and is_literal(match[1])):
-        raise Refused(BAD_REQUEST, "invalid Host field")
+    # RFC 9112 section 3.2: one, and only one.
+    hosts = len(fields.names.get(b"host", ()))
+    if hosts != 1 and (hosts or minor):
+        raise Refused(BAD_REQUEST, f"{hosts} Host fields")
     return RequestHead(method, target, minor, fields)
 
 
@@ -2521,24 +2542,47 @@ class Exchange:
         self.offered = fields.names.get(b"upgrade", [])
         if head.minor == 0 or b"upgrade" not in fields.options:
             self.offered = []
+        self.is_plain = not (length or self.offered)  # nothing follows the head
         self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
         self.up.out += self.request_head(target)
-        if length or self.offered:
+        if not self.is_plain:
             self.up.script = self.ask()
             # It takes what has come, and stops: what is malformed reaches nobody.
             self.up.step()
-        else:
-            self.up.script = self.up.flush()
 
     def run(self, server: Stream) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused."""
+        """Carry the request to its server and the answer back; raise Refused.
+
+        Where the end of a stream is the end of a message, a failure is passed
+        on as a reset.
+        """
         http, up = self.http, self.up
+        down = self.down = Lane(http.watch, server, http.client, up.patience)
         up.sink = server
-        if self.length or self.offered:
-            server.converse()
-        self.down = Lane(http.watch, server, http.client, http.config.idle_timeout)
-        self.down.script = self.reply()
-        http.join(up, self.down)
+        failed = True
+        try:
+            if self.is_plain:
+                rest = self.answer_at_once()
+            else:
+                server.converse()
+                rest = self.reply()
+            if rest:
+                if self.is_plain:
+                    up.script = up.flush()
+                down.script = rest
+                relay(http.watch, http.worker.slot, up, down)
+            failed = http.endless and up.abandoned
+        except IdleTimeout:
+            raise self.silence() from None
+        finally:
+            http.session.up += up.moved
+            http.session.down += down.moved
+            if failed and http.endless:
+                server.abort()
+            if failed:
+                http.drop_server()
+        if failed:
+            raise Refused(SERVER_GONE, "the server took no more")
         if self.upgraded:
             return ENDED
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
@@ -2549,6 +2593,48 @@ class Exchange:
         if not http.keep:
             http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
+
+    def silence(self) -> Refused:
+        """Return the refusal that says whose silence was too long."""
+        up = self.up
+        if self.http.answered:
+            return Refused(IDLE, "nothing moved")
+        if not up.done and up.waits[0] == self.http.client.fd:
+            return Refused(BODY_TIMEOUT, "the request body did not end")
+        return Refused(ANSWER_TIMEOUT, "the server did not answer")
+
+    def answer_at_once(self) -> Script | None:
+        """Send a request, and its answer if that comes whole with its head.
+
+        So go most exchanges, and they need no relay.  Returns the script of
+        what is left to do down the lane, None for nothing.
+        """
+        http, up, down, server = self.http, self.up, self.down, self.down.source
+        if not up.push(server):
+            return self.reply()
+        up.done = True
+        if not http.watch.wait(
+            {server.fd: select.POLLIN, http.client.fd: 0}, up.patience
+        ):
+            raise IdleTimeout
+        try:
+            server.received += server.sock.recv(COPY_SIZE)
+        except OSError:
+            return self.reply()
+        self.heard = bool(server.received)
+        end = server.received.find(b"\r\n\r\n", 0, HEAD_LIMIT) + 4
+        if end < 4:
+            return self.reply()
+        response = parse_response(bytes(server.received[: end - 2]))
+        length = self.response_length(response)
+        size = 0 if self.is_bare(response) else length or 0
+        if response.status < 200 or not 0 <= size == len(server.received) - end:
+            return self.reply()
+        self.decide(response, length)
+        down.out += self.response_head(response, length)
+        down.out += server.received[end:]
+        server.received.clear()
+        return None if down.push(http.client) else down.flush()
 
     def request_head(self, target: Target) -> bytes:
         """Return the head of the request as it travels on."""
@@ -2597,7 +2683,6 @@ class Exchange:
             if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
                 down.out += self.onward(response) + b"\r\n"
                 yield from down.flush()
-        http.session.status = str(response.status)
         if response.status == 101:
             yield from self.switch(response)
             return
@@ -2606,7 +2691,7 @@ class Exchange:
         before = down.moved
         try:
             down.out += self.response_head(response, length)
-            if head.method == b"HEAD" or response.status == 304:
+            if self.is_bare(response):
                 length = 0
             if length == CHUNKED:
                 yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
@@ -2637,12 +2722,16 @@ class Exchange:
             self.heard = True
         return parse_response(self.down.source.take(end + 4)[:-2])
 
+    def is_bare(self, response: ResponseHead) -> bool:
+        """Return whether a response has no body, whatever length it tells."""
+        return self.head.method == b"HEAD" or response.status == 304
+
     def response_length(self, response: ResponseHead) -> int | None:
         """Return the length of a response as RFC 9112 section 6.3 finds it."""
         if response.status == 204:
             return None
         length = body_length(response, BAD_RESPONSE)
-        if self.head.method == b"HEAD" or response.status == 304:
+        if self.is_bare(response):
             return None if length == CHUNKED else length
         return ENDLESS if length is None else length
 
@@ -2650,7 +2739,8 @@ class Exchange:
         """Decide which of the two connections goes on after this answer."""
         http, up = self.http, self.up
         http.answered = True
-        if up.waits is PAUSE:
+        http.session.status = str(response.status)
+        if not up.done and up.waits is PAUSE:
             up.step()  # its offer was refused
         closing = response.minor == 0 or b"close" in response.fields.options
         self.server_keeps = not closing and length != ENDLESS
@@ -2688,7 +2778,7 @@ class Exchange:
             raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
         http.keep = False
         http.answered = http.endless = self.upgraded = True
-        http.session.proto = "upgrade"
+        http.session.proto, http.session.status = "upgrade", "101"
         http.worker.begin(http.session, titled=True)
         up.patience = down.patience = http.config.tunnel_timeout
         down.out += self.onward(response)
@@ -3008,30 +3098,6 @@ class Http:
         opening = b"HTTP/1.1 200 Connection established\r\n\r\n"
         tunnel(self.worker, session, self.client, server, opening)
         return ENDED
-
-    def join(self, up: Lane, down: Lane) -> None:
-        """Relay, and write down what moved; raise Refused.
-
-        Where the end of a stream is the end of a message, a failure is passed
-        on as a reset.
-        """
-        failed = True
-        try:
-            carry(self.worker, self.session, up, down)
-            failed = self.endless and up.abandoned
-        except IdleTimeout:
-            if self.answered:
-                raise Refused(IDLE, "nothing moved") from None
-            if not up.done and up.waits[0] == self.client.fd:
-                raise Refused(BODY_TIMEOUT, "the request body did not end") from None
-            raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
-        finally:
-            if failed and self.server:
-                if self.endless:
-                    self.server.abort()
-                self.drop_server()
-        if failed:
-            raise Refused(SERVER_GONE, "the server took no more")
 
     def forward(self, head: RequestHead, target: Target, length: int | None) -> Outcome:
         """Send a request on and its answer back; return the outcome."""
