@@ -405,10 +405,10 @@ ROWS = STATES + SLOTS  # offset of the slots
 WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
 SLOT_SIZE, SLOT_HEAD = 8192, 64
 ROW_SIZE = (4096 - SLOT_HEAD) // 2
-# Its second page counts, in words: connections made, the microseconds they took,
-# and the sessions that have ended, by protocol and outcome.  ENDS is which of
-# these counts the session belongs to, once its line is being written.
-MADE, MADE_IN, ENDS, ENDED_BY = range(4)
+# The slot's second page: connections made, and the microseconds they took; which
+# of the words behind it is to count the session, once its log line is written;
+# and these, for the sessions that have ended, by protocol and outcome.
+MADE, MADE_IN, ENDS, ENDED_BY = range(512, 516)
 PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect ftp gopher".split()
 PROTOCOL_AT = {proto: number for number, proto in enumerate(PROTOCOLS)}
 OUTCOME_AT = {word: number for number, word in enumerate(["other", *OUTCOMES])}
@@ -479,8 +479,7 @@ class Slot:
     def __init__(self, board: Scoreboard, number: int) -> None:
         self.board, self.memory, self.number = board, board.memory, number
         self.base = ROWS + number * SLOT_SIZE
-        self.words = board.words[self.base // 8 : (self.base + SLOT_HEAD) // 8]
-        self.counts = board.words[self.base // 8 + 512 : (self.base + SLOT_SIZE) // 8]
+        self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
 
     def state(self, state: int) -> None:
         self.memory[STATES + self.number] = state
@@ -513,8 +512,8 @@ class Slot:
         self.words[UP], self.words[DOWN] = up, down
 
     def connected(self, seconds: float) -> None:
-        self.counts[MADE] += 1
-        self.counts[MADE_IN] += int(seconds * 1e6)
+        self.words[MADE] += 1
+        self.words[MADE_IN] += int(seconds * 1e6)
 
     def end(self, session: Session, outcome: str) -> None:
         """Get ready to settle a session whose log line is written next.
@@ -522,16 +521,16 @@ class Slot:
         From here on it counts as written: who is killed now gets no second one.
         """
         self.moved(session.up, session.down)
-        self.counts[ENDS] = ended_by(session.proto, outcome)
+        self.words[ENDS] = ended_by(session.proto, outcome)
 
     def settle(self) -> None:
         """Add a session that has ended to the totals, and take its row down."""
-        words, counts = self.words, self.counts
+        words = self.words
         words[SESSIONS] += 1
         words[UPS] += words[UP]
         words[DOWNS] += words[DOWN]
-        counts[counts[ENDS]] += 1
-        counts[ENDS] = words[WHICH] = words[UP] = words[DOWN] = 0
+        words[words[ENDS]] += 1
+        words[ENDS] = words[WHICH] = words[UP] = words[DOWN] = 0
 
 
 UNPRINTABLE = {
@@ -1368,7 +1367,7 @@ class Master:
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
-        if not slot.counts[ENDS]:
+        if not slot.words[ENDS]:
             if not (row := slot.row()):
                 return
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
@@ -3134,8 +3133,6 @@ COLUMNS = (
     "Source IP,Original Source Port,New Source Port,Destination,Protocol,Host,User,"
     "Age,Up,Down,Moving,PID"
 ).split(",")
-WAYS = {"up": UPS, "down": DOWNS}
-FIGURES = "idle,busy,limit,served,refused,failed,uptime".split(",")
 HTML = """\
 <!doctype html>
 <html lang="en">
@@ -3230,33 +3227,24 @@ ESCAPES = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 # Nothing from elsewhere, nothing inline but ours, in nobody's frame.
 GUARDS = (
     "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-    "X-Frame-Options: DENY\r\nReferrer-Policy: no-referrer\r\n"
-    "Cross-Origin-Resource-Policy: same-origin\r\n"
+    "X-Frame-Options: DENY\r\nCross-Origin-Resource-Policy: same-origin\r\n"
     "Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; "
     "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'\r\n"
 )
 PAC = """\
 function packed(host) {
-  var found = "", groups, parts, i;
-  function add(number, digits) {
-    var text = number.toString(16);
-    while (text.length < digits) text = "0" + text;
-    found += text;
+  var found = "", sides = host.split("::"), left, right, i;
+  if (/^\\d+(\\.\\d+){3}$/.test(host)) {
+    left = host.split(".");
+    for (i = 0; i < 4; i++) found += ("0" + (+left[i]).toString(16)).slice(-2);
+  } else if (host.indexOf(":") >= 0) {
+    left = sides[0] ? sides[0].split(":") : [];
+    right = sides[1] ? sides[1].split(":") : [];
+    while (left.length + right.length < 8) left.push("0");
+    left = left.concat(right);
+    for (i = 0; i < 8; i++) found += ("000" + left[i]).slice(-4);
   }
-  if ((parts = /^(.*:)?(\\d+)\\.(\\d+)\\.(\\d+)\\.(\\d+)$/.exec(host))) {
-    if (!parts[1])
-      for (i = 2; i < 6; i++) add(+parts[i], 2);
-    host = parts[1] && parts[1] + (parts[2] * 256 + +parts[3]).toString(16) + ":" +
-      (parts[4] * 256 + +parts[5]).toString(16);
-  }
-  if (!host || host.indexOf(":") < 0) return found;
-  parts = host.split("::");
-  groups = parts[0] ? parts[0].split(":") : [];
-  parts = parts[1] ? parts[1].split(":") : [];
-  while (groups.length + parts.length < 8) groups.push("0");
-  groups = groups.concat(parts);
-  for (i = 0; i < 8; i++) add(parseInt(groups[i], 16), 4);
   return found.replace(/^0{20}ffff/, "");
 }
 function FindProxyForURL(url, host) {
@@ -3284,14 +3272,12 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
         except ValueError:  # no row of ours
             continue
         client, _, port = session.client.rpartition(":")
+        new_port = session.source.rpartition(":")[2]
         rows.append(
             {
                 "source_ip": client.strip("[]"),
                 "original_source_port": int(port),
-                "new_source_port": int(
-                    session.source.rpartition(":")[2].strip("-") or 0
-                )
-                or None,
+                "new_source_port": int(new_port) if new_port.isdigit() else None,
                 "destination": session.address,
                 "protocol": session.proto,
                 "host": session.host(),
@@ -3314,18 +3300,23 @@ def total(board: Scoreboard, word: int) -> int:
 def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
     kinds = [(proto, word) for proto in PROTOCOLS for word in OUTCOME_AT]
-    counts = {kind: total(board, 512 + ended_by(*kind)) for kind in kinds}
+    counts = {kind: total(board, ended_by(*kind)) for kind in kinds}
     return {kind: count for kind, count in counts.items() if count}
 
 
 def figures(board: Scoreboard) -> dict[str, int]:
     """Return the master's figures."""
-    words, limit = board.words, board.words[MAX_WORKERS]
-    states = board.states(max(limit, words[USED]))
+    states = board.states(board.words[USED])
     idle = sum(state >= FIRST_IDLE for state in states)
-    found = dict.fromkeys(FIGURES, 0)
-    found.update(idle=idle, busy=len(states) - states.count(FREE) - idle, limit=limit)
-    found["uptime"] = int(time.time()) - words[BEGAN]
+    found = {
+        "idle": idle,
+        "busy": len(states) - states.count(FREE) - idle,
+        "limit": board.words[MAX_WORKERS],
+        "served": 0,
+        "refused": 0,
+        "failed": 0,
+        "uptime": int(time.time()) - board.words[BEGAN],
+    }
     for (_, word), count in ended(board).items():
         outcome = OUTCOMES.get(word, BROKEN)
         if outcome in (OK, ENDED):
@@ -3354,7 +3345,8 @@ def table_page(http: Http, nonce: str) -> str:
             for head, text in zip(COLUMNS, texts)
         )
 
-    rows, found = table_rows(http.worker.board), figures(http.worker.board)
+    board = http.worker.board
+    rows, found = table_rows(board), figures(board)
     shown = {name: f"{count:,}" for name, count in found.items()}
     shown["uptime"] = clock(found["uptime"])
     return HTML % {
@@ -3386,27 +3378,22 @@ def metrics(board: Scoreboard) -> str:
         f'{{protocol="{proto}",outcome="{word}"}}': count
         for (proto, word), count in ended(board).items()
     }
-    by_way = {f'{{direction="{d}"}}': total(board, w) for d, w in WAYS.items()}
-    by_state = {f'{{state="{state}"}}': found[state] for state in ("idle", "busy")}
-    seconds = {
-        "_sum": total(board, 512 + MADE_IN) / 1e6,
-        "_count": total(board, 512 + MADE),
+    by_way = {
+        '{direction="up"}': total(board, UPS),
+        '{direction="down"}': total(board, DOWNS),
     }
-    lost = total(board, LOST)
+    by_state = {f'{{state="{state}"}}': found[state] for state in ("idle", "busy")}
+    took = {"_sum": total(board, MADE_IN) / 1e6, "_count": total(board, MADE)}
+    lost = {"": total(board, LOST)}
     families: list[tuple[str, str, str, dict[str, Any]]] = [
         ("sessions_total", "counter", "Sessions that have ended.", by_kind),
         ("bytes_total", "counter", "Bytes that these have moved.", by_way),
-        ("connect_seconds", "summary", "From a target to a connection.", seconds),
+        ("connect_seconds", "summary", "From a target to a connection.", took),
         ("workers", "gauge", "Workers, by what they do.", by_state),
         ("workers_limit", "gauge", "The most that there may be.", {"": found["limit"]}),
         ("forks_total", "counter", "Workers that began.", {"": words[FORKS]}),
         ("forks_failed_total", "counter", "And could not.", {"": words[FORKS_FAILED]}),
-        (
-            "log_lines_lost_total",
-            "counter",
-            "They did not get into the log.",
-            {"": lost},
-        ),
+        ("log_lines_lost_total", "counter", "What the log did not take.", lost),
         ("start_time_seconds", "gauge", "When it began.", {"": words[BEGAN]}),
     ]
     lines = []
