@@ -3288,6 +3288,16 @@ def content_type(name: str) -> str:
     return (not packed and kind) or "application/octet-stream"
 
 
+def gopher_text(down: Lane) -> Script:
+    """Pass text on, less the dot at its end: RFC 1436 section 3."""
+    held = b""
+    while data := (yield from down.receive(COPY_SIZE)):
+        held += data
+        down.out += held[:-5]
+        held = held[-5:]
+    down.out += re.sub(rb"(\A|\n)\.\r?\n?\Z", rb"\1", held)
+
+
 def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
     """Answer with a page of preformatted lines, which are HTML; the title is not."""
     import html
@@ -3352,41 +3362,6 @@ def ftp_login(head: RequestHead, target: Target) -> tuple[str, str]:
                 raise Refused(BAD_REQUEST, "a control byte in the login")
             login = user.decode("latin-1"), password.decode("latin-1")
     return login
-
-
-def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Outcome:
-    """Answer a request for an ftp:// URL; return the outcome, or raise Refused."""
-    import ftplib
-
-    http.session.proto = "ftp"
-    http.keep &= not length  # until its body is read
-    if head.method not in (b"GET", b"HEAD", b"PUT"):
-        raise Refused(NOT_IMPLEMENTED, "an ftp:// URL takes GET, HEAD and PUT")
-    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
-    if kind in (b";type=a", b";type=i", b";type=d"):
-        path = path[:-7]
-    login = ftp_login(head, target)
-    http.worker.begin(http.session)
-    talk = Talk(http, http.dial(target.host, target.port))
-    server = ftplib.FTP(encoding="latin-1")
-    server.sock = server.file = talk  # type: ignore[assignment]
-    try:
-        http.worker.begin(http.session, titled=True)
-        if not ftp_enter(server, login):
-            return ftp_challenge(http, target)
-        if head.method == b"PUT":
-            ftp_put(http, server, head, path, length)
-        elif path.endswith("/") or not path or kind == b";type=d":
-            ftp_list(http, server, path)
-        else:
-            ftp_get(http, server, path)
-    except (ftplib.Error, EOFError, ValueError) as error:
-        # The reply's number only: its text may name the user.
-        raise ftp_failure(head.method, str(error)[:3]) from None
-    finally:
-        http.drop_server()
-    http.lingers = not http.keep
-    return OK
 
 
 def ftp_enter(server: Any, login: tuple[str, str]) -> bool:
@@ -3460,27 +3435,6 @@ def ftp_size(server: Any, path: str) -> int | None:
         return None
 
 
-def ftp_get(http: Http, server: Any, path: str) -> None:
-    """Answer with a file, or else with the directory of that name."""
-    import ftplib
-
-    size = ftp_size(server, path)
-    if http.session.method == "HEAD" and size is not None:
-        assert http.server
-        return answer_stream(http, http.server, content_type(path), size)
-    try:
-        data = ftp_data(http, server, f"RETR {path}")
-    except ftplib.error_perm:
-        return ftp_list(http, server, path)
-    try:
-        answer_stream(http, data, content_type(path), size)
-    finally:
-        data.close()
-    if http.endless:
-        server.sock.expect()
-        server.voidresp()  # or what has come was not all, and must not look so
-
-
 def ftp_list(http: Http, server: Any, path: str) -> None:
     """Answer with a directory, as a page."""
     import html
@@ -3506,6 +3460,27 @@ def ftp_list(http: Http, server: Any, path: str) -> None:
         link = f'<a href="{base}{quoted(name)}{end}">{html.escape(name)}{end}</a>'
         lines.append(before + link + html.escape(match[2][len(name) :]))
     answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
+
+
+def ftp_get(http: Http, server: Any, path: str) -> None:
+    """Answer with a file, or else with the directory of that name."""
+    import ftplib
+
+    size = ftp_size(server, path)
+    if http.session.method == "HEAD" and size is not None:
+        assert http.server
+        return answer_stream(http, http.server, content_type(path), size)
+    try:
+        data = ftp_data(http, server, f"RETR {path}")
+    except ftplib.error_perm:
+        return ftp_list(http, server, path)
+    try:
+        answer_stream(http, data, content_type(path), size)
+    finally:
+        data.close()
+    if http.endless:
+        server.sock.expect()
+        server.voidresp()  # or what has come was not all, and must not look so
 
 
 def ftp_put(
@@ -3543,7 +3518,72 @@ def ftp_put(
     http.answer("201 Created", b"", b"")
 
 
+def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Outcome:
+    """Answer a request for an ftp:// URL; return the outcome, or raise Refused."""
+    import ftplib
+
+    http.session.proto = "ftp"
+    http.keep &= not length  # until its body is read
+    if head.method not in (b"GET", b"HEAD", b"PUT"):
+        raise Refused(NOT_IMPLEMENTED, "an ftp:// URL takes GET, HEAD and PUT")
+    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
+    if kind in (b";type=a", b";type=i", b";type=d"):
+        path = path[:-7]
+    login = ftp_login(head, target)
+    http.worker.begin(http.session)
+    talk = Talk(http, http.dial(target.host, target.port))
+    server = ftplib.FTP(encoding="latin-1")
+    server.sock = server.file = talk  # type: ignore[assignment]
+    try:
+        http.worker.begin(http.session, titled=True)
+        if not ftp_enter(server, login):
+            return ftp_challenge(http, target)
+        if head.method == b"PUT":
+            ftp_put(http, server, head, path, length)
+        elif path.endswith("/") or not path or kind == b";type=d":
+            ftp_list(http, server, path)
+        else:
+            ftp_get(http, server, path)
+    except (ftplib.Error, EOFError, ValueError) as error:
+        # The reply's number only: its text may name the user.
+        raise ftp_failure(head.method, str(error)[:3]) from None
+    finally:
+        http.drop_server()
+    http.lingers = not http.keep
+    return OK
+
+
 # Gopher: RFC 1436; its URLs: RFC 4266.
+
+
+def gopher_item(item: str) -> str:
+    """Return a line of a menu as HTML."""
+    import html
+
+    kind = item[:1]
+    name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
+    text = html.escape(name)
+    if kind in ("", "i", "3") or not host:
+        return text
+    place = endpoint((host, port or "70"))
+    if kind == "h" and re.match("URL:(https?|ftp|gopher)://", selector):
+        link = selector[4:]
+    elif kind in "8T":
+        link = f"telnet://{place}/"
+    else:
+        link = f"gopher://{place}/{quoted(kind)}{quoted(selector)}"
+    return f'<a href="{html.escape(link)}">{text}</a>'
+
+
+def gopher_menu(http: Http, talk: Talk, title: str) -> None:
+    """Answer with a menu, as a page; what begins with an error is a 404."""
+    lines = talk.read().decode("latin-1").split("\n")
+    items = [line.rstrip("\r") for line in lines]
+    if "." in items:
+        del items[items.index(".") :]
+    missing = items and items[0].startswith("3")
+    status = NOT_FOUND.status_text() if missing else "200 OK"
+    answer_page(http, status, title, [gopher_item(item) for item in items])
 
 
 def gopher(
@@ -3580,46 +3620,6 @@ def gopher(
         http.drop_server()
     http.lingers = not http.keep
     return OK
-
-
-def gopher_text(down: Lane) -> Script:
-    """Pass text on, less the dot at its end: RFC 1436 section 3."""
-    held = b""
-    while data := (yield from down.receive(COPY_SIZE)):
-        held += data
-        down.out += held[:-5]
-        held = held[-5:]
-    down.out += re.sub(rb"(\A|\n)\.\r?\n?\Z", rb"\1", held)
-
-
-def gopher_menu(http: Http, talk: Talk, title: str) -> None:
-    """Answer with a menu, as a page; what begins with an error is a 404."""
-    lines = talk.read().decode("latin-1").split("\n")
-    items = [line.rstrip("\r") for line in lines]
-    if "." in items:
-        del items[items.index(".") :]
-    missing = items and items[0].startswith("3")
-    status = NOT_FOUND.status_text() if missing else "200 OK"
-    answer_page(http, status, title, [gopher_item(item) for item in items])
-
-
-def gopher_item(item: str) -> str:
-    """Return a line of a menu as HTML."""
-    import html
-
-    kind = item[:1]
-    name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
-    text = html.escape(name)
-    if kind in ("", "i", "3") or not host:
-        return text
-    place = endpoint((host, port or "70"))
-    if kind == "h" and re.match("URL:(https?|ftp|gopher)://", selector):
-        link = selector[4:]
-    elif kind in "8T":
-        link = f"telnet://{place}/"
-    else:
-        link = f"gopher://{place}/{quoted(kind)}{quoted(selector)}"
-    return f'<a href="{html.escape(link)}">{text}</a>'
 
 
 # --- Serving a client ---------------------------------------------------------
