@@ -3397,8 +3397,8 @@ def ftp_challenge(http: Http, target: Target) -> Outcome:
     return NO_LOGIN
 
 
-def ftp_data(http: Http, server: Any, command: str) -> Stream:
-    """Return the data connection for a command that was accepted; raise Refused.
+def ftp_data(http: Http, server: Any, words: str) -> Stream:
+    """Return the data connection for a command, once that is accepted; raise Refused.
 
     It goes to the host that we talk to, whatever address the server names.
     """
@@ -3416,7 +3416,7 @@ def ftp_data(http: Http, server: Any, command: str) -> Stream:
     session.address, session.source = ends
     data = Stream(sock, SERVER_GONE)
     try:
-        if server.sendcmd(command)[:1] != "1":
+        if server.sendcmd(words)[:1] != "1":
             raise ValueError("reply")
     except BaseException:
         data.close()
