@@ -45,6 +45,7 @@ the programs that do.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import binascii
 import contextlib
 import errno
 import fcntl
@@ -3198,6 +3199,23 @@ def serve_redirected(
 FTP_ENTRY = re.compile(
     r"([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ (.+)"
 )
+PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
+MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+FILE_TYPES = {
+    "css": "text/css",
+    "gif": "image/gif",
+    "gz": "application/gzip",
+    "htm": "text/html",
+    "html": "text/html",
+    "jpeg": "image/jpeg",
+    "jpg": "image/jpeg",
+    "pdf": "application/pdf",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+    "txt": "text/plain",
+    "xml": "text/xml",
+    "zip": "application/zip",
+}
 BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
 GOPHER_TYPES = {
     "0": "text/plain; charset=utf-8",
@@ -3265,27 +3283,20 @@ class Talk:
 
 def decoded(raw: bytes) -> str:
     """Return a part of a URL decoded, its bytes as Latin-1; raise Refused."""
-    from urllib.parse import unquote_to_bytes
-
-    part = unquote_to_bytes(raw)
-    if re.search(rb"[\r\n\0]", part):  # it would end the line, and begin another
+    part = PERCENT.sub(lambda match: bytes.fromhex(match[1].decode()), raw)
+    if CONTROL.search(part):  # it would end the line, and begin another
         raise Refused(BAD_REQUEST, "a control byte in the target")
     return part.decode("latin-1")
 
 
 def quoted(text: str) -> str:
     """Return what decoded() decodes, with no byte that means something in a URL."""
-    from urllib.parse import quote
-
-    return quote(text.encode("latin-1"), safe="")
+    return re.sub(r"[^A-Za-z0-9._~-]", lambda match: f"%{ord(match[0]):02X}", text)
 
 
 def content_type(name: str) -> str:
     """Return the type of a file by its name."""
-    import mimetypes
-
-    kind, packed = mimetypes.guess_type(f"/{name}", strict=False)
-    return (not packed and kind) or "application/octet-stream"
+    return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
 
 
 def gopher_text(down: Lane) -> Script:
@@ -3300,9 +3311,7 @@ def gopher_text(down: Lane) -> Script:
 
 def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
     """Answer with a page of preformatted lines, which are HTML; the title is not."""
-    import html
-
-    title = html.escape(title.encode("latin-1").decode(errors="replace"))
+    title = title.encode("latin-1").decode(errors="replace").translate(MARKUP)
     text = "\n".join(lines).encode("latin-1").decode(errors="replace")
     page = (
         f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
@@ -3350,15 +3359,13 @@ def answer_stream(
 
 def ftp_login(head: RequestHead, target: Target) -> tuple[str, str]:
     """Return user and password, the request's or the URL's; raise Refused."""
-    import binascii
-
     user, _, password = target.login.partition(b":")
     login = decoded(user), decoded(password)
     match = BASIC.fullmatch(b"".join(head.fields.names.get(b"authorization", [])))
     if match:
         with contextlib.suppress(binascii.Error):
             user, _, password = binascii.a2b_base64(match[1]).partition(b":")
-            if re.search(rb"[\r\n\0]", user + password):
+            if CONTROL.search(user + password):
                 raise Refused(BAD_REQUEST, "a control byte in the login")
             login = user.decode("latin-1"), password.decode("latin-1")
     return login
@@ -3437,8 +3444,6 @@ def ftp_size(server: Any, path: str) -> int | None:
 
 def ftp_list(http: Http, server: Any, path: str) -> None:
     """Answer with a directory, as a page."""
-    import html
-
     if path:
         server.cwd(path)
     with contextlib.closing(ftp_data(http, server, "LIST")) as data:
@@ -3452,13 +3457,13 @@ def ftp_list(http: Http, server: Any, path: str) -> None:
         line = line.rstrip("\r")
         match = FTP_ENTRY.fullmatch(line)
         if not match:
-            lines.append(html.escape(line))
+            lines.append(line.translate(MARKUP))
             continue
         name = match[2].partition(" -> ")[0] if match[1] == "l" else match[2]
         end = "/" if match[1] == "d" else ""
-        before = html.escape(line[: match.start(2)])
-        link = f'<a href="{base}{quoted(name)}{end}">{html.escape(name)}{end}</a>'
-        lines.append(before + link + html.escape(match[2][len(name) :]))
+        before = line[: match.start(2)].translate(MARKUP)
+        link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
+        lines.append(before + link + match[2][len(name) :].translate(MARKUP))
     answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
 
 
@@ -3558,11 +3563,9 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
 
 def gopher_item(item: str) -> str:
     """Return a line of a menu as HTML."""
-    import html
-
     kind = item[:1]
     name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
-    text = html.escape(name)
+    text = name.translate(MARKUP)
     if kind in ("", "i", "3") or not host:
         return text
     place = endpoint((host, port or "70"))
@@ -3572,7 +3575,7 @@ def gopher_item(item: str) -> str:
         link = f"telnet://{place}/"
     else:
         link = f"gopher://{place}/{quoted(kind)}{quoted(selector)}"
-    return f'<a href="{html.escape(link)}">{text}</a>'
+    return f'<a href="{link.translate(MARKUP)}">{text}</a>'
 
 
 def gopher_menu(http: Http, talk: Talk, title: str) -> None:
@@ -3603,17 +3606,18 @@ def gopher(
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
     http.worker.begin(http.session)
+    http.lingers = not http.keep
+    if kind == "7" and "\t" not in selector:
+        form = '<form>Search for: <input name="q"> <input type="submit"></form>'
+        answer_page(http, "200 OK", target.host, [form])
+        return OK
     talk = Talk(http, http.dial(target.host, target.port))
     http.worker.begin(http.session, titled=True)
     try:
-        if kind == "7" and "\t" not in selector:
-            form = '<form>Search for: <input name="q"> <input type="submit"></form>'
-            answer_page(http, "200 OK", target.host, [form])
-        elif kind in "17":
-            talk.sendall(f"{selector}\r\n".encode("latin-1"))
+        talk.sendall(f"{selector}\r\n".encode("latin-1"))
+        if kind in "17":
             gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
         else:
-            talk.sendall(f"{selector}\r\n".encode("latin-1"))
             media = GOPHER_TYPES.get(kind) or content_type(selector)
             answer_stream(http, talk.server, media, None, kind == "0")
     finally:
@@ -3910,6 +3914,11 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             os.ftruncate(pidfile, 0)
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)
+        # While we may still read Python's library; and without the TLS that it
+        # would load and we do not use, three megabytes in every worker.
+        sys.modules["ssl"] = None  # type: ignore[assignment]
+        import ftplib  # noqa: F401
+
         if not set_title:
             say("setproctitle is not installed: process titles will be missing")
         if user and config.log != "-":

@@ -159,7 +159,7 @@ def gophernicus(folder: Path) -> Origin:
     words: list[str] = []
     server = Origin(lambda c, o: Inetd(*words, folder=folder)(c, o), "127.0.0.3")
     place = ("-h", server.host, "-p", str(server.port))
-    words += ["gophernicus", *place, "-r", str(root), "-nx", "-nu", "-nh"]
+    words += ["gophernicus", *place, "-r", str(root), "-nm", "-nr", "-ns"]
     (root / "text.txt").write_bytes(b"one line\n.hidden\nlast line\n")
     (root / "big.zip").write_bytes(BIG)
     (root / "below/other.txt").write_text("below\n")
@@ -273,7 +273,7 @@ def test_a_directory_is_a_page_whose_links_lead_on(gateway, vsftpd, path: str) -
     assert answer.values(b"Content-Type") == [b"text/html; charset=utf-8"]
     assert b"<b>" not in answer.body and "\u00e4" in answer.body.decode()
     found = links(answer)
-    named = "&lt;b&gt;&amp;&quot;&#x27;% ?#;\u00e4.txt"
+    named = "&lt;b&gt;&amp;&quot;'% ?#;\u00e4.txt"
     assert set(found) == {"../", "below/", "link", named}
     base = f"http://{server.authority}{path}"  # urljoin() does not know every scheme
 
@@ -325,29 +325,32 @@ def test_a_login_refused_is_401_and_nobody_is_told_the_password(
     gateway, vsftpd, site: Path
 ) -> None:
     server = vsftpd()
-    for login in ("ann:wrongword@", "ann@", "nobodyhere:wrongword@"):
-        for method in (b"GET", b"HEAD", b"PUT"):
-            target = url(server, "/private.txt", login=login)
-            fields = [b"Content-Length: 3"] if method == b"PUT" else []
-            answer = ask(gateway, target, *fields, method=method)
-            assert answer.status == 401
-            (challenge,) = answer.values(b"WWW-Authenticate")
-            assert challenge == b'Basic realm="ftp://%b"' % server.authority.encode()
-            assert b"wrongword" not in answer.body and b"ann" not in answer.body
-            assert answer.closes == (method == b"PUT")
+    for login, method in (
+        ("ann:wrongword@", b"GET"),
+        ("ann@", b"HEAD"),
+        ("nobodyhere:wrongword@", b"PUT"),
+    ):
+        target = url(server, "/private.txt", login=login)
+        fields = [b"Content-Length: 3"] if method == b"PUT" else []
+        answer = ask(gateway, target, *fields, method=method)
+        assert answer.status == 401
+        (challenge,) = answer.values(b"WWW-Authenticate")
+        assert challenge == b'Basic realm="ftp://%b"' % server.authority.encode()
+        assert b"wrongword" not in answer.body and b"ann" not in answer.body
+        assert answer.closes == (method == b"PUT")
     text = gateway.log.read_text() + gateway.errors.read_text()
     assert "wrongword" not in text and "ann" not in text and SECRET not in text
 
 
 def test_the_title_has_no_user_in_it(gateway, origin: Start) -> None:
     pytest.importorskip("setproctitle")
-    asked = threading.Event()
+    asked, seen = threading.Event(), threading.Event()
 
     def silent(connection: socket.socket, origin: Origin) -> None:
         connection.sendall(b"220 hello\r\n")
         connection.recv(64)
         asked.set()
-        connection.recv(64)
+        seen.wait(10)
 
     server = origin(silent, "127.0.0.3")
     with gateway.connect() as client:
@@ -357,6 +360,7 @@ def test_the_title_has_no_user_in_it(gateway, origin: Start) -> None:
         title = Path(f"/proc/{pid}/cmdline").read_text()
         assert " ftp 127.0.0.3" in title
         assert "ann" not in title and "word" not in title and "/a" not in title
+        seen.set()
 
 
 # --- FTP: uploads -------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_what_few_need_is_not_imported_at_the_top() -> None:
         for name in node.names
     }
     late = {"argparse", "configparser", "json", "traceback", "daemon", "subprocess"}
-    late |= {"ftplib", "html", "mimetypes", "urllib.parse"}
+    late |= {"ftplib", "html", "mimetypes", "ssl"}
     assert "socket" in top and not top & late
 
 
