@@ -696,7 +696,7 @@ def test_gophernicus_is_read(gateway, gophernicus: Origin) -> None:
     assert ask(gateway, url(gophernicus, "/9/big.zip", "gopher")).body == BIG
     head = ask(gateway, url(gophernicus, "/9/big.zip", "gopher"), method=b"HEAD")
     assert head.values(b"Content-Type") == [b"application/zip"]
-    assert ask(gateway, url(gophernicus, "/1/nothing", "gopher")).status == 404
+    assert ask(gateway, url(gophernicus, "/1/nothing/", "gopher")).status == 404
 
 
 # --- Real clients -------------------------------------------------------------
