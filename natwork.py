@@ -3102,7 +3102,7 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     names = CLAIMED_HOST.findall(data[: end.end()])
     if absolute := ABSOLUTE.fullmatch(words[1]):
         names.append(absolute[2])
-    bare = [re.sub(rb"\A.*@|:[0-9]*\Z", b"", name) for name in names]
+    bare = [re.sub(rb"\A.*@|:[0-9]*\Z", b"", name).strip(b"[]") for name in names]
     return [name for name in bare if name]
 
 
