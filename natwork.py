@@ -3201,21 +3201,12 @@ FTP_ENTRY = re.compile(
 )
 PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
 MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
-FILE_TYPES = {
-    "css": "text/css",
-    "gif": "image/gif",
-    "gz": "application/gzip",
-    "htm": "text/html",
-    "html": "text/html",
-    "jpeg": "image/jpeg",
-    "jpg": "image/jpeg",
-    "pdf": "application/pdf",
-    "png": "image/png",
-    "svg": "image/svg+xml",
-    "txt": "text/plain",
-    "xml": "text/xml",
-    "zip": "application/zip",
-}
+FILE_TYPES = dict(
+    word.split("=")
+    for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
+    "html=text/html jpeg=image/jpeg jpg=image/jpeg pdf=application/pdf png=image/png "
+    "svg=image/svg+xml txt=text/plain xml=text/xml zip=application/zip".split()
+)
 BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
 GOPHER_TYPES = {
     "0": "text/plain; charset=utf-8",
@@ -3230,6 +3221,7 @@ class Talk:
     def __init__(self, http: Http, server: Stream) -> None:
         self.http, self.server = http, server
         self.until = 0.0  # monotonic; when the next answer must be there
+        self.heard = 0  # bytes of this answer
 
     def expect(self) -> None:
         """Give the server its time for an answer."""
@@ -3247,6 +3239,7 @@ class Talk:
 
     def sendall(self, data: bytes) -> None:
         self.expect()
+        self.heard = 0
         lane = Lane(self.http.watch, self.server, self.server, 0)
         lane.out += data
         for _, events in lane.flush():
@@ -3261,6 +3254,9 @@ class Talk:
         except OSError as error:
             raise Refused(SERVER_GONE, reason(error)) from None
         self.server.received += data
+        self.heard += len(data)
+        if self.heard > PAGE_LIMIT:
+            raise Refused(BAD_RESPONSE, f"over {PAGE_LIMIT} bytes of talk")
         return bool(data)
 
     def readline(self, limit: int) -> str:
@@ -3276,8 +3272,6 @@ class Talk:
         self.expect()
         while self.fill():
             self.expect()
-            if len(self.server.received) > PAGE_LIMIT:
-                raise Refused(BAD_RESPONSE, f"a directory of over {PAGE_LIMIT} bytes")
         return self.server.take(PAGE_LIMIT)
 
 
@@ -3351,7 +3345,11 @@ def answer_stream(
         yield from down.flush()
 
     up.script, down.script = up.flush(), pass_on()
-    http.join(up, down)
+    try:
+        http.join(up, down)
+    except Refused:
+        http.answered = down.moved > 0  # else it can still become another answer
+        raise
 
 
 # FTP: RFC 959, RFC 2428; its URLs: RFC 1738 section 3.2.
