@@ -21,6 +21,7 @@ from box import unavailable
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
+from proc import at_rest
 from running import worker_of
 from test_rules import TARGETS
 from wire import Message
@@ -185,6 +186,11 @@ def asking(
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
+def settled(gateway: Gateway) -> int:
+    """Return the number of lines in the access log, once no more come of themselves."""
+    return at_rest(lambda: len(gateway.lines()), 0.1)
+
+
 def line_of(gateway: Gateway, count: int) -> dict[str, str]:
     """Return the line of the access log that follows on count others."""
     return gateway.lines(count + 1)[count]
@@ -210,7 +216,7 @@ def run(*words: str, cwd: Path, **environment: str) -> str:
 
 
 def test_a_file_is_streamed_and_the_connection_goes_on(gateway, vsftpd) -> None:
-    server, count = vsftpd(), len(gateway.lines())
+    server, count = vsftpd(), settled(gateway)
     with gateway.connect() as client:
         for path, body in (("/hello.txt", b"hello, ftp\n"), ("/big.bin", BIG)) * 2:
             answer = exchange(client, asking(url(server, path)))
@@ -244,7 +250,7 @@ def test_head_says_what_get_would(gateway, vsftpd, path: str, kind: bytes) -> No
 
 
 def test_what_is_not_there_is_404(gateway, vsftpd) -> None:
-    count = len(gateway.lines())
+    count = settled(gateway)
     for path in ("/nothing", "/nothing/", "/dir/nothing.txt"):
         answer = ask(gateway, url(vsftpd(), path))
         assert answer.status == 404 and b"550" in answer.body
@@ -307,7 +313,7 @@ def basic(user: str, password: str) -> bytes:
 
 
 def test_a_user_logs_in_by_url_or_by_field(gateway, vsftpd) -> None:
-    count = len(gateway.lines())
+    count = settled(gateway)
     server, word = vsftpd(), SECRET.replace(" ", "%20")
     for target, *fields in (
         [url(server, "/private.txt", login=f"ann:{word}@")],
@@ -393,7 +399,7 @@ def test_an_upload_that_is_announced_is_let_in(gateway, vsftpd, site: Path) -> N
 
 
 def test_an_upload_refused_says_so(gateway, vsftpd) -> None:
-    count = len(gateway.lines())
+    count = settled(gateway)
     for path, status in (("/x.up", 403), ("/", 400), ("/dir/", 400)):
         target = url(vsftpd(), path)
         field = b"Content-Length: 5"
@@ -403,7 +409,7 @@ def test_an_upload_refused_says_so(gateway, vsftpd) -> None:
 
 
 def test_a_half_sent_upload_is_not_called_stored(gateway, vsftpd, site: Path) -> None:
-    count = len(gateway.lines())
+    count = settled(gateway)
     target = url(vsftpd(), "/half", login=f"ann:{SECRET.replace(' ', '%20')}@")
     with gateway.connect() as client:
         client.sendall(asking(target, b"Content-Length: 100", method=b"PUT") + b"abc")
@@ -615,7 +621,7 @@ def menu(connection: socket.socket, origin: Origin) -> None:
 
 
 def test_a_menu_is_a_page(gateway, origin: Start) -> None:
-    server, count = origin(menu, "127.0.0.3"), len(gateway.lines())
+    server, count = origin(menu, "127.0.0.3"), settled(gateway)
     for path in ("", "/", "/1", "/1/"):
         answer = ask(gateway, url(server, path, "gopher"))
         assert answer.status == 200 and not answer.closes
@@ -640,7 +646,7 @@ def test_a_menu_is_a_page(gateway, origin: Start) -> None:
 
 
 def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
-    server, count = origin(menu, "127.0.0.3"), len(gateway.lines())
+    server, count = origin(menu, "127.0.0.3"), settled(gateway)
     answer = ask(gateway, url(server, "/7/find%3Fa", "gopher"))
     assert b'<input name="q">' in answer.body and server.received == []
     for query in ("?q=two+words", "?two%20words", "%09two%20words"):
@@ -747,7 +753,7 @@ def test_wget_gets(gateway, vsftpd, tmp_path: Path) -> None:
 def test_lynx_reads_both(gateway, vsftpd, gophernicus: Origin, tmp_path: Path) -> None:
     needs("lynx")
     proxies = {"ftp_proxy": gateway.url + "/", "gopher_proxy": gateway.url + "/"}
-    count = len(gateway.lines())
+    count = settled(gateway)
     for target, words in (
         (url(vsftpd(), "/hello.txt"), ["hello, ftp"]),
         (url(vsftpd(), "/"), ["dir/", "big.bin", f"ftp://{vsftpd().authority}/dir/"]),
@@ -769,11 +775,12 @@ def test_a_closed_address_is_refused_by_every_scheme(
     closed, origin: Start, word: str, target: str, scheme: bytes
 ) -> None:
     server = origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
-    count = len(closed.lines())
     place = f"{target}:{server.port}".encode()  # traps 12, 13
     answer = ask(closed, b"%b://%b/" % (scheme, place))
     assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
-    line = line_of(closed, count)
+    eventually(lambda: f":{server.port}/" in closed.log.read_text())
+    at = f":{server.port}/"
+    line = next(x for x in closed.lines() if x["target"].endswith(at))
     assert (line["proto"], line["outcome"]) == (scheme.decode(), f"denied-{word}")
     assert uncalled(server)
 
