@@ -3606,6 +3606,8 @@ def gopher(
     http.worker.begin(http.session)
     http.lingers = not http.keep
     if kind == "7" and "\t" not in selector:
+        session = http.session
+        judged(http.policy, http.worker.peer, session.user, target.host, target.port)
         form = '<form>Search for: <input name="q"> <input type="submit"></form>'
         answer_page(http, "200 OK", target.host, [form])
         return OK

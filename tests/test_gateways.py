@@ -775,7 +775,8 @@ def test_a_closed_address_is_refused_by_every_scheme(
     closed, origin: Start, word: str, target: str, scheme: str
 ) -> None:
     server = origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
-    end = f":{server.port}/{TARGETS.index((word, target))}"
+    number = TARGETS.index((word, target))
+    end = f":{server.port}/{'17'[number % 2]}{number}"  # a menu, or a search's form
     url = f"{scheme}://{target}{end}"  # traps 12, 13
     answer = ask(closed, url.encode())
     assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
