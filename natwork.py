@@ -3392,8 +3392,8 @@ class Socks:
         """Relay the client's datagrams; raise Refused."""
         association = Association(self.worker, self.policy, self.session, self.client)
         try:
-            self.worker.begin(self.session)
             self.send(self.reply(OK, association.inner.getsockname()))
+            self.worker.begin(self.session, titled=True)
             self.owes_reply = False
             association.run()
         finally:
