@@ -690,10 +690,12 @@ class Stream:
         return piece
 
     def fill(self) -> bool:
-        """Receive more; return False at the end or after a reset."""
+        """Receive more; return False at the end, or when the far end is lost."""
         try:
             data = self.sock.recv(COPY_SIZE)
-        except ConnectionError:
+        except BlockingIOError:
+            raise
+        except OSError:  # a reset, or keepalive's time is over
             return False
         self.received += data
         return bool(data)
