@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure natwork beside its peers: the same work, in one run, as ratios.
 
-    python3 bench/bench.py                  every row, 5 rounds: some 6 minutes
+    python3 bench/bench.py                  every row, 5 rounds: some 8 minutes
     python3 bench/bench.py --quick          less of everything: about a minute
     python3 bench/bench.py --only connect-1g get-1g --rounds 3
     python3 bench/bench.py --syscalls       system calls a request, by strace

@@ -14,10 +14,10 @@ from box import ip
 from box import make_certificates
 from box import needs
 from conftest import eventually
-from socks import Association
-from socks import UdpEcho
-from socks import addressed
-from socks import datagram
+from sockswire import Association
+from sockswire import UdpEcho
+from sockswire import addressed
+from sockswire import datagram
 from test_end_to_end import Rig
 from test_end_to_end import set_up
 from test_end_to_end import some_bytes

@@ -12,19 +12,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
+from box import unavailable
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
 from conftest import read_all
 from running import idle
-from socks import HELLO
-from socks import UdpEcho
-from socks import addressed
-from socks import associated
-from socks import five
-from socks import four
-from socks import named
-from socks import packed
+from sockswire import HELLO
+from sockswire import UdpEcho
+from sockswire import addressed
+from sockswire import associated
+from sockswire import five
+from sockswire import four
+from sockswire import named
+from sockswire import packed
 from test_rules import TARGETS
 from test_rules import here
 from wire import Script
@@ -187,7 +188,7 @@ def test_an_own_address_is_reached_by_no_way(
 ) -> None:
     address = here(socket.AF_INET, "198.51.100.1")
     if not address or address.startswith("127."):
-        pytest.skip("this box has loopback addresses only")
+        unavailable("this box has loopback addresses only")
     running = natwork(f"rules=allow to {MARK}", "inside=127.0.0.0/8", loopback=False)
     with socket.create_server((address, 0)) as victim:
         victim.settimeout(0)
