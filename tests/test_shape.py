@@ -180,6 +180,7 @@ def test_the_sections_stand_in_their_order() -> None:
         "Rules",
         "Connecting",
         "HTTP",
+        "SOCKS",
         "Redirected flows",
         "Gateways",
         "Own pages",
@@ -187,7 +188,7 @@ def test_the_sections_stand_in_their_order() -> None:
         "Service",
         "main",
     ]
-    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 15
+    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 16
 
 
 def test_it_runs_as_a_program() -> None:
