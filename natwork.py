@@ -100,6 +100,7 @@ SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
+NOTIFY_TIME = 5.0  # between the master's words to systemd; WatchdogSec is 30
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 # Plain numbers, where the socket module has members of an enum.
 INET, INET6, STREAM = (
@@ -972,6 +973,17 @@ POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
 
 
+def notify(words: str) -> None:
+    """Tell the service manager how we are, where it asks: sd_notify(3)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        # An abstract address begins with a NUL, for which "@" stands.
+        where = "\0" + path[1:] if path[0] == "@" else path
+        with contextlib.suppress(OSError):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1)
+                sock.sendto(words.encode(), where)
+
+
 def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
     """Return the listeners at which a client waits now."""
     poll = select.poll()
@@ -1208,6 +1220,7 @@ class Master:
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
         self.title = ""
+        self.notify_at = 0.0  # monotonic
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
@@ -1304,6 +1317,7 @@ class Master:
         if self.retiring and not self.states().count(self.retiring.idle()):
             self.retiring = None
             say("configuration reloaded")
+            notify("READY=1")
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
@@ -1384,11 +1398,13 @@ class Master:
 
     def reload(self) -> None:
         """Put a new configuration in force, or say why the old one stays."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = self.load(self.generation)
         except (ConfigError, OSError, ImportError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             say(f"configuration not reloaded, the old one stays: {why}")
+            notify("READY=1")
             return
         old = self.generation
         fresh.number = old.number + 1
@@ -1423,6 +1439,7 @@ class Master:
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""
+        notify("STOPPING=1")
         self.board.words[RETIRED_BELOW] = self.generation.number + 1
         for generation in self.generations:
             os.close(generation.lifeline_in)
@@ -1453,6 +1470,9 @@ class Master:
         if set_title and title != self.title:
             set_title(title)
             self.title = title
+        if (now := time.monotonic()) >= self.notify_at:
+            self.notify_at = now + NOTIFY_TIME
+            notify(f"WATCHDOG=1\nSTATUS={idle} idle {busy} busy")
 
 
 # --- Rules --------------------------------------------------------------------
@@ -3273,6 +3293,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         board.describe(config.max_workers)
         warm()
         ready()
+        notify("READY=1")
         master.run()
     finally:
         if pidfile >= 0:
