@@ -1,0 +1,512 @@
+"""The units on a real systemd: process 1 of a container made from this box itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import needs
+from box import unavailable
+from conftest import ROOT
+from conftest import Origin
+from conftest import eventually
+from running import PROGRAM
+from running import echo
+from running import echoes
+from running import read_proc
+from running import status
+from wire import DENIED
+from wire import exchange
+from wire import request
+from wire import sized
+
+Start = Callable[..., Origin]
+UNITS = ROOT / "systemd"
+README = (ROOT / "README.md").read_text()
+PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+CONF, LOG = Path("etc/natwork/natwork.conf"), Path("var/log/natwork/access.log")
+
+
+def section(title: str) -> str:
+    """Return a section of the README."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def block(title: str, begins: str) -> str:
+    """Return the block of code of a section that begins with these words."""
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", section(title), re.M)
+    found = [b for b in blocks if b.strip().startswith(begins)]
+    assert len(found) == 1, (title, begins, blocks)
+    return re.sub("^    ", "", found[0].strip("\n"), flags=re.M) + "\n"
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in read_proc(pid, f"task/{pid}/children").split()]
+
+
+class Container:
+    """A copy of this box that has booted systemd, with a network of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder / "root"
+        self.output = (folder / "console").open("w+")
+
+    def boot(self) -> None:
+        """Boot it; raise OSError or CalledProcessError where that cannot be."""
+        for name in ("upper", "work", "root"):
+            (self.folder / name).mkdir()
+        layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
+        mount("-t", "overlay", "-o", layers, "overlay", str(self.root))
+        (self.root / "etc/machine-id").write_text(os.urandom(16).hex() + "\n")
+        for wants in (self.root / "etc/systemd/system").glob("*.wants"):
+            shutil.rmtree(wants)  # what this box would start
+        options = ["--quiet", "--register=no", "--keep-unit", "--private-network"]
+        options += ["--console=pipe", f"--directory={self.root}", "--boot"]
+        options += [f"--bind-ro={ROOT}:/srv/natwork"]
+        self.process = subprocess.Popen(
+            ["systemd-nspawn", *options, "--", "--unit=basic.target"],
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=PATH,
+            start_new_session=True,
+        )
+        self.leader = 0
+        eventually(self.has_booted, 60)
+
+    def has_booted(self) -> bool:
+        if self.process.poll() is not None:
+            raise OSError(self.said())
+        self.leader = (children(self.process.pid) or [0])[0]
+        state = self.run("systemctl is-system-running", check=False).stdout.strip()
+        return state in ("running", "degraded")
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()[-2000:]
+
+    def run(self, line: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a shell's line in it, in the copy of this directory."""
+        words = ["nsenter", f"--target={self.leader}", "--mount", "--uts", "--ipc"]
+        words += ["--net", "--pid", "sh", "-ec", f"cd /srv/natwork; {line}"]
+        done = subprocess.run(
+            words,
+            env=PATH,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert done.returncode == 0 or not check, (line, done)
+        return done
+
+    def show(self, name: str) -> str:
+        """Return a property of the service."""
+        return self.run(f"systemctl show --value -p {name} natwork").stdout.strip()
+
+    def journal(self) -> str:
+        """Return what the service has written, in the journal's own words."""
+        self.run("journalctl --sync")
+        return self.run("journalctl -u natwork -o cat").stdout
+
+    def pid_here(self, pid: int) -> int:
+        """Return our number of a process that has this one in the container."""
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            numbers = status(int(name), "NSpid").split()
+            if len(numbers) > 1 and numbers[-1] == str(pid):
+                with contextlib.suppress(OSError):
+                    mine = os.readlink(f"/proc/{name}/ns/pid")
+                    if mine == os.readlink(f"/proc/{self.leader}/ns/pid"):
+                        return int(name)
+        raise AssertionError(f"no process has the number {pid}")
+
+    def halt(self) -> None:
+        """End it, whatever it does, and give its files back."""
+        for pid in children(self.process.pid):
+            os.kill(pid, signal.SIGKILL)  # process 1: the kernel ends the others
+        self.process.kill()
+        self.process.wait(20)
+
+
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def network_of(pid: int) -> Iterator[None]:
+    """Put this thread, and those it starts, into the network of another process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/self/task/%d/ns/net" % threading.get_native_id()) as own:
+        with open(f"/proc/{pid}/ns/net") as other:
+            assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert libc.setns(own.fileno(), 0) == 0
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[Container]:
+    """A container in which the unit is installed as the README says."""
+    needs("systemd-nspawn", "systemctl", "nsenter", "mount")
+    if os.geteuid() != 0:
+        unavailable("systemd-nspawn needs root")
+    with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        container = Container(folder)
+        try:
+            mount("-t", "tmpfs", "natwork", str(folder))
+            undo.callback(subprocess.run, ["umount", "-R", "-l", str(folder)])
+            container.output = (folder / "console").open("w+")
+            container.boot()
+        except (OSError, AssertionError, subprocess.CalledProcessError) as error:
+            unavailable(f"systemd-nspawn does not boot here: {error}")
+        undo.callback(container.halt)
+        container.run(block("Install as a service", "install"))
+        undo.enter_context(network_of(container.leader))
+        yield container
+
+
+class Service:
+    """The gateway that runs in the container."""
+
+    address = ("127.0.0.1", 8080)
+
+    def __init__(self, container: Container) -> None:
+        self.container, self.conf = container, container.root / CONF
+        self.shipped = self.conf.read_text()
+
+    def reload(self, *lines: str) -> subprocess.CompletedProcess[str]:
+        """Write settings into the file, and ask systemd to reload."""
+        self.conf.write_text(self.shipped + "".join(f"{line}\n" for line in lines))
+        return self.container.run("systemctl reload natwork", check=False)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, 40)
+
+    def get(self, origin: Origin | bytes = DENIED) -> int:
+        with self.connect() as client:
+            return exchange(client, request(origin)).status
+
+    def tunnel(self, origin: Origin) -> socket.socket:
+        client = self.connect()
+        client.sendall(request(origin, method=b"CONNECT"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        return client
+
+    def worker_of(self, client: socket.socket) -> int:
+        """Return our number of the worker whose row in the table is this client."""
+        table = self.container.run("python3 natwork.py --table --json").stdout
+        (pid,) = (
+            row["pid"]
+            for row in json.loads(table)
+            if row["original_source_port"] == client.getsockname()[1]
+        )
+        return self.container.pid_here(pid)
+
+
+def answer(connection: socket.socket, origin: Origin) -> None:
+    """Be an origin that answers one request."""
+    if connection.recv(65536):
+        connection.sendall(sized(b"hello"))
+
+
+@pytest.fixture
+def service(container: Container) -> Iterator[Service]:
+    """The service, running and as it was installed but for 127/8 as its outside."""
+    service = Service(container)
+    container.run("systemctl reset-failed natwork; systemctl start natwork")
+    said = service.reload("rules = allow to 127.0.0.0/8")
+    assert said.returncode == 0, said
+    eventually(lambda: "RELOADING" not in container.show("ActiveState").upper())
+    yield service
+    service.conf.write_text(service.shipped)
+
+
+# What systemd says of the files alone.
+
+
+def test_the_units_are_sound_and_tight() -> None:
+    needs("systemd-analyze")
+    units = [str(path) for path in sorted(UNITS.iterdir())]
+    assert [Path(unit).name for unit in units] == ["natwork.service", "natwork.socket"]
+    run = {"capture_output": True, "text": True, "timeout": 60}
+    with tempfile.TemporaryDirectory() as name:
+        # It looks for the program, which is not installed on this box.
+        text = (UNITS / "natwork.service").read_text()
+        copy = Path(name, "natwork.service")
+        copy.write_text(text.replace("/usr/local/bin/natwork.py", "/bin/true"))
+        done = subprocess.run(["systemd-analyze", "verify", copy, units[1]], **run)  # type: ignore[call-overload]
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    words = ["systemd-analyze", "security", "--offline=true", "--no-pager"]
+    done = subprocess.run([*words, "--threshold=11", units[0]], **run)  # type: ignore[call-overload]
+    level = re.search("exposure level for natwork.service: ([0-9.]+)", done.stdout)
+    assert done.returncode == 0 and level and float(level[1]) <= 1.1, done
+
+
+def test_the_limits_of_the_unit_belong_to_the_defaults() -> None:
+    unit = dict(
+        re.findall("^(\\w+)=(.*)$", (UNITS / "natwork.service").read_text(), re.M)
+    )
+    done = subprocess.run([*PROGRAM, "-t"], cwd="/", capture_output=True, text=True)
+    given = dict(re.findall("^(\\w+) = (.*)$", done.stdout, re.M))
+    assert int(given["max_workers"]) + 1 < int(unit["TasksMax"])
+    assert float(given["drain_timeout"]) + 7 < float(unit["TimeoutStopSec"])
+
+
+# On a real systemd.
+
+
+def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> None:
+    container = service.container
+    server = origin(answer, "127.0.0.3")
+    for name, value in {
+        "ActiveState": "active",
+        "SubState": "running",
+        "Type": "notify",
+        "User": "natwork",
+        "OOMPolicy": "continue",
+        "NRestarts": "0",
+    }.items():
+        assert container.show(name) == value
+    assert re.fullmatch("[0-9]+ idle [0-9]+ busy", container.show("StatusText"))
+    master = container.pid_here(int(container.show("MainPID")))
+    ids = container.run("id -u natwork; id -g natwork").stdout.split()
+    for pid in [master, *children(master)]:
+        assert [status(pid, name).split()[1] for name in ("Uid", "Gid")] == ids
+        assert status(pid, "CapBnd") == "0000000000000000"
+    command = f"curl --silent --show-error --proxy http://127.0.0.1:8080 {server.url}/"
+    assert container.run(command + " --noproxy ''").stdout == "hello"
+
+
+def test_the_journal_has_the_access_log(service: Service, origin: Start) -> None:
+    server = origin(answer, "127.0.0.3")
+    service.get(server)
+    line = f"proto=http method=GET target={server.url}/ "
+    eventually(lambda: line in service.container.journal())
+    (found,) = (x for x in service.container.journal().splitlines() if line in x)
+    assert found.startswith("time=") and " outcome=ok " in found
+
+
+def test_the_watchdog_is_answered_but_by_a_master_that_hangs(service: Service) -> None:
+    container = service.container
+    dropin = container.root / "etc/systemd/system/natwork.service.d/watchdog.conf"
+    dropin.parent.mkdir()
+    dropin.write_text("[Service]\nWatchdogSec=2\n")
+    container.run("systemctl daemon-reload; systemctl restart natwork")
+    assert container.show("WatchdogUSec") == "2s"
+    dropin.unlink()
+    container.run("systemctl daemon-reload")
+    master, stamp = container.show("MainPID"), "WatchdogTimestampMonotonic"
+    before = int(container.show(stamp))
+    eventually(lambda: int(container.show(stamp)) > before + 3e6)
+    assert container.show("MainPID") == master and service.get() == 403
+    os.kill(container.pid_here(int(master)), signal.SIGSTOP)
+    eventually(lambda: container.show("MainPID") not in (master, "0"), 30)
+    assert service.get() == 403 and container.show("NRestarts") == "1"
+
+
+def test_a_reload_is_tested_first(service: Service) -> None:
+    container = service.container
+    master = container.show("MainPID")
+    said = service.reload("spare_workers = many")
+    assert said.returncode != 0
+    assert "natwork.conf: spare_workers = many: " in container.journal()
+    assert "not reloaded" not in container.journal()  # the gateway never heard of it
+    assert service.get() == 403 and container.show("ActiveState") == "active"
+    before = container.journal().count("natwork: configuration reloaded")
+    assert service.reload("spare_workers = 3").returncode == 0
+    eventually(
+        lambda: container.journal().count("natwork: configuration reloaded") > before
+    )
+    eventually(lambda: container.show("ActiveState") == "active")
+    assert container.show("MainPID") == master
+
+
+def test_the_log_may_be_a_file_that_is_rotated(service: Service) -> None:
+    container, log = service.container, service.container.root / LOG
+    service.reload(f"log = /{LOG}")
+    eventually(log.exists)
+    service.get()
+    eventually(lambda: log.read_text().count("\n") == 1)
+    assert log.stat().st_mode & 0o777 == 0o640
+    log.rename(log.with_suffix(".1"))
+    service.reload(f"log = /{LOG}")
+    eventually(log.exists)
+    service.get()
+    eventually(lambda: log.read_text().count("\n") == 1)
+    assert log.with_suffix(".1").read_text().count("\n") == 1
+    assert container.run("stat -c %U /var/log/natwork").stdout == "natwork\n"
+
+
+def test_no_client_is_lost_while_it_is_replaced(
+    service: Service, origin: Start
+) -> None:
+    container, server = service.container, origin(answer, "127.0.0.3")
+    program = container.root / "usr/local/bin/natwork.py"
+    wrong: list[object] = []
+    served, over = [0] * 4, threading.Event()
+
+    def ask(number: int) -> None:
+        while not over.is_set():
+            try:
+                assert service.get(server) == 200
+                served[number] += 1
+            except (OSError, AssertionError) as failure:
+                wrong.append(failure)
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=ask, args=[n]) for n in range(len(served))]
+    for thread in threads:
+        thread.start()
+    masters = set()
+    for number in range(3):
+        count = sum(served)
+        new = program.read_text().replace("__version__ = ", f"__version__ = '{number}'")
+        program.with_suffix(".new").write_text(new)
+        program.with_suffix(".new").chmod(0o755)
+        program.with_suffix(".new").rename(program)
+        container.run("systemctl restart natwork")
+        masters.add(container.show("MainPID"))
+        eventually(lambda: wrong or sum(served) > count + 20, 20)  # noqa: B023
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(masters) == 3, wrong
+
+
+def test_a_session_ends_before_a_restart_and_who_comes_waits(
+    service: Service, origin: Start
+) -> None:
+    container, server = service.container, origin(echo, "127.0.0.3")
+    with service.tunnel(server) as old:
+        restart = threading.Thread(
+            target=container.run, args=["systemctl restart natwork"]
+        )
+        restart.start()
+        eventually(lambda: container.show("ActiveState") == "deactivating")
+        with service.connect() as new:
+            new.sendall(request(DENIED))
+            new.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                new.recv(1)
+            assert echoes(old)
+            old.close()
+            new.settimeout(20)
+            assert new.recv(65536).startswith(b"HTTP/1.1 403")
+        restart.join(30)
+
+
+def memory_group() -> Path:
+    """Return a new control group that can limit memory; skip where there is none."""
+    for base in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        group = base / f"natwork-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / "memory.limit_in_bytes").exists():
+                (group / "memory.limit_in_bytes").write_text("65536")
+                return group
+            if (group / "memory.max").exists():
+                (group / "memory.max").write_text("65536")
+                return group
+            group.rmdir()
+    unavailable("no control group for memory here")
+
+
+def test_a_worker_killed_for_memory_takes_nobody_along(
+    service: Service, origin: Start
+) -> None:
+    container, server = service.container, origin(echo, "127.0.0.3")
+    with service.tunnel(server) as ill, service.tunnel(server) as well:
+        worker, group = service.worker_of(ill), memory_group()
+        try:
+            (group / "cgroup.procs").write_text(str(worker))
+            with contextlib.suppress(OSError):
+                for _ in range(200):  # its buffers are new pages, and too many
+                    ill.sendall(bytes(65536))
+                    if not ill.recv(65536):
+                        break
+            eventually(lambda: not read_proc(worker, "cmdline"))
+            stat = (
+                "memory.oom_control"
+                if group.parent.name == "memory"
+                else "memory.events"
+            )
+            assert re.search("^oom_kill [1-9]", (group / stat).read_text(), re.M)
+        finally:
+            with contextlib.suppress(OSError):
+                eventually(lambda: not (group / "cgroup.procs").read_text())
+            group.rmdir()
+        client = "client=%s:%d " % ill.getsockname()[:2]
+        eventually(lambda: re.search(client + ".*outcome=killed", container.journal()))
+        assert echoes(well) and service.get() == 403
+        assert container.show("ActiveState") == "active"
+        assert container.show("Result") == "success"
+        assert container.show("NRestarts") == "0"
+
+
+def test_only_the_log_can_be_written_and_only_python_be_run(service: Service) -> None:
+    """What a worker could do: a program in the unit's own sandbox tries it."""
+    container = service.container
+    probe = (
+        "import os\n"
+        "for path in '/usr/bin/id', '/bin/sh':\n"
+        "    try: os.execv(path, [path])\n"
+        "    except PermissionError: pass\n"
+        "for top, folders, _ in os.walk('/'):\n"
+        "    if top == '/': folders.remove('proc')\n"
+        "    try: open(top + '/x', 'w'); print('writes', top)\n"
+        "    except OSError: pass\n"
+    )
+    (container.root / "usr/local/bin/probe.py").write_text(probe)
+    unit = (container.root / "etc/systemd/system/natwork.service").read_text()
+    unit = re.sub("^(Exec(Start|Reload)|Type|Restart).*\n", "", unit, flags=re.M)
+    start = (
+        "[Service]\nType=oneshot\nExecStart=/usr/bin/python3 /usr/local/bin/probe.py"
+    )
+    unit = unit.replace("[Service]", start).partition("[Install]")[0]
+    (container.root / "etc/systemd/system/probe.service").write_text(unit)
+    container.run("systemctl daemon-reload; systemctl start probe; journalctl --sync")
+    said = container.run("journalctl -u probe -o cat -t python3").stdout
+    assert said == "writes /var/log/natwork\n"
+
+
+def test_a_bad_configuration_is_not_tried_again(service: Service) -> None:
+    container = service.container
+    service.conf.write_text("[natwork]\nspare_workers = many\n")
+    assert container.run("systemctl restart natwork", check=False).returncode != 0
+    eventually(lambda: container.show("ActiveState") == "failed")
+    assert container.show("ExecMainStatus") == "78"
+    assert container.show("NRestarts") == "0"
+    service.conf.write_text(service.shipped)
+    container.run("systemctl reset-failed natwork natwork.socket")
+    container.run("systemctl start natwork.socket natwork")
+    assert service.get() == 403
+
+
+def test_stopped_it_has_left_with_nothing_behind(service: Service) -> None:
+    container = service.container
+    with service.connect():
+        container.run("systemctl stop natwork.socket natwork")
+    assert container.show("ActiveState") == "inactive"
+    assert container.show("Result") == "success"
+    assert container.show("ExecMainStatus") == "0"
+    assert container.run("pgrep -u natwork", check=False).stdout == ""
+    with pytest.raises(ConnectionRefusedError):
+        service.connect()
+    container.run("systemctl start natwork.socket natwork")
+    assert service.get() == 403
