@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -25,8 +24,10 @@ from conftest import ROOT
 from conftest import Origin
 from conftest import eventually
 from running import PROGRAM
+from running import block
 from running import echo
 from running import echoes
+from running import network_of
 from running import read_proc
 from running import status
 from wire import DENIED
@@ -36,22 +37,8 @@ from wire import sized
 
 Start = Callable[..., Origin]
 UNITS = ROOT / "systemd"
-README = (ROOT / "README.md").read_text()
 PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 CONF, LOG = Path("etc/natwork/natwork.conf"), Path("var/log/natwork/access.log")
-
-
-def section(title: str) -> str:
-    """Return a section of the README."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-def block(title: str, begins: str) -> str:
-    """Return the block of code of a section that begins with these words."""
-    blocks = re.findall(r"(?:^(?:    .*)?\n)+", section(title), re.M)
-    found = [b for b in blocks if b.strip().startswith(begins)]
-    assert len(found) == 1, (title, begins, blocks)
-    return re.sub("^    ", "", found[0].strip("\n"), flags=re.M) + "\n"
 
 
 def children(pid: int) -> list[int]:
@@ -146,19 +133,6 @@ def mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True, capture_output=True)
 
 
-@contextlib.contextmanager
-def network_of(pid: int) -> Iterator[None]:
-    """Put this thread, and those it starts, into the network of another process."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/self/task/%d/ns/net" % threading.get_native_id()) as own:
-        with open(f"/proc/{pid}/ns/net") as other:
-            assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-        try:
-            yield
-        finally:
-            assert libc.setns(own.fileno(), 0) == 0
-
-
 @pytest.fixture(scope="module")
 def container() -> Iterator[Container]:
     """A container in which the unit is installed as the README says."""
@@ -192,6 +166,7 @@ class Service:
 
     def reload(self, *lines: str) -> subprocess.CompletedProcess[str]:
         """Write settings into the file, and ask systemd to reload."""
+        lines = ("rules = allow to 127.0.0.0/8", *lines)
         self.conf.write_text(self.shipped + "".join(f"{line}\n" for line in lines))
         return self.container.run("systemctl reload natwork", check=False)
 
@@ -230,7 +205,7 @@ def service(container: Container) -> Iterator[Service]:
     """The service, running and as it was installed but for 127/8 as its outside."""
     service = Service(container)
     container.run("systemctl reset-failed natwork; systemctl start natwork")
-    said = service.reload("rules = allow to 127.0.0.0/8")
+    said = service.reload()
     assert said.returncode == 0, said
     eventually(lambda: "RELOADING" not in container.show("ActiveState").upper())
     yield service
@@ -337,19 +312,26 @@ def test_a_reload_is_tested_first(service: Service) -> None:
     assert container.show("MainPID") == master
 
 
-def test_the_log_may_be_a_file_that_is_rotated(service: Service) -> None:
+def test_the_log_may_be_a_file_that_is_rotated(service: Service, origin: Start) -> None:
+    needs("logrotate")
     container, log = service.container, service.container.root / LOG
     service.reload(f"log = /{LOG}")
     eventually(log.exists)
     service.get()
     eventually(lambda: log.read_text().count("\n") == 1)
     assert log.stat().st_mode & 0o777 == 0o640
-    log.rename(log.with_suffix(".1"))
-    service.reload(f"log = /{LOG}")
-    eventually(log.exists)
-    service.get()
-    eventually(lambda: log.read_text().count("\n") == 1)
-    assert log.with_suffix(".1").read_text().count("\n") == 1
+    snippet = block("Reading the log", "/var/log")
+    (container.root / "etc/logrotate.d/natwork").write_text(snippet)
+    with service.tunnel(origin(echo, "127.0.0.3")) as client:
+        container.run("logrotate --force /etc/logrotate.d/natwork")
+        eventually(log.exists)
+        service.get()
+        eventually(lambda: log.read_text().count("\n") == 1)
+        assert log.stat().st_mode & 0o777 == 0o640
+        assert echoes(client)
+    # It began before, and is nevertheless not written into what will be compressed.
+    eventually(lambda: " proto=connect " in log.read_text())
+    assert log.with_suffix(".log.1").read_text().count("\n") == 1
     assert container.run("stat -c %U /var/log/natwork").stdout == "natwork\n"
 
 
