@@ -338,8 +338,9 @@ def test_the_log_may_be_a_file_that_is_rotated(service: Service, origin: Start) 
     snippet = block("Reading the log", "/var/log")
     (container.root / "etc/logrotate.d/natwork").write_text(snippet)
     with service.tunnel(origin(echo, "127.0.0.3")) as client:
+        before = service.reloads()
         container.run("logrotate --force /etc/logrotate.d/natwork")
-        eventually(log.exists)
+        eventually(lambda: service.reloads() > before)
         service.get()
         eventually(lambda: log.read_text().count("\n") == 1)
         assert log.stat().st_mode & 0o777 == 0o640
