@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from box import ip
 from box import needs
 from box import unavailable
 from conftest import ROOT
@@ -65,7 +66,14 @@ class Container:
         options += ["--console=pipe", f"--directory={self.root}", "--boot"]
         options += [f"--bind-ro={ROOT}:/srv/natwork"]
         self.process = subprocess.Popen(
-            ["systemd-nspawn", *options, "--", "--unit=basic.target"],
+            [
+                "setpriv",
+                "--pdeathsig=KILL",
+                "systemd-nspawn",
+                *options,
+                "--",
+                "--unit=basic.target",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -457,6 +465,28 @@ def test_a_worker_killed_for_memory_takes_nobody_along(
         assert container.show("NRestarts") == "0"
 
 
+def test_the_sandbox_leaves_room_for_an_uplink_by_its_name(
+    service: Service, origin: Start
+) -> None:
+    needs("ip", "unshare")
+    with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as outside:
+        own = os.readlink("/proc/self/ns/net")
+        eventually(lambda: os.readlink(f"/proc/{outside.pid}/ns/net") != own)
+        cable = f"link add wan type veth peer name lan netns {outside.pid}"
+        ip(*cable.split())
+        ip(*"addr add 192.0.2.1/24 dev wan".split())
+        ip(*"link set wan up".split())
+        with network_of(outside.pid):
+            ip(*"addr add 192.0.2.2/24 dev lan".split())
+            ip(*"link set lan up".split())
+            server = origin(answer, "192.0.2.2")
+        assert service.reload("outside = wan").returncode == 0
+        assert service.get(server) == 200  # SO_BINDTODEVICE, and netlink besides
+        assert server.callers[0][0] == "192.0.2.1"
+        outside.kill()  # and the cable with it
+    assert "outside: wan is not there" not in service.container.journal()
+
+
 def test_only_the_log_can_be_written_and_only_python_be_run(service: Service) -> None:
     """What a worker could do: a program in the unit's own sandbox tries it."""
     container = service.container
@@ -508,3 +538,13 @@ def test_stopped_it_has_left_with_nothing_behind(service: Service) -> None:
         service.connect()
     container.run("systemctl start natwork.socket natwork")
     assert service.get() == 403
+
+
+def test_without_the_socket_unit_listen_holds(service: Service) -> None:
+    container = service.container
+    service.conf.write_text(service.shipped + "listen = 127.0.0.9:8081\n")
+    container.run("systemctl stop natwork.socket; systemctl restart natwork")
+    assert "natwork: listening on 127.0.0.9:8081\n" in container.journal()
+    service.address = ("127.0.0.9", 8081)
+    assert service.get() == 403
+    container.run("systemctl stop natwork; systemctl start natwork.socket")
