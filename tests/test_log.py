@@ -557,9 +557,9 @@ def test_a_full_disk_loses_lines_and_no_session(
         eventually(lambda: any("lines are lost" in line for line in gateway.said()))
         (disk / "filler").unlink()
         assert served(gateway) and served(gateway)
-        eventually(lambda: (disk / "log").read_text().endswith("\n"))
+        eventually(lambda: (disk / "log").read_text().count("\n") >= 3)
         lines = (disk / "log").read_text().splitlines()
-        assert 3 <= len(lines) < 43 and LINE.fullmatch(lines[-1])
+        assert len(lines) < 43 and LINE.fullmatch(lines[-1])
         gateway.stop()
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
