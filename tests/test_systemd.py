@@ -31,6 +31,7 @@ from running import echoes
 from running import network_of
 from running import read_proc
 from running import status
+from running import title
 from wire import DENIED
 from wire import exchange
 from wire import request
@@ -51,7 +52,8 @@ class Container:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder / "root"
-        self.output = (folder / "console").open("w+")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.leader = 0  # our number of its process 1
 
     def boot(self) -> None:
         """Boot it; raise OSError or CalledProcessError where that cannot be."""
@@ -65,6 +67,7 @@ class Container:
         options = ["--quiet", "--register=no", "--keep-unit", "--private-network"]
         options += ["--console=pipe", f"--directory={self.root}", "--boot"]
         options += [f"--bind-ro={ROOT}:/srv/natwork"]
+        self.output = (self.folder / "console").open("w+")
         self.process = subprocess.Popen(
             [
                 "setpriv",
@@ -80,10 +83,10 @@ class Container:
             env=PATH,
             start_new_session=True,
         )
-        self.leader = 0
         eventually(self.has_booted, 60)
 
     def has_booted(self) -> bool:
+        assert self.process
         if self.process.poll() is not None:
             raise OSError(self.said())
         self.leader = (children(self.process.pid) or [0])[0]
@@ -131,10 +134,11 @@ class Container:
 
     def halt(self) -> None:
         """End it, whatever it does, and give its files back."""
-        for pid in children(self.process.pid):
-            os.kill(pid, signal.SIGKILL)  # process 1: the kernel ends the others
-        self.process.kill()
-        self.process.wait(20)
+        if self.process:
+            for pid in children(self.process.pid):
+                os.kill(pid, signal.SIGKILL)  # process 1: the kernel ends the others
+            self.process.kill()
+            self.process.wait(20)
 
 
 def mount(*words: str) -> None:
@@ -153,11 +157,10 @@ def container() -> Iterator[Container]:
         try:
             mount("-t", "tmpfs", "natwork", str(folder))
             undo.callback(subprocess.run, ["umount", "-R", "-l", str(folder)])
-            container.output = (folder / "console").open("w+")
+            undo.callback(container.halt)
             container.boot()
         except (OSError, AssertionError, subprocess.CalledProcessError) as error:
             unavailable(f"systemd-nspawn does not boot here: {error}")
-        undo.callback(container.halt)
         container.run(block("Install as a service", "install"))
         undo.enter_context(network_of(container.leader))
         yield container
@@ -289,6 +292,7 @@ def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> No
     assert re.fullmatch("[0-9]+ idle [0-9]+ busy", container.show("StatusText"))
     master = container.pid_here(int(container.show("MainPID")))
     ids = container.run("id -u natwork; id -g natwork").stdout.split()
+    eventually(lambda: title(master).startswith("natwork: master "))
     for pid in [master, *children(master)]:
         assert [status(pid, name).split()[1] for name in ("Uid", "Gid")] == ids
         assert status(pid, "CapBnd") == "0000000000000000"
