@@ -179,11 +179,12 @@ def test_the_sections_stand_in_their_order() -> None:
         "Rules",
         "Connecting",
         "HTTP",
+        "Own pages",
         "Serving a client",
         "Service",
         "main",
     ]
-    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 12
+    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 13
 
 
 def test_it_runs_as_a_program() -> None:

@@ -403,12 +403,14 @@ def test_a_session_ends_before_a_restart_and_who_comes_waits(
     service: Service, origin: Start
 ) -> None:
     container, server = service.container, origin(echo, "127.0.0.3")
+    master = container.pid_here(int(container.show("MainPID")))
     with service.tunnel(server) as old:
         restart = threading.Thread(
             target=container.run, args=["systemctl restart natwork"]
         )
         restart.start()
-        eventually(lambda: container.show("ActiveState") == "deactivating")
+        eventually(lambda: len(children(master)) == 1)  # the idle have left
+        assert container.show("ActiveState") == "deactivating"
         with service.connect() as new:
             new.sendall(request(DENIED))
             new.settimeout(0.5)
