@@ -445,24 +445,26 @@ def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
     askers = [threading.Thread(target=ask, args=[n]) for n in range(len(served))]
     for thread in askers:
         thread.start()
-    for number in range(20):
-        if number % 5 == 0:
-            gateway.log.rename(gateway.folder / f"rotated.{number}")
-        if number == 7:
-            assert "not reloaded" in gateway.hangup(spare_workers="x")
-            gateway.settings["spare_workers"] = "4"
-        elif number == 12:
-            gateway.hangup(listen="127.0.0.1:0 127.0.0.3:0")
-            eventually(lambda: refuses(goes))
-            with socket.create_connection(gateway.listening()[-1], 10) as client:
-                assert exchange(client, request(DENIED)).status == 403
-        else:
-            assert gateway.hangup().endswith("configuration reloaded")
-        assert gateway.log.exists() or number == 7
-        time.sleep(0.1)
-    over.set()
-    for thread in askers:
-        thread.join()
+    try:
+        for number in range(20):
+            if number % 5 == 0:
+                gateway.log.rename(gateway.folder / f"rotated.{number}")
+            if number == 7:
+                assert "not reloaded" in gateway.hangup(spare_workers="x")
+                gateway.settings["spare_workers"] = "4"
+            elif number == 12:
+                gateway.hangup(listen="127.0.0.1:0 127.0.0.3:0")
+                eventually(lambda: refuses(goes))
+                with socket.create_connection(gateway.listening()[-1], 10) as client:
+                    assert exchange(client, request(DENIED)).status == 403
+            else:
+                assert gateway.hangup().endswith("configuration reloaded")
+            assert gateway.log.exists() or number == 7
+            time.sleep(0.1)
+    finally:
+        over.set()
+        for thread in askers:
+            thread.join()
     assert not wrong, wrong
     logs = [gateway.log, *gateway.folder.glob("rotated.*")]
     assert len(logs) == 5
