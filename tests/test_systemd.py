@@ -309,6 +309,39 @@ def test_the_journal_has_the_access_log(service: Service, origin: Start) -> None
     assert found.startswith("time=") and " outcome=ok " in found
 
 
+def test_a_journal_that_hangs_loses_lines_and_stops_no_session(
+    service: Service,
+) -> None:
+    container, wrong, over = service.container, [], threading.Event()
+    number = container.run("systemctl show --value -p MainPID systemd-journald")
+    journald = container.pid_here(int(number.stdout))
+
+    def ask() -> None:
+        while not over.is_set() and not wrong:
+            if service.get() != 403:
+                wrong.append(1)
+
+    def lost() -> bool:
+        with service.connect() as client:
+            page = exchange(
+                client, b"GET /metrics HTTP/1.1\r\nHost: localhost:8080\r\n\r\n"
+            ).body
+        return int(page.split(b"\nnatwork_log_lines_lost_total ")[1].split()[0]) > 100
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    os.kill(journald, signal.SIGSTOP)
+    try:
+        for thread in threads:
+            thread.start()
+        eventually(lambda: wrong or lost(), 60)  # its buffer holds some thousand
+    finally:
+        over.set()
+        os.kill(journald, signal.SIGCONT)
+    assert not wrong and service.get() == 403
+    words = "natwork: the access log takes no more: lines are lost"
+    eventually(lambda: words in container.journal())
+
+
 def test_the_watchdog_is_answered_but_by_a_master_that_hangs(service: Service) -> None:
     container = service.container
     dropin = container.root / "etc/systemd/system/natwork.service.d/watchdog.conf"
