@@ -549,6 +549,7 @@ def test_a_full_disk_loses_lines_and_no_session(
     try:
         gateway = daemon(log=str(disk / "log"), spare_workers="2")
         assert served(gateway)
+        eventually((disk / "log").read_text)
         with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
             while filler.write(b"." * 1024):
                 filler.flush()
