@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """NATWork: carry TCP streams between the two networks of one Linux box.
 
-A client on the inside asks, by HTTP, for a host on the outside.  NATWork
-connects to it from the outside address and joins the two sockets:
+A client on the inside asks, by HTTP or SOCKS, for a host on the outside.
+NATWork connects to it from the outside address and joins the two sockets:
 
     client ----> inside  [ natwork.py ]  outside ----> server
              10.0.0.1:8080            192.0.2.10
@@ -45,11 +45,13 @@ the programs that do.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import binascii
 import contextlib
 import errno
 import fcntl
 import functools
 import gc
+import io
 import mmap
 import os
 import re
@@ -109,12 +111,15 @@ PIPE_SIZE = 256 * 1024  # asked for; 64 KiB is what one gets over the user's bud
 OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
+UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
+CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
+PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 # Plain numbers, where the socket module has members of an enum.
@@ -168,6 +173,8 @@ class Config:
     tunnel_timeout = 7440.0
     keepalive_timeout = 15.0
     drain_timeout = 30.0
+    bind_ports = "0"
+    udp_from_anyone = False
     log = "-"
     log_format = "text"
     user = "nobody"
@@ -199,7 +206,7 @@ class Config:
         """Raise ConfigError for a number out of range or a word out of place."""
         for name in self.names():
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not 0 < value < 1e9:
+            if type(value) in (int, float) and not 0 < value < 1e9:
                 raise self.refuse(name, "must be more than 0")
         if self.max_workers > SLOTS:
             raise self.refuse("max_workers", f"must be at most {SLOTS}")
@@ -225,6 +232,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
+            if isinstance(value, bool):
+                value = "yes" if value else "no"
             if name == "rules":  # a line that begins with ";" would be a comment
                 value = "".join(f"\n    {line}" for line in self.rule_lines())
             lines.append(f"{name} = {value}".rstrip())
@@ -238,6 +247,10 @@ def parse_setting(name: str, text: str) -> Any:
     kind = type(getattr(Config, name))
     if kind is str:
         return text.strip()
+    if kind is bool:
+        if text not in ("yes", "no"):
+            raise ValueError("is neither yes nor no")
+        return text == "yes"
     number = {int: r"[0-9]{1,9}", float: r"[0-9]{1,9}(\.[0-9]{1,9})?"}[kind]
     # int() and float() alone would also take "1_0", " +5" and "nan".
     if not re.fullmatch(number, text, re.ASCII):
@@ -301,22 +314,25 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 
 # --- Outcomes -----------------------------------------------------------------
 #
-# One failure is told to three listeners in three vocabularies: a word in the
-# access log, a status to the client, and the Proxy-Status of RFC 9209 to
-# whoever reads the answer's head.  This table is the only place that knows them.
+# One failure is told in four vocabularies: a word in the access log, a status
+# to an HTTP client, the Proxy-Status of RFC 9209 to whoever reads the answer's
+# head, and a reply to a SOCKS client.  This table is the only place that knows
+# them.
 
 
 ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
-USE_CONNECT = "This gateway takes http:// targets, and CONNECT for everything else."
+USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNECT."
+LOG_IN = "Give the server's user name and password."
 ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
 OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 
 STATUSES = (
-    "400 Bad Request,403 Forbidden,404 Not Found,405 Method Not Allowed,"
+    "400 Bad Request,401 Unauthorized,403 Forbidden,404 Not Found,"
+    "405 Method Not Allowed,"
     "408 Request Timeout,414 URI Too Long,"
     "417 Expectation Failed,431 Request Header Fields Too Large,"
     "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,"
@@ -331,14 +347,15 @@ class Outcome(NamedTuple):
     status: int  # RFC 9110 section 15
     error: str = ""  # RFC 9209 section 2.3; empty: there is nobody left to tell
     advice: str = TRY_LATER  # a sentence for the client's page
+    reply: int = 1  # RFC 1928 section 6; 1 is a general failure
 
     def status_text(self) -> str:
         """Return the status as it stands in a status line, with its phrase."""
         return next(text for text in STATUSES if text.startswith(str(self.status)))
 
 
-OK = Outcome("ok", 200)
-ENDED = Outcome("closed", 200)
+OK = Outcome("ok", 200, reply=0)
+ENDED = Outcome("closed", 200, reply=0)
 OUTSIDER = Outcome("not-inside", 403)
 CLIENT_GONE = Outcome("client-gone", 400)
 IDLE = Outcome("idle-timeout", 504)
@@ -354,21 +371,28 @@ URI_TOO_LONG = BAD_REQUEST._replace(word="uri-too-long", status=414)
 EXPECTATION = BAD_REQUEST._replace(word="expectation-failed", status=417)
 HEAD_TOO_LARGE = BAD_REQUEST._replace(word="head-too-large", status=431)
 BAD_VERSION = BAD_REQUEST._replace(word="bad-version", status=505)
-NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT)
-DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
-LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER)
-NOT_FOUND = Outcome("not-found", 404, "http_request_error", OWN_PAGES)
-BAD_METHOD = NOT_FOUND._replace(word="bad-method", status=405)
+NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT, 7)
+BAD_ADDRESS = BAD_REQUEST._replace(word="bad-address-type", reply=8)
+NO_METHOD = BAD_REQUEST._replace(word="no-method", reply=0xFF)
+NOT_FOUND = Outcome("not-found", 404, "http_request_error", "Check the path.")
+NO_LOGIN = Outcome("login-refused", 401, "http_request_error", LOG_IN)
+NOT_STORED = Outcome("not-stored", 403, "http_request_error", "Ask its owner.")
+DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR, 2)
+LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER, 2)
+NO_PAGE = NOT_FOUND._replace(word="no-page", advice=OWN_PAGES)
+BAD_METHOD = NO_PAGE._replace(word="bad-method", status=405)
 BAD_HOST = DENIED._replace(word="denied-host", advice=ASK_PROXY)
 
-NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.")
-DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout")
-CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout")
+NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.", 4)
+DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout", reply=4)
+CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout", reply=6)
 CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable")
-CONNECT_REFUSED = Outcome("refused", 502, "connection_refused")
-CONNECT_RESET = Outcome("reset", 502, "connection_terminated")
-UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable")
+CONNECT_REFUSED = Outcome("refused", 502, "connection_refused", reply=5)
+CONNECT_RESET = Outcome("reset", 502, "connection_terminated", reply=5)
+UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", reply=3)
+HOST_UNREACHABLE = UNROUTABLE._replace(reply=4)
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
+NOBODY_CALLED = CONNECT_TIMEOUT._replace(word="bind-timeout")
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
 
 SERVER_GONE = Outcome("server-gone", 502, "connection_terminated")
@@ -382,11 +406,10 @@ OUTCOME_OF_ERRNO = {
     errno.ETIMEDOUT: CONNECT_TIMEOUT,
     errno.ENODEV: NO_UPLINK,
     errno.EADDRNOTAVAIL: NO_UPLINK,
-    **dict.fromkeys(
-        (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN), UNROUTABLE
-    ),
+    errno.EHOSTUNREACH: HOST_UNREACHABLE,
+    **dict.fromkeys((errno.ENETUNREACH, errno.ENETDOWN), UNROUTABLE),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
-    **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM), OVERLOAD),
+    **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM, errno.EADDRINUSE), OVERLOAD),
 }
 
 OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
@@ -729,6 +752,7 @@ ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Wait = tuple[int, int]  # a descriptor, and the poll() events awaited on it
 PAUSE: Wait = (-1, 0)  # until the other lane has got somewhere
 Script = Generator[Wait, None, Any]
+NOTHING: Script = (PAUSE for _ in ())
 
 
 class Stream:
@@ -749,6 +773,17 @@ class Stream:
         piece = bytes(self.received[:count])
         del self.received[:count]
         return piece
+
+    def fill(self) -> bool:
+        """Receive more; return False at the end, or when the far end is lost."""
+        try:
+            data = self.sock.recv(COPY_SIZE)
+        except BlockingIOError:
+            raise
+        except OSError:  # a reset, or keepalive's time is over
+            return False
+        self.received += data
+        return bool(data)
 
     def converse(self) -> None:
         """Get ready for more than a question and its answer.
@@ -868,7 +903,7 @@ class Lane:
         self.out = bytearray()  # to be sent before anything else
         self.moved = 0  # bytes sent so far
         self.hot = False  # the last read was full: do not wait before the next
-        self.script: Script
+        self.script = NOTHING
         self.waits = PAUSE
         self.done = self.abandoned = False
 
@@ -1775,10 +1810,10 @@ class Rule(NamedTuple):
         labels = host.split(".")
         return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
 
-    def opens(self, found: list[bytes], port: int) -> bool:
+    def opens(self, found: list[bytes], mail: bool) -> bool:
         """Return whether it names what the built-in rules would close."""
         return all(contains(self.blocks, packed) for packed in found) and (
-            port != 25 or range(25, 26) in (self.ports or ())
+            not mail or range(25, 26) in (self.ports or ())
         )
 
 
@@ -1885,6 +1920,8 @@ class Policy:
                 parse_uplink(word)._replace(number=number)
                 for number, word in enumerate(config.outside.split())
             ]
+            setting, ports = "bind_ports", config.bind_ports
+            self.bind_ports = range(1) if ports == "0" else parse_ports(ports)
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
@@ -1955,7 +1992,13 @@ class Policy:
         return "own" if any(route and route.local for route in routes) else ""
 
     def judge(
-        self, client: str, user: str, host: str, port: int, packed: bytes
+        self,
+        client: str,
+        user: str,
+        host: str,
+        port: int,
+        packed: bytes,
+        redirected: bool = False,
     ) -> Verdict:
         """Return what the first rule that fits says of dialing an address.
 
@@ -1963,10 +2006,19 @@ class Policy:
         """
         # One page asks for many things at once; but our own addresses may change.
         second = int(time.monotonic())
-        return self.judged(client, user, host.rstrip("."), port, packed, second)
+        # Who was redirected did not choose a gateway to send his mail through.
+        mail = port == 25 and not redirected
+        return self.judged(client, user, host.rstrip("."), port, packed, mail, second)
 
     def judge_now(
-        self, client: str, user: str, host: str, port: int, packed: bytes, second: int
+        self,
+        client: str,
+        user: str,
+        host: str,
+        port: int,
+        packed: bytes,
+        mail: bool,
+        second: int,
     ) -> Verdict:
         """Do what judge() says; second is there for the cache."""
         found = forms(packed)
@@ -1980,18 +2032,18 @@ class Policy:
             text = f"{rule.word.replace('-', ' ')}: {rule.text}"
             if not rule.allow:
                 return denied(rule.word, text)
-            if rule.opens(found, port):
+            if rule.opens(found, mail):
                 return Verdict(True, OK, text)
             if closed is None:
                 closed = self.closes(found)
             # What an allow does not name expressly stays closed: on to the next.
-            if not closed and (port != 25 or range(25, 26) in (rule.ports or ())):
+            if not closed and (not mail or range(25, 26) in (rule.ports or ())):
                 return Verdict(True, OK, text)
         if closed is None:
             closed = self.closes(found)
         if closed:
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
-        if port == 25:
+        if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
         return Verdict(True, OK, "built-in rule: allow the rest")
 
@@ -2004,6 +2056,18 @@ class Policy:
 # uplinks are raced likewise, so a dead line costs one.
 
 IP_BIND_ADDRESS_NO_PORT = 24  # 3.10's socket module lacks the name
+
+
+def leave_by(sock: socket.socket, uplink: Uplink | None) -> None:
+    """Make a socket that has no address yet leave by an uplink; raise OSError."""
+    if uplink and uplink.packed:
+        # The whole port range for each target, not one for all of them.
+        sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((uplink.name, 0))
+    elif uplink:
+        # A source address alone leaves the device to the routing table.
+        device = uplink.name.encode()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
 class Attempt(NamedTuple):
@@ -2022,14 +2086,7 @@ class Attempt(NamedTuple):
             STREAM | socket.SOCK_NONBLOCK,  # and close-on-exec, as all of Python's
         )
         try:
-            if self.uplink and self.uplink.packed:
-                # The whole port range for each target, not one for all of them.
-                sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-                sock.bind((self.uplink.name, 0))
-            elif self.uplink:
-                # A source address alone leaves the device to the routing table.
-                device = self.uplink.name.encode()
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+            leave_by(sock, self.uplink)
             number = sock.connect_ex((unpack(self.packed), self.port))
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
@@ -2039,6 +2096,14 @@ class Attempt(NamedTuple):
             sock.close()
             raise
         return sock
+
+    def source(self) -> tuple[Any, ...]:
+        """Return the socket address it would come from, port aside; raise OSError."""
+        family = INET if len(self.packed) == 4 else INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            leave_by(probe, self.uplink)
+            probe.connect((unpack(self.packed), 9))  # no packet is sent
+            return probe.getsockname()  # type: ignore[no-any-return]
 
 
 def resolve(host: str, port: int) -> list[bytes]:
@@ -2184,11 +2249,19 @@ class Race:
         return Refused(outcome, f"{where}: {reason(error)}")
 
 
-def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list[bytes]:
+def judged(
+    policy: Policy,
+    client: str,
+    user: str,
+    host: str,
+    port: int,
+    redirected: bool = False,
+    only: str = "",
+) -> list[bytes]:
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
-    for packed in resolve(host, port):
-        verdict = policy.judge(client, user, host, port, packed)
+    for packed in [pack(only)] if only else resolve(host, port):
+        verdict = policy.judge(client, user, host, port, packed, redirected)
         if verdict.allowed:
             allowed.append(packed)
         else:
@@ -2199,14 +2272,20 @@ def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list
 
 
 def dial(
-    worker: Worker, policy: Policy, session: Session, host: str, port: int
+    worker: Worker,
+    policy: Policy,
+    session: Session,
+    host: str,
+    port: int,
+    only: str = "",
 ) -> socket.socket:
     """Return a connection to a target, for a session that learns its two ends.
 
-    Raises Refused.
+    Of the host's addresses it may be told to take only one.  Raises Refused.
     """
     began = time.monotonic()
-    addresses = judged(policy, worker.peer, session.user, host, port)
+    redirected = session.proto == "redirect"
+    addresses = judged(policy, worker.peer, session.user, host, port, redirected, only)
     attempts = plan(addresses, port, policy.uplinks, worker.board)
     race = Race(worker.watch, worker.board)
     sock, attempt = race.run(attempts, worker.config.connect_timeout)
@@ -2214,15 +2293,6 @@ def dial(
     session.address = endpoint((unpack(attempt.packed), port))
     session.source = endpoint(sock.getsockname())
     return sock
-
-
-def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
-    """Run a session's lanes and count what they moved; raise as relay() does."""
-    try:
-        relay(worker.watch, worker.slot, up, down)
-    finally:
-        session.up += up.moved
-        session.down += down.moved
 
 
 def tunnel(
@@ -2240,7 +2310,7 @@ def tunnel(
     up.script, down.script = up.tunnel(down), down.tunnel(up)
     down.out += opening
     try:
-        carry(worker, session, up, down)
+        relay(worker.watch, worker.slot, up, down)
         if up.abandoned:
             raise Refused(SERVER_GONE, "the server took no more")
     except (Refused, IdleTimeout) as error:
@@ -2250,7 +2320,25 @@ def tunnel(
             raise
         raise Refused(IDLE, "nothing moved") from None
     finally:
+        session.up += up.moved
+        session.down += down.moved
         server.close()
+
+
+def linger(watch: Watch, client: Stream) -> None:
+    """Part so that the last answer arrives: RFC 9112 section 9.6.
+
+    To close a socket with unread bytes resets it, and the reset may overtake
+    the answer; so these are read and thrown away for a moment.
+    """
+    deadline = time.monotonic() + LINGER_TIMEOUT
+    with contextlib.suppress(OSError, Refused):
+        client.sock.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            if not watch.wait({client.fd: select.POLLIN}, left):
+                return
+            if not client.sock.recv(COPY_SIZE):
+                return
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -2284,8 +2372,10 @@ HOST = re.compile(
     rb"(?::[0-9]*)?"
 )
 
+DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
+OURSELVES = b""  # the scheme of what is asked of the gateway itself
 NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
-USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|\?.*", re.DOTALL)
+USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
 
@@ -2468,6 +2558,8 @@ class Target(NamedTuple):
     port: int
     authority: bytes  # for Host, as the client spelled it
     path: bytes  # for the request line: origin-form, or *
+    scheme: bytes = b"http"
+    login: bytes = b""  # user:password of an ftp URL, as it is spelled there
 
 
 @functools.lru_cache(maxsize=32)
@@ -2501,17 +2593,18 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     match = ABSOLUTE.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    scheme, authority, path = match.groups()
-    if scheme.lower() != b"http":
+    scheme, authority, path = match[1].lower(), match[2], match[3]
+    if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
     if b"#" in path:
         raise Refused(BAD_REQUEST, "fragment in the target")
-    if b"@" in authority:
+    login, at, authority = authority.rpartition(b"@")
+    if at and scheme != b"ftp":
         raise Refused(BAD_REQUEST, "user name in the target")
-    host, port = parse_authority(authority, 80)
+    host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if not path.startswith(b"/"):
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), path)
+    return Target(host, port, authority.removesuffix(b":"), path, scheme, login)
 
 
 def host_named(head: RequestHead) -> str:
@@ -2609,38 +2702,15 @@ class Exchange:
             self.up.step()
 
     def run(self, server: Stream) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused.
-
-        Where the end of a stream is the end of a message, a failure is passed
-        on as a reset.
-        """
+        """Carry the request to its server and the answer back; raise Refused."""
         http, up = self.http, self.up
         down = self.down = Lane(http.watch, server, http.client, up.patience)
         up.sink = server
-        failed = True
-        try:
-            if self.is_plain:
-                rest = self.answer_at_once()
-            else:
-                server.converse()
-                rest = self.reply()
-            if rest:
-                if self.is_plain:
-                    up.script = up.flush()
-                down.script = rest
-                relay(http.watch, http.worker.slot, up, down)
-            failed = http.endless and up.abandoned
-        except IdleTimeout:
-            raise self.silence() from None
-        finally:
-            http.session.up += up.moved
-            http.session.down += down.moved
-            if failed and http.endless:
-                server.abort()
-            if failed:
-                http.drop_server()
-        if failed:
-            raise Refused(SERVER_GONE, "the server took no more")
+        if self.is_plain:
+            http.join(up, down, self.answer_at_once)
+        else:
+            server.converse()
+            http.join(up, down, self.reply)
         if self.upgraded:
             return ENDED
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
@@ -2652,23 +2722,15 @@ class Exchange:
             http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
 
-    def silence(self) -> Refused:
-        """Return the refusal that says whose silence was too long."""
-        up = self.up
-        if self.http.answered:
-            return Refused(IDLE, "nothing moved")
-        if not up.done and up.waits[0] == self.http.client.fd:
-            return Refused(BODY_TIMEOUT, "the request body did not end")
-        return Refused(ANSWER_TIMEOUT, "the server did not answer")
-
     def answer_at_once(self) -> Script | None:
         """Send a request, and its answer if that comes whole with its head.
 
         So go most exchanges, and they need no relay.  Returns the script of
-        what is left to do down the lane, None for nothing.
+        what is left to do, None for nothing.
         """
         http, up, down, server = self.http, self.up, self.down, self.down.source
         if not up.push(server):
+            up.script = up.flush()
             return self.reply()
         up.done = True
         if not http.watch.wait(
@@ -2848,6 +2910,9 @@ class Exchange:
         yield from down.tunnel(up)
 
 
+Gateway = Callable[["Http", RequestHead, Target, "int | None"], Outcome]
+
+
 class Http:
     """One client's HTTP connection, and the server connection kept for it."""
 
@@ -2856,17 +2921,15 @@ class Http:
         worker: Worker,
         policy: Policy,
         client: Stream,
-        pages: Callable[[Http, str, bytes], Outcome],
+        gateways: dict[bytes, Gateway],
     ) -> None:
-        """Take a client over; pages() answers what is asked of the gateway itself."""
-        self.pages = pages
+        """Serve a client, and those schemes by the gateways given."""
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
-        self.policy, self.client = policy, client
+        self.policy, self.client, self.gateways = policy, client, gateways
         self.via = self.config.name.encode()
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
-        self.fresh = True  # no request has come yet
         self.session: Session
         self.start_request()
 
@@ -2885,7 +2948,7 @@ class Http:
             while self.client.received or self.await_request():
                 self.one()
                 if self.lingers:
-                    self.linger()
+                    linger(self.watch, self.client)
                 if not self.keep:
                     return
         finally:
@@ -2916,38 +2979,20 @@ class Http:
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
-        seconds, fresh = self.config.keepalive_timeout, self.fresh
-        if fresh:
-            self.fresh, seconds = False, self.config.head_timeout
-            try:
-                return self.fill()  # it has probably come with the connection
-            except BlockingIOError:
-                pass
-            # Who has just come makes no room for who comes next.
-            if self.watch.wait({self.client.fd: select.POLLIN}, min(1.0, seconds)):
-                return self.fill()
+        seconds = self.config.keepalive_timeout
         while True:
             quiet = [self.client, self.server] if self.server else [self.client]
-            spoken = self.worker.silence(seconds, quiet, fresh)
+            spoken = self.worker.silence(seconds, quiet, fresh=False)
             if self.server and self.server.fd in spoken:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
             if self.client.fd in spoken or not spoken:
-                return bool(spoken) and self.fill()
-
-    def fill(self) -> bool:
-        """Receive from the client; return False at the end or after a reset."""
-        try:
-            data = self.client.sock.recv(COPY_SIZE)
-        except ConnectionError:
-            return False
-        self.client.received += data
-        return bool(data)
+                return bool(spoken) and self.client.fill()
 
     def talks_on(self) -> bool:
         """Return whether a client who wanted to leave has all the same said more."""
         try:
-            return bool(self.client.received) or self.fill()
+            return bool(self.client.received) or self.client.fill()
         except BlockingIOError:
             return False
 
@@ -2985,7 +3030,7 @@ class Http:
             left = deadline - time.monotonic()
             if not self.watch.wait({self.client.fd: select.POLLIN}, left):
                 raise Refused(HEAD_TIMEOUT, "the request head did not come to its end")
-            if not self.fill():
+            if not self.client.fill():
                 raise Refused(CLIENT_GONE, "closed inside the request head")
 
     def check_begun(self, received: bytearray, looked: int) -> None:
@@ -3021,16 +3066,22 @@ class Http:
             return self.answer_here(head, raw)
         if head.target.startswith(b"/"):
             session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
-            return self.pages(self, host_named(head), head.target)
+            own = Target(host_named(head), 0, b"", head.target, OURSELVES)
+            return self.gateways[OURSELVES](self, head, own, length)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
-        session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
+        session.target = printable(
+            b"%b://%b%b" % (target.scheme, place, path), TARGET_SIZE
+        )
         for member in members(names, b"via") if b"via" in names else ():
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
-        if self.policy.means_us(target.host, target.port):
-            return self.pages(self, target.host, target.path)
+        scheme = target.scheme
+        if scheme == b"http" and self.policy.means_us(target.host, target.port):
+            scheme = OURSELVES
+        if gateway := self.gateways.get(scheme):
+            return gateway(self, head, target, length)
         return self.forward(head, target, length)
 
     def is_last_hop(self, head: RequestHead, length: int | None) -> bool:
@@ -3123,21 +3174,6 @@ class Http:
         )
         return lines.encode(), page.encode()
 
-    def linger(self) -> None:
-        """Part so that the last answer arrives: RFC 9112 section 9.6.
-
-        To close a socket with unread bytes resets it, and the reset may
-        overtake the answer; so these are read and thrown away for a moment.
-        """
-        deadline = time.monotonic() + LINGER_TIMEOUT
-        with contextlib.suppress(OSError, Refused):
-            self.client.sock.shutdown(socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                if not self.watch.wait({self.client.fd: select.POLLIN}, left):
-                    return
-                if not self.client.sock.recv(COPY_SIZE):
-                    return
-
     # What travels on.
 
     def connect(self, head: RequestHead, length: int | None) -> Outcome:
@@ -3156,6 +3192,34 @@ class Http:
         opening = b"HTTP/1.1 200 Connection established\r\n\r\n"
         tunnel(self.worker, session, self.client, server, opening)
         return ENDED
+
+    def join(self, up: Lane, down: Lane, answer: Callable[[], Script | None]) -> None:
+        """Carry both ways what is left to carry when answer() has begun.
+
+        Raises Refused.  Where the end of a stream is the end of a message, a
+        failure is passed on as a reset.
+        """
+        failed = True
+        try:
+            if script := answer():
+                down.script = script
+                relay(self.watch, self.worker.slot, up, down)
+            failed = self.endless and up.abandoned
+        except IdleTimeout:
+            if self.answered:
+                raise Refused(IDLE, "nothing moved") from None
+            if not up.done and up.waits[0] == self.client.fd:
+                raise Refused(BODY_TIMEOUT, "the request body did not end") from None
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
+        finally:
+            self.session.up += up.moved
+            self.session.down += down.moved
+            if failed and self.server:
+                if self.endless:
+                    self.server.abort()
+                self.drop_server()
+        if failed:
+            raise Refused(SERVER_GONE, "the server took no more")
 
     def forward(self, head: RequestHead, target: Target, length: int | None) -> Outcome:
         """Send a request on and its answer back; return the outcome."""
@@ -3179,6 +3243,997 @@ class Http:
         server = self.dial(target.host, target.port)
         worker.begin(session, titled=True)
         return exchange.run(server)
+
+
+# --- SOCKS --------------------------------------------------------------------
+#
+# Versions 4, 4a and 5 ask for the same three things in a few bytes: a connection
+# to a host, a connection from one (BIND), and a relay for datagrams (UDP
+# ASSOCIATE).  Each is answered with the address it happens from, outside, and
+# what fails with a reply and the end.  GSSAPI, which RFC 1928 section 3 asks
+# for, is not offered: nobody speaks it.
+
+COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
+GRANTED, REJECTED = 90, 91  # version 4 tells no more than that
+SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
+
+
+def parse_name(raw: bytes) -> str:
+    """Return the host that a name stands for, lower case; raise Refused."""
+    # A port has no place in it, and an IPv6 address in it no brackets.
+    return parse_authority(b"[%b]" % raw if b":" in raw else raw, 1)[0]
+
+
+def read_address(take: Callable[[int], bytes]) -> tuple[str, int]:
+    """Return host and port as version 5 writes them: RFC 1928 section 5.
+
+    take(count) returns the next bytes.  Raises Refused, and ValueError or
+    struct.error where they end too early.
+    """
+    (kind,) = struct.unpack("!B", take(1))
+    if kind == 3:
+        host = parse_name(take(*struct.unpack("!B", take(1))))
+    elif kind in (1, 4):
+        host = unpack(take(4 * kind))
+    else:
+        raise Refused(BAD_ADDRESS, f"address type {kind}")
+    (port,) = struct.unpack("!H", take(2))
+    return host, port
+
+
+def write_address(address: SocketAddress) -> bytes:
+    """Return an address and port as version 5 writes them."""
+    packed = address_of(address[0])
+    return struct.pack("!B%dsH" % len(packed), len(packed) // 4, packed, address[1])
+
+
+def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
+    """Return host, port and payload of a client's datagram; raise Refused."""
+    message = io.BytesIO(data)
+    # RFC 1928 section 7: who does not put fragments together drops them.
+    if message.read(3) != bytes(3):
+        raise Refused(BAD_REQUEST, "a fragment, or no SOCKS datagram")
+    try:
+        return *read_address(message.read), message.read()
+    except (ValueError, struct.error):
+        raise Refused(BAD_REQUEST, "a datagram that is cut short") from None
+
+
+def open_port(
+    kind: int, where: SocketAddress, uplink: Uplink | None, ports: range
+) -> socket.socket:
+    """Return a socket at an address and one of some ports; raise OSError.
+
+    A stream socket listens.
+    """
+    first = int.from_bytes(os.urandom(4), "big")  # not to be guessed, nor contended
+    error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    for number in range(len(ports)):
+        port = ports[(first + number) % len(ports)]
+        family = INET6 if ":" in where[0] else INET
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+        try:
+            if uplink and not uplink.packed:
+                leave_by(sock, uplink)
+            if kind == STREAM:  # what is left of the port's last use is no use
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((where[0], port, *where[2:]))
+            if kind == STREAM:
+                sock.listen(8)
+            return sock
+        except OSError as failure:
+            sock.close()
+            if failure.errno != errno.EADDRINUSE:
+                raise
+    raise error
+
+
+def open_outside(
+    worker: Worker,
+    policy: Policy,
+    kind: int,
+    attempts: list[Attempt],
+    opened: dict[str, socket.socket],
+) -> tuple[bytes, socket.socket]:
+    """Return the host of the first attempt that has a way, and a socket on it.
+
+    That is one that is open already at that source address, or a new one at a
+    port of bind_ports.  Raises Refused.
+    """
+    race = Race(worker.watch, worker.board)
+    for attempt in attempts:
+        try:
+            where = attempt.source()
+            if where[0] not in opened:
+                sock = open_port(kind, where, attempt.uplink, policy.bind_ports)
+                opened[where[0]] = sock
+            return attempt.packed, opened[where[0]]
+        except OSError as error:
+            race.failed.append((error, attempt))
+    raise race.defeat()
+
+
+class Association:
+    """A client's UDP association, RFC 1928 section 7: datagrams there and back.
+
+    The client is who has the control connection's address, at the port he wrote
+    from first.
+    """
+
+    def __init__(
+        self, worker: Worker, policy: Policy, session: Session, client: Stream
+    ) -> None:
+        """Open the relay port where the client has reached us; raise OSError."""
+        self.worker, self.policy, self.config = worker, policy, worker.config
+        self.session, self.client = session, client
+        host, *others = client.sock.getsockname()
+        packed = address_of(host)  # a socket of both families has it mapped
+        where = unpack(packed), *(others if len(packed) == 16 else (0,))
+        self.inner = open_port(socket.SOCK_DGRAM, where, None, range(1))
+        self.outer: dict[str, socket.socket] = {}  # source address -> socket
+        self.client_at: SocketAddress | None = None
+        self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
+        self.way = functools.lru_cache(maxsize=256)(self.find_way)
+
+    def run(self) -> None:
+        """Carry datagrams until the control connection ends; raise Refused."""
+        deadline = time.monotonic() + self.config.idle_timeout
+        while (left := deadline - time.monotonic()) > 0:
+            socks = {s.fileno(): s for s in (self.inner, *self.outer.values())}
+            wanted = dict.fromkeys((self.client.fd, *socks), select.POLLIN)
+            ready = self.worker.watch.wait(wanted, left)
+            if self.client.fd in ready and not self.client.fill():
+                return
+            self.client.received.clear()
+            for sock in [socks[fd] for fd in ready if fd in socks]:
+                if self.pass_on(sock):
+                    deadline = time.monotonic() + self.config.idle_timeout
+        raise Refused(IDLE, "no datagram moved")
+
+    def close(self) -> None:
+        for sock in (self.inner, *self.outer.values()):
+            sock.close()
+
+    def pass_on(self, sock: socket.socket) -> bool:
+        """Receive and send one datagram; return False if it was dropped.
+
+        That is what becomes of all that is unwanted, unroutable or too long.
+        """
+        session = self.session
+        try:
+            data, sender = sock.recvfrom(COPY_SIZE)
+            if sock is self.inner:
+                session.up += self.send_out(data, sender)
+            else:
+                session.down += self.send_in(data, sender)
+        except (OSError, Refused):
+            return False
+        self.worker.slot.moved(session.up, session.down)
+        return True
+
+    def send_out(self, data: bytes, sender: SocketAddress) -> int:
+        """Send what the client wants sent; return its size, or raise Refused."""
+        if address_of(sender[0]) != address_of(self.worker.peer):
+            raise Refused(OUTSIDER, "not the client's address")
+        if self.client_at and self.client_at[1] != sender[1]:
+            raise Refused(OUTSIDER, "not the client's first port")
+        host, port, payload = parse_datagram(data)
+        packed, sock = self.way(host, port, int(time.monotonic() / 60))
+        self.client_at = sender
+        sock.sendto(payload, (unpack(packed), port))
+        self.hosts.pop(packed, None)
+        self.hosts[packed] = None
+        if len(self.hosts) > UDP_HOSTS:
+            del self.hosts[next(iter(self.hosts))]
+        if self.session.target == "-":
+            self.session.target = printable(endpoint((host, port)).encode())
+            self.session.address = endpoint((unpack(packed), port))
+            self.session.source = endpoint(sock.getsockname())
+            self.worker.begin(self.session, titled=True)
+        return len(payload)
+
+    def find_way(
+        self, host: str, port: int, minute: int
+    ) -> tuple[bytes, socket.socket]:
+        """Return a host's address and the socket to use; raise Refused.
+
+        minute is there for the cache: names and routes change.
+        """
+        worker, policy = self.worker, self.policy
+        addresses = judged(policy, worker.peer, self.session.user, host, port)
+        attempts = plan(addresses, port, policy.uplinks, worker.board)
+        kind = int(socket.SOCK_DGRAM)
+        return open_outside(worker, policy, kind, attempts, self.outer)
+
+    def send_in(self, data: bytes, sender: SocketAddress) -> int:
+        """Send the client what came for him; return its size, or raise Refused."""
+        packed = address_of(sender[0])
+        if packed not in self.hosts and not self.welcomes(packed, sender[1]):
+            raise Refused(OUTSIDER, "a host that the client has not written to")
+        assert self.client_at  # who opened the socket has written from there
+        self.inner.sendto(bytes(3) + write_address(sender) + data, self.client_at)
+        return len(data)
+
+    def welcomes(self, packed: bytes, port: int) -> bool:
+        """Return whether a host may write to the client first."""
+        who, user, host = self.worker.peer, self.session.user, unpack(packed)
+        return (
+            self.config.udp_from_anyone
+            and self.policy.judge(who, user, host, port, packed).allowed
+        )
+
+
+class Socks:
+    """One client's SOCKS session, from the version's byte on."""
+
+    def __init__(self, worker: Worker, policy: Policy, client: Stream) -> None:
+        """Take a client whose first byte has been received."""
+        self.worker, self.config, self.watch = worker, worker.config, worker.watch
+        self.policy, self.client = policy, client
+        self.version = client.received[0]
+        self.session = Session(worker.name, worker.pid, f"socks{self.version}")
+        self.owes_reply = self.version == 4  # in 5 a choice of method comes first
+        self.deadline = time.monotonic() + self.config.head_timeout
+
+    def serve(self) -> None:
+        """Do what is asked for, whatever becomes of it, and write it down."""
+        outcome = BROKEN
+        try:
+            self.obey(*(self.ask4() if self.version == 4 else self.ask5()))
+            outcome = ENDED
+        except Refused as refusal:
+            outcome = refusal.outcome
+            self.refuse(outcome)
+        except OSError as error:
+            outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+            self.refuse(outcome)
+        finally:
+            self.worker.finish(self.session, outcome.word)
+
+    # What is asked.
+
+    def take(self, count: int) -> bytes:
+        """Take count bytes off the client; raise Refused if they do not come."""
+        while len(self.client.received) < count:
+            self.receive()
+        return self.client.take(count)
+
+    def take_text(self) -> bytes:
+        """Take the bytes before a NUL, and the NUL; raise Refused."""
+        while (end := self.client.received.find(0, 0, 256)) < 0:
+            if len(self.client.received) > 255:
+                raise Refused(BAD_REQUEST, "a name of over 255 bytes")
+            self.receive()
+        return self.client.take(end + 1)[:-1]
+
+    def receive(self) -> None:
+        left = self.deadline - time.monotonic()
+        if not self.watch.wait({self.client.fd: select.POLLIN}, left):
+            raise Refused(HEAD_TIMEOUT, "the request did not come to its end")
+        if not self.client.fill():
+            raise Refused(CLIENT_GONE, "closed inside the request")
+
+    def ask4(self) -> tuple[int, str, int]:
+        """Return command, host and port of a version 4 or 4a request."""
+        command, port, packed = struct.unpack("!xBH4s", self.take(8))
+        self.take_text()  # a user id that nobody vouches for
+        if packed[:3] == bytes(3) and packed[3]:  # 4a: a name comes behind it
+            return command, parse_name(self.take_text()), port
+        return command, unpack(packed), port
+
+    def ask5(self) -> tuple[int, str, int]:
+        """Return command, host and port of a version 5 request: RFC 1928."""
+        self.choose_method(self.take(self.take(2)[1]))
+        self.owes_reply = True
+        version, command, reserved = self.take(3)
+        if version != 5 or reserved:
+            raise Refused(BAD_REQUEST, "this is no SOCKS request")
+        return command, *read_address(self.take)
+
+    def choose_method(self, methods: bytes) -> None:
+        """Agree on how the client says who he is: section 3; raise Refused."""
+        if 0 not in methods:
+            self.session.status = str(NO_METHOD.reply)
+            self.send(bytes([5, NO_METHOD.reply]))
+            linger(self.watch, self.client)
+            raise Refused(NO_METHOD, "every method offered asks for more than we do")
+        self.send(b"\5\0")
+
+    # What is answered.
+
+    def send(self, data: bytes) -> None:
+        """Send an answer: a few bytes, for which a new connection has room."""
+        try:
+            self.client.sock.sendall(data)
+        except OSError as error:
+            raise Refused(CLIENT_GONE, reason(error)) from None
+        self.session.down += len(data)
+
+    def reply(self, outcome: Outcome, address: SocketAddress = ("0.0.0.0", 0)) -> bytes:
+        """Return the reply that tells an outcome, with the address it is about."""
+        if self.version == 5:
+            self.session.status = str(outcome.reply)
+            return bytes([5, outcome.reply, 0]) + write_address(address)
+        code = REJECTED if outcome.reply else GRANTED
+        self.session.status = str(code)
+        packed = address_of(address[0])
+        if len(packed) == 16:  # there is no room for it
+            packed = bytes(4)
+        return struct.pack("!BBH4s", 0, code, address[1], packed)
+
+    def refuse(self, outcome: Outcome) -> None:
+        """Tell the client that it cannot be done, if he waits to hear it."""
+        if self.owes_reply:
+            with contextlib.suppress(Refused):
+                self.send(self.reply(outcome))
+                linger(self.watch, self.client)
+
+    # What is done.
+
+    def obey(self, command: int, host: str, port: int) -> None:
+        """Do what the client asks for; raise Refused."""
+        session = self.session
+        session.method = COMMANDS.get(command, "-")
+        if command == 3 and self.version == 5:
+            session.proto = "udp"
+            return self.associate()
+        session.target = printable(endpoint((host, port)).encode())
+        if command not in (1, 2):
+            raise Refused(NOT_IMPLEMENTED, f"command {command}")
+        self.worker.begin(session)
+        if command == 2:
+            return self.bind(host, port)
+        if not port:
+            raise Refused(BAD_REQUEST, "port 0")
+        server = dial(self.worker, self.policy, session, host, port)
+        return self.join(server, server.getsockname())
+
+    def join(self, server: socket.socket, address: SocketAddress) -> None:
+        """Tell the client of his connection, and carry what is said on it."""
+        self.worker.begin(self.session, titled=True)
+        opening = self.reply(OK, address)
+        self.owes_reply = False
+        stream = Stream(server, SERVER_GONE)
+        tunnel(self.worker, self.session, self.client, stream, opening)
+
+    def bind(self, host: str, port: int) -> None:
+        """Let a host call the client: RFC 1928 section 4; raise Refused."""
+        worker, session = self.worker, self.session
+        expected = judged(self.policy, worker.peer, session.user, host, port)
+        if self.version == 4:
+            expected = [packed for packed in expected if len(packed) == 4]
+        attempts = plan(expected, port, self.policy.uplinks, worker.board)
+        _, listener = open_outside(worker, self.policy, STREAM, attempts, {})
+        with listener:
+            session.source = endpoint(listener.getsockname())
+            worker.begin(session, titled=True)
+            self.send(self.reply(OK, listener.getsockname()))
+            server, address = self.admit(listener, expected)
+        session.address = endpoint(address)
+        self.join(server, address)
+
+    def admit(
+        self, listener: socket.socket, expected: list[bytes]
+    ) -> tuple[socket.socket, SocketAddress]:
+        """Return the first connection from an expected host; raise Refused.
+
+        A server may take as long to call as it may take to answer.
+        """
+        deadline = time.monotonic() + self.config.idle_timeout
+        # The client may have said something already: that is for the server.
+        wanted = {listener.fileno(): select.POLLIN, self.client.fd: select.POLLRDHUP}
+        while (left := deadline - time.monotonic()) > 0:
+            ready = self.watch.wait(wanted, left)
+            if self.client.fd in ready:
+                raise Refused(CLIENT_GONE, "closed before anybody called")
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                server, address = listener.accept()
+                if address_of(address[0]) in expected:
+                    return server, address
+                server.close()
+        raise Refused(NOBODY_CALLED, "the expected host did not call")
+
+    def associate(self) -> None:
+        """Relay the client's datagrams; raise Refused."""
+        association = Association(self.worker, self.policy, self.session, self.client)
+        try:
+            self.send(self.reply(OK, association.inner.getsockname()))
+            self.worker.begin(self.session, titled=True)
+            self.owes_reply = False
+            association.run()
+        finally:
+            association.close()
+
+
+# --- Redirected flows ---------------------------------------------------------
+#
+# A client that knows of no proxy, whose packets the kernel sent to our port.  We
+# dial the address that he dialed, whatever he goes on to say.  The name in his
+# first words is a claim: it may be written down, and it may be denied.
+
+CLAIMING = re.compile(rb"(?:%b(?:[ \t][\t -~\x80-\xff]*\r?)?)?" % TOKEN)
+# Some servers take LF for CRLF, or a folded line, or a blank before the colon.
+CLAIMED_HOST = re.compile(rb"^host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
+
+
+def redirected_from(worker: Worker) -> tuple[str, int] | None:
+    """Return where a client wanted to go before he was redirected, None if to us."""
+    four = ":" not in worker.peer
+    level = socket.SOL_IP if four else socket.IPPROTO_IPV6
+    try:
+        raw = worker.client.getsockopt(level, 80, 28)  # SO_ORIGINAL_DST, of both
+    except OSError:  # ENOENT, ENOPROTOOPT: nothing is translated here
+        return None
+    host = unpack(raw[4:8] if four else raw[8:24])
+    here = worker.client.getsockname()[0].partition("%")[0].removeprefix("::ffff:")
+    return None if host == here else (host, int.from_bytes(raw[2:4], "big"))
+
+
+def server_names(data: bytes) -> list[bytes] | None:
+    """Return the name in a TLS ClientHello, None while it is not whole.
+
+    RFC 8446 section 4.1.2, RFC 6066 section 3; in as many records as it may come.
+    """
+    hello, at = bytearray(), 0
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(hello[at : at + size], "big")
+
+    while data[at : at + 1] == b"\x16":
+        size = int.from_bytes(data[at + 3 : at + 5], "big")
+        hello += data[at + 5 : at + 5 + size]
+        at += 5 + size
+    if hello and hello[0] != 1:
+        return []
+    end = 4 + number(1, 3)
+    if len(hello) < end:
+        return None if at >= len(data) else []
+    at = 39 + number(38, 1)  # behind version, random and session
+    at += 2 + number(at, 2)  # cipher suites
+    at += 3 + number(at, 1)  # compression, and the length of the extensions
+    while at < end:
+        if number(at, 2) == 0:
+            return [bytes(hello[at + 9 : at + 9 + number(at + 7, 2)])]
+        at += 4 + number(at + 2, 2)
+    return []
+
+
+def claimed_names(data: bytes) -> list[bytes] | None:
+    """Return the names that a client's first words claim, None while more may come."""
+    if data[:1] == b"\x16":
+        return server_names(data)
+    line, newline, _ = data.partition(b"\n")
+    if not newline:
+        return None if CLAIMING.fullmatch(data) else []
+    words = line.split()
+    if len(words) < 3 or not words[-1].startswith(b"HTTP/"):
+        return []
+    if not (end := re.search(rb"\n\r?\n", data)):
+        return None
+    names = CLAIMED_HOST.findall(data[: end.end()])
+    if absolute := ABSOLUTE.fullmatch(words[1]):
+        names.append(absolute[2])
+    bare = [re.sub(rb"\A.*@|:[0-9]*\Z", b"", name).strip(b"[]") for name in names]
+    return [name for name in bare if name]
+
+
+def hear_out(
+    worker: Worker, session: Session, client: Stream, server: Stream, strict: bool
+) -> list[bytes]:
+    """Keep a client's first words until they are whole; return the names they claim.
+
+    Who lets the server speak first claims nothing.  Raises Refused; strict: also
+    for words that do not come to their end.
+    """
+    wanted = {client.fd: select.POLLIN, server.fd: select.POLLIN}
+    limit = worker.config.head_timeout if strict else CLAIM_DELAY
+    left, deadline = worker.config.tunnel_timeout, 0.0
+    lane, received = Lane(worker.watch, client, server, 0), client.received
+    while ready := worker.watch.wait(wanted, left):
+        if server.fd in ready:
+            return []
+        try:
+            data = client.sock.recv(COPY_SIZE)
+        except OSError as error:
+            raise Refused(CLIENT_GONE, reason(error)) from None
+        received += data
+        if not data:
+            return claimed_names(bytes(received) + b"\n\n") or []
+        # A blank line is a question by itself in finger and gopher, and before
+        # HTTP it says nothing.
+        lane.out += client.take(len(received) - len(received.lstrip(b"\r\n")))
+        if lane.out and not lane.push(server):
+            raise Refused(SERVER_GONE, "the server took no more")
+        session.up = lane.moved
+        names = claimed_names(bytes(received))
+        if names is not None:
+            return names
+        if len(received) > HEAD_LIMIT:
+            break
+        deadline = deadline or time.monotonic() + limit
+        left = max(0.0, deadline - time.monotonic())
+    if not deadline:
+        raise Refused(IDLE, "nothing moved")
+    if strict:
+        raise Refused(HEAD_TIMEOUT, "the first words did not come to their end")
+    return []
+
+
+def redirect(
+    worker: Worker, policy: Policy, session: Session, client: Stream, port: int
+) -> Outcome:
+    """Connect a redirected client with the address he dialed; raise Refused."""
+    host, peer = session.host(), worker.peer
+    if (route := route_to(address_of(peer))) and route.local:
+        raise Refused(LOOP, "this box redirects what it sends itself")
+    worker.begin(session)
+    server = Stream(dial(worker, policy, session, host, port), SERVER_GONE)
+    with contextlib.closing(server):
+        worker.begin(session, titled=True)
+        strict = any(rule.names and not rule.allow for rule in policy.rules)
+        for name in hear_out(worker, session, client, server, strict):
+            session.target = endpoint((printable(name.lower()), port))
+            claim = name.decode("latin-1").lower()
+            verdict = policy.judge(peer, session.user, claim, port, pack(host), True)
+            if not verdict.allowed:
+                raise Refused(verdict.outcome, verdict.rule)
+            worker.begin(session, titled=True)
+        tunnel(worker, session, client, server, b"")
+    return ENDED
+
+
+def serve_redirected(
+    worker: Worker, policy: Policy, client: Stream, host: str, port: int
+) -> None:
+    """Serve a redirected client; he gets no byte of ours, and a reset for a refusal."""
+    session = Session(worker.name, worker.pid, "redirect")
+    session.target = endpoint((host, port))
+    outcome = BROKEN
+    try:
+        outcome = redirect(worker, policy, session, client, port)
+    except Refused as refusal:
+        outcome = refusal.outcome
+    except OSError as error:
+        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+    finally:
+        if outcome is not ENDED:
+            client.abort()
+        worker.finish(session, outcome.word)
+
+
+# --- Gateways -----------------------------------------------------------------
+#
+# What a browser asks of FTP and Gopher servers, it asks by HTTP, and here it is
+# translated.  Both protocols are a word or two in lines, then a stream that the
+# relay carries; a directory or a menu becomes a page.
+
+FTP_ENTRY = re.compile(
+    r"([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ (.+)"
+)
+PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
+MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+FILE_TYPES = dict(
+    word.split("=")
+    for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
+    "html=text/html jpeg=image/jpeg jpg=image/jpeg pdf=application/pdf png=image/png "
+    "svg=image/svg+xml txt=text/plain xml=text/xml zip=application/zip".split()
+)
+BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
+GOPHER_TYPES = {
+    "0": "text/plain; charset=utf-8",
+    "g": "image/gif",
+    "h": "text/html; charset=utf-8",
+}
+
+
+class Talk:
+    """A conversation in lines with a server; it passes for ftplib's socket and file."""
+
+    def __init__(self, http: Http, server: Stream) -> None:
+        self.http, self.server = http, server
+        self.until = 0.0  # monotonic; when the next answer must be there
+        self.heard = 0  # bytes of this answer
+
+    def expect(self) -> None:
+        """Give the server its time for an answer."""
+        self.until = time.monotonic() + self.http.config.idle_timeout
+
+    def wait(self, events: int) -> None:
+        """Wait until the server is ready; raise Refused if it takes too long."""
+        client = self.http.client.fd
+        left = max(0.0, self.until - time.monotonic())
+        ready = self.http.watch.wait({self.server.fd: events, client: 0}, left)
+        if not ready:
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer")
+        if client in ready:
+            raise Refused(CLIENT_GONE, "connection reset")
+
+    def sendall(self, data: bytes) -> None:
+        self.expect()
+        self.heard = 0
+        lane = Lane(self.http.watch, self.server, self.server, 0)
+        lane.out += data
+        for _, events in lane.flush():
+            self.wait(events)
+        self.http.session.up += lane.moved
+
+    def fill(self) -> bool:
+        """Receive more; return False at the end."""
+        self.wait(select.POLLIN)
+        try:
+            data = self.server.sock.recv(COPY_SIZE)
+        except OSError as error:
+            raise Refused(SERVER_GONE, reason(error)) from None
+        self.server.received += data
+        self.heard += len(data)
+        if self.heard > PAGE_LIMIT:
+            raise Refused(BAD_RESPONSE, f"over {PAGE_LIMIT} bytes of talk")
+        return bool(data)
+
+    def readline(self, limit: int) -> str:
+        """Return a line of at most limit bytes, "" at the end."""
+        received = self.server.received
+        while (end := received.find(b"\n", 0, limit)) < 0 and len(received) < limit:
+            if not self.fill():
+                break
+        return self.server.take(end + 1 or limit).decode("latin-1")
+
+    def read(self) -> bytes:
+        """Return all that comes until the end."""
+        self.expect()
+        while self.fill():
+            self.expect()
+        return self.server.take(PAGE_LIMIT)
+
+
+def decoded(raw: bytes) -> str:
+    """Return a part of a URL decoded, its bytes as Latin-1; raise Refused."""
+    part = PERCENT.sub(lambda match: bytes.fromhex(match[1].decode()), raw)
+    if CONTROL.search(part):  # it would end the line, and begin another
+        raise Refused(BAD_REQUEST, "a control byte in the target")
+    return part.decode("latin-1")
+
+
+def quoted(text: str) -> str:
+    """Return what decoded() decodes, with no byte that means something in a URL."""
+    return re.sub(r"[^A-Za-z0-9._~-]", lambda match: f"%{ord(match[0]):02X}", text)
+
+
+def content_type(name: str) -> str:
+    """Return the type of a file by its name."""
+    return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
+
+
+def gopher_text(down: Lane) -> Script:
+    """Pass text on, less the dot at its end: RFC 1436 section 3."""
+    held = b""
+    while data := (yield from down.receive(COPY_SIZE)):
+        held += data
+        down.out += held[:-5]
+        held = held[-5:]
+    down.out += re.sub(rb"(\A|\n)\.\r?\n?\Z", rb"\1", held)
+
+
+def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
+    """Answer with a page of preformatted lines, which are HTML; the title is not."""
+    title = title.encode("latin-1").decode(errors="replace").translate(MARKUP)
+    text = "\n".join(lines).encode("latin-1").decode(errors="replace")
+    page = (
+        f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
+        f"<pre>\n{text}\n</pre>\n"
+    )
+    kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
+    http.answer(status, kind + b"\r\n", page.encode())
+
+
+def answer_stream(
+    http: Http, source: Stream, kind: str, size: int | None, text: bool = False
+) -> None:
+    """Answer with what comes from a server: size bytes, or None for up to its end.
+
+    text: it is Gopher's, which ends with a line of a dot.  Raises Refused.
+    """
+    asked = http.head is not None and http.head.method == b"HEAD"
+    http.answered, http.session.status = True, "200"
+    http.endless = size is None and not asked
+    http.keep &= not http.endless and not http.worker.leaving()
+    up = Lane(http.watch, http.client, source, http.config.idle_timeout)
+    down = Lane(http.watch, source, http.client, http.config.idle_timeout)
+    date, lines = http_date(int(time.time())), framing_lines(size)
+    if not http.keep:
+        lines += b"Connection: close\r\n"
+    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\nContent-Type: %b\r\n%b\r\n" % (
+        date,
+        kind.encode(),
+        lines,
+    )
+
+    def pass_on() -> Script:
+        if text and not asked:
+            yield from gopher_text(down)
+        elif not asked:
+            yield from down.move(ALL if size is None else size)
+        yield from down.flush()
+
+    try:
+        http.join(up, down, pass_on)
+    except Refused:
+        http.answered = down.moved > 0  # else it can still become another answer
+        raise
+
+
+# FTP: RFC 959, RFC 2428; its URLs: RFC 1738 section 3.2.
+
+
+def ftp_login(head: RequestHead, target: Target) -> tuple[str, str]:
+    """Return user and password, the request's or the URL's; raise Refused."""
+    user, _, password = target.login.partition(b":")
+    login = decoded(user), decoded(password)
+    match = BASIC.fullmatch(b"".join(head.fields.names.get(b"authorization", [])))
+    if match:
+        with contextlib.suppress(binascii.Error):
+            user, _, password = binascii.a2b_base64(match[1]).partition(b":")
+            if CONTROL.search(user + password):
+                raise Refused(BAD_REQUEST, "a control byte in the login")
+            login = user.decode("latin-1"), password.decode("latin-1")
+    return login
+
+
+def ftp_enter(server: Any, login: tuple[str, str]) -> bool:
+    """Log in; return False if the server will not have this user and password."""
+    import ftplib
+
+    server.sock.expect()
+    server.getresp()
+    try:
+        server.login(*login)
+    except ftplib.error_perm:
+        return False
+    server.voidcmd("TYPE I")
+    return True
+
+
+def ftp_failure(method: bytes, code: str) -> Refused:
+    """Return the refusal that fits an FTP server's reply."""
+    if code[:2] == "55":
+        outcome = NOT_STORED if method == b"PUT" else NOT_FOUND
+        return Refused(outcome, f"the server said {code}")
+    if code[:1] in ("4", "5"):
+        return Refused(BAD_RESPONSE, f"the server said {code}")
+    return Refused(BAD_RESPONSE, "the server spoke no FTP, or left")
+
+
+def ftp_challenge(http: Http, target: Target) -> Outcome:
+    """Ask the client for another user and password."""
+    http.lingers = not http.keep
+    lines, page = http.explain(NO_LOGIN, "the server refused the login")
+    realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
+    http.answer(NO_LOGIN.status_text(), realm + lines, page)
+    return NO_LOGIN
+
+
+def ftp_data(http: Http, server: Any, words: str) -> Stream:
+    """Return the data connection for a command, once that is accepted; raise Refused.
+
+    It goes to the host that we talk to, whatever address the server names.
+    """
+    import ftplib
+
+    session, host, ends = http.session, http.server_for[1], http.server_ends
+    address = ends[0].rpartition(":")[0].strip("[]")
+    if ":" in address:
+        port = ftplib.parse229(server.sendcmd("EPSV"), ("", 0))[1]
+    else:
+        port = ftplib.parse227(server.sendcmd("PASV"))[1]
+    if not 0 < port < 65536:
+        raise ValueError("port")
+    sock = dial(http.worker, http.policy, session, host, port, address)
+    session.address, session.source = ends
+    data = Stream(sock, SERVER_GONE)
+    try:
+        if server.sendcmd(words)[:1] != "1":
+            raise ValueError("reply")
+    except BaseException:
+        data.close()
+        raise
+    return data
+
+
+def ftp_size(server: Any, path: str) -> int | None:
+    """Return the size of a file, None if the server does not say."""
+    import ftplib
+
+    try:
+        size: int | None = server.size(path)
+        return size if size is None or 0 <= size < 1 << 63 else None
+    except (ftplib.error_perm, ValueError):
+        return None
+
+
+def ftp_list(http: Http, server: Any, path: str) -> None:
+    """Answer with a directory, as a page."""
+    if path:
+        server.cwd(path)
+    with contextlib.closing(ftp_data(http, server, "LIST")) as data:
+        raw = Talk(http, data).read().decode("latin-1")
+    server.voidresp()
+    # Relative links, which a URL without its last slash resolves one level up.
+    slash = path.endswith("/") or not path
+    base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
+    lines = [f'<a href="{"../" if slash else "./"}">../</a>'] if path else []
+    for line in raw.split("\n"):
+        line = line.rstrip("\r")
+        match = FTP_ENTRY.fullmatch(line)
+        if not match:
+            lines.append(line.translate(MARKUP))
+            continue
+        name = match[2].partition(" -> ")[0] if match[1] == "l" else match[2]
+        end = "/" if match[1] == "d" else ""
+        before = line[: match.start(2)].translate(MARKUP)
+        link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
+        lines.append(before + link + match[2][len(name) :].translate(MARKUP))
+    answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
+
+
+def ftp_get(http: Http, server: Any, path: str) -> None:
+    """Answer with a file, or else with the directory of that name."""
+    import ftplib
+
+    size = ftp_size(server, path)
+    if http.session.method == "HEAD" and size is not None:
+        assert http.server
+        return answer_stream(http, http.server, content_type(path), size)
+    try:
+        data = ftp_data(http, server, f"RETR {path}")
+    except ftplib.error_perm:
+        return ftp_list(http, server, path)
+    try:
+        answer_stream(http, data, content_type(path), size)
+    finally:
+        data.close()
+    if http.endless:
+        server.sock.expect()
+        server.voidresp()  # or what has come was not all, and must not look so
+
+
+def ftp_put(
+    http: Http, server: Any, head: RequestHead, path: str, length: int | None
+) -> None:
+    """Store a request's body; raise Refused."""
+    if not path or path.endswith("/"):
+        raise Refused(BAD_REQUEST, "PUT without the name of a file")
+    data = ftp_data(http, server, f"STOR {path}")
+    up = Lane(http.watch, http.client, data, http.config.idle_timeout)
+    down = Lane(http.watch, data, http.client, http.config.idle_timeout)
+
+    def store() -> Script:
+        if length == CHUNKED:
+            yield from chunked(up, head, False, BAD_REQUEST)
+        elif length:
+            yield from up.move(length)
+        yield from up.flush()
+
+    if length and head.minor and members(head.fields.names, b"expect"):
+        down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
+    up.script = store()
+    try:
+        http.join(up, down, down.flush)
+        whole = not up.abandoned
+    except BaseException:
+        data.abort()  # or the server would take a part for the whole
+        raise
+    data.close()
+    server.sock.expect()
+    server.voidresp()
+    if not whole:
+        raise Refused(SERVER_GONE, "the server took no more")
+    http.keep = http.wants_more and not http.worker.leaving()
+    http.answer("201 Created", b"", b"")
+
+
+def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Outcome:
+    """Answer a request for an ftp:// URL; return the outcome, or raise Refused."""
+    import ftplib
+
+    http.session.proto = "ftp"
+    http.keep &= not length  # until its body is read
+    if head.method not in (b"GET", b"HEAD", b"PUT"):
+        raise Refused(NOT_IMPLEMENTED, "an ftp:// URL takes GET, HEAD and PUT")
+    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
+    if kind in (b";type=a", b";type=i", b";type=d"):
+        path = path[:-7]
+    login = ftp_login(head, target)
+    http.worker.begin(http.session)
+    talk = Talk(http, http.dial(target.host, target.port))
+    server = ftplib.FTP(encoding="latin-1")
+    server.sock = server.file = talk  # type: ignore[assignment]
+    try:
+        http.worker.begin(http.session, titled=True)
+        if not ftp_enter(server, login):
+            return ftp_challenge(http, target)
+        if head.method == b"PUT":
+            ftp_put(http, server, head, path, length)
+        elif path.endswith("/") or not path or kind == b";type=d":
+            ftp_list(http, server, path)
+        else:
+            ftp_get(http, server, path)
+    except (ftplib.Error, EOFError, ValueError) as error:
+        # The reply's number only: its text may name the user.
+        raise ftp_failure(head.method, str(error)[:3]) from None
+    finally:
+        http.drop_server()
+    http.lingers = not http.keep
+    return OK
+
+
+# Gopher: RFC 1436; its URLs: RFC 4266.
+
+
+def gopher_item(item: str) -> str:
+    """Return a line of a menu as HTML."""
+    kind = item[:1]
+    name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
+    text = name.translate(MARKUP)
+    if kind in ("", "i", "3") or not host:
+        return text
+    place = endpoint((host, port or "70"))
+    if kind == "h" and re.match("URL:(https?|ftp|gopher)://", selector):
+        link = selector[4:]
+    elif kind in "8T":
+        link = f"telnet://{place}/"
+    else:
+        link = f"gopher://{place}/{quoted(kind)}{quoted(selector)}"
+    return f'<a href="{link.translate(MARKUP)}">{text}</a>'
+
+
+def gopher_menu(http: Http, talk: Talk, title: str) -> None:
+    """Answer with a menu, as a page; what begins with an error is a 404."""
+    lines = talk.read().decode("latin-1").split("\n")
+    items = [line.rstrip("\r") for line in lines]
+    if "." in items:
+        del items[items.index(".") :]
+    missing = items and items[0].startswith("3")
+    status = NOT_FOUND.status_text() if missing else "200 OK"
+    answer_page(http, status, title, [gopher_item(item) for item in items])
+
+
+def gopher(
+    http: Http, head: RequestHead, target: Target, length: int | None
+) -> Outcome:
+    """Answer a request for a gopher:// URL; return the outcome, or raise Refused."""
+    http.session.proto = "gopher"
+    http.session.target = http.session.target.partition("%09")[0]  # less the query
+    http.keep &= not length  # a body is not read
+    path, _, query = target.path[1:].partition(b"?")
+    text = decoded(path) or "1"
+    if query:
+        text += "\t" + decoded(query.removeprefix(b"q=").replace(b"+", b" "))
+    kind, selector = text[0], text[1:]
+    if selector.count("\t") > 1 or kind < " ":
+        raise Refused(BAD_REQUEST, "a control byte in the target")
+    if head.method not in (b"GET", b"HEAD"):
+        raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
+    http.worker.begin(http.session)
+    http.lingers = not http.keep
+    if kind == "7" and "\t" not in selector:
+        session = http.session
+        judged(http.policy, http.worker.peer, session.user, target.host, target.port)
+        form = '<form>Search for: <input name="q"> <input type="submit"></form>'
+        answer_page(http, "200 OK", target.host, [form])
+        return OK
+    talk = Talk(http, http.dial(target.host, target.port))
+    http.worker.begin(http.session, titled=True)
+    try:
+        talk.sendall(f"{selector}\r\n".encode("latin-1"))
+        if kind in "17":
+            gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
+        else:
+            media = GOPHER_TYPES.get(kind) or content_type(selector)
+            answer_stream(http, talk.server, media, None, kind == "0")
+    finally:
+        http.drop_server()
+    http.lingers = not http.keep
+    return OK
 
 
 # --- Own pages ----------------------------------------------------------------
@@ -3490,10 +4545,11 @@ def pac(http: Http, host: str) -> str:
     return PAC % (", ".join(blocks), "; ".join(order))
 
 
-def own_page(http: Http, host: str, path: bytes) -> Outcome:
+def own_page(
+    http: Http, head: RequestHead, target: Target, length: int | None
+) -> Outcome:
     """Answer what was asked of the gateway itself; raise Refused."""
-    head, board, nonce = http.head, http.worker.board, os.urandom(16).hex()
-    assert head
+    board, nonce, host = http.worker.board, os.urandom(16).hex(), target.host
     browser_file = "application/x-ns-proxy-autoconfig", lambda: pac(http, host)
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
         b"/": ("text/html; charset=utf-8", lambda: table_page(http, nonce)),
@@ -3502,15 +4558,15 @@ def own_page(http: Http, host: str, path: bytes) -> Outcome:
         b"/proxy.pac": browser_file,
         b"/wpad.dat": browser_file,
     }
-    page = pages.get(path.partition(b"?")[0])
+    page = pages.get(target.path.partition(b"?")[0])
     if page is not browser_file:
         if not http.policy.means_us(host, http.client.sock.getsockname()[1]):
             raise Refused(BAD_HOST, f"{host or 'no host'} is not this gateway")
     if not page:
-        raise Refused(NOT_FOUND, "the gateway has no such page")
+        raise Refused(NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
-    if body_length(head, BAD_REQUEST):
+    if length:
         http.keep = False  # its body is not read
     http.lingers = not http.keep
     kind, text = page[0], page[1]()
@@ -3525,6 +4581,26 @@ def own_page(http: Http, host: str, path: bytes) -> Outcome:
 # and find out what he speaks.
 
 
+GATEWAYS: dict[bytes, Gateway] = {
+    b"ftp": ftp,
+    b"gopher": gopher,
+    OURSELVES: own_page,
+}
+
+
+def await_first_byte(worker: Worker, client: Stream) -> bool:
+    """Wait for who has just come to speak; return whether he does."""
+    try:
+        return client.fill()  # it has probably come with the connection
+    except BlockingIOError:
+        pass
+    # Who has just come makes no room for who comes next.
+    seconds = worker.config.head_timeout
+    if worker.watch.wait({client.fd: select.POLLIN}, min(1.0, seconds)):
+        return client.fill()
+    return bool(worker.silence(seconds, [client], fresh=True)) and client.fill()
+
+
 def serve_client(policy: Policy, worker: Worker) -> None:
     """Serve one client from the first byte to the last."""
     client = Stream(worker.client, CLIENT_GONE)
@@ -3532,7 +4608,14 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         # Without a byte: a stranger learns nothing, not even what this is.
         worker.finish(Session(worker.name, worker.pid), OUTSIDER.word)
         return
-    Http(worker, policy, client, own_page).serve()
+    if target := redirected_from(worker):
+        return serve_redirected(worker, policy, client, *target)
+    if not await_first_byte(worker, client):
+        return
+    if client.received[0] in (4, 5):
+        Socks(worker, policy, client).serve()
+    else:
+        Http(worker, policy, client, GATEWAYS).serve()
 
 
 # --- Service ------------------------------------------------------------------
@@ -3734,11 +4817,16 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
     fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
     for number in range(WARM_CLIENTS):
         client = socket.create_connection(door)
-        tunnel = number % 2
-        client.sendall((f"CONNECT {at} " if tunnel else f"GET http://{at}/ ").encode())
-        client.sendall(fields.encode())
+        way = number % 3
+        if way == 2:
+            client.sendall(b"\5\1\0")
+            client.recv(COPY_SIZE)
+            client.sendall(b"\5\1\0" + write_address(origin.getsockname()))
+        else:
+            line = f"CONNECT {at} " if way else f"GET http://{at}/ "
+            client.sendall((line + fields).encode())
         server, _ = origin.accept()
-        if tunnel:
+        if way:
             client.recv(COPY_SIZE)
             client.sendall(b"a word")
         server.recv(COPY_SIZE)
@@ -3824,6 +4912,11 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             os.ftruncate(pidfile, 0)
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)
+        # While we may still read Python's library; and without the TLS that it
+        # would load and we do not use, three megabytes in every worker.
+        sys.modules["ssl"] = None  # type: ignore[assignment]
+        import ftplib  # noqa: F401
+
         if not set_title:
             say("setproctitle is not installed: process titles will be missing")
         if user and config.log != "-":
