@@ -265,13 +265,21 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        with open(path, encoding="utf-8") as file:
-            parser.read_file(file)
+        with open(path, encoding="utf-8-sig") as file:  # an editor's BOM is no matter
+            text = file.read()
+        parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
     except configparser.Error as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        number = getattr(error, "lineno", 0) or vars(error)["errors"][0][0]
+        line = text.split("\n")[number - 1].strip()
+        why = {
+            "DuplicateOptionError": "this setting stands in the file twice",
+            "DuplicateSectionError": "this section stands in the file twice",
+            "MissingSectionHeaderError": "it stands before the line [natwork]",
+        }.get(type(error).__name__, "it is not NAME = VALUE")
+        raise ConfigError(f"{path}: line {number}: {line}: {why}") from None
     for section in parser.sections():
         if section != "natwork":
             raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
@@ -699,6 +707,15 @@ class AccessLog:
         except OSError:  # a socket (journald's), or not ours to open again
             self.fd, self.shared = os.dup(1), True
 
+    def follow(self) -> None:
+        """Go on in the file that has our name now, if ours has been renamed."""
+        with contextlib.suppress(OSError):
+            if self.path != "-":
+                flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
+                fd = os.open(self.path, flags)
+                os.dup2(fd, self.fd, False)
+                os.close(fd)
+
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
         """Write the line of a session that has ended, or count it as lost."""
         line = session.line(outcome)
@@ -1082,6 +1099,17 @@ POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
 
 
+def notify(words: str) -> None:
+    """Tell the service manager how we are, where it asks: sd_notify(3)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        # An abstract address begins with a NUL, for which "@" stands.
+        where = "\0" + path[1:] if path[0] == "@" else path
+        with contextlib.suppress(OSError):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1)
+                sock.sendto(words.encode(), where)
+
+
 def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
     """Return the listeners at which a client waits now."""
     poll = select.poll()
@@ -1290,6 +1318,8 @@ class Worker:
 
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
+        if self.leaving():
+            self.generation.log.follow()
         self.generation.log.write(session, outcome, self.slot)
         self.slot.settle()
 
@@ -1318,6 +1348,9 @@ class Master:
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
         self.title = ""
+        # sd_watchdog_enabled(3): twice as often as would just do.
+        self.notify_pause = int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2e6
+        self.notify_at = 0.0  # monotonic
         board.words[BEGAN] = int(time.time())
 
     def run(self) -> None:
@@ -1415,6 +1448,7 @@ class Master:
         if self.retiring and not self.states().count(self.retiring.idle()):
             self.retiring = None
             say("configuration reloaded")
+            notify("READY=1")
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
@@ -1498,11 +1532,13 @@ class Master:
 
     def reload(self) -> None:
         """Put a new configuration in force, or say why the old one stays."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = self.load(self.generation)
         except (ConfigError, OSError, ImportError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             say(f"configuration not reloaded, the old one stays: {why}")
+            notify("READY=1")
             return
         old = self.generation
         fresh.number = old.number + 1
@@ -1537,6 +1573,7 @@ class Master:
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""
+        notify("STOPPING=1")
         self.board.words[RETIRED_BELOW] = self.generation.number + 1
         for generation in self.generations:
             os.close(generation.lifeline_in)
@@ -1567,6 +1604,9 @@ class Master:
         if set_title and title != self.title:
             set_title(title)
             self.title = title
+        if (now := time.monotonic()) >= self.notify_at:
+            self.notify_at = now + self.notify_pause
+            notify(f"WATCHDOG=1\nSTATUS={idle} idle {busy} busy")
 
 
 # --- Rules --------------------------------------------------------------------
@@ -4605,6 +4645,11 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
         raise config.refuse("listen", str(error)) from None
     if not found:
         raise config.refuse("listen", "must name an address")
+    for host, port in found:
+        if found.count((host, port)) > 1:
+            raise config.refuse("listen", f"names {endpoint((host, port))} twice")
+        if host != "*" and port and ("*", port) in found:
+            raise config.refuse("listen", f"*:{port} has {host} in it")
     return found
 
 
@@ -4703,6 +4748,8 @@ def load_generation(
     for name in ("user", "pidfile"):
         if old and getattr(config, name) != getattr(old.config, name):
             say(f"{name} is changed by a restart only")
+    if old and passed and config.listen != old.config.listen:
+        say("listen is not used: systemd passes the listeners (natwork.socket)")
     return generation
 
 
@@ -4727,9 +4774,17 @@ def become(user: tuple[int, int] | None) -> None:
         os.setuid(user[0])
 
 
-def lock_pidfile(path: str) -> int:
-    """Return the pid file, open and locked while we live; raise OSError."""
+def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
+    """Return the pid file, open and locked while we live; raise OSError.
+
+    Who gives up root can remove it at the end from a directory of its own only,
+    so one that is not there is made.
+    """
+    folder = os.path.dirname(path)
     try:
+        if user and folder and not os.path.exists(folder):
+            os.mkdir(folder, 0o755)
+            os.chown(folder, *user)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path, flags, 0o644)
     except OSError as error:
@@ -4742,6 +4797,9 @@ def lock_pidfile(path: str) -> int:
     except OSError:
         os.close(fd)
         raise OSError(f"another natwork holds the pid file {path}") from None
+    if os.fstat(fd).st_nlink == 0:  # the one before has just removed it
+        os.close(fd)
+        return lock_pidfile(path, user)
     return fd
 
 
@@ -4846,7 +4904,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     passed = passed_listeners()
     board = Scoreboard()
-    pidfile = lock_pidfile(config.pidfile) if config.pidfile else -1
+    pidfile = lock_pidfile(config.pidfile, user) if config.pidfile else -1
     try:
         load = functools.partial(load_generation, path, options, passed)
         master = Master(board, load)
@@ -4867,6 +4925,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         board.describe(config.max_workers)
         warm()
         ready()
+        notify("READY=1")
         master.run()
     finally:
         if pidfile >= 0:
@@ -4917,6 +4976,7 @@ def run_daemon(path: str, options: list[str]) -> int:
     try:
         daemon.DaemonContext(
             umask=0o027,
+            detach_process=True,  # it would guess, by what standard input is
             working_directory=os.getcwd(),
             files_preserve=list(range(3, 64)),
             stdout=sys.stdout,
@@ -4990,6 +5050,8 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    if not inside:
+        return 0
     try:
         if b"://" in wanted:
             target = parse_target(b"GET", wanted)
@@ -5020,13 +5082,28 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     return 0
 
 
+def check_file(config: Config, name: str, makes_folder: bool) -> None:
+    """Raise ConfigError for a file that we could not write; open nothing."""
+    path = getattr(config, name)
+    folder = os.path.dirname(path) or "."
+    if path in ("", "-") or makes_folder and not os.path.exists(folder):
+        return
+    if not os.path.isdir(folder):
+        raise config.refuse(name, "there is no such directory")
+    if os.path.isdir(path) or not os.access(
+        path if os.path.exists(path) else folder, os.W_OK
+    ):
+        raise config.refuse(name, "it cannot be written")
+
+
 def check(path: str, options: list[str]) -> int:
     """Print every setting in force, or raise ConfigError."""
     config = load_config(path, options)
     Policy(config, [])
     other_gateways(config)
-    find_user(config)
     endpoints(config)
+    check_file(config, "log", False)
+    check_file(config, "pidfile", bool(find_user(config)))
     print(config.text())
     return 0
 

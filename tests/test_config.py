@@ -245,6 +245,30 @@ def test_a_bad_file_is_one_line_that_names_it(
     assert "bad.conf: " in why and part in why
 
 
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("spare_workers = 4\n", "1: spare_workers = 4: it stands before the line "),
+        ("[natwork]\n\nname a\n", "3: name a: it is not NAME = VALUE"),
+        ("[natwork]\nname = a\nname = b\n", "3: name = b: this setting stands in "),
+        ("[natwork]\n[natwork]\n", "2: [natwork]: this section stands in the file "),
+    ],
+)
+def test_a_line_that_is_no_setting_is_told_by_its_number(
+    tmp_path: Path, content: str, why: str
+) -> None:
+    (tmp_path / "bad.conf").write_text(content)
+    said = refused("-c", "bad.conf", cwd=tmp_path)
+    assert said.startswith(f"natwork: bad.conf: line {why}")
+
+
+def test_the_mark_of_an_editor_before_the_first_line_is_no_matter(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "bom.conf").write_text("\ufeff[natwork]\nspare_workers = 3\n")
+    assert "spare_workers = 3\n" in printed("-t", "-c", "bom.conf", cwd=tmp_path)
+
+
 def test_a_missing_file_is_one_line_that_names_it(tmp_path: Path) -> None:
     why = refused("-c", "nowhere.conf", cwd=tmp_path)
     assert why == "natwork: nowhere.conf: no such file or directory\n"
