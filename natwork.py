@@ -53,6 +53,7 @@ import gc
 import mmap
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -1188,6 +1189,25 @@ class Worker:
             set_title(title)
             self.title = title
 
+    def confine(self) -> None:
+        """Give up what serving does not need, and take TERM as the operator's hand."""
+        set_signal(int(signal.SIGTERM), self.end)
+        if os.geteuid():  # root is above this limit
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no fork, no thread
+
+    def end(self, *_: object) -> None:
+        """Die of TERM, and by a reset if the client has but half of his answer.
+
+        The master writes the line: one that dies of a signal cannot.
+        """
+        if self.slot.words[WHICH]:  # a session is going on
+            with contextlib.suppress(OSError):
+                self.client.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+        set_signal(int(signal.SIGTERM), int(signal.SIG_DFL))
+        os.kill(self.pid, signal.SIGTERM)
+
 
 class Master:
     """Keeps spare workers waiting in accept, and sees them out."""
@@ -1207,6 +1227,7 @@ class Master:
         self.stopping = False
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
+        self.private = [self.wake_out, self.pressure_in, board.fd]  # not the workers'
         self.title = ""
 
     def run(self) -> None:
@@ -1362,11 +1383,13 @@ class Master:
             for number, action in WORKER_SIGNALS.items():
                 set_signal(number, action)
             set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
-            for generation in self.generations:
-                os.close(generation.lifeline_in)  # the master's alone: it is its life
-            for fd in (self.wake_out, self.pressure_in, self.board.fd):
+            os.close(self.generation.lifeline_in)  # the master's alone: it is its life
+            for generation in self.generations[:-1]:
+                generation.close()
+            for fd in self.private:
                 os.close(fd)
             worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
+            worker.confine()
             slot.take(worker.pid)
             worker.run()
             status = 0
@@ -1916,6 +1939,8 @@ def resolve(host: str, port: int) -> list[bytes]:
     except ValueError:
         pass  # it is a name
     began = time.monotonic()
+    # The resolver waits on when a handler of ours has noted a signal.
+    handler = set_signal(int(signal.SIGTERM), int(signal.SIG_DFL))
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
@@ -1926,6 +1951,8 @@ def resolve(host: str, port: int) -> list[bytes]:
         raise Refused(
             DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
         ) from None
+    finally:
+        set_signal(int(signal.SIGTERM), handler)
     addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
     return list(dict.fromkeys(forms(a)[0] for a in addresses))
 
@@ -3262,6 +3289,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         load = functools.partial(load_generation, path, options, passed)
         master = Master(board, load)
         if pidfile >= 0:
+            master.private.append(pidfile)
             os.ftruncate(pidfile, 0)
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)
