@@ -3229,7 +3229,8 @@ def warm() -> None:
     with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
         door = undo.enter_context(listen("127.0.0.1", 0))
         origin = undo.enter_context(listen("127.0.0.1", 0))
-        config = Config(rules="allow to 127.0.0.0/8 port 1-65535", log=os.devnull)
+        opening = "allow to 127.0.0.0/8 port 1-65535"
+        config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
         serve = functools.partial(serve_client, Policy(config, []))
         generation = Generation(config, {"": door}, AccessLog(config), serve)
         undo.callback(generation.close)
