@@ -1242,12 +1242,22 @@ class Master:
         gc.freeze()
         gc.set_threshold(20_000)
         while not self.stopping:
-            self.reap()
-            self.keep_spares()
-            self.show_title()
-            for byte in self.sleep():
-                self.act(byte)
+            with self.steady():
+                self.reap()
+                self.keep_spares()
+                self.show_title()
+                for byte in self.sleep():
+                    self.act(byte)
         self.drain()
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Say what the system refuses the master, and let it not be his end."""
+        try:
+            yield
+        except OSError as error:
+            self.board.say(f"the master goes on after an error: {reason(error)}")
+            time.sleep(0.1)  # it may come again at once
 
     def sleep(self) -> bytes:
         """Wait for a signal, a poke or a second; return the bytes that woke us.
@@ -1437,7 +1447,8 @@ class Master:
         for listener in self.removed:
             if listener not in busy:
                 # Not close() alone: busy workers have it open too.
-                listener.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)
                 listener.close()
         self.removed = busy
         listeners = self.generation.listeners
@@ -1456,17 +1467,18 @@ class Master:
                     listener.shutdown(socket.SHUT_RDWR)
         deadline = time.monotonic() + self.generation.config.drain_timeout + 2
         end = signal.SIGTERM
-        self.reap()
-        while self.workers:
-            hurry = any(
-                byte in (signal.SIGTERM, signal.SIGINT) for byte in self.sleep()
-            )
-            if hurry or time.monotonic() > deadline:
-                for pid in self.workers:
-                    os.kill(pid, end)
-                deadline, end = time.monotonic() + 5, signal.SIGKILL
+        with self.steady():
             self.reap()
-            self.show_title()
+        while self.workers:
+            with self.steady():
+                signals = set(self.sleep())
+                hurry = signals & {int(signal.SIGTERM), int(signal.SIGINT)}
+                if hurry or time.monotonic() > deadline:
+                    for pid in self.workers:
+                        os.kill(pid, end)
+                    deadline, end = time.monotonic() + 5, signal.SIGKILL
+                self.reap()
+                self.show_title()
 
     def show_title(self) -> None:
         states = self.states()
@@ -2744,10 +2756,12 @@ class Http:
                 return bool(spoken) and self.fill()
 
     def fill(self) -> bool:
-        """Receive from the client; return False at the end or after a reset."""
+        """Receive from the client; return False at the end or when he is lost."""
         try:
             data = self.client.sock.recv(COPY_SIZE)
-        except ConnectionError:
+        except BlockingIOError:
+            raise
+        except OSError:  # a reset, or what keepalive and ICMP say of a dead line
             return False
         self.client.received += data
         return bool(data)

@@ -65,7 +65,8 @@ OF_A_WORKER = [
     ("write", "EAGAIN ENOSPC EIO EPIPE EINTR", 3),  # to the log, and to the master
     ("openat", "EMFILE ENFILE EACCES ENOMEM", 2),  # of the resolver
 ]
-# Of the master, in reap_and_reload().
+# Of the master, in reap_and_reload(); not write(), by which Python's own signal
+# handler wakes him, and into a pipe that cannot fail.
 OF_THE_MASTER = [
     ("clone", "EAGAIN ENOMEM", 2),
     ("wait4", "EINTR ECHILD", 2),
@@ -78,15 +79,12 @@ OF_THE_MASTER = [
     ("listen", "EADDRINUSE", 1),
     ("setsockopt", "ENOMEM", 2),
     ("getsockname", "ENOBUFS", 2),
-    ("write", "EAGAIN EIO EPIPE", 2),
     ("shutdown", "ENOTCONN", 1),
 ]
 # Of a worker that has just been forked.
 OF_THE_NEWBORN = [
     ("epoll_create1", "EMFILE ENOMEM", 2),
-    ("epoll_ctl", "ENOMEM", 1),
-    ("rt_sigaction", "EINVAL", 1),
-    ("getpid", "ENOSYS", 1),
+    ("epoll_ctl", "ENOMEM ENOSPC", 1),
 ]
 
 
@@ -122,8 +120,8 @@ class Faulty:
         return socket.create_connection(self.gateway.address, timeout)
 
     def idle(self, count: int) -> list[int]:
-        """Return the workers, once they are idle and as many as there should be."""
-        eventually(lambda: len(idle(self.gateway)) == count)
+        """Return the idle workers, once there are as many at least."""
+        eventually(lambda: len(idle(self.gateway)) >= count)
         return idle(self.gateway)
 
     def fresh(self) -> int:
