@@ -1423,6 +1423,7 @@ class Master:
             why = reason(error) if isinstance(error, OSError) else error
             say(f"configuration not reloaded, the old one stays: {why}")
             return
+        gc.collect()  # of generations gone by: their parts refer to each other
         old = self.generation
         fresh.number = old.number + 1
         kept = set(fresh.listeners.values())
