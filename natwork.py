@@ -968,6 +968,7 @@ WORKER_SIGNALS = {
     int(signal.SIGINT): int(signal.SIG_IGN),
     int(signal.SIGHUP): int(signal.SIG_IGN),
 }
+TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
@@ -1191,7 +1192,7 @@ class Worker:
 
     def confine(self) -> None:
         """Give up what serving does not need, and take TERM as the operator's hand."""
-        set_signal(int(signal.SIGTERM), self.end)
+        set_signal(TERM, self.end)
         if os.geteuid():  # root is above this limit
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no fork, no thread
 
@@ -1205,8 +1206,8 @@ class Worker:
                 self.client.setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                 )
-        set_signal(int(signal.SIGTERM), int(signal.SIG_DFL))
-        os.kill(self.pid, signal.SIGTERM)
+        set_signal(TERM, DEFAULT)
+        os.kill(self.pid, TERM)
 
 
 class Master:
@@ -1952,8 +1953,8 @@ def resolve(host: str, port: int) -> list[bytes]:
     except ValueError:
         pass  # it is a name
     began = time.monotonic()
-    # The resolver waits on when a handler of ours has noted a signal.
-    handler = set_signal(int(signal.SIGTERM), int(signal.SIG_DFL))
+    # The resolver goes on waiting behind a handler of ours.
+    handler = set_signal(TERM, DEFAULT)
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
@@ -1965,7 +1966,7 @@ def resolve(host: str, port: int) -> list[bytes]:
             DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
         ) from None
     finally:
-        set_signal(int(signal.SIGTERM), handler)
+        set_signal(TERM, handler)
     addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
     return list(dict.fromkeys(forms(a)[0] for a in addresses))
 
