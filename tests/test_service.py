@@ -317,6 +317,18 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
     assert answers(gateway.address)
 
 
+def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
+    daemon: Launch, origin: Start, tmp_path: Path
+) -> None:
+    pidfile = str(tmp_path / "natwork.pid")
+    gateway = daemon(pidfile=pidfile, drain_timeout="3")
+    with tunnel(gateway, origin(echo)) as client:
+        gateway.expected = -signal.SIGKILL
+        gateway.process.kill()
+        gateway.process.wait(10)
+        assert echoes(client) and answers(daemon(pidfile=pidfile).address)
+
+
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
 def test_a_pid_file_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
     pidfile, target = tmp_path / "natwork.pid", tmp_path / "target"
