@@ -509,6 +509,7 @@ class Gateway:
         )
 
     def worker_words(self) -> set[str]:
+        """Return in words what the workers have open: one word if it is the same."""
         words = set()
         for pid in self.workers():
             with contextlib.suppress(FileNotFoundError):
@@ -516,13 +517,20 @@ class Gateway:
                 words.add(", ".join(f"{held[kind]} {kind}" for kind in sorted(held)))
         return words
 
+    def same_words(self) -> set[str]:
+        """Return what the workers have open, once it is the same, if it ever is.
+
+        A worker keeps his pipes for a moment; and one who is new closes first
+        what is the master's.
+        """
+        with contextlib.suppress(BenchError):
+            until(lambda: len(self.worker_words()) == 1, "workers hold the same")
+        return self.worker_words()
+
     def rest(self) -> Rest:
         """Wait until nothing goes on, and see what there is."""
         until(self.is_quiet, "no worker is busy")
-        # A worker keeps his pipes for a moment.
-        with contextlib.suppress(BenchError):
-            until(lambda: len(self.worker_words()) == 1, "workers hold the same")
-        workers = self.worker_words()
+        workers = self.same_words()
         self.reload()  # so that there are spare workers, and nobody else
         until(lambda: len(self.workers()) == SPARES, f"{SPARES} workers")
         held = kinds(self.master)
@@ -539,7 +547,7 @@ class Gateway:
             held["pipe"],
             max(boards),
             int(status(self.master, "RssAnon")),
-            workers | self.worker_words(),
+            workers | self.same_words(),
         )
 
     def total(self, name: str) -> int:

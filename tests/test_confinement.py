@@ -216,7 +216,6 @@ natwork.main()
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="root starts it as nobody")
 def test_a_worker_can_neither_fork_nor_start_a_thread(daemon: Launch) -> None:
     script = TRIER.format(root=str(ROOT))
     gateway = daemon(program=[sys.executable, "-c", script], user="nobody")

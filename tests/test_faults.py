@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -178,9 +177,9 @@ class Faulty:
             alarm = threading.Timer(STRACE_TIMEOUT, strace.kill)
             alarm.start()
             try:
-                assert strace.stderr and "attached" in (
-                    line := strace.stderr.readline()
-                ), line
+                assert strace.stderr
+                said = strace.stderr.readline()
+                assert "attached" in said, said
                 yield lambda: "INJECTED" in trace.read_text()
             finally:
                 alarm.cancel()
@@ -309,8 +308,3 @@ def test_a_worker_that_cannot_start_is_tried_again(pair: Faulty, call: str) -> N
             eventually(has_failed)
         pair.is_well()
         pair.idle(2)
-
-
-def test_every_line_of_the_log_is_one(alone: Faulty) -> None:
-    lines = alone.gateway.lines()
-    assert all(re.fullmatch("[a-z0-9-]+", line["outcome"]) for line in lines)
