@@ -55,6 +55,7 @@ import io
 import mmap
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -1094,6 +1095,7 @@ WORKER_SIGNALS = {
     int(signal.SIGINT): int(signal.SIG_IGN),
     int(signal.SIGHUP): int(signal.SIG_IGN),
 }
+TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
@@ -1328,6 +1330,25 @@ class Worker:
             set_title(title)
             self.title = title
 
+    def confine(self) -> None:
+        """Give up what serving does not need, and take TERM as the operator's hand."""
+        set_signal(TERM, self.end)
+        if os.geteuid():  # root is above this limit
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no fork, no thread
+
+    def end(self, *_: object) -> None:
+        """Die of TERM, and by a reset if the client has but half of his answer.
+
+        The master writes the line: one that dies of a signal cannot.
+        """
+        if self.slot.words[WHICH]:  # a session is going on
+            with contextlib.suppress(OSError):
+                self.client.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+        set_signal(TERM, DEFAULT)
+        os.kill(self.pid, TERM)
+
 
 class Master:
     """Keeps spare workers waiting in accept, and sees them out."""
@@ -1347,6 +1368,7 @@ class Master:
         self.stopping = False
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
+        self.private = [self.wake_out, self.pressure_in, board.fd]  # not the workers'
         self.title = ""
         # sd_watchdog_enabled(3): twice as often as would just do.
         self.notify_pause = int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2e6
@@ -1365,12 +1387,22 @@ class Master:
         gc.freeze()
         gc.set_threshold(20_000)
         while not self.stopping:
-            self.reap()
-            self.keep_spares()
-            self.show_title()
-            for byte in self.sleep():
-                self.act(byte)
+            with self.steady():
+                self.reap()
+                self.keep_spares()
+                self.show_title()
+                for byte in self.sleep():
+                    self.act(byte)
         self.drain()
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Say what the system refuses the master, and let it not be his end."""
+        try:
+            yield
+        except OSError as error:
+            self.board.say(f"the master goes on after an error: {reason(error)}")
+            time.sleep(0.1)  # it may come again at once
 
     def sleep(self) -> bytes:
         """Wait for a signal, a poke or a second; return the bytes that woke us.
@@ -1510,11 +1542,13 @@ class Master:
             for number, action in WORKER_SIGNALS.items():
                 set_signal(number, action)
             set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
-            for generation in self.generations:
-                os.close(generation.lifeline_in)  # the master's alone: it is its life
-            for fd in (self.wake_out, self.pressure_in, self.board.fd):
+            os.close(self.generation.lifeline_in)  # the master's alone: it is its life
+            for generation in self.generations[:-1]:
+                generation.close()
+            for fd in self.private:
                 os.close(fd)
             worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
+            worker.confine()
             slot.take(worker.pid)
             worker.run()
             status = 0
@@ -1540,6 +1574,7 @@ class Master:
             say(f"configuration not reloaded, the old one stays: {why}")
             notify("READY=1")
             return
+        gc.collect()  # of generations gone by: their parts refer to each other
         old = self.generation
         fresh.number = old.number + 1
         kept = set(fresh.listeners.values())
@@ -1564,7 +1599,8 @@ class Master:
         for listener in self.removed:
             if listener not in busy:
                 # Not close() alone: busy workers have it open too.
-                listener.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)
                 listener.close()
         self.removed = busy
         listeners = self.generation.listeners
@@ -1584,17 +1620,18 @@ class Master:
                     listener.shutdown(socket.SHUT_RDWR)
         deadline = time.monotonic() + self.generation.config.drain_timeout + 2
         end = signal.SIGTERM
-        self.reap()
-        while self.workers:
-            hurry = any(
-                byte in (signal.SIGTERM, signal.SIGINT) for byte in self.sleep()
-            )
-            if hurry or time.monotonic() > deadline:
-                for pid in self.workers:
-                    os.kill(pid, end)
-                deadline, end = time.monotonic() + 5, signal.SIGKILL
+        with self.steady():
             self.reap()
-            self.show_title()
+        while self.workers:
+            with self.steady():
+                signals = set(self.sleep())
+                hurry = signals & {int(signal.SIGTERM), int(signal.SIGINT)}
+                if hurry or time.monotonic() > deadline:
+                    for pid in self.workers:
+                        os.kill(pid, end)
+                    deadline, end = time.monotonic() + 5, signal.SIGKILL
+                self.reap()
+                self.show_title()
 
     def show_title(self) -> None:
         states = self.states()
@@ -2113,6 +2150,8 @@ def resolve(host: str, port: int) -> list[bytes]:
     except ValueError:
         pass  # it is a name
     began = time.monotonic()
+    # The resolver goes on waiting behind a handler of ours.
+    handler = set_signal(TERM, DEFAULT)
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
@@ -2123,6 +2162,8 @@ def resolve(host: str, port: int) -> list[bytes]:
         raise Refused(
             DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
         ) from None
+    finally:
+        set_signal(TERM, handler)
     addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
     return list(dict.fromkeys(forms(a)[0] for a in addresses))
 
@@ -4849,7 +4890,8 @@ def warm() -> None:
     with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
         door = undo.enter_context(listen("127.0.0.1", 0))
         origin = undo.enter_context(listen("127.0.0.1", 0))
-        config = Config(rules="allow to 127.0.0.0/8 port 1-65535", log=os.devnull)
+        opening = "allow to 127.0.0.0/8 port 1-65535"
+        config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
         serve = functools.partial(serve_client, Policy(config, []))
         generation = Generation(config, {"": door}, AccessLog(config), serve)
         undo.callback(generation.close)
@@ -4909,6 +4951,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         load = functools.partial(load_generation, path, options, passed)
         master = Master(board, load)
         if pidfile >= 0:
+            master.private.append(pidfile)
             os.ftruncate(pidfile, 0)
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)

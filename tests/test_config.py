@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from conftest import Gateway
 from conftest import eventually
 from running import Daemon
 from running import command
@@ -307,3 +309,20 @@ def test_an_option_still_wins_after_a_reload(daemon: Callable[..., Daemon]) -> N
     gateway.hangup(name="other", rules="deny port 81")
     eventually(lambda: b"rule 1" in refusal())  # so it has been read again
     assert refusal().startswith(b"option; ")
+
+
+def test_a_file_made_after_the_start_is_read_by_a_reload(
+    natwork: Callable[..., Gateway],
+) -> None:
+    gateway = natwork("user=root", loopback=False)
+    file = gateway.log.parent / "natwork.conf"
+
+    def refusal() -> bytes:
+        with gateway.connect() as client:
+            return exchange(client, request(DENIED)).values(b"Proxy-Status")[0]
+
+    assert b"built-in rule" in refusal() and not file.exists()
+    file.write_text("[natwork]\nrules = deny to 10.0.0.0/8\n")
+    gateway.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "configuration reloaded" in gateway.errors.read_text())
+    assert b"rule 1" in refusal()

@@ -456,6 +456,34 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
     assert answers(gateway.address)
 
 
+def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
+    daemon: Launch, origin: Start, tmp_path: Path
+) -> None:
+    pidfile = str(tmp_path / "natwork.pid")
+    gateway = daemon(pidfile=pidfile, drain_timeout="3")
+    with tunnel(gateway, origin(echo)) as client:
+        gateway.expected = -signal.SIGKILL
+        gateway.process.kill()
+        gateway.process.wait(10)
+        assert echoes(client) and answers(daemon(pidfile=pidfile).address)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
+def test_a_pid_file_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    pidfile, target = tmp_path / "natwork.pid", tmp_path / "target"
+    target.write_text("not a number of ours")
+    if kind == "a link":
+        pidfile.symlink_to(target)
+    elif kind == "a pipe":
+        os.mkfifo(pidfile)
+    else:
+        pidfile.mkdir()
+    options = ("-o", "listen=127.0.0.1:0", "-o", f"pidfile={pidfile}")
+    why = failed(command(*options, cwd=tmp_path), 1)
+    assert f"the pid file {pidfile}: " in why
+    assert target.read_text() == "not a number of ours"
+
+
 def test_a_pid_file_nowhere_is_one_reason_and_exit_1(tmp_path: Path) -> None:
     options = ("-o", "listen=127.0.0.1:0", "-o", "pidfile=/nowhere/at/all.pid")
     done = command(*options, cwd=tmp_path)
