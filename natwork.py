@@ -25,6 +25,7 @@ Usage:
     natwork.py -t                                    check the configuration
     natwork.py --table [--json]                      the sessions of this box (root)
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
+    natwork.py --passwd USER                         a line for the file of users
 
 Settings are in natwork.conf, each explained and commented out at its default.
 
@@ -98,6 +99,8 @@ UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
+PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
+VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
 WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
@@ -127,6 +130,11 @@ def say(message: str) -> None:
         os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
 
 
+def masked(text: str) -> str:
+    """Return lines with what may be the password of a URL made unreadable."""
+    return re.sub(r":(?!//).*@", ":***@", text)
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text says which part, and why."""
 
@@ -141,9 +149,12 @@ class Config:
     )
     outside = ""
     rules = ""
+    users = ""
+    parents = ""
     name = ""  # empty: the host name
     spare_workers = 8
     max_workers = 2048
+    max_per_client = 0
     clients_per_worker = 1000
     head_timeout = 10.0
     connect_timeout = 10.0
@@ -173,7 +184,8 @@ class Config:
 
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is no good."""
-        value = " ".join(str(getattr(self, name)).split())
+        value = str(getattr(self, name))
+        value = " ".join((masked(value) if name == "parents" else value).split())
         return ConfigError(
             f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
         )
@@ -182,6 +194,8 @@ class Config:
         """Raise ConfigError for a number out of range or a word out of place."""
         for name in self.names():
             value = getattr(self, name)
+            if value == 0 and name == "max_per_client":
+                continue
             if isinstance(value, (int, float)) and not 0 < value < 1e9:
                 raise self.refuse(name, "must be more than 0")
         if self.max_workers > SLOTS:
@@ -196,9 +210,9 @@ class Config:
         if not re.fullmatch(r"[\w.-]{1,255}", self.name, re.ASCII):
             raise self.refuse("name", "must be letters, digits, dots and dashes")
 
-    def rule_lines(self) -> list[str]:
-        """Return the lines of `rules`, which end at a newline or a semicolon."""
-        lines = [line.strip() for line in re.split("[\n;]", self.rules)]
+    def lines(self, name: str) -> list[str]:
+        """Return the lines of a setting, which end at a newline or a semicolon."""
+        lines = [line.strip() for line in re.split("[\n;]", getattr(self, name))]
         return [line for line in lines if line]
 
     def text(self) -> str:
@@ -208,8 +222,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
-            if name == "rules":  # a line that begins with ";" would be a comment
-                value = "".join(f"\n    {line}" for line in self.rule_lines())
+            if name in ("rules", "parents"):  # a line of ";..." would be a comment
+                lines = self.lines(name)
+                value = "".join(f"\n    {masked(line)}" for line in lines)
             lines.append(f"{name} = {value}".rstrip())
         return "\n".join(lines)
 
@@ -241,7 +256,7 @@ def read_settings(path: str) -> dict[str, str]:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
     except configparser.Error as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: {masked(' '.join(str(error).split()))}") from None
     for section in parser.sections():
         if section != "natwork":
             raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
@@ -260,14 +275,14 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     for option in options:
         name, equals, text = option.partition("=")
         if not equals:
-            raise ConfigError(f"option -o {option}: must be NAME=VALUE")
+            raise ConfigError(f"option -o {masked(option)}: must be NAME=VALUE")
         given.append(("option -o", name.strip(), text.strip()))
     settings, where = {}, {}
     for place, name, text in given:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            raise ConfigError(f"{place}: {name} = {text}: {error}") from None
+            raise ConfigError(f"{place}: {name} = {masked(text)}: {error}") from None
     config = Config(**settings)
     config.where = where
     config.check()
@@ -285,14 +300,16 @@ ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
 USE_CONNECT = "This gateway takes http:// targets, and CONNECT for everything else."
+SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
 
 
 STATUSES = (
-    "400 Bad Request,403 Forbidden,408 Request Timeout,414 URI Too Long,"
-    "417 Expectation Failed,431 Request Header Fields Too Large,"
-    "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,"
-    "503 Service Unavailable,504 Gateway Timeout,505 HTTP Version Not Supported"
+    "400 Bad Request,403 Forbidden,407 Proxy Authentication Required,"
+    "408 Request Timeout,414 URI Too Long,417 Expectation Failed,"
+    "431 Request Header Fields Too Large,500 Internal Server Error,"
+    "501 Not Implemented,502 Bad Gateway,503 Service Unavailable,504 Gateway Timeout,"
+    "505 HTTP Version Not Supported"
 ).split(",")
 
 
@@ -328,6 +345,8 @@ HEAD_TOO_LARGE = BAD_REQUEST._replace(word="head-too-large", status=431)
 BAD_VERSION = BAD_REQUEST._replace(word="bad-version", status=505)
 NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT)
 DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
+AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO)
+AUTH_FAILED = AUTH_REQUIRED._replace(word="auth-failed")
 LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER)
 
 NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.")
@@ -339,6 +358,8 @@ CONNECT_RESET = Outcome("reset", 502, "connection_terminated")
 UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable")
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
+AUTH_BUSY = OVERLOAD._replace(word="auth-busy")
+TOO_MANY = OVERLOAD._replace(word="too-many")
 
 SERVER_GONE = Outcome("server-gone", 502, "connection_terminated")
 BAD_RESPONSE = Outcome("bad-response", 502, "http_protocol_error", "Tell its owner.")
@@ -387,9 +408,15 @@ GENERATIONS = 240
 # The header, as 64-bit words.
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
+SCRYPTS = 15  # passwords checked; only the holder of the lock writes
 OURS = 0x316B726F7774616E  # "natwork1"
-STATES = 4096  # offset of the state bytes
-ROWS = STATES + SLOTS  # offset of the slots
+# Pairs of name and password that were right: when, and a digest of 24 bytes.
+VERIFIED, VERIFIED_SETS, VERIFIED_WAYS = 4096, 256, 4
+STATES = VERIFIED + 32 * VERIFIED_SETS * VERIFIED_WAYS  # offset of the state bytes
+# For each slot a word that stands for its client, 0 for none, and when he came.
+CLIENTS = (STATES + SLOTS) // 8
+ARRIVALS = CLIENTS + SLOTS
+ROWS = 8 * (ARRIVALS + SLOTS)  # offset of the slots
 # A slot begins with words too: which row is up; pid; bytes of the session that
 # is; and in all sessions, bytes, and log lines that were lost.
 WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
@@ -418,6 +445,7 @@ class Scoreboard:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.memory = mmap.mmap(self.fd, size)
         self.words = memoryview(self.memory).cast("Q")
+        self.secret = os.urandom(32)  # known to this gateway's processes alone
 
     def describe(self, max_workers: int) -> None:
         """Write down whose scoreboard this is; no uplink has failed yet."""
@@ -446,6 +474,50 @@ class Scoreboard:
         if uplink < UPLINK_LIMIT:
             self.words[UPLINKS + uplink] = int(time.monotonic())
 
+    def lock(self) -> bool:
+        """Take the lock for the one password check at a time, if nobody has it.
+
+        It is a record lock: the kernel frees it when its process ends.
+        """
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        fcntl.lockf(self.fd, fcntl.LOCK_UN)
+
+    def places(self, digest: bytes) -> list[int]:
+        """Return the offsets at which a digest may stand."""
+        first = VERIFIED + 32 * VERIFIED_WAYS * (digest[0] % VERIFIED_SETS)
+        return [first + 32 * way for way in range(VERIFIED_WAYS)]
+
+    def remembers(self, digest: bytes) -> bool:
+        """Return whether a digest was put here a short while ago."""
+        now = time.monotonic()
+        for place in self.places(digest):
+            # The time first: it is written last, so it is never too young.
+            since = self.words[place // 8]
+            if since and now - since < VERIFIED_TIME:
+                if self.memory[place + 8 : place + 32] == digest:
+                    return True
+        return False
+
+    def remember(self, digest: bytes) -> None:
+        """Put a digest in the place of the oldest; for the holder of the lock."""
+        place = min(self.places(digest), key=lambda place: self.words[place // 8])
+        self.words[place // 8] = 0
+        self.memory[place + 8 : place + 32] = digest
+        self.words[place // 8] = int(time.monotonic())
+
+    def came_before(self, number: int, slots: int) -> int:
+        """Return how many sessions of a slot's client came before this one."""
+        clients = self.words[CLIENTS : CLIENTS + slots].tolist()
+        same = [n for n, client in enumerate(clients) if client == clients[number]]
+        came = self.words[ARRIVALS + number]
+        return sum((self.words[ARRIVALS + n], n) < (came, number) for n in same)
+
 
 class Slot:
     """One worker's place on the scoreboard."""
@@ -462,6 +534,13 @@ class Slot:
         """Begin with a clean row; the totals are the slot's and go on growing."""
         self.words[WHICH] = self.words[UP] = self.words[DOWN] = 0
         self.words[PID] = pid  # 0 until the worker has got this far
+
+    def hold(self, client: str) -> None:
+        """Say whose the slot is from now on; "" for nobody's."""
+        words = self.board.words
+        words[ARRIVALS + self.number] = time.monotonic_ns()
+        # hash() has one seed in all processes forked from one.
+        words[CLIENTS + self.number] = hash(client) & 0xFFFFFFFF | 1 if client else 0
 
     def show(self, row: bytes) -> None:
         """Put a session's row up.
@@ -535,6 +614,8 @@ class Session:
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
         self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
+        self.via = b""  # the gateways that a CONNECT has come through
+        self.parent: Parent | None = None  # who takes a request, not a tunnel
         self.up = self.down = 0  # bytes written to the server, and to the client
 
     def row(self) -> bytes:
@@ -562,7 +643,8 @@ class Session:
 
     def title(self) -> str:
         """Return the process title: no path, no query, and the host last."""
-        way = f"{self.client} > {self.source} > {self.address}"
+        who = self.client if self.user == "-" else f"{self.client} {self.user}"
+        way = f"{who} > {self.source} > {self.address}"
         return f"natwork: {way} {self.proto} {self.host()}"
 
     def line(self, outcome: str) -> str:
@@ -1000,6 +1082,7 @@ class Generation:
         )
         self.families = {s.fileno(): int(s.family) for s in listeners.values()}
         self.number = 0
+        self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -1056,6 +1139,7 @@ class Worker:
                 self.poke()
             with self.client:
                 self.generation.serve(self)
+            self.slot.hold("")
             if self.leaving():
                 return
 
@@ -1101,7 +1185,17 @@ class Worker:
             return False
         self.peer = address[0].removeprefix("::ffff:")
         self.name = endpoint((self.peer, address[1]))
+        self.slot.hold(self.peer)
         return True
+
+    def check_share(self) -> None:
+        """Raise Refused if this client has max_per_client sessions besides this one."""
+        limit = self.config.max_per_client
+        if not limit:
+            return
+        slots = max(self.config.max_workers, self.slot.number + 1)
+        if self.board.came_before(self.slot.number, slots) >= limit:
+            raise Refused(TOO_MANY, f"{self.peer} has {limit} sessions already")
 
     def is_surplus(self) -> bool:
         """Give up being idle; return whether enough others are."""
@@ -1289,6 +1383,7 @@ class Master:
             slot, generation = self.workers.pop(pid)
             if status:
                 self.bury(slot, os.waitstatus_to_exitcode(status))
+            slot.hold("")
             slot.state(FREE)
             if status and not slot.words[PID]:  # nor would the next one get further
                 self.fork_at = time.monotonic() + 1
@@ -1364,7 +1459,7 @@ class Master:
             set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
             for generation in self.generations:
                 os.close(generation.lifeline_in)  # the master's alone: it is its life
-            for fd in (self.wake_out, self.pressure_in, self.board.fd):
+            for fd in (self.wake_out, self.pressure_in):
                 os.close(fd)
             worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
             slot.take(worker.pid)
@@ -1702,7 +1797,9 @@ def parse_rule(text: str, number: int) -> Rule:
         " ".join([verb, *words]),
         verb == "allow",
         tuple(parse_network(source) for source in sources) if sources else None,
-        frozenset(lists["user"]) if "user" in lists else None,
+        frozenset(printable(user.encode()) for user in lists["user"])
+        if "user" in lists
+        else None,
         frozenset(names) if "to" in lists else None,
         tuple(blocks),
         tuple(parse_ports(port) for port in ports) if ports else None,
@@ -1729,6 +1826,67 @@ def parse_uplink(text: str) -> Uplink:
     return Uplink(text, b"")
 
 
+class Parent(NamedTuple):
+    """Another proxy, and what goes through it."""
+
+    name: str  # its URL, without user and password
+    scheme: str  # http or socks5
+    host: str
+    port: int
+    user: bytes
+    password: bytes
+    targets: Rule
+    plain: bool  # for http:// requests alone
+
+    def takes(self, proto: str, host: str, addresses: list[bytes]) -> bool:
+        """Return whether a target is asked of it; addresses are those of the host."""
+        found = [form for packed in addresses for form in forms(packed)]
+        return (not self.plain or proto == "http") and (
+            self.targets.names_target(host.rstrip("."), found)
+        )
+
+
+PARENT_URL = re.compile(
+    r"((http|socks5)://)(?:([^:@/]+):([^:@/]*)@)?((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
+    re.ASCII,
+)
+
+
+def parse_parent(text: str) -> Parent:
+    """Return the parent that a line of `parents` describes; raise ValueError.
+
+    What it raises never quotes the line, which may hold a password.
+    """
+    url, *words = re.sub(r"\s*,\s*", ",", text).split()
+    parts = dict(zip(words[::2], words[1::2]))
+    if len(words) != 2 * len(parts) or not parts.keys() <= {"to", "scheme"}:
+        raise ValueError("behind the URL stand only to TARGETS and scheme http")
+    if parts.get("scheme", "http") != "http":
+        raise ValueError("the only scheme to be named is http")
+    match = PARENT_URL.fullmatch(url)
+    if not match:
+        raise ValueError("a URL is not http://HOST:PORT or socks5://HOST:PORT")
+    # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
+    user, password = (
+        re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
+        for part in ((match[3] or "").encode(), (match[4] or "").encode())
+    )
+    if len(user) > 255 or len(password) > 255:  # RFC 1929 section 2
+        raise ValueError("a user or a password is longer than 255 bytes")
+    if (host := match[6].strip("[]").lower()) != match[6].lower():
+        pack(host)
+    return Parent(
+        match[1] + match[5],
+        match[2],
+        host,
+        parse_ports(match[7]).start,
+        user,
+        password,
+        parse_rule(f"allow to {parts.get('to', '*')}", 0),
+        "scheme" in parts,
+    )
+
+
 class Verdict(NamedTuple):
     """What the rules say of one address: the outcome, and the rule in words."""
 
@@ -1742,7 +1900,7 @@ def denied(word: str, rule: str) -> Verdict:
 
 
 class Policy:
-    """Who is a client, and what may be dialed: `inside`, `outside` and `rules`."""
+    """Who is a client, and what is dialed how: from `inside` to `parents`."""
 
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
@@ -1758,13 +1916,15 @@ class Policy:
             setting = "inside"
             self.inside = networks(config.inside)
             setting = "rules"
-            for number, line in enumerate(config.rule_lines(), 1):
+            for number, line in enumerate(config.lines("rules"), 1):
                 self.rules.append(parse_rule(line, number))
             setting = "outside"
             self.uplinks = [
                 parse_uplink(word)._replace(number=number)
                 for number, word in enumerate(config.outside.split())
             ]
+            setting = "parents"
+            self.parents = [parse_parent(line) for line in config.lines("parents")]
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
@@ -1831,7 +1991,27 @@ class Policy:
         """
         # One page asks for many things at once; but our own addresses may change.
         second = int(time.monotonic())
-        return self.judged(client, user, host.rstrip("."), port, packed, second)
+        bare = user.partition(";")[0]  # behind it stands what he says of himself
+        return self.judged(client, bare, host.rstrip("."), port, packed, second)
+
+    def parent_for(
+        self, proto: str, host: str, addresses: list[bytes]
+    ) -> Parent | None:
+        """Return the first parent that takes a target, None where we dial it."""
+        takers = (p for p in self.parents if p.takes(proto, host, addresses))
+        return next(takers, None)
+
+    def trusts(self, client: str, user: str, host: str, port: int) -> bool:
+        """Return whether a rule allows a name of which no address is known here."""
+        who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
+        for rule in self.rules:
+            if not rule.matches(who, bare, name, port, []):
+                continue
+            if not rule.allow:
+                return False
+            if rule.names and (port != 25 or range(25, 26) in (rule.ports or ())):
+                return True
+        return False
 
     def judge_now(
         self, client: str, user: str, host: str, port: int, packed: bytes, second: int
@@ -1862,6 +2042,151 @@ class Policy:
         if port == 25:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
         return Verdict(True, OK, "built-in rule: allow the rest")
+
+
+# --- Users --------------------------------------------------------------------
+#
+# Who asks, where `users` is set.  To check a password takes scrypt 50 ms and
+# 16 MiB, as it is meant to; so there is one check at a time on the box, and a
+# pair of name and password that was right is remembered on the scoreboard, as a
+# digest under a key that is never written anywhere.
+
+NOBODY = bytes(16), bytes(32)  # checked for an unknown name; no password fits
+USER_LINE = re.compile(
+    rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
+)
+
+
+def scrypt(password: bytes, salt: bytes) -> bytes:
+    """Return the hash of a password, by RFC 7914."""
+    import hashlib
+
+    # One cost for all: an unknown name must not be told by the time it takes.
+    return hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
+
+
+def user_line(name: bytes, password: bytes) -> bytes:
+    """Return the line for the file of users; raise ValueError for a bad name."""
+    import binascii
+
+    check_name(name)
+    salt = os.urandom(16)
+    parts = [
+        binascii.b2a_base64(part, newline=False).rstrip(b"=")
+        for part in (salt, scrypt(password, salt))
+    ]
+    return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
+
+
+def check_name(name: bytes) -> None:
+    """Raise ValueError for a name that a log, a rule or RFC 7617 could not hold."""
+    if not re.fullmatch(rb"[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
+        raise ValueError("a name has no blank, colon, semicolon or comma, and is not -")
+
+
+def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
+    """Return salt and hash of each user, None if all may ask; raise ConfigError."""
+    if not config.users:
+        return None
+    import binascii
+    import hashlib  # here, so that it is not loaded in every worker
+    import hmac
+
+    users: dict[str, tuple[bytes, bytes]] = {}
+    try:
+        hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
+        hmac.compare_digest(b"", b"")
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        with open(os.open(config.users, flags), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) or mode & 0o007:
+                raise ValueError("it must be a file that others cannot read: chmod o=")
+            lines = file.read().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line or line.startswith(b"#"):
+                continue
+            match = USER_LINE.fullmatch(line)
+            if not match:
+                raise ValueError(f"line {number} is none that --passwd has printed")
+            check_name(match[1])
+            if (name := printable(match[1])) in users:
+                raise ValueError(f"line {number} is the second for {name}")
+            users[name] = (
+                binascii.a2b_base64(match[2] + b"=="),
+                binascii.a2b_base64(match[3] + b"="),
+            )
+    except OSError as error:
+        raise config.refuse("users", reason(error)) from None
+    except (AttributeError, ValueError) as error:
+        raise config.refuse("users", str(error)) from None
+    return users
+
+
+def verify(
+    board: Scoreboard, digest: bytes, password: bytes, line: tuple[bytes, bytes]
+) -> None:
+    """Check a password by its line, with the lock held; raise Refused."""
+    import hmac
+
+    if board.remembers(digest):  # another of his connections was quicker
+        return
+    salt, wanted = line
+    board.words[SCRYPTS] += 1
+    if not hmac.compare_digest(scrypt(password, salt), wanted):
+        raise Refused(AUTH_FAILED, "the name or the password is wrong")
+    board.remember(digest)
+
+
+def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
+    """Return a user's name, for the log, once the password is verified; raise Refused.
+
+    A name may go on behind a ";" with what the client knows of itself: that is
+    logged and not checked.
+    """
+    if worker.generation.users is None:
+        return "-"
+    import hashlib
+
+    board = worker.board
+    bare = printable(name.partition(b";")[0])
+    line = worker.generation.users.get(bare, NOBODY)
+    # The salt and the hash stand for the name: a new password is a new pair.
+    pair = b"".join((*line, password))
+    digest = hashlib.blake2b(pair, key=board.secret, digest_size=24).digest()
+    deadline = time.monotonic() + PASSWORD_TIMEOUT
+    pause = 0.05 + worker.pid % 64 / 256  # so that hundreds do not ask in step
+    while not board.remembers(digest):
+        if board.lock():
+            try:
+                verify(board, digest, password, line)
+            finally:
+                board.unlock()
+        elif (left := deadline - time.monotonic()) <= 0:
+            raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
+        elif worker.watch.wait({worker.client.fileno(): 0}, min(left, pause)):
+            raise Refused(CLIENT_GONE, "left before the password was checked")
+    return printable(name)
+
+
+def anonymous(worker: Worker) -> str:
+    """Return the user of a client who gives no name; raise Refused if he must."""
+    if worker.generation.users is not None:
+        raise Refused(AUTH_REQUIRED, "a name and a password are needed")
+    return "-"
+
+
+def credentials(value: bytes) -> tuple[bytes, bytes] | None:
+    """Return name and password of a Basic value, RFC 7617; None for anything else."""
+    import binascii
+
+    scheme, _, text = value.partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        name, _, password = binascii.a2b_base64(text).partition(b":")
+    except ValueError:
+        return None
+    return name, password
 
 
 # --- Connecting ---------------------------------------------------------------
@@ -2066,6 +2391,180 @@ def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list
     return allowed
 
 
+class Talk:
+    """A few words with a parent, before his socket is a tunnel; raises Refused."""
+
+    def __init__(self, worker: Worker, sock: socket.socket, deadline: float) -> None:
+        """Take a socket; deadline is for all that is said and heard."""
+        self.watch, self.sock, self.deadline = worker.watch, sock, deadline
+
+    def wait(self, events: int) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0 or not self.watch.wait({self.sock.fileno(): events}, left):
+            raise Refused(CONNECT_TIMEOUT, "no answer within connect_timeout")
+
+    def say(self, data: bytes) -> None:
+        while data:
+            self.wait(select.POLLOUT)
+            data = data[self.sock.send(data) :]
+
+    def hear(self, count: int) -> bytes:
+        """Return so many bytes and take no more: what follows is the target's."""
+        heard = b""
+        while len(heard) < count:
+            self.wait(select.POLLIN)
+            piece = self.sock.recv(count - len(heard))
+            if not piece:
+                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
+            heard += piece
+        return heard
+
+    def hear_head(self) -> bytes:
+        """Return a response head, and take no byte behind it."""
+        head, end = b"", -1
+        while end < 0:
+            self.wait(select.POLLIN)
+            end = (head + self.sock.recv(HEAD_LIMIT, socket.MSG_PEEK)).find(CRLF * 2)
+            ready = HEAD_LIMIT if end < 0 else end + 4 - len(head)
+            piece = self.sock.recv(ready)
+            if not piece:
+                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
+            head += piece
+            if len(head) >= HEAD_LIMIT:
+                raise Refused(BAD_RESPONSE, f"answer over {HEAD_LIMIT} bytes")
+        return head
+
+
+CRLF = b"\r\n"
+# What a parent's refusal is to our client; anything else: it could not connect.
+PARENT_STATUS = {403: DENIED, 503: OVERLOAD, 504: CONNECT_TIMEOUT}
+PARENT_REPLY = {  # RFC 1928 section 6
+    2: DENIED,
+    3: UNROUTABLE,
+    4: UNROUTABLE,
+    5: CONNECT_REFUSED,
+    6: CONNECT_TIMEOUT,
+}
+
+
+def basic(parent: Parent) -> bytes:
+    """Return the field line that says to a parent who we are, if he wants to know."""
+    import binascii
+
+    if not parent.user:
+        return b""
+    pair = b"%b:%b" % (parent.user, parent.password)
+    return b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair)[:-1] + CRLF
+
+
+def ask_http(talk: Talk, parent: Parent, via: bytes, host: str, port: int) -> None:
+    """Have a parent tunnel to a target: RFC 9110 section 9.3.6; raise Refused."""
+    at = endpoint((host, port)).encode()
+    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
+    talk.say(lines % (at, at, via, basic(parent)))
+    status = 100
+    while status < 200:
+        line = talk.hear_head().partition(CRLF)[0]
+        match = re.fullmatch(rb"HTTP/1\.[0-9] ([1-5][0-9][0-9])( .*)?", line)
+        if not match:
+            raise Refused(BAD_RESPONSE, "this is not HTTP")
+        status = int(match[1])
+    if status >= 300:
+        outcome = PARENT_STATUS.get(status, CONNECT_FAILED)._replace(word=str(status))
+        raise Refused(outcome, line[9:].decode("latin-1"))
+
+
+def ask_socks(talk: Talk, parent: Parent, host: str, port: int) -> None:
+    """Have a parent connect to a target: RFC 1928 and 1929; raise Refused."""
+    methods = b"\0\2" if parent.user else b"\0"
+    talk.say(bytes([5, len(methods)]) + methods)
+    version, method = talk.hear(2)
+    if version != 5:
+        raise Refused(BAD_RESPONSE, "this is not SOCKS5")
+    if method not in methods:
+        raise Refused(CONNECT_FAILED._replace(word="auth-required"), "it wants a user")
+    if method == 2:
+        user, password = parent.user, parent.password
+        talk.say(b"\1%c%b%c%b" % (len(user), user, len(password), password))
+        if talk.hear(2)[1]:
+            raise Refused(
+                CONNECT_FAILED._replace(word="auth-failed"), "it does not know our user"
+            )
+    try:
+        packed = pack(host)
+        to = (b"\1" if len(packed) == 4 else b"\4") + packed
+    except ValueError:
+        name = host.encode()
+        to = b"\3%c%b" % (len(name), name)
+    talk.say(b"\5\1\0%b%b" % (to, port.to_bytes(2, "big")))
+    _, reply, _, kind = talk.hear(4)
+    if reply:
+        outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
+        raise Refused(outcome._replace(word=f"reply-{reply}"), f"SOCKS reply {reply}")
+    talk.hear({1: 4, 4: 16}.get(kind) or talk.hear(1)[0])
+    talk.hear(2)
+
+
+def connect(
+    worker: Worker, session: Session, attempts: list[Attempt], timeout: float
+) -> socket.socket:
+    """Return the connection that is there first; the session learns its two ends."""
+    race = Race(worker.watch, worker.board)
+    sock, attempt = race.run(attempts, timeout)
+    session.address = endpoint((unpack(attempt.packed), attempt.port))
+    session.source = endpoint(sock.getsockname())
+    return sock
+
+
+def dial_parent(
+    worker: Worker,
+    policy: Policy,
+    session: Session,
+    parent: Parent,
+    host: str,
+    port: int,
+) -> socket.socket:
+    """Return a connection to a target that leads through a parent; raise Refused.
+
+    For an http:// request and a parent that takes such it is one to the parent,
+    and session.parent says so.
+    """
+    timeout = worker.config.connect_timeout
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as undo:
+        try:
+            found = resolve(parent.host, parent.port)
+            # What is near us is not reached by way of the outside.
+            near = [packed for packed in found if policy.closes(forms(packed))]
+            far = [packed for packed in found if packed not in near]
+            attempts = plan(near, parent.port, [], worker.board)
+            attempts += plan(far, parent.port, policy.uplinks, worker.board)
+            sock = connect(worker, session, attempts, timeout)
+            undo.callback(sock.close)
+            talk = Talk(worker, sock, deadline)
+            if parent.scheme == "socks5":
+                ask_socks(talk, parent, host, port)
+            elif session.proto == "http":
+                session.parent = parent
+            else:
+                via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
+                ask_http(talk, parent, via, host, port)
+        except OSError as error:
+            raise parent_failed(parent, Refused(SERVER_GONE, reason(error))) from None
+        except Refused as refusal:
+            if refusal.outcome is DRAINED:
+                raise
+            raise parent_failed(parent, refusal) from None
+        undo.pop_all()
+    return sock
+
+
+def parent_failed(parent: Parent, refusal: Refused) -> Refused:
+    """Return a refusal that says by which parent it came about."""
+    outcome = refusal.outcome._replace(word=f"parent-{refusal.outcome.word}")
+    return Refused(outcome, f"parent {parent.name}: {refusal.detail}")
+
+
 def dial(
     worker: Worker, policy: Policy, session: Session, host: str, port: int
 ) -> socket.socket:
@@ -2073,13 +2572,23 @@ def dial(
 
     Raises Refused.
     """
-    addresses = judged(policy, worker.peer, session.user, host, port)
+    session.parent, unknown = None, None
+    addresses: list[bytes] = []
+    try:
+        addresses = judged(policy, worker.peer, session.user, host, port)
+    except Refused as refusal:
+        # A parent may know the name, if it is one that may be asked for.
+        if refusal.outcome not in (NO_SUCH_HOST, DNS_TIMEOUT):
+            raise
+        if not policy.trusts(worker.peer, session.user, host, port):
+            raise
+        unknown = refusal
+    if parent := policy.parent_for(session.proto, host, addresses):
+        return dial_parent(worker, policy, session, parent, host, port)
+    if unknown:
+        raise unknown
     attempts = plan(addresses, port, policy.uplinks, worker.board)
-    race = Race(worker.watch, worker.board)
-    sock, attempt = race.run(attempts, worker.config.connect_timeout)
-    session.address = endpoint((unpack(attempt.packed), port))
-    session.source = endpoint(sock.getsockname())
-    return sock
+    return connect(worker, session, attempts, worker.config.connect_timeout)
 
 
 def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
@@ -2441,6 +2950,19 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
+def readdress(head: bytearray, authority: bytes, parent: Parent) -> None:
+    """Turn a request that is ready for its server into one for a parent.
+
+    RFC 9112 section 3.2.2: in absolute-form, and for "*" without a path.
+    """
+    at = head.index(b" ") + 1
+    if head.startswith(b"* ", at):
+        del head[at]
+    head[at:at] = b"http://" + authority
+    at = head.index(CRLF) + 2
+    head[at:at] = basic(parent)
+
+
 class Exchange:
     """One request and its answer, both on their way at the same time."""
 
@@ -2449,6 +2971,7 @@ class Exchange:
     ) -> None:
         """Get a request ready for its server; raise Refused for a malformed body."""
         self.http, self.head, self.length = http, head, length
+        self.authority = target.authority
         self.heard = False  # the server has answered a byte
         self.continued = False  # the client was told to send its body
         self.upgraded = False  # the answer was 101: here begins a tunnel
@@ -2470,6 +2993,8 @@ class Exchange:
     def run(self, server: Stream) -> Outcome:
         """Carry the request to its server and the answer back; raise Refused."""
         http, up = self.http, self.up
+        if http.parent:
+            readdress(up.out, self.authority, http.parent)
         up.sink = server
         if self.length or self.offered:
             server.converse()
@@ -2535,6 +3060,9 @@ class Exchange:
                 down.out += self.onward(response) + b"\r\n"
                 yield from down.flush()
         http.session.status = str(response.status)
+        if response.status == 407 and http.parent:  # it is us whom he does not know
+            refusal = Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
+            raise parent_failed(http.parent, refusal)
         if response.status == 101:
             yield from self.switch(response)
             return
@@ -2647,6 +3175,9 @@ class Http:
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
+        self.parent: Parent | None = None  # where the server is one
+        self.shown: list[bytes] | None = None  # as last verified, and for whom
+        self.user = "-"
         self.fresh = True  # no request has come yet
         self.session: Session
         self.start_request()
@@ -2740,7 +3271,10 @@ class Http:
             dial(self.worker, self.policy, session, host, port), SERVER_GONE
         )
         self.server_for = session.user, host, port
-        self.server_ends = session.address, session.source
+        self.server_ends, self.parent = (
+            (session.address, session.source),
+            session.parent,
+        )
         return self.server
 
     def drop_server(self) -> None:
@@ -2789,12 +3323,14 @@ class Http:
         head = self.head = parse_request(raw)
         session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
+        self.worker.check_share()
         length = body_length(head, BAD_REQUEST)
         if head.method == b"CONNECT":
             return self.connect(head, length)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in head.fields.options
         self.wants_more = self.keep
+        self.identify(names)
         if b"expect" in names and head.minor == 1:
             if set(members(names, b"expect")) - {b"100-continue"}:
                 raise Refused(EXPECTATION, "an expectation other than 100-continue")
@@ -2804,10 +3340,25 @@ class Http:
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
         session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
+        self.check_via(names)
+        return self.forward(head, target, length)
+
+    def identify(self, names: Names) -> None:
+        """Learn who sends this request: RFC 9110 section 3.3; raise Refused."""
+        shown = names.get(b"proxy-authorization", [])
+        if shown != self.shown:
+            pair = credentials(shown[0]) if len(shown) == 1 else None
+            self.user = (
+                authenticate(self.worker, *pair) if pair else anonymous(self.worker)
+            )
+            self.shown = shown
+        self.session.user = self.user
+
+    def check_via(self, names: Names) -> None:
+        """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
         for member in members(names, b"via") if b"via" in names else ():
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
-        return self.forward(head, target, length)
 
     def is_last_hop(self, head: RequestHead, length: int | None) -> bool:
         """Return whether TRACE or OPTIONS may go no further; RFC 9110 section 7.6.2."""
@@ -2891,6 +3442,8 @@ class Http:
         )
         if outcome.status == 503:
             lines += "Retry-After: 5\r\n"
+        if outcome.status == 407:
+            lines += f'Proxy-Authenticate: Basic realm="{name}", charset="UTF-8"\r\n'
         page = (
             f"{outcome.status_text()}\n\n{name} (NATWork) refused {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
@@ -2920,6 +3473,9 @@ class Http:
         session.proto = "connect"
         if length is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
+        self.identify(head.fields.names)
+        self.check_via(head.fields.names)
+        session.via = b"".join(v + b", " for v in head.fields.names.get(b"via", []))
         target = parse_target(head.method, head.target)
         session.target = printable(endpoint((target.host, target.port)).encode())
         self.worker.begin(session)
@@ -3093,6 +3649,7 @@ def load_generation(
     """
     config = load_config(path, options)
     Policy(config, [])  # refused before anything is opened
+    users = read_users(config)
     kept = old.listeners if old else {}
     with contextlib.ExitStack() as undo:
         listeners = passed or open_listeners(config, kept)
@@ -3113,6 +3670,7 @@ def load_generation(
         undo.callback(os.close, log.fd)
         serve = functools.partial(serve_client, policy)
         generation = Generation(config, listeners, log, serve)
+        generation.users = users
         undo.pop_all()
     for sock in fresh:
         say(f"listening on {endpoint(sock.getsockname())}")
@@ -3433,6 +3991,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    host, addresses = "", []
     try:
         if b"://" in wanted:
             target = parse_target(b"GET", wanted)
@@ -3442,8 +4001,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"target {endpoint((host, port))}")
         addresses = resolve(host, port)
     except Refused as refusal:
-        print(f"refused: {refusal.outcome.word}: {refusal.detail}")
-        return 0
+        if not host or not policy.trusts(client, user, host, port):
+            print(f"refused: {refusal.outcome.word}: {refusal.detail}")
+            return 0
+        print(f"{refusal.detail}; a rule allows the name")
     allowed = []
     for packed in addresses:
         verdict = policy.judge(client, user, host, port, packed)
@@ -3451,6 +4012,11 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{unpack(packed)}: {word} by {verdict.rule}")
         if verdict.allowed:
             allowed.append(packed)
+    proto = "http" if b"://" in wanted else "connect"
+    if not addresses or allowed:
+        if parent := policy.parent_for(proto, host, allowed):
+            print(f"would ask the parent {parent.name}")
+            return 0
     for attempt in plan(allowed, port, policy.uplinks, Scoreboard()) if allowed else ():
         route = route_to(attempt.packed)
         if attempt.uplink:
@@ -3467,9 +4033,33 @@ def check(path: str, options: list[str]) -> int:
     """Print every setting in force, or raise ConfigError."""
     config = load_config(path, options)
     Policy(config, [])
+    read_users(config)
     find_user(config)
     endpoints(config)
     print(config.text())
+    return 0
+
+
+def passwd(name: str) -> int:
+    """Read a password twice, and print a line for the file of users."""
+    user = os.fsencode(name)
+    try:
+        check_name(user)
+    except ValueError as error:
+        raise OSError(f"cannot take {name!r} for a user: {error}") from None
+    if os.isatty(0):
+        import getpass
+
+        first, again = (
+            os.fsencode(getpass.getpass(prompt))
+            for prompt in (f"Password for {name}: ", "The same again: ")
+        )
+    else:
+        with open(0, "rb", closefd=False) as file:
+            first, again = (file.readline().rstrip(b"\r\n") for _ in range(2))
+    if not first or first != again:
+        raise OSError("cannot take the password: it is empty, or twice not the same")
+    print(os.fsdecode(user_line(user, first)))
     return 0
 
 
@@ -3500,6 +4090,7 @@ def command(arguments: list[str]) -> int:
         metavar=("CLIENT", "TARGET"),
         help="say which rule decides: CLIENT TARGET [USER]",
     )
+    add("--passwd", metavar="USER", help="print a line for the file of users")
     add("--version", action="version", version=f"natwork {__version__}")
     given = parser.parse_args(arguments)
     if given.json and not given.table:
@@ -3511,6 +4102,8 @@ def command(arguments: list[str]) -> int:
         return print_table(given.json)
     if given.explain:
         return explain(path, given.option, given.explain)
+    if given.passwd is not None:
+        return passwd(given.passwd)
     if given.test:
         return check(path, given.option)
     if given.daemon:

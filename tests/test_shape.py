@@ -177,13 +177,14 @@ def test_the_sections_stand_in_their_order() -> None:
         "Relay",
         "Master and workers",
         "Rules",
+        "Users",
         "Connecting",
         "HTTP",
         "Serving a client",
         "Service",
         "main",
     ]
-    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 12
+    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 13
 
 
 def test_it_runs_as_a_program() -> None:
