@@ -223,8 +223,8 @@ class Config:
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             if name in ("rules", "parents"):  # a line of ";..." would be a comment
-                lines = self.lines(name)
-                value = "".join(f"\n    {masked(line)}" for line in lines)
+                listed = map(masked, self.lines(name))
+                value = "".join(f"\n    {line}" for line in listed)
             lines.append(f"{name} = {value}".rstrip())
         return "\n".join(lines)
 
