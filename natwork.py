@@ -1847,7 +1847,8 @@ class Parent(NamedTuple):
 
 
 PARENT_URL = re.compile(
-    r"((http|socks5)://)(?:([^:@/]+):([^:@/]*)@)?((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
+    r"((http|socks5)://)(?:([^:@/]+):([^:@/]*)@)?"
+    r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
     re.ASCII,
 )
 
@@ -2065,6 +2066,12 @@ def scrypt(password: bytes, salt: bytes) -> bytes:
     return hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
 
 
+def check_name(name: bytes) -> None:
+    """Raise ValueError for a name that a log, a rule or RFC 7617 could not hold."""
+    if not re.fullmatch(rb"[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
+        raise ValueError("a name is 1 to 60 bytes, no blank, colon, semicolon or comma")
+
+
 def user_line(name: bytes, password: bytes) -> bytes:
     """Return the line for the file of users; raise ValueError for a bad name."""
     import binascii
@@ -2076,12 +2083,6 @@ def user_line(name: bytes, password: bytes) -> bytes:
         for part in (salt, scrypt(password, salt))
     ]
     return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
-
-
-def check_name(name: bytes) -> None:
-    """Raise ValueError for a name that a log, a rule or RFC 7617 could not hold."""
-    if not re.fullmatch(rb"[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
-        raise ValueError("a name has no blank, colon, semicolon or comma, and is not -")
 
 
 def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
@@ -2391,6 +2392,9 @@ def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list
     return allowed
 
 
+CRLF = b"\r\n"
+
+
 class Talk:
     """A few words with a parent, before his socket is a tunnel; raises Refused."""
 
@@ -2435,7 +2439,6 @@ class Talk:
         return head
 
 
-CRLF = b"\r\n"
 # What a parent's refusal is to our client; anything else: it could not connect.
 PARENT_STATUS = {403: DENIED, 503: OVERLOAD, 504: CONNECT_TIMEOUT}
 PARENT_REPLY = {  # RFC 1928 section 6
@@ -2454,12 +2457,13 @@ def basic(parent: Parent) -> bytes:
     if not parent.user:
         return b""
     pair = b"%b:%b" % (parent.user, parent.password)
-    return b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair)[:-1] + CRLF
+    return (
+        b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair, newline=False) + CRLF
+    )
 
 
-def ask_http(talk: Talk, parent: Parent, via: bytes, host: str, port: int) -> None:
-    """Have a parent tunnel to a target: RFC 9110 section 9.3.6; raise Refused."""
-    at = endpoint((host, port)).encode()
+def ask_http(talk: Talk, parent: Parent, via: bytes, at: bytes) -> None:
+    """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
     talk.say(lines % (at, at, via, basic(parent)))
     status = 100
@@ -2474,8 +2478,8 @@ def ask_http(talk: Talk, parent: Parent, via: bytes, host: str, port: int) -> No
         raise Refused(outcome, line[9:].decode("latin-1"))
 
 
-def ask_socks(talk: Talk, parent: Parent, host: str, port: int) -> None:
-    """Have a parent connect to a target: RFC 1928 and 1929; raise Refused."""
+def ask_socks(talk: Talk, parent: Parent, target: str) -> None:
+    """Have a parent connect to HOST:PORT: RFC 1928 and 1929; raise Refused."""
     methods = b"\0\2" if parent.user else b"\0"
     talk.say(bytes([5, len(methods)]) + methods)
     version, method = talk.hear(2)
@@ -2487,16 +2491,16 @@ def ask_socks(talk: Talk, parent: Parent, host: str, port: int) -> None:
         user, password = parent.user, parent.password
         talk.say(b"\1%c%b%c%b" % (len(user), user, len(password), password))
         if talk.hear(2)[1]:
-            raise Refused(
-                CONNECT_FAILED._replace(word="auth-failed"), "it does not know our user"
-            )
+            outcome = CONNECT_FAILED._replace(word="auth-failed")
+            raise Refused(outcome, "it does not know our user")
+    host, _, port = target.rpartition(":")
     try:
-        packed = pack(host)
+        packed = pack(host.strip("[]"))
         to = (b"\1" if len(packed) == 4 else b"\4") + packed
     except ValueError:
         name = host.encode()
         to = b"\3%c%b" % (len(name), name)
-    talk.say(b"\5\1\0%b%b" % (to, port.to_bytes(2, "big")))
+    talk.say(b"\5\1\0%b%b" % (to, int(port).to_bytes(2, "big")))
     _, reply, _, kind = talk.hear(4)
     if reply:
         outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
@@ -2505,64 +2509,54 @@ def ask_socks(talk: Talk, parent: Parent, host: str, port: int) -> None:
     talk.hear(2)
 
 
-def connect(
-    worker: Worker, session: Session, attempts: list[Attempt], timeout: float
-) -> socket.socket:
+def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket.socket:
     """Return the connection that is there first; the session learns its two ends."""
     race = Race(worker.watch, worker.board)
-    sock, attempt = race.run(attempts, timeout)
+    sock, attempt = race.run(attempts, worker.config.connect_timeout)
     session.address = endpoint((unpack(attempt.packed), attempt.port))
     session.source = endpoint(sock.getsockname())
     return sock
 
 
 def dial_parent(
-    worker: Worker,
-    policy: Policy,
-    session: Session,
-    parent: Parent,
-    host: str,
-    port: int,
+    worker: Worker, policy: Policy, session: Session, parent: Parent, target: str
 ) -> socket.socket:
-    """Return a connection to a target that leads through a parent; raise Refused.
+    """Return a connection to HOST:PORT that leads through a parent; raise Refused.
 
     For an http:// request and a parent that takes such it is one to the parent,
     and session.parent says so.
     """
-    timeout = worker.config.connect_timeout
-    deadline = time.monotonic() + timeout
-    with contextlib.ExitStack() as undo:
-        try:
-            found = resolve(parent.host, parent.port)
-            # What is near us is not reached by way of the outside.
-            near = [packed for packed in found if policy.closes(forms(packed))]
-            far = [packed for packed in found if packed not in near]
-            attempts = plan(near, parent.port, [], worker.board)
-            attempts += plan(far, parent.port, policy.uplinks, worker.board)
-            sock = connect(worker, session, attempts, timeout)
-            undo.callback(sock.close)
-            talk = Talk(worker, sock, deadline)
-            if parent.scheme == "socks5":
-                ask_socks(talk, parent, host, port)
-            elif session.proto == "http":
-                session.parent = parent
-            else:
-                via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-                ask_http(talk, parent, via, host, port)
-        except OSError as error:
-            raise parent_failed(parent, Refused(SERVER_GONE, reason(error))) from None
-        except Refused as refusal:
-            if refusal.outcome is DRAINED:
-                raise
-            raise parent_failed(parent, refusal) from None
-        undo.pop_all()
+    deadline = time.monotonic() + worker.config.connect_timeout
+    found = resolve(parent.host, parent.port)
+    # What is near us is not reached by way of the outside.
+    near = [packed for packed in found if policy.closes(forms(packed))]
+    far = [packed for packed in found if packed not in near]
+    attempts = plan(near, parent.port, [], worker.board)
+    attempts += plan(far, parent.port, policy.uplinks, worker.board)
+    sock = connect(worker, session, attempts)
+    talk = Talk(worker, sock, deadline)
+    try:
+        if parent.scheme == "socks5":
+            ask_socks(talk, parent, target)
+        elif session.proto == "http":
+            session.parent = parent
+        else:
+            via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
+            ask_http(talk, parent, via, target.encode())
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 
-def parent_failed(parent: Parent, refusal: Refused) -> Refused:
+def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
     """Return a refusal that says by which parent it came about."""
-    outcome = refusal.outcome._replace(word=f"parent-{refusal.outcome.word}")
-    return Refused(outcome, f"parent {parent.name}: {refusal.detail}")
+    if isinstance(error, OSError):
+        error = Refused(SERVER_GONE, reason(error))
+    outcome, detail = error.outcome, f"parent {parent.name}: {error.detail}"
+    if outcome is DRAINED:
+        return error
+    return Refused(outcome._replace(word=f"parent-{outcome.word}"), detail)
 
 
 def dial(
@@ -2584,11 +2578,14 @@ def dial(
             raise
         unknown = refusal
     if parent := policy.parent_for(session.proto, host, addresses):
-        return dial_parent(worker, policy, session, parent, host, port)
+        try:
+            return dial_parent(worker, policy, session, parent, endpoint((host, port)))
+        except (OSError, Refused) as error:
+            raise parent_failed(parent, error) from None
     if unknown:
         raise unknown
     attempts = plan(addresses, port, policy.uplinks, worker.board)
-    return connect(worker, session, attempts, worker.config.connect_timeout)
+    return connect(worker, session, attempts)
 
 
 def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
@@ -3271,10 +3268,8 @@ class Http:
             dial(self.worker, self.policy, session, host, port), SERVER_GONE
         )
         self.server_for = session.user, host, port
-        self.server_ends, self.parent = (
-            (session.address, session.source),
-            session.parent,
-        )
+        self.server_ends = session.address, session.source
+        self.parent = session.parent
         return self.server
 
     def drop_server(self) -> None:
@@ -3348,9 +3343,10 @@ class Http:
         shown = names.get(b"proxy-authorization", [])
         if shown != self.shown:
             pair = credentials(shown[0]) if len(shown) == 1 else None
-            self.user = (
-                authenticate(self.worker, *pair) if pair else anonymous(self.worker)
-            )
+            if pair:
+                self.user = authenticate(self.worker, *pair)
+            else:
+                self.user = anonymous(self.worker)
             self.shown = shown
         self.session.user = self.user
 
