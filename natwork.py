@@ -46,6 +46,7 @@ the programs that do.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import binascii
 import contextlib
 import errno
 import fcntl
@@ -2074,8 +2075,6 @@ def check_name(name: bytes) -> None:
 
 def user_line(name: bytes, password: bytes) -> bytes:
     """Return the line for the file of users; raise ValueError for a bad name."""
-    import binascii
-
     check_name(name)
     salt = os.urandom(16)
     parts = [
@@ -2089,7 +2088,6 @@ def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
     """Return salt and hash of each user, None if all may ask; raise ConfigError."""
     if not config.users:
         return None
-    import binascii
     import hashlib  # here, so that it is not loaded in every worker
     import hmac
 
@@ -2178,8 +2176,6 @@ def anonymous(worker: Worker) -> str:
 
 def credentials(value: bytes) -> tuple[bytes, bytes] | None:
     """Return name and password of a Basic value, RFC 7617; None for anything else."""
-    import binascii
-
     scheme, _, text = value.partition(b" ")
     if scheme.lower() != b"basic":
         return None
@@ -2452,8 +2448,6 @@ PARENT_REPLY = {  # RFC 1928 section 6
 
 def basic(parent: Parent) -> bytes:
     """Return the field line that says to a parent who we are, if he wants to know."""
-    import binascii
-
     if not parent.user:
         return b""
     pair = b"%b:%b" % (parent.user, parent.password)
