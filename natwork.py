@@ -516,8 +516,12 @@ class Scoreboard:
         """Return how many sessions of a slot's client came before this one."""
         clients = self.words[CLIENTS : CLIENTS + slots].tolist()
         same = [n for n, client in enumerate(clients) if client == clients[number]]
-        came = self.words[ARRIVALS + number]
-        return sum((self.words[ARRIVALS + n], n) < (came, number) for n in same)
+        for _ in range(10):
+            came = {n: self.words[ARRIVALS + n] for n in same}
+            if all(came.values()):
+                break
+            time.sleep(0.001)  # one is just coming: is he before us?
+        return sum((came[n], n) < (came[number], number) for n in same)
 
 
 class Slot:
@@ -539,9 +543,10 @@ class Slot:
     def hold(self, client: str) -> None:
         """Say whose the slot is from now on; "" for nobody's."""
         words = self.board.words
-        words[ARRIVALS + self.number] = time.monotonic_ns()
-        # hash() has one seed in all processes forked from one.
+        # In this order: who does not see us yet has come before us.  And hash()
+        # is the same in all processes forked from one.
         words[CLIENTS + self.number] = hash(client) & 0xFFFFFFFF | 1 if client else 0
+        words[ARRIVALS + self.number] = time.monotonic_ns() if client else 0
 
     def show(self, row: bytes) -> None:
         """Put a session's row up.
@@ -2153,7 +2158,7 @@ def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
     pair = b"".join((*line, password))
     digest = hashlib.blake2b(pair, key=board.secret, digest_size=24).digest()
     deadline = time.monotonic() + PASSWORD_TIMEOUT
-    pause = 0.05 + worker.pid % 64 / 256  # so that hundreds do not ask in step
+    pause = 0.02 + worker.pid % 64 / 2000  # so that hundreds do not ask in step
     while not board.remembers(digest):
         if board.lock():
             try:
@@ -2164,6 +2169,7 @@ def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
             raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
         elif worker.watch.wait({worker.client.fileno(): 0}, min(left, pause)):
             raise Refused(CLIENT_GONE, "left before the password was checked")
+        pause = min(2 * pause, 0.5)
     return printable(name)
 
 
