@@ -543,8 +543,8 @@ class Slot:
     def hold(self, client: str) -> None:
         """Say whose the slot is from now on; "" for nobody's."""
         words = self.board.words
-        # In this order: who does not see us yet has come before us.  And hash()
-        # is the same in all processes forked from one.
+        # In this order: who counts and does not see us was here before us.  And
+        # hash() is the same in all processes forked from one.
         words[CLIENTS + self.number] = hash(client) & 0xFFFFFFFF | 1 if client else 0
         words[ARRIVALS + self.number] = time.monotonic_ns() if client else 0
 
