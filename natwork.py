@@ -185,8 +185,9 @@ class Config:
 
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is no good."""
-        value = str(getattr(self, name))
-        value = " ".join((masked(value) if name == "parents" else value).split())
+        value = " ".join(str(getattr(self, name)).split())
+        if name == "parents":
+            value = masked(value)
         return ConfigError(
             f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
         )
@@ -283,7 +284,8 @@ def load_config(path: str, options: Iterable[str]) -> Config:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            raise ConfigError(f"{place}: {name} = {masked(text)}: {error}") from None
+            value = masked(" ".join(text.split()))
+            raise ConfigError(f"{place}: {name} = {value}: {error}") from None
     config = Config(**settings)
     config.where = where
     config.check()
@@ -1880,8 +1882,9 @@ def parse_parent(text: str) -> Parent:
     )
     if len(user) > 255 or len(password) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    if (host := match[6].strip("[]").lower()) != match[6].lower():
-        pack(host)
+    host = match[6].strip("[]").lower()
+    if match[6][0] == "[" and len(pack(host)) != 16:
+        raise ValueError("what stands in brackets is an IPv6 address")
     return Parent(
         match[1] + match[5],
         match[2],
