@@ -132,8 +132,8 @@ def say(message: str) -> None:
 
 
 def masked(text: str) -> str:
-    """Return lines with what may be the password of a URL made unreadable."""
-    return re.sub(r":(?!//).*@", ":***@", text)
+    """Return text on one line, less what may be the password in a URL."""
+    return re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
 
 
 class ConfigError(Exception):
@@ -185,9 +185,7 @@ class Config:
 
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is no good."""
-        value = " ".join(str(getattr(self, name)).split())
-        if name == "parents":
-            value = masked(value)
+        value = masked(str(getattr(self, name)))
         return ConfigError(
             f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
         )
@@ -258,7 +256,7 @@ def read_settings(path: str) -> dict[str, str]:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
     except configparser.Error as error:
-        raise ConfigError(f"{path}: {masked(' '.join(str(error).split()))}") from None
+        raise ConfigError(f"{path}: {masked(str(error))}") from None
     for section in parser.sections():
         if section != "natwork":
             raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
@@ -284,8 +282,7 @@ def load_config(path: str, options: Iterable[str]) -> Config:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            value = masked(" ".join(text.split()))
-            raise ConfigError(f"{place}: {name} = {value}: {error}") from None
+            raise ConfigError(f"{place}: {name} = {masked(text)}: {error}") from None
     config = Config(**settings)
     config.where = where
     config.check()
@@ -500,7 +497,7 @@ class Scoreboard:
         """Return whether a digest was put here a short while ago."""
         now = time.monotonic()
         for place in self.places(digest):
-            # The time first: it is written last, so it is never too young.
+            # Written last and read first, the time never makes a digest young.
             since = self.words[place // 8]
             if since and now - since < VERIFIED_TIME:
                 if self.memory[place + 8 : place + 32] == digest:
