@@ -3988,6 +3988,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     host, addresses = "", []
+    proto = "http" if b"://" in wanted else "connect"
     try:
         if b"://" in wanted:
             target = parse_target(b"GET", wanted)
@@ -3997,7 +3998,8 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"target {endpoint((host, port))}")
         addresses = resolve(host, port)
     except Refused as refusal:
-        if not host or not policy.trusts(client, user, host, port):
+        unknown = host and policy.trusts(client, user, host, port)
+        if not unknown or not policy.parent_for(proto, host, []):
             print(f"refused: {refusal.outcome.word}: {refusal.detail}")
             return 0
         print(f"{refusal.detail}; a rule allows the name")
@@ -4008,7 +4010,6 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{unpack(packed)}: {word} by {verdict.rule}")
         if verdict.allowed:
             allowed.append(packed)
-    proto = "http" if b"://" in wanted else "connect"
     if not addresses or allowed:
         if parent := policy.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
