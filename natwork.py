@@ -66,15 +66,31 @@ from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
-set_title: Callable[[str], None] | None
-try:
-    from setproctitle import setproctitle as set_title
-except ImportError:  # the bare box: everything works but the titles
-    set_title = None
+
+def load_set_title() -> Callable[[str], None] | None:
+    """Return setproctitle's function; None on the bare box, which has no titles.
+
+    Its C part alone: the package around that loads logging and threading, and
+    what these do after each fork would cost every worker a quarter megabyte.
+    """
+    package = PathFinder.find_spec("setproctitle")
+    places = package and package.submodule_search_locations
+    spec = PathFinder.find_spec("_setproctitle", places) if places else None
+    if not spec or not spec.loader:
+        return None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Callable[[str], None] = module.setproctitle
+    return function
+
+
+set_title = load_set_title()
 
 __version__ = "0.1.0"
 
@@ -152,6 +168,7 @@ class Config:
     rules = ""
     users = ""
     parents = ""
+    gateways = ""
     name = ""  # empty: the host name
     spare_workers = 8
     max_workers = 2048
@@ -302,14 +319,16 @@ MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
 USE_CONNECT = "This gateway takes http:// targets, and CONNECT for everything else."
 SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
+ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
+OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 
 STATUSES = (
-    "400 Bad Request,403 Forbidden,407 Proxy Authentication Required,"
-    "408 Request Timeout,414 URI Too Long,417 Expectation Failed,"
-    "431 Request Header Fields Too Large,500 Internal Server Error,"
-    "501 Not Implemented,502 Bad Gateway,503 Service Unavailable,504 Gateway Timeout,"
-    "505 HTTP Version Not Supported"
+    "400 Bad Request,401 Unauthorized,403 Forbidden,404 Not Found,"
+    "405 Method Not Allowed,407 Proxy Authentication Required,408 Request Timeout,"
+    "414 URI Too Long,417 Expectation Failed,431 Request Header Fields Too Large,"
+    "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,"
+    "503 Service Unavailable,504 Gateway Timeout,505 HTTP Version Not Supported"
 ).split(",")
 
 
@@ -348,6 +367,9 @@ DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
 AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO)
 AUTH_FAILED = AUTH_REQUIRED._replace(word="auth-failed")
 LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER)
+NOT_FOUND = Outcome("not-found", 404, "http_request_error", OWN_PAGES)
+BAD_METHOD = NOT_FOUND._replace(word="bad-method", status=405)
+BAD_HOST = DENIED._replace(word="denied-host", advice=ASK_PROXY)
 
 NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.")
 DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout")
@@ -357,6 +379,7 @@ CONNECT_REFUSED = Outcome("refused", 502, "connection_refused")
 CONNECT_RESET = Outcome("reset", 502, "connection_terminated")
 UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable")
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
+PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # less which way
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
 AUTH_BUSY = OVERLOAD._replace(word="auth-busy")
 TOO_MANY = OVERLOAD._replace(word="too-many")
@@ -378,6 +401,8 @@ OUTCOME_OF_ERRNO = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
     **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM), OVERLOAD),
 }
+
+OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
 
 
 class Refused(Exception):
@@ -407,6 +432,7 @@ GENERATIONS = 240
 
 # The header, as 64-bit words.
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
+FORKS, BEGAN, USED = range(7, 10)  # the master's: Unix time; slots that ever were
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 SCRYPTS = 15  # passwords checked; only the holder of the lock writes
 OURS = 0x316B726F7774616E  # "natwork1"
@@ -420,8 +446,15 @@ ROWS = 8 * (ARRIVALS + SLOTS)  # offset of the slots
 # A slot begins with words too: which row is up; pid; bytes of the session that
 # is; and in all sessions, bytes, and log lines that were lost.
 WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
-SLOT_SIZE, SLOT_HEAD = 4096, 64
-ROW_SIZE = (SLOT_SIZE - SLOT_HEAD) // 2
+SLOT_SIZE, SLOT_HEAD = 8192, 64
+ROW_SIZE = (4096 - SLOT_HEAD) // 2
+# The slot's second page: connections made, and the microseconds they took; which
+# of the words behind it is to count the session, once its log line is written;
+# and these, for the sessions that have ended, by protocol and outcome.
+MADE, MADE_IN, ENDS, ENDED_BY = range(512, 516)
+PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect ftp gopher".split()
+PROTOCOL_AT = {proto: number for number, proto in enumerate(PROTOCOLS)}
+OUTCOME_AT = {word: number for number, word in enumerate(["other", *OUTCOMES])}
 TARGET_SIZE = 1500  # characters of a target that the log keeps
 
 
@@ -523,13 +556,22 @@ class Scoreboard:
         return sum((came[n], n) < (came[number], number) for n in same)
 
 
+def ended_by(proto: str, outcome: str) -> int:
+    """Return where a slot counts the sessions of a protocol and an outcome.
+
+    However many rules there are, what they deny counts as denied.
+    """
+    column = OUTCOME_AT.get(outcome) or OUTCOME_AT.get(outcome.partition("-")[0], 0)
+    return ENDED_BY + PROTOCOL_AT.get(proto, 0) * len(OUTCOME_AT) + column
+
+
 class Slot:
     """One worker's place on the scoreboard."""
 
     def __init__(self, board: Scoreboard, number: int) -> None:
         self.board, self.memory, self.number = board, board.memory, number
         self.base = ROWS + number * SLOT_SIZE
-        self.words = board.words[self.base // 8 : (self.base + SLOT_HEAD) // 8]
+        self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
 
     def state(self, state: int) -> None:
         self.memory[STATES + self.number] = state
@@ -569,13 +611,26 @@ class Slot:
     def moved(self, up: int, down: int) -> None:
         self.words[UP], self.words[DOWN] = up, down
 
-    def settle(self, up: int, down: int) -> None:
+    def connected(self, seconds: float) -> None:
+        self.words[MADE] += 1
+        self.words[MADE_IN] += int(seconds * 1e6)
+
+    def end(self, session: Session, outcome: str) -> None:
+        """Get ready to settle a session whose log line is written next.
+
+        From here on it counts as written: who is killed now gets no second one.
+        """
+        self.moved(session.up, session.down)
+        self.words[ENDS] = ended_by(session.proto, outcome)
+
+    def settle(self) -> None:
         """Add a session that has ended to the totals, and take its row down."""
         words = self.words
         words[SESSIONS] += 1
-        words[UPS] += up
-        words[DOWNS] += down
-        words[WHICH] = words[UP] = words[DOWN] = 0
+        words[UPS] += words[UP]
+        words[DOWNS] += words[DOWN]
+        words[words[ENDS]] += 1
+        words[ENDS] = words[WHICH] = words[UP] = words[DOWN] = 0
 
 
 UNPRINTABLE = {
@@ -614,6 +669,11 @@ class Session:
 
     All fields are printable text without blanks, "-" when there is nothing.
     """
+
+    __slots__ = (
+        "address,began,client,down,method,parent,pid,proto,source,status,target,up,"
+        "user,via"
+    ).split(",")
 
     def __init__(self, client: str, pid: int, proto: str = "-") -> None:
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
@@ -686,11 +746,10 @@ class AccessLog:
     def __init__(self, config: Config, old: AccessLog | None = None) -> None:
         """Open the file, or standard output, as the old log did; raise OSError."""
         self.path = config.log
-        self.form, self.shared = config.log_format, False
-        if self.form == "json":
-            import json
+        import json
 
-            json.dumps("")  # once here, not in every worker
+        json.dumps("")  # once here, not in every worker, who may be unable to
+        self.form, self.shared = config.log_format, False
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if config.log != "-":
             self.fd = os.open(config.log, flags | os.O_CREAT, 0o640)
@@ -713,6 +772,7 @@ class AccessLog:
         words, written = slot.board.words, 0
         # Behind half a line, a disk having been full, the next begins anew.
         data = b"\n" * words[LOG_CUT] + line.encode() + b"\n"
+        slot.end(session, outcome)
         try:
             if not self.shared or select.select([], [self.fd], [], 0)[1]:
                 written = os.write(self.fd, data)
@@ -808,17 +868,25 @@ class Watch:
                 self.poll.register(fd, events)
             if not self.drain_at:
                 self.poll.register(self.lifeline, 0)  # POLLHUP comes unasked
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline = now + seconds
         while True:
-            left = min(deadline, self.drain_at or deadline) - time.monotonic()
-            if left <= 0 and self.drain_at and self.drain_at < deadline:
-                raise Refused(DRAINED, "the gateway is stopping")
-            pause = min(left, PIPE_KEEP_TIME) if self.pipes else left
-            ready = dict(self.poll.poll(max(0.0, pause * 1000)))
-            if ready.pop(self.lifeline, 0):
+            left = deadline - now
+            if self.drain_at and self.drain_at < deadline:
+                left = self.drain_at - now
+                if left <= 0:
+                    raise Refused(DRAINED, "the gateway is stopping")
+            if self.pipes and left > PIPE_KEEP_TIME:
+                left = PIPE_KEEP_TIME
+            ready = dict(self.poll.poll(left * 1000 if left > 0 else 0))
+            if self.lifeline in ready:
+                del ready[self.lifeline]
                 self.poll.unregister(self.lifeline)
                 self.drain()
-            if ready or time.monotonic() >= deadline:
+            if ready:
+                return ready
+            now = time.monotonic()
+            if now >= deadline:
                 return ready
             self.drop_pipes()
 
@@ -857,6 +925,10 @@ class Watch:
 
 class Lane:
     """One direction of a relay: source socket to sink socket."""
+
+    __slots__ = (
+        "abandoned,done,hot,moved,out,patience,script,sink,source,waits,watch"
+    ).split(",")
 
     def __init__(
         self, watch: Watch, source: Stream, sink: Stream | None, patience: float
@@ -1006,28 +1078,32 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     perhaps answered before, so then only the lane up is abandoned.  Raises
     Refused when a side is lost, IdleTimeout when nothing moved for too long.
     """
-    for lane in (up, down):
-        advance(lane, up)
-    while not (down.done and (up.done or up.abandoned)):
-        running = [x for x in (up, down) if not x.done and not x.abandoned]
-        # While we may still write to it, POLLHUP and POLLERR on a socket, which
-        # poll() reports unasked, mean a reset.
-        wanted = {x.sink.fd: 0 for x in running if x.sink}
-        for lane in running:
-            fd, events = lane.waits
-            if lane.waits is not PAUSE:
-                wanted[fd] = wanted.get(fd, 0) | events
-        slot.moved(up.moved, down.moved)
-        ready = watch.wait(wanted, max(lane.patience for lane in running))
-        if not ready:
-            raise IdleTimeout
-        moving = [lane for lane in running if lane.waits[0] in ready]
-        for lane in moving:
+    try:
+        for lane in (up, down):
             advance(lane, up)
-        if not moving and down.sink and down.sink.fd in ready:
-            raise Refused(down.sink.lost, "connection reset")
-        if not moving:
-            up.abandoned = True
+        while not (down.done and (up.done or up.abandoned)):
+            running = [x for x in (up, down) if not x.done and not x.abandoned]
+            # While we may still write to it, POLLHUP and POLLERR on a socket,
+            # which poll() reports unasked, mean a reset.
+            wanted = {x.sink.fd: 0 for x in running if x.sink}
+            for lane in running:
+                fd, events = lane.waits
+                if lane.waits is not PAUSE:
+                    wanted[fd] = wanted.get(fd, 0) | events
+            slot.moved(up.moved, down.moved)
+            ready = watch.wait(wanted, max(lane.patience for lane in running))
+            if not ready:
+                raise IdleTimeout
+            moving = [lane for lane in running if lane.waits[0] in ready]
+            for lane in moving:
+                advance(lane, up)
+            if not moving and down.sink and down.sink.fd in ready:
+                raise Refused(down.sink.lost, "connection reset")
+            if not moving:
+                up.abandoned = True
+    finally:
+        for lane in (up, down):
+            lane.script.close()  # it gives back what it holds
 
 
 # --- Master and workers -------------------------------------------------------
@@ -1280,7 +1356,7 @@ class Worker:
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
         self.generation.log.write(session, outcome, self.slot)
-        self.slot.settle(session.up, session.down)
+        self.slot.settle()
 
     def entitle(self, title: str) -> None:
         if set_title and title != self.title:
@@ -1307,6 +1383,7 @@ class Master:
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
         self.title = ""
+        board.words[BEGAN] = int(time.time())
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
@@ -1407,14 +1484,14 @@ class Master:
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
-        row = slot.row()
-        if not row:
-            return
-        up, down = slot.words[UP], slot.words[DOWN]
-        session = Session.from_row(row, up, down)
-        ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-        self.generation.log.write(session, ends.get(code, KILLED).word, slot)
-        slot.settle(up, down)
+        if not slot.words[ENDS]:
+            if not (row := slot.row()):
+                return
+            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
+            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
+            outcome = ends.get(code, KILLED).word
+            self.generation.log.write(session, outcome, slot)
+        slot.settle()
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken."""
@@ -1450,6 +1527,9 @@ class Master:
         finally:
             set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
         self.fork_failing = False
+        words = self.board.words
+        words[FORKS] += 1
+        words[USED] = max(words[USED], slot.number + 1)
         self.workers[pid] = slot, self.generation
         self.generation.workers += 1
         return True
@@ -1918,6 +1998,7 @@ class Policy:
             (pack(host.partition("%")[0]), port) for host, port, *_ in listeners
         ]
         self.ports = frozenset(port for _, port in self.listeners)
+        self.own_names = "localhost", config.name.lower()
         self.rules = []
         try:
             setting = "inside"
@@ -1980,6 +2061,15 @@ class Policy:
             if route and route.local:  # it listens on every address of this box
                 return True
         return False
+
+    def means_us(self, host: str, port: int) -> bool:
+        """Return whether a host is this gateway, by name or address, at a listener."""
+        if port not in self.ports:
+            return False
+        try:
+            return host in self.own_names or self.is_ours(forms(pack(host))[0], port)
+        except ValueError:
+            return False
 
     def closes(self, found: list[bytes]) -> str:
         """Return which built-in rule denies an address, "" if none does."""
@@ -2556,7 +2646,8 @@ def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
     outcome, detail = error.outcome, f"parent {parent.name}: {error.detail}"
     if outcome is DRAINED:
         return error
-    return Refused(outcome._replace(word=f"parent-{outcome.word}"), detail)
+    word = f"{PARENT_FAILED.word}-{outcome.word}"
+    return Refused(outcome._replace(word=word), detail)
 
 
 def dial(
@@ -2566,6 +2657,7 @@ def dial(
 
     Raises Refused.
     """
+    began = time.monotonic()
     session.parent, unknown = None, None
     addresses: list[bytes] = []
     try:
@@ -2579,13 +2671,16 @@ def dial(
         unknown = refusal
     if parent := policy.parent_for(session.proto, host, addresses):
         try:
-            return dial_parent(worker, policy, session, parent, endpoint((host, port)))
+            sock = dial_parent(worker, policy, session, parent, endpoint((host, port)))
         except (OSError, Refused) as error:
             raise parent_failed(parent, error) from None
-    if unknown:
+    elif unknown:
         raise unknown
-    attempts = plan(addresses, port, policy.uplinks, worker.board)
-    return connect(worker, session, attempts)
+    else:
+        attempts = plan(addresses, port, policy.uplinks, worker.board)
+        sock = connect(worker, session, attempts)
+    worker.slot.connected(time.monotonic() - began)
+    return sock
 
 
 def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
@@ -2595,8 +2690,6 @@ def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
     finally:
         session.up += up.moved
         session.down += down.moved
-        up.script.close()
-        down.script.close()
 
 
 def tunnel(
@@ -2696,6 +2789,17 @@ def members(names: Names, name: bytes) -> list[bytes]:
     return [member for member in listed if member]
 
 
+def is_host(value: bytes) -> bool:
+    """Return whether a Host field is one: RFC 9112 section 3.2, RFC 3986."""
+    match = HOST.fullmatch(value)
+    if not match or not match[1]:
+        return bool(match)
+    try:
+        return len(pack(match[1].decode())) == 16
+    except ValueError:
+        return False
+
+
 class Fields:
     """The field lines of a head, parsed, and what follows from them alone."""
 
@@ -2711,6 +2815,8 @@ class Fields:
         self.names: Names = {}  # lower case -> values, in their order
         for name, value in self.lines:
             self.names.setdefault(name.lower(), []).append(value)
+        if asked and not all(is_host(host) for host in self.names.get(b"host", ())):
+            raise ValueError("invalid Host field")
         self.options = members(self.names, b"connection")
         # The lines that travel on: not those of one hop, by their name or
         # because Connection says so.
@@ -2758,14 +2864,6 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     return method, target, min(int(minor), 1)
 
 
-def is_literal(raw: bytes | None) -> bool:
-    """Return whether what stood in brackets, if anything, is an IPv6 address."""
-    try:
-        return raw is None or len(pack(raw.decode())) == 16
-    except ValueError:
-        return False
-
-
 def parse_request(head: bytes) -> RequestHead:
     """Split a request head, without its empty line, into its parts; raise Refused."""
     line, _, section = head.partition(b"\r\n")
@@ -2774,12 +2872,10 @@ def parse_request(head: bytes) -> RequestHead:
         fields = parse_fields(section, True)
     except ValueError as error:
         raise Refused(BAD_REQUEST, str(error)) from None
-    # RFC 9112 section 3.2: one, and only one, and a valid one.
-    hosts = fields.names.get(b"host", [])
-    if len(hosts) > 1 or not hosts and minor == 1:
-        raise Refused(BAD_REQUEST, f"{len(hosts)} Host fields")
-    if hosts and not ((match := HOST.fullmatch(hosts[0])) and is_literal(match[1])):
-        raise Refused(BAD_REQUEST, "invalid Host field")
+    # RFC 9112 section 3.2: one, and only one.
+    hosts = len(fields.names.get(b"host", ()))
+    if hosts != 1 and (hosts or minor):
+        raise Refused(BAD_REQUEST, f"{hosts} Host fields")
     return RequestHead(method, target, minor, fields)
 
 
@@ -2885,6 +2981,13 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     return Target(host, port, authority.removesuffix(b":"), path)
 
 
+def host_named(head: RequestHead) -> str:
+    """Return the host that the Host field names, "" for none."""
+    with contextlib.suppress(Refused):
+        return parse_authority(head.fields.names.get(b"host", [b""])[0], 80)[0]
+    return ""
+
+
 def framing_lines(length: int | None) -> bytes:
     if length is None or length == ENDLESS:
         return b""
@@ -2978,26 +3081,49 @@ class Exchange:
         self.offered = fields.names.get(b"upgrade", [])
         if head.minor == 0 or b"upgrade" not in fields.options:
             self.offered = []
+        self.is_plain = not (length or self.offered)  # nothing follows the head
         self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
         self.up.out += self.request_head(target)
-        if length or self.offered:
+        if not self.is_plain:
             self.up.script = self.ask()
             # It takes what has come, and stops: what is malformed reaches nobody.
             self.up.step()
-        else:
-            self.up.script = self.up.flush()
 
     def run(self, server: Stream) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused."""
+        """Carry the request to its server and the answer back; raise Refused.
+
+        Where the end of a stream is the end of a message, a failure is passed
+        on as a reset.
+        """
         http, up = self.http, self.up
         if http.parent:
             readdress(up.out, self.authority, http.parent)
+        down = self.down = Lane(http.watch, server, http.client, up.patience)
         up.sink = server
-        if self.length or self.offered:
-            server.converse()
-        self.down = Lane(http.watch, server, http.client, http.config.idle_timeout)
-        self.down.script = self.reply()
-        http.join(up, self.down)
+        failed = True
+        try:
+            if self.is_plain:
+                rest = self.answer_at_once()
+            else:
+                server.converse()
+                rest = self.reply()
+            if rest:
+                if self.is_plain:
+                    up.script = up.flush()
+                down.script = rest
+                relay(http.watch, http.worker.slot, up, down)
+            failed = http.endless and up.abandoned
+        except IdleTimeout:
+            raise self.silence() from None
+        finally:
+            http.session.up += up.moved
+            http.session.down += down.moved
+            if failed and http.endless:
+                server.abort()
+            if failed:
+                http.drop_server()
+        if failed:
+            raise Refused(SERVER_GONE, "the server took no more")
         if self.upgraded:
             return ENDED
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
@@ -3008,6 +3134,48 @@ class Exchange:
         if not http.keep:
             http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
+
+    def silence(self) -> Refused:
+        """Return the refusal that says whose silence was too long."""
+        up = self.up
+        if self.http.answered:
+            return Refused(IDLE, "nothing moved")
+        if not up.done and up.waits[0] == self.http.client.fd:
+            return Refused(BODY_TIMEOUT, "the request body did not end")
+        return Refused(ANSWER_TIMEOUT, "the server did not answer")
+
+    def answer_at_once(self) -> Script | None:
+        """Send a request, and its answer if that comes whole with its head.
+
+        So go most exchanges, and they need no relay.  Returns the script of
+        what is left to do down the lane, None for nothing.
+        """
+        http, up, down, server = self.http, self.up, self.down, self.down.source
+        if not up.push(server):
+            return self.reply()
+        up.done = True
+        if not http.watch.wait(
+            {server.fd: select.POLLIN, http.client.fd: 0}, up.patience
+        ):
+            raise IdleTimeout
+        try:
+            server.received += server.sock.recv(COPY_SIZE)
+        except OSError:
+            return self.reply()
+        self.heard = bool(server.received)
+        end = server.received.find(b"\r\n\r\n", 0, HEAD_LIMIT) + 4
+        if end < 4:
+            return self.reply()
+        response = parse_response(bytes(server.received[: end - 2]))
+        length = self.response_length(response)
+        size = 0 if self.is_bare(response) else length or 0
+        if response.status < 200 or not 0 <= size == len(server.received) - end:
+            return self.reply()
+        self.decide(response, length)
+        down.out += self.response_head(response, length)
+        down.out += server.received[end:]
+        server.received.clear()
+        return None if down.push(http.client) else down.flush()
 
     def request_head(self, target: Target) -> bytes:
         """Return the head of the request as it travels on."""
@@ -3056,10 +3224,6 @@ class Exchange:
             if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
                 down.out += self.onward(response) + b"\r\n"
                 yield from down.flush()
-        http.session.status = str(response.status)
-        if response.status == 407 and http.parent:  # it is us whom he does not know
-            refusal = Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
-            raise parent_failed(http.parent, refusal)
         if response.status == 101:
             yield from self.switch(response)
             return
@@ -3068,7 +3232,7 @@ class Exchange:
         before = down.moved
         try:
             down.out += self.response_head(response, length)
-            if head.method == b"HEAD" or response.status == 304:
+            if self.is_bare(response):
                 length = 0
             if length == CHUNKED:
                 yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
@@ -3099,20 +3263,28 @@ class Exchange:
             self.heard = True
         return parse_response(self.down.source.take(end + 4)[:-2])
 
+    def is_bare(self, response: ResponseHead) -> bool:
+        """Return whether a response has no body, whatever length it tells."""
+        return self.head.method == b"HEAD" or response.status == 304
+
     def response_length(self, response: ResponseHead) -> int | None:
         """Return the length of a response as RFC 9112 section 6.3 finds it."""
         if response.status == 204:
             return None
         length = body_length(response, BAD_RESPONSE)
-        if self.head.method == b"HEAD" or response.status == 304:
+        if self.is_bare(response):
             return None if length == CHUNKED else length
         return ENDLESS if length is None else length
 
     def decide(self, response: ResponseHead, length: int | None) -> None:
         """Decide which of the two connections goes on after this answer."""
         http, up = self.http, self.up
+        if response.status == 407 and http.parent:  # it is us whom he does not know
+            refusal = Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
+            raise parent_failed(http.parent, refusal)
         http.answered = True
-        if up.waits is PAUSE:
+        http.session.status = str(response.status)
+        if not up.done and up.waits is PAUSE:
             up.step()  # its offer was refused
         closing = response.minor == 0 or b"close" in response.fields.options
         self.server_keeps = not closing and length != ENDLESS
@@ -3150,7 +3322,7 @@ class Exchange:
             raise Refused(UPGRADE_FAILED, "the server changed to what nobody offered")
         http.keep = False
         http.answered = http.endless = self.upgraded = True
-        http.session.proto = "upgrade"
+        http.session.proto, http.session.status = "upgrade", "101"
         http.worker.begin(http.session, titled=True)
         up.patience = down.patience = http.config.tunnel_timeout
         down.out += self.onward(response)
@@ -3165,7 +3337,15 @@ class Exchange:
 class Http:
     """One client's HTTP connection, and the server connection kept for it."""
 
-    def __init__(self, worker: Worker, policy: Policy, client: Stream) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        policy: Policy,
+        client: Stream,
+        pages: Callable[[Http, str, bytes], Outcome],
+    ) -> None:
+        """Take a client over; pages() answers what is asked of the gateway itself."""
+        self.pages = pages
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
         self.policy, self.client = policy, client
         self.via = self.config.name.encode()
@@ -3325,22 +3505,28 @@ class Http:
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in head.fields.options
         self.wants_more = self.keep
-        self.identify(names)
+        if not head.target.startswith(b"/"):  # our own pages ask by themselves
+            self.identify(names, b"proxy-authorization")
         if b"expect" in names and head.minor == 1:
             if set(members(names, b"expect")) - {b"100-continue"}:
                 raise Refused(EXPECTATION, "an expectation other than 100-continue")
         if head.method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
             return self.answer_here(head, raw)
+        if head.target.startswith(b"/"):
+            session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
+            return self.pages(self, host_named(head), head.target)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
         session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
         self.check_via(names)
+        if self.policy.means_us(target.host, target.port):
+            return self.pages(self, target.host, target.path)
         return self.forward(head, target, length)
 
-    def identify(self, names: Names) -> None:
+    def identify(self, names: Names, field: bytes) -> None:
         """Learn who sends this request: RFC 9110 section 3.3; raise Refused."""
-        shown = names.get(b"proxy-authorization", [])
+        shown = names.get(field, [])
         if shown != self.shown:
             pair = credentials(shown[0]) if len(shown) == 1 else None
             if pair:
@@ -3438,8 +3624,11 @@ class Http:
         )
         if outcome.status == 503:
             lines += "Retry-After: 5\r\n"
-        if outcome.status == 407:
-            lines += f'Proxy-Authenticate: Basic realm="{name}", charset="UTF-8"\r\n'
+        if outcome.status == 405:
+            lines += "Allow: GET, HEAD\r\n"
+        if outcome.status in (401, 407):
+            field = "WWW" if outcome.status == 401 else "Proxy"
+            lines += f'{field}-Authenticate: Basic realm="{name}", charset="UTF-8"\r\n'
         page = (
             f"{outcome.status_text()}\n\n{name} (NATWork) refused {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
@@ -3469,7 +3658,7 @@ class Http:
         session.proto = "connect"
         if length is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
-        self.identify(head.fields.names)
+        self.identify(head.fields.names, b"proxy-authorization")
         self.check_via(head.fields.names)
         session.via = b"".join(v + b", " for v in head.fields.names.get(b"via", []))
         target = parse_target(head.method, head.target)
@@ -3482,30 +3671,6 @@ class Http:
         opening = b"HTTP/1.1 200 Connection established\r\n\r\n"
         tunnel(self.worker, session, self.client, server, opening)
         return ENDED
-
-    def join(self, up: Lane, down: Lane) -> None:
-        """Relay, and write down what moved; raise Refused.
-
-        Where the end of a stream is the end of a message, a failure is passed
-        on as a reset.
-        """
-        failed = True
-        try:
-            carry(self.worker, self.session, up, down)
-            failed = self.endless and up.abandoned
-        except IdleTimeout:
-            if self.answered:
-                raise Refused(IDLE, "nothing moved") from None
-            if not up.done and up.waits[0] == self.client.fd:
-                raise Refused(BODY_TIMEOUT, "the request body did not end") from None
-            raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
-        finally:
-            if failed and self.server:
-                if self.endless:
-                    self.server.abort()
-                self.drop_server()
-        if failed:
-            raise Refused(SERVER_GONE, "the server took no more")
 
     def forward(self, head: RequestHead, target: Target, length: int | None) -> Outcome:
         """Send a request on and its answer back; return the outcome."""
@@ -3531,6 +3696,358 @@ class Http:
         return exchange.run(server)
 
 
+# --- Own pages ----------------------------------------------------------------
+#
+# What a client asks of the gateway itself: the live table, the same as data,
+# figures for Prometheus, and the file that tells a browser when to use which
+# gateway.  A page of another site that rebinds its name to our address sends
+# that name in Host, and so is not shown the table.  Nothing here changes anything.
+
+COLUMNS = (
+    "Source IP,Original Source Port,New Source Port,Destination,Protocol,Host,User,"
+    "Age,Up,Down,Moving,PID"
+).split(",")
+HTML = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>%(name)s</title>
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+<style nonce="%(nonce)s">
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em }
+h1 { font-size: 1.3em; overflow-wrap: anywhere }
+dl { display: flex; flex-wrap: wrap; gap: .6em 2em }
+dt, td::before { font-size: 13px; opacity: .7 }
+dd { font-size: 1.5em; margin: 0; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid #8886; padding: .3em .7em; text-align: left }
+th { font-weight: 600; vertical-align: bottom }
+td { overflow-wrap: anywhere; vertical-align: top }
+td:is(:nth-child(1), :nth-child(4), :nth-child(6), :nth-child(7)) { min-width: 9em }
+:is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(n + 8)) { text-align: right }
+td:nth-child(n + 8) { white-space: nowrap }
+.stale { opacity: .5 }
+@media (max-width: 78em) {
+  body { margin: 1em }
+  table { display: block }
+  thead { display: none }
+  tbody { display: grid; gap: .8em;
+    grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%%), 1fr)) }
+  tr { border: 1px solid #8886; border-radius: 6px; display: grid; gap: .4em 1em;
+    align-content: start; grid-template-columns: repeat(3, 1fr); padding: .6em }
+  td { border: 0; min-width: 0 !important; padding: 0; text-align: left !important }
+  td:nth-child(-n + 3) { align-self: end }
+  td:nth-child(4), td:nth-child(6) { grid-column: span 2 }
+  td::before { content: attr(data-head); display: block }
+}
+</style>
+<h1>%(name)s</h1>
+<dl>%(figures)s</dl>
+<table><thead><tr>%(heads)s</tr></thead><tbody>%(rows)s</tbody></table>
+<p>%(count)s</p>
+<script nonce="%(nonce)s">
+const heads = [...document.querySelectorAll("th")].map(th => th.textContent);
+const body = document.querySelector("tbody"), count = document.querySelector("p");
+let before = new Map(), then = 0;
+const two = n => String(n).padStart(2, "0"), whole = n => n.toLocaleString("en");
+const clock = s => (s = Math.floor(s), Math.floor(s / 3600) + ":" +
+  two(Math.floor(s / 60) %% 60) + ":" + two(s %% 60));
+function put(place, text) {
+  if (place.textContent !== text) place.textContent = text;
+}
+function show({gateway, sessions}) {
+  const now = performance.now(), moved = new Map();
+  for (const [name, value] of Object.entries(gateway)) {
+    const place = document.getElementById(name);
+    if (place) put(place, name === "uptime" ? clock(value) : whole(value));
+  }
+  while (body.rows.length > sessions.length) body.deleteRow(-1);
+  sessions.forEach((row, n) => {
+    const key = row.pid + " " + row.source_ip + " " + row.original_source_port;
+    const speed = (row.up + row.down - before.get(key)) / (now - then) * 1000;
+    moved.set(key, row.up + row.down);
+    const {age, up, down, pid, ...words} = row;
+    const cells = [...Object.values(words).map(word => String(word ?? "-")),
+      clock(age), whole(up), whole(down),
+      speed > 0 ? whole(Math.round(speed)) + "/s" : "-", String(pid)];
+    const line = body.rows[n] || body.insertRow();
+    cells.forEach((text, m) => {
+      const cell = line.cells[m] || line.insertCell();
+      cell.dataset.head = heads[m];
+      put(cell, text);
+    });
+  });
+  put(count, "Sessions: " + whole(sessions.length));
+  before = moved;
+  then = now;
+}
+async function refresh() {
+  try {
+    show(await (await fetch("/table.json")).json());
+    document.body.className = "";
+  } catch {
+    document.body.className = "stale";
+    put(count, "The gateway does not answer; this is what was.");
+  }
+  setTimeout(refresh, 2000);
+}
+refresh();
+</script>
+"""
+ESCAPES = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
+# Nothing from elsewhere, nothing inline but ours, in nobody's frame.
+GUARDS = (
+    "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+    "X-Frame-Options: DENY\r\nCross-Origin-Resource-Policy: same-origin\r\n"
+    "Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; "
+    "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'\r\n"
+)
+PAC = """\
+function packed(host) {
+  var found = "", sides = host.split("::"), left, right, i;
+  if (/^\\d+(\\.\\d+){3}$/.test(host)) {
+    left = host.split(".");
+    for (i = 0; i < 4; i++) found += ("0" + (+left[i]).toString(16)).slice(-2);
+  } else if (host.indexOf(":") >= 0) {
+    left = sides[0] ? sides[0].split(":") : [];
+    right = sides[1] ? sides[1].split(":") : [];
+    while (left.length + right.length < 8) left.push("0");
+    left = left.concat(right);
+    for (i = 0; i < 8; i++) found += ("000" + left[i]).slice(-4);
+  }
+  return found.replace(/^0{20}ffff/, "");
+}
+function FindProxyForURL(url, host) {
+  var inside = [%s];
+  host = host.toLowerCase().replace(/[\\[\\]]|%%.*|\\.$/g, "");
+  var address = packed(host), i;
+  if (!/[.:]/.test(host)) return "DIRECT";
+  for (i = 0; i < inside.length; i++)
+    if (address.length == inside[i][0].length &&
+        inside[i][0] <= address && address <= inside[i][1]) return "DIRECT";
+  return "%s";
+}
+"""
+
+
+def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
+    """Return the sessions of a gateway: the four columns of the paper, and more."""
+    rows = []
+    for number, state in enumerate(board.states(board.words[USED])):
+        if state == FREE or not (row := (slot := Slot(board, number)).row()):
+            continue
+        pid, up, down = slot.words[PID : DOWN + 1]
+        try:
+            session = Session.from_row(row, up, down)
+        except ValueError:  # no row of ours
+            continue
+        client, _, port = session.client.rpartition(":")
+        new_port = session.source.rpartition(":")[2]
+        rows.append(
+            {
+                "source_ip": client.strip("[]"),
+                "original_source_port": int(port),
+                "new_source_port": int(new_port) if new_port.isdigit() else None,
+                "destination": session.address,
+                "protocol": session.proto,
+                "host": session.host(),
+                "user": session.user,
+                "age": round(time.time() - session.began, 1),
+                "up": up,
+                "down": down,
+                "pid": pid,
+            }
+        )
+    return rows
+
+
+def total(board: Scoreboard, word: int) -> int:
+    """Return the sum of one word of all slots that ever were used."""
+    step, end = SLOT_SIZE // 8, ROWS + board.words[USED] * SLOT_SIZE
+    return sum(board.words[ROWS // 8 + word : end // 8 : step])
+
+
+def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
+    """Return how many sessions have ended, by protocol and outcome."""
+    kinds = [(proto, word) for proto in PROTOCOLS for word in OUTCOME_AT]
+    counts = {kind: total(board, ended_by(*kind)) for kind in kinds}
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def figures(board: Scoreboard) -> dict[str, int]:
+    """Return the master's figures."""
+    states = board.states(board.words[USED])
+    idle = sum(state >= FIRST_IDLE for state in states)
+    found = {
+        "idle": idle,
+        "busy": len(states) - states.count(FREE) - idle,
+        "limit": board.words[MAX_WORKERS],
+        "served": 0,
+        "refused": 0,
+        "failed": 0,
+        "uptime": int(time.time()) - board.words[BEGAN],
+    }
+    for (_, word), count in ended(board).items():
+        outcome = OUTCOMES.get(word, BROKEN)
+        if outcome in (OK, ENDED):
+            found["served"] += count
+        elif outcome is OUTSIDER or outcome.error.startswith("http_request"):
+            found["refused"] += count
+        else:
+            found["failed"] += count
+    return found
+
+
+def clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def table_page(http: Http, nonce: str) -> str:
+    """Return the live table as it is now; its script goes on from there."""
+
+    def cells(row: dict[str, Any]) -> str:
+        *words, age, up, down, pid = row.values()
+        texts = ["-" if word is None else str(word) for word in words]
+        texts += [clock(age), f"{up:,}", f"{down:,}", "-", str(pid)]
+        return "".join(
+            f'<td data-head="{head}">{text.translate(ESCAPES)}'
+            for head, text in zip(COLUMNS, texts)
+        )
+
+    board = http.worker.board
+    rows, found = table_rows(board), figures(board)
+    shown = {name: f"{count:,}" for name, count in found.items()}
+    shown["uptime"] = clock(found["uptime"])
+    return HTML % {
+        "name": http.config.name,
+        "nonce": nonce,
+        "figures": "".join(
+            f'<div><dt>{name}<dd id="{name}">{text}</div>'
+            for name, text in shown.items()
+        ),
+        "heads": "".join(f"<th>{head}" for head in COLUMNS),
+        "rows": "".join(f"<tr>{cells(row)}" for row in rows),
+        "count": f"Sessions: {len(rows):,}",
+    }
+
+
+def table_json(http: Http) -> str:
+    """Return the live table as data."""
+    import json
+
+    board = http.worker.board
+    gateway = {"name": http.config.name, **figures(board)}
+    return json.dumps({"gateway": gateway, "sessions": table_rows(board)})
+
+
+def metrics(board: Scoreboard) -> str:
+    """Return the figures in the text format of Prometheus."""
+    found, words = figures(board), board.words
+    by_kind = {
+        f'{{protocol="{proto}",outcome="{word}"}}': count
+        for (proto, word), count in ended(board).items()
+    }
+    by_way = {
+        '{direction="up"}': total(board, UPS),
+        '{direction="down"}': total(board, DOWNS),
+    }
+    by_state = {f'{{state="{state}"}}': found[state] for state in ("idle", "busy")}
+    took = {"_sum": total(board, MADE_IN) / 1e6, "_count": total(board, MADE)}
+    lost = {"": total(board, LOST)}
+    families: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("sessions_total", "counter", "Sessions that have ended.", by_kind),
+        ("bytes_total", "counter", "Bytes that these have moved.", by_way),
+        ("connect_seconds", "summary", "From a target to a connection.", took),
+        ("workers", "gauge", "Workers, by what they do.", by_state),
+        ("workers_limit", "gauge", "The most that there may be.", {"": found["limit"]}),
+        ("forks_total", "counter", "Workers that began.", {"": words[FORKS]}),
+        ("forks_failed_total", "counter", "And could not.", {"": words[FORKS_FAILED]}),
+        ("log_lines_lost_total", "counter", "What the log did not take.", lost),
+        ("start_time_seconds", "gauge", "When it began.", {"": words[BEGAN]}),
+    ]
+    lines = []
+    for name, kind, told, values in families:
+        lines.append(f"# HELP natwork_{name} {told}\n# TYPE natwork_{name} {kind}\n")
+        lines += [f"natwork_{name}{at} {value}\n" for at, value in values.items()]
+    return "".join(lines)
+
+
+def other_gateways(config: Config) -> list[str]:
+    """Return the words of `gateways`; raise ConfigError for what is not HOST:PORT."""
+    for word in config.gateways.split():
+        try:
+            parse_authority(word.encode(), 0)
+        except Refused:
+            raise config.refuse("gateways", f"{word!r} is not HOST:PORT") from None
+    return config.gateways.split()
+
+
+def pac(http: Http, host: str) -> str:
+    """Return the file that tells a browser what to ask which gateway for.
+
+    The gateways stand in an order drawn from the client's address: so they share
+    the clients, and each client keeps to his.
+    """
+    here, port = http.client.sock.getsockname()[:2]
+    if not http.policy.means_us(host, port):
+        host = here.partition("%")[0].removeprefix("::ffff:")
+    left, order = sorted({endpoint((host, port)), *other_gateways(http.config)}), []
+    number = int.from_bytes(address_of(http.worker.peer), "big")
+    while left:
+        number, place = divmod(number, len(left))
+        order.append(f"PROXY {left.pop(place)}")
+    blocks = [f'["{a.hex()}", "{b.hex()}"]' for a, b in http.policy.inside]
+    return PAC % (", ".join(blocks), "; ".join(order))
+
+
+def log_in(http: Http) -> None:
+    """Learn who asks for a page of ours; raise Refused."""
+    assert http.head
+    try:
+        http.identify(http.head.fields.names, b"authorization")
+    except Refused as refusal:
+        if refusal.outcome.status != 407:
+            raise
+        outcome = refusal.outcome._replace(status=401)
+        raise Refused(outcome, refusal.detail) from None
+
+
+def own_page(http: Http, host: str, path: bytes) -> Outcome:
+    """Answer what was asked of the gateway itself; raise Refused."""
+    head, board, nonce = http.head, http.worker.board, os.urandom(16).hex()
+    assert head
+    browser_file = "application/x-ns-proxy-autoconfig", lambda: pac(http, host)
+    pages: dict[bytes, tuple[str, Callable[[], str]]] = {
+        b"/": ("text/html; charset=utf-8", lambda: table_page(http, nonce)),
+        b"/table.json": ("application/json", lambda: table_json(http)),
+        b"/metrics": ("text/plain; version=0.0.4", lambda: metrics(board)),
+        b"/proxy.pac": browser_file,
+        b"/wpad.dat": browser_file,
+    }
+    page = pages.get(path.partition(b"?")[0])
+    if page is not browser_file:
+        if not http.policy.means_us(host, http.client.sock.getsockname()[1]):
+            raise Refused(BAD_HOST, f"{host or 'no host'} is not this gateway")
+        if http.session.user == "-":
+            log_in(http)
+    if not page:
+        raise Refused(NOT_FOUND, "the gateway has no such page")
+    if head.method not in (b"GET", b"HEAD"):
+        raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
+    if body_length(head, BAD_REQUEST):
+        http.keep = False  # its body is not read
+    http.lingers = not http.keep
+    kind, text = page[0], page[1]()
+    lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"
+    http.answer("200 OK", lines.encode(), text.encode())
+    return OK
+
+
 # --- Serving a client ---------------------------------------------------------
 #
 # What a worker does with the one who has just come: see whether he may be here,
@@ -3544,7 +4061,7 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         # Without a byte: a stranger learns nothing, not even what this is.
         worker.finish(Session(worker.name, worker.pid), OUTSIDER.word)
         return
-    Http(worker, policy, client).serve()
+    Http(worker, policy, client, own_page).serve()
 
 
 # --- Service ------------------------------------------------------------------
@@ -3646,6 +4163,7 @@ def load_generation(
     config = load_config(path, options)
     Policy(config, [])  # refused before anything is opened
     users = read_users(config)
+    other_gateways(config)
     kept = old.listeners if old else {}
     with contextlib.ExitStack() as undo:
         listeners = passed or open_listeners(config, kept)
@@ -3916,40 +4434,6 @@ def boards() -> Iterator[Scoreboard]:
                         break
 
 
-def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
-    """Return the sessions of a gateway: the four columns of the paper, and more."""
-    rows = []
-    for number, state in enumerate(board.states()):
-        slot = Slot(board, number)
-        if state == FREE or not (row := slot.row()):
-            continue
-        pid, up, down = slot.words[PID : DOWN + 1]
-        try:
-            session = Session.from_row(row, up, down)
-        except ValueError:  # no row of ours
-            continue
-        client, _, port = session.client.rpartition(":")
-        rows.append(
-            {
-                "source_ip": client.strip("[]"),
-                "original_source_port": int(port),
-                "new_source_port": int(
-                    session.source.rpartition(":")[2].strip("-") or 0
-                )
-                or None,
-                "destination": session.address,
-                "protocol": session.proto,
-                "host": session.host(),
-                "user": session.user,
-                "age": round(time.time() - session.began, 1),
-                "up": up,
-                "down": down,
-                "pid": pid,
-            }
-        )
-    return rows
-
-
 def print_table(as_json: bool) -> int:
     """Print the state table of the gateway that runs on this box."""
     rows, found = [], False
@@ -3963,10 +4447,7 @@ def print_table(as_json: bool) -> int:
 
         print(json.dumps(rows, indent=1))
         return 0
-    heads = tuple(
-        "Source IP,Original Source Port,New Source Port,Destination,Protocol,Host,User,"
-        "Age,Up,Down,PID".split(",")
-    )
+    heads = tuple(head for head in COLUMNS if head != "Moving")
     lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         lines.append(tuple("-" if cell is None else str(cell) for cell in row.values()))
@@ -4031,6 +4512,7 @@ def check(path: str, options: list[str]) -> int:
     config = load_config(path, options)
     Policy(config, [])
     read_users(config)
+    other_gateways(config)
     find_user(config)
     endpoints(config)
     print(config.text())

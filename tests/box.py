@@ -120,6 +120,20 @@ NAMES = """\
 """
 LOCALHOST = "127.0.0.1 localhost\n::1 localhost\n"
 
+CHROMIUM = [
+    "chromium",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-features=HttpsUpgrades",
+    "--no-first-run",
+]
+
 # No setting of the caller (a proxy, a language) reaches a program in the box.
 ENVIRONMENT = {
     "PATH": os.environ.get("PATH", os.defpath),

@@ -248,6 +248,7 @@ def test_a_client_is_told_when_descriptors_run_out_and_served_when_they_return(
     assert outcomes == ["overload"] * 3 + ["ok"]
 
 
+STANDS_FOR = ("[::127", "[2002:", "[64:")  # IPv6 that leads to an IPv4 address
 opened = shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
 
 
@@ -267,6 +268,11 @@ def test_the_gateway_does_not_call_itself_whatever_the_rules(
     with opened.connect() as client:
         answer = exchange(client, request(place, method=method), method)
     (line,) = opened.lines(count + 1)[count:]
+    if method == b"GET" and not spelling.startswith(STANDS_FOR):
+        # An address that is ours as it stands: we answer, and dial nobody.
+        assert (line["outcome"], line["address"]) == ("ok", "-")
+        assert answer.status == 200 and not answer.values(b"Via")
+        return
     assert (line["outcome"], line["address"]) == ("loop", "-")
     assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
 

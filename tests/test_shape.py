@@ -180,11 +180,12 @@ def test_the_sections_stand_in_their_order() -> None:
         "Users",
         "Connecting",
         "HTTP",
+        "Own pages",
         "Serving a client",
         "Service",
         "main",
     ]
-    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 13
+    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 14
 
 
 def test_it_runs_as_a_program() -> None:

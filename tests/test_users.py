@@ -348,6 +348,36 @@ def test_trace_and_options_are_not_for_strangers(
                 assert ALICE[-20:] not in answer.body
 
 
+def test_the_own_pages_are_for_users_and_the_pac_file_for_all(
+    natwork: Natwork, users: Path
+) -> None:
+    gateway = natwork(f"users={users}", NAMED)
+    at = b"Host: %b:%d" % (gateway.address[0].encode(), gateway.address[1])
+
+    def get(path: bytes, *fields: bytes) -> Message:
+        lines = [b"GET %b HTTP/1.1" % path, at, *fields]
+        with gateway.connect() as client:
+            return exchange(client, b"\r\n".join(lines) + b"\r\n\r\n")
+
+    mine, wrong = ALICE.replace(b"Proxy-", b""), WRONG.replace(b"Proxy-", b"")
+    for path in (b"/", b"/table.json", b"/metrics"):
+        for fields in ([], [wrong], [ALICE]):
+            answer = get(path, *fields)
+            assert answer.status == 401
+            (challenge,) = answer.values(b"WWW-Authenticate")
+            assert challenge.startswith(b"Basic ") and b"pid" not in answer.body
+        assert get(path, mine).status == 200
+        # By way of the gateway as a proxy it is the proxy that asks.
+        whole = b"http://%b%b" % (at[6:], path)
+        assert get(whole, mine).status == 407
+        assert get(whole, ALICE).status == 200
+    assert get(b"/proxy.pac").status == get(b"/wpad.dat").status == 200
+    assert {line["user"] for line in gateway.lines(20)} == {"-", "alice"}
+    counted = get(b"/metrics", mine).body
+    assert b'outcome="auth-failed"} 3' in counted
+    assert b'outcome="auth-required"} 9' in counted
+
+
 def test_without_a_file_what_a_client_calls_himself_is_ignored(
     natwork: Natwork, origin: Start
 ) -> None:

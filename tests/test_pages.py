@@ -1,0 +1,516 @@
+"""Own pages: the live table, the metrics and the PAC file, in real clients."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import ipaddress
+import json
+import mmap
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import CHROMIUM
+from box import needs
+from box import unavailable
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from running import command
+from running import echo
+from running import echoes
+from running import tunnel
+from running import worker_of
+from wire import CLOSED
+from wire import DENIED
+from wire import Script
+from wire import exchange
+from wire import request
+from wire import reset
+from wire import send
+from wire import shared
+
+import natwork as program
+
+Start = Callable[..., Origin]
+OTHERS = ["[fd00:9::9]:8080", "second.example:3128"]
+gateway = shared(f"gateways={' '.join(OTHERS)}")
+PAGES = {
+    "/": "text/html; charset=utf-8",
+    "/table.json": "application/json",
+    "/metrics": "text/plain; version=0.0.4",
+    "/proxy.pac": "application/x-ns-proxy-autoconfig",
+    "/wpad.dat": "application/x-ns-proxy-autoconfig",
+}
+PAC = ["/proxy.pac", "/wpad.dat"]
+SHOWN = [path for path in PAGES if path not in PAC]
+HOSTILE = [
+    '<script>document.title="owned"</script>',
+    "<b>bold</b>",
+    "&lt;",
+    "'\"><i>",
+    "a" * 255,
+]
+PACPARSER = """
+import json, sys, pacparser
+pacparser.init()
+pacparser.parse_pac_string(open(sys.argv[1]).read())
+hosts = json.load(sys.stdin)
+print(json.dumps([pacparser.find_proxy(f"http://{h}/", h) for h in hosts]))
+"""
+
+
+def curl(*words: str) -> tuple[int, dict[str, str], str]:
+    """Run curl without a proxy; return status, fields and body of the answer."""
+    needs("curl")
+    done = subprocess.run(
+        ["curl", "-si", "--noproxy", "*", "--max-time", "20", *words],
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done
+    head, _, body = done.stdout.decode().partition("\r\n\r\n")
+    line, *lines = head.split("\r\n")
+    fields = dict(one.split(": ", 1) for one in lines)
+    return int(line.split()[1]), fields, body
+
+
+def table(gateway: Gateway) -> list[dict[str, object]]:
+    """Return the sessions that /table.json shows."""
+    sessions = json.loads(curl(gateway.url + "/table.json")[2])["sessions"]
+    assert isinstance(sessions, list)
+    return sessions
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_each_page_comes_as_what_it_is_and_is_logged(
+    gateway: Gateway, path: str
+) -> None:
+    before = len(gateway.lines())
+    status, fields, body = curl(gateway.url + path)
+    assert (status, fields["Content-Type"]) == (200, PAGES[path])
+    assert int(fields["Content-Length"]) == len(body) > 100
+    assert fields["Cache-Control"] == "no-store"
+    assert fields["X-Content-Type-Options"] == "nosniff"
+    policy = fields["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy and "*" not in policy
+    status, fields, nothing = curl("--head", gateway.url + path + "?query")
+    assert (status, nothing) == (200, "") and int(fields["Content-Length"]) > 100
+    first, second = gateway.lines(before + 2)[before:]
+    assert (first["target"], first["method"], second["method"]) == (path, "GET", "HEAD")
+    assert {line["target"] for line in (first, second)} == {path}
+    assert (first["proto"], first["status"], first["outcome"]) == ("http", "200", "ok")
+    assert int(first["down"]) > len(body)
+
+
+def test_a_nonce_is_used_once(gateway: Gateway) -> None:
+    seen = set()
+    for _ in range(2):
+        _, fields, body = curl(gateway.url)
+        nonces = set(re.findall("nonce-([0-9a-f]{32})'", str(fields)))
+        assert len(nonces) == 1 and nonces == set(re.findall('nonce="(.*?)"', body))
+        seen |= nonces
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST:1", "gate.test"])
+@pytest.mark.parametrize("path", SHOWN)
+def test_an_own_name_is_answered(gateway: Gateway, path: str, host: str) -> None:
+    assert curl("-H", f"Host: {host}", gateway.url + path)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "127.0.0.1.evil.example", "10.1.2.3", "[2001:db8::1]", "", "a b"],
+)
+@pytest.mark.parametrize("path", [*SHOWN, "/nothing"])
+def test_a_name_that_was_rebound_is_refused(
+    gateway: Gateway, path: str, host: str
+) -> None:
+    field = f"Host: {host}" if host else "Host;"
+    status, fields, body = curl("-H", field, gateway.url + path)
+    assert status == (400 if " " in host else 403)
+    assert "natwork_" not in body and "sessions" not in body
+
+
+@pytest.mark.parametrize("path", PAC)
+@pytest.mark.parametrize("host", ["wpad", "wpad.evil.example", '"+alert(1)+"', "0"])
+def test_the_pac_file_answers_any_host_and_never_quotes_it(
+    gateway: Gateway, path: str, host: str
+) -> None:
+    status, _, body = curl("-H", f"Host: {host}", gateway.url + path)
+    port = gateway.address[1]
+    assert status in (200, 400) and "wpad" not in body and "alert" not in body
+    assert status == 400 or f"PROXY 127.0.0.1:{port}" in body
+
+
+def test_an_outsider_gets_none_of_it(natwork: Callable[..., Gateway]) -> None:
+    gateway = natwork("inside=10.0.0.0/8")
+    for path in PAGES:
+        with gateway.connect() as client:
+            send(client, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/nothing"])
+@pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS", "TRACE"])
+def test_only_get_and_head(gateway: Gateway, path: str, method: str) -> None:
+    status, fields, _ = curl("-X", method, gateway.url + path)
+    assert status == (405 if path in PAGES else 404)
+    assert path not in PAGES or fields["Allow"] == "GET, HEAD"
+
+
+def test_a_page_asked_for_with_a_body_closes(gateway: Gateway) -> None:
+    with gateway.connect() as client:
+        data = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
+        answer = exchange(client, data + b"GET /")
+        assert (answer.status, answer.closes) == (200, True)
+
+
+def test_a_connection_goes_on_after_a_page(gateway: Gateway, origin: Start) -> None:
+    server = origin(Script(), "127.0.0.3")
+    with gateway.connect() as client:
+        for _ in range(2):
+            page = b"GET /table.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            assert exchange(client, page).status == 200
+            assert exchange(client, request(server)).body == b"ok"
+
+
+def test_a_browser_that_uses_the_proxy_gets_the_pages_too(gateway: Gateway) -> None:
+    for host in (b"127.0.0.1", b"localhost", b"gate.test"):
+        with gateway.connect() as client:
+            at = b"%b:%d" % (host, gateway.address[1])
+            answer = exchange(client, request(at, path=b"/metrics"))
+            assert answer.status == 200 and b"natwork_workers" in answer.body
+            assert exchange(client, request(at, path=b"/no")).status == 404
+    with gateway.connect() as client:  # what the Host field says is ignored
+        data = b"GET http://gate.test:%d/ HTTP/1.1\r\nHost: evil.example\r\n\r\n"
+        assert exchange(client, data % gateway.address[1]).status == 200
+
+
+# --- The table ----------------------------------------------------------------
+
+
+def test_the_table_is_the_same_in_both_places(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway, server = natwork(), origin(echo, "127.0.0.3")
+    with tunnel(gateway, server) as client, tunnel(gateway, server):
+        assert echoes(client, b"x" * 5000)
+        eventually(lambda: 5000 in [row["up"] for row in table(gateway)])
+        done = command("--table", "--json", cwd=gateway.log.parent)
+        ours = gateway.workers()
+        told = [row for row in json.loads(done.stdout) if row["pid"] in ours]
+        shown = table(gateway)
+        assert len(shown) == 2 and [list(row) for row in shown] == [list(told[0])] * 2
+        for row in (*told, *shown):
+            del row["age"]
+        assert told == shown
+        page = curl(gateway.url)[2]
+        cells = re.findall('<td data-head="(.*?)">([^<]*)', page)
+        assert [head for head, _ in cells] == program.COLUMNS * 2
+        assert ("Up", "5,000") in cells
+    eventually(lambda: not table(gateway))
+
+
+def test_the_figures_are_those_of_the_master(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway = natwork("spare_workers=3", "max_workers=9")
+    server = origin(echo, "127.0.0.3")
+    with gateway.connect() as client:
+        assert exchange(client, request(DENIED)).status == 403
+        assert exchange(client, request(CLOSED)).status == 502
+    with tunnel(gateway, server):
+
+        def found() -> dict[str, object]:
+            answer = json.loads(curl(gateway.url + "/table.json")[2])["gateway"]
+            assert isinstance(answer, dict)
+            return answer
+
+        figures = eventually(lambda: (f := found())["idle"] == 3 and f)
+        assert isinstance(figures, dict)
+        assert (figures["limit"], figures["busy"]) == (9, 2)  # the tunnel, and we
+        assert (figures["refused"], figures["failed"]) == (1, 1)
+        assert 0 <= figures["uptime"] < 60 and figures["served"] < 20
+
+
+def deface(gateway: Gateway, pids: list[int]) -> None:
+    """Write hostile words into the rows of some workers, as no client could."""
+    folder = Path(f"/proc/{gateway.process.pid}/fd")
+    links = {os.readlink(link): link for link in folder.iterdir()}
+    (link,) = [link for name, link in links.items() if "memfd:natwork" in name]
+    board = program.Scoreboard(fd := os.open(link, os.O_RDWR))
+    board.memory = mmap.mmap(fd, program.ROWS + program.SLOTS * program.SLOT_SIZE)
+    board.words = memoryview(board.memory).cast("Q")
+    os.close(fd)
+    slots = [program.Slot(board, number) for number in range(50)]
+    rows = [slot for slot in slots if slot.words[program.PID] in pids and slot.row()]
+    assert len(rows) == len(pids) == len(HOSTILE)
+    for slot, words in zip(rows, HOSTILE):
+        session = program.Session.from_row(slot.row(), 0, 0)
+        session.user = words
+        session.target = words.replace("/", ":") + ":443"
+        slot.show(session.row())
+
+
+def chromium(folder: Path, *words: str) -> tuple[str, str]:
+    """Run Chromium without a head; return what it prints and what it says."""
+    needs("chromium")
+    done = subprocess.run(
+        [*CHROMIUM, f"--user-data-dir={folder / 'profile'}", *words],
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done
+    return done.stdout, done.stderr
+
+
+@pytest.fixture
+def defaced(natwork: Callable[..., Gateway], origin: Start) -> Iterator[Gateway]:
+    """Return a gateway with tunnels whose rows hold hostile words."""
+    gateway, server = natwork("name=gate.test"), origin(echo, "127.0.0.3")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(tunnel(gateway, server)) for _ in HOSTILE]
+        deface(gateway, [worker_of(gateway, client) for client in clients])
+        yield gateway
+
+
+def test_hostile_words_are_words(defaced: Gateway) -> None:
+    page = curl(defaced.url)[2]
+    cells = [html.unescape(text) for text in re.findall("<td[^>]*>([^<]*)", page)]
+    assert set(HOSTILE) <= set(cells)
+    for part in ("<b>", "<i>", "owned</", 'owned"'):
+        assert part not in page
+    assert {str(row["user"]) for row in table(defaced)} == set(HOSTILE)
+
+
+def test_a_browser_refreshes_the_table_in_place(
+    defaced: Gateway, tmp_path: Path
+) -> None:
+    found, said = chromium(
+        tmp_path,
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        defaced.url,
+    )
+    assert "CONSOLE" not in said, said  # nor a word of the security policy
+    assert "<title>gate.test</title>" in found and "<body>" in found.replace(
+        ' class=""', ""
+    )
+    cells = [html.unescape(text) for text in re.findall("<td[^>]*>([^<]*)", found)]
+    assert set(HOSTILE) <= set(cells) and len(cells) == 12 * len(HOSTILE)
+    assert not re.search("<(b|i|img)>", found)
+    assert "Sessions: 5" in found
+    targets = Counter(line["target"] for line in defaced.lines(3))
+    assert targets["/"] == 1 and targets["/table.json"] >= 2
+
+
+@pytest.mark.parametrize("size", ["1400,800", "390,1600"])
+def test_a_browser_shows_the_table(defaced: Gateway, tmp_path: Path, size: str) -> None:
+    picture = tmp_path / "table.png"
+    chromium(tmp_path, f"--screenshot={picture}", f"--window-size={size}", defaced.url)
+    data = picture.read_bytes()
+    width = int.from_bytes(data[16:20], "big")
+    assert width == int(size.split(",")[0]) and len(data) > 20000
+
+
+# --- Metrics ------------------------------------------------------------------
+
+
+def measured(gateway: Gateway) -> dict[str, float]:
+    """Return the metrics by name and labels."""
+    lines = curl(gateway.url + "/metrics")[2].splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
+
+
+def test_promtool_finds_no_fault_with_the_metrics(gateway: Gateway) -> None:
+    needs("promtool")
+    curl("-H", "Host: evil.example", gateway.url)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=curl(gateway.url + "/metrics")[2],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def mix(gateway: Gateway, server: Origin, web: Origin) -> None:
+    """Be a client of every kind, one after another."""
+    for target in (web, web, DENIED, CLOSED, b"nowhere.invalid"):
+        with gateway.connect() as client:
+            exchange(client, request(target))
+    with gateway.connect() as client:
+        exchange(client, b"nonsense\r\n\r\n")
+    with tunnel(gateway, server) as client:
+        assert echoes(client, b"x" * 70000)
+    reset(tunnel(gateway, server))
+
+
+def test_the_metrics_add_up_with_the_log(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway = natwork("spare_workers=4", "rules=deny port 9;allow to 127.0.0.0/8")
+    server, web = origin(echo, "127.0.0.3"), origin(Script(), "127.0.0.3")
+    for _ in range(5):
+        mix(gateway, server, web)
+        with gateway.connect() as client:
+            exchange(client, request(b"127.0.0.3:9"))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(tunnel(gateway, server)) for _ in range(6)]
+            assert all(echoes(client) for client in clients)
+            pids = [worker_of(gateway, client) for client in clients]
+            time.sleep(0.05)  # for the workers to write down what has moved
+            for pid in pids[:4]:
+                os.kill(pid, signal.SIGKILL)
+            os.kill(pids[4], signal.SIGTERM)
+            for client in clients[:5]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert client.recv(1) == b""
+    gateway.lines(5 * (9 + 6))
+
+    def agreed() -> tuple[dict[str, float], list[dict[str, str]]] | None:
+        metrics = measured(gateway)
+        lines = gateway.lines()[:-1]  # the last is of the metrics themselves
+        ended = sum(n for name, n in metrics.items() if "sessions" in name)
+        return (metrics, lines) if ended == len(lines) else None
+
+    found = eventually(agreed)
+    assert isinstance(found, tuple)
+    metrics, lines = found
+    kinds = Counter(
+        'natwork_sessions_total{protocol="%s",outcome="%s"}'
+        % (line["proto"], re.sub("denied-.*", "denied", line["outcome"]))
+        for line in lines
+    )
+    assert kinds == {name: n for name, n in metrics.items() if "sessions" in name}
+    assert len(kinds) >= 8, kinds
+    for way in ("up", "down"):
+        moved = sum(int(line[way]) for line in lines)
+        assert metrics['natwork_bytes_total{direction="%s"}' % way] == moved
+    made = len({line["source"] for line in lines} - {"-"})
+    assert metrics["natwork_connect_seconds_count"] == made
+    assert 0 < metrics["natwork_connect_seconds_sum"] < 20
+    assert metrics["natwork_forks_total"] >= 4 + 25
+    assert metrics["natwork_log_lines_lost_total"] == 0
+    assert metrics['natwork_workers{state="busy"}'] == 1
+    assert metrics["natwork_workers_limit"] == 2048
+
+
+def test_every_outcome_has_a_place_of_its_own() -> None:
+    words = {o.word for o in vars(program).values() if isinstance(o, program.Outcome)}
+    places = {program.ended_by(p, w) for p in program.PROTOCOLS for w in words}
+    assert len(places) == len(words) * len(program.PROTOCOLS)
+    assert min(places) >= program.ENDED_BY and max(places) < program.SLOT_SIZE // 8
+    assert program.ended_by("new", "new") not in places
+    denied = program.ended_by("http", "denied")
+    for word in ("denied-rule-7", "denied-port-25", "denied-link-local"):
+        assert program.ended_by("http", word) == denied
+
+
+# --- The PAC file -------------------------------------------------------------
+
+
+def evaluate(path: Path, hosts: list[str]) -> list[str]:
+    """Return what a PAC file says of hosts, with Debian's python3-pacparser."""
+    python = "/usr/bin/python3"
+    probe = [python, "-c", "import pacparser"]
+    if subprocess.run(probe, capture_output=True, timeout=30).returncode:
+        unavailable("not installed: python3-pacparser")
+    done = subprocess.run(
+        [python, "-c", PACPARSER, str(path)],
+        input=json.dumps(hosts),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    answers = json.loads(done.stdout)
+    assert isinstance(answers, list) and len(answers) == len(hosts)
+    return answers
+
+
+def some_addresses(count: int) -> list[str]:
+    """Return addresses of both families, half of them near the inside."""
+    dice, found = random.Random(4), []
+    blocks = program.networks(program.Config.inside)
+    for number in range(count):
+        size = 4 if number % 2 else 16
+        raw = dice.randbytes(size)
+        if number % 4 > 1:
+            near = dice.choice([b for b in blocks if len(b.first) == size])
+            edge = int.from_bytes(dice.choice(near), "big") + dice.randint(-3, 3)
+            raw = (edge % (1 << 8 * size)).to_bytes(size, "big")
+        found.append(str(ipaddress.ip_address(raw)))
+    return [*found, "::ffff:a00:1", "::ffff:c000:201", "::", "::1", "1::", "1:2::8:9"]
+
+
+def test_the_pac_file_knows_inside_from_outside(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    path = tmp_path / "proxy.pac"
+    path.write_text(curl(gateway.url + "/proxy.pac")[2])
+    blocks = program.networks(program.Config.inside)
+    addresses = some_addresses(1000)
+    wanted = [program.contains(blocks, program.address_of(a)) for a in addresses]
+    answers = evaluate(path, addresses)
+    assert [answer == "DIRECT" for answer in answers] == wanted
+    assert 200 < sum(wanted) < 800
+    proxies = {answer for answer in answers if answer != "DIRECT"}
+    assert len(proxies) == 1
+    named = re.findall("PROXY ([^;]+)(?:; |$)", proxies.pop())
+    assert sorted(named) == sorted([*OTHERS, "127.0.0.1:%d" % gateway.address[1]])
+    assert evaluate(path, ["printer", "localhost", "printer."]) == ["DIRECT"] * 3
+    names = ["www.example.com", "10.0.0.1.example.com", "10.example", "a.b", "a.10"]
+    assert "DIRECT" not in evaluate(path, [*names, "1.2.3", "10.0.0.1:x"])
+
+
+def test_the_pac_file_offers_the_name_that_was_asked(gateway: Gateway) -> None:
+    port = gateway.address[1]
+    for host in ("localhost", "gate.test", "127.0.0.1"):
+        body = curl("-H", f"Host: {host}:{port}", gateway.url + "/proxy.pac")[2]
+        assert f"PROXY {host}:{port}" in body
+
+
+def test_gateways_share_their_clients(natwork: Callable[..., Gateway]) -> None:
+    gateway = natwork(f"gateways={' '.join(OTHERS)}")
+    orders = []
+    for last in range(1, 31):
+        with socket.create_connection(
+            gateway.address, 10, source_address=(f"127.0.0.{last}", 0)
+        ) as client:
+            data = b"GET /proxy.pac HTTP/1.1\r\nHost: wpad\r\n\r\n"
+            body = exchange(client, data).body.decode()
+            assert exchange(client, data).body.decode() == body
+        orders.append(tuple(re.findall('PROXY ([^;"]+)', body)))
+    assert all(len(set(order)) == 3 for order in orders)
+    assert sorted(Counter(order[0] for order in orders).values()) == [10, 10, 10]
+    assert len(set(orders)) == 6
+
+
+@pytest.mark.parametrize(
+    "word", ["b", "b:", "b:0", "b:65536", ":80", "fd00::1:80", "1.2:80", '";x:80']
+)
+def test_a_gateway_that_is_none_is_refused(word: str, tmp_path: Path) -> None:
+    for how in (["-t"], ["-o", "listen=127.0.0.1:0"]):
+        done = command(*how, "-o", f"gateways=a.example:80 {word}", cwd=tmp_path)
+        assert done.returncode == 78 and "gateways" in done.stderr, done
+        assert repr(word) in done.stderr
