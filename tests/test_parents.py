@@ -265,6 +265,19 @@ def test_a_request_goes_to_the_parent_in_absolute_form(
     assert "kQ7" not in gateway.log.read_text() and BASIC.decode() not in str(lines)
 
 
+def test_a_request_goes_out_again_in_the_same_form(
+    natwork: Natwork, origin: Start
+) -> None:
+    parent = origin(Script(close=True))
+    gateway = natwork(parents(f"http://{parent.authority}"))
+    with gateway.connect() as client:
+        for _ in range(5):
+            assert exchange(client, request(b"127.0.0.3")).status == 200
+    assert len(parent.callers) == 5
+    starts = {one.start for one in parent.handle.requests}
+    assert starts == {b"GET http://127.0.0.3/ HTTP/1.1"}
+
+
 def test_a_tunnel_leads_through_the_parents_tunnel(
     natwork: Natwork, origin: Start
 ) -> None:
