@@ -2616,8 +2616,8 @@ def dial_parent(
     For an http:// request and a parent that takes such it is one to the parent,
     and session.parent says so.
     """
-    deadline = time.monotonic() + worker.config.connect_timeout
     found = resolve(parent.host, parent.port)
+    deadline = time.monotonic() + worker.config.connect_timeout
     # What is near us is not reached by way of the outside.
     near = [packed for packed in found if policy.closes(forms(packed))]
     far = [packed for packed in found if packed not in near]
@@ -2757,6 +2757,9 @@ USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|\?.*", re.DOTALL)
 Names = dict[bytes, list[bytes]]
 
 MISUNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
+SERVER_FAULTS = (
+    "connection_terminated http_protocol_error http_response_timeout".split()
+)
 CHUNKED = -1  # a body's length: known chunk by chunk
 ENDLESS = -2  # a response body's length: until the connection closes
 # RFC 9110 section 7.6.1, and what this hop alone may read.
@@ -3280,8 +3283,7 @@ class Exchange:
         """Decide which of the two connections goes on after this answer."""
         http, up = self.http, self.up
         if response.status == 407 and http.parent:  # it is us whom he does not know
-            refusal = Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
-            raise parent_failed(http.parent, refusal)
+            raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
         http.answered = True
         http.session.status = str(response.status)
         if not up.done and up.waits is PAUSE:
@@ -3388,6 +3390,9 @@ class Http:
         try:
             outcome = self.request()
         except Refused as refusal:
+            # What he did to a connection that leads to him is the parent's fault.
+            if self.parent and refusal.outcome.error in SERVER_FAULTS:
+                refusal = parent_failed(self.parent, refusal)
             outcome = refusal.outcome
             self.name_target()
             self.refuse(refusal)
@@ -3443,6 +3448,7 @@ class Http:
     def dial(self, host: str, port: int) -> Stream:
         """Replace the server connection by a new one, and return it; raise Refused."""
         self.drop_server()
+        self.parent = None
         session = self.session
         self.server = Stream(
             dial(self.worker, self.policy, session, host, port), SERVER_GONE

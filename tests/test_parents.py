@@ -385,9 +385,35 @@ def test_a_parent_that_hangs_up_is_said_to(
     parent = origin(hang_up)
     gateway = natwork(parents(f"{scheme}://{parent.authority}"), NAMED)
     answer, client = connected(gateway, b"127.0.0.3:443")
-    with client:
-        assert answer.status == 502
-    assert gateway.lines(1)[0]["outcome"] == "parent-server-gone"
+    client.close()
+    answers = [answer, ask(gateway, b"127.0.0.3")]
+    for answer in answers:
+        assert (answer.status, proxy_error(answer)) == (502, b"connection_terminated")
+        assert f"parent {scheme}://{parent.authority}: ".encode() in answer.body
+    outcomes = [line["outcome"] for line in gateway.lines(2)]
+    assert outcomes == ["parent-server-gone"] * 2
+
+
+def test_a_parent_that_does_not_answer_a_request_is_said_to(
+    natwork: Natwork, origin: Start
+) -> None:
+    silent, odd = origin(Tunnel(b"")), origin(speak_ssh)
+    lines = (f"http://{silent.authority} to 127.0.0.3", f"http://{odd.authority}")
+    gateway = natwork(parents(*lines), "idle_timeout=1", NAMED)
+    answer = ask(gateway, b"127.0.0.3")
+    assert (answer.status, proxy_error(answer)) == (504, b"http_response_timeout")
+    assert silent.authority.encode() in answer.body
+    answer = ask(gateway, b"127.0.0.4")
+    assert (answer.status, proxy_error(answer)) == (502, b"http_protocol_error")
+    assert odd.authority.encode() in answer.body
+    outcomes = [line["outcome"] for line in gateway.lines(2)]
+    assert outcomes == ["parent-answer-timeout", "parent-bad-response"]
+
+
+def speak_ssh(connection: socket.socket, origin: Origin) -> None:
+    connection.recv(1000)
+    connection.sendall(b"SSH-2.0-x\r\n\r\n")
+    connection.recv(1)
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
