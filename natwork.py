@@ -2017,17 +2017,20 @@ class Policy:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
         self.judged = functools.lru_cache(maxsize=64)(self.judge_now)
+        self.placed = functools.lru_cache(maxsize=64)(self.place)
+
+    def place(self, peer: str) -> tuple[bool, bool]:
+        """Return whether a peer is inside, and whether its address is link-local."""
+        packed = address_of(peer)
+        return contains(self.inside, packed), contains(LINK_LOCAL, packed)
 
     def is_client(self, peer: str, sock: socket.socket) -> bool:
         """Return whether a peer is on the inside, and came to us from there."""
-        packed = address_of(peer)
-        if not contains(self.inside, packed):
-            return False
-        near = contains(LINK_LOCAL, packed)
-        if not self.uplinks and not near:
-            return True
+        inside, near = self.placed(peer)
+        if not inside or not self.uplinks and not near:
+            return inside
         host, _, *scope = sock.getsockname()
-        here, route = address_of(host), route_to(packed)
+        here, route = address_of(host), route_to(address_of(peer))
         # A link-local address says nothing of the side it is on; its device does.
         ways = {socket.if_indextoname(scope[1])} if near and scope[1:] else set()
         if route:
