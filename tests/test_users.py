@@ -549,7 +549,7 @@ def test_who_dies_with_the_lock_leaves_it(
     began = time.monotonic()
     answer = ask(gateway, server, ALICE)
     assert (answer.status, proxy_error(answer)) == (503, b"connection_limit_reached")
-    assert 4 < time.monotonic() - began < 8  # PASSWORD_TIMEOUT
+    assert 4 < time.monotonic() - began < 15  # PASSWORD_TIMEOUT is 5
     with gateway.connect() as client, gateway.connect() as leaver:
         for one in (client, leaver):
             one.sendall(request(server, ALICE))
