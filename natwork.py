@@ -119,6 +119,8 @@ PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
 WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
+CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
+PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 # Plain numbers, where the socket module has members of an enum.
@@ -316,7 +318,8 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
-USE_CONNECT = "This gateway takes http:// targets, and CONNECT for everything else."
+USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNECT."
+LOG_IN = "Give the server's user name and password."
 SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
@@ -363,12 +366,15 @@ EXPECTATION = BAD_REQUEST._replace(word="expectation-failed", status=417)
 HEAD_TOO_LARGE = BAD_REQUEST._replace(word="head-too-large", status=431)
 BAD_VERSION = BAD_REQUEST._replace(word="bad-version", status=505)
 NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT)
+NOT_FOUND = Outcome("not-found", 404, "http_request_error", "Check the path.")
+NO_LOGIN = Outcome("login-refused", 401, "http_request_error", LOG_IN)
+NOT_STORED = Outcome("not-stored", 403, "http_request_error", "Ask its owner.")
 DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
 AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO)
 AUTH_FAILED = AUTH_REQUIRED._replace(word="auth-failed")
 LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER)
-NOT_FOUND = Outcome("not-found", 404, "http_request_error", OWN_PAGES)
-BAD_METHOD = NOT_FOUND._replace(word="bad-method", status=405)
+NO_PAGE = NOT_FOUND._replace(word="no-page", advice=OWN_PAGES)
+BAD_METHOD = NO_PAGE._replace(word="bad-method", status=405)
 BAD_HOST = DENIED._replace(word="denied-host", advice=ASK_PROXY)
 
 NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.")
@@ -800,6 +806,7 @@ ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Wait = tuple[int, int]  # a descriptor, and the poll() events awaited on it
 PAUSE: Wait = (-1, 0)  # until the other lane has got somewhere
 Script = Generator[Wait, None, Any]
+NOTHING: Script = (PAUSE for _ in ())
 
 
 class Stream:
@@ -939,7 +946,7 @@ class Lane:
         self.out = bytearray()  # to be sent before anything else
         self.moved = 0  # bytes sent so far
         self.hot = False  # the last read was full: do not wait before the next
-        self.script: Script
+        self.script = NOTHING
         self.waits = PAUSE
         self.done = self.abandoned = False
 
@@ -1836,10 +1843,10 @@ class Rule(NamedTuple):
         labels = host.split(".")
         return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
 
-    def opens(self, found: list[bytes], port: int) -> bool:
+    def opens(self, found: list[bytes], mail: bool) -> bool:
         """Return whether it names what the built-in rules would close."""
         return all(contains(self.blocks, packed) for packed in found) and (
-            port != 25 or range(25, 26) in (self.ports or ())
+            not mail or range(25, 26) in (self.ports or ())
         )
 
 
@@ -2083,7 +2090,13 @@ class Policy:
         return "own" if any(route and route.local for route in routes) else ""
 
     def judge(
-        self, client: str, user: str, host: str, port: int, packed: bytes
+        self,
+        client: str,
+        user: str,
+        host: str,
+        port: int,
+        packed: bytes,
+        redirected: bool = False,
     ) -> Verdict:
         """Return what the first rule that fits says of dialing an address.
 
@@ -2092,7 +2105,9 @@ class Policy:
         # One page asks for many things at once; but our own addresses may change.
         second = int(time.monotonic())
         bare = user.partition(";")[0]  # behind it stands what he says of himself
-        return self.judged(client, bare, host.rstrip("."), port, packed, second)
+        # Who was redirected did not choose a gateway to send his mail through.
+        mail = port == 25 and not redirected
+        return self.judged(client, bare, host.rstrip("."), port, packed, mail, second)
 
     def parent_for(
         self, proto: str, host: str, addresses: list[bytes]
@@ -2114,7 +2129,14 @@ class Policy:
         return False
 
     def judge_now(
-        self, client: str, user: str, host: str, port: int, packed: bytes, second: int
+        self,
+        client: str,
+        user: str,
+        host: str,
+        port: int,
+        packed: bytes,
+        mail: bool,
+        second: int,
     ) -> Verdict:
         """Do what judge() says; second is there for the cache."""
         found = forms(packed)
@@ -2128,18 +2150,18 @@ class Policy:
             text = f"{rule.word.replace('-', ' ')}: {rule.text}"
             if not rule.allow:
                 return denied(rule.word, text)
-            if rule.opens(found, port):
+            if rule.opens(found, mail):
                 return Verdict(True, OK, text)
             if closed is None:
                 closed = self.closes(found)
             # What an allow does not name expressly stays closed: on to the next.
-            if not closed and (port != 25 or range(25, 26) in (rule.ports or ())):
+            if not closed and (not mail or range(25, 26) in (rule.ports or ())):
                 return Verdict(True, OK, text)
         if closed is None:
             closed = self.closes(found)
         if closed:
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
-        if port == 25:
+        if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
         return Verdict(True, OK, "built-in rule: allow the rest")
 
@@ -2473,11 +2495,19 @@ class Race:
         return Refused(outcome, f"{where}: {reason(error)}")
 
 
-def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list[bytes]:
+def judged(
+    policy: Policy,
+    client: str,
+    user: str,
+    host: str,
+    port: int,
+    redirected: bool = False,
+    only: str = "",
+) -> list[bytes]:
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
-    for packed in resolve(host, port):
-        verdict = policy.judge(client, user, host, port, packed)
+    for packed in [pack(only)] if only else resolve(host, port):
+        verdict = policy.judge(client, user, host, port, packed, redirected)
         if verdict.allowed:
             allowed.append(packed)
         else:
@@ -2490,7 +2520,7 @@ def judged(policy: Policy, client: str, user: str, host: str, port: int) -> list
 CRLF = b"\r\n"
 
 
-class Talk:
+class Handshake:
     """A few words with a parent, before his socket is a tunnel; raises Refused."""
 
     def __init__(self, worker: Worker, sock: socket.socket, deadline: float) -> None:
@@ -2555,7 +2585,7 @@ def basic(parent: Parent) -> bytes:
     )
 
 
-def ask_http(talk: Talk, parent: Parent, via: bytes, at: bytes) -> None:
+def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
     """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
     talk.say(lines % (at, at, via, basic(parent)))
@@ -2571,7 +2601,7 @@ def ask_http(talk: Talk, parent: Parent, via: bytes, at: bytes) -> None:
         raise Refused(outcome, line[9:].decode("latin-1"))
 
 
-def ask_socks(talk: Talk, parent: Parent, target: str) -> None:
+def ask_socks(talk: Handshake, parent: Parent, target: str) -> None:
     """Have a parent connect to HOST:PORT: RFC 1928 and 1929; raise Refused."""
     methods = b"\0\2" if parent.user else b"\0"
     talk.say(bytes([5, len(methods)]) + methods)
@@ -2627,7 +2657,7 @@ def dial_parent(
     attempts = plan(near, parent.port, [], worker.board)
     attempts += plan(far, parent.port, policy.uplinks, worker.board)
     sock = connect(worker, session, attempts)
-    talk = Talk(worker, sock, deadline)
+    talk = Handshake(worker, sock, deadline)
     try:
         if parent.scheme == "socks5":
             ask_socks(talk, parent, target)
@@ -2654,17 +2684,24 @@ def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
 
 
 def dial(
-    worker: Worker, policy: Policy, session: Session, host: str, port: int
+    worker: Worker,
+    policy: Policy,
+    session: Session,
+    host: str,
+    port: int,
+    only: str = "",
 ) -> socket.socket:
     """Return a connection to a target, for a session that learns its two ends.
 
-    Raises Refused.
+    Of the host's addresses it may be told to take only one.  Raises Refused.
     """
     began = time.monotonic()
+    redirected = session.proto == "redirect"
     session.parent, unknown = None, None
     addresses: list[bytes] = []
+    asked = policy, worker.peer, session.user, host, port, redirected
     try:
-        addresses = judged(policy, worker.peer, session.user, host, port)
+        addresses = judged(*asked, only="" if policy.parents else only)
     except Refused as refusal:
         # A parent may know the name, if it is one that may be asked for.
         if refusal.outcome not in (NO_SUCH_HOST, DNS_TIMEOUT):
@@ -2680,19 +2717,12 @@ def dial(
     elif unknown:
         raise unknown
     else:
+        if only and policy.parents:
+            addresses = judged(*asked, only=only)
         attempts = plan(addresses, port, policy.uplinks, worker.board)
         sock = connect(worker, session, attempts)
     worker.slot.connected(time.monotonic() - began)
     return sock
-
-
-def carry(worker: Worker, session: Session, up: Lane, down: Lane) -> None:
-    """Run a session's lanes and count what they moved; raise as relay() does."""
-    try:
-        relay(worker.watch, worker.slot, up, down)
-    finally:
-        session.up += up.moved
-        session.down += down.moved
 
 
 def tunnel(
@@ -2710,7 +2740,7 @@ def tunnel(
     up.script, down.script = up.tunnel(down), down.tunnel(up)
     down.out += opening
     try:
-        carry(worker, session, up, down)
+        relay(worker.watch, worker.slot, up, down)
         if up.abandoned:
             raise Refused(SERVER_GONE, "the server took no more")
     except (Refused, IdleTimeout) as error:
@@ -2720,6 +2750,8 @@ def tunnel(
             raise
         raise Refused(IDLE, "nothing moved") from None
     finally:
+        session.up += up.moved
+        session.down += down.moved
         server.close()
 
 
@@ -2754,8 +2786,10 @@ HOST = re.compile(
     rb"(?::[0-9]*)?"
 )
 
+DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
+OURSELVES = b""  # the scheme of what is asked of the gateway itself
 NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
-USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|\?.*", re.DOTALL)
+USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
 
@@ -2941,6 +2975,8 @@ class Target(NamedTuple):
     port: int
     authority: bytes  # for Host, as the client spelled it
     path: bytes  # for the request line: origin-form, or *
+    scheme: bytes = b"http"
+    login: bytes = b""  # user:password of an ftp URL, as it is spelled there
 
 
 @functools.lru_cache(maxsize=32)
@@ -2974,17 +3010,18 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     match = ABSOLUTE.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    scheme, authority, path = match.groups()
-    if scheme.lower() != b"http":
+    scheme, authority, path = match[1].lower(), match[2], match[3]
+    if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
     if b"#" in path:
         raise Refused(BAD_REQUEST, "fragment in the target")
-    if b"@" in authority:
+    login, at, authority = authority.rpartition(b"@")
+    if at and scheme != b"ftp":
         raise Refused(BAD_REQUEST, "user name in the target")
-    host, port = parse_authority(authority, 80)
+    host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if not path.startswith(b"/"):
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), path)
+    return Target(host, port, authority.removesuffix(b":"), path, scheme, login)
 
 
 def host_named(head: RequestHead) -> str:
@@ -3096,40 +3133,17 @@ class Exchange:
             self.up.step()
 
     def run(self, server: Stream) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused.
-
-        Where the end of a stream is the end of a message, a failure is passed
-        on as a reset.
-        """
+        """Carry the request to its server and the answer back; raise Refused."""
         http, up = self.http, self.up
         if http.parent:
             readdress(up.out, self.authority, http.parent)
         down = self.down = Lane(http.watch, server, http.client, up.patience)
         up.sink = server
-        failed = True
-        try:
-            if self.is_plain:
-                rest = self.answer_at_once()
-            else:
-                server.converse()
-                rest = self.reply()
-            if rest:
-                if self.is_plain:
-                    up.script = up.flush()
-                down.script = rest
-                relay(http.watch, http.worker.slot, up, down)
-            failed = http.endless and up.abandoned
-        except IdleTimeout:
-            raise self.silence() from None
-        finally:
-            http.session.up += up.moved
-            http.session.down += down.moved
-            if failed and http.endless:
-                server.abort()
-            if failed:
-                http.drop_server()
-        if failed:
-            raise Refused(SERVER_GONE, "the server took no more")
+        if self.is_plain:
+            http.join(up, down, self.answer_at_once)
+        else:
+            server.converse()
+            http.join(up, down, self.reply)
         if self.upgraded:
             return ENDED
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
@@ -3141,23 +3155,15 @@ class Exchange:
             http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
 
-    def silence(self) -> Refused:
-        """Return the refusal that says whose silence was too long."""
-        up = self.up
-        if self.http.answered:
-            return Refused(IDLE, "nothing moved")
-        if not up.done and up.waits[0] == self.http.client.fd:
-            return Refused(BODY_TIMEOUT, "the request body did not end")
-        return Refused(ANSWER_TIMEOUT, "the server did not answer")
-
     def answer_at_once(self) -> Script | None:
         """Send a request, and its answer if that comes whole with its head.
 
         So go most exchanges, and they need no relay.  Returns the script of
-        what is left to do down the lane, None for nothing.
+        what is left to do, None for nothing.
         """
         http, up, down, server = self.http, self.up, self.down, self.down.source
         if not up.push(server):
+            up.script = up.flush()
             return self.reply()
         up.done = True
         if not http.watch.wait(
@@ -3339,6 +3345,9 @@ class Exchange:
         yield from down.tunnel(up)
 
 
+Gateway = Callable[["Http", RequestHead, Target, "int | None"], Outcome]
+
+
 class Http:
     """One client's HTTP connection, and the server connection kept for it."""
 
@@ -3347,12 +3356,11 @@ class Http:
         worker: Worker,
         policy: Policy,
         client: Stream,
-        pages: Callable[[Http, str, bytes], Outcome],
+        gateways: dict[bytes, Gateway],
     ) -> None:
-        """Take a client over; pages() answers what is asked of the gateway itself."""
-        self.pages = pages
+        """Serve a client, and those schemes by the gateways given."""
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
-        self.policy, self.client = policy, client
+        self.policy, self.client, self.gateways = policy, client, gateways
         self.via = self.config.name.encode()
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
@@ -3523,14 +3531,20 @@ class Http:
             return self.answer_here(head, raw)
         if head.target.startswith(b"/"):
             session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
-            return self.pages(self, host_named(head), head.target)
+            own = Target(host_named(head), 0, b"", head.target, OURSELVES)
+            return self.gateways[OURSELVES](self, head, own, length)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
-        session.target = printable(b"http://%b%b" % (place, path), TARGET_SIZE)
+        session.target = printable(
+            b"%b://%b%b" % (target.scheme, place, path), TARGET_SIZE
+        )
         self.check_via(names)
-        if self.policy.means_us(target.host, target.port):
-            return self.pages(self, target.host, target.path)
+        scheme = target.scheme
+        if scheme == b"http" and self.policy.means_us(target.host, target.port):
+            scheme = OURSELVES
+        if gateway := self.gateways.get(scheme):
+            return gateway(self, head, target, length)
         return self.forward(head, target, length)
 
     def identify(self, names: Names, field: bytes) -> None:
@@ -3635,7 +3649,7 @@ class Http:
             lines += "Retry-After: 5\r\n"
         if outcome.status == 405:
             lines += "Allow: GET, HEAD\r\n"
-        if outcome.status in (401, 407):
+        if outcome.advice is SAY_WHO:
             field = "WWW" if outcome.status == 401 else "Proxy"
             lines += f'{field}-Authenticate: Basic realm="{name}", charset="UTF-8"\r\n'
         page = (
@@ -3681,6 +3695,34 @@ class Http:
         tunnel(self.worker, session, self.client, server, opening)
         return ENDED
 
+    def join(self, up: Lane, down: Lane, answer: Callable[[], Script | None]) -> None:
+        """Carry both ways what is left to carry when answer() has begun.
+
+        Raises Refused.  Where the end of a stream is the end of a message, a
+        failure is passed on as a reset.
+        """
+        failed = True
+        try:
+            if script := answer():
+                down.script = script
+                relay(self.watch, self.worker.slot, up, down)
+            failed = self.endless and up.abandoned
+        except IdleTimeout:
+            if self.answered:
+                raise Refused(IDLE, "nothing moved") from None
+            if not up.done and up.waits[0] == self.client.fd:
+                raise Refused(BODY_TIMEOUT, "the request body did not end") from None
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
+        finally:
+            self.session.up += up.moved
+            self.session.down += down.moved
+            if failed and self.server:
+                if self.endless:
+                    self.server.abort()
+                self.drop_server()
+        if failed:
+            raise Refused(SERVER_GONE, "the server took no more")
+
     def forward(self, head: RequestHead, target: Target, length: int | None) -> Outcome:
         """Send a request on and its answer back; return the outcome."""
         session, worker = self.session, self.worker
@@ -3703,6 +3745,599 @@ class Http:
         server = self.dial(target.host, target.port)
         worker.begin(session, titled=True)
         return exchange.run(server)
+
+
+# --- Redirected flows ---------------------------------------------------------
+#
+# A client that knows of no proxy, whose packets the kernel sent to our port.  We
+# dial the address that he dialed, whatever he goes on to say.  The name in his
+# first words is a claim: it may be written down, and it may be denied.
+
+CLAIMING = re.compile(rb"(?:%b(?:[ \t][\t -~\x80-\xff]*\r?)?)?" % TOKEN)
+# Some servers take LF for CRLF, or a folded line, or a blank before the colon.
+CLAIMED_HOST = re.compile(rb"^host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
+
+
+def redirected_from(worker: Worker) -> tuple[str, int] | None:
+    """Return where a client wanted to go before he was redirected, None if to us."""
+    four = ":" not in worker.peer
+    level = socket.SOL_IP if four else socket.IPPROTO_IPV6
+    try:
+        raw = worker.client.getsockopt(level, 80, 28)  # SO_ORIGINAL_DST, of both
+    except OSError:  # ENOENT, ENOPROTOOPT: nothing is translated here
+        return None
+    host = unpack(raw[4:8] if four else raw[8:24])
+    here = worker.client.getsockname()[0].partition("%")[0].removeprefix("::ffff:")
+    return None if host == here else (host, int.from_bytes(raw[2:4], "big"))
+
+
+def server_names(data: bytes) -> list[bytes] | None:
+    """Return the name in a TLS ClientHello, None while it is not whole.
+
+    RFC 8446 section 4.1.2, RFC 6066 section 3; in as many records as it may come.
+    """
+    hello, at = bytearray(), 0
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(hello[at : at + size], "big")
+
+    while data[at : at + 1] == b"\x16":
+        size = int.from_bytes(data[at + 3 : at + 5], "big")
+        hello += data[at + 5 : at + 5 + size]
+        at += 5 + size
+    if hello and hello[0] != 1:
+        return []
+    end = 4 + number(1, 3)
+    if len(hello) < end:
+        return None if at >= len(data) else []
+    at = 39 + number(38, 1)  # behind version, random and session
+    at += 2 + number(at, 2)  # cipher suites
+    at += 3 + number(at, 1)  # compression, and the length of the extensions
+    while at < end:
+        if number(at, 2) == 0:
+            return [bytes(hello[at + 9 : at + 9 + number(at + 7, 2)])]
+        at += 4 + number(at + 2, 2)
+    return []
+
+
+def claimed_names(data: bytes) -> list[bytes] | None:
+    """Return the names that a client's first words claim, None while more may come."""
+    if data[:1] == b"\x16":
+        return server_names(data)
+    line, newline, _ = data.partition(b"\n")
+    if not newline:
+        return None if CLAIMING.fullmatch(data) else []
+    words = line.split()
+    if len(words) < 3 or not words[-1].startswith(b"HTTP/"):
+        return []
+    if not (end := re.search(rb"\n\r?\n", data)):
+        return None
+    names = CLAIMED_HOST.findall(data[: end.end()])
+    if absolute := ABSOLUTE.fullmatch(words[1]):
+        names.append(absolute[2])
+    bare = [re.sub(rb"\A.*@|:[0-9]*\Z", b"", name).strip(b"[]") for name in names]
+    return [name for name in bare if name]
+
+
+def hear_out(
+    worker: Worker, session: Session, client: Stream, server: Stream, strict: bool
+) -> list[bytes]:
+    """Keep a client's first words until they are whole; return the names they claim.
+
+    Who lets the server speak first claims nothing.  Raises Refused; strict: also
+    for words that do not come to their end.
+    """
+    wanted = {client.fd: select.POLLIN, server.fd: select.POLLIN}
+    limit = worker.config.head_timeout if strict else CLAIM_DELAY
+    left, deadline = worker.config.tunnel_timeout, 0.0
+    lane, received = Lane(worker.watch, client, server, 0), client.received
+    while ready := worker.watch.wait(wanted, left):
+        if server.fd in ready:
+            return []
+        try:
+            data = client.sock.recv(COPY_SIZE)
+        except OSError as error:
+            raise Refused(CLIENT_GONE, reason(error)) from None
+        received += data
+        if not data:
+            return claimed_names(bytes(received) + b"\n\n") or []
+        # A blank line is a question by itself in finger and gopher, and before
+        # HTTP it says nothing.
+        lane.out += client.take(len(received) - len(received.lstrip(b"\r\n")))
+        if lane.out and not lane.push(server):
+            raise Refused(SERVER_GONE, "the server took no more")
+        session.up = lane.moved
+        names = claimed_names(bytes(received))
+        if names is not None:
+            return names
+        if len(received) > HEAD_LIMIT:
+            break
+        deadline = deadline or time.monotonic() + limit
+        left = max(0.0, deadline - time.monotonic())
+    if not deadline:
+        raise Refused(IDLE, "nothing moved")
+    if strict:
+        raise Refused(HEAD_TIMEOUT, "the first words did not come to their end")
+    return []
+
+
+def redirect(
+    worker: Worker, policy: Policy, session: Session, client: Stream, port: int
+) -> Outcome:
+    """Connect a redirected client with the address he dialed; raise Refused."""
+    host, peer = session.host(), worker.peer
+    worker.check_share()
+    session.user = anonymous(worker)
+    if (route := route_to(address_of(peer))) and route.local:
+        raise Refused(LOOP, "this box redirects what it sends itself")
+    worker.begin(session)
+    server = Stream(dial(worker, policy, session, host, port), SERVER_GONE)
+    with contextlib.closing(server):
+        worker.begin(session, titled=True)
+        strict = any(rule.names and not rule.allow for rule in policy.rules)
+        for name in hear_out(worker, session, client, server, strict):
+            session.target = endpoint((printable(name.lower()), port))
+            claim = name.decode("latin-1").lower()
+            verdict = policy.judge(peer, session.user, claim, port, pack(host), True)
+            if not verdict.allowed:
+                raise Refused(verdict.outcome, verdict.rule)
+            worker.begin(session, titled=True)
+        tunnel(worker, session, client, server, b"")
+    return ENDED
+
+
+def serve_redirected(
+    worker: Worker, policy: Policy, client: Stream, host: str, port: int
+) -> None:
+    """Serve a redirected client; he gets no byte of ours, and a reset for a refusal."""
+    session = Session(worker.name, worker.pid, "redirect")
+    session.target = endpoint((host, port))
+    outcome = BROKEN
+    try:
+        outcome = redirect(worker, policy, session, client, port)
+    except Refused as refusal:
+        outcome = refusal.outcome
+    except OSError as error:
+        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+    finally:
+        if outcome is not ENDED:
+            client.abort()
+        worker.finish(session, outcome.word)
+
+
+# --- Gateways -----------------------------------------------------------------
+#
+# What a browser asks of FTP and Gopher servers, it asks by HTTP, and here it is
+# translated.  Both protocols are a word or two in lines, then a stream that the
+# relay carries; a directory or a menu becomes a page.
+
+FTP_ENTRY = re.compile(
+    r"([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ (.+)"
+)
+PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
+MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+FILE_TYPES = dict(
+    word.split("=")
+    for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
+    "html=text/html jpeg=image/jpeg jpg=image/jpeg pdf=application/pdf png=image/png "
+    "svg=image/svg+xml txt=text/plain xml=text/xml zip=application/zip".split()
+)
+BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
+GOPHER_TYPES = {
+    "0": "text/plain; charset=utf-8",
+    "g": "image/gif",
+    "h": "text/html; charset=utf-8",
+}
+
+
+class Talk:
+    """A conversation in lines with a server; it passes for ftplib's socket and file."""
+
+    def __init__(self, http: Http, server: Stream) -> None:
+        self.http, self.server = http, server
+        self.until = 0.0  # monotonic; when the next answer must be there
+        self.heard = 0  # bytes of this answer
+
+    def expect(self) -> None:
+        """Give the server its time for an answer."""
+        self.until = time.monotonic() + self.http.config.idle_timeout
+
+    def wait(self, events: int) -> None:
+        """Wait until the server is ready; raise Refused if it takes too long."""
+        client = self.http.client.fd
+        left = max(0.0, self.until - time.monotonic())
+        ready = self.http.watch.wait({self.server.fd: events, client: 0}, left)
+        if not ready:
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer")
+        if client in ready:
+            raise Refused(CLIENT_GONE, "connection reset")
+
+    def sendall(self, data: bytes) -> None:
+        self.expect()
+        self.heard = 0
+        lane = Lane(self.http.watch, self.server, self.server, 0)
+        lane.out += data
+        for _, events in lane.flush():
+            self.wait(events)
+        self.http.session.up += lane.moved
+
+    def fill(self) -> bool:
+        """Receive more; return False at the end."""
+        self.wait(select.POLLIN)
+        try:
+            data = self.server.sock.recv(COPY_SIZE)
+        except OSError as error:
+            raise Refused(SERVER_GONE, reason(error)) from None
+        self.server.received += data
+        self.heard += len(data)
+        if self.heard > PAGE_LIMIT:
+            raise Refused(BAD_RESPONSE, f"over {PAGE_LIMIT} bytes of talk")
+        return bool(data)
+
+    def readline(self, limit: int) -> str:
+        """Return a line of at most limit bytes, "" at the end."""
+        received = self.server.received
+        while (end := received.find(b"\n", 0, limit)) < 0 and len(received) < limit:
+            if not self.fill():
+                break
+        return self.server.take(end + 1 or limit).decode("latin-1")
+
+    def read(self) -> bytes:
+        """Return all that comes until the end."""
+        self.expect()
+        while self.fill():
+            self.expect()
+        return self.server.take(PAGE_LIMIT)
+
+
+def decoded(raw: bytes) -> str:
+    """Return a part of a URL decoded, its bytes as Latin-1; raise Refused."""
+    part = PERCENT.sub(lambda match: bytes.fromhex(match[1].decode()), raw)
+    if CONTROL.search(part):  # it would end the line, and begin another
+        raise Refused(BAD_REQUEST, "a control byte in the target")
+    return part.decode("latin-1")
+
+
+def quoted(text: str) -> str:
+    """Return what decoded() decodes, with no byte that means something in a URL."""
+    return re.sub(r"[^A-Za-z0-9._~-]", lambda match: f"%{ord(match[0]):02X}", text)
+
+
+def content_type(name: str) -> str:
+    """Return the type of a file by its name."""
+    return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
+
+
+def gopher_text(down: Lane) -> Script:
+    """Pass text on, less the dot at its end: RFC 1436 section 3."""
+    held = b""
+    while data := (yield from down.receive(COPY_SIZE)):
+        held += data
+        down.out += held[:-5]
+        held = held[-5:]
+    down.out += re.sub(rb"(\A|\n)\.\r?\n?\Z", rb"\1", held)
+
+
+def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
+    """Answer with a page of preformatted lines, which are HTML; the title is not."""
+    title = title.encode("latin-1").decode(errors="replace").translate(MARKUP)
+    text = "\n".join(lines).encode("latin-1").decode(errors="replace")
+    page = (
+        f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
+        f"<pre>\n{text}\n</pre>\n"
+    )
+    kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
+    http.answer(status, kind + b"\r\n", page.encode())
+
+
+def answer_stream(
+    http: Http, source: Stream, kind: str, size: int | None, text: bool = False
+) -> None:
+    """Answer with what comes from a server: size bytes, or None for up to its end.
+
+    text: it is Gopher's, which ends with a line of a dot.  Raises Refused.
+    """
+    asked = http.head is not None and http.head.method == b"HEAD"
+    http.answered, http.session.status = True, "200"
+    http.endless = size is None and not asked
+    http.keep &= not http.endless and not http.worker.leaving()
+    up = Lane(http.watch, http.client, source, http.config.idle_timeout)
+    down = Lane(http.watch, source, http.client, http.config.idle_timeout)
+    date, lines = http_date(int(time.time())), framing_lines(size)
+    if not http.keep:
+        lines += b"Connection: close\r\n"
+    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\nContent-Type: %b\r\n%b\r\n" % (
+        date,
+        kind.encode(),
+        lines,
+    )
+
+    def pass_on() -> Script:
+        if text and not asked:
+            yield from gopher_text(down)
+        elif not asked:
+            yield from down.move(ALL if size is None else size)
+        yield from down.flush()
+
+    try:
+        http.join(up, down, pass_on)
+    except Refused:
+        http.answered = down.moved > 0  # else it can still become another answer
+        raise
+
+
+# FTP: RFC 959, RFC 2428; its URLs: RFC 1738 section 3.2.
+
+
+def ftp_login(head: RequestHead, target: Target) -> tuple[str, str]:
+    """Return user and password, the request's or the URL's; raise Refused."""
+    user, _, password = target.login.partition(b":")
+    login = decoded(user), decoded(password)
+    match = BASIC.fullmatch(b"".join(head.fields.names.get(b"authorization", [])))
+    if match:
+        with contextlib.suppress(binascii.Error):
+            user, _, password = binascii.a2b_base64(match[1]).partition(b":")
+            if CONTROL.search(user + password):
+                raise Refused(BAD_REQUEST, "a control byte in the login")
+            login = user.decode("latin-1"), password.decode("latin-1")
+    return login
+
+
+def ftp_enter(server: Any, login: tuple[str, str]) -> bool:
+    """Log in; return False if the server will not have this user and password."""
+    import ftplib
+
+    server.sock.expect()
+    server.getresp()
+    try:
+        server.login(*login)
+    except ftplib.error_perm:
+        return False
+    server.voidcmd("TYPE I")
+    return True
+
+
+def ftp_failure(method: bytes, code: str) -> Refused:
+    """Return the refusal that fits an FTP server's reply."""
+    if code[:2] == "55":
+        outcome = NOT_STORED if method == b"PUT" else NOT_FOUND
+        return Refused(outcome, f"the server said {code}")
+    if code[:1] in ("4", "5"):
+        return Refused(BAD_RESPONSE, f"the server said {code}")
+    return Refused(BAD_RESPONSE, "the server spoke no FTP, or left")
+
+
+def ftp_challenge(http: Http, target: Target) -> Outcome:
+    """Ask the client for another user and password."""
+    http.lingers = not http.keep
+    lines, page = http.explain(NO_LOGIN, "the server refused the login")
+    realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
+    http.answer(NO_LOGIN.status_text(), realm + lines, page)
+    return NO_LOGIN
+
+
+def ftp_data(http: Http, server: Any, words: str) -> Stream:
+    """Return the data connection for a command, once that is accepted; raise Refused.
+
+    It goes to the host that we talk to, whatever address the server names.
+    """
+    import ftplib
+
+    session, host, ends = http.session, http.server_for[1], http.server_ends
+    address = ends[0].rpartition(":")[0].strip("[]")
+    if ":" in address:
+        port = ftplib.parse229(server.sendcmd("EPSV"), ("", 0))[1]
+    else:
+        port = ftplib.parse227(server.sendcmd("PASV"))[1]
+    if not 0 < port < 65536:
+        raise ValueError("port")
+    sock = dial(http.worker, http.policy, session, host, port, address)
+    session.address, session.source = ends
+    data = Stream(sock, SERVER_GONE)
+    try:
+        if server.sendcmd(words)[:1] != "1":
+            raise ValueError("reply")
+    except BaseException:
+        data.close()
+        raise
+    return data
+
+
+def ftp_size(server: Any, path: str) -> int | None:
+    """Return the size of a file, None if the server does not say."""
+    import ftplib
+
+    try:
+        size: int | None = server.size(path)
+        return size if size is None or 0 <= size < 1 << 63 else None
+    except (ftplib.error_perm, ValueError):
+        return None
+
+
+def ftp_list(http: Http, server: Any, path: str) -> None:
+    """Answer with a directory, as a page."""
+    if path:
+        server.cwd(path)
+    with contextlib.closing(ftp_data(http, server, "LIST")) as data:
+        raw = Talk(http, data).read().decode("latin-1")
+    server.voidresp()
+    # Relative links, which a URL without its last slash resolves one level up.
+    slash = path.endswith("/") or not path
+    base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
+    lines = [f'<a href="{"../" if slash else "./"}">../</a>'] if path else []
+    for line in raw.split("\n"):
+        line = line.rstrip("\r")
+        match = FTP_ENTRY.fullmatch(line)
+        if not match:
+            lines.append(line.translate(MARKUP))
+            continue
+        name = match[2].partition(" -> ")[0] if match[1] == "l" else match[2]
+        end = "/" if match[1] == "d" else ""
+        before = line[: match.start(2)].translate(MARKUP)
+        link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
+        lines.append(before + link + match[2][len(name) :].translate(MARKUP))
+    answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
+
+
+def ftp_get(http: Http, server: Any, path: str) -> None:
+    """Answer with a file, or else with the directory of that name."""
+    import ftplib
+
+    size = ftp_size(server, path)
+    if http.session.method == "HEAD" and size is not None:
+        assert http.server
+        return answer_stream(http, http.server, content_type(path), size)
+    try:
+        data = ftp_data(http, server, f"RETR {path}")
+    except ftplib.error_perm:
+        return ftp_list(http, server, path)
+    try:
+        answer_stream(http, data, content_type(path), size)
+    finally:
+        data.close()
+    if http.endless:
+        server.sock.expect()
+        server.voidresp()  # or what has come was not all, and must not look so
+
+
+def ftp_put(
+    http: Http, server: Any, head: RequestHead, path: str, length: int | None
+) -> None:
+    """Store a request's body; raise Refused."""
+    if not path or path.endswith("/"):
+        raise Refused(BAD_REQUEST, "PUT without the name of a file")
+    data = ftp_data(http, server, f"STOR {path}")
+    up = Lane(http.watch, http.client, data, http.config.idle_timeout)
+    down = Lane(http.watch, data, http.client, http.config.idle_timeout)
+
+    def store() -> Script:
+        if length == CHUNKED:
+            yield from chunked(up, head, False, BAD_REQUEST)
+        elif length:
+            yield from up.move(length)
+        yield from up.flush()
+
+    if length and head.minor and members(head.fields.names, b"expect"):
+        down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
+    up.script = store()
+    try:
+        http.join(up, down, down.flush)
+        whole = not up.abandoned
+    except BaseException:
+        data.abort()  # or the server would take a part for the whole
+        raise
+    data.close()
+    server.sock.expect()
+    server.voidresp()
+    if not whole:
+        raise Refused(SERVER_GONE, "the server took no more")
+    http.keep = http.wants_more and not http.worker.leaving()
+    http.answer("201 Created", b"", b"")
+
+
+def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Outcome:
+    """Answer a request for an ftp:// URL; return the outcome, or raise Refused."""
+    import ftplib
+
+    http.session.proto = "ftp"
+    http.keep &= not length  # until its body is read
+    if head.method not in (b"GET", b"HEAD", b"PUT"):
+        raise Refused(NOT_IMPLEMENTED, "an ftp:// URL takes GET, HEAD and PUT")
+    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
+    if kind in (b";type=a", b";type=i", b";type=d"):
+        path = path[:-7]
+    login = ftp_login(head, target)
+    http.worker.begin(http.session)
+    talk = Talk(http, http.dial(target.host, target.port))
+    server = ftplib.FTP(encoding="latin-1")
+    server.sock = server.file = talk  # type: ignore[assignment]
+    try:
+        http.worker.begin(http.session, titled=True)
+        if not ftp_enter(server, login):
+            return ftp_challenge(http, target)
+        if head.method == b"PUT":
+            ftp_put(http, server, head, path, length)
+        elif path.endswith("/") or not path or kind == b";type=d":
+            ftp_list(http, server, path)
+        else:
+            ftp_get(http, server, path)
+    except (ftplib.Error, EOFError, ValueError) as error:
+        # The reply's number only: its text may name the user.
+        raise ftp_failure(head.method, str(error)[:3]) from None
+    finally:
+        http.drop_server()
+    http.lingers = not http.keep
+    return OK
+
+
+# Gopher: RFC 1436; its URLs: RFC 4266.
+
+
+def gopher_item(item: str) -> str:
+    """Return a line of a menu as HTML."""
+    kind = item[:1]
+    name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
+    text = name.translate(MARKUP)
+    if kind in ("", "i", "3") or not host:
+        return text
+    place = endpoint((host, port or "70"))
+    if kind == "h" and re.match("URL:(https?|ftp|gopher)://", selector):
+        link = selector[4:]
+    elif kind in "8T":
+        link = f"telnet://{place}/"
+    else:
+        link = f"gopher://{place}/{quoted(kind)}{quoted(selector)}"
+    return f'<a href="{link.translate(MARKUP)}">{text}</a>'
+
+
+def gopher_menu(http: Http, talk: Talk, title: str) -> None:
+    """Answer with a menu, as a page; what begins with an error is a 404."""
+    lines = talk.read().decode("latin-1").split("\n")
+    items = [line.rstrip("\r") for line in lines]
+    if "." in items:
+        del items[items.index(".") :]
+    missing = items and items[0].startswith("3")
+    status = NOT_FOUND.status_text() if missing else "200 OK"
+    answer_page(http, status, title, [gopher_item(item) for item in items])
+
+
+def gopher(
+    http: Http, head: RequestHead, target: Target, length: int | None
+) -> Outcome:
+    """Answer a request for a gopher:// URL; return the outcome, or raise Refused."""
+    http.session.proto = "gopher"
+    http.session.target = http.session.target.partition("%09")[0]  # less the query
+    http.keep &= not length  # a body is not read
+    path, _, query = target.path[1:].partition(b"?")
+    text = decoded(path) or "1"
+    if query:
+        text += "\t" + decoded(query.removeprefix(b"q=").replace(b"+", b" "))
+    kind, selector = text[0], text[1:]
+    if selector.count("\t") > 1 or kind < " ":
+        raise Refused(BAD_REQUEST, "a control byte in the target")
+    if head.method not in (b"GET", b"HEAD"):
+        raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
+    http.worker.begin(http.session)
+    http.lingers = not http.keep
+    if kind == "7" and "\t" not in selector:
+        session = http.session
+        judged(http.policy, http.worker.peer, session.user, target.host, target.port)
+        form = '<form>Search for: <input name="q"> <input type="submit"></form>'
+        answer_page(http, "200 OK", target.host, [form])
+        return OK
+    talk = Talk(http, http.dial(target.host, target.port))
+    http.worker.begin(http.session, titled=True)
+    try:
+        talk.sendall(f"{selector}\r\n".encode("latin-1"))
+        if kind in "17":
+            gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
+        else:
+            media = GOPHER_TYPES.get(kind) or content_type(selector)
+            answer_stream(http, talk.server, media, None, kind == "0")
+    finally:
+        http.drop_server()
+    http.lingers = not http.keep
+    return OK
 
 
 # --- Own pages ----------------------------------------------------------------
@@ -4014,11 +4649,10 @@ def pac(http: Http, host: str) -> str:
     return PAC % (", ".join(blocks), "; ".join(order))
 
 
-def log_in(http: Http) -> None:
+def log_in(http: Http, head: RequestHead) -> None:
     """Learn who asks for a page of ours; raise Refused."""
-    assert http.head
     try:
-        http.identify(http.head.fields.names, b"authorization")
+        http.identify(head.fields.names, b"authorization")
     except Refused as refusal:
         if refusal.outcome.status != 407:
             raise
@@ -4026,10 +4660,11 @@ def log_in(http: Http) -> None:
         raise Refused(outcome, refusal.detail) from None
 
 
-def own_page(http: Http, host: str, path: bytes) -> Outcome:
+def own_page(
+    http: Http, head: RequestHead, target: Target, length: int | None
+) -> Outcome:
     """Answer what was asked of the gateway itself; raise Refused."""
-    head, board, nonce = http.head, http.worker.board, os.urandom(16).hex()
-    assert head
+    board, nonce, host = http.worker.board, os.urandom(16).hex(), target.host
     browser_file = "application/x-ns-proxy-autoconfig", lambda: pac(http, host)
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
         b"/": ("text/html; charset=utf-8", lambda: table_page(http, nonce)),
@@ -4038,17 +4673,17 @@ def own_page(http: Http, host: str, path: bytes) -> Outcome:
         b"/proxy.pac": browser_file,
         b"/wpad.dat": browser_file,
     }
-    page = pages.get(path.partition(b"?")[0])
+    page = pages.get(target.path.partition(b"?")[0])
     if page is not browser_file:
         if not http.policy.means_us(host, http.client.sock.getsockname()[1]):
             raise Refused(BAD_HOST, f"{host or 'no host'} is not this gateway")
         if http.session.user == "-":
-            log_in(http)
+            log_in(http, head)
     if not page:
-        raise Refused(NOT_FOUND, "the gateway has no such page")
+        raise Refused(NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
-    if body_length(head, BAD_REQUEST):
+    if length:
         http.keep = False  # its body is not read
     http.lingers = not http.keep
     kind, text = page[0], page[1]()
@@ -4063,6 +4698,13 @@ def own_page(http: Http, host: str, path: bytes) -> Outcome:
 # and find out what he speaks.
 
 
+GATEWAYS: dict[bytes, Gateway] = {
+    b"ftp": ftp,
+    b"gopher": gopher,
+    OURSELVES: own_page,
+}
+
+
 def serve_client(policy: Policy, worker: Worker) -> None:
     """Serve one client from the first byte to the last."""
     client = Stream(worker.client, CLIENT_GONE)
@@ -4070,7 +4712,9 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         # Without a byte: a stranger learns nothing, not even what this is.
         worker.finish(Session(worker.name, worker.pid), OUTSIDER.word)
         return
-    Http(worker, policy, client, own_page).serve()
+    if target := redirected_from(worker):
+        return serve_redirected(worker, policy, client, *target)
+    Http(worker, policy, client, GATEWAYS).serve()
 
 
 # --- Service ------------------------------------------------------------------
@@ -4346,6 +4990,11 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             os.ftruncate(pidfile, 0)
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)
+        # While we may still read Python's library; and without the TLS that it
+        # would load and we do not use, three megabytes in every worker.
+        sys.modules["ssl"] = None  # type: ignore[assignment]
+        import ftplib  # noqa: F401
+
         if not set_title:
             say("setproctitle is not installed: process titles will be missing")
         if user and config.log != "-":
@@ -4478,11 +5127,11 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     host, addresses = "", []
-    proto = "http" if b"://" in wanted else "connect"
+    proto = "connect"
     try:
         if b"://" in wanted:
             target = parse_target(b"GET", wanted)
-            host, port = target.host, target.port
+            host, port, proto = target.host, target.port, target.scheme.decode()
         else:
             host, port = parse_authority(wanted, 0)
         print(f"target {endpoint((host, port))}")

@@ -1,0 +1,809 @@
+"""FTP and Gopher by HTTP: real servers behind the gateway, real clients before it."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import needs
+from box import unavailable
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from proc import at_rest
+from running import worker_of
+from test_rules import TARGETS
+from wire import Message
+from wire import Script
+from wire import at_end
+from wire import chunks
+from wire import drip
+from wire import exchange
+from wire import needs_ipv6
+from wire import proxy_error
+from wire import read_answer
+from wire import shared
+from wire import uncalled
+
+Natwork = Callable[..., Gateway]
+Start = Callable[..., Origin]
+
+gateway = shared()
+closed = shared("rules=")
+
+SECRET = "s3cret word"
+HOSTILE = "<b>&\"'% ?#;\u00e4.txt"
+BIG = os.urandom(3_000_000)
+
+VSFTPD = """
+listen=NO
+background=NO
+anonymous_enable=YES
+anon_root={folder}/pub
+no_anon_password=YES
+local_enable=YES
+write_enable=YES
+local_umask=022
+ftpd_banner=ready
+xferlog_enable=NO
+pasv_enable=YES
+chroot_local_user=NO
+secure_chroot_dir={folder}/empty
+"""
+
+MENU = """\
+iWelcome <b>here</b>\t-\thost\t70\r
+0A text & more\t/text.txt\t{host}\t{port}\r
+1Below\t/below\t{host}\t{port}\r
+7Search\t/find?a=1&b%20\t{host}\t{port}\r
+9Binary\t/b "quoted".bin\t{host}\t{port}\r
+hElsewhere\tURL:http://www.example.com/?a&b\t{host}\t{port}\r
+hTrap\tURL:javascript:alert(1)\t{host}\t{port}\r
+8Terminal\t\tbbs.example\t23\r
+.\r
+"""
+
+
+class Inetd:
+    """What inetd does: a process for each connection, which is its standard input."""
+
+    def __init__(self, *words: str, folder: Path) -> None:
+        self.words, self.folder = words, folder
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        connection.setblocking(True)
+        with (self.folder / "stderr").open("a") as errors:
+            subprocess.run(
+                [*self.words],
+                stdin=connection,
+                stdout=connection,
+                stderr=errors,
+                check=False,
+                timeout=60,
+            )
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Return a folder that every user may look into, as pytest's are not."""
+    path = Path(tempfile.mkdtemp(prefix="natwork-gateways-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def site(folder: Path) -> Path:
+    """Fill the public folder, and Ann's."""
+    for name in ("pub/dir/below", "empty", "ann"):
+        (folder / name).mkdir(parents=True)
+    (folder / "pub/hello.txt").write_bytes(b"hello, ftp\n")
+    (folder / "pub/empty.bin").write_bytes(b"")
+    (folder / "pub/big.bin").write_bytes(BIG)
+    (folder / "pub/dir" / HOSTILE).write_bytes(b"hostile")
+    (folder / "pub/dir/link").symlink_to("below")
+    (folder / "pub/dir/below/deep.html").write_bytes(b"<p>deep")
+    (folder / "ann/private.txt").write_bytes(b"for Ann")
+    os.chown(folder / "ann", 12345, 12345)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vsftpd(site: Path) -> Callable[[str], Origin]:
+    """Return a function that starts vsftpd on an address; it knows a user, Ann."""
+    needs("vsftpd", "unshare", "openssl")
+    if os.geteuid() != 0:
+        unavailable("vsftpd's users need root")
+    hashed = subprocess.run(
+        ["openssl", "passwd", "-6", SECRET], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    for name, line in {
+        "passwd": f"ann:x:12345:12345::{site}/ann:/bin/sh\n",
+        "shadow": f"ann:{hashed}:20000:0:99999:7:::\n",
+    }.items():
+        (site / name).write_text(Path("/etc", name).read_text() + line)
+        (site / name).chmod(0o644 if name == "passwd" else 0o600)
+    (site / "vsftpd.conf").write_text(VSFTPD.format(folder=site))
+    # Its own /etc/passwd and /etc/shadow: the box's stay as they are.
+    mounts = " && ".join(
+        f"mount --bind {site}/{n} /etc/{n}" for n in ("passwd", "shadow")
+    )
+    script = f"{mounts} && exec vsftpd {site}/vsftpd.conf"
+    started: dict[str, Origin] = {}
+
+    def start(host: str = "127.0.0.3") -> Origin:
+        if host not in started:
+            words = ("unshare", "--mount", "sh", "-c", script)
+            started[host] = Origin(Inetd(*words, folder=site), host)
+        return started[host]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def gophernicus(folder: Path) -> Origin:
+    """Start a Gopher server, with a menu, a text and a binary."""
+    needs("gophernicus")
+    root = folder / "gopher"
+    (root / "below").mkdir(parents=True)
+    words: list[str] = []
+    server = Origin(lambda c, o: Inetd(*words, folder=folder)(c, o), "127.0.0.3")
+    place = ("-h", server.host, "-p", str(server.port))
+    words += ["gophernicus", *place, "-r", str(root), "-nm", "-nr", "-ns"]
+    (root / "text.txt").write_bytes(b"one line\n.hidden\nlast line\n")
+    (root / "big.zip").write_bytes(BIG)
+    (root / "below/other.txt").write_text("below\n")
+    return server
+
+
+def url(server: Origin, path: str = "/", scheme: str = "ftp", login: str = "") -> bytes:
+    return f"{scheme}://{login}{server.authority}{path}".encode()
+
+
+def ask(
+    gateway: Gateway, target: bytes, *fields: bytes, method: bytes = b"GET", body=b""
+) -> Message:
+    """Ask the gateway for a URL on a new connection."""
+    with gateway.connect() as client:
+        return exchange(client, asking(target, *fields, method=method) + body, method)
+
+
+def asking(
+    target: bytes, *fields: bytes, method: bytes = b"GET", version: bytes = b"1.1"
+) -> bytes:
+    lines = [b"%b %b HTTP/%b" % (method, target, version), b"Host: anything", *fields]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def settled(gateway: Gateway) -> int:
+    """Return the number of lines in the access log, once no more come of themselves."""
+    return at_rest(lambda: len(gateway.lines()), 0.1)
+
+
+def line_of(gateway: Gateway, count: int) -> dict[str, str]:
+    """Return the line of the access log that follows on count others."""
+    return gateway.lines(count + 1)[count]
+
+
+def run(*words: str, cwd: Path, **environment: str) -> str:
+    """Run a client; return what it prints."""
+    done = subprocess.run(
+        [*words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "LANG": "C.UTF-8"}
+        | environment,
+    )
+    assert done.returncode == 0, (words, done.returncode, done.stderr, done.stdout)
+    return done.stdout
+
+
+# --- FTP: files ---------------------------------------------------------------
+
+
+def test_a_file_is_streamed_and_the_connection_goes_on(gateway, vsftpd) -> None:
+    server, count = vsftpd(), settled(gateway)
+    with gateway.connect() as client:
+        for path, body in (("/hello.txt", b"hello, ftp\n"), ("/big.bin", BIG)) * 2:
+            answer = exchange(client, asking(url(server, path)))
+            assert (answer.status, answer.body) == (200, body)
+            assert answer.values(b"Content-Length") == [b"%d" % len(body)]
+            assert not answer.closes
+    line = line_of(gateway, count)
+    assert (line["proto"], line["method"], line["status"]) == ("ftp", "GET", "200")
+    assert line["target"] == url(server, "/hello.txt").decode()
+    assert line["outcome"] == "ok" and line["address"] == server.authority
+    assert int(gateway.lines(count + 2)[count + 1]["down"]) > len(BIG)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/hello.txt", b"text/plain"),
+        ("/dir/below/deep.html", b"text/html"),
+        ("/big.bin", b"application/octet-stream"),
+        ("/empty.bin;type=i", b"application/octet-stream"),
+        ("/hello.txt;type=a", b"text/plain"),
+        ("/%68ello.txt", b"text/plain"),
+    ],
+)
+def test_head_says_what_get_would(gateway, vsftpd, path: str, kind: bytes) -> None:
+    target = url(vsftpd(), path)
+    whole, head = ask(gateway, target), ask(gateway, target, method=b"HEAD")
+    assert (whole.status, head.status) == (200, 200)
+    assert whole.values(b"Content-Type") == head.values(b"Content-Type") == [kind]
+    assert head.values(b"Content-Length") == [b"%d" % len(whole.body)]
+
+
+def test_what_is_not_there_is_404(gateway, vsftpd) -> None:
+    count = settled(gateway)
+    for path in ("/nothing", "/nothing/", "/dir/nothing.txt"):
+        answer = ask(gateway, url(vsftpd(), path))
+        assert answer.status == 404 and b"550" in answer.body
+        assert proxy_error(answer) == b"http_request_error"
+        assert not answer.closes
+    assert ask(gateway, url(vsftpd(), "/nothing"), method=b"HEAD").status == 404
+    assert line_of(gateway, count)["outcome"] == "not-found"
+
+
+# --- FTP: directories ---------------------------------------------------------
+
+
+def links(answer: Message) -> dict[str, str]:
+    """Return the links of a page, by what they are called."""
+    found = re.findall(r'<a href="([^"]*)">(.*?)</a>', answer.body.decode())
+    return {name: link for link, name in found}
+
+
+@pytest.mark.parametrize("path", ["/dir/", "/dir", "/dir/;type=d", "/dir;type=d"])
+def test_a_directory_is_a_page_whose_links_lead_on(gateway, vsftpd, path: str) -> None:
+    from urllib.parse import urljoin
+
+    server = vsftpd()
+    answer = ask(gateway, url(server, path))
+    assert answer.status == 200
+    assert answer.values(b"Content-Type") == [b"text/html; charset=utf-8"]
+    assert b"<b>" not in answer.body and "\u00e4" in answer.body.decode()
+    found = links(answer)
+    named = "&lt;b&gt;&amp;&quot;'% ?#;\u00e4.txt"
+    assert set(found) == {"../", "below/", "link", named}
+    base = f"http://{server.authority}{path}"  # urljoin() does not know every scheme
+
+    def lead(name: str) -> Message:
+        on = urljoin(base, found[name]).replace("http:", "ftp:", 1)
+        return ask(gateway, on.encode())
+
+    assert lead(named).body == b"hostile"
+    assert "deep.html" in links(lead("below/"))
+    assert "deep.html" in links(lead("link"))
+    assert "hello.txt" in links(lead("../"))
+
+
+def test_the_root_is_a_page_and_head_of_it_too(gateway, vsftpd) -> None:
+    for path in ("/", ""):
+        assert set(links(ask(gateway, url(vsftpd(), path)))) == {
+            "dir/",
+            "hello.txt",
+            "empty.bin",
+            "big.bin",
+        }
+    head = ask(gateway, url(vsftpd()), method=b"HEAD")
+    assert head.status == 200 and int(head.values(b"Content-Length")[0]) > 300
+
+
+# --- FTP: who asks ------------------------------------------------------------
+
+
+def basic(user: str, password: str) -> bytes:
+    return b"Authorization: Basic " + base64.b64encode(f"{user}:{password}".encode())
+
+
+def test_a_user_logs_in_by_url_or_by_field(gateway, vsftpd) -> None:
+    count = settled(gateway)
+    server, word = vsftpd(), SECRET.replace(" ", "%20")
+    for target, *fields in (
+        [url(server, "/private.txt", login=f"ann:{word}@")],
+        [url(server, "/private.txt"), basic("ann", SECRET)],
+        [url(server, "/private.txt", login="ann:wrong@"), basic("ann", SECRET)],
+    ):
+        answer = ask(gateway, target, *fields)
+        assert (answer.status, answer.body) == (200, b"for Ann")
+    for line in gateway.lines(count + 3)[count:]:
+        assert line["target"] == url(server, "/private.txt").decode()
+        assert line["user"] == "-"
+
+
+def test_a_login_refused_is_401_and_nobody_is_told_the_password(
+    gateway, vsftpd, site: Path
+) -> None:
+    server = vsftpd()
+    for login, method in (
+        ("ann:wrongword@", b"GET"),
+        ("ann@", b"HEAD"),
+        ("nobodyhere:wrongword@", b"PUT"),
+    ):
+        target = url(server, "/private.txt", login=login)
+        fields = [b"Content-Length: 3"] if method == b"PUT" else []
+        answer = ask(gateway, target, *fields, method=method)
+        assert answer.status == 401
+        (challenge,) = answer.values(b"WWW-Authenticate")
+        assert challenge == b'Basic realm="ftp://%b"' % server.authority.encode()
+        assert b"wrongword" not in answer.body and b"ann" not in answer.body
+        assert answer.closes == (method == b"PUT")
+    text = gateway.log.read_text() + gateway.errors.read_text()
+    assert "wrongword" not in text and "ann" not in text and SECRET not in text
+
+
+def test_the_title_has_no_user_in_it(gateway, origin: Start) -> None:
+    pytest.importorskip("setproctitle")
+    asked, seen = threading.Event(), threading.Event()
+
+    def silent(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"220 hello\r\n")
+        connection.recv(64)
+        asked.set()
+        seen.wait(10)
+
+    server = origin(silent, "127.0.0.3")
+    with gateway.connect() as client:
+        client.sendall(asking(url(server, "/a/b", login="ann:word@")))
+        assert asked.wait(10)
+        pid = worker_of(gateway, client)
+        title = Path(f"/proc/{pid}/cmdline").read_text()
+        assert " ftp 127.0.0.3" in title
+        assert "ann" not in title and "word" not in title and "/a" not in title
+        seen.set()
+
+
+# --- FTP: uploads -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["sized", "chunked", "empty"])
+def test_an_upload_is_stored(gateway, vsftpd, site: Path, framing: str) -> None:
+    target = url(vsftpd(), f"/{framing}.up", login=f"ann:{SECRET.replace(' ', '%20')}@")
+    body = b"" if framing == "empty" else BIG
+    with gateway.connect() as client:
+        for _ in range(2):
+            if framing == "chunked":
+                field, sent = b"Transfer-Encoding: chunked", chunks(body[:9], body[9:])
+            else:
+                field, sent = b"Content-Length: %d" % len(body), body
+            answer = exchange(client, asking(target, field, method=b"PUT") + sent)
+            assert answer.status == 201 and not answer.closes
+            assert (site / "ann" / f"{framing}.up").read_bytes() == body
+    assert int(gateway.lines()[-1]["up"]) >= len(body)
+
+
+def test_an_upload_that_is_announced_is_let_in(gateway, vsftpd, site: Path) -> None:
+    target = url(vsftpd(), "/announced", login=f"ann:{SECRET.replace(' ', '%20')}@")
+    fields = b"Content-Length: 5", b"Expect: 100-continue"
+    with gateway.connect() as client:
+        client.sendall(asking(target, *fields, method=b"PUT"))
+        assert read_answer(client).status == 100
+        assert exchange(client, b"hello").status == 201
+    assert (site / "ann/announced").read_bytes() == b"hello"
+
+
+def test_an_upload_refused_says_so(gateway, vsftpd) -> None:
+    count = settled(gateway)
+    for path, status in (("/x.up", 403), ("/", 400), ("/dir/", 400)):
+        target = url(vsftpd(), path)
+        field = b"Content-Length: 5"
+        answer = ask(gateway, target, field, method=b"PUT", body=b"hello")
+        assert answer.status == status and answer.closes
+    assert line_of(gateway, count)["outcome"] in ("not-stored", "bad-response")
+
+
+def test_a_half_sent_upload_is_not_called_stored(gateway, vsftpd, site: Path) -> None:
+    count = settled(gateway)
+    target = url(vsftpd(), "/half", login=f"ann:{SECRET.replace(' ', '%20')}@")
+    with gateway.connect() as client:
+        client.sendall(asking(target, b"Content-Length: 100", method=b"PUT") + b"abc")
+        eventually(lambda: (site / "ann/half").exists())
+    assert line_of(gateway, count)["outcome"] == "client-gone"
+
+
+# --- FTP: what may be asked ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "status"),
+    [
+        (b"ftp://%b/a%%0d%%0aDELE%%20b", b"GET", 400),
+        (b"ftp://%b/a%%0Ab", b"PUT", 400),
+        (b"ftp://%b/a%%00b", b"HEAD", 400),
+        (b"ftp://us%%0aer:x@%b/", b"GET", 400),
+        (b"ftp://user:x%%0d@%b/", b"GET", 400),
+        (b"ftp://user:x%%00@%b/", b"GET", 400),
+        (b"ftp://%b/a#b", b"GET", 400),
+        (b"ftp://%b:0/", b"GET", 400),
+        (b"http://user@%b/", b"GET", 400),
+        (b"gopher://user@%b/", b"GET", 400),
+        (b"gopher://%b/0a%%0d%%0ab", b"GET", 400),
+        (b"gopher://%b/0a%%00b", b"GET", 400),
+        (b"gopher://%b/7a?b%%0d", b"GET", 400),
+        (b"gopher://%b/7a%%09b%%09c", b"GET", 400),
+        (b"gopher://%b/%%0a", b"GET", 400),
+        (b"ftp://%b/", b"DELETE", 501),
+        (b"ftp://%b/", b"POST", 501),
+        (b"gopher://%b/", b"PUT", 501),
+        (b"ftps://%b/", b"GET", 501),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anybody_is_dialed(
+    gateway, origin: Start, target: bytes, method: bytes, status: int
+) -> None:
+    server = origin(Script(), "127.0.0.3")
+    answer = ask(gateway, target % server.authority.encode(), method=method)
+    assert answer.status == status
+    assert uncalled(server)
+
+
+def test_a_control_byte_in_the_field_is_refused(gateway, vsftpd) -> None:
+    assert ask(gateway, url(vsftpd()), basic("a\r\nDELE b", "c")).status == 400
+
+
+def ftpd(
+    *data_port: Callable[[Origin], bytes], **replies: bytes
+) -> Callable[..., None]:
+    """Return an FTP server's part that says what it is told, and 200 to the rest."""
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"220 hello\r\n")
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                origin.received.append(line)
+                reply = replies.get(line.split()[0].decode(), b"200 well")
+                connection.sendall(reply + b"\r\n")
+
+    return handle
+
+
+def test_the_data_come_from_the_host_that_was_asked(gateway, origin: Start) -> None:
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"from the right host")
+
+    data = origin(give, "127.0.0.3")
+    trap = origin(give, "127.0.0.4")
+    comma = b"127,0,0,4,%d,%d" % divmod(data.port, 256)
+    server = origin(
+        ftpd(
+            PASV=b"227 here (%b)" % comma, RETR=b"150 now\r\n226 done", SIZE=b"500 no"
+        ),
+        "127.0.0.3",
+    )
+    answer = ask(gateway, url(server, "/file"))
+    assert answer.body == b"from the right host" and answer.closes
+    assert not trap.callers and data.callers
+
+
+@pytest.mark.parametrize(
+    "passive",
+    [
+        b"227 here (127,0,0,3,0,0)",
+        b"227 here (127,0,0,3,999,1)",
+        b"227 nowhere",
+        b"999",
+        b"\xff\xfe",
+        b"x" * 10_000,
+    ],
+)
+def test_nonsense_from_a_server_is_502(gateway, origin: Start, passive: bytes) -> None:
+    server = origin(ftpd(PASV=passive, SIZE=b"213 5"), "127.0.0.3")
+    assert ask(gateway, url(server, "/file")).status == 502
+
+
+def test_the_data_port_is_judged_too(natwork: Natwork, origin: Start) -> None:
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"data")
+
+    data = origin(give, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    server = origin(
+        ftpd(PASV=b"227 (%b)" % comma, RETR=b"150\r\n226", SIZE=b"213 4"), "127.0.0.3"
+    )
+    for port, status in ((f"{server.port}", 403), (f"{server.port},{data.port}", 200)):
+        rule = f"rules=allow to 127.0.0.0/8 port {port}; deny to *"
+        gateway = natwork(rule, loopback=False)
+        assert ask(gateway, url(server, "/file")).status == status
+    assert len(data.callers) == 1
+
+
+def test_a_transfer_that_fails_is_cut_and_not_ended(gateway, origin: Start) -> None:
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"half of it")
+
+    data = origin(give, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    for size, complete in ((b"500 no", False), (b"213 100", False)):
+        server = origin(
+            ftpd(PASV=b"227 (%b)" % comma, RETR=b"150\r\n426 disk on fire", SIZE=size),
+            "127.0.0.3",
+        )
+        answer = ask(gateway, url(server, "/file"))
+        assert (answer.status, answer.complete) == (200, complete)
+
+
+@pytest.mark.parametrize("silent", ["hello", "USER", "PASV", "RETR", "data"])
+def test_no_step_waits_for_ever(natwork: Natwork, origin: Start, silent: str) -> None:
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.recv(1)
+
+    data = origin(give, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        if silent != "hello":
+            connection.sendall(b"220 hello\r\n")
+        replies = {b"PASV": b"227 (%b)" % comma, b"RETR": b"150", b"SIZE": b"213 5"}
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                word = line.split()[0]
+                if word != silent.encode():
+                    connection.sendall(replies.get(word, b"200") + b"\r\n")
+
+    gateway = natwork("idle_timeout=0.5")
+    server = origin(handle, "127.0.0.3")
+    began = time.monotonic()
+    answer = ask(gateway, url(server, "/file"))
+    assert time.monotonic() - began < 5
+    assert answer.status == 504 or silent == "data" and not answer.complete
+
+
+def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -> None:
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        drip(connection, b"220-hello\r\n")
+        while True:
+            connection.sendall(b"220-and\r\n")
+            time.sleep(0.05)
+
+    gateway = natwork("idle_timeout=1")
+    began = time.monotonic()
+    assert ask(gateway, url(origin(handle, "127.0.0.3"))).status == 504
+    assert time.monotonic() - began < 5
+
+
+def test_a_client_who_leaves_ends_it(natwork: Natwork, origin: Start) -> None:
+    gateway, said = natwork(), threading.Event()
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        said.set()
+        assert not connection.recv(1)
+
+    server = origin(handle, "127.0.0.3")
+    client = gateway.connect()
+    client.sendall(asking(url(server)))
+    assert said.wait(10)
+    from wire import reset
+
+    reset(client)
+    assert line_of(gateway, 0)["outcome"] == "client-gone"
+
+
+@needs_ipv6
+def test_an_ipv6_server_is_asked_by_epsv(gateway, vsftpd) -> None:
+    answer = ask(gateway, url(vsftpd("::1"), "/hello.txt"))
+    assert (answer.status, answer.body) == (200, b"hello, ftp\n")
+    assert "hello.txt" in links(ask(gateway, url(vsftpd("::1"))))
+
+
+def test_a_request_with_a_body_that_is_not_read_closes(gateway, vsftpd) -> None:
+    with gateway.connect() as client:
+        data = asking(url(vsftpd(), "/hello.txt"), b"Content-Length: 40")
+        smuggled = b"GET http://smuggled.invalid/ HTTP/1.1\r\n\r\n"
+        answer = exchange(client, data + smuggled)
+        assert answer.status == 200 and answer.closes
+        assert at_end(client)
+
+
+# --- Gopher -------------------------------------------------------------------
+
+
+def menu(connection: socket.socket, origin: Origin) -> None:
+    """Be a Gopher server with one menu, and note the selectors."""
+    origin.received.append(connection.makefile("rb").readline())
+    text = MENU.format(host=origin.host, port=origin.port)
+    connection.sendall(text.encode())
+
+
+def test_a_menu_is_a_page(gateway, origin: Start) -> None:
+    server, count = origin(menu, "127.0.0.3"), settled(gateway)
+    for path in ("", "/", "/1", "/1/"):
+        answer = ask(gateway, url(server, path, "gopher"))
+        assert answer.status == 200 and not answer.closes
+        assert answer.values(b"Content-Type") == [b"text/html; charset=utf-8"]
+    assert server.received == [b"\r\n"] * 3 + [b"/\r\n"]
+    assert b"Welcome &lt;b&gt;here" in answer.body and b"javascript" not in re.sub(
+        rb'href="gopher:[^"]*"', b"", answer.body
+    )
+    found, at = links(answer), f"gopher://{server.authority}"
+    assert found == {
+        "A text &amp; more": f"{at}/0%2Ftext.txt",
+        "Below": f"{at}/1%2Fbelow",
+        "Search": f"{at}/7%2Ffind%3Fa%3D1%26b%2520",
+        "Binary": f"{at}/9%2Fb%20%22quoted%22.bin",
+        "Elsewhere": "http://www.example.com/?a&amp;b",
+        "Trap": f"{at}/hURL%3Ajavascript%3Aalert%281%29",
+        "Terminal": "telnet://bbs.example:23/",
+    }
+    line = line_of(gateway, count)
+    assert (line["proto"], line["outcome"]) == ("gopher", "ok")
+    assert line["target"] == f"gopher://{server.authority}/"
+
+
+def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
+    server, count = origin(menu, "127.0.0.3"), settled(gateway)
+    answer = ask(gateway, url(server, "/7/find%3Fa", "gopher"))
+    assert b'<input name="q">' in answer.body and server.received == []
+    for query in ("?q=two+words", "?two%20words", "%09two%20words"):
+        answer = ask(gateway, url(server, f"/7/find%3Fa{query}", "gopher"))
+        assert answer.status == 200
+    assert server.received == [b"/find?a\ttwo words\r\n"] * 3
+    for line in gateway.lines(count + 4)[count:]:
+        assert line["target"] == f"gopher://{server.authority}/7/find%3Fa"
+
+
+@pytest.mark.parametrize(
+    ("sent", "got"),
+    [
+        (b"one\r\ntwo\r\n.\r\n", b"one\r\ntwo\r\n"),
+        (b"one\n.\n", b"one\n"),
+        (b".\r\n", b""),
+        (b"", b""),
+        (b"no dot", b"no dot"),
+        (b"a line.\r\n", b"a line.\r\n"),
+        (b"x" * 200_000 + b"\r\n.\r\n", b"x" * 200_000 + b"\r\n"),
+    ],
+)
+def test_a_text_ends_before_its_dot(
+    gateway, origin: Start, sent: bytes, got: bytes
+) -> None:
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.makefile("rb").readline()
+        drip(connection, sent) if len(sent) < 99 else connection.sendall(sent)
+
+    answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/0/text", "gopher"))
+    assert answer.body == got and answer.closes and answer.complete
+    assert answer.values(b"Content-Type") == [b"text/plain; charset=utf-8"]
+
+
+def test_a_broken_stream_is_cut(gateway, origin: Start) -> None:
+    from wire import reset
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.makefile("rb").readline()
+        connection.sendall(b"begun")
+        time.sleep(0.2)
+        reset(connection)
+
+    answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/9/file", "gopher"))
+    assert answer.status == 200 and not answer.complete
+
+
+def test_gophernicus_is_read(gateway, gophernicus: Origin) -> None:
+    found = links(ask(gateway, url(gophernicus, "/", "gopher")))
+    assert any("text.txt" in name for name in found), found
+    text = ask(gateway, url(gophernicus, "/0/text.txt", "gopher"))
+    assert text.body.replace(b"\r", b"") == b"one line\n.hidden\nlast line\n"
+    assert ask(gateway, url(gophernicus, "/9/big.zip", "gopher")).body == BIG
+    head = ask(gateway, url(gophernicus, "/9/big.zip", "gopher"), method=b"HEAD")
+    assert head.values(b"Content-Type") == [b"application/zip"]
+    assert ask(gateway, url(gophernicus, "/1/nothing/", "gopher")).status == 404
+
+
+# --- Real clients -------------------------------------------------------------
+
+
+def test_curl_gets_and_puts(gateway, vsftpd, site: Path, tmp_path: Path) -> None:
+    needs("curl")
+    server = vsftpd()
+    curl = "curl", "-sS", "--max-time", "30", "--noproxy", "", "-x", gateway.url
+    assert (
+        run(*curl, url(server, "/hello.txt").decode(), cwd=tmp_path) == "hello, ftp\n"
+    )
+    run(*curl, "-o", "got", url(server, "/big.bin").decode(), cwd=tmp_path)
+    assert (tmp_path / "got").read_bytes() == BIG
+    at = url(server, "/by-curl").decode()
+    words = "-u", f"ann:{SECRET}", "-T", "got", "-w", "%{http_code}"
+    assert run(*curl, *words, at, cwd=tmp_path) == "201"
+    assert (site / "ann/by-curl").read_bytes() == BIG
+    code = "-o", "/dev/null", "-w", "%{http_code}"
+    assert run(*curl, *code, "-u", "ann:no", at, cwd=tmp_path) == "401"
+    assert run(*curl, *code, "-I", at, cwd=tmp_path) == "404"
+
+
+def test_wget_gets(gateway, vsftpd, tmp_path: Path) -> None:
+    needs("wget")
+    at = url(vsftpd(), "/dir/below/").decode()
+    proxy = {"ftp_proxy": gateway.url, "no_proxy": ""}
+    run(
+        "wget",
+        "-q",
+        "-T",
+        "20",
+        "-O",
+        "big",
+        at + "../../big.bin",
+        cwd=tmp_path,
+        **proxy,
+    )
+    assert (tmp_path / "big").read_bytes() == BIG
+    login = f"ann:{SECRET.replace(' ', '%20')}@"
+    private = url(vsftpd(), "/private.txt", login=login).decode()
+    run("wget", "-q", "-T", "20", "-O", "private", private, cwd=tmp_path, **proxy)
+    assert (tmp_path / "private").read_bytes() == b"for Ann"
+    page = run("wget", "-q", "-T", "20", "-O", "-", at, cwd=tmp_path, **proxy)
+    assert "deep.html" in page
+
+
+def test_lynx_reads_both(gateway, vsftpd, gophernicus: Origin, tmp_path: Path) -> None:
+    needs("lynx")
+    proxies = {"ftp_proxy": gateway.url + "/", "gopher_proxy": gateway.url + "/"}
+    count = settled(gateway)
+    for target, words in (
+        (url(vsftpd(), "/hello.txt"), ["hello, ftp"]),
+        (url(vsftpd(), "/"), ["dir/", "big.bin", f"ftp://{vsftpd().authority}/dir/"]),
+        (url(gophernicus, "/1/below", "gopher"), ["other.txt"]),
+        (url(gophernicus, "/0/text.txt", "gopher"), ["last line"]),
+    ):
+        text = run("lynx", "-dump", target.decode(), cwd=tmp_path, **proxies)
+        assert all(word in text for word in words), text
+    protos = [line["proto"] for line in gateway.lines(count + 4)[count:]]
+    assert protos == ["ftp", "ftp", "gopher", "gopher"]
+
+
+# --- The same rules -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "gopher"])
+@pytest.mark.parametrize(("word", "target"), TARGETS)
+def test_a_closed_address_is_refused_by_every_scheme(
+    closed, origin: Start, word: str, target: str, scheme: str
+) -> None:
+    server = origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
+    number = TARGETS.index((word, target))
+    end = f":{server.port}/{'17'[number % 2]}{number}"  # a menu, or a search's form
+    url = f"{scheme}://{target}{end}"  # traps 12, 13
+    answer = ask(closed, url.encode())
+    assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
+
+    def lines() -> list[dict[str, str]]:
+        return [x for x in closed.lines() if x["target"].endswith(end)]
+
+    eventually(lambda: [x for x in lines() if x["proto"] == scheme])
+    assert {line["outcome"] for line in lines()} == {f"denied-{word}"}
+    assert uncalled(server)
+
+
+@pytest.mark.parametrize("scheme", [b"ftp", b"gopher"])
+@pytest.mark.parametrize("target", "127.1 0x7f.1 017700000001 2130706433 0".split())
+def test_only_an_address_is_an_address(
+    closed, origin: Start, target: str, scheme: bytes
+) -> None:
+    server = origin(Script())
+    place = f"{target}:{server.port}".encode()
+    assert ask(closed, b"%b://%b/" % (scheme, place)).status == 400
+    assert uncalled(server)
+
+
+@pytest.mark.parametrize("scheme", [b"ftp", b"gopher"])
+def test_the_gateway_itself_and_mail_are_refused(gateway, scheme: bytes) -> None:
+    port = gateway.address[1]
+    answer = ask(gateway, b"%b://127.0.0.1:%d/" % (scheme, port))
+    assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
+    answer = ask(gateway, b"%b://198.51.100.1:25/" % scheme)
+    assert answer.status == 403 and b"port 25" in answer.body
