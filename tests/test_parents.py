@@ -843,3 +843,44 @@ def test_dante_as_a_parent(tmp_path: Path, natwork: Natwork, origin: Start) -> N
             assert curl(gateway, *way, server.url) == "a page"
         assert "403 Forbidden" in curl(gateway, "--include", "http://127.0.0.9:81/")
         assert gateway.lines(3)[2]["outcome"] == "parent-reply-2"
+
+
+def test_ftp_goes_through_a_parent_with_its_data(
+    tmp_path: Path, natwork: Natwork, origin: Start
+) -> None:
+    needs("microsocks")
+    data = socket.create_server(("127.0.0.3", 0))
+    port = data.getsockname()[1]
+
+    def ftpd(connection: socket.socket, origin: Origin) -> None:
+        """Serve one file, from a data port that the parent is to reach."""
+        connection.sendall(b"220 ready\r\n")
+        lines = connection.makefile("rb")
+        for line in lines:
+            verb = line.split()[0].upper().decode()
+            said = {
+                "USER": b"230 in",
+                "EPSV": b"229 (|||%d|)" % port,
+                "PASV": b"227 (127,0,0,3,%d,%d)" % divmod(port, 256),
+                "TYPE": b"200 yes",
+                "SIZE": b"213 6",
+                "RETR": b"150 now",
+                "QUIT": b"221 bye",
+            }.get(verb, b"500 what")
+            connection.sendall(said + b"\r\n")
+            if verb == "RETR":
+                stream, caller = data.accept()
+                origin.callers.append(caller)
+                stream.sendall(b"a file")
+                stream.close()
+                connection.sendall(b"226 done\r\n")
+
+    server, socks = origin(ftpd, "127.0.0.3"), free_port()
+    words = ["microsocks", "-i", "127.0.0.1", "-p", str(socks), "-b", "127.0.0.8"]
+    with data, serving(words, socks, tmp_path):
+        line = parents(f"socks5://127.0.0.1:{socks}")
+        gateway = natwork(line, "rules=allow to 127.0.0.3", loopback=False)
+        url = f"ftp://{server.authority}/file"
+        assert curl(gateway, url) == "a file"
+        assert [host for host, _ in server.callers] == ["127.0.0.8"] * 2
+        assert gateway.lines(1)[0]["address"] == f"127.0.0.1:{socks}"
