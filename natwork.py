@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """NATWork: carry TCP streams between the two networks of one Linux box.
 
-A client on the inside asks, by HTTP, for a host on the outside.  NATWork
-connects to it from the outside address and joins the two sockets:
+A client on the inside asks, by HTTP or SOCKS, for a host on the outside.
+NATWork connects to it from the outside address and joins the two sockets:
 
     client ----> inside  [ natwork.py ]  outside ----> server
              10.0.0.1:8080            192.0.2.10
@@ -52,6 +52,7 @@ import errno
 import fcntl
 import functools
 import gc
+import io
 import mmap
 import os
 import re
@@ -111,6 +112,7 @@ PIPE_SIZE = 256 * 1024  # asked for; 64 KiB is what one gets over the user's bud
 OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
+UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
@@ -182,6 +184,8 @@ class Config:
     tunnel_timeout = 7440.0
     keepalive_timeout = 15.0
     drain_timeout = 30.0
+    bind_ports = "0"
+    udp_from_anyone = False
     log = "-"
     log_format = "text"
     user = "nobody"
@@ -215,7 +219,7 @@ class Config:
             value = getattr(self, name)
             if value == 0 and name == "max_per_client":
                 continue
-            if isinstance(value, (int, float)) and not 0 < value < 1e9:
+            if type(value) in (int, float) and not 0 < value < 1e9:
                 raise self.refuse(name, "must be more than 0")
         if self.max_workers > SLOTS:
             raise self.refuse("max_workers", f"must be at most {SLOTS}")
@@ -241,6 +245,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
+            if isinstance(value, bool):
+                value = "yes" if value else "no"
             if name in ("rules", "parents"):  # a line of ";..." would be a comment
                 listed = map(masked, self.lines(name))
                 value = "".join(f"\n    {line}" for line in listed)
@@ -255,6 +261,10 @@ def parse_setting(name: str, text: str) -> Any:
     kind = type(getattr(Config, name))
     if kind is str:
         return text.strip()
+    if kind is bool:
+        if text not in ("yes", "no"):
+            raise ValueError("is neither yes nor no")
+        return text == "yes"
     number = {int: r"[0-9]{1,9}", float: r"[0-9]{1,9}(\.[0-9]{1,9})?"}[kind]
     # int() and float() alone would also take "1_0", " +5" and "nan".
     if not re.fullmatch(number, text, re.ASCII):
@@ -310,9 +320,10 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 
 # --- Outcomes -----------------------------------------------------------------
 #
-# One failure is told to three listeners in three vocabularies: a word in the
-# access log, a status to the client, and the Proxy-Status of RFC 9209 to
-# whoever reads the answer's head.  This table is the only place that knows them.
+# One failure is told in four vocabularies: a word in the access log, a status
+# to an HTTP client, the Proxy-Status of RFC 9209 to whoever reads the answer's
+# head, and a reply to a SOCKS client.  This table is the only place that knows
+# them.
 
 
 ASK_OPERATOR = "Ask the operator of this gateway if you need it."
@@ -342,14 +353,15 @@ class Outcome(NamedTuple):
     status: int  # RFC 9110 section 15
     error: str = ""  # RFC 9209 section 2.3; empty: there is nobody left to tell
     advice: str = TRY_LATER  # a sentence for the client's page
+    reply: int = 1  # RFC 1928 section 6; 1 is a general failure
 
     def status_text(self) -> str:
         """Return the status as it stands in a status line, with its phrase."""
         return next(text for text in STATUSES if text.startswith(str(self.status)))
 
 
-OK = Outcome("ok", 200)
-ENDED = Outcome("closed", 200)
+OK = Outcome("ok", 200, reply=0)
+ENDED = Outcome("closed", 200, reply=0)
 OUTSIDER = Outcome("not-inside", 403)
 CLIENT_GONE = Outcome("client-gone", 400)
 IDLE = Outcome("idle-timeout", 504)
@@ -365,30 +377,34 @@ URI_TOO_LONG = BAD_REQUEST._replace(word="uri-too-long", status=414)
 EXPECTATION = BAD_REQUEST._replace(word="expectation-failed", status=417)
 HEAD_TOO_LARGE = BAD_REQUEST._replace(word="head-too-large", status=431)
 BAD_VERSION = BAD_REQUEST._replace(word="bad-version", status=505)
-NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT)
+NOT_IMPLEMENTED = Outcome("not-implemented", 501, "http_request_error", USE_CONNECT, 7)
+BAD_ADDRESS = BAD_REQUEST._replace(word="bad-address-type", reply=8)
+NO_METHOD = BAD_REQUEST._replace(word="no-method", reply=0xFF)
 NOT_FOUND = Outcome("not-found", 404, "http_request_error", "Check the path.")
 NO_LOGIN = Outcome("login-refused", 401, "http_request_error", LOG_IN)
 NOT_STORED = Outcome("not-stored", 403, "http_request_error", "Ask its owner.")
-DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR)
-AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO)
+DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR, 2)
+AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO, 2)
 AUTH_FAILED = AUTH_REQUIRED._replace(word="auth-failed")
-LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER)
+LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER, 2)
 NO_PAGE = NOT_FOUND._replace(word="no-page", advice=OWN_PAGES)
 BAD_METHOD = NO_PAGE._replace(word="bad-method", status=405)
 BAD_HOST = DENIED._replace(word="denied-host", advice=ASK_PROXY)
 
-NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.")
-DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout")
-CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout")
+NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.", 4)
+DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout", reply=4)
+CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout", reply=6)
 CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable")
-CONNECT_REFUSED = Outcome("refused", 502, "connection_refused")
-CONNECT_RESET = Outcome("reset", 502, "connection_terminated")
-UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable")
+CONNECT_REFUSED = Outcome("refused", 502, "connection_refused", reply=5)
+CONNECT_RESET = Outcome("reset", 502, "connection_terminated", reply=5)
+UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", reply=3)
+HOST_UNREACHABLE = UNROUTABLE._replace(reply=4)
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
+NOBODY_CALLED = CONNECT_TIMEOUT._replace(word="bind-timeout")
 PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # less which way
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
 AUTH_BUSY = OVERLOAD._replace(word="auth-busy")
-TOO_MANY = OVERLOAD._replace(word="too-many")
+TOO_MANY = OVERLOAD._replace(word="too-many", reply=2)
 
 SERVER_GONE = Outcome("server-gone", 502, "connection_terminated")
 BAD_RESPONSE = Outcome("bad-response", 502, "http_protocol_error", "Tell its owner.")
@@ -401,11 +417,10 @@ OUTCOME_OF_ERRNO = {
     errno.ETIMEDOUT: CONNECT_TIMEOUT,
     errno.ENODEV: NO_UPLINK,
     errno.EADDRNOTAVAIL: NO_UPLINK,
-    **dict.fromkeys(
-        (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN), UNROUTABLE
-    ),
+    errno.EHOSTUNREACH: HOST_UNREACHABLE,
+    **dict.fromkeys((errno.ENETUNREACH, errno.ENETDOWN), UNROUTABLE),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
-    **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM), OVERLOAD),
+    **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM, errno.EADDRINUSE), OVERLOAD),
 }
 
 OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
@@ -827,6 +842,17 @@ class Stream:
         piece = bytes(self.received[:count])
         del self.received[:count]
         return piece
+
+    def fill(self) -> bool:
+        """Receive more; return False at the end, or when the far end is lost."""
+        try:
+            data = self.sock.recv(COPY_SIZE)
+        except BlockingIOError:
+            raise
+        except OSError:  # a reset, or keepalive's time is over
+            return False
+        self.received += data
+        return bool(data)
 
     def converse(self) -> None:
         """Get ready for more than a question and its answer.
@@ -2020,6 +2046,8 @@ class Policy:
             ]
             setting = "parents"
             self.parents = [parse_parent(line) for line in config.lines("parents")]
+            setting, ports = "bind_ports", config.bind_ports
+            self.bind_ports = range(1) if ports == "0" else parse_ports(ports)
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
@@ -2317,6 +2345,18 @@ def credentials(value: bytes) -> tuple[bytes, bytes] | None:
 IP_BIND_ADDRESS_NO_PORT = 24  # 3.10's socket module lacks the name
 
 
+def leave_by(sock: socket.socket, uplink: Uplink | None) -> None:
+    """Make a socket that has no address yet leave by an uplink; raise OSError."""
+    if uplink and uplink.packed:
+        # The whole port range for each target, not one for all of them.
+        sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((uplink.name, 0))
+    elif uplink:
+        # A source address alone leaves the device to the routing table.
+        device = uplink.name.encode()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+
+
 class Attempt(NamedTuple):
     """One connection to be tried."""
 
@@ -2333,14 +2373,7 @@ class Attempt(NamedTuple):
             STREAM | socket.SOCK_NONBLOCK,  # and close-on-exec, as all of Python's
         )
         try:
-            if self.uplink and self.uplink.packed:
-                # The whole port range for each target, not one for all of them.
-                sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-                sock.bind((self.uplink.name, 0))
-            elif self.uplink:
-                # A source address alone leaves the device to the routing table.
-                device = self.uplink.name.encode()
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+            leave_by(sock, self.uplink)
             number = sock.connect_ex((unpack(self.packed), self.port))
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
@@ -2350,6 +2383,14 @@ class Attempt(NamedTuple):
             sock.close()
             raise
         return sock
+
+    def source(self) -> tuple[Any, ...]:
+        """Return the socket address it would come from, port aside; raise OSError."""
+        family = INET if len(self.packed) == 4 else INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            leave_by(probe, self.uplink)
+            probe.connect((unpack(self.packed), 9))  # no packet is sent
+            return probe.getsockname()  # type: ignore[no-any-return]
 
 
 def resolve(host: str, port: int) -> list[bytes]:
@@ -2753,6 +2794,22 @@ def tunnel(
         session.up += up.moved
         session.down += down.moved
         server.close()
+
+
+def linger(watch: Watch, client: Stream) -> None:
+    """Part so that the last answer arrives: RFC 9112 section 9.6.
+
+    To close a socket with unread bytes resets it, and the reset may overtake
+    the answer; so these are read and thrown away for a moment.
+    """
+    deadline = time.monotonic() + LINGER_TIMEOUT
+    with contextlib.suppress(OSError, Refused):
+        client.sock.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            if not watch.wait({client.fd: select.POLLIN}, left):
+                return
+            if not client.sock.recv(COPY_SIZE):
+                return
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -3368,7 +3425,6 @@ class Http:
         self.parent: Parent | None = None  # where the server is one
         self.shown: list[bytes] | None = None  # as last verified, and for whom
         self.user = "-"
-        self.fresh = True  # no request has come yet
         self.session: Session
         self.start_request()
 
@@ -3387,7 +3443,7 @@ class Http:
             while self.client.received or self.await_request():
                 self.one()
                 if self.lingers:
-                    self.linger()
+                    linger(self.watch, self.client)
                 if not self.keep:
                     return
         finally:
@@ -3421,38 +3477,20 @@ class Http:
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
-        seconds, fresh = self.config.keepalive_timeout, self.fresh
-        if fresh:
-            self.fresh, seconds = False, self.config.head_timeout
-            try:
-                return self.fill()  # it has probably come with the connection
-            except BlockingIOError:
-                pass
-            # Who has just come makes no room for who comes next.
-            if self.watch.wait({self.client.fd: select.POLLIN}, min(1.0, seconds)):
-                return self.fill()
+        seconds = self.config.keepalive_timeout
         while True:
             quiet = [self.client, self.server] if self.server else [self.client]
-            spoken = self.worker.silence(seconds, quiet, fresh)
+            spoken = self.worker.silence(seconds, quiet, fresh=False)
             if self.server and self.server.fd in spoken:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
             if self.client.fd in spoken or not spoken:
-                return bool(spoken) and self.fill()
-
-    def fill(self) -> bool:
-        """Receive from the client; return False at the end or after a reset."""
-        try:
-            data = self.client.sock.recv(COPY_SIZE)
-        except ConnectionError:
-            return False
-        self.client.received += data
-        return bool(data)
+                return bool(spoken) and self.client.fill()
 
     def talks_on(self) -> bool:
         """Return whether a client who wanted to leave has all the same said more."""
         try:
-            return bool(self.client.received) or self.fill()
+            return bool(self.client.received) or self.client.fill()
         except BlockingIOError:
             return False
 
@@ -3492,7 +3530,7 @@ class Http:
             left = deadline - time.monotonic()
             if not self.watch.wait({self.client.fd: select.POLLIN}, left):
                 raise Refused(HEAD_TIMEOUT, "the request head did not come to its end")
-            if not self.fill():
+            if not self.client.fill():
                 raise Refused(CLIENT_GONE, "closed inside the request head")
 
     def check_begun(self, received: bytearray, looked: int) -> None:
@@ -3658,21 +3696,6 @@ class Http:
         )
         return lines.encode(), page.encode()
 
-    def linger(self) -> None:
-        """Part so that the last answer arrives: RFC 9112 section 9.6.
-
-        To close a socket with unread bytes resets it, and the reset may
-        overtake the answer; so these are read and thrown away for a moment.
-        """
-        deadline = time.monotonic() + LINGER_TIMEOUT
-        with contextlib.suppress(OSError, Refused):
-            self.client.sock.shutdown(socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                if not self.watch.wait({self.client.fd: select.POLLIN}, left):
-                    return
-                if not self.client.sock.recv(COPY_SIZE):
-                    return
-
     # What travels on.
 
     def connect(self, head: RequestHead, length: int | None) -> Outcome:
@@ -3745,6 +3768,429 @@ class Http:
         server = self.dial(target.host, target.port)
         worker.begin(session, titled=True)
         return exchange.run(server)
+
+
+# --- SOCKS --------------------------------------------------------------------
+#
+# Versions 4, 4a and 5 ask for the same three things in a few bytes: a connection
+# to a host, a connection from one (BIND), and a relay for datagrams (UDP
+# ASSOCIATE).  Each is answered with the address it happens from, outside, and
+# what fails with a reply and the end.  GSSAPI, which RFC 1928 section 3 asks
+# for, is not offered: nobody speaks it.
+
+COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
+GRANTED, REJECTED = 90, 91  # version 4 tells no more than that
+SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
+
+
+def parse_name(raw: bytes) -> str:
+    """Return the host that a name stands for, lower case; raise Refused."""
+    # A port has no place in it, and an IPv6 address in it no brackets.
+    return parse_authority(b"[%b]" % raw if b":" in raw else raw, 1)[0]
+
+
+def read_address(take: Callable[[int], bytes]) -> tuple[str, int]:
+    """Return host and port as version 5 writes them: RFC 1928 section 5.
+
+    take(count) returns the next bytes.  Raises Refused, and ValueError or
+    struct.error where they end too early.
+    """
+    (kind,) = struct.unpack("!B", take(1))
+    if kind == 3:
+        host = parse_name(take(*struct.unpack("!B", take(1))))
+    elif kind in (1, 4):
+        host = unpack(take(4 * kind))
+    else:
+        raise Refused(BAD_ADDRESS, f"address type {kind}")
+    (port,) = struct.unpack("!H", take(2))
+    return host, port
+
+
+def write_address(address: SocketAddress) -> bytes:
+    """Return an address and port as version 5 writes them."""
+    packed = address_of(address[0])
+    return struct.pack("!B%dsH" % len(packed), len(packed) // 4, packed, address[1])
+
+
+def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
+    """Return host, port and payload of a client's datagram; raise Refused."""
+    message = io.BytesIO(data)
+    # RFC 1928 section 7: who does not put fragments together drops them.
+    if message.read(3) != bytes(3):
+        raise Refused(BAD_REQUEST, "a fragment, or no SOCKS datagram")
+    try:
+        return *read_address(message.read), message.read()
+    except (ValueError, struct.error):
+        raise Refused(BAD_REQUEST, "a datagram that is cut short") from None
+
+
+def open_port(
+    kind: int, where: SocketAddress, uplink: Uplink | None, ports: range
+) -> socket.socket:
+    """Return a socket at an address and one of some ports; raise OSError.
+
+    A stream socket listens.
+    """
+    first = int.from_bytes(os.urandom(4), "big")  # not to be guessed, nor contended
+    error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    for number in range(len(ports)):
+        port = ports[(first + number) % len(ports)]
+        family = INET6 if ":" in where[0] else INET
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+        try:
+            if uplink and not uplink.packed:
+                leave_by(sock, uplink)
+            if kind == STREAM:  # what is left of the port's last use is no use
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((where[0], port, *where[2:]))
+            if kind == STREAM:
+                sock.listen(8)
+            return sock
+        except OSError as failure:
+            sock.close()
+            if failure.errno != errno.EADDRINUSE:
+                raise
+    raise error
+
+
+def open_outside(
+    worker: Worker,
+    policy: Policy,
+    kind: int,
+    attempts: list[Attempt],
+    opened: dict[str, socket.socket],
+) -> tuple[bytes, socket.socket]:
+    """Return the host of the first attempt that has a way, and a socket on it.
+
+    That is one that is open already at that source address, or a new one at a
+    port of bind_ports.  Raises Refused.
+    """
+    race = Race(worker.watch, worker.board)
+    for attempt in attempts:
+        try:
+            where = attempt.source()
+            if where[0] not in opened:
+                sock = open_port(kind, where, attempt.uplink, policy.bind_ports)
+                opened[where[0]] = sock
+            return attempt.packed, opened[where[0]]
+        except OSError as error:
+            race.failed.append((error, attempt))
+    raise race.defeat()
+
+
+class Association:
+    """A client's UDP association, RFC 1928 section 7: datagrams there and back.
+
+    The client is who has the control connection's address, at the port he wrote
+    from first.
+    """
+
+    def __init__(
+        self, worker: Worker, policy: Policy, session: Session, client: Stream
+    ) -> None:
+        """Open the relay port where the client has reached us; raise OSError."""
+        self.worker, self.policy, self.config = worker, policy, worker.config
+        self.session, self.client = session, client
+        host, *others = client.sock.getsockname()
+        packed = address_of(host)  # a socket of both families has it mapped
+        where = unpack(packed), *(others if len(packed) == 16 else (0,))
+        self.inner = open_port(socket.SOCK_DGRAM, where, None, range(1))
+        self.outer: dict[str, socket.socket] = {}  # source address -> socket
+        self.client_at: SocketAddress | None = None
+        self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
+        self.way = functools.lru_cache(maxsize=256)(self.find_way)
+
+    def run(self) -> None:
+        """Carry datagrams until the control connection ends; raise Refused."""
+        deadline = time.monotonic() + self.config.idle_timeout
+        while (left := deadline - time.monotonic()) > 0:
+            socks = {s.fileno(): s for s in (self.inner, *self.outer.values())}
+            wanted = dict.fromkeys((self.client.fd, *socks), select.POLLIN)
+            ready = self.worker.watch.wait(wanted, left)
+            if self.client.fd in ready and not self.client.fill():
+                return
+            self.client.received.clear()
+            for sock in [socks[fd] for fd in ready if fd in socks]:
+                if self.pass_on(sock):
+                    deadline = time.monotonic() + self.config.idle_timeout
+        raise Refused(IDLE, "no datagram moved")
+
+    def close(self) -> None:
+        for sock in (self.inner, *self.outer.values()):
+            sock.close()
+
+    def pass_on(self, sock: socket.socket) -> bool:
+        """Receive and send one datagram; return False if it was dropped.
+
+        That is what becomes of all that is unwanted, unroutable or too long.
+        """
+        session = self.session
+        try:
+            data, sender = sock.recvfrom(COPY_SIZE)
+            if sock is self.inner:
+                session.up += self.send_out(data, sender)
+            else:
+                session.down += self.send_in(data, sender)
+        except (OSError, Refused):
+            return False
+        self.worker.slot.moved(session.up, session.down)
+        return True
+
+    def send_out(self, data: bytes, sender: SocketAddress) -> int:
+        """Send what the client wants sent; return its size, or raise Refused."""
+        if address_of(sender[0]) != address_of(self.worker.peer):
+            raise Refused(OUTSIDER, "not the client's address")
+        if self.client_at and self.client_at[1] != sender[1]:
+            raise Refused(OUTSIDER, "not the client's first port")
+        host, port, payload = parse_datagram(data)
+        packed, sock = self.way(host, port, int(time.monotonic() / 60))
+        self.client_at = sender
+        sock.sendto(payload, (unpack(packed), port))
+        self.hosts.pop(packed, None)
+        self.hosts[packed] = None
+        if len(self.hosts) > UDP_HOSTS:
+            del self.hosts[next(iter(self.hosts))]
+        if self.session.target == "-":
+            self.session.target = printable(endpoint((host, port)).encode())
+            self.session.address = endpoint((unpack(packed), port))
+            self.session.source = endpoint(sock.getsockname())
+            self.worker.begin(self.session, titled=True)
+        return len(payload)
+
+    def find_way(
+        self, host: str, port: int, minute: int
+    ) -> tuple[bytes, socket.socket]:
+        """Return a host's address and the socket to use; raise Refused.
+
+        minute is there for the cache: names and routes change.
+        """
+        worker, policy = self.worker, self.policy
+        addresses = judged(policy, worker.peer, self.session.user, host, port)
+        attempts = plan(addresses, port, policy.uplinks, worker.board)
+        kind = int(socket.SOCK_DGRAM)
+        return open_outside(worker, policy, kind, attempts, self.outer)
+
+    def send_in(self, data: bytes, sender: SocketAddress) -> int:
+        """Send the client what came for him; return its size, or raise Refused."""
+        packed = address_of(sender[0])
+        if packed not in self.hosts and not self.welcomes(packed, sender[1]):
+            raise Refused(OUTSIDER, "a host that the client has not written to")
+        assert self.client_at  # who opened the socket has written from there
+        self.inner.sendto(bytes(3) + write_address(sender) + data, self.client_at)
+        return len(data)
+
+    def welcomes(self, packed: bytes, port: int) -> bool:
+        """Return whether a host may write to the client first."""
+        who, user, host = self.worker.peer, self.session.user, unpack(packed)
+        return (
+            self.config.udp_from_anyone
+            and self.policy.judge(who, user, host, port, packed).allowed
+        )
+
+
+class Socks:
+    """One client's SOCKS session, from the version's byte on."""
+
+    def __init__(self, worker: Worker, policy: Policy, client: Stream) -> None:
+        """Take a client whose first byte has been received."""
+        self.worker, self.config, self.watch = worker, worker.config, worker.watch
+        self.policy, self.client = policy, client
+        self.version = client.received[0]
+        self.session = Session(worker.name, worker.pid, f"socks{self.version}")
+        self.owes_reply = self.version == 4  # in 5 a choice of method comes first
+        self.deadline = time.monotonic() + self.config.head_timeout
+
+    def serve(self) -> None:
+        """Do what is asked for, whatever becomes of it, and write it down."""
+        outcome = BROKEN
+        try:
+            self.obey(*(self.ask4() if self.version == 4 else self.ask5()))
+            outcome = ENDED
+        except Refused as refusal:
+            outcome = refusal.outcome
+            self.refuse(outcome)
+        except OSError as error:
+            outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+            self.refuse(outcome)
+        finally:
+            self.worker.finish(self.session, outcome.word)
+
+    # What is asked.
+
+    def take(self, count: int) -> bytes:
+        """Take count bytes off the client; raise Refused if they do not come."""
+        while len(self.client.received) < count:
+            self.receive()
+        return self.client.take(count)
+
+    def take_text(self) -> bytes:
+        """Take the bytes before a NUL, and the NUL; raise Refused."""
+        while (end := self.client.received.find(0, 0, 256)) < 0:
+            if len(self.client.received) > 255:
+                raise Refused(BAD_REQUEST, "a name of over 255 bytes")
+            self.receive()
+        return self.client.take(end + 1)[:-1]
+
+    def receive(self) -> None:
+        left = self.deadline - time.monotonic()
+        if not self.watch.wait({self.client.fd: select.POLLIN}, left):
+            raise Refused(HEAD_TIMEOUT, "the request did not come to its end")
+        if not self.client.fill():
+            raise Refused(CLIENT_GONE, "closed inside the request")
+
+    def ask4(self) -> tuple[int, str, int]:
+        """Return command, host and port of a version 4 or 4a request."""
+        command, port, packed = struct.unpack("!xBH4s", self.take(8))
+        self.take_text()  # a user id that nobody vouches for
+        if packed[:3] == bytes(3) and packed[3]:  # 4a: a name comes behind it
+            return command, parse_name(self.take_text()), port
+        return command, unpack(packed), port
+
+    def ask5(self) -> tuple[int, str, int]:
+        """Return command, host and port of a version 5 request: RFC 1928."""
+        self.choose_method(self.take(self.take(2)[1]))
+        self.owes_reply = True
+        version, command, reserved = self.take(3)
+        if version != 5 or reserved:
+            raise Refused(BAD_REQUEST, "this is no SOCKS request")
+        return command, *read_address(self.take)
+
+    def choose_method(self, methods: bytes) -> None:
+        """Agree on how the client says who he is: section 3; raise Refused."""
+        named = self.worker.generation.users is not None
+        method = 2 if named else 0
+        if method not in methods:
+            self.session.status = str(NO_METHOD.reply)
+            self.send(bytes([5, NO_METHOD.reply]))
+            linger(self.watch, self.client)
+            outcome = AUTH_REQUIRED if named else NO_METHOD
+            raise Refused(outcome, "the one method we want is not offered")
+        self.send(bytes([5, method]))
+        if named:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """Learn who the client is: RFC 1929; raise Refused."""
+        version, size = self.take(2)
+        name = self.take(size)
+        password = self.take(self.take(1)[0])
+        try:
+            if version != 1:
+                raise Refused(BAD_REQUEST, "this is no name and password")
+            self.session.user = authenticate(self.worker, name, password)
+        except Refused:
+            self.send(b"\1\1")
+            linger(self.watch, self.client)
+            raise
+        self.send(b"\1\0")
+
+    # What is answered.
+
+    def send(self, data: bytes) -> None:
+        """Send an answer: a few bytes, for which a new connection has room."""
+        try:
+            self.client.sock.sendall(data)
+        except OSError as error:
+            raise Refused(CLIENT_GONE, reason(error)) from None
+        self.session.down += len(data)
+
+    def reply(self, outcome: Outcome, address: SocketAddress = ("0.0.0.0", 0)) -> bytes:
+        """Return the reply that tells an outcome, with the address it is about."""
+        if self.version == 5:
+            self.session.status = str(outcome.reply)
+            return bytes([5, outcome.reply, 0]) + write_address(address)
+        code = REJECTED if outcome.reply else GRANTED
+        self.session.status = str(code)
+        packed = address_of(address[0])
+        if len(packed) == 16:  # there is no room for it
+            packed = bytes(4)
+        return struct.pack("!BBH4s", 0, code, address[1], packed)
+
+    def refuse(self, outcome: Outcome) -> None:
+        """Tell the client that it cannot be done, if he waits to hear it."""
+        if self.owes_reply:
+            with contextlib.suppress(Refused):
+                self.send(self.reply(outcome))
+                linger(self.watch, self.client)
+
+    # What is done.
+
+    def obey(self, command: int, host: str, port: int) -> None:
+        """Do what the client asks for; raise Refused."""
+        session = self.session
+        session.method = COMMANDS.get(command, "-")
+        self.worker.check_share()
+        if self.version == 4:
+            session.user = anonymous(self.worker)
+        if command == 3 and self.version == 5:
+            session.proto = "udp"
+            return self.associate()
+        session.target = printable(endpoint((host, port)).encode())
+        if command not in (1, 2):
+            raise Refused(NOT_IMPLEMENTED, f"command {command}")
+        self.worker.begin(session)
+        if command == 2:
+            return self.bind(host, port)
+        if not port:
+            raise Refused(BAD_REQUEST, "port 0")
+        server = dial(self.worker, self.policy, session, host, port)
+        return self.join(server, server.getsockname())
+
+    def join(self, server: socket.socket, address: SocketAddress) -> None:
+        """Tell the client of his connection, and carry what is said on it."""
+        self.worker.begin(self.session, titled=True)
+        opening = self.reply(OK, address)
+        self.owes_reply = False
+        stream = Stream(server, SERVER_GONE)
+        tunnel(self.worker, self.session, self.client, stream, opening)
+
+    def bind(self, host: str, port: int) -> None:
+        """Let a host call the client: RFC 1928 section 4; raise Refused."""
+        worker, session = self.worker, self.session
+        expected = judged(self.policy, worker.peer, session.user, host, port)
+        if self.version == 4:
+            expected = [packed for packed in expected if len(packed) == 4]
+        attempts = plan(expected, port, self.policy.uplinks, worker.board)
+        _, listener = open_outside(worker, self.policy, STREAM, attempts, {})
+        with listener:
+            session.source = endpoint(listener.getsockname())
+            worker.begin(session, titled=True)
+            self.send(self.reply(OK, listener.getsockname()))
+            server, address = self.admit(listener, expected)
+        session.address = endpoint(address)
+        self.join(server, address)
+
+    def admit(
+        self, listener: socket.socket, expected: list[bytes]
+    ) -> tuple[socket.socket, SocketAddress]:
+        """Return the first connection from an expected host; raise Refused.
+
+        A server may take as long to call as it may take to answer.
+        """
+        deadline = time.monotonic() + self.config.idle_timeout
+        # The client may have said something already: that is for the server.
+        wanted = {listener.fileno(): select.POLLIN, self.client.fd: select.POLLRDHUP}
+        while (left := deadline - time.monotonic()) > 0:
+            ready = self.watch.wait(wanted, left)
+            if self.client.fd in ready:
+                raise Refused(CLIENT_GONE, "closed before anybody called")
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                server, address = listener.accept()
+                if address_of(address[0]) in expected:
+                    return server, address
+                server.close()
+        raise Refused(NOBODY_CALLED, "the expected host did not call")
+
+    def associate(self) -> None:
+        """Relay the client's datagrams; raise Refused."""
+        association = Association(self.worker, self.policy, self.session, self.client)
+        try:
+            self.send(self.reply(OK, association.inner.getsockname()))
+            self.worker.begin(self.session, titled=True)
+            self.owes_reply = False
+            association.run()
+        finally:
+            association.close()
 
 
 # --- Redirected flows ---------------------------------------------------------
@@ -4705,6 +5151,19 @@ GATEWAYS: dict[bytes, Gateway] = {
 }
 
 
+def await_first_byte(worker: Worker, client: Stream) -> bool:
+    """Wait for who has just come to speak; return whether he does."""
+    try:
+        return client.fill()  # it has probably come with the connection
+    except BlockingIOError:
+        pass
+    # Who has just come makes no room for who comes next.
+    seconds = worker.config.head_timeout
+    if worker.watch.wait({client.fd: select.POLLIN}, min(1.0, seconds)):
+        return client.fill()
+    return bool(worker.silence(seconds, [client], fresh=True)) and client.fill()
+
+
 def serve_client(policy: Policy, worker: Worker) -> None:
     """Serve one client from the first byte to the last."""
     client = Stream(worker.client, CLIENT_GONE)
@@ -4714,7 +5173,12 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         return
     if target := redirected_from(worker):
         return serve_redirected(worker, policy, client, *target)
-    Http(worker, policy, client, GATEWAYS).serve()
+    if not await_first_byte(worker, client):
+        return
+    if client.received[0] in (4, 5):
+        Socks(worker, policy, client).serve()
+    else:
+        Http(worker, policy, client, GATEWAYS).serve()
 
 
 # --- Service ------------------------------------------------------------------
@@ -4900,11 +5364,16 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
     fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
     for number in range(WARM_CLIENTS):
         client = socket.create_connection(door)
-        tunnel = number % 2
-        client.sendall((f"CONNECT {at} " if tunnel else f"GET http://{at}/ ").encode())
-        client.sendall(fields.encode())
+        way = number % 3
+        if way == 2:
+            client.sendall(b"\5\1\0")
+            client.recv(COPY_SIZE)
+            client.sendall(b"\5\1\0" + write_address(origin.getsockname()))
+        else:
+            line = f"CONNECT {at} " if way else f"GET http://{at}/ "
+            client.sendall((line + fields).encode())
         server, _ = origin.accept()
-        if tunnel:
+        if way:
             client.recv(COPY_SIZE)
             client.sendall(b"a word")
         server.recv(COPY_SIZE)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure natwork beside its peers: the same work, in one run, as ratios.
 
-    python3 bench/bench.py                  every row, 5 rounds: some 6 minutes
+    python3 bench/bench.py                  every row, 5 rounds: some 8 minutes
     python3 bench/bench.py --quick          less of everything: about a minute
     python3 bench/bench.py --only connect-1g get-1g --rounds 3
     python3 bench/bench.py --syscalls       system calls a request, by strace
@@ -26,6 +26,7 @@ line.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import multiprocessing
 import os
@@ -38,6 +39,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -617,6 +619,15 @@ class Row:
     floor: float
     aim: tuple[str, float] | None = None
     needs: str = "nginx"
+    socks: bool = False  # natwork is asked by SOCKS, beside the SOCKS servers only
+
+    def fit(self, contenders: list[Contender]) -> list[Contender]:
+        """Return who takes part, as they are spoken to in this row."""
+        if self.socks:
+            names = ("natwork", *SOCKS_RIVALS)
+            able = [replace(c, speaks="socks") for c in contenders if c.name in names]
+            return [c for c in contenders if c.name == "direct"] + able
+        return [c for c in contenders if self.everyone or c.browses()]
 
 
 def connect_bulk(place: Place, contender: Contender, load: Load) -> Turn:
@@ -660,7 +671,58 @@ def small_gets(name: str, size: int, fresh: bool) -> Work:
     return work
 
 
+def fetch_anew(
+    speaks: str, door: int, port: int, seconds: float
+) -> tuple[int, float, Counter[str]]:
+    """Fetch 1 KiB over and over, by a connection each; return how often and how long.
+
+    The socket is as cheap as Python has it: a time limit of the kernel's own
+    spares a poll() before each call.
+    """
+    request = f"GET /1k HTTP/1.1\r\nHost: {HOST}:{port}\r\nConnection: close\r\n\r\n"
+    patience = struct.pack("ll", int(SILENCE_TIMEOUT), 0)
+    count, faults = 0, Counter[str]()
+    begun = time.perf_counter()
+    while (passed := time.perf_counter() - begun) < seconds:
+        try:
+            with socket.socket() as stream:
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+                stream.connect((HOST, door))
+                if speaks == "socks":
+                    ask_socks(stream, port)
+                stream.sendall(request.encode())
+                size = 0
+                while more := stream.recv(65536):
+                    size += len(more)
+            if size < 1 << 10:
+                raise BenchError("answer cut short")
+            count += 1
+        except (BenchError, OSError) as error:
+            faults[str(error)] += 1
+    return count, passed, faults
+
+
+def socks_new(place: Place, contender: Contender, load: Load) -> Turn:
+    before = origin_requests(place.origin)
+    direct = contender.speaks == "direct"
+    door = place.origin if direct else contender.port
+    task = (contender.speaks, door, place.origin, load.wrk_seconds)
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(CLIENTS, context) as clients:
+        done = list(clients.map(fetch_anew, *zip(*[task] * CLIENTS)))
+    requests = sum(count for count, _, _ in done)
+    faults = sum((fault for _, _, fault in done), Counter[str]())
+    # The second look at the status page is a request, too.
+    reached = origin_requests(place.origin) - before - 1
+    if reached < requests:
+        faults["request that did not reach the origin"] += requests - reached
+    if not requests:
+        raise BenchError(f"no request was answered{say(faults)}")
+    return requests / max(passed for _, passed, _ in done), requests / 1e6, faults
+
+
 HTTP_RIVALS = ("tinyproxy", "squid", "privoxy")
+SOCKS_RIVALS = ("dante", "microsocks")
 
 ROWS = {
     "connect-1g": Row(
@@ -712,6 +774,26 @@ ROWS = {
         rivals=HTTP_RIVALS,
         floor=1.1,
         needs="wrk",
+    ),
+    "socks-1g": Row(
+        title="1 GiB through SOCKS 5, one stream",
+        unit="MB/s",
+        cost_unit="CPU s/GiB",
+        work=connect_bulk,
+        everyone=False,
+        rivals=SOCKS_RIVALS,
+        floor=1.3,
+        socks=True,
+    ),
+    "socks-new": Row(
+        title="1 KiB through SOCKS 5, a new connection each, 8 clients",
+        unit="connections/s",
+        cost_unit="CPU us/connection",
+        work=socks_new,
+        everyone=False,
+        rivals=SOCKS_RIVALS,
+        floor=1.0,
+        socks=True,
     ),
 }
 IDLE_ROW = "idle-4000"
@@ -1203,7 +1285,7 @@ def show_rows(
     leaders = [c.process.pid for c in contenders if c.process]
     for name in names:
         row = ROWS[name]
-        fit = [c for c in contenders if row.everyone or c.browses()]
+        fit = row.fit(contenders)
         before = Usage.now(leaders)
         measured[name] = measure(row, place, fit, load)
         others = Usage.now(leaders).others_since(before)

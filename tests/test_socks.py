@@ -1,0 +1,728 @@
+"""SOCKS 4, 4a and 5: every message in any pieces, replies, BIND and datagrams."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import socket
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import pytest
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_all
+from conftest import read_exactly
+from conftest import read_head
+from running import echo
+from running import echoes
+from running import idle
+from running import title
+from sockswire import AGREED
+from sockswire import ASSOCIATE
+from sockswire import BIND
+from sockswire import HELLO
+from sockswire import Address
+from sockswire import UdpEcho
+from sockswire import addressed
+from sockswire import ask_five
+from sockswire import associated
+from sockswire import datagram
+from sockswire import five
+from sockswire import five_reply
+from sockswire import four
+from sockswire import four_reply
+from sockswire import named
+from sockswire import read_five
+from sockswire import read_four
+from wire import drip
+from wire import needs_ipv6
+from wire import send
+from wire import shared
+
+import natwork
+
+Natwork = Callable[..., Gateway]
+Start = Callable[..., Origin]
+Ask = Callable[[str, int], bytes]
+endpoint = natwork.endpoint
+
+the_gateway = shared()
+SOME = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def gateway(the_gateway: Gateway) -> Gateway:
+    """Return the gateway of the module, with nobody in it."""
+    eventually(lambda: idle(the_gateway) == the_gateway.workers())
+    return the_gateway
+
+
+def caller(server: Origin) -> Address:
+    """Return who has called a server."""
+    eventually(lambda: server.callers)
+    return server.callers[0]
+
+
+def fresh(running: Gateway) -> Callable[[], dict[str, str]]:
+    """Return a function that returns the log line of the next session to end."""
+    count = len(running.lines())
+    return lambda: running.lines(count + 1)[count]
+
+
+# --- CONNECT ------------------------------------------------------------------
+
+ASKS: dict[str, tuple[str, Ask]] = {
+    "4": ("127.0.0.3", lambda host, port: four(host, port)),
+    "4 without a user": ("127.0.0.3", lambda host, port: four(host, port, user=b"")),
+    "4, longest user": (
+        "127.0.0.3",
+        lambda host, port: four(host, port, user=b"u" * 255),
+    ),
+    "4a": ("127.0.0.1", lambda _, port: four("localhost", port)),
+    "4a, an address": (
+        "127.0.0.3",
+        lambda host, port: four("x", port)[:-2] + b"127.0.0.3\0",
+    ),
+    "5, address": ("127.0.0.3", lambda host, port: HELLO + five(addressed(host, port))),
+    "5, name": ("127.0.0.1", lambda _, port: HELLO + five(named("LocalHost", port))),
+    "5, an address as name": (
+        "127.0.0.3",
+        lambda host, port: HELLO + five(named(host, port)),
+    ),
+    "5, mapped": (
+        "127.0.0.3",
+        lambda host, port: HELLO + five(addressed("::ffff:" + host, port)),
+    ),
+    "5, every method": (
+        "127.0.0.3",
+        lambda host, port: (
+            b"\5\xff" + bytes(range(254, -1, -1)) + five(addressed(host, port))
+        ),
+    ),
+    "5, IPv6": ("::1", lambda host, port: HELLO + five(addressed(host, port))),
+    "5, IPv6 as name": ("::1", lambda host, port: HELLO + five(named(host, port))),
+    "4a, IPv6 as name": ("::1", lambda host, port: four(host, port)),
+}
+PIECES = ["whole", "bytes", "with more behind"]
+
+
+def feed(client: socket.socket, data: bytes, pieces: str) -> None:
+    """Send a request; what comes after it, if anything, is SOME."""
+    if pieces == "bytes":
+        drip(client, data)
+    else:
+        send(client, data + (SOME if pieces == "with more behind" else b""))
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("name", ASKS)
+def test_a_connection_is_granted_however_the_request_arrives(
+    gateway: Gateway, origin: Start, name: str, pieces: str
+) -> None:
+    host, ask = ASKS[name]
+    if ":" in host and needs_ipv6.args[0]:
+        pytest.skip("this box has no ::1")
+    server, line = origin(echo, host), fresh(gateway)
+    with gateway.connect() as client:
+        feed(client, ask(host, server.port), pieces)
+        if name.startswith("5"):
+            assert read_exactly(client, 2) == AGREED
+            code, source = read_five(client)
+            assert (code, source) == (0, caller(server))
+        else:
+            code, source = read_four(client)
+            known = ("0.0.0.0", caller(server)[1]) if ":" in host else None
+            assert (code, source) == (90, known or caller(server))
+        if pieces == "with more behind":  # before anything else that is said
+            assert read_exactly(client, len(SOME)) == SOME
+        assert echoes(client)
+    entry = line()
+    assert entry["proto"] == f"socks{name[0]}"
+    assert entry["address"] == server.authority
+    assert entry["source"] == endpoint(caller(server))
+    assert (entry["status"], entry["outcome"]) == (str(code), "closed")
+    assert (entry["method"], entry["user"]) == ("CONNECT", "-")
+    carried = len(b"still here") + len(SOME) * (pieces == "with more behind")
+    told = 8 if name[0] == "4" else 24 if ":" in host else 12
+    assert (entry["up"], entry["down"]) == (str(carried), str(carried + told))
+
+
+ZEROS = bytes(6)
+FAILURES: dict[str, tuple[bytes, bytes, str]] = {
+    "no method": (b"\5\0", b"\5\xff", "no-method"),
+    "a password only": (b"\5\1\2", b"\5\xff", "no-method"),
+    "GSSAPI and password": (b"\5\2\1\2", b"\5\xff", "no-method"),
+    "another version": (HELLO + b"\4\1\0\1" + ZEROS, five_reply(1), "bad-request"),
+    "reserved byte": (HELLO + b"\5\1\1\1" + ZEROS, five_reply(1), "bad-request"),
+    "command 0": (
+        HELLO + five(addressed("127.0.0.3", 1), 0),
+        five_reply(7),
+        "not-implemented",
+    ),
+    "command 4": (
+        HELLO + five(addressed("127.0.0.3", 1), 4),
+        five_reply(7),
+        "not-implemented",
+    ),
+    "address type 0": (HELLO + b"\5\1\0\0", five_reply(8), "bad-address-type"),
+    "address type 2": (HELLO + b"\5\1\0\2", five_reply(8), "bad-address-type"),
+    "address type 255": (HELLO + b"\5\1\0\xff", five_reply(8), "bad-address-type"),
+    "port 0": (HELLO + five(named("localhost", 0)), five_reply(1), "bad-request"),
+    "denied": (HELLO + five(addressed("10.1.2.3", 80)), five_reply(2), "denied-inside"),
+    "denied name": (
+        HELLO + five(named("10.1.2.3", 80)),
+        five_reply(2),
+        "denied-inside",
+    ),
+    "mail": (HELLO + five(named("127.0.0.3", 25)), five_reply(2), "denied-loopback"),
+    "refused": (HELLO + five(addressed("127.0.0.3", 1)), five_reply(5), "refused"),
+    "no such host": (
+        HELLO + five(named("nosuch.invalid", 80)),
+        five_reply(4),
+        "no-such-host",
+    ),
+    **{
+        f"the name {name!r}": (
+            HELLO + five(named(name, 80)),
+            five_reply(1),
+            "bad-request",
+        )
+        for name in (
+            b"",
+            b"a\0b",
+            b"local\0",
+            b"user@localhost",
+            b"a b",
+            b"a%2e",
+            b"a\nb",
+            b"a:80",
+            b"[::1]",
+            b"127.1",
+            b"0x7f.1",
+            b"2130706433",
+            b"\xc3\xa9",
+        )
+    },
+    "4, refused": (four("127.0.0.3", 1), four_reply(91), "refused"),
+    "4, denied": (four("10.1.2.3", 80), four_reply(91), "denied-inside"),
+    "4, port 0": (four("127.0.0.3", 0), four_reply(91), "bad-request"),
+    "4, command 0": (four("127.0.0.3", 1, 0), four_reply(91), "not-implemented"),
+    "4, command 3": (four("127.0.0.3", 1, 3), four_reply(91), "not-implemented"),
+    "4, nowhere": (four("0.0.0.0", 80), four_reply(91), "denied-unspecified"),
+    "4, endless user": (
+        four("127.0.0.3", 80, user=b"u" * 256)[:264],
+        four_reply(91),
+        "bad-request",
+    ),
+    "4a, no such host": (four("nosuch.invalid", 80), four_reply(91), "no-such-host"),
+    "4a, empty name": (four("x", 80)[:-2] + b"\0", four_reply(91), "bad-request"),
+    "4a, a bad name": (four("a@b", 80), four_reply(91), "bad-request"),
+    "4a, 127.1": (four("127.1", 80), four_reply(91), "bad-request"),
+    "4a, endless name": (four("n" * 256, 80)[:-1], four_reply(91), "bad-request"),
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_has_its_reply_and_is_closed_at_once(
+    gateway: Gateway, name: str, pieces: str
+) -> None:
+    asked, told, outcome = FAILURES[name]
+    if asked[0] == 5 and told[1] != 0xFF:
+        told = AGREED + told
+    line, began = fresh(gateway), time.monotonic()
+    with gateway.connect() as client:
+        feed(client, asked, pieces)
+        assert read_all(client) == told
+        assert time.monotonic() < began + 5  # R75: within ten
+    entry = line()
+    code = told[-len(five_reply(0)) + 1] if told[:2] == AGREED else told[1]
+    assert (entry["status"], entry["outcome"]) == (str(code), outcome)
+    assert (entry["address"], entry["source"]) == ("-", "-")
+    assert (entry["up"], entry["down"]) == ("0", str(len(told)))
+
+
+def test_the_gateway_itself_is_a_loop(gateway: Gateway) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        client.sendall(HELLO + five(addressed(*gateway.address)))
+        assert read_all(client) == AGREED + five_reply(2)
+    assert line()["outcome"] == "loop"
+
+
+@pytest.mark.parametrize(
+    ("number", "reply"),
+    [
+        (errno.ENETUNREACH, 3),
+        (errno.ENETDOWN, 3),
+        (errno.EHOSTUNREACH, 4),
+        (errno.ECONNREFUSED, 5),
+        (errno.ECONNRESET, 5),
+        (errno.ETIMEDOUT, 6),
+        (errno.ENODEV, 3),
+        (errno.EADDRNOTAVAIL, 3),
+        (errno.EMFILE, 1),
+        (errno.EADDRINUSE, 1),
+    ],
+)
+def test_an_error_of_the_kernel_has_its_reply(number: int, reply: int) -> None:
+    assert natwork.OUTCOME_OF_ERRNO[number].reply == reply  # RFC 1928 section 6
+
+
+def test_every_outcome_has_a_reply_and_only_success_has_0() -> None:
+    outcomes = [x for x in vars(natwork).values() if isinstance(x, natwork.Outcome)]
+    good = {x.word for x in outcomes if x.reply == 0}
+    assert len(outcomes) > 30 and good == {"ok", "closed"}
+    assert {x.reply for x in outcomes} == {0, 1, 2, 3, 4, 5, 6, 7, 8, 255}
+
+
+@pytest.mark.parametrize(
+    "first", [b"\0", b"\3\1\0", b"\6", b"\x16\3\1", b" GET", b"\n"]
+)
+def test_what_is_neither_socks_nor_http_is_refused(
+    gateway: Gateway, first: bytes
+) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        send(client, first)
+        assert read_head(client).startswith(b"HTTP/1.1 400 ")
+    assert line()["outcome"] == "bad-request"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"\5", b""),
+        (b"\5\2\0", b""),
+        (HELLO, AGREED + five_reply(1)),
+        (HELLO + five(named("localhost", 80))[:-1], AGREED + five_reply(1)),
+        (b"\4", four_reply(91)),
+        (four("localhost", 80)[:-1], four_reply(91)),
+    ],
+)
+def test_a_request_must_come_within_head_timeout(
+    natwork: Natwork, said: bytes, told: bytes
+) -> None:
+    running = natwork("head_timeout=0.5", "spare_workers=1")
+    with running.connect() as client:
+        send(client, said)
+        assert read_all(client) == told
+    assert running.lines(1)[0]["outcome"] == "head-timeout"
+
+
+def test_a_client_who_drips_has_no_more_time_than_others(natwork: Natwork) -> None:
+    running = natwork("head_timeout=0.5")
+    with running.connect() as client:
+        client.sendall(b"\4\1")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(12):
+                time.sleep(0.1)
+                client.sendall(b"\1")
+        assert running.lines(1)[0]["outcome"] == "head-timeout"
+
+
+def test_who_says_nothing_is_closed_without_a_line(natwork: Natwork) -> None:
+    running = natwork("head_timeout=0.5")
+    with running.connect() as client:
+        assert client.recv(1) == b""
+    assert running.lines() == []
+
+
+@pytest.mark.parametrize("said", [b"\5", HELLO + b"\5\1", b"\4\1", four("a", 80)[:-1]])
+def test_a_client_who_leaves_inside_the_request_is_gone(
+    gateway: Gateway, said: bytes
+) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        client.sendall(said)
+    assert line()["outcome"] == "client-gone"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.3", pytest.param("::1", marks=needs_ipv6)])
+def test_the_reply_has_the_outside_address(
+    natwork: Natwork, origin: Start, host: str
+) -> None:
+    running, server = natwork("outside=127.0.0.2 ::1"), origin(echo, host)
+    with running.connect() as client:
+        code, source = ask_five(client, five(addressed(host, server.port)))
+        assert (code, source) == (0, caller(server))
+        assert source[0] == ("::1" if host == "::1" else "127.0.0.2")
+
+
+def test_each_half_of_a_connection_ends_by_itself(
+    gateway: Gateway, origin: Start
+) -> None:
+    def late(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"heard " + read_all(connection))
+
+    server = origin(late)
+    with gateway.connect() as client:
+        assert ask_five(client, five(addressed(server.host, server.port)))[0] == 0
+        client.sendall(b"all of it")
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"heard all of it"
+
+
+# --- BIND ---------------------------------------------------------------------
+
+SERVER = "127.0.0.3"
+
+
+@contextlib.contextmanager
+def bound(
+    running: Gateway, host: str = SERVER, version: int = 5, more: bytes = b""
+) -> Iterator[tuple[socket.socket, Address]]:
+    """Have a port opened for a host; yield the client's end and where it is."""
+    read = read_five if version == 5 else read_four
+    with running.connect() as client:
+        if version == 5:
+            client.sendall(HELLO + five(addressed(host, 21), BIND) + more)
+            assert read_exactly(client, 2) == AGREED
+        else:
+            client.sendall(four(host, 21, BIND) + more)
+        code, where = read(client)
+        assert code == (0 if version == 5 else 90)
+        yield client, where
+
+
+def call(where: Address, source: str = SERVER) -> socket.socket:
+    """Return a connection from a server to the port that was opened."""
+    return socket.create_connection(where, 10, source_address=(source, 0))
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("outside", ["", "127.0.0.2"])
+def test_the_expected_host_calls_back(
+    natwork: Natwork, outside: str, version: int
+) -> None:
+    running = natwork(f"outside={outside}")
+    with bound(running, version=version, more=b"early ") as (client, where):
+        assert where[0] == outside or not outside
+        with call(where) as server:
+            reply = (read_five if version == 5 else read_four)(client)
+            assert reply == (0 if version == 5 else 90, server.getsockname())
+            client.sendall(b"there")
+            assert read_exactly(server, 11) == b"early there"
+            server.sendall(b"and back")
+            assert read_exactly(client, 8) == b"and back"
+            with pytest.raises(ConnectionRefusedError):  # one call, no more
+                call(where)
+            here = server.getsockname()
+        assert read_all(client) == b""
+    (line,) = running.lines(1)
+    assert (line["method"], line["outcome"]) == ("BIND", "closed")
+    assert line["source"] == endpoint(where)
+    assert line["address"] == endpoint(here)
+    assert line["target"] == f"{SERVER}:21"
+    assert line["status"] == ("0" if version == 5 else "90")
+
+
+@needs_ipv6
+def test_a_host_calls_back_by_ipv6(gateway: Gateway) -> None:
+    with bound(gateway, "::1") as (client, where):
+        assert where[0] == "::1"
+        with call(where, "::1") as server:
+            assert read_five(client) == (0, server.getsockname()[:2])
+            assert echoing(server, client)
+
+
+def echoing(server: socket.socket, client: socket.socket) -> bool:
+    """Say whether a byte gets there and back."""
+    client.sendall(b"x")
+    server.sendall(server.recv(1))
+    return client.recv(1) == b"x"
+
+
+def test_another_host_that_calls_is_closed(gateway: Gateway) -> None:
+    with bound(gateway) as (client, where):
+        for stranger in ("127.0.0.4", "127.0.0.1"):
+            with call(where, stranger) as one:
+                assert one.recv(1) == b""
+        with call(where) as server:
+            assert read_five(client) == (0, server.getsockname())
+            assert echoing(server, client)
+
+
+@pytest.mark.parametrize(
+    ("host", "outcome"),
+    [("10.1.2.3", "denied-inside"), ("0.0.0.0", "denied-unspecified")],
+)
+def test_the_rules_say_who_may_be_expected(
+    gateway: Gateway, host: str, outcome: str
+) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        assert ask_five(client, five(addressed(host, 0), BIND)) == (2, ("0.0.0.0", 0))
+        assert read_all(client) == b""
+    assert line()["outcome"] == outcome
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def test_ports_are_of_bind_ports_and_serve_again(natwork: Natwork) -> None:
+    port = free_port()
+    running = natwork(f"bind_ports={port}")
+    for _ in range(3):
+        with bound(running) as (client, where):
+            assert where[1] == port
+            with running.connect() as other:  # all are taken
+                asked = five(addressed(SERVER, 21), BIND)
+                assert ask_five(other, asked) == (1, ("0.0.0.0", 0))
+            with call(where) as server:
+                assert read_five(client)[0] == 0
+                assert echoing(server, client)
+    words = {line["outcome"] for line in running.lines(6)}
+    assert words == {"closed", "overload"}
+
+
+def test_nobody_waits_for_ever_for_a_call(natwork: Natwork) -> None:
+    running = natwork("idle_timeout=1")
+    with bound(running) as (client, where):
+        assert read_all(client) == five_reply(6)
+        with pytest.raises(ConnectionRefusedError):
+            call(where)
+    (line,) = running.lines(1)
+    assert (line["outcome"], line["status"]) == ("bind-timeout", "6")
+
+
+def test_a_client_who_leaves_closes_his_port(gateway: Gateway) -> None:
+    line = fresh(gateway)
+    with bound(gateway, more=b"something early") as (_, where):
+        pass
+    assert line()["outcome"] == "client-gone"
+    with pytest.raises(ConnectionRefusedError):
+        call(where)
+
+
+# --- UDP ASSOCIATE ------------------------------------------------------------
+
+
+@pytest.fixture
+def udp() -> Iterator[Callable[..., UdpEcho]]:
+    """Return a function that starts a UDP echo server."""
+    with contextlib.ExitStack() as stack:
+
+        def start(host: str = SERVER) -> UdpEcho:
+            server = UdpEcho(host)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+Udp = Callable[..., UdpEcho]
+
+
+@pytest.mark.parametrize(
+    ("host", "spelled"),
+    [
+        (SERVER, SERVER),
+        ("127.0.0.1", "localhost"),
+        (SERVER, "::ffff:" + SERVER),
+        pytest.param("::1", "::1", marks=needs_ipv6),
+    ],
+)
+def test_datagrams_go_there_and_back(
+    gateway: Gateway, udp: Udp, host: str, spelled: str
+) -> None:
+    server, line = udp(host), fresh(gateway)
+    where = addressed(spelled, server.port)
+    with associated(gateway) as client:
+        assert client.relay[0] == "127.0.0.1"
+        for payload in (b"a question", b"", SOME):
+            answer = client.exchange(where, payload)
+            assert answer == ((host, server.port), payload)
+    entry = line()
+    assert (entry["proto"], entry["method"]) == ("udp", "ASSOCIATE")
+    assert (entry["status"], entry["outcome"]) == ("0", "closed")
+    size = len(b"a question" + SOME)
+    told = len(AGREED + five_reply(0))
+    assert (entry["up"], entry["down"]) == (str(size), str(size + told))
+    assert entry["address"] == endpoint((host, server.port))
+    assert entry["source"] == endpoint(server.senders[0])
+    assert entry["target"].endswith(f":{server.port}")
+
+
+def test_one_association_talks_to_many_hosts(gateway: Gateway, udp: Udp) -> None:
+    servers = [udp(f"127.0.0.{n}") for n in range(3, 9)]
+    with associated(gateway) as client:
+        for server in servers * 2:
+            where = addressed(server.host, server.port)
+            assert client.exchange(where, b"x") == ((server.host, server.port), b"x")
+    ports = {sender for server in servers for sender in server.senders}
+    assert len(ports) == 1  # one source port for all: RFC 4787 section 4.1
+
+
+def test_the_client_is_pinned_by_address_and_first_port(
+    gateway: Gateway, udp: Udp
+) -> None:
+    server = udp()
+    where = addressed(server.host, server.port)
+    with associated(gateway) as client, contextlib.ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            for _ in range(2)
+        ]
+        strangers[0].bind(("127.0.0.9", 0))
+        strangers[0].sendto(datagram(where, b"first of all"), client.relay)
+        assert client.exchange(where, b"mine")[1] == b"mine"
+        strangers[1].bind(("127.0.0.1", 0))
+        for stranger in strangers:
+            stranger.sendto(datagram(where, b"not mine"), client.relay)
+        assert client.exchange(where, b"still mine")[1] == b"still mine"
+        assert len(server.senders) == 2
+        for stranger in strangers:
+            stranger.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                stranger.recv(1)
+
+
+WHERE = addressed(SERVER, 9)
+DROPPED = {
+    "a fragment": bytes([0, 0, 1]) + WHERE + b"x",
+    "the last fragment": bytes([0, 0, 0x80]) + WHERE + b"x",
+    "reserved bytes": bytes([0, 1, 0]) + WHERE + b"x",
+    "nothing": b"",
+    "too short": bytes(3),
+    "half an address": bytes(3) + WHERE[:4],
+    "half a port": bytes(3) + WHERE[:6],
+    "half a name": bytes(3) + named("localhost", 9)[:6],
+    "a name's length": bytes(3) + b"\3",
+    "another address type": bytes(3) + b"\2" + WHERE[1:] + b"x",
+    "no name": bytes(3) + named("", 9) + b"x",
+    "a bad name": bytes(3) + named(b"a\0b", 9) + b"x",
+    "no such host": bytes(3) + named("nosuch.invalid", 9) + b"x",
+    "port 0": bytes(3) + addressed(SERVER, 0) + b"x",
+    "mail": bytes(3) + addressed(SERVER, 25) + b"x",
+    "inside": bytes(3) + addressed("10.1.2.3", 9) + b"x",
+    "multicast": bytes(3) + addressed("224.0.0.1", 9) + b"x",
+    "nobody there": bytes(3) + addressed("127.0.0.99", 9) + b"x",
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_what_cannot_be_sent_is_dropped_and_the_rest_goes_on(
+    gateway: Gateway, udp: Udp, name: str
+) -> None:
+    server, line = udp(), fresh(gateway)
+    where = addressed(server.host, server.port)
+    with associated(gateway) as client:
+        for _ in range(3):
+            client.sock.sendto(DROPPED[name], client.relay)
+        assert client.exchange(where, b"good") == ((server.host, server.port), b"good")
+    sent = 3 if name == "nobody there" else 0  # and what the kernel says is survived
+    assert line()["up"] == str(sent + 4)
+
+
+def outer_port(server: UdpEcho) -> Address:
+    """Return where the gateway's datagrams to a server came from."""
+    return server.senders[-1]
+
+
+@pytest.mark.parametrize("anyone", ["no", "yes"])
+def test_a_host_that_was_not_written_to_is_heard_only_on_demand(
+    natwork: Natwork, udp: Udp, anyone: str
+) -> None:
+    rules = "rules=allow to 127.0.0.3/32, 127.0.0.4/32"
+    running = natwork(f"udp_from_anyone={anyone}", rules, loopback=False)
+    server, stranger, denied = udp(), udp("127.0.0.4"), udp("127.0.0.5")
+    where = addressed(server.host, server.port)
+    with associated(running) as client:
+        client.exchange(where, b"open")
+        denied.sock.sendto(b"denied", outer_port(server))
+        stranger.sock.sendto(b"hello", outer_port(server))
+        if anyone == "yes":
+            assert client.receive() == ((stranger.host, stranger.port), b"hello")
+        assert client.exchange(where, b"on")[1] == b"on"  # and nothing before it
+        # Another port of a host that was written to is no stranger.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind((SERVER, 0))
+            other.sendto(b"as well", outer_port(server))
+            assert client.receive() == (other.getsockname(), b"as well")
+
+
+def test_an_association_ends_with_its_control_connection(
+    gateway: Gateway, udp: Udp
+) -> None:
+    server, line = udp(), fresh(gateway)
+    where = addressed(server.host, server.port)
+    with associated(gateway) as client:
+        client.control.sendall(b"what is said here means nothing")
+        assert client.exchange(where, b"x")[1] == b"x"
+        client.control.close()
+        assert line()["outcome"] == "closed"
+        for port in (client.relay, outer_port(server)):  # both are free again
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind(port)
+
+
+def test_an_association_ends_when_nothing_moves(natwork: Natwork, udp: Udp) -> None:
+    running, server = natwork("idle_timeout=1"), udp()
+    where = addressed(server.host, server.port)
+    with associated(running) as client:
+        began = time.monotonic()
+        for _ in range(4):
+            time.sleep(0.4)
+            client.exchange(where, b"x")
+        for _ in range(10):  # what is dropped keeps nothing alive
+            client.send(where, b"x", fragment=1)
+            time.sleep(0.1)
+        assert client.control.recv(1) == b""
+        assert 2.4 < time.monotonic() - began < 5
+    (line,) = running.lines(1)
+    assert (line["outcome"], line["status"]) == ("idle-timeout", "0")
+
+
+def test_datagrams_leave_by_the_uplink_and_from_bind_ports(
+    natwork: Natwork, udp: Udp
+) -> None:
+    port = free_port()
+    running, server = natwork("outside=127.0.0.2", f"bind_ports={port}"), udp()
+    with associated(running) as client:
+        where = addressed(server.host, server.port)
+        client.exchange(where, b"x")
+        assert outer_port(server) == ("127.0.0.2", port)
+        with associated(running) as other:  # no port is left: its datagrams drop
+            other.send(where, b"x")
+            client.exchange(where, b"y")
+        assert len(server.senders) == 2
+    assert {line["outcome"] for line in running.lines(2)} == {"closed"}
+
+
+def test_the_largest_datagrams_pass_and_larger_ones_drop(
+    gateway: Gateway, udp: Udp
+) -> None:
+    server = udp()
+    where = addressed(server.host, server.port)
+    most = 65507 - len(datagram(where, b""))
+    with associated(gateway) as client:
+        assert client.exchange(where, b"m" * most)[1] == b"m" * most
+        # An answer with no room left for its header.
+        server.sock.sendto(b"m" * 65507, outer_port(server))
+        assert client.exchange(where, b"small")[1] == b"small"
+
+
+def test_version_4_has_no_datagrams(gateway: Gateway) -> None:
+    with gateway.connect() as client:
+        client.sendall(four(SERVER, 9, ASSOCIATE))
+        assert read_four(client)[0] == 91
+
+
+def test_an_open_association_is_in_the_titles(natwork: Natwork, udp: Udp) -> None:
+    running, server = natwork("spare_workers=1"), udp()
+    with associated(running) as client:
+        client.exchange(addressed(server.host, server.port), b"x")
+        name = "%s:%d" % client.control.getsockname()
+        want = re.escape(f"natwork: {name} > ") + rf".* > {SERVER}:\d+ udp {SERVER}"
+
+        def shown() -> bool:
+            return any(re.fullmatch(want, title(pid)) for pid in running.workers())
+
+        eventually(shown)

@@ -1,0 +1,281 @@
+"""SOCKS with real clients and servers, from the inside to the outside of a box."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import subprocess
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import ip
+from box import make_certificates
+from box import needs
+from conftest import eventually
+from sockswire import Association
+from sockswire import UdpEcho
+from sockswire import addressed
+from sockswire import datagram
+from test_end_to_end import Rig
+from test_end_to_end import set_up
+from test_end_to_end import some_bytes
+
+pytestmark = pytest.mark.end_to_end
+
+DOOR = "10.9.0.1:8080"
+DOOR6 = "[fd00:9::1]:8080"
+
+VSFTPD = """\
+background=NO
+listen=YES
+anonymous_enable=YES
+anon_root={folder}/ftp
+secure_chroot_dir={folder}/empty
+seccomp_sandbox=NO
+pasv_enable=NO
+connect_from_port_20=YES
+xferlog_enable=NO
+"""
+SSHD = """\
+ListenAddress 203.0.113.80
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/key.pub
+PidFile {folder}/sshd.pid
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+"""
+DANTE = """\
+resolveprotocol: fake
+route {{
+    from: 0.0.0.0/0 to: 0.0.0.0/0 via: 10.9.0.1 port = 8080
+    proxyprotocol: {protocol}
+    command: connect bind udpassociate
+    protocol: tcp udp
+    method: none
+}}
+"""
+PROXYCHAINS = """\
+strict_chain
+proxy_dns
+[ProxyList]
+{protocol} 10.9.0.1 8080
+"""
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """Return a box with nginx outside and natwork running."""
+    needs("openssl")
+    made = tmp_path / "certificates"
+    made.mkdir()
+    make_certificates(made)
+    yield from set_up(tmp_path, made, second_uplink=False)
+
+
+def write(rig: Rig, name: str, text: str) -> str:
+    """Write a file; return its path."""
+    path = rig.folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def output(rig: Rig, *words: str, **environment: str) -> str:
+    """Run a program on the inside; return what it prints."""
+    done = rig.box.run("inside", *words, **environment)
+    assert done.returncode == 0, (words, done.stdout, done.stderr)
+    return done.stdout
+
+
+def listens(
+    rig: Rig, process: subprocess.Popen[str], *words: str
+) -> Callable[[], bool]:
+    """Return a function that says whether a socket of the outside is open."""
+
+    def check() -> bool:
+        assert process.poll() is None
+        return bool(rig.box.run("outside", "ss", "-Hln", *words).stdout)
+
+    return check
+
+
+@pytest.mark.parametrize("door", [DOOR, DOOR6])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    ("option", "host", "proto", "told"),
+    [
+        ("--socks4", "203.0.113.80", "socks4", "90"),
+        ("--socks4a", "www.example.com", "socks4", "90"),
+        ("--socks4a", "six.example.com", "socks4", "90"),
+        ("--socks5", "203.0.113.80", "socks5", "0"),
+        ("--socks5", "[2001:db8:9::80]", "socks5", "0"),
+        ("--socks5-hostname", "www.example.com", "socks5", "0"),
+        ("--socks5-hostname", "six.example.com", "socks5", "0"),
+        ("--socks5-hostname", "dual-stack.example.com", "socks5", "0"),
+    ],
+)
+def test_curl_gets_a_page(
+    rig: Rig, option: str, host: str, proto: str, told: str, scheme: str, door: str
+) -> None:
+    gateway = rig.natwork()
+    path = rig.web.write("page", some_bytes(100_000))
+    words = [option, door, "--insecure", "--silent", "--show-error", "--max-time", "20"]
+    words += ["--globoff", "--output", str(rig.folder / "got")]
+    output(rig, "curl", *words, f"{scheme}://{host}{path}")
+    assert (rig.folder / "got").read_bytes() == some_bytes(100_000)
+    (line,) = gateway.lines(1)
+    assert (line["proto"], line["status"]) == (proto, told)
+    assert line["outcome"] == "closed"
+    (entry,) = rig.web.entries(1)
+    source = f"[{entry['client']}]" if ":" in entry["client"] else entry["client"]
+    assert line["source"] == f"{source}:{entry['port']}"
+
+
+def test_ssh_goes_through_netcat(rig: Rig) -> None:
+    needs("ssh", "ssh-keygen", "sshd", "nc")
+    gateway = rig.natwork("outside=wan")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for key in ("host", "key"):
+        words = ["-q", "-N", "", "-t", "ed25519", "-f", str(rig.folder / key)]
+        subprocess.run(["ssh-keygen", *words], check=True)
+    config = write(rig, "sshd_config", SSHD.format(folder=rig.folder))
+    server = rig.box.start(
+        "outside", "/usr/sbin/sshd", "-D", "-f", config, folder=rig.folder
+    )
+    eventually(listens(rig, server, "-t", "sport = :22"))
+    options = {
+        "ProxyCommand": f"nc -X 5 -x {DOOR} %h %p",
+        "StrictHostKeyChecking": "no",
+        "UserKnownHostsFile": "/dev/null",
+        "IdentityFile": str(rig.folder / "key"),
+        "IdentitiesOnly": "yes",
+        "BatchMode": "yes",
+    }
+    words = [w for name, value in options.items() for w in ("-o", f"{name}={value}")]
+    command = "head -c 1000000 /dev/zero | wc -c; echo $SSH_CLIENT"
+    said = output(rig, "ssh", "-F", "none", *words, "root@203.0.113.80", command)
+    size, client = said.splitlines()
+    assert (size, client.split()[0]) == ("1000000", "203.0.113.1")
+    (line,) = gateway.lines(1)
+    assert (line["proto"], line["target"]) == ("socks5", "203.0.113.80:22")
+
+
+@pytest.mark.parametrize("protocol", ["socks4", "socks5"])
+def test_proxychains_gets_a_page_by_name(rig: Rig, protocol: str) -> None:
+    needs("proxychains4")
+    gateway = rig.natwork()
+    path = rig.web.write("page", b"a page")
+    config = write(rig, "chains.conf", PROXYCHAINS.format(protocol=protocol))
+    words = ["-q", "-f", config, "curl", "-sS", "--max-time", "20"]
+    page = output(rig, "proxychains4", *words, f"http://www.example.com{path}")
+    assert page == "a page"
+    (line,) = gateway.lines(1)
+    assert (line["proto"], line["target"]) == (protocol, "www.example.com:80")
+
+
+def dante(rig: Rig, protocol: str = "socks_v5") -> dict[str, str]:
+    """Return the environment that has socksify ask the gateway."""
+    return {"SOCKS_CONF": write(rig, "dante.conf", DANTE.format(protocol=protocol))}
+
+
+@pytest.mark.parametrize("protocol", ["socks_v4", "socks_v5"])
+def test_socksify_gets_a_page(rig: Rig, protocol: str) -> None:
+    needs("socksify", "wget")
+    gateway = rig.natwork()
+    path = rig.web.write("page", b"a page")
+    url = f"http://203.0.113.80{path}"
+    words = ["wget", "-q", "-T", "20", "-t", "1", "-O", "-", url]
+    assert output(rig, "socksify", *words, **dante(rig, protocol)) == "a page"
+    (line,) = gateway.lines(1)
+    assert line["proto"] == f"socks{protocol[-1]}"
+
+
+@pytest.mark.parametrize("protocol", ["socks_v4", "socks_v5"])
+@pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1"])
+def test_an_ftp_server_calls_back(rig: Rig, outside: str, protocol: str) -> None:
+    needs("socksify", "tnftp", "vsftpd")
+    gateway = rig.natwork(f"outside={outside}", "bind_ports=41000-41003")
+    folder = rig.folder
+    for name in ("ftp", "empty"):
+        (folder / name).mkdir()
+    (folder / "ftp" / "file").write_bytes(some_bytes(300_000))
+    config = write(rig, "vsftpd.conf", VSFTPD.format(folder=folder))
+    server = rig.box.start("outside", "vsftpd", config, folder=folder)
+    eventually(listens(rig, server, "-t", "sport = :21"))
+    got = folder / "got"
+    words = ["-A", "-q", "20", "-o", str(got), "ftp://203.0.113.80/file"]
+    output(rig, "socksify", "tnftp", *words, **dante(rig, protocol))
+    assert got.read_bytes() == some_bytes(300_000)
+    lines = {line["method"]: line for line in gateway.lines(2)}
+    call = lines["BIND"]
+    assert call["address"] == "203.0.113.80:20"
+    host, _, port = call["source"].rpartition(":")
+    assert host == "203.0.113.1" and 41000 <= int(port) <= 41003
+    assert call["outcome"] == lines["CONNECT"]["outcome"] == "closed"
+    assert int(call["down"]) >= 300_000
+
+
+def test_drill_asks_a_name_server(rig: Rig) -> None:
+    needs("socksify", "drill", "dnsmasq")
+    gateway = rig.natwork()
+    words = [
+        "--keep-in-foreground",
+        "--no-resolv",
+        "--no-hosts",
+        "--conf-file=/dev/null",
+    ]
+    words += ["--listen-address=203.0.113.80", "--bind-interfaces", "--user=root"]
+    words += ["--pid-file=", "--address=/name.example/198.51.100.7"]
+    server = rig.box.start("outside", "dnsmasq", *words, folder=rig.folder)
+    eventually(listens(rig, server, "-u", "sport = :53"))
+    words = ["-4", "@203.0.113.80", "name.example"]
+    assert "198.51.100.7" in output(rig, "socksify", "drill", *words, **dante(rig))
+    (line,) = gateway.lines(1)
+    assert (line["proto"], line["address"]) == ("udp", "203.0.113.80:53")
+    assert (line["source"].rpartition(":")[0], line["outcome"]) == (
+        "203.0.113.1",
+        "closed",
+    )
+
+
+def link_local(rig: Rig, place: str) -> str:
+    """Return the link-local address of a machine on the inside's cable."""
+    listed = ip("-n", rig.box.name(place), "-o", "-6", "addr", "show", "dev", "lan")
+    return next(x for x in listed.split() if x.startswith("fe80:")).partition("/")[0]
+
+
+@pytest.mark.parametrize("door", ["10.9.0.1", "fd00:9::1", "link-local"])
+@pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1 2001:db8:9::1"])
+def test_datagrams_of_either_family_go_to_either_family(
+    rig: Rig, outside: str, door: str
+) -> None:
+    gateway = rig.natwork(f"outside={outside}")
+    here = {"10.9.0.1": "10.9.0.2", "fd00:9::1": "fd00:9::2"}.get(door, "::")
+    scope = ""
+    if here == "::":
+        door, scope = link_local(rig, "gateway"), "%lan"
+    servers = [
+        rig.box.within("outside", functools.partial(UdpEcho, host))
+        for host in ("203.0.113.80", "2001:db8:9::80", "203.0.113.81")
+    ]
+
+    def associate() -> Association:
+        control = socket.create_connection((door + scope, 8080), 10)
+        return Association(control, here)
+
+    client = rig.box.within("inside", associate)
+    assert client.relay[0] == door
+    relay = client.relay + client.control.getpeername()[2:]  # with the scope
+    for server in servers:
+        where = addressed(server.host, server.port)
+        client.sock.sendto(datagram(where, b"x"), relay)
+        assert client.receive() == ((server.host, server.port), b"x")
+        known = "2001:db8:9::1" if ":" in server.host else "203.0.113.1"
+        assert server.senders[0][0] == known
+        server.close()
+    client.sock.close()
+    client.control.close()
+    (line,) = gateway.lines(1)
+    assert (line["proto"], line["up"]) == ("udp", "3")
