@@ -631,6 +631,24 @@ def test_a_gateway_may_be_a_parent_that_wants_a_user(
     )
 
 
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_socks_goes_through_parents_too(
+    natwork: Natwork, origin: Start, scheme: str
+) -> None:
+    place = Tunnel(b"HTTP/1.1 200 x\r\n\r\nhello") if scheme == "http" else Socks()
+    parent = origin(place)
+    gateway = natwork(parents(f"{scheme}://{parent.authority}"))
+    with gateway.connect() as client:
+        client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\3\0\x51")
+        assert read_exactly(client, 12)[:4] == b"\5\0\5\0"
+        assert read_exactly(client, 5) == b"hello" and echoes(client)
+    gateway = natwork(parents(f"{scheme}://{CLOSED.decode()}"))
+    with gateway.connect() as client:
+        client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\3\0\x51")
+        assert read_exactly(client, 12)[2:4] == b"\5\5"
+    assert gateway.lines(1)[0]["outcome"] == "parent-refused"
+
+
 # --- Real ones ----------------------------------------------------------------
 
 

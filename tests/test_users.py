@@ -25,6 +25,8 @@ from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
+from conftest import read_all
+from conftest import read_exactly
 from conftest import read_head
 from running import PROGRAM
 from running import Daemon
@@ -39,11 +41,14 @@ from wire import NAME
 from wire import Message
 from wire import Script
 from wire import at_end
+from wire import drip
 from wire import exchange
 from wire import proxy_error
 from wire import read_answer
 from wire import request
 from wire import reset
+from wire import send
+from wire import sized
 
 import natwork
 from natwork import printable
@@ -445,6 +450,82 @@ def test_curl_names_its_user(
     assert "407" in curl("--proxy-user", "alice:wrong")
     assert curl("--proxy-user", user).startswith("200")
     assert curl("--proxy-user", user, "--proxy-anyauth").startswith("200")
+
+
+# --- SOCKS --------------------------------------------------------------------
+
+
+def login(name: bytes, password: bytes) -> bytes:
+    """Return the greeting and the name and password of RFC 1929."""
+    return b"\5\1\2\1%c%b%c%b" % (len(name), name, len(password), password)
+
+
+def socks5(origin: Origin) -> bytes:
+    return b"\5\1\0\1" + socket.inet_aton(origin.host) + origin.port.to_bytes(2, "big")
+
+
+@pytest.mark.parametrize("say", [send, drip])
+def test_socks5_asks_for_name_and_password(
+    natwork: Natwork, origin: Start, users: Path, say: Callable[..., None]
+) -> None:
+    gateway, server = natwork(f"users={users}"), origin(echo)
+    with gateway.connect() as client:
+        say(client, login(b"alice;app=ssh", SECRET) + socks5(server) + b"early")
+        assert read_exactly(client, 4) == b"\5\2\1\0"
+        assert read_exactly(client, 10)[:2] == b"\5\0"
+        assert read_exactly(client, 5) == b"early"
+    line = gateway.lines(1)[0]
+    assert (line["user"], line["proto"]) == ("alice;app=ssh", "socks5")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "word"),
+    [
+        (login(b"alice", b"wrong"), b"\5\2\1\1", "auth-failed"),
+        (login(b"nobody", SECRET), b"\5\2\1\1", "auth-failed"),
+        (login(b"", b""), b"\5\2\1\1", "auth-failed"),
+        (login(b"n" * 255, b"p" * 255), b"\5\2\1\1", "auth-failed"),  # R73
+        (login(b"alice", SECRET).replace(b"\2\1", b"\2\2"), b"\5\2\1\1", "bad-request"),
+        (b"\5\1\0", b"\5\xff", "auth-required"),
+        (b"\5\2\0\1", b"\5\xff", "auth-required"),
+        (b"\4\1\0\1\x7f\0\0\1alice\0", b"\0\x5b" + bytes(6), "auth-required"),
+        (b"\4\1\0\1\0\0\0\1alice\0a\0", b"\0\x5b" + bytes(6), "auth-required"),
+    ],
+)
+def test_socks_is_not_for_strangers(
+    natwork: Natwork, users: Path, said: bytes, answer: bytes, word: str
+) -> None:
+    gateway = natwork(f"users={users}")
+    with gateway.connect() as client:
+        client.sendall(said)
+        assert read_all(client) == answer
+    line = gateway.lines(1)[0]
+    assert (line["outcome"], line["user"]) == (word, "-")
+
+
+def test_one_table_and_one_memory_serve_socks_and_http(
+    natwork: Natwork, origin: Start, users: Path
+) -> None:
+    needs("curl")
+    gateway, server = natwork(f"users={users}"), origin(Script(sized(b"a page")))
+    host = "%s:%d" % gateway.address
+    for way in ("--socks5", "--socks5-hostname", "--proxy"):
+        words = ["curl", "--silent", "--noproxy", "", way, host]
+        words += ["--proxy-user", f"alice:{SECRET.decode()}", server.url]
+        done = subprocess.run(words, capture_output=True, timeout=30)
+        assert done.stdout == b"a page", done
+    assert checks(gateway) == 1
+    assert [line["user"] for line in gateway.lines(3)] == ["alice"] * 3
+
+
+def test_what_is_too_many_is_reply_2(natwork: Natwork, origin: Start) -> None:
+    gateway, server = natwork("max_per_client=1"), origin(echo)
+    with gateway.connect() as first, gateway.connect() as second:
+        first.sendall(b"\5\1\0" + socks5(server))
+        assert read_exactly(first, 12)[:4] == b"\5\0\5\0"
+        second.sendall(b"\5\1\0" + socks5(server))
+        assert read_all(second) == b"\5\0\5\2\0\1" + bytes(6)
+    assert {line["outcome"] for line in gateway.lines(2)} == {"too-many", "closed"}
 
 
 # --- What a check costs -------------------------------------------------------
