@@ -25,6 +25,7 @@ Usage:
     natwork.py -t                                    check the configuration
     natwork.py --table [--json]                      the sessions of this box (root)
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
+    natwork.py --passwd USER                         a line for the file of users
 
 Settings are in natwork.conf, each explained and commented out at its default.
 
@@ -118,6 +119,8 @@ UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
+PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
+VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
 WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
 CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
@@ -149,6 +152,11 @@ def say(message: str) -> None:
         os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
 
 
+def masked(text: str) -> str:
+    """Return text on one line, less what may be the password in a URL."""
+    return re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text says which part, and why."""
 
@@ -163,10 +171,13 @@ class Config:
     )
     outside = ""
     rules = ""
+    users = ""
+    parents = ""
     gateways = ""
     name = ""  # empty: the host name
     spare_workers = 8
     max_workers = 2048
+    max_per_client = 0
     clients_per_worker = 1000
     head_timeout = 10.0
     connect_timeout = 10.0
@@ -198,7 +209,7 @@ class Config:
 
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is no good."""
-        value = " ".join(str(getattr(self, name)).split())
+        value = masked(str(getattr(self, name)))
         return ConfigError(
             f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
         )
@@ -207,6 +218,8 @@ class Config:
         """Raise ConfigError for a number out of range or a word out of place."""
         for name in self.names():
             value = getattr(self, name)
+            if value == 0 and name == "max_per_client":
+                continue
             if type(value) in (int, float) and not 0 < value < 1e9:
                 raise self.refuse(name, "must be more than 0")
         if self.max_workers > SLOTS:
@@ -221,9 +234,9 @@ class Config:
         if not re.fullmatch(r"[\w.-]{1,255}", self.name, re.ASCII):
             raise self.refuse("name", "must be letters, digits, dots and dashes")
 
-    def rule_lines(self) -> list[str]:
-        """Return the lines of `rules`, which end at a newline or a semicolon."""
-        lines = [line.strip() for line in re.split("[\n;]", self.rules)]
+    def lines(self, name: str) -> list[str]:
+        """Return the lines of a setting, which end at a newline or a semicolon."""
+        lines = [line.strip() for line in re.split("[\n;]", getattr(self, name))]
         return [line for line in lines if line]
 
     def text(self) -> str:
@@ -235,8 +248,9 @@ class Config:
                 value = int(value)
             if isinstance(value, bool):
                 value = "yes" if value else "no"
-            if name == "rules":  # a line that begins with ";" would be a comment
-                value = "".join(f"\n    {line}" for line in self.rule_lines())
+            if name in ("rules", "parents"):  # a line of ";..." would be a comment
+                listed = map(masked, self.lines(name))
+                value = "".join(f"\n    {line}" for line in listed)
             lines.append(f"{name} = {value}".rstrip())
         return "\n".join(lines)
 
@@ -280,7 +294,7 @@ def read_settings(path: str) -> dict[str, str]:
             "DuplicateSectionError": "this section stands in the file twice",
             "MissingSectionHeaderError": "it stands before the line [natwork]",
         }.get(type(error).__name__, "it is not NAME = VALUE")
-        raise ConfigError(f"{path}: line {number}: {line}: {why}") from None
+        raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
     for section in parser.sections():
         if section != "natwork":
             raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
@@ -299,14 +313,14 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     for option in options:
         name, equals, text = option.partition("=")
         if not equals:
-            raise ConfigError(f"option -o {option}: must be NAME=VALUE")
+            raise ConfigError(f"option -o {masked(option)}: must be NAME=VALUE")
         given.append(("option -o", name.strip(), text.strip()))
     settings, where = {}, {}
     for place, name, text in given:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            raise ConfigError(f"{place}: {name} = {text}: {error}") from None
+            raise ConfigError(f"{place}: {name} = {masked(text)}: {error}") from None
     config = Config(**settings)
     config.where = where
     config.check()
@@ -326,6 +340,7 @@ TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
 USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNECT."
 LOG_IN = "Give the server's user name and password."
+SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
 OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
@@ -333,9 +348,8 @@ OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 STATUSES = (
     "400 Bad Request,401 Unauthorized,403 Forbidden,404 Not Found,"
-    "405 Method Not Allowed,"
-    "408 Request Timeout,414 URI Too Long,"
-    "417 Expectation Failed,431 Request Header Fields Too Large,"
+    "405 Method Not Allowed,407 Proxy Authentication Required,408 Request Timeout,"
+    "414 URI Too Long,417 Expectation Failed,431 Request Header Fields Too Large,"
     "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,"
     "503 Service Unavailable,504 Gateway Timeout,505 HTTP Version Not Supported"
 ).split(",")
@@ -379,6 +393,8 @@ NOT_FOUND = Outcome("not-found", 404, "http_request_error", "Check the path.")
 NO_LOGIN = Outcome("login-refused", 401, "http_request_error", LOG_IN)
 NOT_STORED = Outcome("not-stored", 403, "http_request_error", "Ask its owner.")
 DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR, 2)
+AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO, 2)
+AUTH_FAILED = AUTH_REQUIRED._replace(word="auth-failed")
 LOOP = Outcome("loop", 502, "proxy_loop_detected", ASK_ANOTHER, 2)
 NO_PAGE = NOT_FOUND._replace(word="no-page", advice=OWN_PAGES)
 BAD_METHOD = NO_PAGE._replace(word="bad-method", status=405)
@@ -394,7 +410,10 @@ UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", reply=3)
 HOST_UNREACHABLE = UNROUTABLE._replace(reply=4)
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
 NOBODY_CALLED = CONNECT_TIMEOUT._replace(word="bind-timeout")
+PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # less which way
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
+AUTH_BUSY = OVERLOAD._replace(word="auth-busy")
+TOO_MANY = OVERLOAD._replace(word="too-many", reply=2)
 
 SERVER_GONE = Outcome("server-gone", 502, "connection_terminated")
 BAD_RESPONSE = Outcome("bad-response", 502, "http_protocol_error", "Tell its owner.")
@@ -445,9 +464,15 @@ GENERATIONS = 240
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
 FORKS, BEGAN, USED = range(7, 10)  # the master's: Unix time; slots that ever were
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
+SCRYPTS = 15  # passwords checked; only the holder of the lock writes
 OURS = 0x316B726F7774616E  # "natwork1"
-STATES = 4096  # offset of the state bytes
-ROWS = STATES + SLOTS  # offset of the slots
+# Pairs of name and password that were right: when, and a digest of 24 bytes.
+VERIFIED, VERIFIED_SETS, VERIFIED_WAYS = 4096, 256, 4
+STATES = VERIFIED + 32 * VERIFIED_SETS * VERIFIED_WAYS  # offset of the state bytes
+# For each slot a word that stands for its client, 0 for none, and when he came.
+CLIENTS = (STATES + SLOTS) // 8
+ARRIVALS = CLIENTS + SLOTS
+ROWS = 8 * (ARRIVALS + SLOTS)  # offset of the slots
 # A slot begins with words too: which row is up; pid; bytes of the session that
 # is; and in all sessions, bytes, and log lines that were lost.
 WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
@@ -483,6 +508,7 @@ class Scoreboard:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.memory = mmap.mmap(self.fd, size)
         self.words = memoryview(self.memory).cast("Q")
+        self.secret = os.urandom(32)  # known to this gateway's processes alone
 
     def describe(self, max_workers: int) -> None:
         """Write down whose scoreboard this is; no uplink has failed yet."""
@@ -511,6 +537,54 @@ class Scoreboard:
         if uplink < UPLINK_LIMIT:
             self.words[UPLINKS + uplink] = int(time.monotonic())
 
+    def lock(self) -> bool:
+        """Take the lock for the one password check at a time, if nobody has it.
+
+        It is a record lock: the kernel frees it when its process ends.
+        """
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        fcntl.lockf(self.fd, fcntl.LOCK_UN)
+
+    def places(self, digest: bytes) -> list[int]:
+        """Return the offsets at which a digest may stand."""
+        first = VERIFIED + 32 * VERIFIED_WAYS * (digest[0] % VERIFIED_SETS)
+        return [first + 32 * way for way in range(VERIFIED_WAYS)]
+
+    def remembers(self, digest: bytes) -> bool:
+        """Return whether a digest was put here a short while ago."""
+        now = time.monotonic()
+        for place in self.places(digest):
+            # Written last and read first, the time never makes a digest young.
+            since = self.words[place // 8]
+            if since and now - since < VERIFIED_TIME:
+                if self.memory[place + 8 : place + 32] == digest:
+                    return True
+        return False
+
+    def remember(self, digest: bytes) -> None:
+        """Put a digest in the place of the oldest; for the holder of the lock."""
+        place = min(self.places(digest), key=lambda place: self.words[place // 8])
+        self.words[place // 8] = 0
+        self.memory[place + 8 : place + 32] = digest
+        self.words[place // 8] = int(time.monotonic())
+
+    def came_before(self, number: int, slots: int) -> int:
+        """Return how many sessions of a slot's client came before this one."""
+        clients = self.words[CLIENTS : CLIENTS + slots].tolist()
+        same = [n for n, client in enumerate(clients) if client == clients[number]]
+        for _ in range(10):
+            came = {n: self.words[ARRIVALS + n] for n in same}
+            if all(came.values()):
+                break
+            time.sleep(0.001)  # one is just coming: is he before us?
+        return sum((came[n], n) < (came[number], number) for n in same)
+
 
 def ended_by(proto: str, outcome: str) -> int:
     """Return where a slot counts the sessions of a protocol and an outcome.
@@ -536,6 +610,14 @@ class Slot:
         """Begin with a clean row; the totals are the slot's and go on growing."""
         self.words[WHICH] = self.words[UP] = self.words[DOWN] = 0
         self.words[PID] = pid  # 0 until the worker has got this far
+
+    def hold(self, client: str) -> None:
+        """Say whose the slot is from now on; "" for nobody's."""
+        words = self.board.words
+        # In this order: who counts and does not see us was here before us.  And
+        # hash() is the same in all processes forked from one.
+        words[CLIENTS + self.number] = hash(client) & 0xFFFFFFFF | 1 if client else 0
+        words[ARRIVALS + self.number] = time.monotonic_ns() if client else 0
 
     def show(self, row: bytes) -> None:
         """Put a session's row up.
@@ -619,13 +701,16 @@ class Session:
     """
 
     __slots__ = (
-        "address,began,client,down,method,pid,proto,source,status,target,up,user"
+        "address,began,client,down,method,parent,pid,proto,source,status,target,up,"
+        "user,via"
     ).split(",")
 
     def __init__(self, client: str, pid: int, proto: str = "-") -> None:
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
         self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
+        self.via = b""  # the gateways that a CONNECT has come through
+        self.parent: Parent | None = None  # who takes a request, not a tunnel
         self.up = self.down = 0  # bytes written to the server, and to the client
 
     def row(self) -> bytes:
@@ -653,7 +738,8 @@ class Session:
 
     def title(self) -> str:
         """Return the process title: no path, no query, and the host last."""
-        way = f"{self.client} > {self.source} > {self.address}"
+        who = self.client if self.user == "-" else f"{self.client} {self.user}"
+        way = f"{who} > {self.source} > {self.address}"
         return f"natwork: {way} {self.proto} {self.host()}"
 
     def line(self, outcome: str) -> str:
@@ -1140,6 +1226,7 @@ class Generation:
         )
         self.families = {s.fileno(): int(s.family) for s in listeners.values()}
         self.number = 0
+        self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -1196,6 +1283,7 @@ class Worker:
                 self.poke()
             with self.client:
                 self.generation.serve(self)
+            self.slot.hold("")
             if self.leaving():
                 return
 
@@ -1241,7 +1329,17 @@ class Worker:
             return False
         self.peer = address[0].removeprefix("::ffff:")
         self.name = endpoint((self.peer, address[1]))
+        self.slot.hold(self.peer)
         return True
+
+    def check_share(self) -> None:
+        """Raise Refused if this client has max_per_client sessions besides this one."""
+        limit = self.config.max_per_client
+        if not limit:
+            return
+        slots = max(self.config.max_workers, self.slot.number + 1)
+        if self.board.came_before(self.slot.number, slots) >= limit:
+            raise Refused(TOO_MANY, f"{self.peer} has {limit} sessions already")
 
     def is_surplus(self) -> bool:
         """Give up being idle; return whether enough others are."""
@@ -1368,7 +1466,7 @@ class Master:
         self.stopping = False
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
-        self.private = [self.wake_out, self.pressure_in, board.fd]  # not the workers'
+        self.private = [self.wake_out, self.pressure_in]  # not the workers'
         self.title = ""
         # sd_watchdog_enabled(3): twice as often as would just do.
         self.notify_pause = int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2e6
@@ -1465,6 +1563,7 @@ class Master:
             slot, generation = self.workers.pop(pid)
             if status:
                 self.bury(slot, os.waitstatus_to_exitcode(status))
+            slot.hold("")
             slot.state(FREE)
             if status and not slot.words[PID]:  # nor would the next one get further
                 self.fork_at = time.monotonic() + 1
@@ -1893,7 +1992,9 @@ def parse_rule(text: str, number: int) -> Rule:
         " ".join([verb, *words]),
         verb == "allow",
         tuple(parse_network(source) for source in sources) if sources else None,
-        frozenset(lists["user"]) if "user" in lists else None,
+        frozenset(printable(user.encode()) for user in lists["user"])
+        if "user" in lists
+        else None,
         frozenset(names) if "to" in lists else None,
         tuple(blocks),
         tuple(parse_ports(port) for port in ports) if ports else None,
@@ -1920,6 +2021,69 @@ def parse_uplink(text: str) -> Uplink:
     return Uplink(text, b"")
 
 
+class Parent(NamedTuple):
+    """Another proxy, and what goes through it."""
+
+    name: str  # its URL, without user and password
+    scheme: str  # http or socks5
+    host: str
+    port: int
+    user: bytes
+    password: bytes
+    targets: Rule
+    plain: bool  # for http:// requests alone
+
+    def takes(self, proto: str, host: str, addresses: list[bytes]) -> bool:
+        """Return whether a target is asked of it; addresses are those of the host."""
+        found = [form for packed in addresses for form in forms(packed)]
+        return (not self.plain or proto == "http") and (
+            self.targets.names_target(host.rstrip("."), found)
+        )
+
+
+PARENT_URL = re.compile(
+    r"((http|socks5)://)(?:([^:@/]+):([^:@/]*)@)?"
+    r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
+    re.ASCII,
+)
+
+
+def parse_parent(text: str) -> Parent:
+    """Return the parent that a line of `parents` describes; raise ValueError.
+
+    What it raises never quotes the line, which may hold a password.
+    """
+    url, *words = re.sub(r"\s*,\s*", ",", text).split()
+    parts = dict(zip(words[::2], words[1::2]))
+    if len(words) != 2 * len(parts) or not parts.keys() <= {"to", "scheme"}:
+        raise ValueError("behind the URL stand only to TARGETS and scheme http")
+    if parts.get("scheme", "http") != "http":
+        raise ValueError("the only scheme to be named is http")
+    match = PARENT_URL.fullmatch(url)
+    if not match:
+        raise ValueError("a URL is not http://HOST:PORT or socks5://HOST:PORT")
+    # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
+    user, password = (
+        re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
+        for part in ((match[3] or "").encode(), (match[4] or "").encode())
+    )
+    if len(user) > 255 or len(password) > 255:  # RFC 1929 section 2
+        raise ValueError("a user or a password is longer than 255 bytes")
+    host = match[6].strip("[]").lower()
+    if match[6][0] == "[" and len(pack(host)) != 16:
+        raise ValueError("what stands in brackets is an IPv6 address")
+    return Parent(
+        match[1] + match[5],
+        match[2],
+        host,
+        parse_ports(match[7]).start,
+        user,
+        password,
+        parse_rule(f"allow to {parts.get('to', '*')}", 0),
+        "scheme" in parts,
+    )
+
+
 class Verdict(NamedTuple):
     """What the rules say of one address: the outcome, and the rule in words."""
 
@@ -1933,7 +2097,7 @@ def denied(word: str, rule: str) -> Verdict:
 
 
 class Policy:
-    """Who is a client, and what may be dialed: `inside`, `outside` and `rules`."""
+    """Who is a client, and what is dialed how: from `inside` to `parents`."""
 
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
@@ -1950,13 +2114,15 @@ class Policy:
             setting = "inside"
             self.inside = networks(config.inside)
             setting = "rules"
-            for number, line in enumerate(config.rule_lines(), 1):
+            for number, line in enumerate(config.lines("rules"), 1):
                 self.rules.append(parse_rule(line, number))
             setting = "outside"
             self.uplinks = [
                 parse_uplink(word)._replace(number=number)
                 for number, word in enumerate(config.outside.split())
             ]
+            setting = "parents"
+            self.parents = [parse_parent(line) for line in config.lines("parents")]
             setting, ports = "bind_ports", config.bind_ports
             self.bind_ports = range(1) if ports == "0" else parse_ports(ports)
         except ValueError as error:
@@ -2043,9 +2209,29 @@ class Policy:
         """
         # One page asks for many things at once; but our own addresses may change.
         second = int(time.monotonic())
+        bare = user.partition(";")[0]  # behind it stands what he says of himself
         # Who was redirected did not choose a gateway to send his mail through.
         mail = port == 25 and not redirected
-        return self.judged(client, user, host.rstrip("."), port, packed, mail, second)
+        return self.judged(client, bare, host.rstrip("."), port, packed, mail, second)
+
+    def parent_for(
+        self, proto: str, host: str, addresses: list[bytes]
+    ) -> Parent | None:
+        """Return the first parent that takes a target, None where we dial it."""
+        takers = (p for p in self.parents if p.takes(proto, host, addresses))
+        return next(takers, None)
+
+    def trusts(self, client: str, user: str, host: str, port: int) -> bool:
+        """Return whether a rule allows a name of which no address is known here."""
+        who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
+        for rule in self.rules:
+            if not rule.matches(who, bare, name, port, []):
+                continue
+            if not rule.allow:
+                return False
+            if rule.names and (port != 25 or range(25, 26) in (rule.ports or ())):
+                return True
+        return False
 
     def judge_now(
         self,
@@ -2083,6 +2269,147 @@ class Policy:
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
         return Verdict(True, OK, "built-in rule: allow the rest")
+
+
+# --- Users --------------------------------------------------------------------
+#
+# Who asks, where `users` is set.  To check a password takes scrypt 50 ms and
+# 16 MiB, as it is meant to; so there is one check at a time on the box, and a
+# pair of name and password that was right is remembered on the scoreboard, as a
+# digest under a key that is never written anywhere.
+
+NOBODY = bytes(16), bytes(32)  # checked for an unknown name; no password fits
+USER_LINE = re.compile(
+    rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
+)
+
+
+def scrypt(password: bytes, salt: bytes) -> bytes:
+    """Return the hash of a password, by RFC 7914."""
+    import hashlib
+
+    # One cost for all: an unknown name must not be told by the time it takes.
+    return hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
+
+
+def check_name(name: bytes) -> None:
+    """Raise ValueError for a name that a log, a rule or RFC 7617 could not hold."""
+    if not re.fullmatch(rb"[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
+        raise ValueError("a name is 1 to 60 bytes, no blank, colon, semicolon or comma")
+
+
+def user_line(name: bytes, password: bytes) -> bytes:
+    """Return the line for the file of users; raise ValueError for a bad name."""
+    check_name(name)
+    salt = os.urandom(16)
+    parts = [
+        binascii.b2a_base64(part, newline=False).rstrip(b"=")
+        for part in (salt, scrypt(password, salt))
+    ]
+    return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
+
+
+def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
+    """Return salt and hash of each user, None if all may ask; raise ConfigError."""
+    if not config.users:
+        return None
+    import hashlib  # here, so that it is not loaded in every worker
+    import hmac
+
+    users: dict[str, tuple[bytes, bytes]] = {}
+    try:
+        hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
+        hmac.compare_digest(b"", b"")
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        with open(os.open(config.users, flags), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) or mode & 0o007:
+                raise ValueError("it must be a file that others cannot read: chmod o=")
+            lines = file.read().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line or line.startswith(b"#"):
+                continue
+            match = USER_LINE.fullmatch(line)
+            if not match:
+                raise ValueError(f"line {number} is none that --passwd has printed")
+            check_name(match[1])
+            if (name := printable(match[1])) in users:
+                raise ValueError(f"line {number} is the second for {name}")
+            users[name] = (
+                binascii.a2b_base64(match[2] + b"=="),
+                binascii.a2b_base64(match[3] + b"="),
+            )
+    except OSError as error:
+        raise config.refuse("users", reason(error)) from None
+    except (AttributeError, ValueError) as error:
+        raise config.refuse("users", str(error)) from None
+    return users
+
+
+def verify(
+    board: Scoreboard, digest: bytes, password: bytes, line: tuple[bytes, bytes]
+) -> None:
+    """Check a password by its line, with the lock held; raise Refused."""
+    import hmac
+
+    if board.remembers(digest):  # another of his connections was quicker
+        return
+    salt, wanted = line
+    board.words[SCRYPTS] += 1
+    if not hmac.compare_digest(scrypt(password, salt), wanted):
+        raise Refused(AUTH_FAILED, "the name or the password is wrong")
+    board.remember(digest)
+
+
+def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
+    """Return a user's name, for the log, once the password is verified; raise Refused.
+
+    A name may go on behind a ";" with what the client knows of itself: that is
+    logged and not checked.
+    """
+    if worker.generation.users is None:
+        return "-"
+    import hashlib
+
+    board = worker.board
+    bare = printable(name.partition(b";")[0])
+    line = worker.generation.users.get(bare, NOBODY)
+    # The salt and the hash stand for the name: a new password is a new pair.
+    pair = b"".join((*line, password))
+    digest = hashlib.blake2b(pair, key=board.secret, digest_size=24).digest()
+    deadline = time.monotonic() + PASSWORD_TIMEOUT
+    pause = 0.02 + worker.pid % 64 / 2000  # so that hundreds do not ask in step
+    while not board.remembers(digest):
+        if board.lock():
+            try:
+                verify(board, digest, password, line)
+            finally:
+                board.unlock()
+        elif (left := deadline - time.monotonic()) <= 0:
+            raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
+        elif worker.watch.wait({worker.client.fileno(): 0}, min(left, pause)):
+            raise Refused(CLIENT_GONE, "left before the password was checked")
+        pause = min(2 * pause, 0.5)
+    return printable(name)
+
+
+def anonymous(worker: Worker) -> str:
+    """Return the user of a client who gives no name; raise Refused if he must."""
+    if worker.generation.users is not None:
+        raise Refused(AUTH_REQUIRED, "a name and a password are needed")
+    return "-"
+
+
+def credentials(value: bytes) -> tuple[bytes, bytes] | None:
+    """Return name and password of a Basic value, RFC 7617; None for anything else."""
+    scheme, _, text = value.partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        name, _, password = binascii.a2b_base64(text).partition(b":")
+    except ValueError:
+        return None
+    return name, password
 
 
 # --- Connecting ---------------------------------------------------------------
@@ -2312,6 +2639,172 @@ def judged(
     return allowed
 
 
+CRLF = b"\r\n"
+
+
+class Handshake:
+    """A few words with a parent, before his socket is a tunnel; raises Refused."""
+
+    def __init__(self, worker: Worker, sock: socket.socket, deadline: float) -> None:
+        """Take a socket; deadline is for all that is said and heard."""
+        self.watch, self.sock, self.deadline = worker.watch, sock, deadline
+
+    def wait(self, events: int) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0 or not self.watch.wait({self.sock.fileno(): events}, left):
+            raise Refused(CONNECT_TIMEOUT, "no answer within connect_timeout")
+
+    def say(self, data: bytes) -> None:
+        while data:
+            self.wait(select.POLLOUT)
+            data = data[self.sock.send(data) :]
+
+    def hear(self, count: int) -> bytes:
+        """Return so many bytes and take no more: what follows is the target's."""
+        heard = b""
+        while len(heard) < count:
+            self.wait(select.POLLIN)
+            piece = self.sock.recv(count - len(heard))
+            if not piece:
+                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
+            heard += piece
+        return heard
+
+    def hear_head(self) -> bytes:
+        """Return a response head, and take no byte behind it."""
+        head, end = b"", -1
+        while end < 0:
+            self.wait(select.POLLIN)
+            end = (head + self.sock.recv(HEAD_LIMIT, socket.MSG_PEEK)).find(CRLF * 2)
+            ready = HEAD_LIMIT if end < 0 else end + 4 - len(head)
+            piece = self.sock.recv(ready)
+            if not piece:
+                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
+            head += piece
+            if len(head) >= HEAD_LIMIT:
+                raise Refused(BAD_RESPONSE, f"answer over {HEAD_LIMIT} bytes")
+        return head
+
+
+# What a parent's refusal is to our client; anything else: it could not connect.
+PARENT_STATUS = {403: DENIED, 503: OVERLOAD, 504: CONNECT_TIMEOUT}
+PARENT_REPLY = {  # RFC 1928 section 6
+    2: DENIED,
+    3: UNROUTABLE,
+    4: UNROUTABLE,
+    5: CONNECT_REFUSED,
+    6: CONNECT_TIMEOUT,
+}
+
+
+def basic(parent: Parent) -> bytes:
+    """Return the field line that says to a parent who we are, if he wants to know."""
+    if not parent.user:
+        return b""
+    pair = b"%b:%b" % (parent.user, parent.password)
+    return (
+        b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair, newline=False) + CRLF
+    )
+
+
+def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
+    """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
+    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
+    talk.say(lines % (at, at, via, basic(parent)))
+    status = 100
+    while status < 200:
+        line = talk.hear_head().partition(CRLF)[0]
+        match = re.fullmatch(rb"HTTP/1\.[0-9] ([1-5][0-9][0-9])( .*)?", line)
+        if not match:
+            raise Refused(BAD_RESPONSE, "this is not HTTP")
+        status = int(match[1])
+    if status >= 300:
+        outcome = PARENT_STATUS.get(status, CONNECT_FAILED)._replace(word=str(status))
+        raise Refused(outcome, line[9:].decode("latin-1"))
+
+
+def ask_socks(talk: Handshake, parent: Parent, target: str) -> None:
+    """Have a parent connect to HOST:PORT: RFC 1928 and 1929; raise Refused."""
+    methods = b"\0\2" if parent.user else b"\0"
+    talk.say(bytes([5, len(methods)]) + methods)
+    version, method = talk.hear(2)
+    if version != 5:
+        raise Refused(BAD_RESPONSE, "this is not SOCKS5")
+    if method not in methods:
+        raise Refused(CONNECT_FAILED._replace(word="auth-required"), "it wants a user")
+    if method == 2:
+        user, password = parent.user, parent.password
+        talk.say(b"\1%c%b%c%b" % (len(user), user, len(password), password))
+        if talk.hear(2)[1]:
+            outcome = CONNECT_FAILED._replace(word="auth-failed")
+            raise Refused(outcome, "it does not know our user")
+    host, _, port = target.rpartition(":")
+    try:
+        packed = pack(host.strip("[]"))
+        to = (b"\1" if len(packed) == 4 else b"\4") + packed
+    except ValueError:
+        name = host.encode()
+        to = b"\3%c%b" % (len(name), name)
+    talk.say(b"\5\1\0%b%b" % (to, int(port).to_bytes(2, "big")))
+    _, reply, _, kind = talk.hear(4)
+    if reply:
+        outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
+        raise Refused(outcome._replace(word=f"reply-{reply}"), f"SOCKS reply {reply}")
+    talk.hear({1: 4, 4: 16}.get(kind) or talk.hear(1)[0])
+    talk.hear(2)
+
+
+def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket.socket:
+    """Return the connection that is there first; the session learns its two ends."""
+    race = Race(worker.watch, worker.board)
+    sock, attempt = race.run(attempts, worker.config.connect_timeout)
+    session.address = endpoint((unpack(attempt.packed), attempt.port))
+    session.source = endpoint(sock.getsockname())
+    return sock
+
+
+def dial_parent(
+    worker: Worker, policy: Policy, session: Session, parent: Parent, target: str
+) -> socket.socket:
+    """Return a connection to HOST:PORT that leads through a parent; raise Refused.
+
+    For an http:// request and a parent that takes such it is one to the parent,
+    and session.parent says so.
+    """
+    found = resolve(parent.host, parent.port)
+    deadline = time.monotonic() + worker.config.connect_timeout
+    # What is near us is not reached by way of the outside.
+    near = [packed for packed in found if policy.closes(forms(packed))]
+    far = [packed for packed in found if packed not in near]
+    attempts = plan(near, parent.port, [], worker.board)
+    attempts += plan(far, parent.port, policy.uplinks, worker.board)
+    sock = connect(worker, session, attempts)
+    talk = Handshake(worker, sock, deadline)
+    try:
+        if parent.scheme == "socks5":
+            ask_socks(talk, parent, target)
+        elif session.proto == "http":
+            session.parent = parent
+        else:
+            via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
+            ask_http(talk, parent, via, target.encode())
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
+    """Return a refusal that says by which parent it came about."""
+    if isinstance(error, OSError):
+        error = Refused(SERVER_GONE, reason(error))
+    outcome, detail = error.outcome, f"parent {parent.name}: {error.detail}"
+    if outcome is DRAINED:
+        return error
+    word = f"{PARENT_FAILED.word}-{outcome.word}"
+    return Refused(outcome._replace(word=word), detail)
+
+
 def dial(
     worker: Worker,
     policy: Policy,
@@ -2326,13 +2819,31 @@ def dial(
     """
     began = time.monotonic()
     redirected = session.proto == "redirect"
-    addresses = judged(policy, worker.peer, session.user, host, port, redirected, only)
-    attempts = plan(addresses, port, policy.uplinks, worker.board)
-    race = Race(worker.watch, worker.board)
-    sock, attempt = race.run(attempts, worker.config.connect_timeout)
+    session.parent, unknown = None, None
+    addresses: list[bytes] = []
+    asked = policy, worker.peer, session.user, host, port, redirected
+    try:
+        addresses = judged(*asked, only="" if policy.parents else only)
+    except Refused as refusal:
+        # A parent may know the name, if it is one that may be asked for.
+        if refusal.outcome not in (NO_SUCH_HOST, DNS_TIMEOUT):
+            raise
+        if not policy.trusts(worker.peer, session.user, host, port):
+            raise
+        unknown = refusal
+    if parent := policy.parent_for(session.proto, host, addresses):
+        try:
+            sock = dial_parent(worker, policy, session, parent, endpoint((host, port)))
+        except (OSError, Refused) as error:
+            raise parent_failed(parent, error) from None
+    elif unknown:
+        raise unknown
+    else:
+        if only and policy.parents:
+            addresses = judged(*asked, only=only)
+        attempts = plan(addresses, port, policy.uplinks, worker.board)
+        sock = connect(worker, session, attempts)
     worker.slot.connected(time.monotonic() - began)
-    session.address = endpoint((unpack(attempt.packed), port))
-    session.source = endpoint(sock.getsockname())
     return sock
 
 
@@ -2421,6 +2932,9 @@ USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTAL
 Names = dict[bytes, list[bytes]]
 
 MISUNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
+SERVER_FAULTS = (
+    "connection_terminated http_protocol_error http_response_timeout".split()
+)
 CHUNKED = -1  # a body's length: known chunk by chunk
 ENDLESS = -2  # a response body's length: until the connection closes
 # RFC 9110 section 7.6.1, and what this hop alone may read.
@@ -2717,6 +3231,19 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
+def readdress(head: bytearray, authority: bytes, parent: Parent) -> None:
+    """Turn a request that is ready for its server into one for a parent.
+
+    RFC 9112 section 3.2.2: in absolute-form, and for "*" without a path.
+    """
+    at = head.index(b" ") + 1
+    if head.startswith(b"* ", at):
+        del head[at]
+    head[at:at] = b"http://" + authority
+    at = head.index(CRLF) + 2
+    head[at:at] = basic(parent)
+
+
 class Exchange:
     """One request and its answer, both on their way at the same time."""
 
@@ -2725,6 +3252,7 @@ class Exchange:
     ) -> None:
         """Get a request ready for its server; raise Refused for a malformed body."""
         self.http, self.head, self.length = http, head, length
+        self.authority = target.authority
         self.heard = False  # the server has answered a byte
         self.continued = False  # the client was told to send its body
         self.upgraded = False  # the answer was 101: here begins a tunnel
@@ -2745,6 +3273,8 @@ class Exchange:
     def run(self, server: Stream) -> Outcome:
         """Carry the request to its server and the answer back; raise Refused."""
         http, up = self.http, self.up
+        if http.parent:
+            readdress(up.out, self.authority, http.parent)
         down = self.down = Lane(http.watch, server, http.client, up.patience)
         up.sink = server
         if self.is_plain:
@@ -2899,6 +3429,8 @@ class Exchange:
     def decide(self, response: ResponseHead, length: int | None) -> None:
         """Decide which of the two connections goes on after this answer."""
         http, up = self.http, self.up
+        if response.status == 407 and http.parent:  # it is us whom he does not know
+            raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
         http.answered = True
         http.session.status = str(response.status)
         if not up.done and up.waits is PAUSE:
@@ -2971,6 +3503,9 @@ class Http:
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
+        self.parent: Parent | None = None  # where the server is one
+        self.shown: list[bytes] | None = None  # as last verified, and for whom
+        self.user = "-"
         self.session: Session
         self.start_request()
 
@@ -3003,6 +3538,9 @@ class Http:
         try:
             outcome = self.request()
         except Refused as refusal:
+            # What he did to a connection that leads to him is the parent's fault.
+            if self.parent and refusal.outcome.error in SERVER_FAULTS:
+                refusal = parent_failed(self.parent, refusal)
             outcome = refusal.outcome
             self.name_target()
             self.refuse(refusal)
@@ -3040,12 +3578,14 @@ class Http:
     def dial(self, host: str, port: int) -> Stream:
         """Replace the server connection by a new one, and return it; raise Refused."""
         self.drop_server()
+        self.parent = None
         session = self.session
         self.server = Stream(
             dial(self.worker, self.policy, session, host, port), SERVER_GONE
         )
         self.server_for = session.user, host, port
         self.server_ends = session.address, session.source
+        self.parent = session.parent
         return self.server
 
     def drop_server(self) -> None:
@@ -3094,12 +3634,15 @@ class Http:
         head = self.head = parse_request(raw)
         session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
+        self.worker.check_share()
         length = body_length(head, BAD_REQUEST)
         if head.method == b"CONNECT":
             return self.connect(head, length)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in head.fields.options
         self.wants_more = self.keep
+        if not head.target.startswith(b"/"):  # our own pages ask by themselves
+            self.identify(names, b"proxy-authorization")
         if b"expect" in names and head.minor == 1:
             if set(members(names, b"expect")) - {b"100-continue"}:
                 raise Refused(EXPECTATION, "an expectation other than 100-continue")
@@ -3115,15 +3658,31 @@ class Http:
         session.target = printable(
             b"%b://%b%b" % (target.scheme, place, path), TARGET_SIZE
         )
-        for member in members(names, b"via") if b"via" in names else ():
-            if member.split()[1:2] == [self.via.lower()]:
-                raise Refused(LOOP, "the request has been here before, says its Via")
+        self.check_via(names)
         scheme = target.scheme
         if scheme == b"http" and self.policy.means_us(target.host, target.port):
             scheme = OURSELVES
         if gateway := self.gateways.get(scheme):
             return gateway(self, head, target, length)
         return self.forward(head, target, length)
+
+    def identify(self, names: Names, field: bytes) -> None:
+        """Learn who sends this request: RFC 9110 section 3.3; raise Refused."""
+        shown = names.get(field, [])
+        if shown != self.shown:
+            pair = credentials(shown[0]) if len(shown) == 1 else None
+            if pair:
+                self.user = authenticate(self.worker, *pair)
+            else:
+                self.user = anonymous(self.worker)
+            self.shown = shown
+        self.session.user = self.user
+
+    def check_via(self, names: Names) -> None:
+        """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
+        for member in members(names, b"via") if b"via" in names else ():
+            if member.split()[1:2] == [self.via.lower()]:
+                raise Refused(LOOP, "the request has been here before, says its Via")
 
     def is_last_hop(self, head: RequestHead, length: int | None) -> bool:
         """Return whether TRACE or OPTIONS may go no further; RFC 9110 section 7.6.2."""
@@ -3209,6 +3768,9 @@ class Http:
             lines += "Retry-After: 5\r\n"
         if outcome.status == 405:
             lines += "Allow: GET, HEAD\r\n"
+        if outcome.advice is SAY_WHO:
+            field = "WWW" if outcome.status == 401 else "Proxy"
+            lines += f'{field}-Authenticate: Basic realm="{name}", charset="UTF-8"\r\n'
         page = (
             f"{outcome.status_text()}\n\n{name} (NATWork) refused {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
@@ -3223,6 +3785,9 @@ class Http:
         session.proto = "connect"
         if length is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
+        self.identify(head.fields.names, b"proxy-authorization")
+        self.check_via(head.fields.names)
+        session.via = b"".join(v + b", " for v in head.fields.names.get(b"via", []))
         target = parse_target(head.method, head.target)
         session.target = printable(endpoint((target.host, target.port)).encode())
         self.worker.begin(session)
@@ -3573,12 +4138,32 @@ class Socks:
 
     def choose_method(self, methods: bytes) -> None:
         """Agree on how the client says who he is: section 3; raise Refused."""
-        if 0 not in methods:
+        named = self.worker.generation.users is not None
+        method = 2 if named else 0
+        if method not in methods:
             self.session.status = str(NO_METHOD.reply)
             self.send(bytes([5, NO_METHOD.reply]))
             linger(self.watch, self.client)
-            raise Refused(NO_METHOD, "every method offered asks for more than we do")
-        self.send(b"\5\0")
+            outcome = AUTH_REQUIRED if named else NO_METHOD
+            raise Refused(outcome, "the one method we want is not offered")
+        self.send(bytes([5, method]))
+        if named:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """Learn who the client is: RFC 1929; raise Refused."""
+        version, size = self.take(2)
+        name = self.take(size)
+        password = self.take(self.take(1)[0])
+        try:
+            if version != 1:
+                raise Refused(BAD_REQUEST, "this is no name and password")
+            self.session.user = authenticate(self.worker, name, password)
+        except Refused:
+            self.send(b"\1\1")
+            linger(self.watch, self.client)
+            raise
+        self.send(b"\1\0")
 
     # What is answered.
 
@@ -3615,6 +4200,9 @@ class Socks:
         """Do what the client asks for; raise Refused."""
         session = self.session
         session.method = COMMANDS.get(command, "-")
+        self.worker.check_share()
+        if self.version == 4:
+            session.user = anonymous(self.worker)
         if command == 3 and self.version == 5:
             session.proto = "udp"
             return self.associate()
@@ -3805,6 +4393,8 @@ def redirect(
 ) -> Outcome:
     """Connect a redirected client with the address he dialed; raise Refused."""
     host, peer = session.host(), worker.peer
+    worker.check_share()
+    session.user = anonymous(worker)
     if (route := route_to(address_of(peer))) and route.local:
         raise Refused(LOOP, "this box redirects what it sends itself")
     worker.begin(session)
@@ -4586,6 +5176,17 @@ def pac(http: Http, host: str) -> str:
     return PAC % (", ".join(blocks), "; ".join(order))
 
 
+def log_in(http: Http, head: RequestHead) -> None:
+    """Learn who asks for a page of ours; raise Refused."""
+    try:
+        http.identify(head.fields.names, b"authorization")
+    except Refused as refusal:
+        if refusal.outcome.status != 407:
+            raise
+        outcome = refusal.outcome._replace(status=401)
+        raise Refused(outcome, refusal.detail) from None
+
+
 def own_page(
     http: Http, head: RequestHead, target: Target, length: int | None
 ) -> Outcome:
@@ -4603,6 +5204,8 @@ def own_page(
     if page is not browser_file:
         if not http.policy.means_us(host, http.client.sock.getsockname()[1]):
             raise Refused(BAD_HOST, f"{host or 'no host'} is not this gateway")
+        if http.session.user == "-":
+            log_in(http, head)
     if not page:
         raise Refused(NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
@@ -4762,6 +5365,7 @@ def load_generation(
     """
     config = load_config(path, options)
     Policy(config, [])  # refused before anything is opened
+    users = read_users(config)
     other_gateways(config)
     kept = old.listeners if old else {}
     with contextlib.ExitStack() as undo:
@@ -4783,6 +5387,7 @@ def load_generation(
         undo.callback(os.close, log.fd)
         serve = functools.partial(serve_client, policy)
         generation = Generation(config, listeners, log, serve)
+        generation.users = users
         undo.pop_all()
     for sock in fresh:
         say(f"listening on {endpoint(sock.getsockname())}")
@@ -5095,17 +5700,22 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     if not inside:
         return 0
+    host, addresses = "", []
+    proto = "connect"
     try:
         if b"://" in wanted:
             target = parse_target(b"GET", wanted)
-            host, port = target.host, target.port
+            host, port, proto = target.host, target.port, target.scheme.decode()
         else:
             host, port = parse_authority(wanted, 0)
         print(f"target {endpoint((host, port))}")
         addresses = resolve(host, port)
     except Refused as refusal:
-        print(f"refused: {refusal.outcome.word}: {refusal.detail}")
-        return 0
+        unknown = host and policy.trusts(client, user, host, port)
+        if not unknown or not policy.parent_for(proto, host, []):
+            print(f"refused: {refusal.outcome.word}: {refusal.detail}")
+            return 0
+        print(f"{refusal.detail}; a rule allows the name")
     allowed = []
     for packed in addresses:
         verdict = policy.judge(client, user, host, port, packed)
@@ -5113,6 +5723,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{unpack(packed)}: {word} by {verdict.rule}")
         if verdict.allowed:
             allowed.append(packed)
+    if not addresses or allowed:
+        if parent := policy.parent_for(proto, host, allowed):
+            print(f"would ask the parent {parent.name}")
+            return 0
     for attempt in plan(allowed, port, policy.uplinks, Scoreboard()) if allowed else ():
         route = route_to(attempt.packed)
         if attempt.uplink:
@@ -5143,11 +5757,35 @@ def check(path: str, options: list[str]) -> int:
     """Print every setting in force, or raise ConfigError."""
     config = load_config(path, options)
     Policy(config, [])
+    read_users(config)
     other_gateways(config)
     endpoints(config)
     check_file(config, "log", False)
     check_file(config, "pidfile", bool(find_user(config)))
     print(config.text())
+    return 0
+
+
+def passwd(name: str) -> int:
+    """Read a password twice, and print a line for the file of users."""
+    user = os.fsencode(name)
+    try:
+        check_name(user)
+    except ValueError as error:
+        raise OSError(f"cannot take {name!r} for a user: {error}") from None
+    if os.isatty(0):
+        import getpass
+
+        first, again = (
+            os.fsencode(getpass.getpass(prompt))
+            for prompt in (f"Password for {name}: ", "The same again: ")
+        )
+    else:
+        with open(0, "rb", closefd=False) as file:
+            first, again = (file.readline().rstrip(b"\r\n") for _ in range(2))
+    if not first or first != again:
+        raise OSError("cannot take the password: it is empty, or twice not the same")
+    print(os.fsdecode(user_line(user, first)))
     return 0
 
 
@@ -5178,6 +5816,7 @@ def command(arguments: list[str]) -> int:
         metavar=("CLIENT", "TARGET"),
         help="say which rule decides: CLIENT TARGET [USER]",
     )
+    add("--passwd", metavar="USER", help="print a line for the file of users")
     add("--version", action="version", version=f"natwork {__version__}")
     given = parser.parse_args(arguments)
     if given.json and not given.table:
@@ -5189,6 +5828,8 @@ def command(arguments: list[str]) -> int:
         return print_table(given.json)
     if given.explain:
         return explain(path, given.option, given.explain)
+    if given.passwd is not None:
+        return passwd(given.passwd)
     if given.test:
         return check(path, given.option)
     if given.daemon:

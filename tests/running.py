@@ -231,7 +231,7 @@ def idle(gateway: Gateway) -> list[int]:
 
 def worker_of(gateway: Gateway, client: socket.socket) -> int:
     """Return the worker whose title shows this client."""
-    start = "natwork: %s:%d > " % client.getsockname()[:2]
+    start = "natwork: %s:%d " % client.getsockname()[:2]
 
     def found() -> list[int]:
         return [pid for pid in gateway.workers() if title(pid).startswith(start)]

@@ -270,7 +270,8 @@ def test_a_worker_holds_no_descriptor_but_its_own(
                 assert not any(link.startswith("socket:") for link in numbers)
                 found = sorted(re.sub(r":\[\d+\]", "", x) for x in here.values())
                 assert found == [
-                    "/memfd:natwork (deleted)",  # the scoreboard, twice for mmap
+                    "/memfd:natwork (deleted)",  # the scoreboard: its map,
+                    "/memfd:natwork (deleted)",  # and to lock it
                     str(gateway.log),
                     "anon_inode:[eventpoll]",  # idle, and silent
                     "anon_inode:[eventpoll]",

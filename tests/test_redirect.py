@@ -26,6 +26,7 @@ from conftest import Origin
 from conftest import eventually
 from conftest import read_all
 from conftest import read_exactly
+from test_parents import Tunnel
 from test_rules import TARGETS
 from wire import drip
 from wire import read_answer
@@ -557,3 +558,42 @@ def test_a_client_who_is_silent_is_ended(rig: Rig) -> None:
     with rig.connect(FOUR, server.port) as client, pytest.raises(ConnectionResetError):
         client.recv(1)
     assert rig.line()["outcome"] == "idle-timeout"
+
+
+@pytest.mark.end_to_end
+def test_who_cannot_say_his_name_is_refused_where_there_are_users(rig: Rig) -> None:
+    users = rig.folder / "users"
+    users.write_bytes(natwork.user_line(b"alice", b"secret") + b"\n")
+    users.chmod(0o600)
+    rig.natwork(f"users={users}")
+    before = len(rig.web.entries())
+    with rig.connect(FOUR, 80) as client:
+        assert read_all(client) == b""
+    assert rig.line()["outcome"] == "auth-required"
+    assert len(rig.web.entries()) == before
+
+
+@pytest.mark.end_to_end
+def test_the_redirected_have_their_share_and_no_more(rig: Rig) -> None:
+    rig.natwork("max_per_client=2")
+    server = rig.server(mail, FOUR)
+    with contextlib.ExitStack() as opened:
+        for _ in range(2):
+            client = opened.enter_context(rig.connect(FOUR, server.port))
+            assert read_exactly(client, len(BANNER)) == BANNER
+        with rig.connect(FOUR, server.port) as third:
+            assert read_all(third) == b""
+        assert rig.line()["outcome"] == "too-many"
+
+
+@pytest.mark.end_to_end
+def test_a_parent_takes_the_redirected_by_a_tunnel(rig: Rig) -> None:
+    parent = rig.server(Tunnel(b"HTTP/1.1 200 x\r\n\r\nhello"), "203.0.113.81")
+    rig.natwork(f"parents=http://{parent.authority}")
+    with rig.connect(FOUR, 2525) as client:
+        assert read_exactly(client, 5) == b"hello"
+        client.sendall(b"there")
+        assert read_exactly(client, 5) == b"there"
+    assert rig.line()["address"] == parent.authority
+    (head,) = parent.handle.heads
+    assert head.startswith(b"CONNECT 203.0.113.80:2525 HTTP/1.1\r\n")

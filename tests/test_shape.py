@@ -178,6 +178,7 @@ def test_the_sections_stand_in_their_order() -> None:
         "Relay",
         "Master and workers",
         "Rules",
+        "Users",
         "Connecting",
         "HTTP",
         "SOCKS",
@@ -188,7 +189,7 @@ def test_the_sections_stand_in_their_order() -> None:
         "Service",
         "main",
     ]
-    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 16
+    assert [len(line) for line in LINES if line.startswith("# --- ")] == [80] * 17
 
 
 def test_it_runs_as_a_program() -> None:

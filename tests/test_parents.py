@@ -1,0 +1,904 @@
+"""Parents: through which other proxy a target is reached, and what they answer."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import needs
+from box import unavailable
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_exactly
+from conftest import read_head
+from running import Daemon
+from running import command
+from running import daemons
+from running import echo
+from running import echoes
+from wire import CLOSED
+from wire import NAME
+from wire import Message
+from wire import Script
+from wire import at_end
+from wire import drip
+from wire import exchange
+from wire import proxy_error
+from wire import read_answer
+from wire import request
+from wire import response
+from wire import sized
+
+from natwork import Config
+from natwork import ConfigError
+from natwork import Policy
+from natwork import pack
+from natwork import user_line
+
+daemon = daemons()
+Start = Callable[..., Origin]
+Natwork = Callable[..., Gateway]
+NAMED = f"name={NAME.decode()}"
+PASSWORD = "kQ7-pass%3Aword"  # in a URL; there is a colon in it
+LOGIN = f"alice:{PASSWORD}@"
+BASIC = base64.b64encode(b"alice:kQ7-pass:word")
+NOWHERE = b"no-such-name.invalid"  # RFC 6761: never resolves
+NAMED_RULES = "rules=allow to 127.0.0.0/8; allow to .invalid"
+
+
+def parents(*lines: str) -> str:
+    return "parents=" + ";".join(lines)
+
+
+def ask(gateway: Gateway, where: Origin | bytes, *fields: bytes) -> Message:
+    """Return the answer to a GET on a connection of its own."""
+    with gateway.connect(30) as client:
+        return exchange(client, request(where, *fields))
+
+
+def connected(gateway: Gateway, where: Origin | bytes) -> tuple[Message, socket.socket]:
+    """Return the answer to a CONNECT, and the client's socket."""
+    client = gateway.connect(30)
+    client.sendall(request(where, method=b"CONNECT"))
+    return read_answer(client, b"CONNECT"), client
+
+
+class Tunnel:
+    """A parent that says what it is told to a CONNECT, and then echoes."""
+
+    def __init__(self, answer: bytes, dripping: bool = False) -> None:
+        self.answer, self.dripping = answer, dripping
+        self.heads: list[bytes] = []
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        self.heads.append(read_head(connection))
+        (drip if self.dripping else socket.socket.sendall)(connection, self.answer)
+        echo(connection, origin)
+
+
+class Socks:
+    """A SOCKS5 parent of a few lines: what it was told, and what it replies."""
+
+    def __init__(self, reply: int = 0, user: bytes = b"", method: int | None = None):
+        self.reply, self.user = reply, user
+        self.method = method if method is not None else 2 if user else 0
+        self.heard: list[bytes] = []
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        methods = read_exactly(connection, 2)
+        self.heard.append(methods + read_exactly(connection, methods[1]))
+        drip(connection, bytes([5, self.method]))
+        if self.method == 255:
+            return
+        if self.method == 2:
+            name = read_exactly(connection, 2)
+            name += read_exactly(connection, name[1] + 1)
+            self.heard.append(name + read_exactly(connection, name[-1]))
+            good = self.heard[-1] == self.user
+            drip(connection, bytes([1, not good]))
+            if not good:
+                return
+        start = read_exactly(connection, 5)
+        rest = {1: 3, 3: start[4], 4: 15}[start[3]]
+        self.heard.append(start + read_exactly(connection, rest + 2))
+        address = b"\3\7a.local" if self.reply == 0 else b"\1\0\0\0\0"
+        drip(connection, bytes([5, self.reply, 0]) + address + b"\0\0" + b"hello")
+        echo(connection, origin)
+
+
+# --- The lines ----------------------------------------------------------------
+
+BAD = [
+    "parents = http://127.0.0.1",
+    "parents = 127.0.0.1:3128",
+    "parents = https://127.0.0.1:3128",
+    "parents = socks4://127.0.0.1:1080",
+    "parents = http://127.0.0.1:0",
+    "parents = http://127.0.0.1:65536",
+    "parents = http://::1:3128",
+    "parents = http://[127.0.0.1]:3128",
+    "parents = http://alice@127.0.0.1:3128",
+    "parents = http://127.0.0.1:3128/path",
+    "parents = http://127.0.0.1:3128 to",
+    "parents = http://127.0.0.1:3128 to ,",
+    "parents = http://127.0.0.1:3128 to 10.0.0.0/33",
+    "parents = http://127.0.0.1:3128 via .example",
+    "parents = http://127.0.0.1:3128 port 80",
+    "parents = http://127.0.0.1:3128 scheme https",
+    "parents = http://127.0.0.1:3128 scheme http scheme http",
+    "parents = http://127.0.0.1:3128; socks5://x",
+]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_line_is_an_error_that_quotes_it(line: str) -> None:
+    value = line.removeprefix("parents = ")
+    with pytest.raises(ConfigError) as caught:
+        Policy(Config(parents=value), [])
+    assert "parents = " in str(caught.value) and value[:9] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://alice:kQ7@127.0.0.1",
+        "http:/alice:kQ7@127.0.0.1:1",
+        "http://alice:x@kQ7@127.0.0.1:1",
+        "http://alice:x kQ7@127.0.0.1:1",
+        "http://alice:x;kQ7@127.0.0.1:1",
+        "http://alice:x\n kQ7@127.0.0.1:1",
+        "http://alice:kQ7/@127.0.0.1:1",
+        "alice:kQ7@127.0.0.1:1",
+        f"http://alice:kQ7{'x' * 300}@127.0.0.1:1",
+    ],
+)
+def test_an_error_does_not_quote_the_password(tmp_path: Path, text: str) -> None:
+    for name in ("parents", "parent"):
+        (tmp_path / "natwork.conf").write_text(f"[natwork]\n{name} = {text}\n")
+        done = command("-t", cwd=tmp_path)
+        assert done.returncode == 78 and re.fullmatch(r"natwork: .*\n", done.stderr)
+        assert "kQ7" not in done.stderr and "Traceback" not in done.stderr
+    done = command("-t", "-o", f"parents {text}", cwd=tmp_path)
+    assert done.returncode == 78 and "kQ7" not in done.stderr
+
+
+def test_passwords_are_masked_where_settings_are_printed(tmp_path: Path) -> None:
+    given = (
+        f"http://{LOGIN}10.0.0.9:3128 to .a.example, 10.0.0.0/8 scheme http",
+        f"socks5://{LOGIN}[fd00::1]:1080 to b.example",
+        "socks5://c.example:1080",
+    )
+    done = command("-t", "-o", parents(*given), cwd=tmp_path)
+    assert done.returncode == 0 and "kQ7" not in done.stdout
+    for line in given:
+        assert f"    {line.replace(PASSWORD, '***')}\n" in done.stdout
+    (tmp_path / "natwork.conf").write_text(done.stdout)
+    assert command("-t", cwd=tmp_path).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("proto", "host", "address", "port"),
+    [
+        ("connect", "a.example", "192.0.2.1", 1),
+        ("http", "a.example", "192.0.2.1", 1),
+        ("connect", "x.a.example.", "192.0.2.1", 1),
+        ("connect", "xa.example", "192.0.2.1", 0),
+        ("http", "xa.example", "192.0.2.1", 3),
+        ("connect", "b.example", "10.1.2.3", 2),
+        ("connect", "b.example", "::ffff:10.1.2.3", 2),
+        ("http", "b.example", "2001:db8::1", 2),
+        ("socks5", "c.example", "2001:db9::1", 0),
+    ],
+)
+def test_the_first_that_takes_the_target_is_asked(
+    proto: str, host: str, address: str, port: int
+) -> None:
+    lines = (
+        "http://p:1 to .a.example",
+        "http://p:2 to 10.0.0.0/8,2001:db8::/32",
+        "http://p:3 scheme http",
+    )
+    policy = Policy(Config(parents=";".join(lines)), [])
+    parent = policy.parent_for(proto, host, [pack(address)])
+    assert (parent.port if parent else 0) == port
+
+
+def test_explain_says_which_parent(tmp_path: Path) -> None:
+    options = (
+        *("-o", parents(f"http://{LOGIN}127.0.0.1:3128 to 192.0.2.0/24, .invalid")),
+        *("-o", "rules=allow to .invalid"),
+    )
+
+    def explain(target: str) -> str:
+        words = ("--explain", "10.0.0.7", target)
+        return command(*options, *words, cwd=tmp_path).stdout
+
+    said = "would ask the parent http://127.0.0.1:3128\n"
+    assert explain("192.0.2.1:443").endswith(said)
+    assert explain("http://a.invalid/").endswith(said)
+    assert said not in explain("198.51.100.1:443") + explain("10.0.0.1:80")
+
+
+# --- An http parent -----------------------------------------------------------
+
+
+def test_a_request_goes_to_the_parent_in_absolute_form(
+    natwork: Natwork, origin: Start
+) -> None:
+    parent = origin(Script(sized(b"one"), sized(b"two")))
+    gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
+    body, at = b"Content-Length: 3", b"127.0.0.3:81"
+    with gateway.connect() as client:
+        sent = request(at, body, b"X: y", method=b"PUT", path=b"/p?q", body=b"abc")
+        assert exchange(client, sent).body == b"one"
+        assert exchange(client, request(at, path=b"?q")).body == b"two"
+        sent = request(at, method=b"OPTIONS", path=b"")
+        assert exchange(client, sent).body == b"two"
+        # Another target is judged and dialed anew.
+        assert exchange(client, request(b"127.0.0.4")).body == b"two"
+    got = parent.handle.requests
+    assert [r.start for r in got] == [
+        b"PUT http://127.0.0.3:81/p?q HTTP/1.1",
+        b"GET http://127.0.0.3:81/?q HTTP/1.1",
+        b"OPTIONS http://127.0.0.3:81 HTTP/1.1",
+        b"GET http://127.0.0.4/ HTTP/1.1",
+    ]
+    assert got[0].body == b"abc" and got[0].values(b"X") == [b"y"]
+    for one in got:
+        assert one.values(b"Proxy-Authorization") == [b"Basic " + BASIC]
+        assert one.values(b"Via") == [b"1.1 gate.test"]
+    assert got[0].values(b"Host") == [at] and len(parent.callers) == 2
+    lines = gateway.lines(4)
+    assert {line["address"] for line in lines} == {parent.authority}
+    assert lines[0]["target"] == "http://127.0.0.3:81/p"
+    assert "kQ7" not in gateway.log.read_text() and BASIC.decode() not in str(lines)
+
+
+def test_a_request_goes_out_again_in_the_same_form(
+    natwork: Natwork, origin: Start
+) -> None:
+    parent = origin(Script(close=True))
+    gateway = natwork(parents(f"http://{parent.authority}"))
+    with gateway.connect() as client:
+        for _ in range(5):
+            assert exchange(client, request(b"127.0.0.3")).status == 200
+    assert len(parent.callers) == 5
+    starts = {one.start for one in parent.handle.requests}
+    assert starts == {b"GET http://127.0.0.3/ HTTP/1.1"}
+
+
+def test_a_tunnel_leads_through_the_parents_tunnel(
+    natwork: Natwork, origin: Start
+) -> None:
+    head = (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Fine\r\nContent-Length: 9\r\n\r\n"
+    )
+    for dripping in (False, True):
+        # What the server says first comes with the parent's answer.
+        parent = origin(Tunnel(head + b"220 hello", dripping))
+        gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
+        answer, client = connected(gateway, b"127.0.0.3:25000")
+        with client:
+            assert answer.start == b"HTTP/1.1 200 Connection established"
+            assert read_exactly(client, 9) == b"220 hello" and echoes(client)
+        (head_sent,) = parent.handle.heads
+        assert head_sent.split(b"\r\n") == [
+            b"CONNECT 127.0.0.3:25000 HTTP/1.1",
+            b"Host: 127.0.0.3:25000",
+            b"Via: 1.1 gate.test",
+            b"Proxy-Authorization: Basic " + BASIC,
+            b"",
+            b"",
+        ]
+        assert gateway.lines(1)[0]["address"] == parent.authority
+
+
+REFUSALS = {
+    b"403 Forbidden": (403, b"http_request_denied", "parent-403"),
+    b"407 Who": (502, b"destination_unavailable", "parent-407"),
+    b"404 Nothing": (502, b"destination_unavailable", "parent-404"),
+    b"500 Oh": (502, b"destination_unavailable", "parent-500"),
+    b"503 Later": (503, b"connection_limit_reached", "parent-503"),
+    b"504 Slow": (504, b"connection_timeout", "parent-504"),
+}
+
+
+@pytest.mark.parametrize("said", REFUSALS, ids=lambda said: said[:3].decode())
+def test_a_parents_refusal_is_passed_on_with_its_name(
+    natwork: Natwork, origin: Start, said: bytes
+) -> None:
+    status, error, word = REFUSALS[said]
+    challenge = b'Proxy-Authenticate: Basic realm="parent"'
+    parent = origin(Tunnel(sized(b"a page", challenge, status=said)))
+    gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
+    answer, client = connected(gateway, b"127.0.0.3:443")
+    with client:
+        assert (answer.status, proxy_error(answer)) == (status, error)
+        assert at_end(client) and not answer.values(b"Proxy-Authenticate")
+    why = b"parent http://%b: %b" % (parent.authority.encode(), said)
+    assert why in answer.body and b"kQ7" not in answer.body
+    assert gateway.lines(1)[0]["outcome"] == word
+
+
+def test_a_parents_407_to_a_request_is_not_for_our_client(
+    natwork: Natwork, origin: Start
+) -> None:
+    challenge = b'Proxy-Authenticate: Basic realm="parent"'
+    parent = origin(Script(sized(b"page", challenge, status=b"407 Who"), sized(b"ok")))
+    gateway = natwork(parents(f"http://{parent.authority}"), NAMED)
+    with gateway.connect() as client:
+        answer = exchange(client, request(b"127.0.0.3"))
+        assert answer.status == 502 and not answer.values(b"Proxy-Authenticate")
+        assert parent.authority.encode() in answer.body
+        # Its page does not answer the next request.
+        assert exchange(client, request(b"127.0.0.3")).body == b"ok"
+    assert gateway.lines(1)[0]["outcome"] == "parent-407"
+    # Any other answer is an answer.
+    parent.handle.answers = [sized(b"no", status=b"403 Forbidden")]
+    assert ask(gateway, b"127.0.0.3").status == 403
+    assert gateway.lines(3)[2]["outcome"] == "ok"
+
+
+ODD = {
+    "silence": (b"", 504, "parent-connect-timeout"),
+    "half a head": (b"HTTP/1.1 200 OK\r\n", 504, "parent-connect-timeout"),
+    "not HTTP": (b"SSH-2.0-x\r\n\r\n", 502, "parent-bad-response"),
+    "an odd status": (b"HTTP/1.1 2000 OK\r\n\r\n", 502, "parent-bad-response"),
+    "no end": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000, 502, "parent-bad-response"),
+    "only interim": (response(status=b"102 x") * 3, 504, "parent-connect-timeout"),
+}
+
+
+@pytest.mark.parametrize(("said", "status", "word"), ODD.values(), ids=ODD)
+def test_a_parent_that_does_not_answer_well_is_said_to(
+    natwork: Natwork, origin: Start, said: bytes, status: int, word: str
+) -> None:
+    parent = origin(Tunnel(said))
+    options = ("connect_timeout=1", NAMED)
+    gateway = natwork(parents(f"http://{parent.authority}"), *options)
+    answer, client = connected(gateway, b"127.0.0.3:443")
+    with client:
+        assert answer.status == status
+        assert b"parent http://" + parent.authority.encode() in answer.body
+    assert gateway.lines(1)[0]["outcome"] == word
+
+
+def hang_up(connection: socket.socket, origin: Origin) -> None:
+    connection.recv(100)
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_a_parent_that_hangs_up_is_said_to(
+    natwork: Natwork, origin: Start, scheme: str
+) -> None:
+    parent = origin(hang_up)
+    gateway = natwork(parents(f"{scheme}://{parent.authority}"), NAMED)
+    answer, client = connected(gateway, b"127.0.0.3:443")
+    client.close()
+    answers = [answer, ask(gateway, b"127.0.0.3")]
+    for answer in answers:
+        assert (answer.status, proxy_error(answer)) == (502, b"connection_terminated")
+        assert f"parent {scheme}://{parent.authority}: ".encode() in answer.body
+    outcomes = [line["outcome"] for line in gateway.lines(2)]
+    assert outcomes == ["parent-server-gone"] * 2
+
+
+def test_a_parent_that_does_not_answer_a_request_is_said_to(
+    natwork: Natwork, origin: Start
+) -> None:
+    silent, odd = origin(Tunnel(b"")), origin(speak_ssh)
+    lines = (f"http://{silent.authority} to 127.0.0.3", f"http://{odd.authority}")
+    gateway = natwork(parents(*lines), "idle_timeout=1", NAMED)
+    answer = ask(gateway, b"127.0.0.3")
+    assert (answer.status, proxy_error(answer)) == (504, b"http_response_timeout")
+    assert silent.authority.encode() in answer.body
+    answer = ask(gateway, b"127.0.0.4")
+    assert (answer.status, proxy_error(answer)) == (502, b"http_protocol_error")
+    assert odd.authority.encode() in answer.body
+    outcomes = [line["outcome"] for line in gateway.lines(2)]
+    assert outcomes == ["parent-answer-timeout", "parent-bad-response"]
+
+
+def speak_ssh(connection: socket.socket, origin: Origin) -> None:
+    connection.recv(1000)
+    connection.sendall(b"SSH-2.0-x\r\n\r\n")
+    connection.recv(1)
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_a_parent_that_is_not_there_is_said_not_to_be(
+    natwork: Natwork, origin: Start, scheme: str
+) -> None:
+    closed = CLOSED.decode()
+    gateway = natwork(parents(f"{scheme}://{LOGIN}{closed}"), NAMED)
+    answer = ask(gateway, b"127.0.0.3")
+    assert (answer.status, proxy_error(answer)) == (502, b"connection_refused")
+    assert f"parent {scheme}://{closed}: ".encode() in answer.body
+    assert b"kQ7" not in answer.body + repr(answer.fields).encode()
+    assert gateway.lines(1)[0]["outcome"] == "parent-refused"
+    gateway = natwork(parents("http://parent.invalid:80"), NAMED)
+    assert b"parent http://parent.invalid:80: " in ask(gateway, b"127.0.0.3").body
+    assert gateway.lines(1)[0]["outcome"] == "parent-no-such-host"
+
+
+# --- A SOCKS5 parent ----------------------------------------------------------
+
+HELLO = b"\5\2\0\2"
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        (b"127.0.0.3:81", b"\1\x7f\0\0\3\0\x51"),
+        (b"[::ffff:127.0.0.3]:81", b"\4" + bytes(10) + b"\xff\xff\x7f\0\0\3\0\x51"),
+        (b"localhost:81", b"\3\x09localhost\0\x51"),
+        (b"a.no-such-name.invalid:443", b"\3\x16a.no-such-name.invalid\1\xbb"),
+    ],
+)
+def test_a_socks_parent_is_told_the_host_as_the_client_gave_it(
+    natwork: Natwork, origin: Start, host: bytes, told: bytes
+) -> None:
+    user = b"\1\5alice\x0dkQ7-pass:word"
+    for login, parent in (("", origin(Socks())), (LOGIN, origin(Socks(user=user)))):
+        url = f"socks5://{login}{parent.authority}"
+        gateway = natwork(parents(url), NAMED, NAMED_RULES, loopback=False)
+        answer, client = connected(gateway, host)
+        with client:
+            assert answer.status == 200
+            assert read_exactly(client, 5) == b"hello" and echoes(client)
+        spoken = [HELLO, user] if login else [b"\5\1\0"]
+        assert parent.handle.heard == [*spoken, b"\5\1\0" + told]
+        assert gateway.lines(1)[0]["address"] == parent.authority
+
+
+def test_a_request_goes_through_a_socks_parent_as_to_its_server(
+    natwork: Natwork, origin: Start
+) -> None:
+    def serve(connection: socket.socket, origin: Origin) -> None:
+        read_exactly(connection, 3)
+        connection.sendall(b"\5\0")
+        read_exactly(connection, 10)
+        connection.sendall(b"\5\0\0\1\0\0\0\0\0\0")
+        script(connection, origin)
+
+    script = Script(sized(b"ok"))
+    gateway = natwork(parents(f"socks5://{origin(serve).authority}"))
+    with gateway.connect() as client:
+        for _ in range(2):
+            assert exchange(client, request(b"127.0.0.3:81")).body == b"ok"
+    assert [one.start for one in script.requests] == [b"GET / HTTP/1.1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("parent", "status", "error", "word"),
+    [
+        (Socks(1), 502, b"destination_unavailable", "parent-reply-1"),
+        (Socks(2), 403, b"http_request_denied", "parent-reply-2"),
+        (Socks(3), 502, b"destination_ip_unroutable", "parent-reply-3"),
+        (Socks(4), 502, b"destination_ip_unroutable", "parent-reply-4"),
+        (Socks(5), 502, b"connection_refused", "parent-reply-5"),
+        (Socks(6), 504, b"connection_timeout", "parent-reply-6"),
+        (Socks(99), 502, b"destination_unavailable", "parent-reply-99"),
+        (Socks(method=255), 502, b"destination_unavailable", "parent-auth-required"),
+        (Socks(user=b"x"), 502, b"destination_unavailable", "parent-auth-failed"),
+        (Tunnel(b"HTTP"), 502, b"http_protocol_error", "parent-bad-response"),
+    ],
+)
+def test_a_socks_parents_refusal_is_passed_on(
+    natwork: Natwork,
+    origin: Start,
+    parent: Callable[..., None],
+    status: int,
+    error: bytes,
+    word: str,
+) -> None:
+    server = origin(parent if isinstance(parent, Socks) else speak_http)
+    gateway = natwork(parents(f"socks5://{LOGIN}{server.authority}"), NAMED)
+    answer, client = connected(gateway, b"127.0.0.3:81")
+    with client:
+        assert (answer.status, proxy_error(answer)) == (status, error)
+    assert b"parent socks5://" + server.authority.encode() in answer.body
+    assert gateway.lines(1)[0]["outcome"] == word
+
+
+def speak_http(connection: socket.socket, origin: Origin) -> None:
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    connection.recv(100)
+
+
+# --- What is asked of whom ----------------------------------------------------
+
+
+def test_the_target_is_judged_first(natwork: Natwork, origin: Start) -> None:
+    parent = origin(Script())
+    rules = "rules=deny to .invalid port 81; allow to 127.0.0.3, .invalid; deny to *"
+    line = parents(f"http://{parent.authority}")
+    gateway = natwork(line, rules, NAMED, loopback=False)
+    for where, status in {
+        b"127.0.0.3": 200,  # and so the parent's own address needs no rule
+        NOWHERE: 200,
+        b"a." + NOWHERE + b".": 200,
+        b"127.0.0.4": 403,
+        b"localhost": 403,
+        b"10.0.0.1": 403,
+        NOWHERE + b":25": 502,  # the rule does not say 25
+        NOWHERE + b":81": 502,
+        b"no-such-name.test": 502,
+    }.items():
+        assert ask(gateway, where).status == status, where
+    assert len(parent.handle.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("rules", "status"),
+    [
+        ("", 502),
+        ("allow", 502),
+        ("allow from 127.0.0.1", 502),
+        ("allow to 0.0.0.0/0", 502),
+        ("allow to .example", 502),
+        ("allow to *", 200),
+        ("allow to .invalid", 200),
+        ("allow from 127.0.0.1; allow to .invalid", 200),
+        ("deny from 127.0.0.1; allow to .invalid", 502),
+        ("allow to .invalid port 443", 502),
+    ],
+)
+def test_a_name_unknown_here_goes_on_if_a_rule_names_it(
+    natwork: Natwork, origin: Start, rules: str, status: int
+) -> None:
+    line = parents(f"http://{origin(Script()).authority}")
+    gateway = natwork(line, f"rules={rules}", NAMED, loopback=False)
+    assert ask(gateway, NOWHERE).status == status
+
+
+def test_a_name_unknown_here_goes_to_no_server(natwork: Natwork, origin: Start) -> None:
+    line = parents(f"http://{origin(Script()).authority} to .example")
+    gateway = natwork(line, "rules=allow to *", NAMED, loopback=False)
+    assert ask(gateway, NOWHERE).status == 502
+    assert gateway.lines(1)[0]["outcome"] == "no-such-host"
+
+
+def test_what_no_parent_takes_is_dialed(natwork: Natwork, origin: Start) -> None:
+    parent, server = origin(Script(sized(b"parent"))), origin(Script(), "127.0.0.3")
+    gateway = natwork(parents(f"http://{parent.authority} to 127.0.0.4/32"))
+    assert ask(gateway, server).body == b"ok"
+    assert ask(gateway, b"127.0.0.4").body == b"parent"
+    addresses = [line["address"] for line in gateway.lines(2)]
+    assert addresses == [server.authority, parent.authority]
+
+
+def test_a_near_parent_is_not_dialed_from_the_outside(
+    natwork: Natwork, origin: Start
+) -> None:
+    parent, server = origin(Script()), origin(Script(), "127.0.0.3")
+    line = parents(f"http://{parent.authority} to 127.0.0.4/32")
+    gateway = natwork(line, "outside=127.0.0.2")
+    assert ask(gateway, b"127.0.0.4").status == ask(gateway, server).status == 200
+    assert [host for host, _ in parent.callers + server.callers] == [
+        "127.0.0.1",
+        "127.0.0.2",
+    ]
+    sources = [line["source"].split(":")[0] for line in gateway.lines(2)]
+    assert sources == ["127.0.0.1", "127.0.0.2"]
+
+
+def test_gateways_that_are_each_others_parents_are_a_loop(
+    daemon: Callable[..., Daemon],
+) -> None:
+    one = daemon(name="one")
+    two = daemon(name="two", parents="http://%s:%d" % one.address)
+    one.hangup(parents="http://%s:%d" % two.address)
+    answer = ask(one, b"127.0.0.3")
+    assert answer.status == 502 and b"has been here before" in answer.body
+    answer, client = connected(one, b"127.0.0.3:443")
+    client.close()
+    assert answer.status == 502
+    found = [line["outcome"] for line in one.lines(4)]
+    assert sorted(found) == ["loop", "loop", "ok", "parent-502"]
+    assert [line["outcome"] for line in two.lines(2)] == ["ok", "parent-502"]
+
+
+def test_a_gateway_may_be_a_parent_that_wants_a_user(
+    tmp_path: Path, natwork: Natwork, origin: Start
+) -> None:
+    (tmp_path / "users").write_bytes(user_line(b"alice", b"kQ7-pass:word") + b"\n")
+    (tmp_path / "users").chmod(0o600)
+    parent = natwork(f"users={tmp_path / 'users'}", "name=two")
+    gateway = natwork(parents("http://%s%s:%d" % (LOGIN, *parent.address)), "name=one")
+    server, speaker = origin(Script(), "127.0.0.3"), origin(echo, "127.0.0.3")
+    with gateway.connect() as client:
+        # What our client calls himself is not for the parent.
+        mine = b"Proxy-Authorization: Basic eDp5"
+        assert exchange(client, request(server, mine)).status == 200
+    answer, client = connected(gateway, speaker)
+    with client:
+        assert answer.status == 200 and echoes(client)
+    assert [line["user"] for line in parent.lines(2)] == ["alice", "alice"]
+    assert server.handle.requests[0].values(b"Via") == [b"1.1 one, 1.1 two"] or (
+        server.handle.requests[0].values(b"Via") == [b"1.1 one", b"1.1 two"]
+    )
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_socks_goes_through_parents_too(
+    natwork: Natwork, origin: Start, scheme: str
+) -> None:
+    place = Tunnel(b"HTTP/1.1 200 x\r\n\r\nhello") if scheme == "http" else Socks()
+    parent = origin(place)
+    gateway = natwork(parents(f"{scheme}://{parent.authority}"))
+    with gateway.connect() as client:
+        client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\3\0\x51")
+        assert read_exactly(client, 12)[:4] == b"\5\0\5\0"
+        assert read_exactly(client, 5) == b"hello" and echoes(client)
+    gateway = natwork(parents(f"{scheme}://{CLOSED.decode()}"))
+    with gateway.connect() as client:
+        client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\3\0\x51")
+        assert read_exactly(client, 12)[2:4] == b"\5\5"
+    assert gateway.lines(1)[0]["outcome"] == "parent-refused"
+
+
+# --- Real ones ----------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(words: list[str], port: int, folder: Path) -> Iterator[None]:
+    """Run a program until it is no longer needed, which listens on a port."""
+    with (folder / f"{Path(words[0]).name}.out").open("w+") as out:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder
+        )
+
+        def ready() -> bool:
+            assert process.poll() is None, Path(out.name).read_text()
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                return True
+            return False
+
+        try:
+            eventually(ready, 30)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Return a folder that programs which change their user can read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+SQUID = """
+http_port 127.0.0.1:{port}
+{auth}
+http_access {access}
+http_access deny all
+acl CONNECT method CONNECT
+cache_mem 8 MB
+access_log none
+cache_log {folder}/cache.log
+pid_filename none
+netdb_filename none
+coredump_dir {folder}
+cache_effective_user proxy
+shutdown_lifetime 0 seconds
+visible_hostname squid.test
+via on
+"""
+SQUID_AUTH = """
+auth_param basic program /usr/lib/squid/basic_ncsa_auth {folder}/passwords
+auth_param basic children 1
+acl known proxy_auth REQUIRED
+"""
+
+
+@contextlib.contextmanager
+def squid(folder: Path, password: bool = False) -> Iterator[int]:
+    """Run Squid; yield its port."""
+    needs("squid", "openssl")
+    port = free_port()
+    words = ["openssl", "passwd", "-apr1", "kQ7-pass:word"]
+    made = subprocess.run(words, capture_output=True, text=True, check=True)
+    (folder / "passwords").write_text(f"alice:{made.stdout}")
+    (folder / "cache.log").touch()
+    if os.geteuid() == 0:
+        shutil.chown(folder / "cache.log", "proxy")
+    text = SQUID.format(
+        port=port,
+        folder=folder,
+        auth=SQUID_AUTH.format(folder=folder) if password else "",
+        access="allow known" if password else "allow all",
+    )
+    (folder / "squid.conf").write_text(text)
+    words = ["squid", "-N", "-f", str(folder / "squid.conf")]
+    with serving(words, port, folder):
+        yield port
+
+
+def curl(gateway: Gateway, *words: str) -> str:
+    """Run curl through the gateway; return what it prints."""
+    needs("curl")
+    always = ["--silent", "--show-error", "--noproxy", "", "--proxy", gateway.url]
+    done = subprocess.run(
+        ["curl", *always, *words], capture_output=True, text=True, timeout=30
+    )
+    return done.stdout + done.stderr
+
+
+WAYS: list[list[str]] = [[], ["--proxytunnel"]]
+
+
+def test_squid_as_a_parent_with_a_password(
+    place: Path, natwork: Natwork, origin: Start
+) -> None:
+    server = origin(Script(sized(b"a page")), "127.0.0.3")
+    with squid(place, password=True) as port:
+        for way in WAYS:
+            gateway = natwork(parents(f"http://{LOGIN}127.0.0.1:{port}"), NAMED)
+            assert curl(gateway, *way, server.url) == "a page"
+            for login in ("alice:wrong@", ""):
+                gateway = natwork(parents(f"http://{login}127.0.0.1:{port}"), NAMED)
+                said = curl(gateway, "--include", *way, server.url)
+                assert "502" in said and f"http://127.0.0.1:{port}" in said
+                assert gateway.lines(1)[0]["outcome"] == "parent-407"
+            assert "wrong" not in said
+
+
+NGINX = """
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ }}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        root {folder}/site;
+        expires 1h;
+    }}
+}}
+"""
+
+
+def test_a_cache_for_all_plain_requests_is_one_line(
+    place: Path, natwork: Natwork
+) -> None:
+    """DESIGN's recipe: Squid answers the second GET, and no tunnel meets it."""
+    needs("nginx")
+    (place / "site").mkdir()
+    (place / "site" / "page").write_text("to be kept")
+    web = free_port()
+    (place / "nginx.conf").write_text(NGINX.format(folder=place, port=web))
+    nginx = ["nginx", "-e", f"{place}/error.log", "-c", f"{place}/nginx.conf"]
+    with serving(nginx, web, place), squid(place) as port:
+        gateway = natwork(parents(f"http://127.0.0.1:{port} scheme http"))
+        url = f"http://127.0.0.1:{web}/page"
+
+        def seen() -> int:
+            return (place / "access.log").read_text().count("GET /page ")
+
+        assert [curl(gateway, url) for _ in range(2)] == ["to be kept"] * 2
+        assert seen() == 1
+        assert curl(gateway, "--proxytunnel", url) == "to be kept"
+        assert seen() == 2
+        addresses = [line["address"] for line in gateway.lines(3)]
+        assert addresses == [f"127.0.0.1:{n}" for n in (port, port, web)]
+
+
+@pytest.mark.parametrize("login", ["", LOGIN])
+def test_microsocks_as_a_parent(
+    tmp_path: Path, natwork: Natwork, origin: Start, login: str
+) -> None:
+    needs("microsocks")
+    server, port = origin(Script(sized(b"a page")), "127.0.0.3"), free_port()
+    words = ["microsocks", "-i", "127.0.0.1", "-p", str(port)]
+    words += ["-u", "alice", "-P", "kQ7-pass:word"] if login else []
+    with serving(words, port, tmp_path):
+        gateway = natwork(parents(f"socks5://{login}127.0.0.1:{port}"), NAMED)
+        for way in WAYS:
+            assert curl(gateway, *way, server.url) == "a page"
+        said = curl(gateway, "--include", f"http://{CLOSED.decode()}/")
+        assert "502 Bad Gateway" in said and "parent-reply-5" in str(gateway.lines(3))
+        if login:
+            wrong = natwork(parents(f"socks5://a:b@127.0.0.1:{port}"), NAMED)
+            assert "502 Bad Gateway" in curl(wrong, "--include", server.url)
+            assert wrong.lines(1)[0]["outcome"] == "parent-auth-failed"
+
+
+DANTE = """
+internal: 127.0.0.1 port = {port}
+external: 127.0.0.1
+socksmethod: none
+clientmethod: none
+user.privileged: root
+user.unprivileged: nobody
+client pass {{ from: 0/0 to: 0/0 }}
+socks block {{ from: 0/0 to: 127.0.0.9/32 }}
+socks pass {{ from: 0/0 to: 0/0 }}
+"""
+
+
+def test_dante_as_a_parent(tmp_path: Path, natwork: Natwork, origin: Start) -> None:
+    needs("danted")
+    if os.geteuid() != 0:
+        unavailable("Dante wants to be started as root")
+    server, port = origin(Script(sized(b"a page")), "127.0.0.1"), free_port()
+    (tmp_path / "danted.conf").write_text(DANTE.format(port=port))
+    words = ["danted", "-f", "danted.conf", "-p", str(tmp_path / "danted.pid")]
+    with serving(words, port, tmp_path):
+        gateway = natwork(parents(f"socks5://127.0.0.1:{port}"), NAMED)
+        for way in WAYS:
+            assert curl(gateway, *way, server.url) == "a page"
+        assert "403 Forbidden" in curl(gateway, "--include", "http://127.0.0.9:81/")
+        assert gateway.lines(3)[2]["outcome"] == "parent-reply-2"
+
+
+def test_ftp_goes_through_a_parent_with_its_data(
+    tmp_path: Path, natwork: Natwork, origin: Start
+) -> None:
+    needs("microsocks")
+    data = socket.create_server(("127.0.0.3", 0))
+    port = data.getsockname()[1]
+
+    def ftpd(connection: socket.socket, origin: Origin) -> None:
+        """Serve one file, from a data port that the parent is to reach."""
+        connection.sendall(b"220 ready\r\n")
+        lines = connection.makefile("rb")
+        for line in lines:
+            verb = line.split()[0].upper().decode()
+            said = {
+                "USER": b"230 in",
+                "EPSV": b"229 (|||%d|)" % port,
+                "PASV": b"227 (127,0,0,3,%d,%d)" % divmod(port, 256),
+                "TYPE": b"200 yes",
+                "SIZE": b"213 6",
+                "RETR": b"150 now",
+                "QUIT": b"221 bye",
+            }.get(verb, b"500 what")
+            connection.sendall(said + b"\r\n")
+            if verb == "RETR":
+                stream, caller = data.accept()
+                origin.callers.append(caller)
+                stream.sendall(b"a file")
+                stream.close()
+                connection.sendall(b"226 done\r\n")
+
+    server, socks = origin(ftpd, "127.0.0.3"), free_port()
+    words = ["microsocks", "-i", "127.0.0.1", "-p", str(socks), "-b", "127.0.0.8"]
+    with data, serving(words, socks, tmp_path):
+        line = parents(f"socks5://127.0.0.1:{socks}")
+        gateway = natwork(line, "rules=allow to 127.0.0.3", loopback=False)
+        url = f"ftp://{server.authority}/file"
+        assert curl(gateway, url) == "a file"
+        assert [host for host, _ in server.callers] == ["127.0.0.8"] * 2
+        assert gateway.lines(1)[0]["address"] == f"127.0.0.1:{socks}"
