@@ -56,6 +56,7 @@ import io
 import mmap
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -279,13 +280,21 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        with open(path, encoding="utf-8") as file:
-            parser.read_file(file)
+        with open(path, encoding="utf-8-sig") as file:  # an editor's BOM is no matter
+            text = file.read()
+        parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
     except configparser.Error as error:
-        raise ConfigError(f"{path}: {masked(str(error))}") from None
+        number = getattr(error, "lineno", 0) or vars(error)["errors"][0][0]
+        line = text.split("\n")[number - 1].strip()
+        why = {
+            "DuplicateOptionError": "this setting stands in the file twice",
+            "DuplicateSectionError": "this section stands in the file twice",
+            "MissingSectionHeaderError": "it stands before the line [natwork]",
+        }.get(type(error).__name__, "it is not NAME = VALUE")
+        raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
     for section in parser.sections():
         if section != "natwork":
             raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
@@ -785,6 +794,15 @@ class AccessLog:
         except OSError:  # a socket (journald's), or not ours to open again
             self.fd, self.shared = os.dup(1), True
 
+    def follow(self) -> None:
+        """Go on in the file that has our name now, if ours has been renamed."""
+        with contextlib.suppress(OSError):
+            if self.path != "-":
+                flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
+                fd = os.open(self.path, flags)
+                os.dup2(fd, self.fd, False)
+                os.close(fd)
+
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
         """Write the line of a session that has ended, or count it as lost."""
         line = session.line(outcome)
@@ -1163,9 +1181,21 @@ WORKER_SIGNALS = {
     int(signal.SIGINT): int(signal.SIG_IGN),
     int(signal.SIGHUP): int(signal.SIG_IGN),
 }
+TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
+
+
+def notify(words: str) -> None:
+    """Tell the service manager how we are, where it asks: sd_notify(3)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        # An abstract address begins with a NUL, for which "@" stands.
+        where = "\0" + path[1:] if path[0] == "@" else path
+        with contextlib.suppress(OSError):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1)
+                sock.sendto(words.encode(), where)
 
 
 def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
@@ -1388,6 +1418,8 @@ class Worker:
 
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
+        if self.leaving():
+            self.generation.log.follow()
         self.generation.log.write(session, outcome, self.slot)
         self.slot.settle()
 
@@ -1395,6 +1427,25 @@ class Worker:
         if set_title and title != self.title:
             set_title(title)
             self.title = title
+
+    def confine(self) -> None:
+        """Give up what serving does not need, and take TERM as the operator's hand."""
+        set_signal(TERM, self.end)
+        if os.geteuid():  # root is above this limit
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no fork, no thread
+
+    def end(self, *_: object) -> None:
+        """Die of TERM, and by a reset if the client has but half of his answer.
+
+        The master writes the line: one that dies of a signal cannot.
+        """
+        if self.slot.words[WHICH]:  # a session is going on
+            with contextlib.suppress(OSError):
+                self.client.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+        set_signal(TERM, DEFAULT)
+        os.kill(self.pid, TERM)
 
 
 class Master:
@@ -1415,7 +1466,11 @@ class Master:
         self.stopping = False
         self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
+        self.private = [self.wake_out, self.pressure_in]  # not the workers'
         self.title = ""
+        # sd_watchdog_enabled(3): twice as often as would just do.
+        self.notify_pause = int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2e6
+        self.notify_at = 0.0  # monotonic
         board.words[BEGAN] = int(time.time())
 
     def run(self) -> None:
@@ -1430,12 +1485,22 @@ class Master:
         gc.freeze()
         gc.set_threshold(20_000)
         while not self.stopping:
-            self.reap()
-            self.keep_spares()
-            self.show_title()
-            for byte in self.sleep():
-                self.act(byte)
+            with self.steady():
+                self.reap()
+                self.keep_spares()
+                self.show_title()
+                for byte in self.sleep():
+                    self.act(byte)
         self.drain()
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Say what the system refuses the master, and let it not be his end."""
+        try:
+            yield
+        except OSError as error:
+            self.board.say(f"the master goes on after an error: {reason(error)}")
+            time.sleep(0.1)  # it may come again at once
 
     def sleep(self) -> bytes:
         """Wait for a signal, a poke or a second; return the bytes that woke us.
@@ -1514,6 +1579,7 @@ class Master:
         if self.retiring and not self.states().count(self.retiring.idle()):
             self.retiring = None
             say("configuration reloaded")
+            notify("READY=1")
 
     def bury(self, slot: Slot, code: int) -> None:
         """Write the log line that a worker could not write itself."""
@@ -1575,11 +1641,13 @@ class Master:
             for number, action in WORKER_SIGNALS.items():
                 set_signal(number, action)
             set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
-            for generation in self.generations:
-                os.close(generation.lifeline_in)  # the master's alone: it is its life
-            for fd in (self.wake_out, self.pressure_in):
+            os.close(self.generation.lifeline_in)  # the master's alone: it is its life
+            for generation in self.generations[:-1]:
+                generation.close()
+            for fd in self.private:
                 os.close(fd)
             worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
+            worker.confine()
             slot.take(worker.pid)
             worker.run()
             status = 0
@@ -1597,12 +1665,15 @@ class Master:
 
     def reload(self) -> None:
         """Put a new configuration in force, or say why the old one stays."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = self.load(self.generation)
         except (ConfigError, OSError, ImportError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             say(f"configuration not reloaded, the old one stays: {why}")
+            notify("READY=1")
             return
+        gc.collect()  # of generations gone by: their parts refer to each other
         old = self.generation
         fresh.number = old.number + 1
         kept = set(fresh.listeners.values())
@@ -1627,7 +1698,8 @@ class Master:
         for listener in self.removed:
             if listener not in busy:
                 # Not close() alone: busy workers have it open too.
-                listener.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)
                 listener.close()
         self.removed = busy
         listeners = self.generation.listeners
@@ -1636,6 +1708,7 @@ class Master:
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""
+        notify("STOPPING=1")
         self.board.words[RETIRED_BELOW] = self.generation.number + 1
         for generation in self.generations:
             os.close(generation.lifeline_in)
@@ -1646,17 +1719,18 @@ class Master:
                     listener.shutdown(socket.SHUT_RDWR)
         deadline = time.monotonic() + self.generation.config.drain_timeout + 2
         end = signal.SIGTERM
-        self.reap()
-        while self.workers:
-            hurry = any(
-                byte in (signal.SIGTERM, signal.SIGINT) for byte in self.sleep()
-            )
-            if hurry or time.monotonic() > deadline:
-                for pid in self.workers:
-                    os.kill(pid, end)
-                deadline, end = time.monotonic() + 5, signal.SIGKILL
+        with self.steady():
             self.reap()
-            self.show_title()
+        while self.workers:
+            with self.steady():
+                signals = set(self.sleep())
+                hurry = signals & {int(signal.SIGTERM), int(signal.SIGINT)}
+                if hurry or time.monotonic() > deadline:
+                    for pid in self.workers:
+                        os.kill(pid, end)
+                    deadline, end = time.monotonic() + 5, signal.SIGKILL
+                self.reap()
+                self.show_title()
 
     def show_title(self) -> None:
         states = self.states()
@@ -1666,6 +1740,9 @@ class Master:
         if set_title and title != self.title:
             set_title(title)
             self.title = title
+        if (now := time.monotonic()) >= self.notify_at:
+            self.notify_at = now + self.notify_pause
+            notify(f"WATCHDOG=1\nSTATUS={idle} idle {busy} busy")
 
 
 # --- Rules --------------------------------------------------------------------
@@ -2400,6 +2477,8 @@ def resolve(host: str, port: int) -> list[bytes]:
     except ValueError:
         pass  # it is a name
     began = time.monotonic()
+    # The resolver goes on waiting behind a handler of ours.
+    handler = set_signal(TERM, DEFAULT)
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
@@ -2410,6 +2489,8 @@ def resolve(host: str, port: int) -> list[bytes]:
         raise Refused(
             DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
         ) from None
+    finally:
+        set_signal(TERM, handler)
     addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
     return list(dict.fromkeys(forms(a)[0] for a in addresses))
 
@@ -5208,6 +5289,11 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
         raise config.refuse("listen", str(error)) from None
     if not found:
         raise config.refuse("listen", "must name an address")
+    for host, port in found:
+        if found.count((host, port)) > 1:
+            raise config.refuse("listen", f"names {endpoint((host, port))} twice")
+        if host != "*" and port and ("*", port) in found:
+            raise config.refuse("listen", f"*:{port} has {host} in it")
     return found
 
 
@@ -5308,6 +5394,8 @@ def load_generation(
     for name in ("user", "pidfile"):
         if old and getattr(config, name) != getattr(old.config, name):
             say(f"{name} is changed by a restart only")
+    if old and passed and config.listen != old.config.listen:
+        say("listen is not used: systemd passes the listeners (natwork.socket)")
     return generation
 
 
@@ -5332,9 +5420,17 @@ def become(user: tuple[int, int] | None) -> None:
         os.setuid(user[0])
 
 
-def lock_pidfile(path: str) -> int:
-    """Return the pid file, open and locked while we live; raise OSError."""
+def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
+    """Return the pid file, open and locked while we live; raise OSError.
+
+    Who gives up root can remove it at the end from a directory of its own only,
+    so one that is not there is made.
+    """
+    folder = os.path.dirname(path)
     try:
+        if user and folder and not os.path.exists(folder):
+            os.mkdir(folder, 0o755)
+            os.chown(folder, *user)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path, flags, 0o644)
     except OSError as error:
@@ -5347,6 +5443,9 @@ def lock_pidfile(path: str) -> int:
     except OSError:
         os.close(fd)
         raise OSError(f"another natwork holds the pid file {path}") from None
+    if os.fstat(fd).st_nlink == 0:  # the one before has just removed it
+        os.close(fd)
+        return lock_pidfile(path, user)
     return fd
 
 
@@ -5396,7 +5495,8 @@ def warm() -> None:
     with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
         door = undo.enter_context(listen("127.0.0.1", 0))
         origin = undo.enter_context(listen("127.0.0.1", 0))
-        config = Config(rules="allow to 127.0.0.0/8 port 1-65535", log=os.devnull)
+        opening = "allow to 127.0.0.0/8 port 1-65535"
+        config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
         serve = functools.partial(serve_client, Policy(config, []))
         generation = Generation(config, {"": door}, AccessLog(config), serve)
         undo.callback(generation.close)
@@ -5451,11 +5551,12 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     passed = passed_listeners()
     board = Scoreboard()
-    pidfile = lock_pidfile(config.pidfile) if config.pidfile else -1
+    pidfile = lock_pidfile(config.pidfile, user) if config.pidfile else -1
     try:
         load = functools.partial(load_generation, path, options, passed)
         master = Master(board, load)
         if pidfile >= 0:
+            master.private.append(pidfile)
             os.ftruncate(pidfile, 0)
             os.write(pidfile, b"%d\n" % os.getpid())
         warn_of_outside(config)
@@ -5472,6 +5573,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         board.describe(config.max_workers)
         warm()
         ready()
+        notify("READY=1")
         master.run()
     finally:
         if pidfile >= 0:
@@ -5522,6 +5624,7 @@ def run_daemon(path: str, options: list[str]) -> int:
     try:
         daemon.DaemonContext(
             umask=0o027,
+            detach_process=True,  # it would guess, by what standard input is
             working_directory=os.getcwd(),
             files_preserve=list(range(3, 64)),
             stdout=sys.stdout,
@@ -5595,6 +5698,8 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    if not inside:
+        return 0
     host, addresses = "", []
     proto = "connect"
     try:
@@ -5634,14 +5739,29 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     return 0
 
 
+def check_file(config: Config, name: str, makes_folder: bool) -> None:
+    """Raise ConfigError for a file that we could not write; open nothing."""
+    path = getattr(config, name)
+    folder = os.path.dirname(path) or "."
+    if path in ("", "-") or makes_folder and not os.path.exists(folder):
+        return
+    if not os.path.isdir(folder):
+        raise config.refuse(name, "there is no such directory")
+    if os.path.isdir(path) or not os.access(
+        path if os.path.exists(path) else folder, os.W_OK
+    ):
+        raise config.refuse(name, "it cannot be written")
+
+
 def check(path: str, options: list[str]) -> int:
     """Print every setting in force, or raise ConfigError."""
     config = load_config(path, options)
     Policy(config, [])
     read_users(config)
     other_gateways(config)
-    find_user(config)
     endpoints(config)
+    check_file(config, "log", False)
+    check_file(config, "pidfile", bool(find_user(config)))
     print(config.text())
     return 0
 

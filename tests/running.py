@@ -1,7 +1,9 @@
-"""natwork.py as a command, and as a daemon with a file of its own; and /proc."""
+"""natwork.py as a command, and as a daemon with its own file; /proc; the README."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import pwd
 import re
@@ -237,3 +239,33 @@ def worker_of(gateway: Gateway, client: socket.socket) -> int:
     pids = eventually(found)
     assert isinstance(pids, list)
     return int(pids[0])
+
+
+@contextlib.contextmanager
+def network_of(pid: int) -> Iterator[None]:
+    """Put this thread, and those it starts, into the network of another process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/self/task/%d/ns/net" % threading.get_native_id()) as own:
+        with open(f"/proc/{pid}/ns/net") as other:
+            assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert libc.setns(own.fileno(), 0) == 0
+
+
+# What the README says.
+
+
+def section(title: str) -> str:
+    """Return a section of the README."""
+    text = (ROOT / "README.md").read_text()
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def block(title: str, begins: str) -> str:
+    """Return the block of code of a section that begins with these words."""
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", section(title), re.M)
+    found = [b for b in blocks if b.strip().startswith(begins)]
+    assert len(found) == 1, (title, begins, blocks)
+    return re.sub("^    ", "", found[0].strip("\n"), flags=re.M) + "\n"

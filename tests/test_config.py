@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from conftest import Gateway
 from conftest import eventually
 from running import Daemon
 from running import command
@@ -258,6 +260,30 @@ def test_a_bad_file_is_one_line_that_names_it(
     assert "bad.conf: " in why and part in why
 
 
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("spare_workers = 4\n", "1: spare_workers = 4: it stands before the line "),
+        ("[natwork]\n\nname a\n", "3: name a: it is not NAME = VALUE"),
+        ("[natwork]\nname = a\nname = b\n", "3: name = b: this setting stands in "),
+        ("[natwork]\n[natwork]\n", "2: [natwork]: this section stands in the file "),
+    ],
+)
+def test_a_line_that_is_no_setting_is_told_by_its_number(
+    tmp_path: Path, content: str, why: str
+) -> None:
+    (tmp_path / "bad.conf").write_text(content)
+    said = refused("-c", "bad.conf", cwd=tmp_path)
+    assert said.startswith(f"natwork: bad.conf: line {why}")
+
+
+def test_the_mark_of_an_editor_before_the_first_line_is_no_matter(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "bom.conf").write_text("\ufeff[natwork]\nspare_workers = 3\n")
+    assert "spare_workers = 3\n" in printed("-t", "-c", "bom.conf", cwd=tmp_path)
+
+
 def test_a_missing_file_is_one_line_that_names_it(tmp_path: Path) -> None:
     why = refused("-c", "nowhere.conf", cwd=tmp_path)
     assert why == "natwork: nowhere.conf: no such file or directory\n"
@@ -296,3 +322,20 @@ def test_an_option_still_wins_after_a_reload(daemon: Callable[..., Daemon]) -> N
     gateway.hangup(name="other", rules="deny port 81")
     eventually(lambda: b"rule 1" in refusal())  # so it has been read again
     assert refusal().startswith(b"option; ")
+
+
+def test_a_file_made_after_the_start_is_read_by_a_reload(
+    natwork: Callable[..., Gateway],
+) -> None:
+    gateway = natwork("user=root", loopback=False)
+    file = gateway.log.parent / "natwork.conf"
+
+    def refusal() -> bytes:
+        with gateway.connect() as client:
+            return exchange(client, request(DENIED)).values(b"Proxy-Status")[0]
+
+    assert b"built-in rule" in refusal() and not file.exists()
+    file.write_text("[natwork]\nrules = deny to 10.0.0.0/8\n")
+    gateway.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "configuration reloaded" in gateway.errors.read_text())
+    assert b"rule 1" in refusal()

@@ -842,7 +842,9 @@ def test_a_gateway_behind_another_nat_says_who_its_clients_are(rig: Rig) -> None
         "route add default via 192.168.1.1",
     ):
         ip("-n", rig.box.name("gateway"), *words.split())
-    assert "192.168.1.2, an inside address" in rig.natwork().errors.read_text()
+    gateway = rig.natwork()
+    words = "192.168.1.2, an inside address"
+    eventually(lambda: words in gateway.errors.read_text())
 
 
 def open_tunnel(rig: Rig) -> socket.socket:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import resource
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from box import needs
+from box import unavailable
 from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
@@ -21,6 +25,7 @@ from conftest import eventually
 from running import PROGRAM
 from running import Daemon
 from running import Held
+from running import block
 from running import command
 from running import daemons
 from running import echo
@@ -531,3 +536,66 @@ def test_half_a_line_is_not_joined_by_the_next(daemon: Callable[..., Daemon]) ->
     lines = gateway.log.read_text().splitlines()
     assert all(line.startswith("time=") for line in lines)
     assert all(line.count("time=") == 1 for line in lines) and len(lines) < 13
+
+
+def test_a_full_disk_loses_lines_and_no_session(
+    daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        unavailable("a disk that is full needs a mount, and that root")
+    disk, small = tmp_path / "disk", ["-t", "tmpfs", "-o", "size=64k", "natwork"]
+    disk.mkdir()
+    subprocess.run(["mount", *small, disk], check=True)
+    try:
+        gateway = daemon(log=str(disk / "log"), spare_workers="2")
+        assert served(gateway)
+        eventually((disk / "log").read_text)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
+            while filler.write(b"." * 1024):
+                filler.flush()
+        for _ in range(40):  # the page that the log has may take a few
+            assert served(gateway)
+        eventually(lambda: any("lines are lost" in line for line in gateway.said()))
+        (disk / "filler").unlink()
+        assert served(gateway) and served(gateway)
+        eventually(lambda: (disk / "log").read_text().count("\n") >= 3)
+        lines = (disk / "log").read_text().splitlines()
+        assert len(lines) < 43 and LINE.fullmatch(lines[-1])
+        gateway.stop()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+# What other programs make of it, as the README tells them.
+
+
+def test_fail2ban_finds_who_knocks_from_outside(
+    natwork: Callable[..., Gateway], tmp_path: Path
+) -> None:
+    needs("fail2ban-regex")
+    gateway = natwork("inside=10.0.0.0/8", loopback=False)
+    with gateway.connect() as client:
+        assert not client.recv(1)
+    (line,) = gateway.lines(1)
+    assert line["outcome"] == "not-inside"
+    # Another who cannot tell a password, in a zone of its own; and one who forges.
+    real = gateway.log.read_text()
+    ipv6 = real.replace("127.0.0.1:", "[2001:db8::7]:")
+    words = "proto=http method=GET target=http://a/outcome=not-inside"
+    good = real.replace("outcome=not-inside", "outcome=ok").replace("target=-", words)
+    text = real + ipv6.replace("=not-inside", "=auth-failed") + good
+    gateway.log.write_text(text)
+    filters = tmp_path / "natwork.conf"
+    filters.write_text(block("Reading the log", "[Definition]"))
+    for zone in ("UTC", "America/New_York"):
+        done = subprocess.run(
+            ["fail2ban-regex", "--out", "<ip> <time>", gateway.log, filters],
+            env={**os.environ, "TZ": zone},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        rows = [row.split() for row in done.stdout.splitlines()]
+        assert [row[0] for row in rows] == ["127.0.0.1", "2001:db8::7"], done
+        assert all(abs(float(row[1]) - time.time()) < 60 for row in rows)

@@ -424,6 +424,58 @@ def test_reloads_under_load_lose_no_client(daemon: Launch, origin: Start) -> Non
     eventually(lambda: len(descriptors(gateway.process.pid)) == len(before))
 
 
+def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway = daemon(listen="127.0.0.1:0 127.0.0.2:0", spare_workers="4")
+    server, goes = origin(Script()), gateway.listening()[1]
+    began, over = time.monotonic(), threading.Event()
+    wrong: list[object] = []
+    served = [0, 0, 0, 0]
+
+    def ask(number: int) -> None:
+        """Begin a request every 40 ms, or as soon as the one before has ended."""
+        while not over.wait(began + 0.04 * served[number] - time.monotonic()):
+            try:
+                assert get(gateway, server) == 200
+            except (OSError, AssertionError) as failure:
+                wrong.append(failure)
+            served[number] += 1
+
+    askers = [threading.Thread(target=ask, args=[n]) for n in range(len(served))]
+    for thread in askers:
+        thread.start()
+    try:
+        for number in range(20):
+            if number % 5 == 0:
+                gateway.log.rename(gateway.folder / f"rotated.{number}")
+            if number == 7:
+                assert "not reloaded" in gateway.hangup(spare_workers="x")
+                gateway.settings["spare_workers"] = "4"
+            elif number == 12:
+                gateway.hangup(listen="127.0.0.1:0 127.0.0.3:0")
+                eventually(lambda: refuses(goes))
+                with socket.create_connection(gateway.listening()[-1], 10) as client:
+                    assert exchange(client, request(DENIED)).status == 403
+            else:
+                assert gateway.hangup().endswith("configuration reloaded")
+            assert gateway.log.exists() or number == 7
+            time.sleep(0.1)
+    finally:
+        over.set()
+        for thread in askers:
+            thread.join()
+    assert not wrong, wrong
+    logs = [gateway.log, *gateway.folder.glob("rotated.*")]
+    assert len(logs) == 5
+
+    def lines() -> int:
+        return sum(log.read_text().count("\n") for log in logs)
+
+    eventually(lambda: lines() == sum(served) + 1)  # and the one at the new listener
+    assert sum(served) > 60 * (time.monotonic() - began), "too slow to be a test"
+
+
 def test_listeners_come_and_go_with_a_reload(daemon: Launch, origin: Start) -> None:
     gateway, server = daemon(listen="127.0.0.1:0 127.0.0.2:0"), origin(echo)
     stays, goes = gateway.listening()
@@ -470,6 +522,19 @@ def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:
         gateway.hangup(spare_workers="6", max_workers="2048")
         ready(gateway, 6)
         assert echoes(second)
+
+
+def test_a_tunnel_that_outlives_two_rotations_is_in_the_newest_log(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway = daemon()
+    with tunnel(gateway, origin(echo)) as client:
+        for number in range(2):
+            gateway.log.rename(gateway.folder / f"rotated.{number}")
+            gateway.hangup()
+        assert echoes(client)
+    (line,) = gateway.lines(1)
+    assert line["proto"] == "connect"
 
 
 def test_hup_opens_a_rotated_log_anew(daemon: Launch, origin: Start) -> None:

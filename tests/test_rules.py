@@ -660,7 +660,7 @@ def test_explain_knows_the_user_and_who_is_no_client(
         said = explained(capsys, closed, CLIENT, f"{OUTSIDE}:80", "-o", rules, *words)
         assert decision in said and f"client {CLIENT}: inside, served" in said
     said = explained(capsys, closed, "192.0.2.9", f"{OUTSIDE}:80")
-    assert "client 192.0.2.9: not inside, refused" in said
+    assert said == "client 192.0.2.9: not inside, refused\n"
 
 
 def test_explain_makes_no_connection(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import platform
 import pwd
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from box import unavailable
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
@@ -35,6 +38,7 @@ from running import echo
 from running import echoes
 from running import group
 from running import idle
+from running import network_of
 from running import read_proc
 from running import status
 from running import title
@@ -143,11 +147,14 @@ def test_a_port_can_be_taken_over_at_once(daemon: Launch, origin: Start) -> None
 
 @contextlib.contextmanager
 def activated(
-    folder: Path, sockets: list[socket.socket], pid: str = "$$"
+    folder: Path,
+    sockets: list[socket.socket],
+    pid: str = "$$",
+    listen: str = "listen=127.0.0.1:0",
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a gateway with listening sockets as descriptors 3 and up."""
-    settings = [f"log={folder / 'log'}", "listen=127.0.0.1:0", "drain_timeout=5"]
-    words = [word for setting in settings for word in ("-o", setting)]
+    settings = [f"log={folder / 'log'}", listen, "drain_timeout=5", f"user={SELF}"]
+    words = [word for setting in settings if setting for word in ("-o", setting)]
     launch = f"LISTEN_FDS={len(sockets)} LISTEN_PID={pid} exec " + shlex.join(
         [*PROGRAM, *words]
     )
@@ -217,6 +224,66 @@ def test_sockets_meant_for_another_process_are_not_taken(
         assert "%s:%d" % passed[0].getsockname() not in said.read_text()
 
 
+def test_a_setting_that_passed_sockets_replace_is_said_to_be_idle(
+    tmp_path: Path, passed: list[socket.socket]
+) -> None:
+    (tmp_path / "natwork.conf").write_text("[natwork]\nlisten = 127.0.0.1:0\n")
+    with activated(tmp_path, passed[:1], listen="") as process:
+        said = tmp_path / "said"
+        eventually(lambda: "listening" in said.read_text())
+        (tmp_path / "natwork.conf").write_text("[natwork]\nlisten = 127.0.0.4:0\n")
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: "configuration reloaded" in said.read_text())
+        assert "natwork: listen is not used: systemd passes " in said.read_text()
+        assert answers(passed[0].getsockname())
+
+
+# What systemd is told.
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_is_told_of_readiness_reloads_and_the_end(
+    daemon: Launch, tmp_path: Path, kind: str
+) -> None:
+    path = str(tmp_path / "notify") if kind == "path" else f"@{tmp_path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path.replace("@", "\0"))
+        manager.settimeout(20)
+
+        def told() -> list[str]:
+            return manager.recv(4096).decode().split("\n")
+
+        def environment() -> None:
+            os.environ.update(NOTIFY_SOCKET=path, WATCHDOG_USEC="2000000")
+
+        gateway = daemon(before=environment)
+        assert told() == ["READY=1"]
+        for _ in range(3):  # from the master's loop, with no client to wake it
+            watchdog, state = told()
+            assert watchdog == "WATCHDOG=1"
+            assert re.fullmatch("STATUS=[0-8] idle 0 busy", state)
+        for settings in ({}, {"spare_workers": "x"}):
+            gateway.hangup(**settings)
+            while (words := told())[0] == "WATCHDOG=1":
+                pass
+            assert words[0] == "RELOADING=1" and len(words) == 2
+            assert re.fullmatch("MONOTONIC_USEC=[0-9]+", words[1])
+            while (words := told())[0] == "WATCHDOG=1":
+                pass
+            assert words == ["READY=1"]
+        gateway.process.terminate()
+        while (words := told())[0] == "WATCHDOG=1":
+            pass
+        assert words == ["STOPPING=1"]
+
+
+def test_who_tells_systemd_does_not_wait_for_it(daemon: Launch, tmp_path: Path) -> None:
+    def environment() -> None:
+        os.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
+
+    assert answers(daemon(before=environment).address)
+
+
 # Daemon mode.
 
 
@@ -225,7 +292,7 @@ def detached(
     folder: Path, *options: str, **settings: str
 ) -> Iterator[tuple[subprocess.CompletedProcess[str], int]]:
     """Run natwork.py -d; give how the launcher ended and the daemon's number."""
-    pidfile = folder / "natwork.pid"
+    pidfile = folder / settings.get("pidfile", "natwork.pid")
     settings = {
         "listen": "127.0.0.1:0",
         "log": "access.log",
@@ -287,7 +354,79 @@ def test_a_daemon_needs_python_daemon(tmp_path: Path) -> None:
     assert "pip install python-daemon" in failed(done, 1)
 
 
+def test_a_second_daemon_is_refused_by_its_launcher(tmp_path: Path) -> None:
+    (tmp_path / "natwork.pid").write_text("4194304\n")  # stale: nobody has it locked
+    with detached(tmp_path) as (done, pid):
+        assert done.returncode == 0 and pid != 4194304
+        second = command("-d", "-o", "log=-", cwd=tmp_path)
+        why = "natwork: another natwork holds the pid file natwork.pid\n"
+        assert (second.returncode, second.stderr) == (1, why)
+        assert int((tmp_path / "natwork.pid").read_text()) == pid
+    assert not (tmp_path / "natwork.pid").exists()
+
+
+def test_a_daemon_detaches_whatever_its_standard_input_is(tmp_path: Path) -> None:
+    # python-daemon takes a socket there for inetd's, and would stay in the session.
+    settings = {"listen": "127.0.0.1:0", "log": "log", "pidfile": "pid", "user": SELF}
+    (tmp_path / "natwork.conf").write_text(configuration(settings))
+    with socket.create_server(("127.0.0.1", 0)) as terminal:
+        done = subprocess.run(
+            [*PROGRAM, "-d"], cwd=tmp_path, stdin=terminal, stderr=-3, timeout=30
+        )
+    pid = int((tmp_path / "pid").read_text())
+    assert done.returncode == 0 and os.getsid(pid) != os.getsid(0)
+    os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not read_proc(pid, "stat"))
+
+
+@as_root
+def test_a_daemon_of_nobody_has_port_80_and_removes_its_pid_file() -> None:
+    if not (unshare := shutil.which("unshare")):
+        unavailable("not installed: unshare")
+    with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        folder.chmod(0o755)
+        pidfile = folder / "run" / "natwork.pid"  # its directory is made
+        settings = {"listen": "*:80", "log": "log", "pidfile": str(pidfile)}
+        (folder / "natwork.conf").write_text(configuration(settings))
+        launch = "ip link set lo up; exec " + shlex.join([*PROGRAM, "-d"])
+        done = subprocess.run(
+            [unshare, "--net", "sh", "-ec", launch], cwd=folder, timeout=30
+        )
+        assert done.returncode == 0
+        pid = int(pidfile.read_text())
+        undo.callback(lambda: read_proc(pid, "stat") and os.kill(pid, signal.SIGKILL))
+        with network_of(pid):
+            assert answers(("127.0.0.1", 80))
+        nobody = str(pwd.getpwnam("nobody").pw_uid)
+        assert status(pid, "Uid").split() == [nobody] * 4
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not read_proc(pid, "stat"))
+        assert not pidfile.exists() and pidfile.parent.exists()
+        assert (folder / "log").stat().st_mode & 0o777 == 0o640
+
+
 # The pid file.
+
+
+def test_a_pid_file_that_is_removed_while_it_is_awaited_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "natwork.pid"
+    first = program.lock_pidfile(str(path), None)
+    lock = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        """Get the lock when its owner has just left."""
+        monkeypatch.setattr(fcntl, "flock", lock)
+        program.remove_pidfile(str(path), first)
+        os.close(first)
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = program.lock_pidfile(str(path), None)
+    assert os.path.samestat(os.fstat(second), path.stat())
+    os.close(second)
 
 
 def test_the_pid_file_is_there_while_the_gateway_is(daemon: Launch) -> None:
@@ -317,12 +456,40 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
     assert answers(gateway.address)
 
 
+def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
+    daemon: Launch, origin: Start, tmp_path: Path
+) -> None:
+    pidfile = str(tmp_path / "natwork.pid")
+    gateway = daemon(pidfile=pidfile, drain_timeout="3")
+    with tunnel(gateway, origin(echo)) as client:
+        gateway.expected = -signal.SIGKILL
+        gateway.process.kill()
+        gateway.process.wait(10)
+        assert echoes(client) and answers(daemon(pidfile=pidfile).address)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
+def test_a_pid_file_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    pidfile, target = tmp_path / "natwork.pid", tmp_path / "target"
+    target.write_text("not a number of ours")
+    if kind == "a link":
+        pidfile.symlink_to(target)
+    elif kind == "a pipe":
+        os.mkfifo(pidfile)
+    else:
+        pidfile.mkdir()
+    options = ("-o", "listen=127.0.0.1:0", "-o", f"pidfile={pidfile}")
+    why = failed(command(*options, cwd=tmp_path), 1)
+    assert f"the pid file {pidfile}: " in why
+    assert target.read_text() == "not a number of ours"
+
+
 def test_a_pid_file_nowhere_is_one_reason_and_exit_1(tmp_path: Path) -> None:
-    options = ("-o", "listen=127.0.0.1:0", "-o", "pidfile=/nowhere/natwork.pid")
+    options = ("-o", "listen=127.0.0.1:0", "-o", "pidfile=/nowhere/at/all.pid")
     done = command(*options, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert "/nowhere/natwork.pid" in last and last.endswith("no such file or directory")
+    assert "/nowhere/at/all.pid" in last and last.endswith("no such file or directory")
 
 
 def test_a_log_nowhere_is_one_line_and_exit_1(tmp_path: Path) -> None:
@@ -471,6 +638,35 @@ def test_a_hangup_while_it_starts_is_no_end(daemon: Launch) -> None:
         gateway = daemon()
         gateway.process.send_signal(signal.SIGHUP)
         assert answers(gateway.address)
+
+
+@pytest.mark.parametrize(
+    "setting, why",
+    [
+        ("log=/nowhere/log", "there is no such directory"),
+        ("log=.", "it cannot be written"),
+        ("log=/proc/version/log", "there is no such directory"),
+        ("pidfile=/", "it cannot be written"),
+        ("listen=*:8080 *:8080", "names *:8080 twice"),
+        ("listen=[::1]:0 127.0.0.1:0 [::1]:0", "names [::1]:0 twice"),
+        ("listen=127.0.0.1:80 *:80", "*:80 has 127.0.0.1 in it"),
+    ],
+)
+def test_a_test_finds_what_a_start_would_fail_at(
+    tmp_path: Path, setting: str, why: str
+) -> None:
+    said = failed(command("-t", "-o", setting, cwd=tmp_path), 78)
+    value = setting.replace("=", " = ", 1)
+    assert said == f"natwork: option -o: {value}: {why}\n"
+
+
+@as_root
+def test_a_test_by_another_user_finds_what_he_may_not_write() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        as_nobody = ["setpriv", "--reuid=nobody", "--clear-groups", *PROGRAM]
+        done = command("-t", "-o", "log=log", cwd=Path(name), program=as_nobody)
+        assert failed(done, 78).endswith(" log = log: it cannot be written\n")
 
 
 # A bare box.

@@ -1,0 +1,593 @@
+"""The units on a real systemd: process 1 of a container made from this box itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import ip
+from box import needs
+from box import unavailable
+from conftest import ROOT
+from conftest import Origin
+from conftest import eventually
+from running import PROGRAM
+from running import block
+from running import echo
+from running import echoes
+from running import network_of
+from running import read_proc
+from running import status
+from running import title
+from wire import DENIED
+from wire import exchange
+from wire import request
+from wire import sized
+
+Start = Callable[..., Origin]
+UNITS = ROOT / "systemd"
+PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+CONF, LOG = Path("etc/natwork/natwork.conf"), Path("var/log/natwork/access.log")
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in read_proc(pid, f"task/{pid}/children").split()]
+
+
+class Container:
+    """A copy of this box that has booted systemd, with a network of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder / "root"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.leader = 0  # our number of its process 1
+
+    def boot(self) -> None:
+        """Boot it; raise OSError or CalledProcessError where that cannot be."""
+        for name in ("upper", "work", "root"):
+            (self.folder / name).mkdir()
+        layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
+        mount("-t", "overlay", "-o", layers, "overlay", str(self.root))
+        (self.root / "etc/machine-id").write_text(os.urandom(16).hex() + "\n")
+        for wants in (self.root / "etc/systemd/system").glob("*.wants"):
+            shutil.rmtree(wants)  # what this box would start
+        options = ["--quiet", "--register=no", "--keep-unit", "--private-network"]
+        options += ["--console=pipe", f"--directory={self.root}", "--boot"]
+        options += [f"--bind-ro={ROOT}:/srv/natwork"]
+        self.output = (self.folder / "console").open("w+")
+        self.process = subprocess.Popen(
+            [
+                "setpriv",
+                "--pdeathsig=KILL",
+                "systemd-nspawn",
+                *options,
+                "--",
+                "--unit=basic.target",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=PATH,
+            start_new_session=True,
+        )
+        eventually(self.has_booted, 60)
+
+    def has_booted(self) -> bool:
+        assert self.process
+        if self.process.poll() is not None:
+            raise OSError(self.said())
+        self.leader = (children(self.process.pid) or [0])[0]
+        state = self.run("systemctl is-system-running", check=False).stdout.strip()
+        return state in ("running", "degraded")
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()[-2000:]
+
+    def run(self, line: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a shell's line in it, in the copy of this directory."""
+        words = ["nsenter", f"--target={self.leader}", "--mount", "--uts", "--ipc"]
+        words += ["--net", "--pid", "sh", "-ec", f"cd /srv/natwork; {line}"]
+        done = subprocess.run(
+            words,
+            env=PATH,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert done.returncode == 0 or not check, (line, done)
+        return done
+
+    def show(self, name: str) -> str:
+        """Return a property of the service."""
+        return self.run(f"systemctl show --value -p {name} natwork").stdout.strip()
+
+    def journal(self) -> str:
+        """Return what the service has written, in the journal's own words."""
+        self.run("journalctl --sync")
+        return self.run("journalctl -u natwork -o cat").stdout
+
+    def pid_here(self, pid: int) -> int:
+        """Return our number of a process that has this one in the container."""
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            numbers = status(int(name), "NSpid").split()
+            if len(numbers) > 1 and numbers[-1] == str(pid):
+                with contextlib.suppress(OSError):
+                    mine = os.readlink(f"/proc/{name}/ns/pid")
+                    if mine == os.readlink(f"/proc/{self.leader}/ns/pid"):
+                        return int(name)
+        raise AssertionError(f"no process has the number {pid}")
+
+    def halt(self) -> None:
+        """End it, whatever it does, and give its files back."""
+        if self.process:
+            for pid in children(self.process.pid):
+                os.kill(pid, signal.SIGKILL)  # process 1: the kernel ends the others
+            self.process.kill()
+            self.process.wait(20)
+
+
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[Container]:
+    """A container in which the unit is installed as the README says."""
+    needs("systemd-nspawn", "systemctl", "nsenter", "mount")
+    if os.geteuid() != 0:
+        unavailable("systemd-nspawn needs root")
+    with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        container = Container(folder)
+        try:
+            mount("-t", "tmpfs", "natwork", str(folder))
+            undo.callback(subprocess.run, ["umount", "-R", "-l", str(folder)])
+            undo.callback(container.halt)
+            container.boot()
+        except (OSError, AssertionError, subprocess.CalledProcessError) as error:
+            unavailable(f"systemd-nspawn does not boot here: {error}")
+        container.run(block("Install as a service", "install"))
+        undo.enter_context(network_of(container.leader))
+        yield container
+
+
+class Service:
+    """The gateway that runs in the container."""
+
+    address = ("127.0.0.1", 8080)
+
+    def __init__(self, container: Container) -> None:
+        self.container, self.conf = container, container.root / CONF
+        self.shipped = self.conf.read_text()
+
+    def reload(self, *lines: str) -> subprocess.CompletedProcess[str]:
+        """Write settings into the file, and ask systemd to reload."""
+        before = self.reloads()
+        lines = ("rules = allow to 127.0.0.0/8", *lines)
+        self.conf.write_text(self.shipped + "".join(f"{line}\n" for line in lines))
+        done = self.container.run("systemctl reload natwork", check=False)
+        if done.returncode == 0:  # HUP was sent, and is soon obeyed
+            eventually(lambda: self.reloads() > before)
+        return done
+
+    def reloads(self) -> int:
+        return self.container.journal().count("natwork: configuration reloaded\n")
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, 40)
+
+    def get(self, origin: Origin | bytes = DENIED) -> int:
+        with self.connect() as client:
+            return exchange(client, request(origin)).status
+
+    def tunnel(self, origin: Origin) -> socket.socket:
+        client = self.connect()
+        client.sendall(request(origin, method=b"CONNECT"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        return client
+
+    def worker_of(self, client: socket.socket) -> int:
+        """Return our number of the worker whose row in the table is this client."""
+        table = self.container.run("python3 natwork.py --table --json").stdout
+        (pid,) = (
+            row["pid"]
+            for row in json.loads(table)
+            if row["original_source_port"] == client.getsockname()[1]
+        )
+        return self.container.pid_here(pid)
+
+
+def answer(connection: socket.socket, origin: Origin) -> None:
+    """Be an origin that answers one request."""
+    if connection.recv(65536):
+        connection.sendall(sized(b"hello"))
+
+
+@pytest.fixture
+def service(container: Container) -> Iterator[Service]:
+    """The service, running and as it was installed but for 127/8 as its outside."""
+    service = Service(container)
+    container.run("systemctl reset-failed natwork; systemctl start natwork")
+    assert service.reload().returncode == 0
+    yield service
+    service.conf.write_text(service.shipped)
+
+
+# What systemd says of the files alone.
+
+
+def test_the_units_are_sound_and_tight() -> None:
+    needs("systemd-analyze")
+    units = [str(path) for path in sorted(UNITS.iterdir())]
+    assert [Path(unit).name for unit in units] == ["natwork.service", "natwork.socket"]
+    run = {"capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(["systemd-analyze", "verify", *units], **run)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    words = ["systemd-analyze", "security", "--offline=true", "--no-pager"]
+    done = subprocess.run([*words, "--threshold=11", units[0]], **run)
+    level = re.search("exposure level for natwork.service: ([0-9.]+)", done.stdout)
+    assert done.returncode == 0 and level and float(level[1]) <= 1.1, done
+
+
+def test_the_limits_of_the_unit_belong_to_the_defaults() -> None:
+    unit = dict(
+        re.findall("^(\\w+)=(.*)$", (UNITS / "natwork.service").read_text(), re.M)
+    )
+    done = subprocess.run([*PROGRAM, "-t"], cwd="/", capture_output=True, text=True)
+    given = dict(re.findall("^(\\w+) = (.*)$", done.stdout, re.M))
+    assert int(given["max_workers"]) + 1 < int(unit["TasksMax"])
+    assert float(given["drain_timeout"]) + 7 < float(unit["TimeoutStopSec"])
+
+
+def test_keepalived_takes_what_the_readme_says(tmp_path: Path) -> None:
+    needs("keepalived", "unshare", "ip")
+    if os.geteuid() != 0:
+        unavailable("eth0 in a network of its own needs root")
+    good = block("Outgrowing one box", "global_defs")
+    # As process 1, since it looks whether its parent is still the one it had.
+    launch = "ip link add eth0 type veth peer name eth1; exec keepalived --log-console "
+    for text, code in ((good, 0), (good.replace("priority 100", "priority 300"), 5)):
+        (tmp_path / "keepalived.conf").write_text(text)
+        done = subprocess.run(
+            ["unshare", "--net", "--pid", "--fork", "sh", "-ec"]
+            + [launch + f"--config-test --use-file={tmp_path}/keepalived.conf"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code and bool(code) == bool(done.stderr), done
+
+
+# On a real systemd.
+
+
+def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> None:
+    container = service.container
+    server = origin(answer, "127.0.0.3")
+    assert container.run("systemd-analyze verify natwork.service").stderr == ""
+    for name, value in {
+        "ActiveState": "active",
+        "SubState": "running",
+        "Type": "notify",
+        "User": "natwork",
+        "OOMPolicy": "continue",
+        "NRestarts": "0",
+    }.items():
+        assert container.show(name) == value
+    assert re.fullmatch("[0-9]+ idle [0-9]+ busy", container.show("StatusText"))
+    master = container.pid_here(int(container.show("MainPID")))
+    ids = container.run("id -u natwork; id -g natwork").stdout.split()
+    eventually(lambda: title(master).startswith("natwork: master "))
+    for pid in [master, *children(master)]:
+        assert [status(pid, name).split()[1] for name in ("Uid", "Gid")] == ids
+        assert status(pid, "CapBnd") == "0000000000000000"
+    command = f"curl --silent --show-error --proxy http://127.0.0.1:8080 {server.url}/"
+    assert container.run(command + " --noproxy ''").stdout == "hello"
+
+
+def test_the_journal_has_the_access_log(service: Service, origin: Start) -> None:
+    server = origin(answer, "127.0.0.3")
+    service.get(server)
+    line = f"proto=http method=GET target={server.url}/ "
+    eventually(lambda: line in service.container.journal())
+    (found,) = (x for x in service.container.journal().splitlines() if line in x)
+    assert found.startswith("time=") and " outcome=ok " in found
+
+
+def test_a_journal_that_hangs_loses_lines_and_stops_no_session(
+    service: Service,
+) -> None:
+    container, wrong, over = service.container, [], threading.Event()
+    number = container.run("systemctl show --value -p MainPID systemd-journald")
+    journald = container.pid_here(int(number.stdout))
+
+    def ask() -> None:
+        while not over.is_set() and not wrong:
+            if service.get() != 403:
+                wrong.append(1)
+
+    def lost() -> bool:
+        with service.connect() as client:
+            page = exchange(
+                client, b"GET /metrics HTTP/1.1\r\nHost: localhost:8080\r\n\r\n"
+            ).body
+        return int(page.split(b"\nnatwork_log_lines_lost_total ")[1].split()[0]) > 100
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    os.kill(journald, signal.SIGSTOP)
+    try:
+        for thread in threads:
+            thread.start()
+        eventually(lambda: wrong or lost(), 60)  # its buffer holds some thousand
+    finally:
+        over.set()
+        os.kill(journald, signal.SIGCONT)
+    assert not wrong and service.get() == 403
+    words = "natwork: the access log takes no more: lines are lost"
+    eventually(lambda: words in container.journal())
+
+
+def test_the_watchdog_is_answered_but_by_a_master_that_hangs(service: Service) -> None:
+    container = service.container
+    dropin = container.root / "etc/systemd/system/natwork.service.d/watchdog.conf"
+    dropin.parent.mkdir()
+    dropin.write_text("[Service]\nWatchdogSec=2\n")
+    container.run("systemctl daemon-reload; systemctl restart natwork")
+    assert container.show("WatchdogUSec") == "2s"
+    dropin.unlink()
+    container.run("systemctl daemon-reload")
+    master, stamp = container.show("MainPID"), "WatchdogTimestampMonotonic"
+    before = int(container.show(stamp))
+    eventually(lambda: int(container.show(stamp)) > before + 3e6)
+    assert container.show("MainPID") == master and service.get() == 403
+    os.kill(container.pid_here(int(master)), signal.SIGSTOP)
+    eventually(lambda: container.show("MainPID") not in (master, "0"), 30)
+    assert service.get() == 403 and container.show("NRestarts") == "1"
+
+
+def test_a_reload_is_tested_first(service: Service) -> None:
+    container = service.container
+    master = container.show("MainPID")
+    said = service.reload("spare_workers = many")
+    assert said.returncode != 0
+    assert "natwork.conf: spare_workers = many: " in container.journal()
+    assert "not reloaded" not in container.journal()  # the gateway never heard of it
+    assert service.get() == 403 and container.show("ActiveState") == "active"
+    assert service.reload("spare_workers = 3").returncode == 0
+    eventually(lambda: container.show("ActiveState") == "active")
+    assert container.show("MainPID") == master
+
+
+def test_the_log_may_be_a_file_that_is_rotated(service: Service, origin: Start) -> None:
+    needs("logrotate")
+    container, log = service.container, service.container.root / LOG
+    service.reload(f"log = /{LOG}")
+    service.get()
+    eventually(lambda: log.read_text().count("\n") == 1)
+    assert log.stat().st_mode & 0o777 == 0o640
+    snippet = block("Reading the log", "/var/log")
+    (container.root / "etc/logrotate.d/natwork").write_text(snippet)
+    with service.tunnel(origin(echo, "127.0.0.3")) as client:
+        before = service.reloads()
+        container.run("logrotate --force /etc/logrotate.d/natwork")
+        eventually(lambda: service.reloads() > before)
+        service.get()
+        eventually(lambda: log.read_text().count("\n") == 1)
+        assert log.stat().st_mode & 0o777 == 0o640
+        assert echoes(client)
+    # It began before, and is nevertheless not written into what will be compressed.
+    eventually(lambda: " proto=connect " in log.read_text())
+    assert log.with_suffix(".log.1").read_text().count("\n") == 1
+    assert container.run("stat -c %U /var/log/natwork").stdout == "natwork\n"
+
+
+def test_no_client_is_lost_while_it_is_replaced(
+    service: Service, origin: Start
+) -> None:
+    container, server = service.container, origin(answer, "127.0.0.3")
+    program = container.root / "usr/local/bin/natwork.py"
+    wrong: list[object] = []
+    served, over = [0] * 4, threading.Event()
+
+    def ask(number: int) -> None:
+        while not over.is_set():
+            try:
+                assert service.get(server) == 200
+                served[number] += 1
+            except (OSError, AssertionError) as failure:
+                wrong.append(failure)
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=ask, args=[n]) for n in range(len(served))]
+    for thread in threads:
+        thread.start()
+    masters = set()
+    try:
+        for number in range(3):
+            count = sum(served)
+            new = program.read_text().replace(
+                "__version__ = ", f"__version__ = '{number}'"
+            )
+            program.with_suffix(".new").write_text(new)
+            program.with_suffix(".new").chmod(0o755)
+            program.with_suffix(".new").rename(program)
+            container.run("systemctl reset-failed natwork; systemctl restart natwork")
+            masters.add(container.show("MainPID"))
+            eventually(lambda: wrong or sum(served) > count + 20, 20)  # noqa: B023
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong and len(masters) == 3, wrong
+
+
+def test_a_session_ends_before_a_restart_and_who_comes_waits(
+    service: Service, origin: Start
+) -> None:
+    container, server = service.container, origin(echo, "127.0.0.3")
+    master = container.pid_here(int(container.show("MainPID")))
+    with service.tunnel(server) as old:
+        restart = threading.Thread(
+            target=container.run, args=["systemctl restart natwork"]
+        )
+        restart.start()
+        eventually(lambda: len(children(master)) == 1)  # the idle have left
+        assert container.show("ActiveState") == "deactivating"
+        with service.connect() as new:
+            new.sendall(request(DENIED))
+            new.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                new.recv(1)
+            assert echoes(old)
+            old.close()
+            new.settimeout(20)
+            assert new.recv(65536).startswith(b"HTTP/1.1 403")
+        restart.join(30)
+
+
+def memory_group() -> Path:
+    """Return a new control group that can limit memory; skip where there is none."""
+    for base in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        group = base / f"natwork-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / "memory.limit_in_bytes").exists():
+                (group / "memory.limit_in_bytes").write_text("65536")
+                return group
+            if (group / "memory.max").exists():
+                (group / "memory.max").write_text("65536")
+                return group
+            group.rmdir()
+    unavailable("no control group for memory here")
+
+
+def test_a_worker_killed_for_memory_takes_nobody_along(
+    service: Service, origin: Start
+) -> None:
+    container, server = service.container, origin(echo, "127.0.0.3")
+    with service.tunnel(server) as ill, service.tunnel(server) as well:
+        worker, group = service.worker_of(ill), memory_group()
+        try:
+            (group / "cgroup.procs").write_text(str(worker))
+            with contextlib.suppress(OSError):
+                for _ in range(200):  # its buffers are new pages, and too many
+                    ill.sendall(bytes(65536))
+                    if not ill.recv(65536):
+                        break
+            eventually(lambda: not read_proc(worker, "cmdline"))
+            stat = (
+                "memory.oom_control"
+                if group.parent.name == "memory"
+                else "memory.events"
+            )
+            assert re.search("^oom_kill [1-9]", (group / stat).read_text(), re.M)
+        finally:
+            with contextlib.suppress(OSError):
+                eventually(lambda: not (group / "cgroup.procs").read_text())
+            group.rmdir()
+        client = "client=%s:%d " % ill.getsockname()[:2]
+        eventually(lambda: re.search(client + ".*outcome=killed", container.journal()))
+        assert echoes(well) and service.get() == 403
+        assert container.show("ActiveState") == "active"
+        assert container.show("Result") == "success"
+        assert container.show("NRestarts") == "0"
+
+
+def test_the_sandbox_leaves_room_for_an_uplink_by_its_name(
+    service: Service, origin: Start
+) -> None:
+    needs("ip", "unshare")
+    with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as outside:
+        own = os.readlink("/proc/self/ns/net")
+        eventually(lambda: os.readlink(f"/proc/{outside.pid}/ns/net") != own)
+        cable = f"link add wan type veth peer name lan netns {outside.pid}"
+        ip(*cable.split())
+        ip(*"addr add 192.0.2.1/24 dev wan".split())
+        ip(*"link set wan up".split())
+        with network_of(outside.pid):
+            ip(*"addr add 192.0.2.2/24 dev lan".split())
+            ip(*"link set lan up".split())
+            server = origin(answer, "192.0.2.2")
+        assert service.reload("outside = wan").returncode == 0
+        assert service.get(server) == 200  # SO_BINDTODEVICE, and netlink besides
+        assert server.callers[0][0] == "192.0.2.1"
+        outside.kill()  # and the cable with it
+    assert "outside: wan is not there" not in service.container.journal()
+
+
+def test_only_the_log_can_be_written_and_only_python_be_run(service: Service) -> None:
+    """What a worker could do: a program in the unit's own sandbox tries it."""
+    container = service.container
+    probe = (
+        "import os\n"
+        "for path in '/usr/bin/id', '/bin/sh':\n"
+        "    try: os.execv(path, [path])\n"
+        "    except PermissionError: pass\n"
+        "for top, folders, _ in os.walk('/'):\n"
+        "    if top == '/': folders.remove('proc')\n"
+        "    try: open(top + '/x', 'w'); print('writes', top)\n"
+        "    except OSError: pass\n"
+    )
+    (container.root / "usr/local/bin/probe.py").write_text(probe)
+    unit = (container.root / "etc/systemd/system/natwork.service").read_text()
+    unit = re.sub("^(Exec(Start|Reload)|Type|Restart).*\n", "", unit, flags=re.M)
+    start = (
+        "[Service]\nType=oneshot\nExecStart=/usr/bin/python3 /usr/local/bin/probe.py"
+    )
+    unit = unit.replace("[Service]", start).partition("[Install]")[0]
+    (container.root / "etc/systemd/system/probe.service").write_text(unit)
+    container.run("systemctl daemon-reload; systemctl start probe; journalctl --sync")
+    said = container.run("journalctl -u probe -o cat -t python3").stdout
+    assert said == "writes /var/log/natwork\n"
+
+
+def test_a_bad_configuration_is_not_tried_again(service: Service) -> None:
+    container = service.container
+    service.conf.write_text("[natwork]\nspare_workers = many\n")
+    assert container.run("systemctl restart natwork", check=False).returncode != 0
+    eventually(lambda: container.show("ActiveState") == "failed")
+    assert container.show("ExecMainStatus") == "78"
+    assert container.show("NRestarts") == "0"
+    service.conf.write_text(service.shipped)
+    container.run("systemctl reset-failed natwork natwork.socket")
+    container.run("systemctl start natwork.socket natwork")
+    assert service.get() == 403
+
+
+def test_stopped_it_has_left_with_nothing_behind(service: Service) -> None:
+    container = service.container
+    with service.connect():
+        container.run("systemctl stop natwork.socket natwork")
+    assert container.show("ActiveState") == "inactive"
+    assert container.show("Result") == "success"
+    assert container.show("ExecMainStatus") == "0"
+    assert container.run("pgrep -u natwork", check=False).stdout == ""
+    with pytest.raises(ConnectionRefusedError):
+        service.connect()
+    container.run("systemctl start natwork.socket natwork")
+    assert service.get() == 403
+
+
+def test_without_the_socket_unit_listen_holds(service: Service) -> None:
+    container = service.container
+    service.conf.write_text(service.shipped + "listen = 127.0.0.9:8081\n")
+    container.run("systemctl stop natwork.socket; systemctl restart natwork")
+    assert "natwork: listening on 127.0.0.9:8081\n" in container.journal()
+    service.address = ("127.0.0.9", 8081)
+    assert service.get() == 403
+    container.run("systemctl stop natwork; systemctl start natwork.socket")
