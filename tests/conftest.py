@@ -108,10 +108,17 @@ class Origin:
     handle(connection, origin) runs in a thread for each connection accepted.
     """
 
+    ports: set[int] = set()  # that any origin has had
+
     def __init__(self, handle: Callable[..., None], host: str = "127.0.0.1") -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.create_server((host, 0), family=family, backlog=512)
-        self.host, self.port = self.listener.getsockname()[:2]
+        while True:
+            self.listener = socket.create_server((host, 0), family=family, backlog=512)
+            self.host, self.port = self.listener.getsockname()[:2]
+            if self.port not in self.ports:
+                break
+            self.listener.close()  # the log has an earlier origin's lines with it
+        self.ports.add(self.port)
         name = f"[{host}]" if ":" in host else host
         self.authority = f"{name}:{self.port}"
         self.url = f"http://{self.authority}"
