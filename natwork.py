@@ -4442,7 +4442,9 @@ FTP_ENTRY = re.compile(
     r"([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ (.+)"
 )
 PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
-MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+MARKUP = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
+)
 FILE_TYPES = dict(
     word.split("=")
     for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
@@ -4968,7 +4970,6 @@ async function refresh() {
 refresh();
 </script>
 """
-ESCAPES = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 # Nothing from elsewhere, nothing inline but ours, in nobody's frame.
 GUARDS = (
     "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -5086,7 +5087,7 @@ def table_page(http: Http, nonce: str) -> str:
         texts = ["-" if word is None else str(word) for word in words]
         texts += [clock(age), f"{up:,}", f"{down:,}", "-", str(pid)]
         return "".join(
-            f'<td data-head="{head}">{text.translate(ESCAPES)}'
+            f'<td data-head="{head}">{text.translate(MARKUP)}'
             for head, text in zip(COLUMNS, texts)
         )
 
