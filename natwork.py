@@ -3658,7 +3658,8 @@ class Http:
         session.target = printable(
             b"%b://%b%b" % (target.scheme, place, path), TARGET_SIZE
         )
-        self.check_via(names)
+        if b"via" in names:
+            self.check_via(names)
         scheme = target.scheme
         if scheme == b"http" and self.policy.means_us(target.host, target.port):
             scheme = OURSELVES
@@ -3680,7 +3681,7 @@ class Http:
 
     def check_via(self, names: Names) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
-        for member in members(names, b"via") if b"via" in names else ():
+        for member in members(names, b"via"):
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
