@@ -117,11 +117,13 @@ UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
+GATHER_TIME = 0.25  # that less than half of the spares may be missing
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
-WARM_CLIENTS = 60  # served before the first fork; the interpreter learns from 8 calls
+LEARNED = 12  # calls of a function before the first fork; the interpreter learns from 9
+WARM_CLIENTS = 5 * LEARNED  # served before it, of three kinds
 CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
@@ -195,6 +197,8 @@ class Config:
     def __init__(self, **settings: Any) -> None:
         """Take settings by name, parsed; raise ConfigError for one out of range."""
         self.where: dict[str, str] = {}  # setting -> file or option it came from
+        # Defaults too: the interpreter finds what the object itself has faster.
+        vars(self).update({name: getattr(Config, name) for name in self.names()})
         vars(self).update(settings)
         self.name = self.name or socket.gethostname()
 
@@ -1174,15 +1178,10 @@ MASTER_SIGNALS = [
     int(number)
     for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 ]
-WORKER_SIGNALS = {
-    int(signal.SIGTERM): int(signal.SIG_DFL),
-    int(signal.SIGCHLD): int(signal.SIG_DFL),
-    # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
-    int(signal.SIGINT): int(signal.SIG_IGN),
-    int(signal.SIGHUP): int(signal.SIG_IGN),
-}
 TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
+BLOCK, UNBLOCK = int(signal.SIG_BLOCK), int(signal.SIG_UNBLOCK)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
+set_wakeup = _signal.set_wakeup_fd
 POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
 
@@ -1205,6 +1204,27 @@ def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
         poll.register(listener, select.POLLIN)
     ready = dict(poll.poll(0))
     return [listener for listener in listeners if listener.fileno() in ready]
+
+
+def fill_holes() -> list[object]:
+    """Return what fills the half-empty pools of Python's allocator, to be kept.
+
+    What a worker makes then begins a pool of its own, a page for each size of
+    object, where it would have taken two of the master's.  CPython's pools are
+    of 16 KiB, with a head of 48 bytes, for objects of up to 512.
+    """
+    kept: list[object] = []
+    for size in range(16, 513, 16):
+        block: object = None
+        for _ in range(8192):
+            if id(block) % 16384 == 48:  # the first of a new pool: back with it
+                break
+            kept.append(block)
+            if size > 32:
+                block = bytes(size - 33)
+            else:
+                block = object() if size == 16 else float("1.5")
+    return kept
 
 
 class Generation:
@@ -1464,10 +1484,11 @@ class Master:
         self.retiring: Generation | None = None  # until its idle workers have left
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
         self.stopping = False
-        self.fork_at = self.full_said_at = 0.0  # monotonic
+        self.fork_at = self.short_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
         self.private = [self.wake_out, self.pressure_in]  # not the workers'
         self.title = ""
+        self.ballast: list[object] = []
         # sd_watchdog_enabled(3): twice as often as would just do.
         self.notify_pause = int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2e6
         self.notify_at = 0.0  # monotonic
@@ -1476,12 +1497,15 @@ class Master:
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
         for number in MASTER_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
-        set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)  # run() has held them
+            # The workers keep this: a terminal's Ctrl-C reaches the whole group,
+            # and must drain, not cut.  They listen to TERM alone.
+            set_signal(number, lambda *_: None)
+        set_wakeup(self.wake_in, warn_on_full_buffer=False)
+        set_mask(UNBLOCK, MASTER_SIGNALS)  # run() has held them
         # What lives now lives in every worker: keep the collector, which would
         # write to each object, away from the pages they share.
         gc.collect()
+        self.ballast = fill_holes()
         gc.freeze()
         gc.set_threshold(20_000)
         while not self.stopping:
@@ -1516,7 +1540,8 @@ class Master:
         if full and not crowded:
             for listener in self.generation.listeners.values():
                 poll.register(listener, select.POLLIN)
-        wait = min(1.0, max(0.0, self.fork_at - time.monotonic()) or 1.0)
+        fork_at = max(self.fork_at, self.short_at)
+        wait = min(1.0, max(0.0, fork_at - time.monotonic()) or 1.0)
         poll.poll(250 if crowded else wait * 1000)
         try:
             return os.read(self.wake_out, 4096)
@@ -1570,7 +1595,7 @@ class Master:
             elif status and not self.stopping:
                 # A client may have woken him and nobody else; a new worker
                 # looks at the queue before it waits.
-                self.spawn()
+                self.spawn(1)
             generation.workers -= 1
             if not generation.workers and generation is not self.generation:
                 self.generations.remove(generation)
@@ -1593,54 +1618,64 @@ class Master:
         slot.settle()
 
     def keep_spares(self) -> None:
-        """Fork until enough workers are idle or every slot is taken."""
-        if time.monotonic() < self.fork_at:
-            return
-        states = self.states()
-        missing = self.generation.config.spare_workers
-        missing -= states.count(self.generation.idle())
-        for _ in range(min(missing, states.count(FREE))):
-            if not self.spawn():
-                return
+        """Fork until enough workers are idle or every slot is taken.
 
-    def spawn(self) -> bool:
-        """Fork one worker; return whether that went well."""
-        slot = Slot(self.board, self.states().index(FREE))
-        # Before the fork: the worker may be busy by the time fork() returns here.
-        slot.state(self.generation.idle())
-        slot.take(0)
-        # Held across the fork: until the worker lets go of the wake pipe, a
+        While only a few are missing, more are waited for: what the master writes
+        between two forks is a copy of the page in every child.
+        """
+        now, states = time.monotonic(), self.states()
+        spares = self.generation.config.spare_workers
+        missing = spares - states.count(self.generation.idle())
+        if missing <= 0:
+            self.short_at = 0.0
+            return
+        self.short_at = self.short_at or now + GATHER_TIME
+        if now < self.fork_at or 2 * missing < spares and now < self.short_at:
+            return
+        self.short_at = 0.0
+        self.spawn(min(missing, states.count(FREE)))
+
+    def spawn(self, count: int) -> None:
+        """Fork some workers, as many as there are slots for, with little in between."""
+        slots, number, states, words = [], -1, self.states(), self.board.words
+        for _ in range(min(count, states.count(FREE))):
+            number = states.index(FREE, number + 1)
+            slot = Slot(self.board, number)
+            # Before the fork: the worker may be busy by the time fork() returns here.
+            slot.state(self.generation.idle())
+            slot.take(0)
+            slots.append(slot)
+            words[USED] = max(words[USED], number + 1)
+        pids = []
+        # Held across the forks: until a worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
-        set_mask(int(signal.SIG_BLOCK), MASTER_SIGNALS)
+        set_mask(BLOCK, MASTER_SIGNALS)
         try:
-            pid = os.fork()
-            if pid == 0:
-                self.become_worker(slot)
+            for slot in slots:
+                pid = os.fork()
+                if pid == 0:
+                    self.become_worker(slot)
+                pids.append(pid)
+            self.fork_failing = False
         except OSError as error:
-            slot.state(FREE)
-            self.board.words[FORKS_FAILED] += 1
+            words[FORKS_FAILED] += 1
             if not self.fork_failing:
                 say(f"cannot fork a worker: {reason(error)}")
             self.fork_failing, self.fork_at = True, time.monotonic() + 1
-            return False
         finally:
-            set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
-        self.fork_failing = False
-        words = self.board.words
-        words[FORKS] += 1
-        words[USED] = max(words[USED], slot.number + 1)
-        self.workers[pid] = slot, self.generation
-        self.generation.workers += 1
-        return True
+            set_mask(UNBLOCK, MASTER_SIGNALS)
+        for pid, slot in zip(pids, slots):
+            words[FORKS] += 1
+            self.workers[pid] = slot, self.generation
+            self.generation.workers += 1
+        for slot in slots[len(pids) :]:
+            slot.state(FREE)
 
     def become_worker(self, slot: Slot) -> NoReturn:
         """Serve clients in this new process, and never return."""
         status = 1
         try:
-            signal.set_wakeup_fd(-1)
-            for number, action in WORKER_SIGNALS.items():
-                set_signal(number, action)
-            set_mask(int(signal.SIG_UNBLOCK), MASTER_SIGNALS)
+            set_wakeup(-1)  # or a signal to us would be the master's
             os.close(self.generation.lifeline_in)  # the master's alone: it is its life
             for generation in self.generations[:-1]:
                 generation.close()
@@ -1648,6 +1683,7 @@ class Master:
                 os.close(fd)
             worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
             worker.confine()
+            set_mask(UNBLOCK, MASTER_SIGNALS)
             slot.take(worker.pid)
             worker.run()
             status = 0
@@ -5499,7 +5535,15 @@ def warm() -> None:
         origin = undo.enter_context(listen("127.0.0.1", 0))
         opening = "allow to 127.0.0.0/8 port 1-65535"
         config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
-        serve = functools.partial(serve_client, Policy(config, []))
+        policy = Policy(config, [])
+        caches = parse_authority, parse_fields, pack, unpack, policy.judged
+
+        def serve(worker: Worker) -> None:
+            """Serve a client as if he were the first: what is known is not learned."""
+            for cache in (*caches, policy.placed):
+                cache.cache_clear()
+            serve_client(policy, worker)
+
         generation = Generation(config, {"": door}, AccessLog(config), serve)
         undo.callback(generation.close)
         wake_out, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -5519,7 +5563,9 @@ def warm() -> None:
         door.setblocking(False)
         undo.callback(os.waitpid, pid, 0)
         undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-        Worker(generation, Slot(board, 0), wake_in, wake_out).run()
+        for _ in range(LEARNED):
+            worker = Worker(generation, Slot(board, 0), wake_in, wake_out)
+        worker.run()
 
 
 def warn_of_outside(config: Config) -> None:
@@ -5548,7 +5594,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     config = load_config(path, options)
     user = find_user(config)
     # Whoever reads that we listen may send us a signal: it waits for the master.
-    set_mask(int(signal.SIG_BLOCK), MASTER_SIGNALS)
+    set_mask(BLOCK, MASTER_SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     passed = passed_listeners()
