@@ -32,6 +32,8 @@ from conftest import eventually
 from conftest import read_head
 from test_parents import SQUID
 
+pytestmark = pytest.mark.end_to_end
+
 README = (ROOT / "README.md").read_text()
 
 # What the README has for a shell, by how it begins, under the test that runs it; and
@@ -88,7 +90,7 @@ RUNS = {
         "systemctl daemon-reload",
         "systemctl enable",
     ],
-    "test_systemd.test_it_is_ready_when_systemd_says_so": [
+    "test_systemd.test_the_readme_says_where_to_look": [
         "systemctl status",
         "systemd-analyze security",
         "journalctl -u natwork",
@@ -164,7 +166,7 @@ NETWORK = {
 }
 HOSTS = """\
 192.0.2.80 www.example.com
-192.0.2.21 ftp.example.org ftp.example
+192.0.2.21 ftp.example.org
 192.0.2.22 host.example
 192.0.2.70 gopher.example.org
 """
