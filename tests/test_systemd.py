@@ -300,6 +300,15 @@ def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> No
     assert container.run(command + " --noproxy ''").stdout == "hello"
 
 
+def test_the_readme_says_where_to_look(service: Service) -> None:
+    for command, words in {
+        "systemctl status natwork": "Active: active (running)",
+        "systemd-analyze security natwork": "exposure level for natwork.service",
+        "journalctl -u natwork": "natwork: listening on ",
+    }.items():
+        assert words in service.container.run(command).stdout
+
+
 def test_the_journal_has_the_access_log(service: Service, origin: Start) -> None:
     server = origin(answer, "127.0.0.3")
     service.get(server)
@@ -586,8 +595,8 @@ def test_stopped_it_has_left_with_nothing_behind(service: Service) -> None:
 def test_without_the_socket_unit_listen_holds(service: Service) -> None:
     container = service.container
     service.conf.write_text(service.shipped + "listen = 127.0.0.9:8081\n")
-    container.run("systemctl stop natwork.socket; systemctl restart natwork")
+    container.run("systemctl disable --now natwork.socket; systemctl restart natwork")
     assert "natwork: listening on 127.0.0.9:8081\n" in container.journal()
     service.address = ("127.0.0.9", 8081)
     assert service.get() == 403
-    container.run("systemctl stop natwork; systemctl start natwork.socket")
+    container.run("systemctl stop natwork; systemctl enable --now natwork.socket")
