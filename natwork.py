@@ -120,6 +120,7 @@ UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 GATHER_TIME = 0.25  # that less than half of the spares may be missing
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
+TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
 LEARNED = 12  # calls of a function before the first fork; the interpreter learns from 9
@@ -156,7 +157,9 @@ def say(message: str) -> None:
 
 def masked(text: str) -> str:
     """Return text on one line, less what may be the password in a URL."""
-    return re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
+    text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
+    # A URL that ends too early has no @, and what should be a port is none.
+    return re.sub(r"(://[^/@\s:\[]+:)(?![0-9*])\S+", r"\1***", text)
 
 
 class ConfigError(Exception):
@@ -341,11 +344,11 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 
 ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
-MEND_CLIENT = "Mend the program that sent it; nothing was sent on."
+MEND_CLIENT = "Mend the program that sent it."
 USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNECT."
 LOG_IN = "Give the server's user name and password."
 SAY_WHO = "Give the name and the password that the operator gave you."
-ASK_ANOTHER = "The target is this gateway itself: ask for the host you mean."
+ASK_ANOTHER = "It leads to this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
 OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
@@ -513,6 +516,7 @@ class Scoreboard:
         self.memory = mmap.mmap(self.fd, size)
         self.words = memoryview(self.memory).cast("Q")
         self.secret = os.urandom(32)  # known to this gateway's processes alone
+        self.turn_out, self.turn_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def describe(self, max_workers: int) -> None:
         """Write down whose scoreboard this is; no uplink has failed yet."""
@@ -553,7 +557,10 @@ class Scoreboard:
         return True
 
     def unlock(self) -> None:
+        """Let go of the lock, and wake the one who has waited for it longest."""
         fcntl.lockf(self.fd, fcntl.LOCK_UN)
+        with contextlib.suppress(BlockingIOError):  # there are enough wake-ups
+            os.write(self.turn_in, b"t")
 
     def places(self, digest: bytes) -> list[int]:
         """Return the offsets at which a digest may stand."""
@@ -786,7 +793,7 @@ class AccessLog:
         self.form, self.shared = config.log_format, False
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if config.log != "-":
-            self.fd = os.open(config.log, flags | os.O_CREAT, 0o640)
+            self.fd = self.open(flags)
             return
         if old and old.path == "-":
             # Not anew: we may have lost the right to, and O_APPEND with it.
@@ -797,6 +804,30 @@ class AccessLog:
             self.fd = os.open("/proc/self/fd/1", flags)
         except OSError:  # a socket (journald's), or not ours to open again
             self.fd, self.shared = os.dup(1), True
+
+    def open(self, flags: int) -> int:
+        """Return the file, open to be appended to; raise OSError.
+
+        Root follows no link to a file: who may write to the directory could
+        have put it there, and be given what it leads to.
+        """
+        safe = 0 if os.geteuid() else os.O_NOFOLLOW
+        try:
+            return os.open(self.path, flags | os.O_CREAT | safe, 0o640)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        fd = os.open(self.path, flags)  # /dev/stdout is a link too
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError("it is a link: name the file itself")
+        return fd
+
+    def give_to(self, user: tuple[int, int]) -> None:
+        """Let a user open it again at a reload."""
+        status = os.fstat(self.fd)
+        if self.path != "-" and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            os.fchown(self.fd, *user)
 
     def follow(self) -> None:
         """Go on in the file that has our name now, if ours has been renamed."""
@@ -1500,6 +1531,8 @@ class Master:
             # The workers keep this: a terminal's Ctrl-C reaches the whole group,
             # and must drain, not cut.  They listen to TERM alone.
             set_signal(number, lambda *_: None)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
+            set_signal(int(number), int(signal.SIG_IGN))
         set_wakeup(self.wake_in, warn_on_full_buffer=False)
         set_mask(UNBLOCK, MASTER_SIGNALS)  # run() has held them
         # What lives now lives in every worker: keep the collector, which would
@@ -1709,6 +1742,8 @@ class Master:
             say(f"configuration not reloaded, the old one stays: {why}")
             notify("READY=1")
             return
+        if not os.path.sameopenfile(self.generation.log.fd, fresh.log.fd):
+            self.board.words[LOG_CUT] = 0  # half a line stays where it is
         gc.collect()  # of generations gone by: their parts refer to each other
         old = self.generation
         fresh.number = old.number + 1
@@ -1753,10 +1788,13 @@ class Master:
             if not name.startswith("systemd "):  # those are not ours to shut
                 with contextlib.suppress(OSError):
                     listener.shutdown(socket.SHUT_RDWR)
-        deadline = time.monotonic() + self.generation.config.drain_timeout + 2
-        end = signal.SIGTERM
+        patience = self.generation.config.drain_timeout
+        deadline, end = time.monotonic() + patience + 2, signal.SIGTERM
         with self.steady():
             self.reap()
+            states = self.states()
+            if busy := states.count(BUSY):
+                say(f"stopping: {busy} sessions have {patience:g} seconds to end")
         while self.workers:
             with self.steady():
                 signals = set(self.sleep())
@@ -2218,7 +2256,8 @@ class Policy:
         if port not in self.ports:
             return False
         try:
-            return host in self.own_names or self.is_ours(forms(pack(host))[0], port)
+            packed = b"" if host in self.own_names else forms(pack(host))[0]
+            return not packed or any(packed) and self.is_ours(packed, port)
         except ValueError:
             return False
 
@@ -2330,8 +2369,10 @@ def scrypt(password: bytes, salt: bytes) -> bytes:
 
 def check_name(name: bytes) -> None:
     """Raise ValueError for a name that a log, a rule or RFC 7617 could not hold."""
-    if not re.fullmatch(rb"[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
-        raise ValueError("a name is 1 to 60 bytes, no blank, colon, semicolon or comma")
+    if not re.fullmatch(rb"(?!#)[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
+        raise ValueError(
+            "a name is 1 to 60 bytes, no blank, colon, semicolon or comma, no # first"
+        )
 
 
 def user_line(name: bytes, password: bytes) -> bytes:
@@ -2413,19 +2454,25 @@ def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
     # The salt and the hash stand for the name: a new password is a new pair.
     pair = b"".join((*line, password))
     digest = hashlib.blake2b(pair, key=board.secret, digest_size=24).digest()
+    if board.remembers(digest):
+        return printable(name)
     deadline = time.monotonic() + PASSWORD_TIMEOUT
-    pause = 0.02 + worker.pid % 64 / 2000  # so that hundreds do not ask in step
-    while not board.remembers(digest):
-        if board.lock():
-            try:
-                verify(board, digest, password, line)
-            finally:
-                board.unlock()
-        elif (left := deadline - time.monotonic()) <= 0:
-            raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
-        elif worker.watch.wait({worker.client.fileno(): 0}, min(left, pause)):
-            raise Refused(CLIENT_GONE, "left before the password was checked")
-        pause = min(2 * pause, 0.5)
+    with select.epoll() as turns:
+        # Exclusive: a check that ends wakes one, and the first who came.
+        turns.register(board.turn_out, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        while not board.lock():
+            if time.monotonic() >= deadline:
+                raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
+            # Not longer: who was to wake us may have been killed.
+            if turns.poll(TURN_TIME):
+                with contextlib.suppress(BlockingIOError):
+                    os.read(board.turn_out, 64)
+            if worker.watch.wait({worker.client.fileno(): 0}, 0):
+                raise Refused(CLIENT_GONE, "left before the password was checked")
+    try:
+        verify(board, digest, password, line)
+    finally:
+        board.unlock()
     return printable(name)
 
 
@@ -2615,12 +2662,12 @@ class Race:
                 sock.close()
 
     def start(self, attempt: Attempt) -> None:
-        self.started.append(attempt)
         try:
             sock = attempt.start()
         except OSError as error:
             self.failed.append((error, attempt))
         else:
+            self.started.append(attempt)
             self.pending[sock.fileno()] = sock, attempt
 
     def settle(self, fd: int, events: int) -> tuple[socket.socket, Attempt] | None:
@@ -2634,7 +2681,8 @@ class Race:
                 return None
         if not attempt.uplink:
             return sock, attempt
-        # An uplink has failed if it was asked earlier, and another was quicker.
+        # An uplink has failed if it was asked earlier, and another was quicker; not
+        # if it has no way there: that costs nothing, and other targets may have one.
         for earlier in self.started[: self.started.index(attempt)]:
             if earlier.uplink and earlier.uplink != attempt.uplink:
                 self.board.note_failure(earlier.uplink.number)
@@ -2808,6 +2856,8 @@ def dial_parent(
     and session.parent says so.
     """
     found = resolve(parent.host, parent.port)
+    if any(policy.is_ours(packed, parent.port) for packed in found):
+        raise Refused(LOOP, "it is this gateway")  # SOCKS has no Via to tell
     deadline = time.monotonic() + worker.config.connect_timeout
     # What is near us is not reached by way of the outside.
     near = [packed for packed in found if policy.closes(forms(packed))]
@@ -3072,7 +3122,7 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
         raise Refused(BAD_REQUEST, "malformed request line")
     method, target, major, minor = match.groups()
     if major != b"1":
-        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}")
+        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
     if len(method) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
     return method, target, min(int(minor), 1)
@@ -3089,7 +3139,7 @@ def parse_request(head: bytes) -> RequestHead:
     # RFC 9112 section 3.2: one, and only one.
     hosts = len(fields.names.get(b"host", ()))
     if hosts != 1 and (hosts or minor):
-        raise Refused(BAD_REQUEST, f"{hosts} Host fields")
+        raise Refused(BAD_REQUEST, f"{hosts or 'no'} Host fields")
     return RequestHead(method, target, minor, fields)
 
 
@@ -3218,7 +3268,8 @@ def read_line(lane: Lane, limit: int, bad: Outcome) -> Script:
     received = lane.source.received
     while (end := received.find(b"\n", 0, limit)) < 0:
         if len(received) >= limit:
-            raise Refused(bad, f"line over {limit} bytes in a chunked body")
+            why = f"line over {limit} bytes" if limit > 2 else "chunk beyond its size"
+            raise Refused(bad, f"{why} in a chunked body")
         yield from lane.need()
     line = lane.source.take(end + 1)
     if not line.endswith(b"\r\n"):
@@ -4017,6 +4068,9 @@ class Association:
         self.client_at: SocketAddress | None = None
         self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
         self.way = functools.lru_cache(maxsize=256)(self.find_way)
+        self.refusal: Refused | None = (
+            None  # of a datagram, by the rules or the resolver
+        )
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
@@ -4026,6 +4080,8 @@ class Association:
             wanted = dict.fromkeys((self.client.fd, *socks), select.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
             if self.client.fd in ready and not self.client.fill():
+                if self.refusal and self.session.target == "-":
+                    raise self.refusal  # no datagram went out: this is why
                 return
             self.client.received.clear()
             for sock in [socks[fd] for fd in ready if fd in socks]:
@@ -4061,7 +4117,7 @@ class Association:
         if self.client_at and self.client_at[1] != sender[1]:
             raise Refused(OUTSIDER, "not the client's first port")
         host, port, payload = parse_datagram(data)
-        packed, sock = self.way(host, port, int(time.monotonic() / 60))
+        packed, sock = self.ask_way(host, port)
         self.client_at = sender
         sock.sendto(payload, (unpack(packed), port))
         self.hosts.pop(packed, None)
@@ -4075,18 +4131,29 @@ class Association:
             self.worker.begin(self.session, titled=True)
         return len(payload)
 
+    def ask_way(self, host: str, port: int) -> tuple[bytes, socket.socket]:
+        """Return a host's address and the socket to use; raise Refused."""
+        way = self.way(host, port, int(time.monotonic() / 60))
+        if isinstance(way, Refused):
+            self.refusal = way
+            raise way
+        return way
+
     def find_way(
         self, host: str, port: int, minute: int
-    ) -> tuple[bytes, socket.socket]:
-        """Return a host's address and the socket to use; raise Refused.
+    ) -> tuple[bytes, socket.socket] | Refused:
+        """Do what ask_way() says; minute is there for the cache: routes change.
 
-        minute is there for the cache: names and routes change.
+        A refusal is remembered too: a dead name server stops us but once a minute.
         """
         worker, policy = self.worker, self.policy
-        addresses = judged(policy, worker.peer, self.session.user, host, port)
-        attempts = plan(addresses, port, policy.uplinks, worker.board)
         kind = int(socket.SOCK_DGRAM)
-        return open_outside(worker, policy, kind, attempts, self.outer)
+        try:
+            addresses = judged(policy, worker.peer, self.session.user, host, port)
+            attempts = plan(addresses, port, policy.uplinks, worker.board)
+            return open_outside(worker, policy, kind, attempts, self.outer)
+        except Refused as refusal:
+            return refusal
 
     def send_in(self, data: bytes, sender: SocketAddress) -> int:
         """Send the client what came for him; return its size, or raise Refused."""
@@ -4475,8 +4542,10 @@ def serve_redirected(
 # translated.  Both protocols are a word or two in lines, then a stream that the
 # relay carries; a directory or a menu becomes a page.
 
+# As ls -l has it, or as DIR does.
 FTP_ENTRY = re.compile(
-    r"([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ (.+)"
+    r"(?:([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
+    r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +)(.+)"
 )
 PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
 MARKUP = str.maketrans(
@@ -4737,11 +4806,13 @@ def ftp_list(http: Http, server: Any, path: str) -> None:
         if not match:
             lines.append(line.translate(MARKUP))
             continue
-        name = match[2].partition(" -> ")[0] if match[1] == "l" else match[2]
-        end = "/" if match[1] == "d" else ""
-        before = line[: match.start(2)].translate(MARKUP)
+        kind, folder, name = match.groups()
+        if kind == "l":
+            name = name.partition(" -> ")[0]
+        end = "/" if folder or kind == "d" else ""
+        before = line[: match.start(3)].translate(MARKUP)
         link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
-        lines.append(before + link + match[2][len(name) :].translate(MARKUP))
+        lines.append(before + link + match[3][len(name) :].translate(MARKUP))
     answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
 
 
@@ -5550,7 +5621,8 @@ def warm() -> None:
         undo.callback(os.close, wake_out)
         undo.callback(os.close, wake_in)
         board = Scoreboard()
-        undo.callback(os.close, board.fd)
+        for fd in (board.fd, board.turn_out, board.turn_in):
+            undo.callback(os.close, fd)
         pid = os.fork()
         if pid == 0:
             try:
@@ -5615,8 +5687,8 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
 
         if not set_title:
             say("setproctitle is not installed: process titles will be missing")
-        if user and config.log != "-":
-            os.fchown(master.generation.log.fd, *user)  # a reload will open it again
+        if user:
+            master.generation.log.give_to(user)
         become(user)
         board.describe(config.max_workers)
         warm()
@@ -5719,7 +5791,9 @@ def print_table(as_json: bool) -> int:
         found = True
         rows += table_rows(board)
     if not found:
-        raise OSError("cannot show the table: no gateway of this user runs on this box")
+        raise OSError(
+            "cannot show the table: no gateway that you may look at runs on this box"
+        )
     if as_json:
         import json
 
@@ -5757,6 +5831,9 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         else:
             host, port = parse_authority(wanted, 0)
         print(f"target {endpoint((host, port))}")
+        if proto == "http" and policy.means_us(host, port):
+            print("answered by the gateway itself, with its own pages")
+            return 0
         addresses = resolve(host, port)
     except Refused as refusal:
         unknown = host and policy.trusts(client, user, host, port)
@@ -5808,6 +5885,7 @@ def check(path: str, options: list[str]) -> int:
     read_users(config)
     other_gateways(config)
     endpoints(config)
+    warn_of_outside(config)
     check_file(config, "log", False)
     check_file(config, "pidfile", bool(find_user(config)))
     print(config.text())
@@ -5824,10 +5902,13 @@ def passwd(name: str) -> int:
     if os.isatty(0):
         import getpass
 
-        first, again = (
-            os.fsencode(getpass.getpass(prompt))
-            for prompt in (f"Password for {name}: ", "The same again: ")
-        )
+        try:
+            first, again = (
+                os.fsencode(getpass.getpass(prompt))
+                for prompt in (f"Password for {name}: ", "The same again: ")
+            )
+        except EOFError:
+            raise OSError("cannot take the password: the input has ended") from None
     else:
         with open(0, "rb", closefd=False) as file:
             first, again = (file.readline().rstrip(b"\r\n") for _ in range(2))

@@ -275,7 +275,9 @@ def test_a_worker_holds_no_descriptor_but_its_own(
                     str(gateway.log),
                     "anon_inode:[eventpoll]",  # idle, and silent
                     "anon_inode:[eventpoll]",
-                    "pipe",  # lifeline, wake, pressure
+                    "pipe",  # lifeline, wake, pressure, turns (both ends)
+                    "pipe",
+                    "pipe",
                     "pipe",
                     "pipe",
                     "socket",

@@ -248,7 +248,8 @@ def test_a_client_is_told_when_descriptors_run_out_and_served_when_they_return(
     assert outcomes == ["overload"] * 3 + ["ok"]
 
 
-STANDS_FOR = ("[::127", "[2002:", "[64:")  # IPv6 that leads to an IPv4 address
+# IPv6 that leads to an IPv4 address, and what is nobody's.
+STANDS_FOR = ("[::127", "[2002:", "[64:", "0.0.0.0", "[::ffff:0.")
 opened = shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
 
 

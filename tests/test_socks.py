@@ -693,7 +693,8 @@ def test_datagrams_leave_by_the_uplink_and_from_bind_ports(
             other.send(where, b"x")
             client.exchange(where, b"y")
         assert len(server.senders) == 2
-    assert {line["outcome"] for line in running.lines(2)} == {"closed"}
+    # He of whom no datagram went out is told apart.
+    assert {x["outcome"] for x in running.lines(2)} <= {"closed", "overload"}
 
 
 def test_the_largest_datagrams_pass_and_larger_ones_drop(
