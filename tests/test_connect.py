@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -543,6 +544,24 @@ def test_an_uplink_that_failed_goes_last_for_a_while(
     assert lines.ask(server.authority).status == 200
     lost = "203.0.113.1", "198.51.100.1", "198.51.100.1"
     assert callers(server, 3) == list(lost)
+
+
+def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(origin: Start) -> None:
+    server, board = origin(Script()), natwork.Scoreboard()
+    packed = natwork.pack("127.0.0.1")
+    # The first source address is not of this box: its attempt ends as it begins.
+    ways = [natwork.parse_uplink("192.0.2.1"), natwork.parse_uplink("127.0.0.2")]
+    ways = [way._replace(number=number) for number, way in enumerate(ways)]
+    lifeline, end = os.pipe()
+    try:
+        race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
+        sock, attempt = race.run(natwork.plan([packed], server.port, ways, board), 5.0)
+        with sock:
+            assert attempt.uplink == ways[1] and len(race.failed) == 1
+        assert not board.is_tired(0) and not board.is_tired(1)
+    finally:
+        os.close(lifeline)
+        os.close(end)
 
 
 def test_an_answer_of_the_target_is_not_the_uplinks_failure(

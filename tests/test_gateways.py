@@ -36,6 +36,8 @@ from wire import read_answer
 from wire import shared
 from wire import uncalled
 
+import natwork
+
 Natwork = Callable[..., Gateway]
 Start = Callable[..., Origin]
 
@@ -807,3 +809,18 @@ def test_the_gateway_itself_and_mail_are_refused(gateway, scheme: bytes) -> None
     assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
     answer = ask(gateway, b"%b://198.51.100.1:25/" % scheme)
     assert answer.status == 403 and b"port 25" in answer.body
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("11-21-26  02:00PM       <DIR>          dos folder", "dos folder"),
+        ("11-21-2026  02:00AM            1234 a file.txt", "a file.txt"),
+        ("-rw-r--r--    1 0    0     12 Nov 21 13:00 a file", "a file"),
+        ("drwxr-xr-x    2 0    0   4096 Jan 01  2020 below", "below"),
+    ],
+)
+def test_a_listing_is_read_as_ls_and_as_dir_write_it(line: str, name: str) -> None:
+    match = natwork.FTP_ENTRY.fullmatch(line)
+    assert match and match[3] == name
+    assert bool(match[2] or match[1] == "d") == ("DIR" in line or name == "below")

@@ -518,7 +518,10 @@ def test_a_reload_does_not_write_over_what_the_shell_opened(
     assert len(lines) == 3 and all(line.startswith("time=") for line in lines)
 
 
-def test_half_a_line_is_not_joined_by_the_next(daemon: Callable[..., Daemon]) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_half_a_line_is_not_joined_by_the_next(
+    daemon: Callable[..., Daemon], rotated: bool
+) -> None:
     gateway = daemon()
 
     def limit(size: int) -> None:
@@ -531,7 +534,11 @@ def test_half_a_line_is_not_joined_by_the_next(daemon: Callable[..., Daemon]) ->
         assert served(gateway)  # a lost line stops no session
     eventually(lambda: any("lines are lost" in line for line in gateway.said()))
     limit(resource.RLIM_INFINITY)
+    if rotated:
+        gateway.log.rename(gateway.log.with_suffix(".old"))
+        gateway.hangup()
     assert served(gateway)
+    eventually(gateway.log.read_text)
     eventually(lambda: " secs=" in gateway.log.read_text().splitlines()[-1])
     lines = gateway.log.read_text().splitlines()
     assert all(line.startswith("time=") for line in lines)

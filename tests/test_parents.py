@@ -149,6 +149,13 @@ def test_a_bad_line_is_an_error_that_quotes_it(line: str) -> None:
     assert "parents = " in str(caught.value) and value[:9] in str(caught.value)
 
 
+def test_a_password_is_not_quoted_though_the_url_ends_too_early() -> None:
+    for value in ("http://pu:SEKRIT", "socks5://pu:SEKRIT@", "http://pu:SEKRIT@a"):
+        with pytest.raises(ConfigError) as caught:
+            Policy(Config(parents=value), [])
+        assert "SEKRIT" not in str(caught.value) and "pu:***" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "text",
     [

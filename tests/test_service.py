@@ -549,6 +549,21 @@ def test_a_reload_that_asks_for_lost_privileges_is_refused_whole() -> None:
 
 
 @as_root
+def test_root_follows_no_link_where_the_log_should_be(tmp_path: Path) -> None:
+    secret, made = tmp_path / "secret", tmp_path / "made"
+    secret.write_text("root's\n")
+    secret.chmod(0o600)
+    for target in (secret, made):
+        log = tmp_path / f"{target.name}.log"
+        log.symlink_to(target)
+        done = command("-o", "listen=127.0.0.1:0", "-o", f"log={log}", cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"cannot open the access log {log}: " in done.stderr
+    assert secret.read_text() == "root's\n" and secret.stat().st_uid == 0
+    assert not made.exists()
+
+
+@as_root
 def test_a_gateway_started_by_root_can_be_reloaded() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

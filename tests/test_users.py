@@ -189,6 +189,7 @@ def test_passwd_asks_twice_at_a_terminal() -> None:
         ("alice;x", "one\none\n"),
         ("alice,bob", "one\none\n"),
         ("-", "one\none\n"),
+        ("#alice", "one\none\n"),
         ("", "one\none\n"),
         ("a" * 61, "one\none\n"),
     ],
