@@ -30,7 +30,9 @@ SETTING = re.compile(r"^#(\w+) =(?: (.*))?$", re.M)  # "#name = value", and no p
 def printed(*arguments: str, cwd: Path) -> str:
     """Return what -t prints for a good configuration."""
     done = command("-t", *arguments, cwd=cwd)
-    assert (done.returncode, done.stderr) == (0, ""), done
+    # That an uplink is away today makes no configuration bad.
+    said = [x for x in done.stderr.splitlines() if not x.endswith("is not there now")]
+    assert (done.returncode, said) == (0, []), done
     return done.stdout
 
 
