@@ -86,8 +86,11 @@ def load_set_title() -> Callable[[str], None] | None:
     spec = PathFinder.find_spec("_setproctitle", places) if places else None
     if not spec or not spec.loader:
         return None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError:  # built for another interpreter
+        return None
     function: Callable[[str], None] = module.setproctitle
     return function
 
@@ -708,7 +711,7 @@ def timestamp(second: int) -> str:
 class Session:
     """What one client asked for and got: the log line, the title and the row.
 
-    All fields are printable text without blanks, "-" when there is nothing.
+    What is shown is printable text without blanks, "-" when there is nothing.
     """
 
     __slots__ = (
@@ -1514,7 +1517,7 @@ class Master:
         self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.retiring: Generation | None = None  # until its idle workers have left
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
-        self.stopping = False
+        self.stopping = self.hurried = False  # told to stop; and told so again
         self.fork_at = self.short_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
         self.private = [self.wake_out, self.pressure_in]  # not the workers'
@@ -1583,7 +1586,7 @@ class Master:
 
     def act(self, byte: int) -> None:
         if byte in (signal.SIGTERM, signal.SIGINT):
-            self.stopping = True
+            self.hurried, self.stopping = self.stopping, True
         elif byte == signal.SIGHUP and not self.stopping:
             self.reload()
 
@@ -1797,12 +1800,13 @@ class Master:
                 say(f"stopping: {busy} sessions have {patience:g} seconds to end")
         while self.workers:
             with self.steady():
-                signals = set(self.sleep())
-                hurry = signals & {int(signal.SIGTERM), int(signal.SIGINT)}
-                if hurry or time.monotonic() > deadline:
+                if self.hurried or time.monotonic() > deadline:
+                    self.hurried = False
                     for pid in self.workers:
                         os.kill(pid, end)
                     deadline, end = time.monotonic() + 5, signal.SIGKILL
+                for byte in self.sleep():
+                    self.act(byte)
                 self.reap()
                 self.show_title()
 
@@ -3391,6 +3395,7 @@ class Exchange:
             up.script = up.flush()
             return self.reply()
         up.done = True
+        http.worker.slot.moved(up.moved, 0)  # for whoever looks while we wait
         if not http.watch.wait(
             {server.fd: select.POLLIN, http.client.fd: 0}, up.patience
         ):

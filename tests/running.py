@@ -150,7 +150,8 @@ class Held:
         self.asked, self.go = threading.Event(), threading.Event()
 
     def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        if connection.recv(65536):
+        if head := connection.recv(65536):
+            origin.received.append(head)
             self.asked.set()
             self.go.wait(20)
             connection.sendall(sized(b"at last"))

@@ -249,6 +249,16 @@ def test_drain_timeout_ends_the_rest(natwork: Run, origin: Start) -> None:
     assert [line["outcome"] for line in gateway.lines(2)] == ["drained"] * 2
 
 
+def test_two_signals_that_come_together_are_two(daemon: Launch, origin: Start) -> None:
+    gateway = daemon()
+    with tunnel(gateway, origin(echo)):
+        os.kill(gateway.process.pid, signal.SIGSTOP)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+            os.kill(gateway.process.pid, number)
+        assert gateway.process.wait(20) == 0  # drain_timeout is 30
+    assert gateway.lines(1)[0]["outcome"] == "operator"
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(
     natwork: Run, origin: Start, second: signal.Signals
@@ -584,6 +594,20 @@ def test_a_killed_worker_harms_nobody_else(
         assert echoes(other) and get(gateway) == 403
         ready(gateway, 2)
         assert pid not in gateway.workers()
+
+
+def test_who_is_killed_while_the_server_thinks_has_sent_what_he_sent(
+    natwork: Run, origin: Start
+) -> None:
+    gateway, held = natwork(), Held()
+    server = origin(held)
+    with gateway.connect() as client:
+        client.sendall(request(server))
+        eventually(lambda: server.received)
+        sent = sum(map(len, server.received))
+        os.kill(worker_of(gateway, client), signal.SIGKILL)
+        (line,) = gateway.lines(1)
+    assert (line["outcome"], int(line["up"]), line["down"]) == ("killed", sent, "0")
 
 
 def test_killed_idle_workers_are_replaced_and_leave_no_line(natwork: Run) -> None:
