@@ -472,7 +472,8 @@ GENERATIONS = 240
 
 # The header, as 64-bit words.
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
-FORKS, BEGAN, USED = range(7, 10)  # the master's: Unix time; slots that ever were
+# The master's: Unix time; slots that ever were; is it about to fork a few workers?
+FORKS, BEGAN, USED, GATHERS = range(7, 11)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 SCRYPTS = 15  # passwords checked; only the holder of the lock writes
 OURS = 0x316B726F7774616E  # "natwork1"
@@ -1410,11 +1411,13 @@ class Worker:
         return self.board.states(self.config.max_workers)
 
     def call_for_spares(self) -> None:
-        """Wake the master if it has workers to fork."""
-        states = self.states()
-        if states.count(self.generation.idle()) < self.config.spare_workers:
-            if states.count(FREE):
-                self.poke()
+        """Wake the master if it has workers to fork, and does not know it."""
+        states, spares = self.states(), self.config.spare_workers
+        missing = spares - states.count(self.generation.idle())
+        if missing <= 0 or self.board.words[GATHERS] and 2 * missing < spares:
+            return
+        if FREE in states:
+            self.poke()
 
     def poke(self) -> None:
         try:
@@ -1596,7 +1599,7 @@ class Master:
     def is_full(self) -> bool:
         """Return whether a client who comes now finds nobody."""
         states = self.states()
-        return not states.count(FREE) and not states.count(self.generation.idle())
+        return FREE not in states and self.generation.idle() not in states
 
     def make_room(self) -> bool:
         """If clients wait for a worker, ask for one; return whether they do."""
@@ -1609,7 +1612,7 @@ class Master:
             say(f"all {limit} workers are busy and clients wait (max_workers)")
         with contextlib.suppress(BlockingIOError):
             os.read(self.pressure_out, 64)  # a byte nobody took wakes nobody twice
-        if self.states().count(WAITING):
+        if WAITING in self.states():
             os.write(self.pressure_in, ROOM)
         return True
 
@@ -1637,7 +1640,7 @@ class Master:
                 self.generations.remove(generation)
                 generation.close()
         self.close_removed()
-        if self.retiring and not self.states().count(self.retiring.idle()):
+        if self.retiring and self.retiring.idle() not in self.states():
             self.retiring = None
             say("configuration reloaded")
             notify("READY=1")
@@ -1662,11 +1665,13 @@ class Master:
         now, states = time.monotonic(), self.states()
         spares = self.generation.config.spare_workers
         missing = spares - states.count(self.generation.idle())
+        self.board.words[GATHERS] = 0
         if missing <= 0:
             self.short_at = 0.0
             return
         self.short_at = self.short_at or now + GATHER_TIME
         if now < self.fork_at or 2 * missing < spares and now < self.short_at:
+            self.board.words[GATHERS] = 1  # nobody need say it again
             return
         self.short_at = 0.0
         self.spawn(min(missing, states.count(FREE)))
@@ -2529,8 +2534,8 @@ class Attempt(NamedTuple):
     uplink: Uplink | None
     delay: float  # seconds after the attempt before it
 
-    def start(self) -> socket.socket:
-        """Return a socket that is connecting; raise OSError."""
+    def start(self) -> tuple[socket.socket, bool]:
+        """Return a socket, and whether it is connected already; raise OSError."""
         four = len(self.packed) == 4
         sock = socket.socket(
             INET if four else INET6,
@@ -2538,15 +2543,19 @@ class Attempt(NamedTuple):
         )
         try:
             leave_by(sock, self.uplink)
-            number = sock.connect_ex((unpack(self.packed), self.port))
+            where = unpack(self.packed), self.port
+            number = sock.connect_ex(where)
+            if number == errno.EINPROGRESS:
+                # From this box the answer has come by now, and this tells it.
+                number = sock.connect_ex(where)
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
-            if number not in (0, errno.EINPROGRESS):
+            if number not in (0, errno.EALREADY):
                 raise OSError(number, os.strerror(number))
         except OSError:
             sock.close()
             raise
-        return sock
+        return sock, not number
 
     def source(self) -> tuple[Any, ...]:
         """Return the socket address it would come from, port aside; raise OSError."""
@@ -2630,6 +2639,7 @@ class Race:
         self.pending: dict[int, tuple[socket.socket, Attempt]] = {}
         self.started: list[Attempt] = []
         self.failed: list[tuple[OSError, Attempt]] = []
+        self.refused: set[bytes] = set()  # addresses that would say no again
 
     def run(
         self, attempts: list[Attempt], timeout: float
@@ -2644,7 +2654,11 @@ class Race:
         try:
             while True:
                 while waiting and (not self.pending or now >= start_at):
-                    self.start(waiting.pop())
+                    attempt = waiting.pop()
+                    if attempt.packed in self.refused:
+                        continue
+                    if winner := self.start(attempt):
+                        return winner
                     start_at = now + (waiting[-1].delay if waiting else timeout)
                 if not self.pending:
                     raise self.defeat()
@@ -2656,8 +2670,6 @@ class Race:
                     if winner := self.settle(fd, ready[fd]):
                         return winner
                     start_at = now
-                    refused = {a.packed for e, a in self.failed if is_answer(e)}
-                    waiting = [a for a in waiting if a.packed not in refused]
                 if now >= deadline:
                     seconds = f"{timeout:g} s"
                     raise Refused(CONNECT_TIMEOUT, f"no answer within {seconds}")
@@ -2665,14 +2677,18 @@ class Race:
             for sock, _ in self.pending.values():
                 sock.close()
 
-    def start(self, attempt: Attempt) -> None:
+    def start(self, attempt: Attempt) -> tuple[socket.socket, Attempt] | None:
+        """Begin an attempt; return it if it has succeeded at once."""
         try:
-            sock = attempt.start()
+            sock, connected = attempt.start()
         except OSError as error:
-            self.failed.append((error, attempt))
-        else:
-            self.started.append(attempt)
-            self.pending[sock.fileno()] = sock, attempt
+            self.fail(attempt, error)
+            return None
+        self.started.append(attempt)
+        if connected:
+            return self.win(sock, attempt)
+        self.pending[sock.fileno()] = sock, attempt
+        return None
 
     def settle(self, fd: int, events: int) -> tuple[socket.socket, Attempt] | None:
         """Return the attempt of a descriptor that is ready, if it succeeded."""
@@ -2681,8 +2697,19 @@ class Race:
             number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number:
                 sock.close()
-                self.failed.append((OSError(number, os.strerror(number)), attempt))
+                self.fail(attempt, OSError(number, os.strerror(number)))
                 return None
+        return self.win(sock, attempt)
+
+    def fail(self, attempt: Attempt, error: OSError) -> None:
+        self.failed.append((error, attempt))
+        if is_answer(error):
+            self.refused.add(attempt.packed)
+
+    def win(
+        self, sock: socket.socket, attempt: Attempt
+    ) -> tuple[socket.socket, Attempt]:
+        """Return the attempt that won, and remember which uplinks were too slow."""
         if not attempt.uplink:
             return sock, attempt
         # An uplink has failed if it was asked earlier, and another was quicker; not
@@ -2715,7 +2742,8 @@ def judged(
     only: str = "",
 ) -> list[bytes]:
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
-    allowed, refusal = [], Refused(NO_SUCH_HOST, f"{host} has no address")
+    allowed: list[bytes] = []
+    refusal = None
     for packed in [pack(only)] if only else resolve(host, port):
         verdict = policy.judge(client, user, host, port, packed, redirected)
         if verdict.allowed:
@@ -2723,7 +2751,7 @@ def judged(
         else:
             refusal = Refused(verdict.outcome, f"{unpack(packed)}: {verdict.rule}")
     if not allowed:
-        raise refusal
+        raise refusal or Refused(NO_SUCH_HOST, f"{host} has no address")
     return allowed
 
 
@@ -3662,10 +3690,8 @@ class Http:
 
     def talks_on(self) -> bool:
         """Return whether a client who wanted to leave has all the same said more."""
-        try:
-            return bool(self.client.received) or self.client.fill()
-        except BlockingIOError:
-            return False
+        unread = fcntl.ioctl(self.client.fd, 0x541B, bytes(4))  # FIONREAD
+        return bool(self.client.received) or unread != bytes(4)
 
     def dial(self, host: str, port: int) -> Stream:
         """Replace the server connection by a new one, and return it; raise Refused."""
@@ -4048,7 +4074,7 @@ def open_outside(
                 opened[where[0]] = sock
             return attempt.packed, opened[where[0]]
         except OSError as error:
-            race.failed.append((error, attempt))
+            race.fail(attempt, error)
     raise race.defeat()
 
 
