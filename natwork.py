@@ -1151,15 +1151,6 @@ class Lane:
         other.patience = min(other.patience, HALF_CLOSED_TIMEOUT)
 
 
-def advance(lane: Lane, up: Lane) -> None:
-    try:
-        lane.step()
-    except Refused as refusal:
-        if lane is not up or not lane.sink or refusal.outcome is not lane.sink.lost:
-            raise
-        lane.abandoned = True
-
-
 def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     """Run the lanes to the server and to the client until both have ended.
 
@@ -1168,25 +1159,39 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     perhaps answered before, so then only the lane up is abandoned.  Raises
     Refused when a side is lost, IdleTimeout when nothing moved for too long.
     """
+    running = moving = [up, down]
     try:
-        for lane in (up, down):
-            advance(lane, up)
-        while not (down.done and (up.done or up.abandoned)):
-            running = [x for x in (up, down) if not x.done and not x.abandoned]
-            # While we may still write to it, POLLHUP and POLLERR on a socket,
-            # which poll() reports unasked, mean a reset.
-            wanted = {x.sink.fd: 0 for x in running if x.sink}
+        while True:
+            for lane in moving:
+                try:
+                    lane.step()
+                except Refused as refusal:
+                    if (
+                        lane is down
+                        or not up.sink
+                        or refusal.outcome is not up.sink.lost
+                    ):
+                        raise
+                    up.abandoned = True
+            running = [lane for lane in running if not lane.done and not lane.abandoned]
+            if not running:
+                return
+            wanted: dict[int, int] = {}
+            patience = 0.0
             for lane in running:
                 fd, events = lane.waits
                 if lane.waits is not PAUSE:
                     wanted[fd] = wanted.get(fd, 0) | events
+                if lane.sink:
+                    # While we may still write to it, POLLHUP and POLLERR on a
+                    # socket, which poll() reports unasked, mean a reset.
+                    wanted.setdefault(lane.sink.fd, 0)
+                patience = max(patience, lane.patience)
             slot.moved(up.moved, down.moved)
-            ready = watch.wait(wanted, max(lane.patience for lane in running))
+            ready = watch.wait(wanted, patience)
             if not ready:
                 raise IdleTimeout
             moving = [lane for lane in running if lane.waits[0] in ready]
-            for lane in moving:
-                advance(lane, up)
             if not moving and down.sink and down.sink.fd in ready:
                 raise Refused(down.sink.lost, "connection reset")
             if not moving:
@@ -1304,7 +1309,7 @@ class Worker:
     ) -> None:
         """Get ready in a new process; the descriptors are pipes of the master's."""
         self.generation, self.config = generation, generation.config
-        self.slot, self.board = slot, slot.board
+        self.slot, self.board, self.idle = slot, slot.board, generation.idle()
         self.wake_in, self.pressure_out = wake_in, pressure_out
         self.lifeline, self.pid = generation.lifeline_out, os.getpid()
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
@@ -1327,7 +1332,7 @@ class Worker:
     def run(self) -> None:
         """Serve clients, one after another, until it is time to leave."""
         for _ in range(self.config.clients_per_worker):
-            self.slot.state(self.generation.idle())
+            self.slot.state(self.idle)
             self.entitle("natwork: idle")
             if not self.accept():
                 return
@@ -1347,11 +1352,11 @@ class Worker:
         surplus_at = time.monotonic() + SURPLUS_TIME
         while True:
             pause = PIPE_KEEP_TIME if self.watch.pipes else SURPLUS_TIME
-            ready = [fd for fd, _ in self.idle_poll.poll(pause, 8)]
+            ready = dict(self.idle_poll.poll(pause, 8))
             # A client who woke us woke nobody else, so he comes before the wish
             # to leave; and when nothing woke us, it may have been lost with a
             # worker who was killed on the way to his client.
-            for fd in ready or list(self.listeners):
+            for fd in list(ready or self.listeners):
                 if fd in self.listeners and self.take(fd):
                     return True
             if self.lifeline in ready:
@@ -1398,22 +1403,20 @@ class Worker:
 
     def is_surplus(self) -> bool:
         """Give up being idle; return whether enough others are."""
-        idle = self.generation.idle()
         # Down first, then counted: of many that ask at once, too few leave
         # rather than too many.
         self.slot.state(BUSY)
-        if self.states().count(idle) >= self.config.spare_workers:
+        states = self.board.states(self.config.max_workers)
+        if states.count(self.idle) >= self.config.spare_workers:
             return True
-        self.slot.state(idle)
+        self.slot.state(self.idle)
         return False
-
-    def states(self) -> bytes:
-        return self.board.states(self.config.max_workers)
 
     def call_for_spares(self) -> None:
         """Wake the master if it has workers to fork, and does not know it."""
-        states, spares = self.states(), self.config.spare_workers
-        missing = spares - states.count(self.generation.idle())
+        states = self.board.states(self.config.max_workers)
+        spares = self.config.spare_workers
+        missing = spares - states.count(self.idle)
         if missing <= 0 or self.board.words[GATHERS] and 2 * missing < spares:
             return
         if FREE in states:
@@ -1862,9 +1865,6 @@ class Network(NamedTuple):
     first: bytes
     last: bytes
 
-    def has(self, packed: bytes) -> bool:
-        return len(packed) == len(self.first) and self.first <= packed <= self.last
-
 
 def parse_network(text: str) -> Network:
     """Return the block that "10.0.0.0/8" or "fd00::1" names; raise ValueError."""
@@ -1886,8 +1886,13 @@ def networks(text: str) -> tuple[Network, ...]:
     return tuple(parse_network(word) for word in text.split())
 
 
-def contains(blocks: Iterable[Network], packed: bytes) -> bool:
-    return any(block.has(packed) for block in blocks)
+def contains(blocks: Iterable[Network], *found: bytes) -> bool:
+    """Return whether one of some addresses lies in one of some blocks."""
+    for first, last in blocks:
+        for packed in found:
+            if len(packed) == len(first) and first <= packed <= last:
+                return True
+    return False
 
 
 NAT64, NAT64_LOCAL = bytes.fromhex("0064ff9b0000000000000000"), b"\0\x64\xff\x9b\0\1"
@@ -2023,7 +2028,7 @@ class Rule(NamedTuple):
         assert self.names is not None
         if "*" in self.names or host in self.names:
             return True
-        if any(contains(self.blocks, packed) for packed in found):
+        if contains(self.blocks, *found):
             return True
         # ".example" is example and everything below it.
         labels = host.split(".")
@@ -2031,9 +2036,10 @@ class Rule(NamedTuple):
 
     def opens(self, found: list[bytes], mail: bool) -> bool:
         """Return whether it names what the built-in rules would close."""
-        return all(contains(self.blocks, packed) for packed in found) and (
-            not mail or range(25, 26) in (self.ports or ())
-        )
+        for packed in found:
+            if not contains(self.blocks, packed):
+                return False
+        return not mail or range(25, 26) in (self.ports or ())
 
 
 def parse_ports(text: str) -> range:
@@ -2245,19 +2251,20 @@ class Policy:
         routes = [route_to(pack("192.0.2.1")), route_to(pack("2001:db8::1"))]
         return any(route.device in devices for route in routes if route)
 
-    def is_ours(self, packed: bytes, port: int) -> bool:
-        """Return whether this is one of the gateway's own listeners: a loop."""
+    def is_ours(self, found: list[bytes], port: int) -> bool:
+        """Return whether a port of some address is a listener of ours: a loop."""
         if port not in self.ports:
             return False
-        for address, listening in self.listeners:
-            if listening != port:
-                continue
-            # Who dials the unspecified address reaches the loopback one.
-            if address == packed or not any(packed):
-                return True
-            route = None if any(address) else route_to(packed)
-            if route and route.local:  # it listens on every address of this box
-                return True
+        for packed in found:
+            for address, listening in self.listeners:
+                if listening != port:
+                    continue
+                # Who dials the unspecified address reaches the loopback one.
+                if address == packed or not any(packed):
+                    return True
+                route = None if any(address) else route_to(packed)
+                if route and route.local:  # it listens on every address of this box
+                    return True
         return False
 
     def means_us(self, host: str, port: int) -> bool:
@@ -2266,17 +2273,19 @@ class Policy:
             return False
         try:
             packed = b"" if host in self.own_names else forms(pack(host))[0]
-            return not packed or any(packed) and self.is_ours(packed, port)
+            return not packed or any(packed) and self.is_ours([packed], port)
         except ValueError:
             return False
 
     def closes(self, found: list[bytes]) -> str:
         """Return which built-in rule denies an address, "" if none does."""
         for word, blocks in self.closed:
-            if any(contains(blocks, packed) for packed in found):
+            if contains(blocks, *found):
                 return word
-        routes = [route_to(packed) for packed in found]
-        return "own" if any(route and route.local for route in routes) else ""
+        for packed in found:
+            if (route := route_to(packed)) and route.local:
+                return "own"
+        return ""
 
     def judge(
         self,
@@ -2302,8 +2311,10 @@ class Policy:
         self, proto: str, host: str, addresses: list[bytes]
     ) -> Parent | None:
         """Return the first parent that takes a target, None where we dial it."""
-        takers = (p for p in self.parents if p.takes(proto, host, addresses))
-        return next(takers, None)
+        for parent in self.parents:
+            if parent.takes(proto, host, addresses):
+                return parent
+        return None
 
     def trusts(self, client: str, user: str, host: str, port: int) -> bool:
         """Return whether a rule allows a name of which no address is known here."""
@@ -2329,7 +2340,7 @@ class Policy:
     ) -> Verdict:
         """Do what judge() says; second is there for the cache."""
         found = forms(packed)
-        if any(self.is_ours(form, port) for form in found):
+        if self.is_ours(found, port):
             return Verdict(False, LOOP, "the gateway's own listener")
         who = address_of(client)
         closed: str | None = None
@@ -2514,13 +2525,13 @@ def credentials(value: bytes) -> tuple[bytes, bytes] | None:
 IP_BIND_ADDRESS_NO_PORT = 24  # 3.10's socket module lacks the name
 
 
-def leave_by(sock: socket.socket, uplink: Uplink | None) -> None:
+def leave_by(sock: socket.socket, uplink: Uplink) -> None:
     """Make a socket that has no address yet leave by an uplink; raise OSError."""
-    if uplink and uplink.packed:
+    if uplink.packed:
         # The whole port range for each target, not one for all of them.
         sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         sock.bind((uplink.name, 0))
-    elif uplink:
+    else:
         # A source address alone leaves the device to the routing table.
         device = uplink.name.encode()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
@@ -2534,36 +2545,17 @@ class Attempt(NamedTuple):
     uplink: Uplink | None
     delay: float  # seconds after the attempt before it
 
-    def start(self) -> tuple[socket.socket, bool]:
-        """Return a socket, and whether it is connected already; raise OSError."""
-        four = len(self.packed) == 4
-        sock = socket.socket(
-            INET if four else INET6,
-            STREAM | socket.SOCK_NONBLOCK,  # and close-on-exec, as all of Python's
-        )
-        try:
-            leave_by(sock, self.uplink)
-            where = unpack(self.packed), self.port
-            number = sock.connect_ex(where)
-            if number == errno.EINPROGRESS:
-                # From this box the answer has come by now, and this tells it.
-                number = sock.connect_ex(where)
-            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
-                number = errno.EAGAIN
-            if number not in (0, errno.EALREADY):
-                raise OSError(number, os.strerror(number))
-        except OSError:
-            sock.close()
-            raise
-        return sock, not number
-
     def source(self) -> tuple[Any, ...]:
         """Return the socket address it would come from, port aside; raise OSError."""
         family = INET if len(self.packed) == 4 else INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            leave_by(probe, self.uplink)
+            if self.uplink:
+                leave_by(probe, self.uplink)
             probe.connect((unpack(self.packed), 9))  # no packet is sent
             return probe.getsockname()  # type: ignore[no-any-return]
+
+
+Winner = tuple[socket.socket, Attempt]
 
 
 def resolve(host: str, port: int) -> list[bytes]:
@@ -2605,9 +2597,11 @@ def plan(
     addresses: list[bytes], port: int, uplinks: list[Uplink], board: Scoreboard
 ) -> list[Attempt]:
     """Return the attempts in their order: uplink by uplink, failed ones last."""
-    if not uplinks:
-        return [Attempt(a, port, None, RACE_DELAY) for a in interleave(addresses)]
     attempts: list[Attempt] = []
+    if not uplinks:
+        for packed in interleave(addresses):
+            attempts.append(Attempt(packed, port, None, RACE_DELAY))
+        return attempts
     seen: set[int] = set()  # families, as address lengths, that have a way
     for way in sorted(uplinks, key=lambda uplink: board.is_tired(uplink.number)):
         usable = [
@@ -2641,9 +2635,7 @@ class Race:
         self.failed: list[tuple[OSError, Attempt]] = []
         self.refused: set[bytes] = set()  # addresses that would say no again
 
-    def run(
-        self, attempts: list[Attempt], timeout: float
-    ) -> tuple[socket.socket, Attempt]:
+    def run(self, attempts: list[Attempt], timeout: float) -> Winner:
         """Return the socket that connected first; raise Refused if none does.
 
         timeout is for all attempts together, in seconds.
@@ -2677,38 +2669,52 @@ class Race:
             for sock, _ in self.pending.values():
                 sock.close()
 
-    def start(self, attempt: Attempt) -> tuple[socket.socket, Attempt] | None:
+    def start(self, attempt: Attempt) -> Winner | None:
         """Begin an attempt; return it if it has succeeded at once."""
+        family = INET if len(attempt.packed) == 4 else INET6
+        where = unpack(attempt.packed), attempt.port
         try:
-            sock, connected = attempt.start()
+            # Close-on-exec, as all of Python's.
+            sock = socket.socket(family, STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
-            self.fail(attempt, error)
-            return None
+            return self.fail(attempt, error)
+        try:
+            if attempt.uplink:
+                leave_by(sock, attempt.uplink)
+            number = sock.connect_ex(where)
+            if number == errno.EINPROGRESS:
+                # From this box the answer has come by now, and this tells it.
+                number = sock.connect_ex(where)
+            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
+                number = errno.EAGAIN
+            if number not in (0, errno.EALREADY):
+                raise OSError(number, os.strerror(number))
+        except OSError as error:
+            sock.close()
+            return self.fail(attempt, error)
         self.started.append(attempt)
-        if connected:
+        if not number:
             return self.win(sock, attempt)
         self.pending[sock.fileno()] = sock, attempt
         return None
 
-    def settle(self, fd: int, events: int) -> tuple[socket.socket, Attempt] | None:
+    def settle(self, fd: int, events: int) -> Winner | None:
         """Return the attempt of a descriptor that is ready, if it succeeded."""
         sock, attempt = self.pending.pop(fd)
         if events & (select.POLLERR | select.POLLHUP):
             number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number:
                 sock.close()
-                self.fail(attempt, OSError(number, os.strerror(number)))
-                return None
+                return self.fail(attempt, OSError(number, os.strerror(number)))
         return self.win(sock, attempt)
 
-    def fail(self, attempt: Attempt, error: OSError) -> None:
+    def fail(self, attempt: Attempt, error: OSError) -> Winner | None:
         self.failed.append((error, attempt))
         if is_answer(error):
             self.refused.add(attempt.packed)
+        return None
 
-    def win(
-        self, sock: socket.socket, attempt: Attempt
-    ) -> tuple[socket.socket, Attempt]:
+    def win(self, sock: socket.socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
         if not attempt.uplink:
             return sock, attempt
@@ -2888,7 +2894,7 @@ def dial_parent(
     and session.parent says so.
     """
     found = resolve(parent.host, parent.port)
-    if any(policy.is_ours(packed, parent.port) for packed in found):
+    if policy.is_ours(found, parent.port):
         raise Refused(LOOP, "it is this gateway")  # SOCKS has no Via to tell
     deadline = time.monotonic() + worker.config.connect_timeout
     # What is near us is not reached by way of the outside.
@@ -3799,6 +3805,7 @@ class Http:
 
     def check_via(self, names: Names) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
+        self.session.via = b", ".join(names[b"via"]) + b", "
         for member in members(names, b"via"):
             if member.split()[1:2] == [self.via.lower()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
@@ -3905,8 +3912,8 @@ class Http:
         if length is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
         self.identify(head.fields.names, b"proxy-authorization")
-        self.check_via(head.fields.names)
-        session.via = b"".join(v + b", " for v in head.fields.names.get(b"via", []))
+        if b"via" in head.fields.names:
+            self.check_via(head.fields.names)
         target = parse_target(head.method, head.target)
         session.target = printable(endpoint((target.host, target.port)).encode())
         self.worker.begin(session)
