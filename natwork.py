@@ -1278,12 +1278,8 @@ class Generation:
         serve: Callable[[Worker], None],
     ) -> None:
         """Take listeners by name; serve is what a worker does with its client."""
-        self.config, self.listeners, self.log, self.serve = (
-            config,
-            listeners,
-            log,
-            serve,
-        )
+        self.config, self.listeners = config, listeners
+        self.log, self.serve = log, serve
         self.families = {s.fileno(): int(s.family) for s in listeners.values()}
         self.number = 0
         self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
@@ -1677,7 +1673,7 @@ class Master:
             self.board.words[GATHERS] = 1  # nobody need say it again
             return
         self.short_at = 0.0
-        self.spawn(min(missing, states.count(FREE)))
+        self.spawn(missing)
 
     def spawn(self, count: int) -> None:
         """Fork some workers, as many as there are slots for, with little in between."""
@@ -3137,20 +3133,6 @@ class Fields:
 parse_fields = functools.lru_cache(maxsize=32)(Fields)
 
 
-class RequestHead(NamedTuple):
-    method: bytes
-    target: bytes
-    minor: int  # the second digit of the version; the first is 1
-    fields: Fields
-
-
-class ResponseHead(NamedTuple):
-    status: int
-    reason: bytes
-    minor: int
-    fields: Fields
-
-
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     """Return method, target and minor version; raise Refused."""
     if len(line) > LINE_LIMIT:
@@ -3166,21 +3148,6 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     return method, target, min(int(minor), 1)
 
 
-def parse_request(head: bytes) -> RequestHead:
-    """Split a request head, without its empty line, into its parts; raise Refused."""
-    line, _, section = head.partition(b"\r\n")
-    method, target, minor = parse_request_line(line)
-    try:
-        fields = parse_fields(section, True)
-    except ValueError as error:
-        raise Refused(BAD_REQUEST, str(error)) from None
-    # RFC 9112 section 3.2: one, and only one.
-    hosts = len(fields.names.get(b"host", ()))
-    if hosts != 1 and (hosts or minor):
-        raise Refused(BAD_REQUEST, f"{hosts or 'no'} Host fields")
-    return RequestHead(method, target, minor, fields)
-
-
 def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
     """Return status, reason phrase and minor version; raise Refused."""
     match = STATUS_LINE.fullmatch(line)
@@ -3189,15 +3156,38 @@ def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
     return int(match[3]), match[4] or b"", min(int(match[2]), 1)
 
 
-def parse_response(head: bytes) -> ResponseHead:
-    """Split a response head, without its empty line, into its parts; raise Refused."""
-    line, _, section = head.partition(b"\r\n")
-    status, phrase, minor = parse_status_line(line)
-    try:
-        fields = parse_fields(section, False)
-    except ValueError as error:
-        raise Refused(BAD_RESPONSE, str(error)) from None
-    return ResponseHead(status, phrase, minor, fields)
+class RequestHead:
+    """A request head, parsed; minor is the second digit of its version."""
+
+    __slots__ = ("fields", "method", "minor", "target")
+
+    def __init__(self, head: bytes) -> None:
+        """Split a head, without its empty line, into its parts; raise Refused."""
+        line, _, section = head.partition(b"\r\n")
+        self.method, self.target, self.minor = parse_request_line(line)
+        try:
+            self.fields = parse_fields(section, True)
+        except ValueError as error:
+            raise Refused(BAD_REQUEST, str(error)) from None
+        # RFC 9112 section 3.2: one, and only one.
+        hosts = len(self.fields.names.get(b"host", ()))
+        if hosts != 1 and (hosts or self.minor):
+            raise Refused(BAD_REQUEST, f"{hosts or 'no'} Host fields")
+
+
+class ResponseHead:
+    """A response head, parsed; minor is the second digit of its version."""
+
+    __slots__ = ("fields", "minor", "reason", "status")
+
+    def __init__(self, head: bytes) -> None:
+        """Split a head, without its empty line, into its parts; raise Refused."""
+        line, _, section = head.partition(b"\r\n")
+        self.status, self.reason, self.minor = parse_status_line(line)
+        try:
+            self.fields = parse_fields(section, False)
+        except ValueError as error:
+            raise Refused(BAD_RESPONSE, str(error)) from None
 
 
 def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
@@ -3230,15 +3220,25 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     return length
 
 
-class Target(NamedTuple):
+class Target:
     """Where a request wants to go: RFC 9112 section 3.2."""
 
-    host: str  # lower case, an IPv6 address without brackets
-    port: int
-    authority: bytes  # for Host, as the client spelled it
-    path: bytes  # for the request line: origin-form, or *
-    scheme: bytes = b"http"
-    login: bytes = b""  # user:password of an ftp URL, as it is spelled there
+    __slots__ = ("authority", "host", "login", "path", "port", "scheme")
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        authority: bytes,
+        path: bytes,
+        scheme: bytes = b"http",
+        login: bytes = b"",
+    ) -> None:
+        self.host, self.port = host, port  # lower case; IPv6 without brackets
+        self.authority = authority  # for Host, as the client spelled it
+        self.path = path  # for the request line: origin-form, or *
+        self.scheme = scheme
+        self.login = login  # user:password of an ftp URL, as it is spelled there
 
 
 @functools.lru_cache(maxsize=32)
@@ -3442,7 +3442,7 @@ class Exchange:
         end = server.received.find(b"\r\n\r\n", 0, HEAD_LIMIT) + 4
         if end < 4:
             return self.reply()
-        response = parse_response(bytes(server.received[: end - 2]))
+        response = ResponseHead(bytes(server.received[: end - 2]))
         length = self.response_length(response)
         size = 0 if self.is_bare(response) else length or 0
         if response.status < 200 or not 0 <= size == len(server.received) - end:
@@ -3537,7 +3537,7 @@ class Exchange:
             looked = max(0, len(received) - 3)
             yield from self.down.need()
             self.heard = True
-        return parse_response(self.down.source.take(end + 4)[:-2])
+        return ResponseHead(self.down.source.take(end + 4)[:-2])
 
     def is_bare(self, response: ResponseHead) -> bool:
         """Return whether a response has no body, whatever length it tells."""
@@ -3633,7 +3633,6 @@ class Http:
         self.shown: list[bytes] | None = None  # as last verified, and for whom
         self.user = "-"
         self.session: Session
-        self.start_request()
 
     def start_request(self) -> None:
         """Forget the last request."""
@@ -3755,7 +3754,7 @@ class Http:
     def request(self) -> Outcome:
         """Read and answer one request; return the outcome, or raise Refused."""
         raw = self.read_head()
-        head = self.head = parse_request(raw)
+        head = self.head = RequestHead(raw)
         session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
         self.worker.check_share()

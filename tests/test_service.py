@@ -196,7 +196,9 @@ def test_passed_sockets_are_served_instead_of_listen(
         assert all(answers(sock.getsockname()) for sock in passed)
     names = ["%s:%d" % sock.getsockname() for sock in passed]
     said = (tmp_path / "said").read_text().splitlines()
-    assert said == [f"natwork: listening on {name}" for name in names]
+    # The last session may not be over yet when it is told to stop.
+    listening = [line for line in said if not line.startswith("natwork: stopping")]
+    assert listening == [f"natwork: listening on {name}" for name in names]
 
 
 def test_passed_sockets_are_left_open_for_the_next_one(
