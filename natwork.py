@@ -3080,11 +3080,12 @@ IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
 
 def members(names: Names, name: bytes) -> list[bytes]:
     """Return the members of a list field, lower case, from all its lines."""
-    lines = names.get(name)
-    if not lines:
-        return []
-    listed = [part.strip(b" \t").lower() for part in b",".join(lines).split(b",")]
-    return [member for member in listed if member]
+    listed: list[bytes] = []
+    for line in names.get(name, ()):
+        for part in line.split(b","):
+            if member := part.strip(b" \t").lower():
+                listed.append(member)
+    return listed
 
 
 def is_host(value: bytes) -> bool:
@@ -3107,14 +3108,15 @@ class Fields:
         """Take a section of whole lines, asked: of a request; raise ValueError."""
         if not (REQUEST_FIELDS if asked else RESPONSE_FIELDS).fullmatch(section):
             raise ValueError("malformed field line")
-        self.lines = [
-            (name, text.strip(b" \t")) for name, text in FIELD.findall(section)
-        ]
+        self.lines: list[tuple[bytes, bytes]] = []
         self.names: Names = {}  # lower case -> values, in their order
-        for name, value in self.lines:
+        for name, text in FIELD.findall(section):
+            value = text.strip(b" \t")
+            self.lines.append((name, value))
             self.names.setdefault(name.lower(), []).append(value)
-        if asked and not all(is_host(host) for host in self.names.get(b"host", ())):
-            raise ValueError("invalid Host field")
+        for host in self.names.get(b"host", ()):
+            if asked and not is_host(host):
+                raise ValueError("invalid Host field")
         self.options = members(self.names, b"connection")
         # The lines that travel on: not those of one hop, by their name or
         # because Connection says so.
@@ -3125,8 +3127,11 @@ class Fields:
 
     def without(self, dropped: frozenset[bytes]) -> bytes:
         """Return the lines less those dropped, by their names in lower case."""
-        kept = [line for line in self.lines if line[0].lower() not in dropped]
-        return b"".join([b"%b: %b\r\n" % line for line in kept])
+        kept: list[bytes] = []
+        for name, value in self.lines:
+            if name.lower() not in dropped:
+                kept += name, b": ", value, CRLF
+        return b"".join(kept)
 
 
 # Clients and servers repeat themselves: most heads end like the one before.
@@ -5380,10 +5385,6 @@ GATEWAYS: dict[bytes, Gateway] = {
 
 def await_first_byte(worker: Worker, client: Stream) -> bool:
     """Wait for who has just come to speak; return whether he does."""
-    try:
-        return client.fill()  # it has probably come with the connection
-    except BlockingIOError:
-        pass
     # Who has just come makes no room for who comes next.
     seconds = worker.config.head_timeout
     if worker.watch.wait({client.fd: select.POLLIN}, min(1.0, seconds)):
@@ -5400,7 +5401,11 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         return
     if target := redirected_from(worker):
         return serve_redirected(worker, policy, client, *target)
-    if not await_first_byte(worker, client):
+    try:
+        speaks = client.fill()  # it has probably come with the connection
+    except BlockingIOError:
+        speaks = await_first_byte(worker, client)
+    if not speaks:
         return
     if client.received[0] in (4, 5):
         Socks(worker, policy, client).serve()
