@@ -159,6 +159,10 @@ def natwork(place: Place, port: int, name: str = "natwork") -> list[str]:
     return command + [word for option in options for word in ("-o", option)]
 
 
+def bare(place: Place, port: int) -> list[str]:
+    return [place.python, str(Path(__file__).resolve().parent / "bare.py"), str(port)]
+
+
 def tinyproxy(place: Place, port: int) -> list[str]:
     config = f"""\
 Listen {HOST}
@@ -283,8 +287,10 @@ class Recipe:
 
 
 # natwork stands among its peers here; it counts as installed when its file is.
+# "bare" is nobody's peer: a mark for what Python and a process per client can do.
 RECIPES = {
     "natwork": Recipe("http", natwork, ("--version",)),
+    "bare": Recipe("http", bare, ()),
     "tinyproxy": Recipe("http", tinyproxy, ("-v",)),
     "squid": Recipe("http", squid, ("-v",)),
     "haproxy": Recipe("forward", haproxy, ("-v",)),
@@ -292,7 +298,7 @@ RECIPES = {
     "dante": Recipe("socks", dante, ("-v",)),
     "microsocks": Recipe("socks", microsocks, ()),
 }
-BINARIES = {"dante": "danted"}
+BINARIES = {"dante": "danted", "bare": "python3"}
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
@@ -624,7 +630,7 @@ class Row:
     def fit(self, contenders: list[Contender]) -> list[Contender]:
         """Return who takes part, as they are spoken to in this row."""
         if self.socks:
-            names = ("natwork", *SOCKS_RIVALS)
+            names = ("natwork", "bare", *SOCKS_RIVALS)
             able = [replace(c, speaks="socks") for c in contenders if c.name in names]
             return [c for c in contenders if c.name == "direct"] + able
         return [c for c in contenders if self.everyone or c.browses()]
@@ -731,7 +737,7 @@ ROWS = {
         cost_unit="CPU s/GiB",
         work=connect_bulk,
         everyone=True,
-        rivals=tuple(name for name in RECIPES if name != "natwork"),
+        rivals=tuple(name for name in RECIPES if name not in ("natwork", "bare")),
         floor=1.3,
         aim=("direct", 0.6),
     ),
