@@ -4038,11 +4038,10 @@ def open_port(
 
     A stream socket listens.
     """
+    family = INET6 if ":" in where[0] else INET
     first = int.from_bytes(os.urandom(4), "big")  # not to be guessed, nor contended
-    error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     for number in range(len(ports)):
         port = ports[(first + number) % len(ports)]
-        family = INET6 if ":" in where[0] else INET
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
         try:
             if uplink and not uplink.packed:
@@ -4053,27 +4052,28 @@ def open_port(
             if kind == STREAM:
                 sock.listen(8)
             return sock
-        except OSError as failure:
+        except OSError as error:
             sock.close()
-            if failure.errno != errno.EADDRINUSE:
+            if error.errno != errno.EADDRINUSE:
                 raise
-    raise error
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def open_outside(
     worker: Worker,
     policy: Policy,
     kind: int,
-    attempts: list[Attempt],
+    addresses: list[bytes],
+    port: int,
     opened: dict[str, socket.socket],
 ) -> tuple[bytes, socket.socket]:
-    """Return the host of the first attempt that has a way, and a socket on it.
+    """Return the first address that there is a way to, and a socket on that way.
 
     That is one that is open already at that source address, or a new one at a
     port of bind_ports.  Raises Refused.
     """
     race = Race(worker.watch, worker.board)
-    for attempt in attempts:
+    for attempt in plan(addresses, port, policy.uplinks, worker.board):
         try:
             where = attempt.source()
             if where[0] not in opened:
@@ -4092,13 +4092,11 @@ class Association:
     from first.
     """
 
-    def __init__(
-        self, worker: Worker, policy: Policy, session: Session, client: Stream
-    ) -> None:
+    def __init__(self, socks: Socks) -> None:
         """Open the relay port where the client has reached us; raise OSError."""
-        self.worker, self.policy, self.config = worker, policy, worker.config
-        self.session, self.client = session, client
-        host, *others = client.sock.getsockname()
+        self.worker, self.policy, self.config = socks.worker, socks.policy, socks.config
+        self.session, self.client = socks.session, socks.client
+        host, *others = self.client.sock.getsockname()
         packed = address_of(host)  # a socket of both families has it mapped
         where = unpack(packed), *(others if len(packed) == 16 else (0,))
         self.inner = open_port(socket.SOCK_DGRAM, where, None, range(1))
@@ -4106,9 +4104,7 @@ class Association:
         self.client_at: SocketAddress | None = None
         self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
         self.way = functools.lru_cache(maxsize=256)(self.find_way)
-        self.refusal: Refused | None = (
-            None  # of a datagram, by the rules or the resolver
-        )
+        self.refusal: Refused | None = None  # of the datagram before
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
@@ -4155,7 +4151,11 @@ class Association:
         if self.client_at and self.client_at[1] != sender[1]:
             raise Refused(OUTSIDER, "not the client's first port")
         host, port, payload = parse_datagram(data)
-        packed, sock = self.ask_way(host, port)
+        way = self.way(host, port, int(time.monotonic() / 60))
+        if isinstance(way, Refused):
+            self.refusal = way
+            raise way
+        packed, sock = way
         self.client_at = sender
         sock.sendto(payload, (unpack(packed), port))
         self.hosts.pop(packed, None)
@@ -4169,27 +4169,18 @@ class Association:
             self.worker.begin(self.session, titled=True)
         return len(payload)
 
-    def ask_way(self, host: str, port: int) -> tuple[bytes, socket.socket]:
-        """Return a host's address and the socket to use; raise Refused."""
-        way = self.way(host, port, int(time.monotonic() / 60))
-        if isinstance(way, Refused):
-            self.refusal = way
-            raise way
-        return way
-
     def find_way(
         self, host: str, port: int, minute: int
     ) -> tuple[bytes, socket.socket] | Refused:
-        """Do what ask_way() says; minute is there for the cache: routes change.
+        """Return a host's address and the socket to use, or why it may not be used.
 
-        A refusal is remembered too: a dead name server stops us but once a minute.
+        minute is there for the cache: routes change.  A refusal is remembered
+        too: a dead name server stops us but once a minute.
         """
-        worker, policy = self.worker, self.policy
-        kind = int(socket.SOCK_DGRAM)
+        worker, policy, kind = self.worker, self.policy, socket.SOCK_DGRAM
         try:
             addresses = judged(policy, worker.peer, self.session.user, host, port)
-            attempts = plan(addresses, port, policy.uplinks, worker.board)
-            return open_outside(worker, policy, kind, attempts, self.outer)
+            return open_outside(worker, policy, kind, addresses, port, self.outer)
         except Refused as refusal:
             return refusal
 
@@ -4373,8 +4364,7 @@ class Socks:
         expected = judged(self.policy, worker.peer, session.user, host, port)
         if self.version == 4:
             expected = [packed for packed in expected if len(packed) == 4]
-        attempts = plan(expected, port, self.policy.uplinks, worker.board)
-        _, listener = open_outside(worker, self.policy, STREAM, attempts, {})
+        _, listener = open_outside(worker, self.policy, STREAM, expected, port, {})
         with listener:
             session.source = endpoint(listener.getsockname())
             worker.begin(session, titled=True)
@@ -4406,14 +4396,11 @@ class Socks:
 
     def associate(self) -> None:
         """Relay the client's datagrams; raise Refused."""
-        association = Association(self.worker, self.policy, self.session, self.client)
-        try:
+        with contextlib.closing(Association(self)) as association:
             self.send(self.reply(OK, association.inner.getsockname()))
             self.worker.begin(self.session, titled=True)
             self.owes_reply = False
             association.run()
-        finally:
-            association.close()
 
 
 # --- Redirected flows ---------------------------------------------------------
