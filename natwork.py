@@ -4483,11 +4483,14 @@ def hear_out(
     Who lets the server speak first claims nothing.  Raises Refused; strict: also
     for words that do not come to their end.
     """
+    watch, config, received = worker.watch, worker.config, client.received
+    lane = Lane(watch, client, server, 0)
     wanted = {client.fd: select.POLLIN, server.fd: select.POLLIN}
-    limit = worker.config.head_timeout if strict else CLAIM_DELAY
-    left, deadline = worker.config.tunnel_timeout, 0.0
-    lane, received = Lane(worker.watch, client, server, 0), client.received
-    while ready := worker.watch.wait(wanted, left):
+    ready = watch.wait(wanted, config.tunnel_timeout)
+    if not ready:
+        raise Refused(IDLE, "nothing moved")
+    deadline = time.monotonic() + (config.head_timeout if strict else CLAIM_DELAY)
+    while ready:
         if server.fd in ready:
             return []
         try:
@@ -4508,10 +4511,7 @@ def hear_out(
             return names
         if len(received) > HEAD_LIMIT:
             break
-        deadline = deadline or time.monotonic() + limit
-        left = max(0.0, deadline - time.monotonic())
-    if not deadline:
-        raise Refused(IDLE, "nothing moved")
+        ready = watch.wait(wanted, deadline - time.monotonic())
     if strict:
         raise Refused(HEAD_TIMEOUT, "the first words did not come to their end")
     return []
