@@ -4803,6 +4803,12 @@ def ftp_data(http: Http, server: Any, words: str) -> Stream:
     return data
 
 
+def ftp_end(server: Any) -> None:
+    """Hear from the server that a transfer was whole; raise ftplib's error if not."""
+    server.sock.expect()
+    server.voidresp()
+
+
 def ftp_size(server: Any, path: str) -> int | None:
     """Return the size of a file, None if the server does not say."""
     import ftplib
@@ -4820,7 +4826,7 @@ def ftp_list(http: Http, server: Any, path: str) -> None:
         server.cwd(path)
     with contextlib.closing(ftp_data(http, server, "LIST")) as data:
         raw = Talk(http, data).read().decode("latin-1")
-    server.voidresp()
+    ftp_end(server)
     # Relative links, which a URL without its last slash resolves one level up.
     slash = path.endswith("/") or not path
     base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
@@ -4858,8 +4864,7 @@ def ftp_get(http: Http, server: Any, path: str) -> None:
     finally:
         data.close()
     if http.endless:
-        server.sock.expect()
-        server.voidresp()  # or what has come was not all, and must not look so
+        ftp_end(server)  # or what has come was not all, and must not look so
 
 
 def ftp_put(
@@ -4889,8 +4894,7 @@ def ftp_put(
         data.abort()  # or the server would take a part for the whole
         raise
     data.close()
-    server.sock.expect()
-    server.voidresp()
+    ftp_end(server)
     if not whole:
         raise Refused(SERVER_GONE, "the server took no more")
     http.keep = http.wants_more and not http.worker.leaving()
