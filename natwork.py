@@ -4642,12 +4642,13 @@ class Talk:
                 break
         return self.server.take(end + 1 or limit).decode("latin-1")
 
-    def read(self) -> bytes:
-        """Return all that comes until the end."""
+    def lines(self) -> list[str]:
+        """Return all lines that come until the end."""
         self.expect()
         while self.fill():
             self.expect()
-        return self.server.take(PAGE_LIMIT)
+        lines = self.server.take(PAGE_LIMIT).decode("latin-1").split("\n")
+        return [line.rstrip("\r") for line in lines]
 
 
 def decoded(raw: bytes) -> str:
@@ -4680,12 +4681,13 @@ def gopher_text(down: Lane) -> Script:
 
 def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
     """Answer with a page of preformatted lines, which are HTML; the title is not."""
-    title = title.encode("latin-1").decode(errors="replace").translate(MARKUP)
-    text = "\n".join(lines).encode("latin-1").decode(errors="replace")
+    title, text = title.translate(MARKUP), "\n".join(lines)
     page = (
         f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
         f"<pre>\n{text}\n</pre>\n"
     )
+    # As Latin-1 the text had the server's bytes, which UTF-8 may be or not.
+    page = page.encode("latin-1").decode(errors="replace")
     kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
     http.answer(status, kind + b"\r\n", page.encode())
 
@@ -4697,25 +4699,22 @@ def answer_stream(
 
     text: it is Gopher's, which ends with a line of a dot.  Raises Refused.
     """
-    asked = http.head is not None and http.head.method == b"HEAD"
+    bare = http.session.method == "HEAD"
     http.answered, http.session.status = True, "200"
-    http.endless = size is None and not asked
+    http.endless = size is None and not bare
     http.keep &= not http.endless and not http.worker.leaving()
     up = Lane(http.watch, http.client, source, http.config.idle_timeout)
     down = Lane(http.watch, source, http.client, http.config.idle_timeout)
-    date, lines = http_date(int(time.time())), framing_lines(size)
+    lines = b"Content-Type: %b\r\n%b" % (kind.encode(), framing_lines(size))
     if not http.keep:
         lines += b"Connection: close\r\n"
-    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\nContent-Type: %b\r\n%b\r\n" % (
-        date,
-        kind.encode(),
-        lines,
-    )
+    date = http_date(int(time.time()))
+    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\n%b\r\n" % (date, lines)
 
     def pass_on() -> Script:
-        if text and not asked:
+        if text and not bare:
             yield from gopher_text(down)
-        elif not asked:
+        elif not bare:
             yield from down.move(ALL if size is None else size)
         yield from down.flush()
 
@@ -4820,30 +4819,32 @@ def ftp_size(server: Any, path: str) -> int | None:
         return None
 
 
+def ftp_entry(line: str, base: str) -> str:
+    """Return a line of a directory as HTML, its link relative to the base."""
+    match = FTP_ENTRY.fullmatch(line)
+    if not match:
+        return line.translate(MARKUP)
+    kind, folder, name = match.groups()
+    if kind == "l":
+        name = name.partition(" -> ")[0]
+    end = "/" if folder or kind == "d" else ""
+    before = line[: match.start(3)].translate(MARKUP)
+    link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
+    return before + link + match[3][len(name) :].translate(MARKUP)
+
+
 def ftp_list(http: Http, server: Any, path: str) -> None:
     """Answer with a directory, as a page."""
     if path:
         server.cwd(path)
     with contextlib.closing(ftp_data(http, server, "LIST")) as data:
-        raw = Talk(http, data).read().decode("latin-1")
+        entries = Talk(http, data).lines()
     ftp_end(server)
     # Relative links, which a URL without its last slash resolves one level up.
     slash = path.endswith("/") or not path
     base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
     lines = [f'<a href="{"../" if slash else "./"}">../</a>'] if path else []
-    for line in raw.split("\n"):
-        line = line.rstrip("\r")
-        match = FTP_ENTRY.fullmatch(line)
-        if not match:
-            lines.append(line.translate(MARKUP))
-            continue
-        kind, folder, name = match.groups()
-        if kind == "l":
-            name = name.partition(" -> ")[0]
-        end = "/" if folder or kind == "d" else ""
-        before = line[: match.start(3)].translate(MARKUP)
-        link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
-        lines.append(before + link + match[3][len(name) :].translate(MARKUP))
+    lines += [ftp_entry(line, base) for line in entries]
     answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
 
 
@@ -4853,16 +4854,13 @@ def ftp_get(http: Http, server: Any, path: str) -> None:
 
     size = ftp_size(server, path)
     if http.session.method == "HEAD" and size is not None:
-        assert http.server
-        return answer_stream(http, http.server, content_type(path), size)
+        return answer_stream(http, server.sock.server, content_type(path), size)
     try:
         data = ftp_data(http, server, f"RETR {path}")
     except ftplib.error_perm:
         return ftp_list(http, server, path)
-    try:
+    with contextlib.closing(data):
         answer_stream(http, data, content_type(path), size)
-    finally:
-        data.close()
     if http.endless:
         ftp_end(server)  # or what has come was not all, and must not look so
 
@@ -4889,13 +4887,12 @@ def ftp_put(
     up.script = store()
     try:
         http.join(up, down, down.flush)
-        whole = not up.abandoned
     except BaseException:
         data.abort()  # or the server would take a part for the whole
         raise
     data.close()
     ftp_end(server)
-    if not whole:
+    if up.abandoned:
         raise Refused(SERVER_GONE, "the server took no more")
     http.keep = http.wants_more and not http.worker.leaving()
     http.answer("201 Created", b"", b"")
@@ -4958,8 +4955,7 @@ def gopher_item(item: str) -> str:
 
 def gopher_menu(http: Http, talk: Talk, title: str) -> None:
     """Answer with a menu, as a page; what begins with an error is a 404."""
-    lines = talk.read().decode("latin-1").split("\n")
-    items = [line.rstrip("\r") for line in lines]
+    items = talk.lines()
     if "." in items:
         del items[items.index(".") :]
     missing = items and items[0].startswith("3")
@@ -4983,25 +4979,24 @@ def gopher(
         raise Refused(BAD_REQUEST, "a control byte in the target")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
-    http.worker.begin(http.session)
-    http.lingers = not http.keep
+    worker, session = http.worker, http.session
+    worker.begin(session)
     if kind == "7" and "\t" not in selector:
-        session = http.session
-        judged(http.policy, http.worker.peer, session.user, target.host, target.port)
+        judged(http.policy, worker.peer, session.user, target.host, target.port)
         form = '<form>Search for: <input name="q"> <input type="submit"></form>'
         answer_page(http, "200 OK", target.host, [form])
-        return OK
-    talk = Talk(http, http.dial(target.host, target.port))
-    http.worker.begin(http.session, titled=True)
-    try:
-        talk.sendall(f"{selector}\r\n".encode("latin-1"))
-        if kind in "17":
-            gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
-        else:
-            media = GOPHER_TYPES.get(kind) or content_type(selector)
-            answer_stream(http, talk.server, media, None, kind == "0")
-    finally:
-        http.drop_server()
+    else:
+        talk = Talk(http, http.dial(target.host, target.port))
+        worker.begin(session, titled=True)
+        try:
+            talk.sendall(f"{selector}\r\n".encode("latin-1"))
+            if kind in "17":
+                gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
+            else:
+                media = GOPHER_TYPES.get(kind) or content_type(selector)
+                answer_stream(http, talk.server, media, None, kind == "0")
+        finally:
+            http.drop_server()
     http.lingers = not http.keep
     return OK
 
