@@ -4034,10 +4034,7 @@ def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
 def open_port(
     kind: int, where: SocketAddress, uplink: Uplink | None, ports: range
 ) -> socket.socket:
-    """Return a socket at an address and one of some ports; raise OSError.
-
-    A stream socket listens.
-    """
+    """Return a socket at one of some ports, listening if of streams; raise OSError."""
     family = INET6 if ":" in where[0] else INET
     first = int.from_bytes(os.urandom(4), "big")  # not to be guessed, nor contended
     for number in range(len(ports)):
@@ -4621,6 +4618,9 @@ class Talk:
             self.wait(events)
         self.http.session.up += lane.moved
 
+    def getpeername(self) -> SocketAddress:
+        return self.server.sock.getpeername()  # type: ignore[no-any-return]
+
     def fill(self) -> bool:
         """Receive more; return False at the end."""
         self.wait(select.POLLIN)
@@ -4766,32 +4766,18 @@ def ftp_failure(method: bytes, code: str) -> Refused:
     return Refused(BAD_RESPONSE, "the server spoke no FTP, or left")
 
 
-def ftp_challenge(http: Http, target: Target) -> Outcome:
-    """Ask the client for another user and password."""
-    http.lingers = not http.keep
-    lines, page = http.explain(NO_LOGIN, "the server refused the login")
-    realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
-    http.answer(NO_LOGIN.status_text(), realm + lines, page)
-    return NO_LOGIN
-
-
 def ftp_data(http: Http, server: Any, words: str) -> Stream:
     """Return the data connection for a command, once that is accepted; raise Refused.
 
-    It goes to the host that we talk to, whatever address the server names.
+    It goes to the address that we talk to, whatever the server names: ftplib does
+    not trust it either.
     """
-    import ftplib
-
-    session, host, ends = http.session, http.server_for[1], http.server_ends
-    address = ends[0].rpartition(":")[0].strip("[]")
-    if ":" in address:
-        port = ftplib.parse229(server.sendcmd("EPSV"), ("", 0))[1]
-    else:
-        port = ftplib.parse227(server.sendcmd("PASV"))[1]
+    session, host = http.session, http.server_for[1]
+    address, port = server.makepasv()
     if not 0 < port < 65536:
         raise ValueError("port")
     sock = dial(http.worker, http.policy, session, host, port, address)
-    session.address, session.source = ends
+    session.address, session.source = http.server_ends
     data = Stream(sock, SERVER_GONE)
     try:
         if server.sendcmd(words)[:1] != "1":
@@ -4909,16 +4895,20 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     path, kind = decoded(target.path[1:]), target.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
-    login = ftp_login(head, target)
+    login, outcome = ftp_login(head, target), OK
     http.worker.begin(http.session)
     talk = Talk(http, http.dial(target.host, target.port))
     server = ftplib.FTP(encoding="latin-1")
     server.sock = server.file = talk  # type: ignore[assignment]
+    server.af = talk.server.sock.family  # PASV or EPSV
     try:
         http.worker.begin(http.session, titled=True)
         if not ftp_enter(server, login):
-            return ftp_challenge(http, target)
-        if head.method == b"PUT":
+            outcome = NO_LOGIN
+            lines, page = http.explain(outcome, "the server refused the login")
+            realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
+            http.answer(outcome.status_text(), realm + lines, page)
+        elif head.method == b"PUT":
             ftp_put(http, server, head, path, length)
         elif path.endswith("/") or not path or kind == b";type=d":
             ftp_list(http, server, path)
@@ -4930,7 +4920,7 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     finally:
         http.drop_server()
     http.lingers = not http.keep
-    return OK
+    return outcome
 
 
 # Gopher: RFC 1436; its URLs: RFC 4266.
@@ -5142,12 +5132,13 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
     """Return the sessions of a gateway: the four columns of the paper, and more."""
     rows = []
     for number, state in enumerate(board.states(board.words[USED])):
-        if state == FREE or not (row := (slot := Slot(board, number)).row()):
+        if state == FREE:
             continue
+        slot = Slot(board, number)
         pid, up, down = slot.words[PID : DOWN + 1]
         try:
-            session = Session.from_row(row, up, down)
-        except ValueError:  # no row of ours
+            session = Session.from_row(slot.row(), up, down)
+        except ValueError:  # no row, or none of ours
             continue
         client, _, port = session.client.rpartition(":")
         new_port = session.source.rpartition(":")[2]
@@ -5343,8 +5334,7 @@ def own_page(
         raise Refused(NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
-    if length:
-        http.keep = False  # its body is not read
+    http.keep &= not length  # a body is not read
     http.lingers = not http.keep
     kind, text = page[0], page[1]()
     lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"
