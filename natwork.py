@@ -3988,6 +3988,7 @@ class Http:
 COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
 GRANTED, REJECTED = 90, 91  # version 4 tells no more than that
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
+Sockets = dict[str, socket.socket]  # by the host of their own address
 
 
 def parse_name(raw: bytes) -> str:
@@ -4057,20 +4058,16 @@ def open_port(
 
 
 def open_outside(
-    worker: Worker,
-    policy: Policy,
-    kind: int,
-    addresses: list[bytes],
-    port: int,
-    opened: dict[str, socket.socket],
+    socks: Socks, kind: int, addresses: list[bytes], port: int, opened: Sockets
 ) -> tuple[bytes, socket.socket]:
     """Return the first address that there is a way to, and a socket on that way.
 
     That is one that is open already at that source address, or a new one at a
     port of bind_ports.  Raises Refused.
     """
-    race = Race(worker.watch, worker.board)
-    for attempt in plan(addresses, port, policy.uplinks, worker.board):
+    board, policy = socks.worker.board, socks.policy
+    race = Race(socks.watch, board)
+    for attempt in plan(addresses, port, policy.uplinks, board):
         try:
             where = attempt.source()
             if where[0] not in opened:
@@ -4091,17 +4088,17 @@ class Association:
 
     def __init__(self, socks: Socks) -> None:
         """Open the relay port where the client has reached us; raise OSError."""
-        self.worker, self.policy, self.config = socks.worker, socks.policy, socks.config
+        self.socks, self.worker, self.config = socks, socks.worker, socks.config
         self.session, self.client = socks.session, socks.client
         host, *others = self.client.sock.getsockname()
         packed = address_of(host)  # a socket of both families has it mapped
         where = unpack(packed), *(others if len(packed) == 16 else (0,))
         self.inner = open_port(socket.SOCK_DGRAM, where, None, range(1))
-        self.outer: dict[str, socket.socket] = {}  # source address -> socket
+        self.outer: Sockets = {}
         self.client_at: SocketAddress | None = None
         self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
         self.way = functools.lru_cache(maxsize=256)(self.find_way)
-        self.refusal: Refused | None = None  # of the datagram before
+        self.refusal: Refused | None = None  # of a datagram, by rules or resolver
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
@@ -4174,10 +4171,10 @@ class Association:
         minute is there for the cache: routes change.  A refusal is remembered
         too: a dead name server stops us but once a minute.
         """
-        worker, policy, kind = self.worker, self.policy, socket.SOCK_DGRAM
+        policy, who, kind = self.socks.policy, self.worker.peer, socket.SOCK_DGRAM
         try:
-            addresses = judged(policy, worker.peer, self.session.user, host, port)
-            return open_outside(worker, policy, kind, addresses, port, self.outer)
+            addresses = judged(policy, who, self.session.user, host, port)
+            return open_outside(self.socks, kind, addresses, port, self.outer)
         except Refused as refusal:
             return refusal
 
@@ -4192,10 +4189,10 @@ class Association:
 
     def welcomes(self, packed: bytes, port: int) -> bool:
         """Return whether a host may write to the client first."""
-        who, user, host = self.worker.peer, self.session.user, unpack(packed)
+        policy, who, user = self.socks.policy, self.worker.peer, self.session.user
         return (
             self.config.udp_from_anyone
-            and self.policy.judge(who, user, host, port, packed).allowed
+            and policy.judge(who, user, unpack(packed), port, packed).allowed
         )
 
 
@@ -4361,7 +4358,7 @@ class Socks:
         expected = judged(self.policy, worker.peer, session.user, host, port)
         if self.version == 4:
             expected = [packed for packed in expected if len(packed) == 4]
-        _, listener = open_outside(worker, self.policy, STREAM, expected, port, {})
+        _, listener = open_outside(self, STREAM, expected, port, {})
         with listener:
             session.source = endpoint(listener.getsockname())
             worker.begin(session, titled=True)
