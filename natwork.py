@@ -4104,16 +4104,16 @@ class Association:
         """Carry datagrams until the control connection ends; raise Refused."""
         deadline = time.monotonic() + self.config.idle_timeout
         while (left := deadline - time.monotonic()) > 0:
-            socks = {s.fileno(): s for s in (self.inner, *self.outer.values())}
-            wanted = dict.fromkeys((self.client.fd, *socks), select.POLLIN)
+            sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
+            wanted = dict.fromkeys((self.client.fd, *sockets), select.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
             if self.client.fd in ready and not self.client.fill():
                 if self.refusal and self.session.target == "-":
                     raise self.refusal  # no datagram went out: this is why
                 return
             self.client.received.clear()
-            for sock in [socks[fd] for fd in ready if fd in socks]:
-                if self.pass_on(sock):
+            for fd in ready:
+                if fd in sockets and self.pass_on(sockets[fd]):
                     deadline = time.monotonic() + self.config.idle_timeout
         raise Refused(IDLE, "no datagram moved")
 
@@ -4616,7 +4616,8 @@ class Talk:
         self.http.session.up += lane.moved
 
     def getpeername(self) -> SocketAddress:
-        return self.server.sock.getpeername()  # type: ignore[no-any-return]
+        """Return the server's address, even if it has reset the connection."""
+        return self.http.server_ends[0].rpartition(":")[0].strip("[]"), 0
 
     def fill(self) -> bool:
         """Receive more; return False at the end."""
@@ -4662,7 +4663,6 @@ def quoted(text: str) -> str:
 
 
 def content_type(name: str) -> str:
-    """Return the type of a file by its name."""
     return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
 
 
@@ -5229,7 +5229,6 @@ def table_page(http: Http, nonce: str) -> str:
 
 
 def table_json(http: Http) -> str:
-    """Return the live table as data."""
     import json
 
     board = http.worker.board
