@@ -4599,7 +4599,7 @@ class Talk:
     def wait(self, events: int) -> None:
         """Wait until the server is ready; raise Refused if it takes too long."""
         client = self.http.client.fd
-        left = max(0.0, self.until - time.monotonic())
+        left = self.until - time.monotonic()
         ready = self.http.watch.wait({self.server.fd: events, client: 0}, left)
         if not ready:
             raise Refused(ANSWER_TIMEOUT, "the server did not answer")
@@ -4791,17 +4791,6 @@ def ftp_end(server: Any) -> None:
     server.voidresp()
 
 
-def ftp_size(server: Any, path: str) -> int | None:
-    """Return the size of a file, None if the server does not say."""
-    import ftplib
-
-    try:
-        size: int | None = server.size(path)
-        return size if size is None or 0 <= size < 1 << 63 else None
-    except (ftplib.error_perm, ValueError):
-        return None
-
-
 def ftp_entry(line: str, base: str) -> str:
     """Return a line of a directory as HTML, its link relative to the base."""
     match = FTP_ENTRY.fullmatch(line)
@@ -4835,7 +4824,11 @@ def ftp_get(http: Http, server: Any, path: str) -> None:
     """Answer with a file, or else with the directory of that name."""
     import ftplib
 
-    size = ftp_size(server, path)
+    size: int | None = None
+    with contextlib.suppress(ftplib.error_perm, ValueError):
+        size = server.size(path)
+    if size is not None and not 0 <= size < 1 << 63:
+        size = None
     if http.session.method == "HEAD" and size is not None:
         return answer_stream(http, server.sock.server, content_type(path), size)
     try:
