@@ -3992,6 +3992,7 @@ class Http:
 COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
 GRANTED, REJECTED = 90, 91  # version 4 tells no more than that
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
+Sockets = dict[str, socket.socket]  # by the host of their own address
 
 
 def parse_name(raw: bytes) -> str:
@@ -4038,15 +4039,11 @@ def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
 def open_port(
     kind: int, where: SocketAddress, uplink: Uplink | None, ports: range
 ) -> socket.socket:
-    """Return a socket at an address and one of some ports; raise OSError.
-
-    A stream socket listens.
-    """
+    """Return a socket at one of some ports, listening if of streams; raise OSError."""
+    family = INET6 if ":" in where[0] else INET
     first = int.from_bytes(os.urandom(4), "big")  # not to be guessed, nor contended
-    error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     for number in range(len(ports)):
         port = ports[(first + number) % len(ports)]
-        family = INET6 if ":" in where[0] else INET
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
         try:
             if uplink and not uplink.packed:
@@ -4057,27 +4054,24 @@ def open_port(
             if kind == STREAM:
                 sock.listen(8)
             return sock
-        except OSError as failure:
+        except OSError as error:
             sock.close()
-            if failure.errno != errno.EADDRINUSE:
+            if error.errno != errno.EADDRINUSE:
                 raise
-    raise error
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def open_outside(
-    worker: Worker,
-    policy: Policy,
-    kind: int,
-    attempts: list[Attempt],
-    opened: dict[str, socket.socket],
+    socks: Socks, kind: int, addresses: list[bytes], port: int, opened: Sockets
 ) -> tuple[bytes, socket.socket]:
-    """Return the host of the first attempt that has a way, and a socket on it.
+    """Return the first address that there is a way to, and a socket on that way.
 
     That is one that is open already at that source address, or a new one at a
     port of bind_ports.  Raises Refused.
     """
-    race = Race(worker.watch, worker.board)
-    for attempt in attempts:
+    board, policy = socks.worker.board, socks.policy
+    race = Race(socks.watch, board)
+    for attempt in plan(addresses, port, policy.uplinks, board):
         try:
             where = attempt.source()
             if where[0] not in opened:
@@ -4096,38 +4090,34 @@ class Association:
     from first.
     """
 
-    def __init__(
-        self, worker: Worker, policy: Policy, session: Session, client: Stream
-    ) -> None:
+    def __init__(self, socks: Socks) -> None:
         """Open the relay port where the client has reached us; raise OSError."""
-        self.worker, self.policy, self.config = worker, policy, worker.config
-        self.session, self.client = session, client
-        host, *others = client.sock.getsockname()
+        self.socks, self.worker, self.config = socks, socks.worker, socks.config
+        self.session, self.client = socks.session, socks.client
+        host, *others = self.client.sock.getsockname()
         packed = address_of(host)  # a socket of both families has it mapped
         where = unpack(packed), *(others if len(packed) == 16 else (0,))
         self.inner = open_port(socket.SOCK_DGRAM, where, None, range(1))
-        self.outer: dict[str, socket.socket] = {}  # source address -> socket
+        self.outer: Sockets = {}
         self.client_at: SocketAddress | None = None
         self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
         self.way = functools.lru_cache(maxsize=256)(self.find_way)
-        self.refusal: Refused | None = (
-            None  # of a datagram, by the rules or the resolver
-        )
+        self.refusal: Refused | None = None  # of a datagram, by rules or resolver
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
         deadline = time.monotonic() + self.config.idle_timeout
         while (left := deadline - time.monotonic()) > 0:
-            socks = {s.fileno(): s for s in (self.inner, *self.outer.values())}
-            wanted = dict.fromkeys((self.client.fd, *socks), select.POLLIN)
+            sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
+            wanted = dict.fromkeys((self.client.fd, *sockets), select.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
             if self.client.fd in ready and not self.client.fill():
                 if self.refusal and self.session.target == "-":
                     raise self.refusal  # no datagram went out: this is why
                 return
             self.client.received.clear()
-            for sock in [socks[fd] for fd in ready if fd in socks]:
-                if self.pass_on(sock):
+            for fd in ready:
+                if fd in sockets and self.pass_on(sockets[fd]):
                     deadline = time.monotonic() + self.config.idle_timeout
         raise Refused(IDLE, "no datagram moved")
 
@@ -4159,7 +4149,11 @@ class Association:
         if self.client_at and self.client_at[1] != sender[1]:
             raise Refused(OUTSIDER, "not the client's first port")
         host, port, payload = parse_datagram(data)
-        packed, sock = self.ask_way(host, port)
+        way = self.way(host, port, int(time.monotonic() / 60))
+        if isinstance(way, Refused):
+            self.refusal = way
+            raise way
+        packed, sock = way
         self.client_at = sender
         sock.sendto(payload, (unpack(packed), port))
         self.hosts.pop(packed, None)
@@ -4173,27 +4167,18 @@ class Association:
             self.worker.begin(self.session, titled=True)
         return len(payload)
 
-    def ask_way(self, host: str, port: int) -> tuple[bytes, socket.socket]:
-        """Return a host's address and the socket to use; raise Refused."""
-        way = self.way(host, port, int(time.monotonic() / 60))
-        if isinstance(way, Refused):
-            self.refusal = way
-            raise way
-        return way
-
     def find_way(
         self, host: str, port: int, minute: int
     ) -> tuple[bytes, socket.socket] | Refused:
-        """Do what ask_way() says; minute is there for the cache: routes change.
+        """Return a host's address and the socket to use, or why it may not be used.
 
-        A refusal is remembered too: a dead name server stops us but once a minute.
+        minute is there for the cache: routes change.  A refusal is remembered
+        too: a dead name server stops us but once a minute.
         """
-        worker, policy = self.worker, self.policy
-        kind = int(socket.SOCK_DGRAM)
+        policy, who, kind = self.socks.policy, self.worker.peer, socket.SOCK_DGRAM
         try:
-            addresses = judged(policy, worker.peer, self.session.user, host, port)
-            attempts = plan(addresses, port, policy.uplinks, worker.board)
-            return open_outside(worker, policy, kind, attempts, self.outer)
+            addresses = judged(policy, who, self.session.user, host, port)
+            return open_outside(self.socks, kind, addresses, port, self.outer)
         except Refused as refusal:
             return refusal
 
@@ -4208,10 +4193,10 @@ class Association:
 
     def welcomes(self, packed: bytes, port: int) -> bool:
         """Return whether a host may write to the client first."""
-        who, user, host = self.worker.peer, self.session.user, unpack(packed)
+        policy, who, user = self.socks.policy, self.worker.peer, self.session.user
         return (
             self.config.udp_from_anyone
-            and self.policy.judge(who, user, host, port, packed).allowed
+            and policy.judge(who, user, unpack(packed), port, packed).allowed
         )
 
 
@@ -4377,8 +4362,7 @@ class Socks:
         expected = judged(self.policy, worker.peer, session.user, host, port)
         if self.version == 4:
             expected = [packed for packed in expected if len(packed) == 4]
-        attempts = plan(expected, port, self.policy.uplinks, worker.board)
-        _, listener = open_outside(worker, self.policy, STREAM, attempts, {})
+        _, listener = open_outside(self, STREAM, expected, port, {})
         with listener:
             session.source = endpoint(listener.getsockname())
             worker.begin(session, titled=True)
@@ -4410,14 +4394,11 @@ class Socks:
 
     def associate(self) -> None:
         """Relay the client's datagrams; raise Refused."""
-        association = Association(self.worker, self.policy, self.session, self.client)
-        try:
+        with contextlib.closing(Association(self)) as association:
             self.send(self.reply(OK, association.inner.getsockname()))
             self.worker.begin(self.session, titled=True)
             self.owes_reply = False
             association.run()
-        finally:
-            association.close()
 
 
 # --- Redirected flows ---------------------------------------------------------
@@ -4500,11 +4481,14 @@ def hear_out(
     Who lets the server speak first claims nothing.  Raises Refused; strict: also
     for words that do not come to their end.
     """
+    watch, config, received = worker.watch, worker.config, client.received
+    lane = Lane(watch, client, server, 0)
     wanted = {client.fd: select.POLLIN, server.fd: select.POLLIN}
-    limit = worker.config.head_timeout if strict else CLAIM_DELAY
-    left, deadline = worker.config.tunnel_timeout, 0.0
-    lane, received = Lane(worker.watch, client, server, 0), client.received
-    while ready := worker.watch.wait(wanted, left):
+    ready = watch.wait(wanted, config.tunnel_timeout)
+    if not ready:
+        raise Refused(IDLE, "nothing moved")
+    deadline = time.monotonic() + (config.head_timeout if strict else CLAIM_DELAY)
+    while ready:
         if server.fd in ready:
             return []
         try:
@@ -4525,10 +4509,7 @@ def hear_out(
             return names
         if len(received) > HEAD_LIMIT:
             break
-        deadline = deadline or time.monotonic() + limit
-        left = max(0.0, deadline - time.monotonic())
-    if not deadline:
-        raise Refused(IDLE, "nothing moved")
+        ready = watch.wait(wanted, deadline - time.monotonic())
     if strict:
         raise Refused(HEAD_TIMEOUT, "the first words did not come to their end")
     return []
@@ -4622,7 +4603,7 @@ class Talk:
     def wait(self, events: int) -> None:
         """Wait until the server is ready; raise Refused if it takes too long."""
         client = self.http.client.fd
-        left = max(0.0, self.until - time.monotonic())
+        left = self.until - time.monotonic()
         ready = self.http.watch.wait({self.server.fd: events, client: 0}, left)
         if not ready:
             raise Refused(ANSWER_TIMEOUT, "the server did not answer")
@@ -4637,6 +4618,10 @@ class Talk:
         for _, events in lane.flush():
             self.wait(events)
         self.http.session.up += lane.moved
+
+    def getpeername(self) -> SocketAddress:
+        """Return the server's address, even if it has reset the connection."""
+        return self.http.server_ends[0].rpartition(":")[0].strip("[]"), 0
 
     def fill(self) -> bool:
         """Receive more; return False at the end."""
@@ -4659,12 +4644,13 @@ class Talk:
                 break
         return self.server.take(end + 1 or limit).decode("latin-1")
 
-    def read(self) -> bytes:
-        """Return all that comes until the end."""
+    def lines(self) -> list[str]:
+        """Return all lines that come until the end."""
         self.expect()
         while self.fill():
             self.expect()
-        return self.server.take(PAGE_LIMIT)
+        lines = self.server.take(PAGE_LIMIT).decode("latin-1").split("\n")
+        return [line.rstrip("\r") for line in lines]
 
 
 def decoded(raw: bytes) -> str:
@@ -4681,7 +4667,6 @@ def quoted(text: str) -> str:
 
 
 def content_type(name: str) -> str:
-    """Return the type of a file by its name."""
     return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
 
 
@@ -4697,12 +4682,13 @@ def gopher_text(down: Lane) -> Script:
 
 def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
     """Answer with a page of preformatted lines, which are HTML; the title is not."""
-    title = title.encode("latin-1").decode(errors="replace").translate(MARKUP)
-    text = "\n".join(lines).encode("latin-1").decode(errors="replace")
+    title, text = title.translate(MARKUP), "\n".join(lines)
     page = (
         f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
         f"<pre>\n{text}\n</pre>\n"
     )
+    # As Latin-1 the text had the server's bytes, which UTF-8 may be or not.
+    page = page.encode("latin-1").decode(errors="replace")
     kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
     http.answer(status, kind + b"\r\n", page.encode())
 
@@ -4714,25 +4700,22 @@ def answer_stream(
 
     text: it is Gopher's, which ends with a line of a dot.  Raises Refused.
     """
-    asked = http.head is not None and http.head.method == b"HEAD"
+    bare = http.session.method == "HEAD"
     http.answered, http.session.status = True, "200"
-    http.endless = size is None and not asked
+    http.endless = size is None and not bare
     http.keep &= not http.endless and not http.worker.leaving()
     up = Lane(http.watch, http.client, source, http.config.idle_timeout)
     down = Lane(http.watch, source, http.client, http.config.idle_timeout)
-    date, lines = http_date(int(time.time())), framing_lines(size)
+    lines = b"Content-Type: %b\r\n%b" % (kind.encode(), framing_lines(size))
     if not http.keep:
         lines += b"Connection: close\r\n"
-    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\nContent-Type: %b\r\n%b\r\n" % (
-        date,
-        kind.encode(),
-        lines,
-    )
+    date = http_date(int(time.time()))
+    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\n%b\r\n" % (date, lines)
 
     def pass_on() -> Script:
-        if text and not asked:
+        if text and not bare:
             yield from gopher_text(down)
-        elif not asked:
+        elif not bare:
             yield from down.move(ALL if size is None else size)
         yield from down.flush()
 
@@ -4784,32 +4767,18 @@ def ftp_failure(method: bytes, code: str) -> Refused:
     return Refused(BAD_RESPONSE, "the server spoke no FTP, or left")
 
 
-def ftp_challenge(http: Http, target: Target) -> Outcome:
-    """Ask the client for another user and password."""
-    http.lingers = not http.keep
-    lines, page = http.explain(NO_LOGIN, "the server refused the login")
-    realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
-    http.answer(NO_LOGIN.status_text(), realm + lines, page)
-    return NO_LOGIN
-
-
 def ftp_data(http: Http, server: Any, words: str) -> Stream:
     """Return the data connection for a command, once that is accepted; raise Refused.
 
-    It goes to the host that we talk to, whatever address the server names.
+    It goes to the address that we talk to, whatever the server names: ftplib does
+    not trust it either.
     """
-    import ftplib
-
-    session, host, ends = http.session, http.server_for[1], http.server_ends
-    address = ends[0].rpartition(":")[0].strip("[]")
-    if ":" in address:
-        port = ftplib.parse229(server.sendcmd("EPSV"), ("", 0))[1]
-    else:
-        port = ftplib.parse227(server.sendcmd("PASV"))[1]
+    session, host = http.session, http.server_for[1]
+    address, port = server.makepasv()
     if not 0 < port < 65536:
         raise ValueError("port")
     sock = dial(http.worker, http.policy, session, host, port, address)
-    session.address, session.source = ends
+    session.address, session.source = http.server_ends
     data = Stream(sock, SERVER_GONE)
     try:
         if server.sendcmd(words)[:1] != "1":
@@ -4820,15 +4789,24 @@ def ftp_data(http: Http, server: Any, words: str) -> Stream:
     return data
 
 
-def ftp_size(server: Any, path: str) -> int | None:
-    """Return the size of a file, None if the server does not say."""
-    import ftplib
+def ftp_end(server: Any) -> None:
+    """Hear from the server that a transfer was whole; raise ftplib's error if not."""
+    server.sock.expect()
+    server.voidresp()
 
-    try:
-        size: int | None = server.size(path)
-        return size if size is None or 0 <= size < 1 << 63 else None
-    except (ftplib.error_perm, ValueError):
-        return None
+
+def ftp_entry(line: str, base: str) -> str:
+    """Return a line of a directory as HTML, its link relative to the base."""
+    match = FTP_ENTRY.fullmatch(line)
+    if not match:
+        return line.translate(MARKUP)
+    kind, folder, name = match.groups()
+    if kind == "l":
+        name = name.partition(" -> ")[0]
+    end = "/" if folder or kind == "d" else ""
+    before = line[: match.start(3)].translate(MARKUP)
+    link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
+    return before + link + match[3][len(name) :].translate(MARKUP)
 
 
 def ftp_list(http: Http, server: Any, path: str) -> None:
@@ -4836,25 +4814,13 @@ def ftp_list(http: Http, server: Any, path: str) -> None:
     if path:
         server.cwd(path)
     with contextlib.closing(ftp_data(http, server, "LIST")) as data:
-        raw = Talk(http, data).read().decode("latin-1")
-    server.voidresp()
+        entries = Talk(http, data).lines()
+    ftp_end(server)
     # Relative links, which a URL without its last slash resolves one level up.
     slash = path.endswith("/") or not path
     base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
     lines = [f'<a href="{"../" if slash else "./"}">../</a>'] if path else []
-    for line in raw.split("\n"):
-        line = line.rstrip("\r")
-        match = FTP_ENTRY.fullmatch(line)
-        if not match:
-            lines.append(line.translate(MARKUP))
-            continue
-        kind, folder, name = match.groups()
-        if kind == "l":
-            name = name.partition(" -> ")[0]
-        end = "/" if folder or kind == "d" else ""
-        before = line[: match.start(3)].translate(MARKUP)
-        link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
-        lines.append(before + link + match[3][len(name) :].translate(MARKUP))
+    lines += [ftp_entry(line, base) for line in entries]
     answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
 
 
@@ -4862,21 +4828,21 @@ def ftp_get(http: Http, server: Any, path: str) -> None:
     """Answer with a file, or else with the directory of that name."""
     import ftplib
 
-    size = ftp_size(server, path)
+    size: int | None = None
+    with contextlib.suppress(ftplib.error_perm, ValueError):
+        size = server.size(path)
+    if size is not None and not 0 <= size < 1 << 63:
+        size = None
     if http.session.method == "HEAD" and size is not None:
-        assert http.server
-        return answer_stream(http, http.server, content_type(path), size)
+        return answer_stream(http, server.sock.server, content_type(path), size)
     try:
         data = ftp_data(http, server, f"RETR {path}")
     except ftplib.error_perm:
         return ftp_list(http, server, path)
-    try:
+    with contextlib.closing(data):
         answer_stream(http, data, content_type(path), size)
-    finally:
-        data.close()
     if http.endless:
-        server.sock.expect()
-        server.voidresp()  # or what has come was not all, and must not look so
+        ftp_end(server)  # or what has come was not all, and must not look so
 
 
 def ftp_put(
@@ -4901,14 +4867,12 @@ def ftp_put(
     up.script = store()
     try:
         http.join(up, down, down.flush)
-        whole = not up.abandoned
     except BaseException:
         data.abort()  # or the server would take a part for the whole
         raise
     data.close()
-    server.sock.expect()
-    server.voidresp()
-    if not whole:
+    ftp_end(server)
+    if up.abandoned:
         raise Refused(SERVER_GONE, "the server took no more")
     http.keep = http.wants_more and not http.worker.leaving()
     http.answer("201 Created", b"", b"")
@@ -4925,16 +4889,20 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     path, kind = decoded(target.path[1:]), target.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
-    login = ftp_login(head, target)
+    login, outcome = ftp_login(head, target), OK
     http.worker.begin(http.session)
     talk = Talk(http, http.dial(target.host, target.port))
     server = ftplib.FTP(encoding="latin-1")
     server.sock = server.file = talk  # type: ignore[assignment]
+    server.af = talk.server.sock.family  # PASV or EPSV
     try:
         http.worker.begin(http.session, titled=True)
         if not ftp_enter(server, login):
-            return ftp_challenge(http, target)
-        if head.method == b"PUT":
+            outcome = NO_LOGIN
+            lines, page = http.explain(outcome, "the server refused the login")
+            realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
+            http.answer(outcome.status_text(), realm + lines, page)
+        elif head.method == b"PUT":
             ftp_put(http, server, head, path, length)
         elif path.endswith("/") or not path or kind == b";type=d":
             ftp_list(http, server, path)
@@ -4946,7 +4914,7 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     finally:
         http.drop_server()
     http.lingers = not http.keep
-    return OK
+    return outcome
 
 
 # Gopher: RFC 1436; its URLs: RFC 4266.
@@ -4971,8 +4939,7 @@ def gopher_item(item: str) -> str:
 
 def gopher_menu(http: Http, talk: Talk, title: str) -> None:
     """Answer with a menu, as a page; what begins with an error is a 404."""
-    lines = talk.read().decode("latin-1").split("\n")
-    items = [line.rstrip("\r") for line in lines]
+    items = talk.lines()
     if "." in items:
         del items[items.index(".") :]
     missing = items and items[0].startswith("3")
@@ -4996,25 +4963,24 @@ def gopher(
         raise Refused(BAD_REQUEST, "a control byte in the target")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
-    http.worker.begin(http.session)
-    http.lingers = not http.keep
+    worker, session = http.worker, http.session
+    worker.begin(session)
     if kind == "7" and "\t" not in selector:
-        session = http.session
-        judged(http.policy, http.worker.peer, session.user, target.host, target.port)
+        judged(http.policy, worker.peer, session.user, target.host, target.port)
         form = '<form>Search for: <input name="q"> <input type="submit"></form>'
         answer_page(http, "200 OK", target.host, [form])
-        return OK
-    talk = Talk(http, http.dial(target.host, target.port))
-    http.worker.begin(http.session, titled=True)
-    try:
-        talk.sendall(f"{selector}\r\n".encode("latin-1"))
-        if kind in "17":
-            gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
-        else:
-            media = GOPHER_TYPES.get(kind) or content_type(selector)
-            answer_stream(http, talk.server, media, None, kind == "0")
-    finally:
-        http.drop_server()
+    else:
+        talk = Talk(http, http.dial(target.host, target.port))
+        worker.begin(session, titled=True)
+        try:
+            talk.sendall(f"{selector}\r\n".encode("latin-1"))
+            if kind in "17":
+                gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
+            else:
+                media = GOPHER_TYPES.get(kind) or content_type(selector)
+                answer_stream(http, talk.server, media, None, kind == "0")
+        finally:
+            http.drop_server()
     http.lingers = not http.keep
     return OK
 
@@ -5160,12 +5126,13 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
     """Return the sessions of a gateway: the four columns of the paper, and more."""
     rows = []
     for number, state in enumerate(board.states(board.words[USED])):
-        if state == FREE or not (row := (slot := Slot(board, number)).row()):
+        if state == FREE:
             continue
+        slot = Slot(board, number)
         pid, up, down = slot.words[PID : DOWN + 1]
         try:
-            session = Session.from_row(row, up, down)
-        except ValueError:  # no row of ours
+            session = Session.from_row(slot.row(), up, down)
+        except ValueError:  # no row, or none of ours
             continue
         client, _, port = session.client.rpartition(":")
         new_port = session.source.rpartition(":")[2]
@@ -5259,7 +5226,6 @@ def table_page(http: Http, nonce: str) -> str:
 
 
 def table_json(http: Http) -> str:
-    """Return the live table as data."""
     import json
 
     board = http.worker.board
@@ -5361,8 +5327,7 @@ def own_page(
         raise Refused(NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
-    if length:
-        http.keep = False  # its body is not read
+    http.keep &= not length  # a body is not read
     http.lingers = not http.keep
     kind, text = page[0], page[1]()
     lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"

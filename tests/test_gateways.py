@@ -566,6 +566,36 @@ def test_no_step_waits_for_ever(natwork: Natwork, origin: Start, silent: str) ->
     assert answer.status == 504 or silent == "data" and not answer.complete
 
 
+def test_a_slow_directory_leaves_its_server_time_to_end(
+    natwork: Natwork, origin: Start
+) -> None:
+    listed = threading.Event()
+
+    def give(connection: socket.socket, origin: Origin) -> None:
+        for _ in range(4):  # each in time, and all together not
+            connection.sendall(b"-rw-r--r-- 1 0 0 12 Nov 21 13:00 a\r\n")
+            time.sleep(0.4)
+        listed.set()
+
+    data = origin(give, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"220 hello\r\n")
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                replies = {b"PASV": b"227 (%b)" % comma, b"LIST": b"150 now"}
+                word = line.split()[0]
+                connection.sendall(replies.get(word, b"200 well") + b"\r\n")
+                if word == b"LIST" and listed.wait(10):
+                    time.sleep(0.3)
+                    connection.sendall(b"226 done\r\n")
+
+    gateway = natwork("idle_timeout=1")
+    answer = ask(gateway, url(origin(handle, "127.0.0.3")))
+    assert answer.status == 200 and answer.body.count(b">a</a>") == 4
+
+
 def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -> None:
     def handle(connection: socket.socket, origin: Origin) -> None:
         drip(connection, b"220-hello\r\n")
