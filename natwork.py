@@ -1845,18 +1845,15 @@ def pack(address: str) -> bytes:
 
     inet_pton() is strict: it takes no 127.1, 0x7f.1 or 010.0.0.1.
     """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.inet_pton(family, address)
+        return socket.inet_pton(INET6 if ":" in address else INET, address)
     except (OSError, ValueError):
         raise ValueError(f"{address!r} is not an address") from None
 
 
 @functools.lru_cache(maxsize=64)
 def unpack(packed: bytes) -> str:
-    return socket.inet_ntop(
-        socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed
-    )
+    return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
 class Network(NamedTuple):
@@ -1874,12 +1871,8 @@ def parse_network(text: str) -> Network:
     if slash and not (re.fullmatch("[0-9]{1,3}", length) and int(length) <= bits):
         raise ValueError(f"{text!r} has no prefix length from 0 to {bits}")
     hosts = (1 << bits - int(length or bits)) - 1
-    if not slash:
-        hosts = 0
     first = int.from_bytes(packed, "big") & ~hosts
-    return Network(
-        first.to_bytes(len(packed), "big"), (first | hosts).to_bytes(len(packed), "big")
-    )
+    return Network(*(n.to_bytes(len(packed), "big") for n in (first, first | hosts)))
 
 
 def networks(text: str) -> tuple[Network, ...]:
@@ -1937,11 +1930,9 @@ CLOSED = (
 )
 
 
-def netlink(kind: int, flags: int, body: bytes) -> Iterator[tuple[int, bytes]]:
-    """Ask the kernel's routing table; yield the type and body of each answer."""
-    with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    ) as sock:
+def netlink(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
+    """Ask the kernel's routing table; yield the body of each answer."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
         sock.settimeout(1)
         sock.send(struct.pack("=IHHII", 16 + len(body), kind, 1 | flags, 1, 0) + body)
         while True:
@@ -1950,10 +1941,8 @@ def netlink(kind: int, flags: int, body: bytes) -> Iterator[tuple[int, bytes]]:
                 length, answer = struct.unpack_from("=IH", data)
                 if answer in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
                     return
-                yield answer, data[16:length]
+                yield data[16:length]
                 data = data[(length + 3) & ~3 :]
-            if not flags:
-                return
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
@@ -1976,11 +1965,10 @@ class Route(NamedTuple):
 
 def route_to(packed: bytes) -> Route | None:
     """Return the kernel's route to an address, None if it has none."""
-    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
-    body = struct.pack("=BBBBBBBBI", family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
-    body += struct.pack("=HH", 4 + len(packed), 1) + packed  # RTA_DST
+    family, size = INET if len(packed) == 4 else INET6, len(packed)
+    body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
     with contextlib.suppress(OSError):
-        for _, data in netlink(26, 0, body):  # RTM_GETROUTE
+        for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
             found = attributes(data[12:])
             index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
             source = found.get(7, b"")  # RTA_PREFSRC
@@ -1994,7 +1982,7 @@ def device_addresses(device: str) -> list[bytes]:
     found = []
     with contextlib.suppress(OSError):
         index = socket.if_nametoindex(device)
-        for _, data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
+        for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
             if struct.unpack_from("=I", data, 4)[0] == index:
                 fields = attributes(data[8:])
                 found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
@@ -2055,18 +2043,18 @@ def parse_ports(text: str) -> range:
 def parse_rule(text: str, number: int) -> Rule:
     """Return the rule that a line of `rules` describes; raise ValueError."""
     # A blank behind a comma is no new word.
-    verb, *words = re.sub(r"\s*,\s*", ",", text.strip()).split()
+    verb, *words = re.sub(r"\s*,\s*", ",", text).split()
     if verb not in ("allow", "deny"):
-        raise ValueError(f"{text.strip()!r} does not begin with allow or deny")
+        raise ValueError(f"{text!r} does not begin with allow or deny")
     parts = dict(zip(words[::2], words[1::2]))
-    if len(words) % 2 or 2 * len(parts) != len(words):
-        raise ValueError(f"{text.strip()!r} is not pairs of a word and a list")
+    if 2 * len(parts) != len(words):
+        raise ValueError(f"{text!r} is not pairs of a word and a list")
     for word in parts:
         if word not in ("from", "user", "to", "port"):
             raise ValueError(f"{word!r} is none of from, user, to, port")
     lists = {word: part.split(",") for word, part in parts.items()}
     if any("" in members for members in lists.values()):
-        raise ValueError(f"{text.strip()!r} has an empty member in a list")
+        raise ValueError(f"{text!r} has an empty member in a list")
     names, blocks = set(), []
     for target in lists.get("to", ()):
         if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
@@ -2075,18 +2063,15 @@ def parse_rule(text: str, number: int) -> Rule:
             names.add(target.lower().rstrip("."))
         else:
             raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
-    sources, ports = lists.get("from"), lists.get("port")
     return Rule(
         f"rule-{number}",
         " ".join([verb, *words]),
         verb == "allow",
-        tuple(parse_network(source) for source in sources) if sources else None,
-        frozenset(printable(user.encode()) for user in lists["user"])
-        if "user" in lists
-        else None,
+        tuple(map(parse_network, lists.get("from", ()))) or None,
+        frozenset(printable(user.encode()) for user in lists.get("user", ())) or None,
         frozenset(names) if "to" in lists else None,
         tuple(blocks),
-        tuple(parse_ports(port) for port in ports) if ports else None,
+        tuple(map(parse_ports, lists.get("port", ()))) or None,
     )
 
 
@@ -2102,10 +2087,8 @@ def parse_uplink(text: str) -> Uplink:
     """Return the uplink a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
         return Uplink(text, pack(text))
-    # The kernel's IFNAMSIZ, less the final NUL.
-    if not re.fullmatch(r"[\w.@-]{1,15}", text, re.ASCII) or re.fullmatch(
-        r"[0-9.]+", text
-    ):
+    # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
+    if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is neither an address nor a device name")
     return Uplink(text, b"")
 
@@ -2121,13 +2104,6 @@ class Parent(NamedTuple):
     password: bytes
     targets: Rule
     plain: bool  # for http:// requests alone
-
-    def takes(self, proto: str, host: str, addresses: list[bytes]) -> bool:
-        """Return whether a target is asked of it; addresses are those of the host."""
-        found = [form for packed in addresses for form in forms(packed)]
-        return (not self.plain or proto == "http") and (
-            self.targets.names_target(host.rstrip("."), found)
-        )
 
 
 PARENT_URL = re.compile(
@@ -2312,8 +2288,10 @@ class Policy:
     ) -> Parent | None:
         """Return the first parent that takes a target, None where we dial it."""
         for parent in self.parents:
-            if parent.takes(proto, host, addresses):
-                return parent
+            if proto == "http" or not parent.plain:
+                found = [form for packed in addresses for form in forms(packed)]
+                if parent.targets.names_target(host.rstrip("."), found):
+                    return parent
         return None
 
     def trusts(self, client: str, user: str, host: str, port: int) -> bool:
