@@ -2022,12 +2022,9 @@ class Rule(NamedTuple):
         labels = host.split(".")
         return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
 
-    def opens(self, found: list[bytes], mail: bool) -> bool:
-        """Return whether it names what the built-in rules would close."""
-        for packed in found:
-            if not contains(self.blocks, packed):
-                return False
-        return not mail or range(25, 26) in (self.ports or ())
+    def takes_mail(self) -> bool:
+        """Return whether it names port 25 expressly."""
+        return range(25, 26) in (self.ports or ())
 
 
 def parse_ports(text: str) -> range:
@@ -2080,17 +2077,17 @@ class Uplink(NamedTuple):
 
     name: str
     packed: bytes  # empty for a device
-    number: int = 0
+    number: int  # on the scoreboard
 
 
-def parse_uplink(text: str) -> Uplink:
+def parse_uplink(text: str, number: int = 0) -> Uplink:
     """Return the uplink a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
-        return Uplink(text, pack(text))
+        return Uplink(text, pack(text), number)
     # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is neither an address nor a device name")
-    return Uplink(text, b"")
+    return Uplink(text, b"", number)
 
 
 class Parent(NamedTuple):
@@ -2169,23 +2166,17 @@ class Policy:
 
         Raises ConfigError.
         """
-        self.listeners = [
-            (pack(host.partition("%")[0]), port) for host, port, *_ in listeners
-        ]
-        self.ports = frozenset(port for _, port in self.listeners)
+        self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
+        for host, port, *_ in listeners:
+            self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
         self.own_names = "localhost", config.name.lower()
-        self.rules = []
         try:
             setting = "inside"
             self.inside = networks(config.inside)
-            setting = "rules"
-            for number, line in enumerate(config.lines("rules"), 1):
-                self.rules.append(parse_rule(line, number))
-            setting = "outside"
-            self.uplinks = [
-                parse_uplink(word)._replace(number=number)
-                for number, word in enumerate(config.outside.split())
-            ]
+            setting, lines = "rules", config.lines("rules")
+            self.rules = [parse_rule(line, n) for n, line in enumerate(lines, 1)]
+            setting, words = "outside", config.outside.split()
+            self.uplinks = [parse_uplink(word, n) for n, word in enumerate(words)]
             setting = "parents"
             self.parents = [parse_parent(line) for line in config.lines("parents")]
             setting, ports = "bind_ports", config.bind_ports
@@ -2229,12 +2220,8 @@ class Policy:
 
     def is_ours(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop."""
-        if port not in self.ports:
-            return False
-        for packed in found:
-            for address, listening in self.listeners:
-                if listening != port:
-                    continue
+        for address in self.listeners.get(port, ()):
+            for packed in found:
                 # Who dials the unspecified address reaches the loopback one.
                 if address == packed or not any(packed):
                     return True
@@ -2245,7 +2232,7 @@ class Policy:
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
-        if port not in self.ports:
+        if port not in self.listeners:
             return False
         try:
             packed = b"" if host in self.own_names else forms(pack(host))[0]
@@ -2302,7 +2289,7 @@ class Policy:
                 continue
             if not rule.allow:
                 return False
-            if rule.names and (port != 25 or range(25, 26) in (rule.ports or ())):
+            if rule.names and (port != 25 or rule.takes_mail()):
                 return True
         return False
 
@@ -2328,12 +2315,17 @@ class Policy:
             text = f"{rule.word.replace('-', ' ')}: {rule.text}"
             if not rule.allow:
                 return denied(rule.word, text)
-            if rule.opens(found, mail):
+            # What an allow does not name expressly stays closed: on to the next.
+            if mail and not rule.takes_mail():
+                continue
+            for packed in found:
+                if not contains(rule.blocks, packed):
+                    break
+            else:
                 return Verdict(True, OK, text)
             if closed is None:
                 closed = self.closes(found)
-            # What an allow does not name expressly stays closed: on to the next.
-            if not closed and (not mail or range(25, 26) in (rule.ports or ())):
+            if not closed:
                 return Verdict(True, OK, text)
         if closed is None:
             closed = self.closes(found)
