@@ -2402,10 +2402,8 @@ def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
             check_name(match[1])
             if (name := printable(match[1])) in users:
                 raise ValueError(f"line {number} is the second for {name}")
-            users[name] = (
-                binascii.a2b_base64(match[2] + b"=="),
-                binascii.a2b_base64(match[3] + b"="),
-            )
+            salt, wanted = (binascii.a2b_base64(p + b"==") for p in match.group(2, 3))
+            users[name] = salt, wanted
     except OSError as error:
         raise config.refuse("users", reason(error)) from None
     except (AttributeError, ValueError) as error:
@@ -2549,8 +2547,7 @@ def resolve(host: str, port: int) -> list[bytes]:
         ) from None
     finally:
         set_signal(TERM, handler)
-    addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
-    return list(dict.fromkeys(forms(a)[0] for a in addresses))
+    return list(dict.fromkeys(address_of(str(info[4][0])) for info in found))
 
 
 def interleave(addresses: list[bytes]) -> list[bytes]:
@@ -2600,7 +2597,7 @@ class Race:
 
     def __init__(self, watch: Watch, board: Scoreboard) -> None:
         self.watch, self.board = watch, board
-        self.pending: dict[int, tuple[socket.socket, Attempt]] = {}
+        self.pending: dict[int, Winner] = {}
         self.started: list[Attempt] = []
         self.failed: list[tuple[OSError, Attempt]] = []
         self.refused: set[bytes] = set()  # addresses that would say no again
@@ -2629,12 +2626,11 @@ class Race:
                 ready = self.watch.wait(wanted, until - now)
                 now = time.monotonic()
                 for fd in ready:
-                    if winner := self.settle(fd, ready[fd]):
+                    if winner := self.settle(fd):
                         return winner
                     start_at = now
                 if now >= deadline:
-                    seconds = f"{timeout:g} s"
-                    raise Refused(CONNECT_TIMEOUT, f"no answer within {seconds}")
+                    raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
         finally:
             for sock, _ in self.pending.values():
                 sock.close()
@@ -2668,14 +2664,12 @@ class Race:
         self.pending[sock.fileno()] = sock, attempt
         return None
 
-    def settle(self, fd: int, events: int) -> Winner | None:
+    def settle(self, fd: int) -> Winner | None:
         """Return the attempt of a descriptor that is ready, if it succeeded."""
         sock, attempt = self.pending.pop(fd)
-        if events & (select.POLLERR | select.POLLHUP):
-            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number:
-                sock.close()
-                return self.fail(attempt, OSError(number, os.strerror(number)))
+        if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            sock.close()
+            return self.fail(attempt, OSError(number, os.strerror(number)))
         return self.win(sock, attempt)
 
     def fail(self, attempt: Attempt, error: OSError) -> Winner | None:
@@ -2698,9 +2692,8 @@ class Race:
     def defeat(self) -> Refused:
         """Return the refusal that fits the attempts that failed."""
         if not self.failed:
-            return Refused(
-                UNROUTABLE, "no uplink has an address of the target's family"
-            )
+            why = "no uplink has an address of the target's family"
+            return Refused(UNROUTABLE, why)
         # An answer of the target says more than the want of a route.
         error, attempt = max(self.failed, key=lambda failure: is_answer(failure[0]))
         outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, CONNECT_FAILED)
@@ -2751,28 +2744,27 @@ class Handshake:
             self.wait(select.POLLOUT)
             data = data[self.sock.send(data) :]
 
+    def take(self, count: int, flags: int = 0) -> bytes:
+        """Return what there is, at least one byte and at most so many."""
+        self.wait(select.POLLIN)
+        piece = self.sock.recv(count, flags)
+        if not piece:
+            raise Refused(SERVER_GONE, "the connection ended in mid-answer")
+        return piece
+
     def hear(self, count: int) -> bytes:
         """Return so many bytes and take no more: what follows is the target's."""
         heard = b""
         while len(heard) < count:
-            self.wait(select.POLLIN)
-            piece = self.sock.recv(count - len(heard))
-            if not piece:
-                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
-            heard += piece
+            heard += self.take(count - len(heard))
         return heard
 
     def hear_head(self) -> bytes:
         """Return a response head, and take no byte behind it."""
         head, end = b"", -1
         while end < 0:
-            self.wait(select.POLLIN)
-            end = (head + self.sock.recv(HEAD_LIMIT, socket.MSG_PEEK)).find(CRLF * 2)
-            ready = HEAD_LIMIT if end < 0 else end + 4 - len(head)
-            piece = self.sock.recv(ready)
-            if not piece:
-                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
-            head += piece
+            end = (head + self.take(HEAD_LIMIT, socket.MSG_PEEK)).find(CRLF * 2)
+            head += self.take(HEAD_LIMIT if end < 0 else end + 4 - len(head))
             if len(head) >= HEAD_LIMIT:
                 raise Refused(BAD_RESPONSE, f"answer over {HEAD_LIMIT} bytes")
         return head
@@ -2794,9 +2786,7 @@ def basic(parent: Parent) -> bytes:
     if not parent.user:
         return b""
     pair = b"%b:%b" % (parent.user, parent.password)
-    return (
-        b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair, newline=False) + CRLF
-    )
+    return b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair)[:-1] + CRLF
 
 
 def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
@@ -2815,8 +2805,8 @@ def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
         raise Refused(outcome, line[9:].decode("latin-1"))
 
 
-def ask_socks(talk: Handshake, parent: Parent, target: str) -> None:
-    """Have a parent connect to HOST:PORT: RFC 1928 and 1929; raise Refused."""
+def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
+    """Have a parent connect to a host: RFC 1928 and 1929; raise Refused."""
     methods = b"\0\2" if parent.user else b"\0"
     talk.say(bytes([5, len(methods)]) + methods)
     version, method = talk.hear(2)
@@ -2830,14 +2820,13 @@ def ask_socks(talk: Handshake, parent: Parent, target: str) -> None:
         if talk.hear(2)[1]:
             outcome = CONNECT_FAILED._replace(word="auth-failed")
             raise Refused(outcome, "it does not know our user")
-    host, _, port = target.rpartition(":")
     try:
-        packed = pack(host.strip("[]"))
+        packed = pack(host)
         to = (b"\1" if len(packed) == 4 else b"\4") + packed
     except ValueError:
         name = host.encode()
         to = b"\3%c%b" % (len(name), name)
-    talk.say(b"\5\1\0%b%b" % (to, int(port).to_bytes(2, "big")))
+    talk.say(b"\5\1\0%b%b" % (to, port.to_bytes(2, "big")))
     _, reply, _, kind = talk.hear(4)
     if reply:
         outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
@@ -2856,9 +2845,14 @@ def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket
 
 
 def dial_parent(
-    worker: Worker, policy: Policy, session: Session, parent: Parent, target: str
+    worker: Worker,
+    policy: Policy,
+    session: Session,
+    parent: Parent,
+    host: str,
+    port: int,
 ) -> socket.socket:
-    """Return a connection to HOST:PORT that leads through a parent; raise Refused.
+    """Return a connection to a target that leads through a parent; raise Refused.
 
     For an http:// request and a parent that takes such it is one to the parent,
     and session.parent says so.
@@ -2876,12 +2870,12 @@ def dial_parent(
     talk = Handshake(worker, sock, deadline)
     try:
         if parent.scheme == "socks5":
-            ask_socks(talk, parent, target)
+            ask_socks(talk, parent, host, port)
         elif session.proto == "http":
             session.parent = parent
         else:
             via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-            ask_http(talk, parent, via, target.encode())
+            ask_http(talk, parent, via, endpoint((host, port)).encode())
     except BaseException:
         sock.close()
         raise
@@ -2892,11 +2886,10 @@ def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
     """Return a refusal that says by which parent it came about."""
     if isinstance(error, OSError):
         error = Refused(SERVER_GONE, reason(error))
-    outcome, detail = error.outcome, f"parent {parent.name}: {error.detail}"
-    if outcome is DRAINED:
+    if error.outcome is DRAINED:
         return error
-    word = f"{PARENT_FAILED.word}-{outcome.word}"
-    return Refused(outcome._replace(word=word), detail)
+    outcome = error.outcome._replace(word=f"{PARENT_FAILED.word}-{error.outcome.word}")
+    return Refused(outcome, f"parent {parent.name}: {error.detail}")
 
 
 def dial(
@@ -2920,14 +2913,13 @@ def dial(
         addresses = judged(*asked, only="" if policy.parents else only)
     except Refused as refusal:
         # A parent may know the name, if it is one that may be asked for.
-        if refusal.outcome not in (NO_SUCH_HOST, DNS_TIMEOUT):
-            raise
-        if not policy.trusts(worker.peer, session.user, host, port):
+        nameless = refusal.outcome in (NO_SUCH_HOST, DNS_TIMEOUT)
+        if not nameless or not policy.trusts(worker.peer, session.user, host, port):
             raise
         unknown = refusal
     if parent := policy.parent_for(session.proto, host, addresses):
         try:
-            sock = dial_parent(worker, policy, session, parent, endpoint((host, port)))
+            sock = dial_parent(worker, policy, session, parent, host, port)
         except (OSError, Refused) as error:
             raise parent_failed(parent, error) from None
     elif unknown:
