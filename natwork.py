@@ -2680,8 +2680,6 @@ class Race:
 
     def win(self, sock: socket.socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
-        if not attempt.uplink:
-            return sock, attempt
         # An uplink has failed if it was asked earlier, and another was quicker; not
         # if it has no way there: that costs nothing, and other targets may have one.
         for earlier in self.started[: self.started.index(attempt)]:
@@ -5407,19 +5405,9 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise OSError."""
+    """Return a listening socket, for IPv6 alone if its host is; raise OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port))
-        sock.listen(LISTEN_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
 
 
 def passed_listeners() -> dict[str, socket.socket]:
@@ -5431,34 +5419,24 @@ def passed_listeners() -> dict[str, socket.socket]:
 
 
 def open_listeners(
-    config: Config, kept: dict[str, socket.socket]
+    config: Config, kept: dict[str, socket.socket], undo: contextlib.ExitStack
 ) -> dict[str, socket.socket]:
     """Return a listener for each address of `listen`, the kept ones among them.
 
-    Raises ConfigError or OSError; then nothing that was opened here stays open.
+    What is opened here, undo closes.  Raises ConfigError or OSError.
     """
     listeners: dict[str, socket.socket] = {}
-    opened: list[socket.socket] = []
-    try:
-        for host, port in endpoints(config):
-            for here in ("0.0.0.0", "::") if host == "*" else (host,):
-                name = endpoint((here, port))
-                if name in kept:
-                    listeners[name] = kept[name]
-                    port = port or kept[name].getsockname()[1]
-                    continue
-                try:
-                    listeners[name] = listen(here, port)
-                except OSError as error:
-                    if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
-                        continue  # a box without IPv6
-                    raise OSError(f"cannot listen on {name}: {reason(error)}") from None
-                opened.append(listeners[name])
-                port = listeners[name].getsockname()[1]  # 0 picks one for both
-    except OSError:
-        for sock in opened:
-            sock.close()
-        raise
+    for host, port in endpoints(config):
+        for here in ("0.0.0.0", "::") if host == "*" else (host,):
+            name = endpoint((here, port))
+            try:
+                sock = kept.get(name) or undo.enter_context(listen(here, port))
+            except OSError as error:
+                if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
+                    continue  # a box without IPv6
+                raise OSError(f"cannot listen on {name}: {reason(error)}") from None
+            listeners[name] = sock
+            port = sock.getsockname()[1]  # 0 picks one for both
     return listeners
 
 
@@ -5478,10 +5456,8 @@ def load_generation(
     other_gateways(config)
     kept = old.listeners if old else {}
     with contextlib.ExitStack() as undo:
-        listeners = passed or open_listeners(config, kept)
+        listeners = passed or open_listeners(config, kept, undo)
         fresh = [sock for sock in listeners.values() if sock not in kept.values()]
-        for sock in () if passed else fresh:
-            undo.callback(sock.close)
         for sock in fresh:
             sock.setblocking(False)
             # Linux hands these down to every socket that is accepted.
@@ -5519,14 +5495,6 @@ def find_user(config: Config) -> tuple[int, int] | None:
     except KeyError:
         raise config.refuse("user", "there is no such user") from None
     return entry.pw_uid, entry.pw_gid
-
-
-def become(user: tuple[int, int] | None) -> None:
-    """Give up root for good."""
-    if user:
-        os.setgroups([])
-        os.setgid(user[1])
-        os.setuid(user[0])
 
 
 def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
@@ -5618,10 +5586,8 @@ def warm() -> None:
         generation = Generation(config, {"": door}, AccessLog(config), serve)
         undo.callback(generation.close)
         wake_out, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        undo.callback(os.close, wake_out)
-        undo.callback(os.close, wake_in)
         board = Scoreboard()
-        for fd in (board.fd, board.turn_out, board.turn_in):
+        for fd in (wake_out, wake_in, board.fd, board.turn_out, board.turn_in):
             undo.callback(os.close, fd)
         pid = os.fork()
         if pid == 0:
@@ -5642,7 +5608,7 @@ def warm() -> None:
 
 def warn_of_outside(config: Config) -> None:
     """Say what about the way out is probably not meant."""
-    for uplink in (parse_uplink(word) for word in config.outside.split()):
+    for uplink in map(parse_uplink, config.outside.split()):
         route = route_to(uplink.packed) if uplink.packed else None
         if not (route and route.local or device_addresses(uplink.name)):
             say(f"outside: {uplink.name} is not there now")
@@ -5689,7 +5655,9 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             say("setproctitle is not installed: process titles will be missing")
         if user:
             master.generation.log.give_to(user)
-        become(user)
+            os.setgroups([])
+            os.setgid(user[1])
+            os.setuid(user[0])
         board.describe(config.max_workers)
         warm()
         ready()
@@ -5786,24 +5754,21 @@ def boards() -> Iterator[Scoreboard]:
 
 def print_table(as_json: bool) -> int:
     """Print the state table of the gateway that runs on this box."""
-    rows, found = [], False
-    for board in boards():
-        found = True
-        rows += table_rows(board)
-    if not found:
+    tables = [table_rows(board) for board in boards()]
+    if not tables:
         raise OSError(
             "cannot show the table: no gateway that you may look at runs on this box"
         )
+    rows = [row for table in tables for row in table]
     if as_json:
         import json
 
         print(json.dumps(rows, indent=1))
         return 0
-    heads = tuple(head for head in COLUMNS if head != "Moving")
-    lines: list[tuple[str, ...]] = [heads]
+    lines = [[head for head in COLUMNS if head != "Moving"]]
     for row in rows:
-        lines.append(tuple("-" if cell is None else str(cell) for cell in row.values()))
-    widths = [max(len(line[n]) for line in lines) for n in range(len(heads))]
+        lines.append(["-" if cell is None else str(cell) for cell in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())
     return 0
