@@ -27,6 +27,10 @@ from running import command
 from running import daemons
 from running import echo
 from running import echoes
+from sockswire import AGREED
+from sockswire import addressed
+from sockswire import five
+from sockswire import read_five
 from wire import CLOSED
 from wire import NAME
 from wire import Message
@@ -517,6 +521,17 @@ def test_a_socks_parents_refusal_is_passed_on(
         assert (answer.status, proxy_error(answer)) == (status, error)
     assert b"parent socks5://" + server.authority.encode() in answer.body
     assert gateway.lines(1)[0]["outcome"] == word
+
+
+@pytest.mark.parametrize("reply", range(2, 7))
+def test_a_socks_parents_reply_is_the_clients(
+    natwork: Natwork, origin: Start, reply: int
+) -> None:
+    gateway = natwork(parents(f"socks5://{origin(Socks(reply)).authority}"))
+    with gateway.connect() as client:
+        client.sendall(b"\5\1\0" + five(addressed("127.0.0.3", 81)))
+        assert read_exactly(client, 2) == AGREED
+        assert read_five(client)[0] == reply
 
 
 def speak_http(connection: socket.socket, origin: Origin) -> None:
