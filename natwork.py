@@ -344,7 +344,6 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 # head, and a reply to a SOCKS client.  This table is the only place that knows
 # them.
 
-
 ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it."
@@ -354,7 +353,6 @@ SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "It leads to this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
 OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
-
 
 STATUSES = (
     "400 Bad Request,401 Unauthorized,403 Forbidden,404 Not Found,"
@@ -2270,14 +2268,12 @@ class Policy:
         mail = port == 25 and not redirected
         return self.judged(client, bare, host.rstrip("."), port, packed, mail, second)
 
-    def parent_for(
-        self, proto: str, host: str, addresses: list[bytes]
-    ) -> Parent | None:
+    def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
         """Return the first parent that takes a target, None where we dial it."""
         for parent in self.parents:
             if proto == "http" or not parent.plain:
-                found = [form for packed in addresses for form in forms(packed)]
-                if parent.targets.names_target(host.rstrip("."), found):
+                known = [form for packed in found for form in forms(packed)]
+                if parent.targets.names_target(host.rstrip("."), known):
                     return parent
         return None
 
@@ -2285,12 +2281,11 @@ class Policy:
         """Return whether a rule allows a name of which no address is known here."""
         who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
         for rule in self.rules:
-            if not rule.matches(who, bare, name, port, []):
-                continue
-            if not rule.allow:
-                return False
-            if rule.names and (port != 25 or rule.takes_mail()):
-                return True
+            if rule.matches(who, bare, name, port, []):
+                if not rule.allow:
+                    return False
+                if rule.names and (port != 25 or rule.takes_mail()):
+                    return True
         return False
 
     def judge_now(
@@ -2542,9 +2537,8 @@ def resolve(host: str, port: int) -> list[bytes]:
         # The resolver says "try again" of silence and of a refusal alike.
         silent = error.args[0] == socket.EAI_AGAIN and time.monotonic() > began + 1.5
         why = error.args[1] if len(error.args) == 2 else "not a host name"
-        raise Refused(
-            DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
-        ) from None
+        outcome = DNS_TIMEOUT if silent else NO_SUCH_HOST
+        raise Refused(outcome, f"{host}: {why}") from None
     finally:
         set_signal(TERM, handler)
     return list(dict.fromkeys(address_of(str(info[4][0])) for info in found))
@@ -2847,10 +2841,9 @@ def dial_parent(
     policy: Policy,
     session: Session,
     parent: Parent,
-    host: str,
-    port: int,
+    target: tuple[str, int],
 ) -> socket.socket:
-    """Return a connection to a target that leads through a parent; raise Refused.
+    """Return a connection that leads to a target through a parent; raise Refused.
 
     For an http:// request and a parent that takes such it is one to the parent,
     and session.parent says so.
@@ -2868,12 +2861,12 @@ def dial_parent(
     talk = Handshake(worker, sock, deadline)
     try:
         if parent.scheme == "socks5":
-            ask_socks(talk, parent, host, port)
+            ask_socks(talk, parent, *target)
         elif session.proto == "http":
             session.parent = parent
         else:
             via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-            ask_http(talk, parent, via, endpoint((host, port)).encode())
+            ask_http(talk, parent, via, endpoint(target).encode())
     except BaseException:
         sock.close()
         raise
@@ -2917,7 +2910,7 @@ def dial(
         unknown = refusal
     if parent := policy.parent_for(session.proto, host, addresses):
         try:
-            sock = dial_parent(worker, policy, session, parent, host, port)
+            sock = dial_parent(worker, policy, session, parent, (host, port))
         except (OSError, Refused) as error:
             raise parent_failed(parent, error) from None
     elif unknown:
@@ -5538,6 +5531,7 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
     signal.alarm(5)  # whatever happens, it is over then
     at = endpoint(origin.getsockname())
     fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
+    answer = b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
     for number in range(WARM_CLIENTS):
         client = socket.create_connection(door)
         way = number % 3
@@ -5553,9 +5547,7 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
             client.recv(COPY_SIZE)
             client.sendall(b"a word")
         server.recv(COPY_SIZE)
-        server.sendall(
-            b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
-        )
+        server.sendall(answer)
         client.recv(COPY_SIZE)
         client.close()
         server.close()
@@ -5613,12 +5605,11 @@ def warn_of_outside(config: Config) -> None:
         if not (route and route.local or device_addresses(uplink.name)):
             say(f"outside: {uplink.name} is not there now")
     route = None if config.outside else route_to(pack("192.0.2.1"))
-    if not route:
-        return
-    for packed in device_addresses(route.device):
+    device = route.device if route else ""
+    for packed in device_addresses(device):
         if contains(networks(config.inside), packed) and len(packed) == 4:
             say(
-                f"{route.device} leads outside and has {unpack(packed)}, an inside "
+                f"{device} leads outside and has {unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
             )
 
@@ -5817,7 +5808,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if parent := policy.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
-    for attempt in plan(allowed, port, policy.uplinks, Scoreboard()) if allowed else ():
+    for attempt in plan(allowed, port, policy.uplinks, Scoreboard()):
         route = route_to(attempt.packed)
         if attempt.uplink:
             way = f"from {attempt.uplink.name}"
