@@ -219,10 +219,9 @@ class Config:
 
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is no good."""
+        where = self.where.get(name, "default")
         value = masked(str(getattr(self, name)))
-        return ConfigError(
-            f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
-        )
+        return ConfigError(f"{where}: {name} = {value}: {why}")
 
     def check(self) -> None:
         """Raise ConfigError for a number out of range or a word out of place."""
@@ -2122,23 +2121,24 @@ def parse_parent(text: str) -> Parent:
     match = PARENT_URL.fullmatch(url)
     if not match:
         raise ValueError("a URL is not http://HOST:PORT or socks5://HOST:PORT")
+    start, scheme, user, password, at, host, port = match.groups(default="")
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
-    user, password = (
+    name, secret = (
         re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
-        for part in ((match[3] or "").encode(), (match[4] or "").encode())
+        for part in (user.encode(), password.encode())
     )
-    if len(user) > 255 or len(password) > 255:  # RFC 1929 section 2
+    if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    host = match[6].strip("[]").lower()
-    if match[6][0] == "[" and len(pack(host)) != 16:
+    bare = host.strip("[]").lower()
+    if host[0] == "[" and len(pack(bare)) != 16:
         raise ValueError("what stands in brackets is an IPv6 address")
     return Parent(
-        match[1] + match[5],
-        match[2],
-        host,
-        parse_ports(match[7]).start,
-        user,
-        password,
+        start + at,
+        scheme,
+        bare,
+        parse_ports(port).start,
+        name,
+        secret,
         parse_rule(f"allow to {parts.get('to', '*')}", 0),
         "scheme" in parts,
     )
