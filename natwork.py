@@ -2755,8 +2755,10 @@ class Handshake:
         """Return a response head, and take no byte behind it."""
         head, end = b"", -1
         while end < 0:
-            end = (head + self.take(HEAD_LIMIT, socket.MSG_PEEK)).find(CRLF * 2)
-            head += self.take(HEAD_LIMIT if end < 0 else end + 4 - len(head))
+            seen = self.take(HEAD_LIMIT, socket.MSG_PEEK)
+            end = (head + seen).find(CRLF * 2)
+            # Not more than was seen: what has come since may be the target's.
+            head += self.sock.recv(len(seen) if end < 0 else end + 4 - len(head))
             if len(head) >= HEAD_LIMIT:
                 raise Refused(BAD_RESPONSE, f"answer over {HEAD_LIMIT} bytes")
         return head
