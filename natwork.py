@@ -2101,7 +2101,7 @@ class Parent(NamedTuple):
 
 
 PARENT_URL = re.compile(
-    r"((http|socks5)://)(?:([^:@/]+):([^:@/]*)@)?"
+    r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?"
     r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
     re.ASCII,
 )
@@ -2121,7 +2121,7 @@ def parse_parent(text: str) -> Parent:
     match = PARENT_URL.fullmatch(url)
     if not match:
         raise ValueError("a URL is not http://HOST:PORT or socks5://HOST:PORT")
-    start, scheme, user, password, at, host, port = match.groups(default="")
+    scheme, user, password, at, host, port = match.groups(default="")
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
     name, secret = (
         re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
@@ -2133,7 +2133,7 @@ def parse_parent(text: str) -> Parent:
     if host[0] == "[" and len(pack(bare)) != 16:
         raise ValueError("what stands in brackets is an IPv6 address")
     return Parent(
-        start + at,
+        f"{scheme}://{at}",
         scheme,
         bare,
         parse_ports(port).start,
@@ -2303,7 +2303,6 @@ class Policy:
         if self.is_ours(found, port):
             return Verdict(False, LOOP, "the gateway's own listener")
         who = address_of(client)
-        closed: str | None = None
         for rule in self.rules:
             if not rule.matches(who, user, host, port, found):
                 continue
@@ -2318,13 +2317,9 @@ class Policy:
                     break
             else:
                 return Verdict(True, OK, text)
-            if closed is None:
-                closed = self.closes(found)
-            if not closed:
+            if not self.closes(found):
                 return Verdict(True, OK, text)
-        if closed is None:
-            closed = self.closes(found)
-        if closed:
+        if closed := self.closes(found):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
