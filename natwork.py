@@ -2359,10 +2359,8 @@ def user_line(name: bytes, password: bytes) -> bytes:
     """Return the line for the file of users; raise ValueError for a bad name."""
     check_name(name)
     salt = os.urandom(16)
-    parts = [
-        binascii.b2a_base64(part, newline=False).rstrip(b"=")
-        for part in (salt, scrypt(password, salt))
-    ]
+    pair = salt, scrypt(password, salt)
+    parts = [binascii.b2a_base64(part).rstrip(b"=\n") for part in pair]
     return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
 
 
@@ -5856,10 +5854,8 @@ def passwd(name: str) -> int:
         import getpass
 
         try:
-            first, again = (
-                os.fsencode(getpass.getpass(prompt))
-                for prompt in (f"Password for {name}: ", "The same again: ")
-            )
+            first = os.fsencode(getpass.getpass(f"Password for {name}: "))
+            again = os.fsencode(getpass.getpass("The same again: "))
         except EOFError:
             raise OSError("cannot take the password: the input has ended") from None
     else:
