@@ -5500,18 +5500,18 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
         fd = os.open(path, flags, 0o644)
     except OSError as error:
         raise OSError(f"cannot open the pid file {path}: {reason(error)}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(f"cannot use the pid file {path}: it is no regular file")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise OSError(f"another natwork holds the pid file {path}") from None
-    if os.fstat(fd).st_nlink == 0:  # the one before has just removed it
-        os.close(fd)
-        return lock_pidfile(path, user)
-    return fd
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(f"cannot use the pid file {path}: it is no regular file")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"another natwork holds the pid file {path}") from None
+        if os.fstat(fd).st_nlink:
+            undo.pop_all()
+            return fd
+    return lock_pidfile(path, user)  # the one before has just removed it
 
 
 def remove_pidfile(path: str, fd: int) -> None:
