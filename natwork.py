@@ -2574,9 +2574,8 @@ def plan(
     return attempts
 
 
-def is_answer(error: OSError) -> bool:
-    """Return whether an error is the target's answer, not the way's failure."""
-    return error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
+# What a target itself has answered; any other error is the way's.
+ANSWERS = ConnectionRefusedError, ConnectionResetError
 
 
 class Race:
@@ -2661,7 +2660,7 @@ class Race:
 
     def fail(self, attempt: Attempt, error: OSError) -> Winner | None:
         self.failed.append((error, attempt))
-        if is_answer(error):
+        if isinstance(error, ANSWERS):
             self.refused.add(attempt.packed)
         return None
 
@@ -2680,7 +2679,7 @@ class Race:
             why = "no uplink has an address of the target's family"
             return Refused(UNROUTABLE, why)
         # An answer of the target says more than the want of a route.
-        error, attempt = max(self.failed, key=lambda failure: is_answer(failure[0]))
+        error, attempt = max(self.failed, key=lambda f: isinstance(f[0], ANSWERS))
         outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, CONNECT_FAILED)
         where = endpoint((unpack(attempt.packed), attempt.port))
         return Refused(outcome, f"{where}: {reason(error)}")
