@@ -2312,8 +2312,8 @@ class Policy:
             # What an allow does not name expressly stays closed: on to the next.
             if mail and not rule.takes_mail():
                 continue
-            for packed in found:
-                if not contains(rule.blocks, packed):
+            for form in found:
+                if not contains(rule.blocks, form):
                     break
             else:
                 return Verdict(True, OK, text)
@@ -5822,9 +5822,8 @@ def check_file(config: Config, name: str, makes_folder: bool) -> None:
         return
     if not os.path.isdir(folder):
         raise config.refuse(name, "there is no such directory")
-    if os.path.isdir(path) or not os.access(
-        path if os.path.exists(path) else folder, os.W_OK
-    ):
+    there = path if os.path.exists(path) else folder
+    if os.path.isdir(path) or not os.access(there, os.W_OK):
         raise config.refuse(name, "it cannot be written")
 
 
