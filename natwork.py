@@ -219,10 +219,9 @@ class Config:
 
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is no good."""
+        where = self.where.get(name, "default")
         value = masked(str(getattr(self, name)))
-        return ConfigError(
-            f"{self.where.get(name, 'default')}: {name} = {value}: {why}"
-        )
+        return ConfigError(f"{where}: {name} = {value}: {why}")
 
     def check(self) -> None:
         """Raise ConfigError for a number out of range or a word out of place."""
@@ -344,7 +343,6 @@ def load_config(path: str, options: Iterable[str]) -> Config:
 # head, and a reply to a SOCKS client.  This table is the only place that knows
 # them.
 
-
 ASK_OPERATOR = "Ask the operator of this gateway if you need it."
 TRY_LATER = "Try again in a moment."
 MEND_CLIENT = "Mend the program that sent it."
@@ -354,7 +352,6 @@ SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "It leads to this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
 OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
-
 
 STATUSES = (
     "400 Bad Request,401 Unauthorized,403 Forbidden,404 Not Found,"
@@ -1841,18 +1838,15 @@ def pack(address: str) -> bytes:
 
     inet_pton() is strict: it takes no 127.1, 0x7f.1 or 010.0.0.1.
     """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.inet_pton(family, address)
+        return socket.inet_pton(INET6 if ":" in address else INET, address)
     except (OSError, ValueError):
         raise ValueError(f"{address!r} is not an address") from None
 
 
 @functools.lru_cache(maxsize=64)
 def unpack(packed: bytes) -> str:
-    return socket.inet_ntop(
-        socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed
-    )
+    return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
 class Network(NamedTuple):
@@ -1870,12 +1864,8 @@ def parse_network(text: str) -> Network:
     if slash and not (re.fullmatch("[0-9]{1,3}", length) and int(length) <= bits):
         raise ValueError(f"{text!r} has no prefix length from 0 to {bits}")
     hosts = (1 << bits - int(length or bits)) - 1
-    if not slash:
-        hosts = 0
     first = int.from_bytes(packed, "big") & ~hosts
-    return Network(
-        first.to_bytes(len(packed), "big"), (first | hosts).to_bytes(len(packed), "big")
-    )
+    return Network(*(n.to_bytes(len(packed), "big") for n in (first, first | hosts)))
 
 
 def networks(text: str) -> tuple[Network, ...]:
@@ -1933,11 +1923,9 @@ CLOSED = (
 )
 
 
-def netlink(kind: int, flags: int, body: bytes) -> Iterator[tuple[int, bytes]]:
-    """Ask the kernel's routing table; yield the type and body of each answer."""
-    with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    ) as sock:
+def netlink(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
+    """Ask the kernel's routing table; yield the body of each answer."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
         sock.settimeout(1)
         sock.send(struct.pack("=IHHII", 16 + len(body), kind, 1 | flags, 1, 0) + body)
         while True:
@@ -1946,10 +1934,8 @@ def netlink(kind: int, flags: int, body: bytes) -> Iterator[tuple[int, bytes]]:
                 length, answer = struct.unpack_from("=IH", data)
                 if answer in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
                     return
-                yield answer, data[16:length]
+                yield data[16:length]
                 data = data[(length + 3) & ~3 :]
-            if not flags:
-                return
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
@@ -1972,11 +1958,10 @@ class Route(NamedTuple):
 
 def route_to(packed: bytes) -> Route | None:
     """Return the kernel's route to an address, None if it has none."""
-    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
-    body = struct.pack("=BBBBBBBBI", family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
-    body += struct.pack("=HH", 4 + len(packed), 1) + packed  # RTA_DST
+    family, size = INET if len(packed) == 4 else INET6, len(packed)
+    body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
     with contextlib.suppress(OSError):
-        for _, data in netlink(26, 0, body):  # RTM_GETROUTE
+        for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
             found = attributes(data[12:])
             index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
             source = found.get(7, b"")  # RTA_PREFSRC
@@ -1990,7 +1975,7 @@ def device_addresses(device: str) -> list[bytes]:
     found = []
     with contextlib.suppress(OSError):
         index = socket.if_nametoindex(device)
-        for _, data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
+        for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
             if struct.unpack_from("=I", data, 4)[0] == index:
                 fields = attributes(data[8:])
                 found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
@@ -2030,12 +2015,9 @@ class Rule(NamedTuple):
         labels = host.split(".")
         return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
 
-    def opens(self, found: list[bytes], mail: bool) -> bool:
-        """Return whether it names what the built-in rules would close."""
-        for packed in found:
-            if not contains(self.blocks, packed):
-                return False
-        return not mail or range(25, 26) in (self.ports or ())
+    def takes_mail(self) -> bool:
+        """Return whether it names port 25 expressly."""
+        return range(25, 26) in (self.ports or ())
 
 
 def parse_ports(text: str) -> range:
@@ -2051,18 +2033,18 @@ def parse_ports(text: str) -> range:
 def parse_rule(text: str, number: int) -> Rule:
     """Return the rule that a line of `rules` describes; raise ValueError."""
     # A blank behind a comma is no new word.
-    verb, *words = re.sub(r"\s*,\s*", ",", text.strip()).split()
+    verb, *words = re.sub(r"\s*,\s*", ",", text).split()
     if verb not in ("allow", "deny"):
-        raise ValueError(f"{text.strip()!r} does not begin with allow or deny")
+        raise ValueError(f"{text!r} does not begin with allow or deny")
     parts = dict(zip(words[::2], words[1::2]))
-    if len(words) % 2 or 2 * len(parts) != len(words):
-        raise ValueError(f"{text.strip()!r} is not pairs of a word and a list")
+    if 2 * len(parts) != len(words):
+        raise ValueError(f"{text!r} is not pairs of a word and a list")
     for word in parts:
         if word not in ("from", "user", "to", "port"):
             raise ValueError(f"{word!r} is none of from, user, to, port")
     lists = {word: part.split(",") for word, part in parts.items()}
     if any("" in members for members in lists.values()):
-        raise ValueError(f"{text.strip()!r} has an empty member in a list")
+        raise ValueError(f"{text!r} has an empty member in a list")
     names, blocks = set(), []
     for target in lists.get("to", ()):
         if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
@@ -2071,18 +2053,15 @@ def parse_rule(text: str, number: int) -> Rule:
             names.add(target.lower().rstrip("."))
         else:
             raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
-    sources, ports = lists.get("from"), lists.get("port")
     return Rule(
         f"rule-{number}",
         " ".join([verb, *words]),
         verb == "allow",
-        tuple(parse_network(source) for source in sources) if sources else None,
-        frozenset(printable(user.encode()) for user in lists["user"])
-        if "user" in lists
-        else None,
+        tuple(map(parse_network, lists.get("from", ()))) or None,
+        frozenset(printable(user.encode()) for user in lists.get("user", ())) or None,
         frozenset(names) if "to" in lists else None,
         tuple(blocks),
-        tuple(parse_ports(port) for port in ports) if ports else None,
+        tuple(map(parse_ports, lists.get("port", ()))) or None,
     )
 
 
@@ -2091,19 +2070,17 @@ class Uplink(NamedTuple):
 
     name: str
     packed: bytes  # empty for a device
-    number: int = 0
+    number: int  # on the scoreboard
 
 
-def parse_uplink(text: str) -> Uplink:
+def parse_uplink(text: str, number: int = 0) -> Uplink:
     """Return the uplink a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
-        return Uplink(text, pack(text))
-    # The kernel's IFNAMSIZ, less the final NUL.
-    if not re.fullmatch(r"[\w.@-]{1,15}", text, re.ASCII) or re.fullmatch(
-        r"[0-9.]+", text
-    ):
+        return Uplink(text, pack(text), number)
+    # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
+    if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is neither an address nor a device name")
-    return Uplink(text, b"")
+    return Uplink(text, b"", number)
 
 
 class Parent(NamedTuple):
@@ -2118,16 +2095,9 @@ class Parent(NamedTuple):
     targets: Rule
     plain: bool  # for http:// requests alone
 
-    def takes(self, proto: str, host: str, addresses: list[bytes]) -> bool:
-        """Return whether a target is asked of it; addresses are those of the host."""
-        found = [form for packed in addresses for form in forms(packed)]
-        return (not self.plain or proto == "http") and (
-            self.targets.names_target(host.rstrip("."), found)
-        )
-
 
 PARENT_URL = re.compile(
-    r"((http|socks5)://)(?:([^:@/]+):([^:@/]*)@)?"
+    r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?"
     r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
     re.ASCII,
 )
@@ -2147,23 +2117,24 @@ def parse_parent(text: str) -> Parent:
     match = PARENT_URL.fullmatch(url)
     if not match:
         raise ValueError("a URL is not http://HOST:PORT or socks5://HOST:PORT")
+    scheme, user, password, at, host, port = match.groups(default="")
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
-    user, password = (
+    name, secret = (
         re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
-        for part in ((match[3] or "").encode(), (match[4] or "").encode())
+        for part in (user.encode(), password.encode())
     )
-    if len(user) > 255 or len(password) > 255:  # RFC 1929 section 2
+    if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    host = match[6].strip("[]").lower()
-    if match[6][0] == "[" and len(pack(host)) != 16:
+    bare = host.strip("[]").lower()
+    if host[0] == "[" and len(pack(bare)) != 16:
         raise ValueError("what stands in brackets is an IPv6 address")
     return Parent(
-        match[1] + match[5],
-        match[2],
-        host,
-        parse_ports(match[7]).start,
-        user,
-        password,
+        f"{scheme}://{at}",
+        scheme,
+        bare,
+        parse_ports(port).start,
+        name,
+        secret,
         parse_rule(f"allow to {parts.get('to', '*')}", 0),
         "scheme" in parts,
     )
@@ -2189,23 +2160,17 @@ class Policy:
 
         Raises ConfigError.
         """
-        self.listeners = [
-            (pack(host.partition("%")[0]), port) for host, port, *_ in listeners
-        ]
-        self.ports = frozenset(port for _, port in self.listeners)
+        self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
+        for host, port, *_ in listeners:
+            self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
         self.own_names = "localhost", config.name.lower()
-        self.rules = []
         try:
             setting = "inside"
             self.inside = networks(config.inside)
-            setting = "rules"
-            for number, line in enumerate(config.lines("rules"), 1):
-                self.rules.append(parse_rule(line, number))
-            setting = "outside"
-            self.uplinks = [
-                parse_uplink(word)._replace(number=number)
-                for number, word in enumerate(config.outside.split())
-            ]
+            setting, lines = "rules", config.lines("rules")
+            self.rules = [parse_rule(line, n) for n, line in enumerate(lines, 1)]
+            setting, words = "outside", config.outside.split()
+            self.uplinks = [parse_uplink(word, n) for n, word in enumerate(words)]
             setting = "parents"
             self.parents = [parse_parent(line) for line in config.lines("parents")]
             setting, ports = "bind_ports", config.bind_ports
@@ -2249,12 +2214,8 @@ class Policy:
 
     def is_ours(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop."""
-        if port not in self.ports:
-            return False
-        for packed in found:
-            for address, listening in self.listeners:
-                if listening != port:
-                    continue
+        for address in self.listeners.get(port, ()):
+            for packed in found:
                 # Who dials the unspecified address reaches the loopback one.
                 if address == packed or not any(packed):
                     return True
@@ -2265,7 +2226,7 @@ class Policy:
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
-        if port not in self.ports:
+        if port not in self.listeners:
             return False
         try:
             packed = b"" if host in self.own_names else forms(pack(host))[0]
@@ -2303,25 +2264,24 @@ class Policy:
         mail = port == 25 and not redirected
         return self.judged(client, bare, host.rstrip("."), port, packed, mail, second)
 
-    def parent_for(
-        self, proto: str, host: str, addresses: list[bytes]
-    ) -> Parent | None:
+    def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
         """Return the first parent that takes a target, None where we dial it."""
         for parent in self.parents:
-            if parent.takes(proto, host, addresses):
-                return parent
+            if proto == "http" or not parent.plain:
+                known = [form for packed in found for form in forms(packed)]
+                if parent.targets.names_target(host.rstrip("."), known):
+                    return parent
         return None
 
     def trusts(self, client: str, user: str, host: str, port: int) -> bool:
         """Return whether a rule allows a name of which no address is known here."""
         who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
         for rule in self.rules:
-            if not rule.matches(who, bare, name, port, []):
-                continue
-            if not rule.allow:
-                return False
-            if rule.names and (port != 25 or range(25, 26) in (rule.ports or ())):
-                return True
+            if rule.matches(who, bare, name, port, []):
+                if not rule.allow:
+                    return False
+                if rule.names and (port != 25 or rule.takes_mail()):
+                    return True
         return False
 
     def judge_now(
@@ -2339,23 +2299,23 @@ class Policy:
         if self.is_ours(found, port):
             return Verdict(False, LOOP, "the gateway's own listener")
         who = address_of(client)
-        closed: str | None = None
         for rule in self.rules:
             if not rule.matches(who, user, host, port, found):
                 continue
             text = f"{rule.word.replace('-', ' ')}: {rule.text}"
             if not rule.allow:
                 return denied(rule.word, text)
-            if rule.opens(found, mail):
-                return Verdict(True, OK, text)
-            if closed is None:
-                closed = self.closes(found)
             # What an allow does not name expressly stays closed: on to the next.
-            if not closed and (not mail or range(25, 26) in (rule.ports or ())):
+            if mail and not rule.takes_mail():
+                continue
+            for form in found:
+                if not contains(rule.blocks, form):
+                    break
+            else:
                 return Verdict(True, OK, text)
-        if closed is None:
-            closed = self.closes(found)
-        if closed:
+            if not self.closes(found):
+                return Verdict(True, OK, text)
+        if closed := self.closes(found):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
@@ -2395,10 +2355,8 @@ def user_line(name: bytes, password: bytes) -> bytes:
     """Return the line for the file of users; raise ValueError for a bad name."""
     check_name(name)
     salt = os.urandom(16)
-    parts = [
-        binascii.b2a_base64(part, newline=False).rstrip(b"=")
-        for part in (salt, scrypt(password, salt))
-    ]
+    pair = salt, scrypt(password, salt)
+    parts = [binascii.b2a_base64(part).rstrip(b"=\n") for part in pair]
     return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
 
 
@@ -2428,10 +2386,8 @@ def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
             check_name(match[1])
             if (name := printable(match[1])) in users:
                 raise ValueError(f"line {number} is the second for {name}")
-            users[name] = (
-                binascii.a2b_base64(match[2] + b"=="),
-                binascii.a2b_base64(match[3] + b"="),
-            )
+            salt, wanted = (binascii.a2b_base64(p + b"==") for p in match.group(2, 3))
+            users[name] = salt, wanted
     except OSError as error:
         raise config.refuse("users", reason(error)) from None
     except (AttributeError, ValueError) as error:
@@ -2570,13 +2526,11 @@ def resolve(host: str, port: int) -> list[bytes]:
         # The resolver says "try again" of silence and of a refusal alike.
         silent = error.args[0] == socket.EAI_AGAIN and time.monotonic() > began + 1.5
         why = error.args[1] if len(error.args) == 2 else "not a host name"
-        raise Refused(
-            DNS_TIMEOUT if silent else NO_SUCH_HOST, f"{host}: {why}"
-        ) from None
+        outcome = DNS_TIMEOUT if silent else NO_SUCH_HOST
+        raise Refused(outcome, f"{host}: {why}") from None
     finally:
         set_signal(TERM, handler)
-    addresses = [pack(str(info[4][0]).partition("%")[0]) for info in found]
-    return list(dict.fromkeys(forms(a)[0] for a in addresses))
+    return list(dict.fromkeys(address_of(str(info[4][0])) for info in found))
 
 
 def interleave(addresses: list[bytes]) -> list[bytes]:
@@ -2616,9 +2570,8 @@ def plan(
     return attempts
 
 
-def is_answer(error: OSError) -> bool:
-    """Return whether an error is the target's answer, not the way's failure."""
-    return error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
+# What a target itself has answered; any other error is the way's.
+ANSWERS = ConnectionRefusedError, ConnectionResetError
 
 
 class Race:
@@ -2626,7 +2579,7 @@ class Race:
 
     def __init__(self, watch: Watch, board: Scoreboard) -> None:
         self.watch, self.board = watch, board
-        self.pending: dict[int, tuple[socket.socket, Attempt]] = {}
+        self.pending: dict[int, Winner] = {}
         self.started: list[Attempt] = []
         self.failed: list[tuple[OSError, Attempt]] = []
         self.refused: set[bytes] = set()  # addresses that would say no again
@@ -2655,12 +2608,11 @@ class Race:
                 ready = self.watch.wait(wanted, until - now)
                 now = time.monotonic()
                 for fd in ready:
-                    if winner := self.settle(fd, ready[fd]):
+                    if winner := self.settle(fd):
                         return winner
                     start_at = now
                 if now >= deadline:
-                    seconds = f"{timeout:g} s"
-                    raise Refused(CONNECT_TIMEOUT, f"no answer within {seconds}")
+                    raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
         finally:
             for sock, _ in self.pending.values():
                 sock.close()
@@ -2694,26 +2646,22 @@ class Race:
         self.pending[sock.fileno()] = sock, attempt
         return None
 
-    def settle(self, fd: int, events: int) -> Winner | None:
+    def settle(self, fd: int) -> Winner | None:
         """Return the attempt of a descriptor that is ready, if it succeeded."""
         sock, attempt = self.pending.pop(fd)
-        if events & (select.POLLERR | select.POLLHUP):
-            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number:
-                sock.close()
-                return self.fail(attempt, OSError(number, os.strerror(number)))
+        if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            sock.close()
+            return self.fail(attempt, OSError(number, os.strerror(number)))
         return self.win(sock, attempt)
 
     def fail(self, attempt: Attempt, error: OSError) -> Winner | None:
         self.failed.append((error, attempt))
-        if is_answer(error):
+        if isinstance(error, ANSWERS):
             self.refused.add(attempt.packed)
         return None
 
     def win(self, sock: socket.socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
-        if not attempt.uplink:
-            return sock, attempt
         # An uplink has failed if it was asked earlier, and another was quicker; not
         # if it has no way there: that costs nothing, and other targets may have one.
         for earlier in self.started[: self.started.index(attempt)]:
@@ -2724,11 +2672,10 @@ class Race:
     def defeat(self) -> Refused:
         """Return the refusal that fits the attempts that failed."""
         if not self.failed:
-            return Refused(
-                UNROUTABLE, "no uplink has an address of the target's family"
-            )
+            why = "no uplink has an address of the target's family"
+            return Refused(UNROUTABLE, why)
         # An answer of the target says more than the want of a route.
-        error, attempt = max(self.failed, key=lambda failure: is_answer(failure[0]))
+        error, attempt = max(self.failed, key=lambda f: isinstance(f[0], ANSWERS))
         outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, CONNECT_FAILED)
         where = endpoint((unpack(attempt.packed), attempt.port))
         return Refused(outcome, f"{where}: {reason(error)}")
@@ -2777,28 +2724,29 @@ class Handshake:
             self.wait(select.POLLOUT)
             data = data[self.sock.send(data) :]
 
+    def take(self, count: int, flags: int = 0) -> bytes:
+        """Return what there is, at least one byte and at most so many."""
+        self.wait(select.POLLIN)
+        piece = self.sock.recv(count, flags)
+        if not piece:
+            raise Refused(SERVER_GONE, "the connection ended in mid-answer")
+        return piece
+
     def hear(self, count: int) -> bytes:
         """Return so many bytes and take no more: what follows is the target's."""
         heard = b""
         while len(heard) < count:
-            self.wait(select.POLLIN)
-            piece = self.sock.recv(count - len(heard))
-            if not piece:
-                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
-            heard += piece
+            heard += self.take(count - len(heard))
         return heard
 
     def hear_head(self) -> bytes:
         """Return a response head, and take no byte behind it."""
         head, end = b"", -1
         while end < 0:
-            self.wait(select.POLLIN)
-            end = (head + self.sock.recv(HEAD_LIMIT, socket.MSG_PEEK)).find(CRLF * 2)
-            ready = HEAD_LIMIT if end < 0 else end + 4 - len(head)
-            piece = self.sock.recv(ready)
-            if not piece:
-                raise Refused(SERVER_GONE, "the connection ended in mid-answer")
-            head += piece
+            seen = self.take(HEAD_LIMIT, socket.MSG_PEEK)
+            end = (head + seen).find(CRLF * 2)
+            # Not more than was seen: what has come since may be the target's.
+            head += self.sock.recv(len(seen) if end < 0 else end + 4 - len(head))
             if len(head) >= HEAD_LIMIT:
                 raise Refused(BAD_RESPONSE, f"answer over {HEAD_LIMIT} bytes")
         return head
@@ -2809,7 +2757,7 @@ PARENT_STATUS = {403: DENIED, 503: OVERLOAD, 504: CONNECT_TIMEOUT}
 PARENT_REPLY = {  # RFC 1928 section 6
     2: DENIED,
     3: UNROUTABLE,
-    4: UNROUTABLE,
+    4: HOST_UNREACHABLE,
     5: CONNECT_REFUSED,
     6: CONNECT_TIMEOUT,
 }
@@ -2820,9 +2768,7 @@ def basic(parent: Parent) -> bytes:
     if not parent.user:
         return b""
     pair = b"%b:%b" % (parent.user, parent.password)
-    return (
-        b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair, newline=False) + CRLF
-    )
+    return b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair)[:-1] + CRLF
 
 
 def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
@@ -2841,8 +2787,8 @@ def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
         raise Refused(outcome, line[9:].decode("latin-1"))
 
 
-def ask_socks(talk: Handshake, parent: Parent, target: str) -> None:
-    """Have a parent connect to HOST:PORT: RFC 1928 and 1929; raise Refused."""
+def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
+    """Have a parent connect to a host: RFC 1928 and 1929; raise Refused."""
     methods = b"\0\2" if parent.user else b"\0"
     talk.say(bytes([5, len(methods)]) + methods)
     version, method = talk.hear(2)
@@ -2856,14 +2802,13 @@ def ask_socks(talk: Handshake, parent: Parent, target: str) -> None:
         if talk.hear(2)[1]:
             outcome = CONNECT_FAILED._replace(word="auth-failed")
             raise Refused(outcome, "it does not know our user")
-    host, _, port = target.rpartition(":")
     try:
-        packed = pack(host.strip("[]"))
+        packed = pack(host)
         to = (b"\1" if len(packed) == 4 else b"\4") + packed
     except ValueError:
         name = host.encode()
         to = b"\3%c%b" % (len(name), name)
-    talk.say(b"\5\1\0%b%b" % (to, int(port).to_bytes(2, "big")))
+    talk.say(b"\5\1\0%b%b" % (to, port.to_bytes(2, "big")))
     _, reply, _, kind = talk.hear(4)
     if reply:
         outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
@@ -2882,9 +2827,13 @@ def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket
 
 
 def dial_parent(
-    worker: Worker, policy: Policy, session: Session, parent: Parent, target: str
+    worker: Worker,
+    policy: Policy,
+    session: Session,
+    parent: Parent,
+    target: tuple[str, int],
 ) -> socket.socket:
-    """Return a connection to HOST:PORT that leads through a parent; raise Refused.
+    """Return a connection that leads to a target through a parent; raise Refused.
 
     For an http:// request and a parent that takes such it is one to the parent,
     and session.parent says so.
@@ -2902,12 +2851,12 @@ def dial_parent(
     talk = Handshake(worker, sock, deadline)
     try:
         if parent.scheme == "socks5":
-            ask_socks(talk, parent, target)
+            ask_socks(talk, parent, *target)
         elif session.proto == "http":
             session.parent = parent
         else:
             via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-            ask_http(talk, parent, via, target.encode())
+            ask_http(talk, parent, via, endpoint(target).encode())
     except BaseException:
         sock.close()
         raise
@@ -2918,11 +2867,10 @@ def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
     """Return a refusal that says by which parent it came about."""
     if isinstance(error, OSError):
         error = Refused(SERVER_GONE, reason(error))
-    outcome, detail = error.outcome, f"parent {parent.name}: {error.detail}"
-    if outcome is DRAINED:
+    if error.outcome is DRAINED:
         return error
-    word = f"{PARENT_FAILED.word}-{outcome.word}"
-    return Refused(outcome._replace(word=word), detail)
+    outcome = error.outcome._replace(word=f"{PARENT_FAILED.word}-{error.outcome.word}")
+    return Refused(outcome, f"parent {parent.name}: {error.detail}")
 
 
 def dial(
@@ -2946,14 +2894,13 @@ def dial(
         addresses = judged(*asked, only="" if policy.parents else only)
     except Refused as refusal:
         # A parent may know the name, if it is one that may be asked for.
-        if refusal.outcome not in (NO_SUCH_HOST, DNS_TIMEOUT):
-            raise
-        if not policy.trusts(worker.peer, session.user, host, port):
+        nameless = refusal.outcome in (NO_SUCH_HOST, DNS_TIMEOUT)
+        if not nameless or not policy.trusts(worker.peer, session.user, host, port):
             raise
         unknown = refusal
     if parent := policy.parent_for(session.proto, host, addresses):
         try:
-            sock = dial_parent(worker, policy, session, parent, endpoint((host, port)))
+            sock = dial_parent(worker, policy, session, parent, (host, port))
         except (OSError, Refused) as error:
             raise parent_failed(parent, error) from None
     elif unknown:
@@ -5414,19 +5361,9 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise OSError."""
+    """Return a listening socket, for IPv6 alone if its host is; raise OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port))
-        sock.listen(LISTEN_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
 
 
 def passed_listeners() -> dict[str, socket.socket]:
@@ -5438,34 +5375,24 @@ def passed_listeners() -> dict[str, socket.socket]:
 
 
 def open_listeners(
-    config: Config, kept: dict[str, socket.socket]
+    config: Config, kept: dict[str, socket.socket], undo: contextlib.ExitStack
 ) -> dict[str, socket.socket]:
     """Return a listener for each address of `listen`, the kept ones among them.
 
-    Raises ConfigError or OSError; then nothing that was opened here stays open.
+    What is opened here, undo closes.  Raises ConfigError or OSError.
     """
     listeners: dict[str, socket.socket] = {}
-    opened: list[socket.socket] = []
-    try:
-        for host, port in endpoints(config):
-            for here in ("0.0.0.0", "::") if host == "*" else (host,):
-                name = endpoint((here, port))
-                if name in kept:
-                    listeners[name] = kept[name]
-                    port = port or kept[name].getsockname()[1]
-                    continue
-                try:
-                    listeners[name] = listen(here, port)
-                except OSError as error:
-                    if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
-                        continue  # a box without IPv6
-                    raise OSError(f"cannot listen on {name}: {reason(error)}") from None
-                opened.append(listeners[name])
-                port = listeners[name].getsockname()[1]  # 0 picks one for both
-    except OSError:
-        for sock in opened:
-            sock.close()
-        raise
+    for host, port in endpoints(config):
+        for here in ("0.0.0.0", "::") if host == "*" else (host,):
+            name = endpoint((here, port))
+            try:
+                sock = kept.get(name) or undo.enter_context(listen(here, port))
+            except OSError as error:
+                if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
+                    continue  # a box without IPv6
+                raise OSError(f"cannot listen on {name}: {reason(error)}") from None
+            listeners[name] = sock
+            port = sock.getsockname()[1]  # 0 picks one for both
     return listeners
 
 
@@ -5485,10 +5412,8 @@ def load_generation(
     other_gateways(config)
     kept = old.listeners if old else {}
     with contextlib.ExitStack() as undo:
-        listeners = passed or open_listeners(config, kept)
+        listeners = passed or open_listeners(config, kept, undo)
         fresh = [sock for sock in listeners.values() if sock not in kept.values()]
-        for sock in () if passed else fresh:
-            undo.callback(sock.close)
         for sock in fresh:
             sock.setblocking(False)
             # Linux hands these down to every socket that is accepted.
@@ -5528,14 +5453,6 @@ def find_user(config: Config) -> tuple[int, int] | None:
     return entry.pw_uid, entry.pw_gid
 
 
-def become(user: tuple[int, int] | None) -> None:
-    """Give up root for good."""
-    if user:
-        os.setgroups([])
-        os.setgid(user[1])
-        os.setuid(user[0])
-
-
 def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     """Return the pid file, open and locked while we live; raise OSError.
 
@@ -5551,18 +5468,18 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
         fd = os.open(path, flags, 0o644)
     except OSError as error:
         raise OSError(f"cannot open the pid file {path}: {reason(error)}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(f"cannot use the pid file {path}: it is no regular file")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise OSError(f"another natwork holds the pid file {path}") from None
-    if os.fstat(fd).st_nlink == 0:  # the one before has just removed it
-        os.close(fd)
-        return lock_pidfile(path, user)
-    return fd
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(f"cannot use the pid file {path}: it is no regular file")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"another natwork holds the pid file {path}") from None
+        if os.fstat(fd).st_nlink:
+            undo.pop_all()
+            return fd
+    return lock_pidfile(path, user)  # the one before has just removed it
 
 
 def remove_pidfile(path: str, fd: int) -> None:
@@ -5577,6 +5494,7 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
     signal.alarm(5)  # whatever happens, it is over then
     at = endpoint(origin.getsockname())
     fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
+    answer = b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
     for number in range(WARM_CLIENTS):
         client = socket.create_connection(door)
         way = number % 3
@@ -5592,9 +5510,7 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
             client.recv(COPY_SIZE)
             client.sendall(b"a word")
         server.recv(COPY_SIZE)
-        server.sendall(
-            b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
-        )
+        server.sendall(answer)
         client.recv(COPY_SIZE)
         client.close()
         server.close()
@@ -5625,10 +5541,8 @@ def warm() -> None:
         generation = Generation(config, {"": door}, AccessLog(config), serve)
         undo.callback(generation.close)
         wake_out, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        undo.callback(os.close, wake_out)
-        undo.callback(os.close, wake_in)
         board = Scoreboard()
-        for fd in (board.fd, board.turn_out, board.turn_in):
+        for fd in (wake_out, wake_in, board.fd, board.turn_out, board.turn_in):
             undo.callback(os.close, fd)
         pid = os.fork()
         if pid == 0:
@@ -5649,17 +5563,16 @@ def warm() -> None:
 
 def warn_of_outside(config: Config) -> None:
     """Say what about the way out is probably not meant."""
-    for uplink in (parse_uplink(word) for word in config.outside.split()):
+    for uplink in map(parse_uplink, config.outside.split()):
         route = route_to(uplink.packed) if uplink.packed else None
         if not (route and route.local or device_addresses(uplink.name)):
             say(f"outside: {uplink.name} is not there now")
     route = None if config.outside else route_to(pack("192.0.2.1"))
-    if not route:
-        return
-    for packed in device_addresses(route.device):
+    device = route.device if route else ""
+    for packed in device_addresses(device):
         if contains(networks(config.inside), packed) and len(packed) == 4:
             say(
-                f"{route.device} leads outside and has {unpack(packed)}, an inside "
+                f"{device} leads outside and has {unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
             )
 
@@ -5696,7 +5609,9 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             say("setproctitle is not installed: process titles will be missing")
         if user:
             master.generation.log.give_to(user)
-        become(user)
+            os.setgroups([])
+            os.setgid(user[1])
+            os.setuid(user[0])
         board.describe(config.max_workers)
         warm()
         ready()
@@ -5793,24 +5708,21 @@ def boards() -> Iterator[Scoreboard]:
 
 def print_table(as_json: bool) -> int:
     """Print the state table of the gateway that runs on this box."""
-    rows, found = [], False
-    for board in boards():
-        found = True
-        rows += table_rows(board)
-    if not found:
+    tables = [table_rows(board) for board in boards()]
+    if not tables:
         raise OSError(
             "cannot show the table: no gateway that you may look at runs on this box"
         )
+    rows = [row for table in tables for row in table]
     if as_json:
         import json
 
         print(json.dumps(rows, indent=1))
         return 0
-    heads = tuple(head for head in COLUMNS if head != "Moving")
-    lines: list[tuple[str, ...]] = [heads]
+    lines = [[head for head in COLUMNS if head != "Moving"]]
     for row in rows:
-        lines.append(tuple("-" if cell is None else str(cell) for cell in row.values()))
-    widths = [max(len(line[n]) for line in lines) for n in range(len(heads))]
+        lines.append(["-" if cell is None else str(cell) for cell in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())
     return 0
@@ -5859,7 +5771,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if parent := policy.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
-    for attempt in plan(allowed, port, policy.uplinks, Scoreboard()) if allowed else ():
+    for attempt in plan(allowed, port, policy.uplinks, Scoreboard()):
         route = route_to(attempt.packed)
         if attempt.uplink:
             way = f"from {attempt.uplink.name}"
@@ -5879,9 +5791,8 @@ def check_file(config: Config, name: str, makes_folder: bool) -> None:
         return
     if not os.path.isdir(folder):
         raise config.refuse(name, "there is no such directory")
-    if os.path.isdir(path) or not os.access(
-        path if os.path.exists(path) else folder, os.W_OK
-    ):
+    there = path if os.path.exists(path) else folder
+    if os.path.isdir(path) or not os.access(there, os.W_OK):
         raise config.refuse(name, "it cannot be written")
 
 
@@ -5910,10 +5821,8 @@ def passwd(name: str) -> int:
         import getpass
 
         try:
-            first, again = (
-                os.fsencode(getpass.getpass(prompt))
-                for prompt in (f"Password for {name}: ", "The same again: ")
-            )
+            first = os.fsencode(getpass.getpass(f"Password for {name}: "))
+            again = os.fsencode(getpass.getpass("The same again: "))
         except EOFError:
             raise OSError("cannot take the password: the input has ended") from None
     else:

@@ -10,9 +10,11 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from box import needs
@@ -27,6 +29,10 @@ from running import command
 from running import daemons
 from running import echo
 from running import echoes
+from sockswire import AGREED
+from sockswire import addressed
+from sockswire import five
+from sockswire import read_five
 from wire import CLOSED
 from wire import NAME
 from wire import Message
@@ -42,7 +48,9 @@ from wire import sized
 
 from natwork import Config
 from natwork import ConfigError
+from natwork import Handshake
 from natwork import Policy
+from natwork import Watch
 from natwork import pack
 from natwork import user_line
 
@@ -311,6 +319,42 @@ def test_a_tunnel_leads_through_the_parents_tunnel(
         assert gateway.lines(1)[0]["address"] == parent.authority
 
 
+class Between(socket.socket):
+    """A socket at which more arrives whenever it has just been looked at."""
+
+    more: Callable[[], None]
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        data = super().recv(size, flags)
+        if flags & socket.MSG_PEEK:
+            self.more()
+        return data
+
+
+def test_what_comes_after_a_look_at_an_answer_is_not_taken_with_it() -> None:
+    said = [b"HTTP/1.1 ", b"200 OK\r\n\r", b"\nfrom the target"]
+    lifeline, end = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        parent = socket.create_connection(server.getsockname())
+        sock = Between(fileno=server.accept()[0].detach())
+
+    def speak() -> None:
+        if said:
+            parent.sendall(said.pop(0))
+
+    sock.more = speak
+    speak()
+    try:
+        with parent, sock:
+            worker = SimpleNamespace(watch=Watch(lifeline, 1.0))
+            talk = Handshake(worker, sock, time.monotonic() + 5)
+            assert talk.hear_head() == b"HTTP/1.1 200 OK\r\n\r\n"
+            assert talk.hear(15) == b"from the target"
+    finally:
+        os.close(lifeline)
+        os.close(end)
+
+
 REFUSALS = {
     b"403 Forbidden": (403, b"http_request_denied", "parent-403"),
     b"407 Who": (502, b"destination_unavailable", "parent-407"),
@@ -517,6 +561,17 @@ def test_a_socks_parents_refusal_is_passed_on(
         assert (answer.status, proxy_error(answer)) == (status, error)
     assert b"parent socks5://" + server.authority.encode() in answer.body
     assert gateway.lines(1)[0]["outcome"] == word
+
+
+@pytest.mark.parametrize("reply", range(2, 7))
+def test_a_socks_parents_reply_is_the_clients(
+    natwork: Natwork, origin: Start, reply: int
+) -> None:
+    gateway = natwork(parents(f"socks5://{origin(Socks(reply)).authority}"))
+    with gateway.connect() as client:
+        client.sendall(b"\5\1\0" + five(addressed("127.0.0.3", 81)))
+        assert read_exactly(client, 2) == AGREED
+        assert read_five(client)[0] == reply
 
 
 def speak_http(connection: socket.socket, origin: Origin) -> None:
