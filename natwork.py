@@ -46,6 +46,7 @@ the programs that do.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import _socket
 import binascii
 import contextlib
 import errno
@@ -136,6 +137,9 @@ SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 INET, INET6, STREAM = (
     int(n) for n in (socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM)
 )
+# What socket.socket adds to this (files, enums) no connection of a client uses, and
+# each worker would have it for itself.
+Socket = _socket.socket
 LINE_BYTES = 4096  # PIPE_BUF: a line no longer than this is written whole
 
 # --- Configuration ------------------------------------------------------------
@@ -883,7 +887,7 @@ class Stream:
 
     __slots__ = ("fd", "lost", "received", "sock", "watched")
 
-    def __init__(self, sock: socket.socket, lost: Outcome) -> None:
+    def __init__(self, sock: Socket, lost: Outcome) -> None:
         """Take a socket over; lost is the outcome when its far end goes away."""
         if sock.gettimeout() != 0:
             sock.setblocking(False)
@@ -1317,7 +1321,7 @@ class Worker:
             self.pressure_out, select.EPOLLIN | select.EPOLLEXCLUSIVE
         )
         self.silent_poll.register(self.lifeline, select.EPOLLIN)
-        self.client: socket.socket
+        self.client: Socket
         self.peer = self.name = ""  # the client's address; and with its port
         self.title = ""
         self.made_room = False
@@ -1334,8 +1338,10 @@ class Worker:
             if self.made_room:  # and has taken the one who waited: is there another?
                 self.made_room = False
                 self.poke()
-            with self.client:
+            try:
                 self.generation.serve(self)
+            finally:
+                self.client.close()
             self.slot.hold("")
             if self.leaving():
                 return
@@ -1364,7 +1370,7 @@ class Worker:
         try:
             # accept() less the enum of the family, which it would look up anew.
             number, address = listener._accept()  # type: ignore[attr-defined]
-            self.client = socket.socket(self.families[fd], STREAM, 0, number)
+            self.client = Socket(self.families[fd], STREAM, 0, number)
         except BlockingIOError:
             return False  # another worker was quicker
         except OSError as error:
@@ -1982,17 +1988,53 @@ def device_addresses(device: str) -> list[bytes]:
     return found
 
 
-class Rule(NamedTuple):
+def parse_ports(text: str) -> range:
+    """Return the ports of "80" or "8000-8100"; raise ValueError."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    if match:
+        low, high = int(match[1]), int(match[2] or match[1])
+        if 1 <= low <= high <= 65535:
+            return range(low, high + 1)
+    raise ValueError(f"{text!r} is not a port from 1 to 65535, or LOW-HIGH")
+
+
+class Rule:
     """One line of `rules`; None stands for a part that was not given: any."""
 
-    word: str  # in the log: rule-1, rule-2, ...
-    text: str
-    allow: bool
-    sources: tuple[Network, ...] | None
-    users: frozenset[str] | None
-    names: frozenset[str] | None  # "host", ".host" or "*"
-    blocks: tuple[Network, ...]
-    ports: tuple[range, ...] | None
+    __slots__ = "allow,blocks,names,ports,sources,text,users,word".split(",")
+
+    def __init__(self, text: str, number: int) -> None:
+        """Parse a line; raise ValueError."""
+        # A blank behind a comma is no new word.
+        verb, *words = re.sub(r"\s*,\s*", ",", text).split()
+        if verb not in ("allow", "deny"):
+            raise ValueError(f"{text!r} does not begin with allow or deny")
+        parts = dict(zip(words[::2], words[1::2]))
+        if 2 * len(parts) != len(words):
+            raise ValueError(f"{text!r} is not pairs of a word and a list")
+        for word in parts:
+            if word not in ("from", "user", "to", "port"):
+                raise ValueError(f"{word!r} is none of from, user, to, port")
+        lists = {word: part.split(",") for word, part in parts.items()}
+        if any("" in members for members in lists.values()):
+            raise ValueError(f"{text!r} has an empty member in a list")
+        names, blocks = set(), []
+        for target in lists.get("to", ()):
+            if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
+                blocks.append(parse_network(target))
+            elif re.fullmatch(r"\*|\.?[\w-]+(\.[\w-]+)*\.?", target, re.ASCII):
+                names.add(target.lower().rstrip("."))
+            else:
+                raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
+        self.word = f"rule-{number}"  # in the log
+        self.text = " ".join([verb, *words])
+        self.allow = verb == "allow"
+        self.sources = tuple(map(parse_network, lists.get("from", ()))) or None
+        users = (printable(user.encode()) for user in lists.get("user", ()))
+        self.users = frozenset(users) or None
+        self.names = frozenset(names) if "to" in lists else None
+        self.blocks = tuple(blocks)
+        self.ports = tuple(map(parse_ports, lists.get("port", ()))) or None
 
     def matches(
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
@@ -2018,51 +2060,6 @@ class Rule(NamedTuple):
     def takes_mail(self) -> bool:
         """Return whether it names port 25 expressly."""
         return range(25, 26) in (self.ports or ())
-
-
-def parse_ports(text: str) -> range:
-    """Return the ports of "80" or "8000-8100"; raise ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    if match:
-        low, high = int(match[1]), int(match[2] or match[1])
-        if 1 <= low <= high <= 65535:
-            return range(low, high + 1)
-    raise ValueError(f"{text!r} is not a port from 1 to 65535, or LOW-HIGH")
-
-
-def parse_rule(text: str, number: int) -> Rule:
-    """Return the rule that a line of `rules` describes; raise ValueError."""
-    # A blank behind a comma is no new word.
-    verb, *words = re.sub(r"\s*,\s*", ",", text).split()
-    if verb not in ("allow", "deny"):
-        raise ValueError(f"{text!r} does not begin with allow or deny")
-    parts = dict(zip(words[::2], words[1::2]))
-    if 2 * len(parts) != len(words):
-        raise ValueError(f"{text!r} is not pairs of a word and a list")
-    for word in parts:
-        if word not in ("from", "user", "to", "port"):
-            raise ValueError(f"{word!r} is none of from, user, to, port")
-    lists = {word: part.split(",") for word, part in parts.items()}
-    if any("" in members for members in lists.values()):
-        raise ValueError(f"{text!r} has an empty member in a list")
-    names, blocks = set(), []
-    for target in lists.get("to", ()):
-        if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
-            blocks.append(parse_network(target))
-        elif re.fullmatch(r"\*|\.?[\w-]+(\.[\w-]+)*\.?", target, re.ASCII):
-            names.add(target.lower().rstrip("."))
-        else:
-            raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
-    return Rule(
-        f"rule-{number}",
-        " ".join([verb, *words]),
-        verb == "allow",
-        tuple(map(parse_network, lists.get("from", ()))) or None,
-        frozenset(printable(user.encode()) for user in lists.get("user", ())) or None,
-        frozenset(names) if "to" in lists else None,
-        tuple(blocks),
-        tuple(map(parse_ports, lists.get("port", ()))) or None,
-    )
 
 
 class Uplink(NamedTuple):
@@ -2135,21 +2132,17 @@ def parse_parent(text: str) -> Parent:
         parse_ports(port).start,
         name,
         secret,
-        parse_rule(f"allow to {parts.get('to', '*')}", 0),
+        Rule(f"allow to {parts.get('to', '*')}", 0),
         "scheme" in parts,
     )
 
 
-class Verdict(NamedTuple):
-    """What the rules say of one address: the outcome, and the rule in words."""
-
-    allowed: bool
-    outcome: Outcome
-    rule: str
+# What the rules say of one address: OK or another outcome, and the rule in words.
+Verdict = tuple[Outcome, str]
 
 
 def denied(word: str, rule: str) -> Verdict:
-    return Verdict(False, DENIED._replace(word=f"denied-{word}"), rule)
+    return DENIED._replace(word=f"denied-{word}"), rule
 
 
 class Policy:
@@ -2168,7 +2161,7 @@ class Policy:
             setting = "inside"
             self.inside = networks(config.inside)
             setting, lines = "rules", config.lines("rules")
-            self.rules = [parse_rule(line, n) for n, line in enumerate(lines, 1)]
+            self.rules = [Rule(line, n) for n, line in enumerate(lines, 1)]
             setting, words = "outside", config.outside.split()
             self.uplinks = [parse_uplink(word, n) for n, word in enumerate(words)]
             setting = "parents"
@@ -2186,7 +2179,7 @@ class Policy:
         packed = address_of(peer)
         return contains(self.inside, packed), contains(LINK_LOCAL, packed)
 
-    def is_client(self, peer: str, sock: socket.socket) -> bool:
+    def is_client(self, peer: str, sock: Socket) -> bool:
         """Return whether a peer is on the inside, and came to us from there."""
         inside, near = self.placed(peer)
         if not inside or not self.uplinks and not near:
@@ -2297,7 +2290,7 @@ class Policy:
         """Do what judge() says; second is there for the cache."""
         found = forms(packed)
         if self.is_ours(found, port):
-            return Verdict(False, LOOP, "the gateway's own listener")
+            return LOOP, "the gateway's own listener"
         who = address_of(client)
         for rule in self.rules:
             if not rule.matches(who, user, host, port, found):
@@ -2312,14 +2305,14 @@ class Policy:
                 if not contains(rule.blocks, form):
                     break
             else:
-                return Verdict(True, OK, text)
+                return OK, text
             if not self.closes(found):
-                return Verdict(True, OK, text)
+                return OK, text
         if closed := self.closes(found):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
-        return Verdict(True, OK, "built-in rule: allow the rest")
+        return OK, "built-in rule: allow the rest"
 
 
 # --- Users --------------------------------------------------------------------
@@ -2477,7 +2470,7 @@ def credentials(value: bytes) -> tuple[bytes, bytes] | None:
 IP_BIND_ADDRESS_NO_PORT = 24  # 3.10's socket module lacks the name
 
 
-def leave_by(sock: socket.socket, uplink: Uplink) -> None:
+def leave_by(sock: Socket, uplink: Uplink) -> None:
     """Make a socket that has no address yet leave by an uplink; raise OSError."""
     if uplink.packed:
         # The whole port range for each target, not one for all of them.
@@ -2489,13 +2482,16 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
-class Attempt(NamedTuple):
+class Attempt:
     """One connection to be tried."""
 
-    packed: bytes
-    port: int
-    uplink: Uplink | None
-    delay: float  # seconds after the attempt before it
+    __slots__ = ("delay", "packed", "port", "uplink")
+
+    def __init__(
+        self, packed: bytes, port: int, uplink: Uplink | None, delay: float
+    ) -> None:
+        """Take an address and a port; delay is seconds after the attempt before."""
+        self.packed, self.port, self.uplink, self.delay = packed, port, uplink, delay
 
     def source(self) -> tuple[Any, ...]:
         """Return the socket address it would come from, port aside; raise OSError."""
@@ -2507,7 +2503,7 @@ class Attempt(NamedTuple):
             return probe.getsockname()  # type: ignore[no-any-return]
 
 
-Winner = tuple[socket.socket, Attempt]
+Winner = tuple[Socket, Attempt]
 
 
 def resolve(host: str, port: int) -> list[bytes]:
@@ -2623,7 +2619,7 @@ class Race:
         where = unpack(attempt.packed), attempt.port
         try:
             # Close-on-exec, as all of Python's.
-            sock = socket.socket(family, STREAM | socket.SOCK_NONBLOCK)
+            sock = Socket(family, STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             return self.fail(attempt, error)
         try:
@@ -2660,7 +2656,7 @@ class Race:
             self.refused.add(attempt.packed)
         return None
 
-    def win(self, sock: socket.socket, attempt: Attempt) -> Winner:
+    def win(self, sock: Socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
         # An uplink has failed if it was asked earlier, and another was quicker; not
         # if it has no way there: that costs nothing, and other targets may have one.
@@ -2694,11 +2690,11 @@ def judged(
     allowed: list[bytes] = []
     refusal = None
     for packed in [pack(only)] if only else resolve(host, port):
-        verdict = policy.judge(client, user, host, port, packed, redirected)
-        if verdict.allowed:
+        outcome, rule = policy.judge(client, user, host, port, packed, redirected)
+        if outcome is OK:
             allowed.append(packed)
         else:
-            refusal = Refused(verdict.outcome, f"{unpack(packed)}: {verdict.rule}")
+            refusal = Refused(outcome, f"{unpack(packed)}: {rule}")
     if not allowed:
         raise refusal or Refused(NO_SUCH_HOST, f"{host} has no address")
     return allowed
@@ -2710,7 +2706,7 @@ CRLF = b"\r\n"
 class Handshake:
     """A few words with a parent, before his socket is a tunnel; raises Refused."""
 
-    def __init__(self, worker: Worker, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, worker: Worker, sock: Socket, deadline: float) -> None:
         """Take a socket; deadline is for all that is said and heard."""
         self.watch, self.sock, self.deadline = worker.watch, sock, deadline
 
@@ -2817,7 +2813,7 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
     talk.hear(2)
 
 
-def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket.socket:
+def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> Socket:
     """Return the connection that is there first; the session learns its two ends."""
     race = Race(worker.watch, worker.board)
     sock, attempt = race.run(attempts, worker.config.connect_timeout)
@@ -2832,7 +2828,7 @@ def dial_parent(
     session: Session,
     parent: Parent,
     target: tuple[str, int],
-) -> socket.socket:
+) -> Socket:
     """Return a connection that leads to a target through a parent; raise Refused.
 
     For an http:// request and a parent that takes such it is one to the parent,
@@ -2880,7 +2876,7 @@ def dial(
     host: str,
     port: int,
     only: str = "",
-) -> socket.socket:
+) -> Socket:
     """Return a connection to a target, for a session that learns its two ends.
 
     Of the host's addresses it may be told to take only one.  Raises Refused.
@@ -4143,7 +4139,7 @@ class Association:
         policy, who, user = self.socks.policy, self.worker.peer, self.session.user
         return (
             self.config.udp_from_anyone
-            and policy.judge(who, user, unpack(packed), port, packed).allowed
+            and policy.judge(who, user, unpack(packed), port, packed)[0] is OK
         )
 
 
@@ -4295,7 +4291,7 @@ class Socks:
         server = dial(self.worker, self.policy, session, host, port)
         return self.join(server, server.getsockname())
 
-    def join(self, server: socket.socket, address: SocketAddress) -> None:
+    def join(self, server: Socket, address: SocketAddress) -> None:
         """Tell the client of his connection, and carry what is said on it."""
         self.worker.begin(self.session, titled=True)
         opening = self.reply(OK, address)
@@ -4320,7 +4316,7 @@ class Socks:
 
     def admit(
         self, listener: socket.socket, expected: list[bytes]
-    ) -> tuple[socket.socket, SocketAddress]:
+    ) -> tuple[Socket, SocketAddress]:
         """Return the first connection from an expected host; raise Refused.
 
         A server may take as long to call as it may take to answer.
@@ -4479,9 +4475,11 @@ def redirect(
         for name in hear_out(worker, session, client, server, strict):
             session.target = endpoint((printable(name.lower()), port))
             claim = name.decode("latin-1").lower()
-            verdict = policy.judge(peer, session.user, claim, port, pack(host), True)
-            if not verdict.allowed:
-                raise Refused(verdict.outcome, verdict.rule)
+            outcome, rule = policy.judge(
+                peer, session.user, claim, port, pack(host), True
+            )
+            if outcome is not OK:
+                raise Refused(outcome, rule)
             worker.begin(session, titled=True)
         tunnel(worker, session, client, server, b"")
     return ENDED
@@ -5762,10 +5760,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{refusal.detail}; a rule allows the name")
     allowed = []
     for packed in addresses:
-        verdict = policy.judge(client, user, host, port, packed)
-        word = "allowed" if verdict.allowed else f"refused ({verdict.outcome.word})"
-        print(f"{unpack(packed)}: {word} by {verdict.rule}")
-        if verdict.allowed:
+        outcome, rule = policy.judge(client, user, host, port, packed)
+        word = "allowed" if outcome is OK else f"refused ({outcome.word})"
+        print(f"{unpack(packed)}: {word} by {rule}")
+        if outcome is OK:
             allowed.append(packed)
     if not addresses or allowed:
         if parent := policy.parent_for(proto, host, allowed):

@@ -133,7 +133,7 @@ def test_a_closed_address_is_refused_to_the_redirected_too(
         packed = natwork.pack(target.strip("[]"))
         for claim in (natwork.unpack(packed), "localhost", "a.example"):
             verdict = policy.judge("10.0.0.7", "-", claim, 80, packed, True)
-            assert verdict.outcome.word == f"denied-{word}"
+            assert verdict[0].word == f"denied-{word}"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_mail_is_open_and_a_name_opens_nothing(
     policy = natwork.Policy(natwork.Config(rules=rules), [])
     packed = natwork.pack("198.51.100.1")
     verdict = policy.judge("10.0.0.7", "-", "198.51.100.1", port, packed, True)
-    assert verdict.outcome.word == word
+    assert verdict[0].word == word
 
 
 # --- In a box -----------------------------------------------------------------
