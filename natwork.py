@@ -71,6 +71,8 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
+from types import CodeType
+from types import FunctionType
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -1192,7 +1194,10 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
             ready = watch.wait(wanted, patience)
             if not ready:
                 raise IdleTimeout
-            moving = [lane for lane in running if lane.waits[0] in ready]
+            moving = []
+            for lane in running:
+                if lane.waits[0] in ready:
+                    moving.append(lane)
             if not moving and down.sink and down.sink.fd in ready:
                 raise Refused(down.sink.lost, "connection reset")
             if not moving:
@@ -1247,12 +1252,13 @@ def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
     return [listener for listener in listeners if listener.fileno() in ready]
 
 
-def fill_holes() -> list[object]:
-    """Return what fills the half-empty pools of Python's allocator, to be kept.
+def fill_holes(small_only: bool = False) -> list[object]:
+    """Return what fills the holes in the memory of this process, to be kept.
 
-    What a worker makes then begins a pool of its own, a page for each size of
-    object, where it would have taken two of the master's.  CPython's pools are
-    of 16 KiB, with a head of 48 bytes, for objects of up to 512.
+    What is made then stands together, in pages of its own, and a worker that
+    makes or changes it changes few of the master's.  CPython's pools are of
+    16 KiB, with a head of 48 bytes, for objects of up to 512; what is larger the
+    C library puts where it fits, or else at the end.
     """
     kept: list[object] = []
     for size in range(16, 513, 16):
@@ -1265,6 +1271,13 @@ def fill_holes() -> list[object]:
                 block = bytes(size - 33)
             else:
                 block = object() if size == 16 else float("1.5")
+    end = id(bytes(COPY_SIZE))
+    for size in () if small_only else range(4096, 512, -32):
+        for _ in range(8192):
+            block = bytes(size - 33)
+            if id(block) >= end:
+                break
+            kept.append(block)
     return kept
 
 
@@ -1546,7 +1559,7 @@ class Master:
         # What lives now lives in every worker: keep the collector, which would
         # write to each object, away from the pages they share.
         gc.collect()
-        self.ballast = fill_holes()
+        self.ballast = fill_holes(small_only=True)
         gc.freeze()
         gc.set_threshold(20_000)
         while not self.stopping:
@@ -2040,12 +2053,17 @@ class Rule:
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
     ) -> bool:
         """Return whether every part of the rule that was given fits."""
-        return (
-            (self.sources is None or contains(self.sources, client))
-            and (self.users is None or user in self.users)
-            and (self.ports is None or any(port in ports for ports in self.ports))
-            and (self.names is None or self.names_target(host, found))
-        )
+        if self.sources is not None and not contains(self.sources, client):
+            return False
+        if self.users is not None and user not in self.users:
+            return False
+        if self.ports is not None:
+            for ports in self.ports:
+                if port in ports:
+                    break
+            else:
+                return False
+        return self.names is None or self.names_target(host, found)
 
     def names_target(self, host: str, found: list[bytes]) -> bool:
         assert self.names is not None
@@ -2531,8 +2549,6 @@ def resolve(host: str, port: int) -> list[bytes]:
 
 def interleave(addresses: list[bytes]) -> list[bytes]:
     """Return addresses with the families taking turns, RFC 8305 section 4."""
-    if len(addresses) == 1:
-        return addresses
     first = [a for a in addresses if len(a) == len(addresses[0])]
     second = [a for a in addresses if len(a) != len(addresses[0])]
     turns = [a for pair in zip(first, second) for a in pair]
@@ -2544,15 +2560,17 @@ def plan(
 ) -> list[Attempt]:
     """Return the attempts in their order: uplink by uplink, failed ones last."""
     attempts: list[Attempt] = []
+    if len(addresses) > 1:
+        addresses = interleave(addresses)
     if not uplinks:
-        for packed in interleave(addresses):
+        for packed in addresses:
             attempts.append(Attempt(packed, port, None, RACE_DELAY))
         return attempts
     seen: set[int] = set()  # families, as address lengths, that have a way
     for way in sorted(uplinks, key=lambda uplink: board.is_tired(uplink.number)):
         usable = [
             packed
-            for packed in interleave(addresses)
+            for packed in addresses
             if not way.packed or len(way.packed) == len(packed)
         ]
         # The second source address of one line, for the other family, is no
@@ -3582,15 +3600,6 @@ class Http:
         self.user = "-"
         self.session: Session
 
-    def start_request(self) -> None:
-        """Forget the last request."""
-        self.head: RequestHead | None = None
-        self.keep = False  # the client's connection goes on after this one
-        self.wants_more = False  # the client wants it to
-        self.answered = False  # a final answer has begun
-        self.endless = False  # and nothing but the close will end it
-        self.lingers = False  # the close is to be staged
-
     def serve(self) -> None:
         """Answer requests until the connection is over."""
         try:
@@ -3605,7 +3614,12 @@ class Http:
 
     def one(self) -> None:
         """Answer one request, whatever becomes of it, and write it down."""
-        self.start_request()
+        self.head: RequestHead | None = None
+        self.keep = False  # the client's connection goes on after this one
+        self.wants_more = False  # the client wants it to
+        self.answered = False  # a final answer has begun
+        self.endless = False  # and nothing but the close will end it
+        self.lingers = False  # the close is to be staged
         session = self.session = Session(self.worker.name, self.worker.pid, "http")
         outcome = BROKEN
         try:
@@ -5495,7 +5509,7 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
     answer = b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
     for number in range(WARM_CLIENTS):
         client = socket.create_connection(door)
-        way = number % 3
+        way = (number + 1) % 3  # a tunnel first: most workers hold one
         if way == 2:
             client.sendall(b"\5\1\0")
             client.recv(COPY_SIZE)
@@ -5514,12 +5528,8 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
         server.close()
 
 
-def warm() -> None:
-    """Do once, before the forks, what each worker would do for the first time.
-
-    What the interpreter learns and allocates while it runs a piece of code for
-    the first few times is then shared, instead of every worker's own.
-    """
+def rehearse(profile: Callable[..., object] | None) -> None:
+    """Serve a few clients in this process, as workers will; profile sees each call."""
     with contextlib.suppress(OSError):
         socket.getaddrinfo(b"localhost", 80, type=socket.SOCK_STREAM)
     with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
@@ -5554,9 +5564,49 @@ def warm() -> None:
         door.setblocking(False)
         undo.callback(os.waitpid, pid, 0)
         undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-        for _ in range(LEARNED):
-            worker = Worker(generation, Slot(board, 0), wake_in, wake_out)
-        worker.run()
+        sys.setprofile(profile)
+        try:
+            for _ in range(LEARNED):
+                worker = Worker(generation, Slot(board, 0), wake_in, wake_out)
+            worker.run()
+        finally:
+            sys.setprofile(None)
+
+
+def copied(thing: Any) -> Any:
+    """Return a new copy of code, and of the constants in it."""
+    if isinstance(thing, CodeType):
+        return thing.replace(co_consts=copied(thing.co_consts))
+    if isinstance(thing, tuple):
+        return tuple([copied(part) for part in thing])
+    if type(thing) is bytes:
+        return bytes(bytearray(thing))
+    if type(thing) is str:
+        return "".join([thing[:1], thing[1:]])
+    return thing * 1.0 if type(thing) is float else thing
+
+
+def warm() -> list[object]:
+    """Do once, before the forks, what each worker would do for the first time.
+
+    What the interpreter learns and allocates while it runs a piece of code for
+    the first few times is then shared, instead of every worker's own.  And to
+    call a function writes to its code, a count of references at least: so what a
+    client needs of it is copied to one place, in the order in which it runs, and
+    a worker changes few pages.  Returns what must be kept for that.
+    """
+    ran: dict[CodeType, None] = {}
+    rehearse(lambda frame, *_: ran.setdefault(frame.f_code))
+    functions = [f for f in gc.get_objects() if isinstance(f, FunctionType)]
+    ballast = fill_holes()
+    for code in ran:
+        copy = copied(code)
+        for function in functions:
+            if function.__code__ is code:
+                function.__code__ = copy
+    gc.collect()
+    rehearse(None)  # and learn anew
+    return ballast
 
 
 def warn_of_outside(config: Config) -> None:
@@ -5581,6 +5631,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     Calls ready() when clients are served.  Raises ConfigError or OSError when
     it cannot start.
     """
+    ballast = fill_holes()
     config = load_config(path, options)
     user = find_user(config)
     # Whoever reads that we listen may send us a signal: it waits for the master.
@@ -5611,7 +5662,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             os.setgid(user[1])
             os.setuid(user[0])
         board.describe(config.max_workers)
-        warm()
+        ballast += warm()
         ready()
         notify("READY=1")
         master.run()

@@ -210,7 +210,7 @@ def serve(policy, worker):
     ]
     worker.client.sendall("\\n".join(lines).encode())
 
-natwork.warm = lambda: None
+natwork.warm = lambda: []
 natwork.serve_client = serve
 natwork.main()
 """
