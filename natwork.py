@@ -1163,17 +1163,14 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     Refused when a side is lost, IdleTimeout when nothing moved for too long.
     """
     running = moving = [up, down]
+    server_lost = up.sink.lost if up.sink else None
     try:
         while True:
             for lane in moving:
                 try:
                     lane.step()
                 except Refused as refusal:
-                    if (
-                        lane is down
-                        or not up.sink
-                        or refusal.outcome is not up.sink.lost
-                    ):
+                    if lane is down or refusal.outcome is not server_lost:
                         raise
                     up.abandoned = True
             running = [lane for lane in running if not lane.done and not lane.abandoned]
@@ -2029,7 +2026,7 @@ class Rule:
             if word not in ("from", "user", "to", "port"):
                 raise ValueError(f"{word!r} is none of from, user, to, port")
         lists = {word: part.split(",") for word, part in parts.items()}
-        if any("" in members for members in lists.values()):
+        if any("" in listed for listed in lists.values()):
             raise ValueError(f"{text!r} has an empty member in a list")
         names, blocks = set(), []
         for target in lists.get("to", ()):
@@ -3657,8 +3654,9 @@ class Http:
 
     def talks_on(self) -> bool:
         """Return whether a client who wanted to leave has all the same said more."""
-        unread = fcntl.ioctl(self.client.fd, 0x541B, bytes(4))  # FIONREAD
-        return bool(self.client.received) or unread != bytes(4)
+        if self.client.received:
+            return True
+        return fcntl.ioctl(self.client.fd, 0x541B, bytes(4)) != bytes(4)  # FIONREAD
 
     def dial(self, host: str, port: int) -> Stream:
         """Replace the server connection by a new one, and return it; raise Refused."""
