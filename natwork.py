@@ -77,6 +77,9 @@ from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("natwork: needs Python 3.10 or later")
+
 
 def load_set_title() -> Callable[[str], None] | None:
     """Return setproctitle's function; None on the bare box, which has no titles.
@@ -134,6 +137,7 @@ WARM_CLIENTS = 5 * LEARNED  # served before it, of three kinds
 CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
+SHARE_LOOKS = 20  # at a client's sessions, 10 ms apart, before he has too many
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 # Plain numbers, where the socket module has members of an enum.
 INET, INET6, STREAM = (
@@ -168,7 +172,9 @@ def masked(text: str) -> str:
     """Return text on one line, less what may be the password in a URL."""
     text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
     # A URL that ends too early has no @, and what should be a port is none.
-    return re.sub(r"(://[^/@\s:\[]+:)(?![0-9*])\S+", r"\1***", text)
+    return re.sub(
+        r"(://[^/@\s:\[]+:)(?!\*\*\*@|([0-9]+|\*)(?![^/\s]))\S+", r"\1***", text
+    )
 
 
 class ConfigError(Exception):
@@ -208,11 +214,14 @@ class Config:
 
     def __init__(self, **settings: Any) -> None:
         """Take settings by name, parsed; raise ConfigError for one out of range."""
+        self.file = ""  # it came from, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         # Defaults too: the interpreter finds what the object itself has faster.
         vars(self).update({name: getattr(Config, name) for name in self.names()})
         vars(self).update(settings)
-        self.name = self.name or socket.gethostname()
+        # A box that has no name yet is "(none)".
+        self.name = self.name or re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
+        self.name = self.name or "natwork"
 
     @staticmethod
     def names() -> list[str]:
@@ -239,6 +248,8 @@ class Config:
                 raise self.refuse(name, "must be more than 0")
         if self.max_workers > SLOTS:
             raise self.refuse("max_workers", f"must be at most {SLOTS}")
+        if "spare_workers" not in self.where:
+            self.spare_workers = min(self.spare_workers, self.max_workers)
         if self.spare_workers > self.max_workers:
             raise self.refuse("spare_workers", "must be at most max_workers")
         if not self.log:
@@ -266,6 +277,8 @@ class Config:
             if name in ("rules", "parents"):  # a line of ";..." would be a comment
                 listed = map(masked, self.lines(name))
                 value = "".join(f"\n    {line}" for line in listed)
+            elif isinstance(value, str):
+                value = " ".join(value.split())
             lines.append(f"{name} = {value}".rstrip())
         return "\n".join(lines)
 
@@ -316,13 +329,24 @@ def read_settings(path: str) -> dict[str, str]:
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}
 
 
+def own_file() -> str:
+    """Return "natwork.conf", or "" where there is none."""
+    try:
+        os.lstat("natwork.conf")
+    except FileNotFoundError:
+        return ""
+    except OSError:  # one that we may not see: to read it says why
+        pass
+    return "natwork.conf"
+
+
 def load_config(path: str, options: Iterable[str]) -> Config:
     """Return the settings of a file, overridden by NAME=VALUE options.
 
     The path "" stands for natwork.conf, or the defaults where there is none.
     Raises ConfigError, which names file or option, setting and value.
     """
-    path = path or ("natwork.conf" if os.path.exists("natwork.conf") else "")
+    path = path or own_file()
     found = read_settings(path) if path else {}
     given = [(path, name, text) for name, text in found.items()]
     for option in options:
@@ -337,7 +361,7 @@ def load_config(path: str, options: Iterable[str]) -> Config:
         except ValueError as error:
             raise ConfigError(f"{place}: {name} = {masked(text)}: {error}") from None
     config = Config(**settings)
-    config.where = where
+    config.file, config.where = path, where
     config.check()
     return config
 
@@ -362,7 +386,8 @@ OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 STATUSES = (
     "400 Bad Request,401 Unauthorized,403 Forbidden,404 Not Found,"
     "405 Method Not Allowed,407 Proxy Authentication Required,408 Request Timeout,"
-    "414 URI Too Long,417 Expectation Failed,431 Request Header Fields Too Large,"
+    "412 Precondition Failed,414 URI Too Long,417 Expectation Failed,"
+    "431 Request Header Fields Too Large,"
     "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,"
     "503 Service Unavailable,504 Gateway Timeout,505 HTTP Version Not Supported"
 ).split(",")
@@ -404,6 +429,7 @@ BAD_ADDRESS = BAD_REQUEST._replace(word="bad-address-type", reply=8)
 NO_METHOD = BAD_REQUEST._replace(word="no-method", reply=0xFF)
 NOT_FOUND = Outcome("not-found", 404, "http_request_error", "Check the path.")
 NO_LOGIN = Outcome("login-refused", 401, "http_request_error", LOG_IN)
+UNCHECKED = Outcome("unchecked", 412, "http_request_error", "Ask without it.")
 NOT_STORED = Outcome("not-stored", 403, "http_request_error", "Ask its owner.")
 DENIED = Outcome("denied", 403, "http_request_denied", ASK_OPERATOR, 2)
 AUTH_REQUIRED = Outcome("auth-required", 407, "http_request_denied", SAY_WHO, 2)
@@ -592,9 +618,9 @@ class Scoreboard:
         self.memory[place + 8 : place + 32] = digest
         self.words[place // 8] = int(time.monotonic())
 
-    def came_before(self, number: int, slots: int) -> int:
+    def came_before(self, number: int) -> int:
         """Return how many sessions of a slot's client came before this one."""
-        clients = self.words[CLIENTS : CLIENTS + slots].tolist()
+        clients = self.words[CLIENTS : CLIENTS + self.words[USED]].tolist()
         same = [n for n, client in enumerate(clients) if client == clients[number]]
         for _ in range(10):
             came = {n: self.words[ARRIVALS + n] for n in same}
@@ -1351,8 +1377,8 @@ class Worker:
             try:
                 self.generation.serve(self)
             finally:
+                self.slot.hold("")  # before he sees the end, and comes again
                 self.client.close()
-            self.slot.hold("")
             if self.leaving():
                 return
 
@@ -1406,9 +1432,11 @@ class Worker:
         limit = self.config.max_per_client
         if not limit:
             return
-        slots = max(self.config.max_workers, self.slot.number + 1)
-        if self.board.came_before(self.slot.number, slots) >= limit:
-            raise Refused(TOO_MANY, f"{self.peer} has {limit} sessions already")
+        for _ in range(SHARE_LOOKS):
+            if self.board.came_before(self.slot.number) < limit:
+                return
+            time.sleep(0.01)  # he may have seen the end of one before its worker
+        raise Refused(TOO_MANY, f"{self.peer} has {limit} sessions already")
 
     def is_surplus(self) -> bool:
         """Give up being idle; return whether enough others are."""
@@ -1539,7 +1567,8 @@ class Master:
         self.title = ""
         self.ballast: list[object] = []
         # sd_watchdog_enabled(3): twice as often as would just do.
-        self.notify_pause = int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2e6
+        pause = os.environ.get("WATCHDOG_USEC", "")
+        self.notify_pause = (int(pause) if pause.isdigit() else 10**7) / 2e6
         self.notify_at = 0.0  # monotonic
         board.words[BEGAN] = int(time.time())
 
@@ -1606,12 +1635,19 @@ class Master:
             self.reload()
 
     def states(self) -> bytes:
-        return self.board.states(self.generation.config.max_workers)
+        # A reload may have lowered max_workers: who came before works on.
+        limit = self.generation.config.max_workers
+        return self.board.states(max(limit, self.board.words[USED]))
+
+    def room(self, states: bytes) -> int:
+        """Return how many workers there may be besides those there are."""
+        there = len(states) - states.count(FREE)
+        return max(0, self.generation.config.max_workers - there)
 
     def is_full(self) -> bool:
         """Return whether a client who comes now finds nobody."""
         states = self.states()
-        return FREE not in states and self.generation.idle() not in states
+        return not self.room(states) and self.generation.idle() not in states
 
     def make_room(self) -> bool:
         """If clients wait for a worker, ask for one; return whether they do."""
@@ -1691,7 +1727,7 @@ class Master:
     def spawn(self, count: int) -> None:
         """Fork some workers, as many as there are slots for, with little in between."""
         slots, number, states, words = [], -1, self.states(), self.board.words
-        for _ in range(min(count, states.count(FREE))):
+        for _ in range(min(count, self.room(states))):
             number = states.index(FREE, number + 1)
             slot = Slot(self.board, number)
             # Before the fork: the worker may be busy by the time fork() returns here.
@@ -1745,9 +1781,7 @@ class Master:
         except OSError as error:
             self.board.say(f"a worker ends early: {reason(error)}")
         except Exception:
-            import traceback
-
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
         finally:
             # Not sys.exit(): we inherited the master's atexit list, pid file included.
             os._exit(status)
@@ -1865,6 +1899,11 @@ def unpack(packed: bytes) -> str:
     return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
+TRANSLATED = bytes(8) + b"\xff\xff\0\0"
+NAT64, NAT64_LOCAL = bytes.fromhex("0064ff9b0000000000000000"), b"\0\x64\xff\x9b\0\1"
+MAPPED = bytes(10) + b"\xff\xff"
+
+
 class Network(NamedTuple):
     """A block of addresses, from the first to the last."""
 
@@ -1877,6 +1916,8 @@ def parse_network(text: str) -> Network:
     address, slash, length = text.partition("/")
     packed = pack(address)
     bits = 8 * len(packed)
+    if packed.startswith(MAPPED):  # nothing that is judged has this form
+        raise ValueError(f"{text!r} is an IPv4 address: write it as one")
     if slash and not (re.fullmatch("[0-9]{1,3}", length) and int(length) <= bits):
         raise ValueError(f"{text!r} has no prefix length from 0 to {bits}")
     hosts = (1 << bits - int(length or bits)) - 1
@@ -1897,15 +1938,12 @@ def contains(blocks: Iterable[Network], *found: bytes) -> bool:
     return False
 
 
-NAT64, NAT64_LOCAL = bytes.fromhex("0064ff9b0000000000000000"), b"\0\x64\xff\x9b\0\1"
-MAPPED = bytes(10) + b"\xff\xff"
-
-
 def forms(packed: bytes) -> list[bytes]:
     """Return an address and the IPv4 addresses it stands for, if any.
 
-    IPv4-mapped and -compatible (RFC 4291), 6to4 (RFC 3056), Teredo (RFC 4380),
-    NAT64 (RFC 6052, RFC 8215): each reaches an IPv4 host under another name.
+    IPv4-mapped and -compatible (RFC 4291), -translated (RFC 2765), 6to4 (RFC 3056),
+    Teredo (RFC 4380), NAT64 (RFC 6052, RFC 8215): each reaches an IPv4 host under
+    another name.
     """
     if len(packed) == 4:
         return [packed]
@@ -1916,7 +1954,7 @@ def forms(packed: bytes) -> list[bytes]:
         return [packed, packed[2:6]]
     if packed.startswith(b"\x20\x01\0\0"):
         return [packed, packed[4:8], bytes(byte ^ 255 for byte in tail)]
-    if packed.startswith(NAT64):
+    if packed.startswith((NAT64, TRANSLATED)):
         return [packed, tail]
     if packed.startswith(NAT64_LOCAL):  # of a /96 or, by byte 6, of the /48 itself
         return [packed, packed[6:8] + packed[9:11] if packed[6] else tail]
@@ -1940,7 +1978,7 @@ CLOSED = (
 
 
 def netlink(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
-    """Ask the kernel's routing table; yield the body of each answer."""
+    """Ask the kernel's routing table; yield the body of each answer; raise OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
         sock.settimeout(1)
         sock.send(struct.pack("=IHHII", 16 + len(body), kind, 1 | flags, 1, 0) + body)
@@ -1973,28 +2011,33 @@ class Route(NamedTuple):
 
 
 def route_to(packed: bytes) -> Route | None:
-    """Return the kernel's route to an address, None if it has none."""
+    """Return the kernel's route to an address, None if it has none; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
-    with contextlib.suppress(OSError):
-        for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
-            found = attributes(data[12:])
-            index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
-            source = found.get(7, b"")  # RTA_PREFSRC
-            device = socket.if_indextoname(index) if index else ""
-            return Route(data[7] == 2, device, unpack(source) if source else "")
+    for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
+        found, device = attributes(data[12:]), ""
+        index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
+        with contextlib.suppress(OSError):  # none, or it has just gone
+            device = socket.if_indextoname(index)
+        source = found.get(7, b"")  # RTA_PREFSRC
+        return Route(data[7] == 2, device, unpack(source) if source else "")
     return None
 
 
 def device_addresses(device: str) -> list[bytes]:
-    """Return the addresses of a network device, packed; none if it is not there."""
-    found = []
-    with contextlib.suppress(OSError):
+    """Return the addresses of a network device, packed; none if it is not there.
+
+    Raises OSError.
+    """
+    found: list[bytes] = []
+    try:
         index = socket.if_nametoindex(device)
-        for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
-            if struct.unpack_from("=I", data, 4)[0] == index:
-                fields = attributes(data[8:])
-                found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
+    except OSError:
+        return found
+    for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
+        if struct.unpack_from("=I", data, 4)[0] == index:
+            fields = attributes(data[8:])
+            found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
     return found
 
 
@@ -2088,7 +2131,8 @@ class Uplink(NamedTuple):
 def parse_uplink(text: str, number: int = 0) -> Uplink:
     """Return the uplink a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
-        return Uplink(text, pack(text), number)
+        packed = pack(text)
+        return Uplink(unpack(forms(packed)[0]), forms(packed)[0], number)
     # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is neither an address nor a device name")
@@ -2593,6 +2637,7 @@ class Race:
         self.pending: dict[int, Winner] = {}
         self.started: list[Attempt] = []
         self.failed: list[tuple[OSError, Attempt]] = []
+        self.last: Attempt | None = None  # that was dialed
         self.refused: set[bytes] = set()  # addresses that would say no again
 
     def run(self, attempts: list[Attempt], timeout: float) -> Winner:
@@ -2640,6 +2685,7 @@ class Race:
         try:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
+            self.last = attempt
             number = sock.connect_ex(where)
             if number == errno.EINPROGRESS:
                 # From this box the answer has come by now, and this tells it.
@@ -2678,6 +2724,7 @@ class Race:
         for earlier in self.started[: self.started.index(attempt)]:
             if earlier.uplink and earlier.uplink != attempt.uplink:
                 self.board.note_failure(earlier.uplink.number)
+        self.last = attempt
         return sock, attempt
 
     def defeat(self) -> Refused:
@@ -2820,7 +2867,9 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
         name = host.encode()
         to = b"\3%c%b" % (len(name), name)
     talk.say(b"\5\1\0%b%b" % (to, port.to_bytes(2, "big")))
-    _, reply, _, kind = talk.hear(4)
+    version, reply, _, kind = talk.hear(4)
+    if version != 5 or not reply and kind not in (1, 3, 4):
+        raise Refused(BAD_RESPONSE, "this is not SOCKS5")
     if reply:
         outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
         raise Refused(outcome._replace(word=f"reply-{reply}"), f"SOCKS reply {reply}")
@@ -2829,11 +2878,17 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
 
 
 def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> Socket:
-    """Return the connection that is there first; the session learns its two ends."""
+    """Return the connection that is there first; the session learns its two ends.
+
+    Of attempts that all fail it learns the address dialed last.
+    """
     race = Race(worker.watch, worker.board)
-    sock, attempt = race.run(attempts, worker.config.connect_timeout)
-    session.address = endpoint((unpack(attempt.packed), attempt.port))
-    session.source = endpoint(sock.getsockname())
+    try:
+        sock, _ = race.run(attempts, worker.config.connect_timeout)
+        session.source = endpoint(sock.getsockname())
+    finally:
+        if last := race.last:
+            session.address = endpoint((unpack(last.packed), last.port))
     return sock
 
 
@@ -3006,6 +3061,7 @@ DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OURSELVES = b""  # the scheme of what is asked of the gateway itself
 NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
 USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
+BEFORE_AT_OR_QUERY = re.compile(rb"(?<=//).*@|\A.*@|(?:\?|%09).*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
 
@@ -3211,6 +3267,8 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     if not match:
         raise Refused(BAD_REQUEST, "malformed host or port in the target")
     port = int(match[2][:6]) if match[2] else default
+    if not match[2] and not default:
+        raise Refused(BAD_REQUEST, "no port in the target, which must be HOST:PORT")
     if not 0 < port < 65536:
         raise Refused(BAD_REQUEST, "port not from 1 to 65535 in the target")
     host = match[1].decode().lower()
@@ -3468,6 +3526,7 @@ class Exchange:
             return
         length = self.response_length(response)
         self.decide(response, length)
+        http.worker.begin(http.session)
         before = down.moved
         try:
             down.out += self.response_head(response, length)
@@ -3637,7 +3696,12 @@ class Http:
     def name_target(self) -> None:
         """Let the log know the target, as it was spelled if it was not understood."""
         if self.head and self.session.target == "-":
-            bare = USER_OR_QUERY.sub(b"", self.head.target)
+            secret = USER_OR_QUERY
+            try:
+                parse_target(self.head.method, self.head.target)
+            except Refused:  # it may have a password where nobody looks for one
+                secret = BEFORE_AT_OR_QUERY
+            bare = secret.sub(b"", self.head.target)
             self.session.target = printable(bare, TARGET_SIZE)
 
     def await_request(self) -> bool:
@@ -3717,9 +3781,11 @@ class Http:
         head = self.head = RequestHead(raw)
         session, names = self.session, head.fields.names
         session.method = head.method.decode()  # a token is printable
+        if head.method == b"CONNECT":
+            session.proto = "connect"
         self.worker.check_share()
         length = body_length(head, BAD_REQUEST)
-        if head.method == b"CONNECT":
+        if session.proto == "connect":
             return self.connect(head, length)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in head.fields.options
@@ -3729,12 +3795,13 @@ class Http:
         if b"expect" in names and head.minor == 1:
             if set(members(names, b"expect")) - {b"100-continue"}:
                 raise Refused(EXPECTATION, "an expectation other than 100-continue")
-        if head.method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
-            return self.answer_here(head, raw)
         if head.target.startswith(b"/"):
-            session.target = printable(head.target.partition(b"?")[0], TARGET_SIZE)
+            bare = USER_OR_QUERY.sub(b"", head.target)
+            session.target = printable(bare, TARGET_SIZE)
             own = Target(host_named(head), 0, b"", head.target, OURSELVES)
             return self.gateways[OURSELVES](self, head, own, length)
+        if head.method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
+            return self.answer_here(head, raw)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
         path = target.path.partition(b"?")[0]
@@ -3867,7 +3934,6 @@ class Http:
     def connect(self, head: RequestHead, length: int | None) -> Outcome:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
-        session.proto = "connect"
         if length is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
         self.identify(head.fields.names, b"proxy-authorization")
@@ -3956,15 +4022,17 @@ def parse_name(raw: bytes) -> str:
     return parse_authority(b"[%b]" % raw if b":" in raw else raw, 1)[0]
 
 
-def read_address(take: Callable[[int], bytes]) -> tuple[str, int]:
+def read_address(
+    take: Callable[[int], bytes], name: Callable[[bytes], str] = parse_name
+) -> tuple[str, int]:
     """Return host and port as version 5 writes them: RFC 1928 section 5.
 
-    take(count) returns the next bytes.  Raises Refused, and ValueError or
-    struct.error where they end too early.
+    take(count) returns the next bytes, name() the host of a name.  Raises Refused,
+    and ValueError or struct.error where they end too early.
     """
     (kind,) = struct.unpack("!B", take(1))
     if kind == 3:
-        host = parse_name(take(*struct.unpack("!B", take(1))))
+        host = name(take(*struct.unpack("!B", take(1))))
     elif kind in (1, 4):
         host = unpack(take(4 * kind))
     else:
@@ -4116,7 +4184,9 @@ class Association:
         if len(self.hosts) > UDP_HOSTS:
             del self.hosts[next(iter(self.hosts))]
         if self.session.target == "-":
-            self.session.target = printable(endpoint((host, port)).encode())
+            self.session.target = printable(
+                endpoint((host, port)).encode(), TARGET_SIZE
+            )
             self.session.address = endpoint((unpack(packed), port))
             self.session.source = endpoint(sock.getsockname())
             self.worker.begin(self.session, titled=True)
@@ -4210,7 +4280,7 @@ class Socks:
         command, port, packed = struct.unpack("!xBH4s", self.take(8))
         self.take_text()  # a user id that nobody vouches for
         if packed[:3] == bytes(3) and packed[3]:  # 4a: a name comes behind it
-            return command, parse_name(self.take_text()), port
+            return command, self.name(self.take_text()), port
         return command, unpack(packed), port
 
     def ask5(self) -> tuple[int, str, int]:
@@ -4220,7 +4290,15 @@ class Socks:
         version, command, reserved = self.take(3)
         if version != 5 or reserved:
             raise Refused(BAD_REQUEST, "this is no SOCKS request")
-        return command, *read_address(self.take)
+        # Where an ASSOCIATE says it will send from is no target, and may be anything.
+        return command, *read_address(
+            self.take, printable if command == 3 else self.name
+        )
+
+    def name(self, raw: bytes) -> str:
+        """Return the host of a name, which the log has even if it is none."""
+        self.session.target = printable(raw)
+        return parse_name(raw)
 
     def choose_method(self, methods: bytes) -> None:
         """Agree on how the client says who he is: section 3; raise Refused."""
@@ -4286,13 +4364,15 @@ class Socks:
         """Do what the client asks for; raise Refused."""
         session = self.session
         session.method = COMMANDS.get(command, "-")
+        if command == 3 and self.version == 5:
+            session.proto = "udp"
+        else:
+            session.target = printable(endpoint((host, port)).encode(), TARGET_SIZE)
         self.worker.check_share()
         if self.version == 4:
             session.user = anonymous(self.worker)
-        if command == 3 and self.version == 5:
-            session.proto = "udp"
+        if session.proto == "udp":
             return self.associate()
-        session.target = printable(endpoint((host, port)).encode())
         if command not in (1, 2):
             raise Refused(NOT_IMPLEMENTED, f"command {command}")
         self.worker.begin(session)
@@ -4305,8 +4385,8 @@ class Socks:
 
     def join(self, server: Socket, address: SocketAddress) -> None:
         """Tell the client of his connection, and carry what is said on it."""
-        self.worker.begin(self.session, titled=True)
         opening = self.reply(OK, address)
+        self.worker.begin(self.session, titled=True)
         self.owes_reply = False
         stream = Stream(server, SERVER_GONE)
         tunnel(self.worker, self.session, self.client, stream, opening)
@@ -4320,8 +4400,9 @@ class Socks:
         _, listener = open_outside(self, STREAM, expected, port, {})
         with listener:
             session.source = endpoint(listener.getsockname())
+            first = self.reply(OK, listener.getsockname())
             worker.begin(session, titled=True)
-            self.send(self.reply(OK, listener.getsockname()))
+            self.send(first)
             server, address = self.admit(listener, expected)
         session.address = endpoint(address)
         self.join(server, address)
@@ -4424,8 +4505,11 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     names = CLAIMED_HOST.findall(data[: end.end()])
     if absolute := ABSOLUTE.fullmatch(words[1]):
         names.append(absolute[2])
-    bare = [re.sub(rb"\A.*@|:[0-9]*\Z", b"", name).strip(b"[]") for name in names]
-    return [name for name in bare if name]
+    # Servers differ: what is before "@", or behind ":", may be anything to them.
+    names += [name.rpartition(b"@")[2] for name in names]
+    hosts = [name if b"]" in name else name.partition(b":")[0] for name in names]
+    bare = [host.partition(b"]")[0].removeprefix(b"[") for host in hosts]
+    return [name for name in dict.fromkeys(bare) if name]
 
 
 def hear_out(
@@ -4668,6 +4752,7 @@ def answer_stream(
         lines += b"Connection: close\r\n"
     date = http_date(int(time.time()))
     down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\n%b\r\n" % (date, lines)
+    http.worker.begin(http.session)
 
     def pass_on() -> Script:
         if text and not bare:
@@ -4730,8 +4815,13 @@ def ftp_data(http: Http, server: Any, words: str) -> Stream:
     It goes to the address that we talk to, whatever the server names: ftplib does
     not trust it either.
     """
+    import ftplib
+
     session, host = http.session, http.server_for[1]
-    address, port = server.makepasv()
+    try:
+        address, port = server.makepasv()
+    except ftplib.Error as error:  # which says nothing of the file
+        raise Refused(BAD_RESPONSE, f"no passive mode: {str(error)[:3]}") from None
     if not 0 < port < 65536:
         raise ValueError("port")
     sock = dial(http.worker, http.policy, session, host, port, address)
@@ -4802,15 +4892,19 @@ def ftp_get(http: Http, server: Any, path: str) -> None:
         ftp_end(server)  # or what has come was not all, and must not look so
 
 
-def ftp_put(
-    http: Http, server: Any, head: RequestHead, path: str, length: int | None
-) -> None:
-    """Store a request's body; raise Refused."""
+def ftp_upload(http: Http, head: RequestHead, path: str, length: int | None) -> Lane:
+    """Return the lane of a body that is to be stored; raise Refused.
+
+    What has come of it is checked before any file is emptied for it.
+    """
+    names = head.fields.names
     if not path or path.endswith("/"):
         raise Refused(BAD_REQUEST, "PUT without the name of a file")
-    data = ftp_data(http, server, f"STOR {path}")
-    up = Lane(http.watch, http.client, data, http.config.idle_timeout)
-    down = Lane(http.watch, data, http.client, http.config.idle_timeout)
+    if b"content-range" in names:  # RFC 9110 section 14.5
+        raise Refused(BAD_REQUEST, "a part of a file would be stored as the whole")
+    if b"if-match" in names or b"if-none-match" in names:
+        raise Refused(UNCHECKED, "FTP cannot tell whether If-Match holds")
+    up = Lane(http.watch, http.client, None, http.config.idle_timeout)
 
     def store() -> Script:
         if length == CHUNKED:
@@ -4819,9 +4913,17 @@ def ftp_put(
             yield from up.move(length)
         yield from up.flush()
 
-    if length and head.minor and members(head.fields.names, b"expect"):
-        down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
     up.script = store()
+    up.step()
+    return up
+
+
+def ftp_put(http: Http, server: Any, path: str, up: Lane, expects: bool) -> None:
+    """Store a request's body, for which the client expects a word; raise Refused."""
+    up.sink = data = ftp_data(http, server, f"STOR {path}")
+    down = Lane(http.watch, data, http.client, http.config.idle_timeout)
+    if expects:
+        down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
     try:
         http.join(up, down, down.flush)
     except BaseException:
@@ -4847,6 +4949,8 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
     login, outcome = ftp_login(head, target), OK
+    if head.method == b"PUT":
+        body = ftp_upload(http, head, path, length)
     http.worker.begin(http.session)
     talk = Talk(http, http.dial(target.host, target.port))
     server = ftplib.FTP(encoding="latin-1")
@@ -4860,7 +4964,8 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
             realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
             http.answer(outcome.status_text(), realm + lines, page)
         elif head.method == b"PUT":
-            ftp_put(http, server, head, path, length)
+            expects = members(head.fields.names, b"expect") if head.minor else []
+            ftp_put(http, server, path, body, bool(length and expects))
         elif path.endswith("/") or not path or kind == b";type=d":
             ftp_list(http, server, path)
         else:
@@ -4880,6 +4985,8 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
 def gopher_item(item: str) -> str:
     """Return a line of a menu as HTML."""
     kind = item[:1]
+    if "\t" not in item and kind not in "i3":
+        return item.translate(MARKUP)  # not a menu's: what some say who have nothing
     name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
     text = name.translate(MARKUP)
     if kind in ("", "i", "3") or not host:
@@ -4894,14 +5001,15 @@ def gopher_item(item: str) -> str:
     return f'<a href="{link.translate(MARKUP)}">{text}</a>'
 
 
-def gopher_menu(http: Http, talk: Talk, title: str) -> None:
+def gopher_menu(http: Http, talk: Talk, title: str) -> Outcome:
     """Answer with a menu, as a page; what begins with an error is a 404."""
     items = talk.lines()
     if "." in items:
         del items[items.index(".") :]
-    missing = items and items[0].startswith("3")
+    missing = bool(items) and items[0].startswith("3")
     status = NOT_FOUND.status_text() if missing else "200 OK"
     answer_page(http, status, title, [gopher_item(item) for item in items])
+    return NOT_FOUND if missing else OK
 
 
 def gopher(
@@ -4920,7 +5028,7 @@ def gopher(
         raise Refused(BAD_REQUEST, "a control byte in the target")
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
-    worker, session = http.worker, http.session
+    worker, session, outcome = http.worker, http.session, OK
     worker.begin(session)
     if kind == "7" and "\t" not in selector:
         judged(http.policy, worker.peer, session.user, target.host, target.port)
@@ -4932,14 +5040,14 @@ def gopher(
         try:
             talk.sendall(f"{selector}\r\n".encode("latin-1"))
             if kind in "17":
-                gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
+                outcome = gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
             else:
                 media = GOPHER_TYPES.get(kind) or content_type(selector)
                 answer_stream(http, talk.server, media, None, kind == "0")
         finally:
             http.drop_server()
     http.lingers = not http.keep
-    return OK
+    return outcome
 
 
 # --- Own pages ----------------------------------------------------------------
@@ -5317,9 +5425,13 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
 def serve_client(policy: Policy, worker: Worker) -> None:
     """Serve one client from the first byte to the last."""
     client = Stream(worker.client, CLIENT_GONE)
-    if not policy.is_client(worker.peer, worker.client):
+    try:
+        outcome = OK if policy.is_client(worker.peer, worker.client) else OUTSIDER
+    except OSError as error:  # the kernel does not say where he comes from
+        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+    if outcome is not OK:
         # Without a byte: a stranger learns nothing, not even what this is.
-        worker.finish(Session(worker.name, worker.pid), OUTSIDER.word)
+        worker.finish(Session(worker.name, worker.pid), outcome.word)
         return
     if target := redirected_from(worker):
         return serve_redirected(worker, policy, client, *target)
@@ -5348,9 +5460,12 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError(f"{text!r} is not ADDRESS:PORT")
     if host != "*":
-        pack(bare)
+        if not host:
+            raise ValueError(f"{text!r} is not ADDRESS:PORT")
+        packed = pack(bare)
         if (":" in bare) != (host == f"[{bare}]"):
             raise ValueError(f"{text!r}: an IPv6 address stands in brackets")
+        bare = unpack(forms(packed)[0])  # in the one form that others are compared with
     return bare, int(port)
 
 
@@ -5365,8 +5480,10 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
     for host, port in found:
         if found.count((host, port)) > 1:
             raise config.refuse("listen", f"names {endpoint((host, port))} twice")
-        if host != "*" and port and ("*", port) in found:
-            raise config.refuse("listen", f"*:{port} has {host} in it")
+        for every in ("*", "::" if ":" in host else "0.0.0.0"):
+            if host not in ("*", every) and port and (every, port) in found:
+                whole = endpoint((every, port))
+                raise config.refuse("listen", f"{whole} has {host} in it")
     return found
 
 
@@ -5380,8 +5497,14 @@ def passed_listeners() -> dict[str, socket.socket]:
     """Return the sockets that systemd passed, sd_listen_fds(3); {} if none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    return {f"systemd {fd}": socket.socket(fileno=fd) for fd in range(3, 3 + count)}
+    given, listeners = os.environ.get("LISTEN_FDS", "0"), {}
+    if not re.fullmatch("[0-9]{1,3}", given):
+        raise OSError(f"cannot take LISTEN_FDS={given}: it is not a number of sockets")
+    for fd in range(3, 3 + int(given)):
+        listeners[f"systemd {fd}"] = sock = socket.socket(fileno=fd)
+        if sock.family not in (INET, INET6) or sock.type != STREAM:
+            raise OSError(f"cannot listen on descriptor {fd}: it is not for TCP")
+    return listeners
 
 
 def open_listeners(
@@ -5416,7 +5539,8 @@ def load_generation(
 
     Raises ConfigError or OSError; then nothing has changed.
     """
-    config = load_config(path, options)
+    # The file that was there at the start does not become no file.
+    config = load_config(path or (old.config.file if old else ""), options)
     Policy(config, [])  # refused before anything is opened
     users = read_users(config)
     other_gateways(config)
@@ -5607,11 +5731,18 @@ def warm() -> list[object]:
     return ballast
 
 
+def is_there(uplink: Uplink) -> bool:
+    """Return whether this box has an uplink now."""
+    if not uplink.packed:
+        return bool(device_addresses(uplink.name))
+    route = route_to(uplink.packed)
+    return bool(route and route.local)
+
+
 def warn_of_outside(config: Config) -> None:
     """Say what about the way out is probably not meant."""
     for uplink in map(parse_uplink, config.outside.split()):
-        route = route_to(uplink.packed) if uplink.packed else None
-        if not (route and route.local or device_addresses(uplink.name)):
+        if not is_there(uplink):
             say(f"outside: {uplink.name} is not there now")
     route = None if config.outside else route_to(pack("192.0.2.1"))
     device = route.device if route else ""
@@ -5636,6 +5767,10 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     set_mask(BLOCK, MASTER_SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
+    try:
+        route_to(pack("127.0.0.1"))  # or we could not tell this box from others
+    except OSError as error:
+        raise OSError(f"cannot ask the kernel for a route: {reason(error)}") from None
     passed = passed_listeners()
     board = Scoreboard()
     pidfile = lock_pidfile(config.pidfile, user) if config.pidfile else -1
@@ -5659,6 +5794,9 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             os.setgroups([])
             os.setgid(user[1])
             os.setuid(user[0])
+            if config.users and not os.access(config.users, os.R_OK):
+                who = f"{config.user} cannot read {config.users}"
+                say(f"users: {who}, so no reload will work: see to its group")
         board.describe(config.max_workers)
         ballast += warm()
         ready()
@@ -5678,7 +5816,10 @@ def guard(work: Callable[[], int]) -> int:
         say(str(error))
         return 78
     except OSError as error:
-        say(reason(error))
+        # Those of ours have a text and no number.
+        say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
+        return 1
+    except KeyboardInterrupt:
         return 1
 
 
@@ -5775,23 +5916,38 @@ def print_table(as_json: bool) -> int:
     return 0
 
 
+def explain_client(config: Config, policy: Policy, client: str, user: str) -> bool:
+    """Print whether a client is served; return whether he may be; raise OSError."""
+    try:
+        packed = address_of(client)
+    except ValueError as error:
+        raise OSError(f"cannot explain: {error}") from None
+    inside = contains(policy.inside, packed)
+    if inside and policy.uplinks and (route := route_to(packed)):
+        for uplink in policy.uplinks:
+            inside = inside and uplink.name != route.device
+            if uplink.packed in device_addresses(route.device):
+                print(f"if he comes to {uplink.name}, the outside: not inside, refused")
+    print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    if inside and config.users and user == "-":
+        print("as no user: asked for name and password first")
+    return inside
+
+
 def explain(path: str, options: list[str], words: list[str]) -> int:
     """Print which rule decides about a client and a target; dial nothing."""
     config = load_config(path, options)
     own = [("0.0.0.0" if h == "*" else h, port) for h, port in endpoints(config)]
     policy = Policy(config, own)
     client, wanted, user = words[0], os.fsencode(words[1]), (*words[2:], "-")[0]
-    try:
-        inside = contains(policy.inside, forms(pack(client))[0])
-    except ValueError as error:
-        raise OSError(f"cannot explain: {error}") from None
-    print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
-    if not inside:
+    if not explain_client(config, policy, client, user):
         return 0
     host, addresses = "", []
     proto = "connect"
     try:
-        if b"://" in wanted:
+        if wanted.startswith(b"https://"):  # which one asks a proxy for by CONNECT
+            host, port = parse_authority(wanted.split(b"/")[2], 443)
+        elif b"://" in wanted:
             target = parse_target(b"GET", wanted)
             host, port, proto = target.host, target.port, target.scheme.decode()
         else:
@@ -5818,10 +5974,14 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if parent := policy.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
-    for attempt in plan(allowed, port, policy.uplinks, Scoreboard()):
+    attempts = plan(allowed, port, policy.uplinks, Scoreboard())
+    if allowed and not attempts:
+        print("refused: unreachable: no uplink has an address of its family")
+    for attempt in attempts:
         route = route_to(attempt.packed)
         if attempt.uplink:
-            way = f"from {attempt.uplink.name}"
+            there = "" if is_there(attempt.uplink) else ", which is not there now"
+            way = f"from {attempt.uplink.name}{there}"
         elif route and route.source:
             way = f"from {route.source}, by {route.device}, as the routing table has it"
         else:

@@ -143,7 +143,6 @@ BAD_SETTINGS = [
     "spare_workers = 9999999999",
     "spare_workers =",
     "spare_workers = 2049",  # over max_workers
-    "max_workers = 7",  # under spare_workers
     "max_workers = 65537",
     "max_workers = many",
     "clients_per_worker = 0",
@@ -222,8 +221,6 @@ def test_a_bad_setting_is_one_line_with_file_setting_and_value(
     checked: Callable[[str], str], setting: str
 ) -> None:
     name, _, value = setting.partition(" =")
-    if setting == "max_workers = 7":  # it is spare_workers that does not fit
-        name, value = "spare_workers", "8"
     why = checked(f"[natwork]\n{setting}\n")
     # What does not stand in the file itself is a default's fault.
     assert "bad.conf: " in why or "default: " in why
@@ -341,3 +338,78 @@ def test_a_file_made_after_the_start_is_read_by_a_reload(
     gateway.process.send_signal(signal.SIGHUP)
     eventually(lambda: "configuration reloaded" in gateway.errors.read_text())
     assert b"rule 1" in refusal()
+
+
+def test_a_file_that_has_gone_does_not_become_the_defaults(
+    daemon: Callable[..., Daemon],
+) -> None:
+    gateway = daemon(name="before")
+    moved = gateway.file.with_suffix(".moved")
+    gateway.file.rename(moved)
+    for link in (False, True):  # no file; and a link that leads nowhere
+        if link:
+            gateway.file.symlink_to("nowhere")
+        before = len(gateway.said())
+        gateway.process.send_signal(signal.SIGHUP)
+        eventually(lambda before=before: len(gateway.said()) > before)
+        assert gateway.said()[before:] == [
+            "natwork: configuration not reloaded, the old one stays: "
+            "natwork.conf: no such file or directory"
+        ]
+    gateway.file.unlink()
+    moved.rename(gateway.file)
+    assert gateway.hangup().endswith("natwork: configuration reloaded")
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "natwork.conf").symlink_to("nowhere")
+    assert refused("-t", cwd=tmp_path).startswith("natwork: natwork.conf: no such file")
+
+
+def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
+    text = "[natwork]\ninside = 10.0.0.0/8\n  ::1\nlisten =\n  *:1\n  127.0.0.1:2\n"
+    (tmp_path / "lines.conf").write_text(text)
+    once = printed("-c", "lines.conf", cwd=tmp_path)
+    assert "inside = 10.0.0.0/8 ::1\n" in once and "listen = *:1 127.0.0.1:2\n" in once
+    (tmp_path / "natwork.conf").write_text(once)
+    assert printed(cwd=tmp_path) == once
+
+
+def test_fewer_workers_mean_fewer_spare_ones_unless_they_are_named(
+    tmp_path: Path,
+) -> None:
+    once = printed("-o", "max_workers=3", cwd=tmp_path)
+    assert "spare_workers = 3\nmax_workers = 3\n" in once
+    options = "-o", "max_workers=3", "-o", "spare_workers=4"
+    assert "at most max_workers" in refused("-t", *options, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("(none)", "none"), ("b\xfcro.lan", "bro.lan"), ("()", "natwork")],
+)
+def test_a_box_without_a_proper_name_starts(
+    monkeypatch: pytest.MonkeyPatch, host: str, name: str
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    config = natwork.Config()
+    config.check()
+    assert config.name == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0.0.0.0:81 127.0.0.1:81", "[::]:81 [::1]:81", "[::1]:81 [0::1]:81", "8080"],
+)
+def test_listeners_that_cannot_be_together_are_refused(
+    checked: Callable[[str], str], text: str
+) -> None:
+    why = checked(f"[natwork]\nlisten = {text}\n")
+    assert why.startswith(f"natwork: bad.conf: listen = {text}: ")
+    assert "twice" in why or "in it" in why or "ADDRESS:PORT" in why
+
+
+def test_one_address_has_one_spelling() -> None:
+    spelled = "[0::0]:1", "[::ffff:127.0.0.1]:1", "127.0.0.1:1"
+    found = [natwork.parse_endpoint(text) for text in spelled]
+    assert found == [("::", 1), ("127.0.0.1", 1), ("127.0.0.1", 1)]

@@ -854,3 +854,86 @@ def test_a_listing_is_read_as_ls_and_as_dir_write_it(line: str, name: str) -> No
     match = natwork.FTP_ENTRY.fullmatch(line)
     assert match and match[3] == name
     assert bool(match[2] or match[1] == "d") == ("DIR" in line or name == "below")
+
+
+# --- What strangers found -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        (b"Content-Range: bytes 4-8/9", 400),
+        (b'If-Match: "x"', 412),
+        (b"If-None-Match: *", 412),
+    ],
+)
+def test_what_ftp_cannot_do_is_not_done_to_the_whole_file(
+    gateway, origin: Start, field: bytes, status: int
+) -> None:
+    server = origin(Script(), "127.0.0.3")
+    fields = field, b"Content-Length: 5"
+    answer = ask(gateway, url(server, "/f"), *fields, method=b"PUT", body=b"hello")
+    assert answer.status == status and answer.closes
+    assert uncalled(server)
+
+
+def test_a_malformed_body_empties_no_file(gateway, origin: Start) -> None:
+    server, field = origin(Script(), "127.0.0.3"), b"Transfer-Encoding: chunked"
+    target = url(server, "/f")
+    answer = ask(gateway, target, field, method=b"PUT", body=b"zz\r\n")
+    assert answer.status == 400 and answer.closes
+    assert uncalled(server)
+
+
+def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
+    gateway, origin: Start
+) -> None:
+    server = origin(ftpd(PASV=b"550 no", SIZE=b"213 5"), "127.0.0.3")
+    count = settled(gateway)
+    answer = ask(gateway, url(server, "/file"))
+    assert answer.status == 502 and b"no passive mode: 550" in answer.body
+    assert line_of(gateway, count)["outcome"] == "bad-response"
+    assert not any(line.startswith(b"CWD") for line in server.received)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown", "outcome"),
+    [
+        (b"3It is not here\t\terror\t1\r\n.\r\n", b"It is not here", "not-found"),
+        (b"Error: it is not here\r\n", b"\nError: it is not here", "ok"),
+        (b"iWelcome\r\n.\r\n", b"\nWelcome", "ok"),
+    ],
+)
+def test_what_a_gopher_says_instead_of_a_menu_is_shown(
+    gateway, origin: Start, said: bytes, shown: bytes, outcome: str
+) -> None:
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.makefile("rb").readline()
+        connection.sendall(said)
+
+    count = settled(gateway)
+    answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/1/x", "gopher"))
+    assert shown in answer.body
+    line = line_of(gateway, count)
+    assert (line["outcome"], line["status"]) == (outcome, str(answer.status))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "ftp://ann:kQ/7@h.example/x",
+        "ftp://ann:kQ#7@h.example/x",
+        "ftp:/ann:kQ7@h.example/x",
+        "ftp://ann:k?Q7@h.example/x",
+        "http://ann:kQ/7@h.example/x",
+        "http:/ann:kQ7@h.example/x",
+        "//ann:kQ7@h.example/x",
+    ],
+)
+def test_a_password_in_the_wrong_place_is_told_to_nobody(gateway, target: str) -> None:
+    count = settled(gateway)
+    answer = ask(gateway, target.encode())
+    assert answer.status in (400, 403, 404)
+    line = line_of(gateway, count)
+    for place in (line["target"], answer.body.decode()):
+        assert "kQ" not in place and "ann" not in place, place

@@ -534,6 +534,23 @@ def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:
         assert echoes(second)
 
 
+def test_a_lowered_limit_counts_those_above_it(daemon: Launch, origin: Start) -> None:
+    gateway, server = daemon(spare_workers="2", max_workers="8"), origin(echo)
+    with contextlib.ExitStack() as opened:
+        clients = [opened.enter_context(tunnel(gateway, server)) for _ in range(6)]
+        gateway.hangup(spare_workers="2", max_workers="3")
+        eventually(lambda: title(gateway.process.pid).endswith("master 0 idle 6 busy"))
+        for client in clients[:3]:
+            client.close()
+        eventually(lambda: title(gateway.process.pid).endswith("master 0 idle 3 busy"))
+        with gateway.connect() as waiting:  # three are served, and no fourth
+            waiting.sendall(request(DENIED))
+            assert not select.select([waiting], [], [], 1.5)[0]
+            clients[5].close()
+            assert read_answer(waiting).status == 403
+        assert all(echoes(client) for client in clients[3:5])
+
+
 def test_a_tunnel_that_outlives_two_rotations_is_in_the_newest_log(
     daemon: Launch, origin: Start
 ) -> None:
@@ -579,6 +596,23 @@ def test_term_to_a_worker_ends_that_session_only(natwork: Run, origin: Start) ->
         assert (line["up"], line["status"]) == ("5", "200")
         assert echoes(other)
         ready(gateway, 2)
+
+
+def test_a_session_that_is_ended_in_mid_answer_keeps_its_status(
+    natwork: Run, origin: Start
+) -> None:
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 203 Well\r\nContent-Length: 100\r\n\r\nhalf")
+        connection.recv(1)
+
+    gateway = natwork()
+    with gateway.connect() as client:
+        client.sendall(request(origin(handle)))
+        eventually(lambda: client.recv(4096, socket.MSG_PEEK).endswith(b"half"))
+        os.kill(worker_of(gateway, client), signal.SIGTERM)
+        (line,) = gateway.lines(1)
+    assert (line["outcome"], line["status"]) == ("operator", "203")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])

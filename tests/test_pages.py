@@ -407,7 +407,8 @@ def test_the_metrics_add_up_with_the_log(
         moved = sum(int(line[way]) for line in lines)
         assert metrics['natwork_bytes_total{direction="%s"}' % way] == moved
     # A source port may serve two targets.
-    made = len({(line["source"], line["address"]) for line in lines} - {("-", "-")})
+    pairs = {(line["source"], line["address"]) for line in lines}
+    made = sum(source != "-" for source, _ in pairs)
     assert metrics["natwork_connect_seconds_count"] == made
     assert 0 < metrics["natwork_connect_seconds_sum"] < 20
     assert metrics["natwork_forks_total"] >= 4 + 25

@@ -46,6 +46,7 @@ from wire import request
 from wire import response
 from wire import sized
 
+import natwork
 from natwork import Config
 from natwork import ConfigError
 from natwork import Handshake
@@ -93,6 +94,20 @@ class Tunnel:
         self.heads.append(read_head(connection))
         (drip if self.dripping else socket.socket.sendall)(connection, self.answer)
         echo(connection, origin)
+
+
+class Liar:
+    """A SOCKS5 parent that takes everybody, and then says what it is told."""
+
+    def __init__(self, reply: bytes) -> None:
+        self.reply = reply
+
+    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+        read_exactly(connection, read_exactly(connection, 2)[1])
+        connection.sendall(b"\5\0")
+        read_five(connection)
+        connection.sendall(self.reply)
+        connection.recv(1)
 
 
 class Socks:
@@ -200,6 +215,16 @@ def test_passwords_are_masked_where_settings_are_printed(tmp_path: Path) -> None
         assert f"    {line.replace(PASSWORD, '***')}\n" in done.stdout
     (tmp_path / "natwork.conf").write_text(done.stdout)
     assert command("-t", cwd=tmp_path).stdout == done.stdout
+
+
+@pytest.mark.parametrize("text", ["kQ7", "9kQ7", "*kQ7", "80kQ7", "80:kQ7"])
+def test_a_password_without_its_host_is_masked(text: str) -> None:
+    assert natwork.masked(f"x http://u:{text} to *") == "x http://u:*** to *"
+
+
+@pytest.mark.parametrize("text", ["http://h:80", "http://h:80/", "http://[::1]:80"])
+def test_a_port_is_no_password(text: str) -> None:
+    assert natwork.masked(text) == text
 
 
 @pytest.mark.parametrize(
@@ -544,6 +569,10 @@ def test_a_request_goes_through_a_socks_parent_as_to_its_server(
         (Socks(method=255), 502, b"destination_unavailable", "parent-auth-required"),
         (Socks(user=b"x"), 502, b"destination_unavailable", "parent-auth-failed"),
         (Tunnel(b"HTTP"), 502, b"http_protocol_error", "parent-bad-response"),
+        *(
+            (Liar(reply), 502, b"http_protocol_error", "parent-bad-response")
+            for reply in (b"\7\0\0\1" + bytes(6), b"\5\0\0\x09" + bytes(6))
+        ),
     ],
 )
 def test_a_socks_parents_refusal_is_passed_on(
@@ -554,7 +583,7 @@ def test_a_socks_parents_refusal_is_passed_on(
     error: bytes,
     word: str,
 ) -> None:
-    server = origin(parent if isinstance(parent, Socks) else speak_http)
+    server = origin(speak_http if isinstance(parent, Tunnel) else parent)
     gateway = natwork(parents(f"socks5://{LOGIN}{server.authority}"), NAMED)
     answer, client = connected(gateway, b"127.0.0.3:81")
     with client:

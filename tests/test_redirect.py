@@ -66,7 +66,17 @@ WHOLE = {  # first words -> the names in them
     "folded": (b"GET / HTTP/1.1\r\nHost:\r\n a.example\r\n\r\n", [b"a.example"]),
     "spaces": (b"GET  /  HTTP/1.1\r\nHost: a.example\r\n\r\n", [b"a.example"]),
     "two": (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", [b"a", b"b"]),
-    "absolute": (b"GET http://u@b:80/ HTTP/1.1\r\nHost: a\r\n\r\n", [b"a", b"b"]),
+    "absolute": (
+        b"GET http://u@b:80/ HTTP/1.1\r\nHost: a\r\n\r\n",
+        [b"a", b"u@b", b"b"],
+    ),
+    "a port that is none": (b"GET / HTTP/1.1\r\nHost: ads:x\r\n\r\n", [b"ads"]),
+    "two ports": (b"GET / HTTP/1.1\r\nHost: ads:80:80\r\n\r\n", [b"ads"]),
+    "a name behind the port": (
+        b"GET / HTTP/1.1\r\nHost: ads:x@good\r\n\r\n",
+        [b"ads", b"good"],
+    ),
+    "brackets": (b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", [b"::1"]),
     "none": (b"GET / HTTP/1.0\r\n\r\n", []),
     "empty": (b"GET / HTTP/1.1\r\nHost:\r\n\r\n", []),
     "tls": (hello("a.example"), [b"a.example"]),
@@ -528,7 +538,8 @@ def test_a_loop_or_closed_address_is_refused_without_a_byte(rig: Rig) -> None:
                 assert client.recv(1) == b"", host
         line = rig.line(number)
         assert (line["proto"], line["outcome"]) == ("redirect", word), host
-        assert (line["address"], line["down"]) == ("-", "0")
+        dialed = f"{host}:{port}" if word == "refused" else "-"
+        assert (line["address"], line["down"]) == (dialed, "0")
 
 
 @pytest.mark.end_to_end

@@ -240,6 +240,34 @@ def test_a_setting_that_passed_sockets_replace_is_said_to_be_idle(
         assert answers(passed[0].getsockname())
 
 
+@pytest.mark.parametrize("count", ["abc", "-1"])
+def test_a_number_of_sockets_that_is_none_is_one_line(
+    tmp_path: Path, count: str
+) -> None:
+    shell = f"LISTEN_PID=$$ LISTEN_FDS={count} exec {shlex.join(PROGRAM)}"
+    done = command(cwd=tmp_path, program=["sh", "-c", shell])
+    why = f"natwork: cannot take LISTEN_FDS={count}: it is not a number of sockets"
+    assert failed(done, 1).strip() == why
+
+
+def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
+    shell = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {shlex.join(PROGRAM)}"
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "door"))
+        door.listen()
+        done = subprocess.run(
+            ["sh", "-c", shell],
+            preexec_fn=lambda: os.dup2(door.fileno(), 3) and None,
+            pass_fds=[3],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=30,
+        )
+    why = "natwork: cannot listen on descriptor 3: it is not for TCP"
+    assert failed(done, 1).strip() == why
+
+
 # What systemd is told.
 
 

@@ -76,7 +76,9 @@ def test_importing_does_nothing() -> None:
     )
     docstring, *body, last = TREE.body
     assert isinstance(docstring, ast.Expr) and isinstance(last, ast.If)
-    assert [n.lineno for n in body if not isinstance(n, allowed)] == []
+    others = [ast.unparse(n) for n in body if not isinstance(n, allowed)]
+    # An older Python is told so in one line.
+    assert len(others) == 1 and others[0].startswith("if sys.version_info < (3, 10):")
     code = "import natwork; print(natwork.__version__)"
     done = subprocess.run(
         [sys.executable, "-c", code],

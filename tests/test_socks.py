@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -242,7 +244,8 @@ def test_a_failure_has_its_reply_and_is_closed_at_once(
     entry = line()
     code = told[-len(five_reply(0)) + 1] if told[:2] == AGREED else told[1]
     assert (entry["status"], entry["outcome"]) == (str(code), outcome)
-    assert (entry["address"], entry["source"]) == ("-", "-")
+    dialed = "127.0.0.3:1" if outcome == "refused" else "-"
+    assert (entry["address"], entry["source"]) == (dialed, "-")
     assert (entry["up"], entry["down"]) == ("0", str(len(told)))
 
 
@@ -727,3 +730,48 @@ def test_an_open_association_is_in_the_titles(natwork: Natwork, udp: Udp) -> Non
             return any(re.fullmatch(want, title(pid)) for pid in running.workers())
 
         eventually(shown)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        b"\3\x010\0\0",  # what PySocks sends
+        b"\3\0\0\0",
+        b"\3\x05a b\xff\0\0\x09",
+        b"\1" + bytes(6),
+        b"\4" + bytes(18),
+    ],
+)
+def test_where_a_client_says_it_will_send_from_may_be_anything(
+    gateway: Gateway, where: bytes
+) -> None:
+    with gateway.connect() as client:
+        code, relay = ask_five(client, five(where, ASSOCIATE))
+        assert code == 0 and relay[0] == "127.0.0.1"
+
+
+def test_a_malformed_name_is_in_the_log(gateway: Gateway) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        assert ask_five(client, five(named("127.1", 80)))[0] == 1
+    assert (line()["target"], line()["outcome"]) == ("127.1", "bad-request")
+
+
+def test_a_long_name_leaves_its_port_in_the_log(gateway: Gateway) -> None:
+    line, name = fresh(gateway), "a" * 255
+    with gateway.connect() as client:
+        assert ask_five(client, five(named(name, 9)))[0]
+    assert line()["target"] == f"{name}:9"
+
+
+def test_a_session_the_operator_ends_has_been_granted(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway, server = natwork(), origin(echo)
+    with gateway.connect() as client:
+        asked = five(addressed("127.0.0.1", server.port))
+        assert ask_five(client, asked)[0] == 0 and echoes(client)
+        (worker,) = set(gateway.workers()) - set(idle(gateway))
+        os.kill(worker, signal.SIGTERM)
+        (line,) = gateway.lines(1)
+    assert (line["status"], line["outcome"]) == ("0", "operator")

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -833,3 +834,38 @@ def test_a_reload_counts_who_was_there_before(
     at_rest(gateway)
     with tunnels(gateway, server, 3) as answers:
         assert [answer.status for answer in answers] == [200] * 3
+
+
+def test_who_comes_again_and_again_has_one_session(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway = natwork("max_per_client=1", "clients_per_worker=1")
+    server = origin(Script(*[sized(b"hello")] * 60))
+    for _ in range(60):
+        with gateway.connect() as client:
+            client.sendall(request(server, b"Connection: close"))
+            assert b" 200 " in read_all(client)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_users_that_no_reload_could_read_are_told_at_the_start(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "users").touch(mode=0o640)
+        gateway = Daemon(folder, user="nobody", users="users")
+        assert "no reload will work" in gateway.stop()
+
+
+def test_an_interrupted_question_is_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*PROGRAM, "--passwd", "ann"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    waits = Path(f"/proc/{process.pid}/wchan")
+    eventually(lambda: "pipe" in waits.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == 1
