@@ -474,6 +474,11 @@ OUTCOME_OF_ERRNO = {
 OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
 
 
+def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
+    """Return the outcome of an error of the system's, or another where none fits."""
+    return OUTCOME_OF_ERRNO.get(error.errno or 0, other)
+
+
 class Refused(Exception):
     """The session cannot go on: carries the Outcome, and the detail for the page."""
 
@@ -2734,7 +2739,7 @@ class Race:
             return Refused(UNROUTABLE, why)
         # An answer of the target says more than the want of a route.
         error, attempt = max(self.failed, key=lambda f: isinstance(f[0], ANSWERS))
-        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, CONNECT_FAILED)
+        outcome = outcome_of(error, CONNECT_FAILED)
         where = endpoint((unpack(attempt.packed), attempt.port))
         return Refused(outcome, f"{where}: {reason(error)}")
 
@@ -3688,7 +3693,7 @@ class Http:
             self.name_target()
             self.refuse(refusal)
         except OSError as error:
-            outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+            outcome = outcome_of(error)
             self.refuse(Refused(outcome, reason(error)))
         finally:
             self.worker.finish(session, outcome.word)
@@ -4247,7 +4252,7 @@ class Socks:
             outcome = refusal.outcome
             self.refuse(outcome)
         except OSError as error:
-            outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+            outcome = outcome_of(error)
             self.refuse(outcome)
         finally:
             self.worker.finish(self.session, outcome.word)
@@ -4593,7 +4598,7 @@ def serve_redirected(
     except Refused as refusal:
         outcome = refusal.outcome
     except OSError as error:
-        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+        outcome = outcome_of(error)
     finally:
         if outcome is not ENDED:
             client.abort()
@@ -5428,7 +5433,7 @@ def serve_client(policy: Policy, worker: Worker) -> None:
     try:
         outcome = OK if policy.is_client(worker.peer, worker.client) else OUTSIDER
     except OSError as error:  # the kernel does not say where he comes from
-        outcome = OUTCOME_OF_ERRNO.get(error.errno or 0, BROKEN)
+        outcome = outcome_of(error)
     if outcome is not OK:
         # Without a byte: a stranger learns nothing, not even what this is.
         worker.finish(Session(worker.name, worker.pid), outcome.word)
