@@ -782,7 +782,9 @@ class Session:
 
     def host(self) -> str:
         """Return the host of the target, without scheme, port and path."""
-        authority = self.target.rpartition("://")[2].partition("/")[0]
+        scheme, found, rest = self.target.partition("://")
+        whole = rest if found and "/" not in scheme else self.target
+        authority = whole.partition("/")[0]
         return authority.rpartition(":")[0].strip("[]") or authority
 
     def title(self) -> str:
@@ -3271,7 +3273,8 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     match = AUTHORITY.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "malformed host or port in the target")
-    port = int(match[2][:6]) if match[2] else default
+    digits = (match[2] or b"").lstrip(b"0")  # of which there may be any number
+    port = int(digits[:6] or b"0") if match[2] else default
     if not match[2] and not default:
         raise Refused(BAD_REQUEST, "no port in the target, which must be HOST:PORT")
     if not 0 < port < 65536:
@@ -3613,6 +3616,10 @@ class Exchange:
             lines += b"Date: %b\r\n" % http_date(int(time.time()))
         if self.head.minor == 1 or length != CHUNKED:
             lines += framing_lines(length)
+        if response.status == 426 and b"upgrade" in response.fields.names:
+            # RFC 9110 section 15.5.22: it must say to what.
+            wanted = b", ".join(response.fields.names[b"upgrade"])
+            lines += b"Connection: upgrade\r\nUpgrade: %b\r\n" % wanted
         return lines + (b"\r\n" if self.http.keep else b"Connection: close\r\n\r\n")
 
     def switch(self, response: ResponseHead) -> Script:
@@ -3664,7 +3671,7 @@ class Http:
     def serve(self) -> None:
         """Answer requests until the connection is over."""
         try:
-            while self.client.received or self.await_request():
+            while self.has_begun() or self.await_request():
                 self.one()
                 if self.lingers:
                     linger(self.watch, self.client)
@@ -3672,6 +3679,14 @@ class Http:
                     return
         finally:
             self.drop_server()
+
+    def has_begun(self) -> bool:
+        """Return whether the next request has come, in part at least."""
+        if self.client.received and self.server:  # where we wait we would see it
+            with contextlib.suppress(BlockingIOError):
+                self.server.fill()  # it closed, or it says what nobody asked
+                self.drop_server()
+        return bool(self.client.received)
 
     def one(self) -> None:
         """Answer one request, whatever becomes of it, and write it down."""
@@ -3809,7 +3824,7 @@ class Http:
             return self.answer_here(head, raw)
         target = parse_target(head.method, head.target)
         place = endpoint((target.host, target.port)).encode()
-        path = target.path.partition(b"?")[0]
+        path = target.path.partition(b"?")[0].removeprefix(b"*")
         session.target = printable(
             b"%b://%b%b" % (target.scheme, place, path), TARGET_SIZE
         )
@@ -3874,7 +3889,7 @@ class Http:
     # Answers of our own.
 
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
-        """Send an answer of the gateway itself; the client may have gone."""
+        """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
         date = http_date(int(time.time()))
         head = b"HTTP/1.1 %b\r\nDate: %b\r\n%b" % (status.encode(), date, lines)
@@ -3883,13 +3898,19 @@ class Http:
             head += b"Connection: close\r\n"
         if self.head and self.head.method == b"HEAD":
             body = b""
-        lane = Lane(self.watch, self.client, self.client, self.config.head_timeout)
+        lane = Lane(self.watch, self.client, self.client, self.config.idle_timeout)
         lane.out += head + b"\r\n" + body
-        with contextlib.suppress(OSError, Refused):
+        self.answered = True
+        try:
             for fd, events in lane.flush():
                 if not self.watch.wait({fd: events}, lane.patience):
-                    break
-        self.session.down += lane.moved
+                    raise Refused(IDLE, "the client takes no more")
+        except Refused:
+            self.keep = False
+            self.client.abort()  # what comes next would be taken for the rest of it
+            raise
+        finally:
+            self.session.down += lane.moved
 
     def refuse(self, refusal: Refused) -> None:
         """Tell the client why not; where an answer has begun, cut it short."""
@@ -3905,7 +3926,8 @@ class Http:
             self.keep = False
         if self.keep and head and body_length(head, BAD_REQUEST):
             self.keep = False  # its body is not read
-        self.answer(outcome.status_text(), *self.explain(outcome, refusal.detail))
+        with contextlib.suppress(Refused):  # he may have gone
+            self.answer(outcome.status_text(), *self.explain(outcome, refusal.detail))
         self.lingers = not self.keep
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
@@ -4717,13 +4739,18 @@ def content_type(name: str) -> str:
 
 
 def gopher_text(down: Lane) -> Script:
-    """Pass text on, less the dot at its end: RFC 1436 section 3."""
-    held = b""
+    """Pass text on, less the dot at its end, and one before others: RFC 1436."""
+    held, begun = b"\n", False  # as if another line went before
     while data := (yield from down.receive(COPY_SIZE)):
         held += data
-        down.out += held[:-5]
-        held = held[-5:]
-    down.out += re.sub(rb"(\A|\n)\.\r?\n?\Z", rb"\1", held)
+        cut = max(0, len(held) - 5)
+        while held.endswith((b"\n", b"\n."), 0, cut):
+            cut -= 1
+        if cut:
+            down.out += held[:cut].replace(b"\n..", b"\n.")[not begun :]
+            held, begun = held[cut:], True
+    held = re.sub(rb"\n\.\r?\n?\Z", b"\n", held).replace(b"\n..", b"\n.")
+    down.out += held[not begun :]
 
 
 def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
@@ -4795,7 +4822,8 @@ def ftp_enter(server: Any, login: tuple[str, str]) -> bool:
     import ftplib
 
     server.sock.expect()
-    server.getresp()
+    while server.getresp()[:1] == "1":  # RFC 959 section 5.4: 120, and then 220
+        pass
     try:
         server.login(*login)
     except ftplib.error_perm:

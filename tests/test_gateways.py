@@ -698,6 +698,9 @@ def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
         (b"", b""),
         (b"no dot", b"no dot"),
         (b"a line.\r\n", b"a line.\r\n"),
+        (b"..dot\r\nno..\r\n...\r\n..\r\n.\r\n", b".dot\r\nno..\r\n..\r\n.\r\n"),
+        (b"..", b"."),
+        (b"x" * 70_000 + b"\n..y", b"x" * 70_000 + b"\n.y"),
         (b"x" * 200_000 + b"\r\n.\r\n", b"x" * 200_000 + b"\r\n"),
     ],
 )
@@ -937,3 +940,52 @@ def test_a_password_in_the_wrong_place_is_told_to_nobody(gateway, target: str) -
     line = line_of(gateway, count)
     for place in (line["target"], answer.body.decode()):
         assert "kQ" not in place and "ann" not in place, place
+
+
+def test_a_page_that_is_cut_short_ends_the_connection(
+    natwork: Natwork, origin: Start
+) -> None:
+    listing = b"".join(
+        b"-rw-r--r-- 1 a b 3 Jan 1 10:00 f%06d\r\n" % n for n in range(60000)
+    )
+
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(listing)
+
+    data = origin(give, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    server = origin(
+        ftpd(PASV=b"227 (%b)" % comma, LIST=b"150 now\r\n226 done"), "127.0.0.3"
+    )
+    gateway = natwork("idle_timeout=1")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(gateway.address)
+        client.sendall(asking(url(server)) + asking(b"http://localhost/nope"))
+        (line,) = gateway.lines(1)  # without a byte read
+        with pytest.raises(ConnectionResetError):
+            while data := client.recv(65536):
+                assert b"HTTP/1.1 4" not in data
+    assert (line["outcome"], line["status"]) == ("idle-timeout", "200")
+
+
+def test_a_server_may_ask_to_wait_before_it_greets(gateway, origin: Start) -> None:
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"here")
+
+    data = origin(give, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    talk = ftpd(
+        PASV=b"227 (%b)" % comma,
+        RETR=b"150 now\r\n226 done",
+        USER=b"331 who",
+        SIZE=b"500",
+    )
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"120 wait a moment\r\n")
+        talk(connection, origin)
+
+    answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/file"))
+    assert (answer.status, answer.body) == (200, b"here")

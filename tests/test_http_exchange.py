@@ -238,6 +238,43 @@ def test_a_hundred_pipelined_requests_are_answered(
     assert targets == [b"/%d" % i for i in range(100)]
 
 
+@pytest.mark.parametrize("size", [5, 300_000], ids=["small", "spliced"])
+def test_what_a_server_says_behind_an_answer_answers_nothing(
+    gateway: Gateway, origin: Start, size: int
+) -> None:
+    def handle(connection: socket.socket, server: Origin) -> None:
+        while got := read_request(connection):
+            server.received.append(got.target)
+            trap = response(b"Content-Length: 4") + b"EVIL"
+            connection.sendall(
+                sized(b"x" * size) + (trap if got.target == b"/a" else b"")
+            )
+
+    server = origin(handle)  # R55
+    pair = request(server, path=b"/a") + request(server, path=b"/b")
+    with gateway.connect() as client:
+        send(client, pair)
+        assert [read_answer(client).body for _ in "ab"] == [b"x" * size] * 2
+    assert server.received == [b"/a", b"/b"] and len(server.callers) == 2
+
+
+def test_a_pipelined_post_does_not_go_to_a_server_that_has_closed(
+    gateway: Gateway, origin: Start
+) -> None:
+    def handle(connection: socket.socket, server: Origin) -> None:
+        server.received.append(read_request(connection).target)
+        connection.sendall(sized(b"x" * 300_000))
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(4096)
+
+    server = origin(handle)
+    data = request(server, path=b"/a") + post(server, b"Content-Length: 2", body=b"hi")
+    with gateway.connect() as client:
+        client.sendall(data)
+        assert [read_answer(client).status for _ in "ab"] == [200, 200]
+    assert server.received[0] == b"/a" and len(server.callers) == 2
+
+
 def test_pipelined_requests_in_single_octets_are_answered(
     gateway: Gateway, origin: Start
 ) -> None:
@@ -829,6 +866,14 @@ def test_a_refused_upgrade_stays_http(gateway: Gateway, origin: Start) -> None:
         send(client, request(server, *UPGRADE) + request(server, path=b"/next"))
         assert [read_answer(client).status for _ in range(2)] == [200, 200]
     assert [got.target for got in server.handle.requests] == [b"/", b"/next"]
+
+
+def test_a_demand_to_upgrade_says_to_what(gateway: Gateway, origin: Start) -> None:
+    answer = response(*UPGRADE, b"Content-Length: 0", status=b"426 Upgrade Required")
+    for sent, named in ((answer, [b"websocket"]), (answer.replace(b"Up", b"X-"), [])):
+        got = returned(gateway, origin(Script(sent)))  # RFC 9110 section 15.5.22
+        assert (got.status, got.members(b"Upgrade")) == (426, named)
+        assert (b"upgrade" in got.members(b"Connection")) == bool(named)
 
 
 def test_one_of_several_protocols_may_be_chosen(

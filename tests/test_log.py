@@ -43,6 +43,8 @@ from wire import send
 from wire import shared
 from wire import sized
 
+from natwork import Session
+
 daemon = daemons()
 gateway = shared()
 Start = Callable[..., Origin]
@@ -207,6 +209,23 @@ def test_path_query_and_password_are_not_in_the_title(
     shown = gateway.lines(before + 1)[-1]["target"]
     assert shown == f"{server.url}/path"
     assert not re.search("token|query|c2VjcmV0|cHc=", gateway.log.read_text())
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("http://a.example:80/web/http://b.example/x", "a.example"),
+        ("a.example:443", "a.example"),
+        ("[::1]:443", "::1"),
+        ("http://[::1]:80/cb/app://SECRET", "::1"),
+        ("/cb/app://SECRET", ""),
+        ("-", "-"),
+    ],
+)
+def test_the_host_is_not_taken_from_the_path(target: str, host: str) -> None:
+    session = Session("10.0.0.7:1", 1)
+    session.target = target
+    assert session.host() == host
 
 
 def test_user_and_password_in_a_target_are_written_nowhere(gateway: Gateway) -> None:

@@ -686,6 +686,16 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
         assert not re.search(r"AF_INET6?, SOCK_STREAM", calls), calls
 
 
+@pytest.mark.parametrize("port", ["0008443", "8443", "00000000000000000008443"])
+def test_a_port_is_all_of_its_digits(closed: Gateway, port: str) -> None:
+    answer, count = b"", len(closed.lines())
+    with closed.connect() as client:
+        answer = exchange(client, request(f"127.0.0.1:{port}".encode())).body
+    assert b"denied" in answer or b"refused" in answer
+    assert closed.lines(count + 1)[count]["target"] == "http://127.0.0.1:8443/"
+    assert natwork.parse_authority(f"h:{port}".encode(), 0) == ("h", 8443)
+
+
 def test_explain_takes_what_a_browser_takes(
     closed: Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
