@@ -137,6 +137,7 @@ WARM_CLIENTS = 5 * LEARNED  # served before it, of three kinds
 CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
+TIME_LIMIT = 2_000_000  # poll() counts milliseconds in 32 bits: these are 23 days
 SHARE_LOOKS = 20  # at a client's sessions, 10 ms apart, before he has too many
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 # Plain numbers, where the socket module has members of an enum.
@@ -163,9 +164,15 @@ def reason(error: OSError) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the operator: one line on standard error, whole even among processes."""
+    """Tell the operator: one line on standard error, whole even among processes.
+
+    It never waits: where nobody reads, it is lost.
+    """
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
     with contextlib.suppress(OSError):
-        os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
+        if poll.poll(0):
+            os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
 
 
 def masked(text: str) -> str:
@@ -173,7 +180,7 @@ def masked(text: str) -> str:
     text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
     # A URL that ends too early has no @, and what should be a port is none.
     return re.sub(
-        r"(://[^/@\s:\[]+:)(?!\*\*\*@|([0-9]+|\*)(?![^/\s]))\S+", r"\1***", text
+        r"(//[^/@\s:\[]+:)(?!\*\*\*@|([0-9]+|\*)(?![^/\s]))\S+", r"\1***", text
     )
 
 
@@ -236,7 +243,7 @@ class Config:
         """Return the error that says where a setting stands and why it is no good."""
         where = self.where.get(name, "default")
         value = masked(str(getattr(self, name)))
-        return ConfigError(f"{where}: {name} = {value}: {why}")
+        return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
 
     def check(self) -> None:
         """Raise ConfigError for a number out of range or a word out of place."""
@@ -246,6 +253,8 @@ class Config:
                 continue
             if type(value) in (int, float) and not 0 < value < 1e9:
                 raise self.refuse(name, "must be more than 0")
+            if type(value) is float and value > TIME_LIMIT:
+                raise self.refuse(name, f"must be at most {TIME_LIMIT} s")
         if self.max_workers > SLOTS:
             raise self.refuse("max_workers", f"must be at most {SLOTS}")
         if "spare_workers" not in self.where:
@@ -287,6 +296,8 @@ def parse_setting(name: str, text: str) -> Any:
     """Return the value of one setting; raise ValueError that says what is wrong."""
     if name not in Config.names():
         raise ValueError("there is no such setting")
+    if "\0" in text:
+        raise ValueError("has a NUL in it")
     kind = type(getattr(Config, name))
     if kind is str:
         return text.strip()
@@ -359,7 +370,8 @@ def load_config(path: str, options: Iterable[str]) -> Config:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            raise ConfigError(f"{place}: {name} = {masked(text)}: {error}") from None
+            why = f"{masked(f'{name} = {text}')}: {error}"
+            raise ConfigError(f"{place}: {why}") from None
     config = Config(**settings)
     config.file, config.where = path, where
     config.check()
@@ -831,6 +843,7 @@ class AccessLog:
 
         json.dumps("")  # once here, not in every worker, who may be unable to
         self.form, self.shared = config.log_format, False
+        self.has_room = select.poll()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if config.log != "-":
             self.fd = self.open(flags)
@@ -838,12 +851,14 @@ class AccessLog:
         if old and old.path == "-":
             # Not anew: we may have lost the right to, and O_APPEND with it.
             self.fd, self.shared = os.dup(old.fd), old.shared
+            self.has_room.register(self.fd, select.POLLOUT)
             return
         try:
             # Opened anew, so that O_NONBLOCK is ours and not the terminal's.
             self.fd = os.open("/proc/self/fd/1", flags)
         except OSError:  # a socket (journald's), or not ours to open again
             self.fd, self.shared = os.dup(1), True
+            self.has_room.register(self.fd, select.POLLOUT)
 
     def open(self, flags: int) -> int:
         """Return the file, open to be appended to; raise OSError.
@@ -874,7 +889,8 @@ class AccessLog:
         with contextlib.suppress(OSError):
             if self.path != "-":
                 flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
-                fd = os.open(self.path, flags)
+                safe = 0 if os.geteuid() else os.O_NOFOLLOW
+                fd = os.open(self.path, flags | os.O_CLOEXEC | safe)
                 os.dup2(fd, self.fd, False)
                 os.close(fd)
 
@@ -888,7 +904,7 @@ class AccessLog:
         data = b"\n" * words[LOG_CUT] + line.encode() + b"\n"
         slot.end(session, outcome)
         try:
-            if not self.shared or select.select([], [self.fd], [], 0)[1]:
+            if not self.shared or self.has_room.poll(0):
                 written = os.write(self.fd, data)
         except OSError:
             pass  # it is full, or nobody reads it
@@ -1187,6 +1203,17 @@ class Lane:
         other.patience = min(other.patience, HALF_CLOSED_TIMEOUT)
 
 
+def unsent(*streams: Stream | None) -> int:
+    """Return how many bytes the kernel took for some streams and still has."""
+    count = 0
+    for stream in streams:
+        with contextlib.suppress(OSError):
+            if stream:
+                queue = fcntl.ioctl(stream.fd, 0x5411, bytes(4))  # SIOCOUTQ
+                count += int.from_bytes(queue, sys.byteorder)
+    return count
+
+
 def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     """Run the lanes to the server and to the client until both have ended.
 
@@ -1197,6 +1224,7 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     """
     running = moving = [up, down]
     server_lost = up.sink.lost if up.sink else None
+    left = 0  # bytes that were not sent when nothing moved here
     try:
         while True:
             for lane in moving:
@@ -1222,9 +1250,12 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
                 patience = max(patience, lane.patience)
             slot.moved(up.moved, down.moved)
             ready = watch.wait(wanted, patience)
-            if not ready:
-                raise IdleTimeout
             moving = []
+            if not ready:
+                before, left = left, unsent(up.sink, down.sink)
+                if left in (0, before):
+                    raise IdleTimeout
+                continue  # a slow reader takes what the kernel has for him
             for lane in running:
                 if lane.waits[0] in ready:
                     moving.append(lane)
@@ -1241,12 +1272,12 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 #
 # The master keeps workers forked ahead of the clients and does nothing else: it
 # reads nothing from the network, resolves no name and accepts no client.  Its
-# loop is reap, top up, sleep, act.  Three pipes join it to its workers: through
-# the wake pipe signals and workers wake the master; through the pressure pipe
-# the master asks waiting workers for room; and the lifeline, of which each
-# generation of the configuration has one, says when to leave.  A byte in it
-# means: take no more clients under these settings.  Its end means: the master
-# is leaving, or dead.
+# loop is reap, top up, sleep, act.  Signals wake it through the wake pipe.  Three
+# more join it to its workers: through the poke pipe they have it look at the
+# scoreboard; through the pressure pipe it asks waiting ones for room; and the
+# lifeline, of which each generation of the configuration has one, says when to
+# leave.  A byte in it means: take no more clients under these settings.  Its end
+# means: the master is leaving, or dead.
 
 # Plain numbers and the plain C functions: what looks names up in an enum touches
 # fifty pages, which each worker would then have for itself.
@@ -1258,7 +1289,6 @@ TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
 BLOCK, UNBLOCK = int(signal.SIG_BLOCK), int(signal.SIG_UNBLOCK)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 set_wakeup = _signal.set_wakeup_fd
-POKE = b"\0"  # a worker's "look at the scoreboard"; other bytes are signals
 ROOM = b"r"  # the master's "somebody silent, make room"
 
 
@@ -1345,12 +1375,12 @@ class Worker:
     """One process and its one client at a time: what serving code may use."""
 
     def __init__(
-        self, generation: Generation, slot: Slot, wake_in: int, pressure_out: int
+        self, generation: Generation, slot: Slot, poke_in: int, pressure_out: int
     ) -> None:
         """Get ready in a new process; the descriptors are pipes of the master's."""
         self.generation, self.config = generation, generation.config
         self.slot, self.board, self.idle = slot, slot.board, generation.idle()
-        self.wake_in, self.pressure_out = wake_in, pressure_out
+        self.poke_in, self.pressure_out = poke_in, pressure_out
         self.lifeline, self.pid = generation.lifeline_out, os.getpid()
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
@@ -1420,12 +1450,7 @@ class Worker:
             if error.errno == errno.EINVAL:  # the master has shut this listener
                 self.idle_poll.unregister(fd)
                 del self.listeners[fd]
-            elif error.errno in (
-                errno.EMFILE,
-                errno.ENFILE,
-                errno.ENOBUFS,
-                errno.ENOMEM,
-            ):
+            elif error.errno != errno.ECONNABORTED:
                 self.board.say(f"cannot accept a client: {reason(error)}")
                 self.watch.wait({}, 1.0)  # the client stays in the queue
             return False
@@ -1468,7 +1493,7 @@ class Worker:
 
     def poke(self) -> None:
         try:
-            os.write(self.wake_in, POKE)
+            os.write(self.poke_in, b"p")
         except OSError:
             pass  # it is full, and so the master is awake; or the master is gone
 
@@ -1564,13 +1589,16 @@ class Master:
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}
         self.wake_out, self.wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.poke_out, self.poke_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.replaced: list[Generation] = []  # whose idle workers are to leave
         self.retiring: Generation | None = None  # until its idle workers have left
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
         self.stopping = self.hurried = False  # told to stop; and told so again
         self.fork_at = self.short_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
-        self.private = [self.wake_out, self.pressure_in]  # not the workers'
+        # Not the workers'.
+        self.private = [self.wake_out, self.wake_in, self.poke_out, self.pressure_in]
         self.title = ""
         self.ballast: list[object] = []
         # sd_watchdog_enabled(3): twice as often as would just do.
@@ -1599,6 +1627,7 @@ class Master:
             with self.steady():
                 self.reap()
                 self.keep_spares()
+                self.retire()
                 self.show_title()
                 for byte in self.sleep():
                     self.act(byte)
@@ -1624,6 +1653,7 @@ class Master:
         crowded = full and self.make_room()
         poll = select.poll()
         poll.register(self.wake_out, select.POLLIN)
+        poll.register(self.poke_out, select.POLLIN)
         if full and not crowded:
             for listener in self.generation.listeners.values():
                 poll.register(listener, select.POLLIN)
@@ -1631,6 +1661,8 @@ class Master:
         wait = min(1.0, max(0.0, fork_at - time.monotonic()) or 1.0)
         poll.poll(250 if crowded else wait * 1000)
         try:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.poke_out, 65536)
             return os.read(self.wake_out, 4096)
         except BlockingIOError:
             return b""
@@ -1777,7 +1809,7 @@ class Master:
                 generation.close()
             for fd in self.private:
                 os.close(fd)
-            worker = Worker(self.generation, slot, self.wake_in, self.pressure_out)
+            worker = Worker(self.generation, slot, self.poke_in, self.pressure_out)
             worker.confine()
             set_mask(UNBLOCK, MASTER_SIGNALS)
             slot.take(worker.pid)
@@ -1798,7 +1830,7 @@ class Master:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = self.load(self.generation)
-        except (ConfigError, OSError, ImportError) as error:
+        except (ConfigError, OSError, ImportError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             say(f"configuration not reloaded, the old one stays: {why}")
             notify("READY=1")
@@ -1808,9 +1840,9 @@ class Master:
         gc.collect()  # of generations gone by: their parts refer to each other
         old = self.generation
         fresh.number = old.number + 1
-        kept = set(fresh.listeners.values())
-        kept.update(self.removed)
-        self.removed += [s for s in old.listeners.values() if s not in kept]
+        wanted = set(fresh.listeners.values())
+        had = [*self.removed, *old.listeners.values()]
+        self.removed = [s for s in dict.fromkeys(had) if s not in wanted]
         # The new workers take what is still queued at a removed listener.
         for number, listener in enumerate(self.removed):
             fresh.listeners[f"removed {number}"] = listener
@@ -1820,9 +1852,17 @@ class Master:
         self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
         self.keep_spares()
-        self.board.words[RETIRED_BELOW] = fresh.number
-        os.write(old.lifeline_in, ROOM)
-        self.retiring = old
+        self.replaced.append(old)
+        self.retire()
+
+    def retire(self) -> None:
+        """Send the idle workers of earlier configurations away, once there are new."""
+        if self.replaced and not self.fork_failing:
+            self.board.words[RETIRED_BELOW] = self.generation.number
+            for old in self.replaced:
+                if old.workers:
+                    os.write(old.lifeline_in, ROOM)
+            self.retiring, self.replaced = self.replaced[-1], []
 
     def close_removed(self) -> None:
         """Shut listeners that are no longer wanted, once nobody waits there."""
@@ -1963,8 +2003,10 @@ def forms(packed: bytes) -> list[bytes]:
         return [packed, packed[4:8], bytes(byte ^ 255 for byte in tail)]
     if packed.startswith((NAT64, TRANSLATED)):
         return [packed, tail]
-    if packed.startswith(NAT64_LOCAL):  # of a /96 or, by byte 6, of the /48 itself
-        return [packed, packed[6:8] + packed[9:11] if packed[6] else tail]
+    if packed.startswith(NAT64_LOCAL):  # whose prefix may be a /48, /56, /64 or /96
+        read = [packed[6:8] + packed[9:11], packed[7:8] + packed[9:12]]
+        read += [packed[9:13], tail]
+        return [packed, *dict.fromkeys(form for form in read if form[0])]
     if packed.startswith(bytes(12)) and tail[:2] != b"\0\0":
         return [packed, tail]
     return [packed]
@@ -2027,7 +2069,8 @@ def route_to(packed: bytes) -> Route | None:
         with contextlib.suppress(OSError):  # none, or it has just gone
             device = socket.if_indextoname(index)
         source = found.get(7, b"")  # RTA_PREFSRC
-        return Route(data[7] == 2, device, unpack(source) if source else "")
+        # RTN_LOCAL, _BROADCAST, _ANYCAST: this box hears what is sent there.
+        return Route(data[7] in (2, 3, 4), device, unpack(source) if source else "")
     return None
 
 
@@ -2252,10 +2295,10 @@ class Policy:
             return inside
         host, _, *scope = sock.getsockname()
         here, route = address_of(host), route_to(address_of(peer))
-        # A link-local address says nothing of the side it is on; its device does.
-        ways = {socket.if_indextoname(scope[1])} if near and scope[1:] else set()
-        if route:
-            ways.add(route.device)
+        ways = {route.device} if route else set()
+        if near and any(scope[1:]):
+            # Each device has these addresses: the one he came by says his side.
+            ways = {socket.if_indextoname(scope[1])}
         for uplink in self.uplinks:
             if here == uplink.packed or not uplink.packed and uplink.name in ways:
                 return False
@@ -2292,6 +2335,10 @@ class Policy:
             return not packed or any(packed) and self.is_ours([packed], port)
         except ValueError:
             return False
+
+    def is_near(self, packed: bytes) -> bool:
+        """Return whether an address is one of the inside, or of this box alone."""
+        return any(contains(blocks, *forms(packed)) for _, blocks in self.closed)
 
     def closes(self, found: list[bytes]) -> str:
         """Return which built-in rule denies an address, "" if none does."""
@@ -2632,6 +2679,22 @@ def plan(
     return attempts
 
 
+def ways(
+    policy: Policy, addresses: list[bytes], port: int, board: Scoreboard
+) -> list[Attempt]:
+    """Return the attempts at addresses that may be dialed, in their order.
+
+    What is near us is not behind a device of the outside: who answers there for
+    such an address is somebody else.
+    """
+    uplinks, near = policy.uplinks, []
+    by_address = [uplink for uplink in uplinks if uplink.packed]
+    if len(by_address) < len(uplinks):
+        near = [packed for packed in addresses if policy.is_near(packed)]
+    far = [packed for packed in addresses if packed not in near]
+    return plan(near, port, by_address, board) + plan(far, port, uplinks, board)
+
+
 # What a target itself has answered; any other error is the way's.
 ANSWERS = ConnectionRefusedError, ConnectionResetError
 
@@ -2840,8 +2903,11 @@ def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
     """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
     talk.say(lines % (at, at, via, basic(parent)))
-    status = 100
+    status, count = 100, 0
     while status < 200:
+        count += 1
+        if count > INTERIM_LIMIT:
+            raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
         line = talk.hear_head().partition(CRLF)[0]
         match = re.fullmatch(rb"HTTP/1\.[0-9] ([1-5][0-9][0-9])( .*)?", line)
         if not match:
@@ -2981,7 +3047,7 @@ def dial(
     else:
         if only and policy.parents:
             addresses = judged(*asked, only=only)
-        attempts = plan(addresses, port, policy.uplinks, worker.board)
+        attempts = ways(policy, addresses, port, worker.board)
         sock = connect(worker, session, attempts)
     worker.slot.connected(time.monotonic() - began)
     return sock
@@ -5367,7 +5433,7 @@ def other_gateways(config: Config) -> list[str]:
     """Return the words of `gateways`; raise ConfigError for what is not HOST:PORT."""
     for word in config.gateways.split():
         try:
-            parse_authority(word.encode(), 0)
+            parse_authority(os.fsencode(word), 0)
         except Refused:
             raise config.refuse("gateways", f"{word!r} is not HOST:PORT") from None
     return config.gateways.split()
@@ -5577,7 +5643,9 @@ def load_generation(
     Policy(config, [])  # refused before anything is opened
     users = read_users(config)
     other_gateways(config)
-    kept = old.listeners if old else {}
+    # By address too: one that was removed may still have clients in its queue.
+    held = old.listeners if old else {}
+    kept = {endpoint(s.getsockname()): s for s in held.values()} | held
     with contextlib.ExitStack() as undo:
         listeners = passed or open_listeners(config, kept, undo)
         fresh = [sock for sock in listeners.values() if sock not in kept.values()]
@@ -5844,13 +5912,17 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
 def guard(work: Callable[[], int]) -> int:
     """Return the exit code of some work: its own, 1 or 78, said in one line."""
     try:
-        return work()
+        code = work()
+        print(end="", flush=True)
+        return code
     except ConfigError as error:
         say(str(error))
         return 78
     except OSError as error:
         # Those of ours have a text and no number.
         say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
+        with open(os.devnull, "w") as null:  # what nobody takes is not tried again
+            os.dup2(null.fileno(), 1)
         return 1
     except KeyboardInterrupt:
         return 1
@@ -5889,7 +5961,7 @@ def run_daemon(path: str, options: list[str]) -> int:
             umask=0o027,
             detach_process=True,  # it would guess, by what standard input is
             working_directory=os.getcwd(),
-            files_preserve=list(range(3, 64)),
+            files_preserve=[news_in],
             stdout=sys.stdout,
             stderr=sys.stderr,
             signal_map={},
@@ -6007,7 +6079,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if parent := policy.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
-    attempts = plan(allowed, port, policy.uplinks, Scoreboard())
+    attempts = ways(policy, allowed, port, Scoreboard())
     if allowed and not attempts:
         print("refused: unreachable: no uplink has an address of its family")
     for attempt in attempts:

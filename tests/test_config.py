@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +17,7 @@ import pytest
 from conftest import ROOT
 from conftest import Gateway
 from conftest import eventually
+from running import PROGRAM
 from running import Daemon
 from running import command
 from running import daemons
@@ -144,6 +150,11 @@ BAD_SETTINGS = [
     "spare_workers =",
     "spare_workers = 2049",  # over max_workers
     "max_workers = 65537",
+    "tunnel_timeout = 2592000",  # more milliseconds than poll() takes
+    "keepalive_timeout = 2000001",
+    "log = a\0b",
+    "user = a\0b",
+    "pidfile = a\0b",
     "max_workers = many",
     "clients_per_worker = 0",
     "head_timeout = nan",
@@ -413,3 +424,55 @@ def test_one_address_has_one_spelling() -> None:
     spelled = "[0::0]:1", "[::ffff:127.0.0.1]:1", "127.0.0.1:1"
     found = [natwork.parse_endpoint(text) for text in spelled]
     assert found == [("::", 1), ("127.0.0.1", 1), ("127.0.0.1", 1)]
+
+
+def test_a_full_disk_under_what_is_printed_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "-t"],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    said = "natwork: cannot go on: no space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_nul_in_the_file_changes_nothing(daemon: Callable[..., Daemon]) -> None:
+    gateway = daemon()
+    said = gateway.hangup(log="a\0b")
+    assert "not reloaded" in said and said.endswith("has a NUL in it")
+    gateway.settings["log"] = str(gateway.log)
+    assert gateway.hangup().endswith("configuration reloaded")
+
+
+def test_who_does_not_read_what_is_said_stops_nobody(tmp_path: Path) -> None:
+    said_out, said_in = os.pipe2(os.O_NONBLOCK)
+    os.set_blocking(said_in, True)
+    (tmp_path / "natwork.conf").write_text("[natwork]\nlisten = 127.0.0.1:0\n")
+    process = subprocess.Popen([*PROGRAM], cwd=tmp_path, stderr=said_in, stdout=-3)
+    try:
+        heard = ""
+        while not (match := re.search(r"listening on 127.0.0.1:(\d+)\n", heard)):
+            select.select([said_out], [], [], 20)
+            heard += os.read(said_out, 4096).decode()
+        os.set_blocking(said_in, False)  # filled by us, and read by nobody
+        with contextlib.suppress(BlockingIOError):
+            while os.write(said_in, b"x" * 4096):
+                pass
+        os.set_blocking(said_in, True)
+        for _ in range(3):
+            process.send_signal(signal.SIGHUP)
+            for _ in range(12):
+                with socket.create_connection(
+                    ("127.0.0.1", int(match[1])), 10
+                ) as client:
+                    assert exchange(client, request(DENIED)).status == 403
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(said_out)
+        os.close(said_in)

@@ -20,6 +20,7 @@ from conftest import eventually
 from conftest import read_all
 from running import Daemon
 from running import Held
+from running import configuration
 from running import daemons
 from running import descriptors
 from running import echo
@@ -518,6 +519,29 @@ def test_who_waits_at_a_listener_that_goes_is_served(
             client.close()
         eventually(lambda: refuses(goes))
         assert echoes(busy)
+
+
+def test_a_listener_may_come_back_while_clients_wait_at_it(
+    daemon: Launch, origin: Start
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        second = "127.0.0.1:%d" % free.getsockname()[1]
+    gateway = daemon(listen=f"127.0.0.1:0 {second}", max_workers="1")
+    host, _, port = second.partition(":")
+    with tunnel(gateway, origin(echo)):
+        with socket.create_connection((host, int(port)), 20) as waiting:
+            waiting.sendall(request(DENIED))
+            for listen in ("127.0.0.1:0", f"127.0.0.1:0 {second}"):
+                gateway.settings["listen"] = listen
+                gateway.file.write_text(configuration(gateway.settings))
+                before = len(gateway.said())
+                gateway.process.send_signal(signal.SIGHUP)
+                time.sleep(1)
+                assert not any(
+                    "not reloaded" in line for line in gateway.said()[before:]
+                )
+    with socket.create_connection((host, int(port)), 20) as client:
+        assert exchange(client, request(DENIED)).status == 403
 
 
 def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:

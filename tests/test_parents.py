@@ -194,7 +194,7 @@ def test_a_password_is_not_quoted_though_the_url_ends_too_early() -> None:
     ],
 )
 def test_an_error_does_not_quote_the_password(tmp_path: Path, text: str) -> None:
-    for name in ("parents", "parent"):
+    for name in ("parents", "parent", "gateways", "listen", "outside"):
         (tmp_path / "natwork.conf").write_text(f"[natwork]\n{name} = {text}\n")
         done = command("-t", cwd=tmp_path)
         assert done.returncode == 78 and re.fullmatch(r"natwork: .*\n", done.stderr)
@@ -431,6 +431,11 @@ ODD = {
     "half a head": (b"HTTP/1.1 200 OK\r\n", 504, "parent-connect-timeout"),
     "not HTTP": (b"SSH-2.0-x\r\n\r\n", 502, "parent-bad-response"),
     "an odd status": (b"HTTP/1.1 2000 OK\r\n\r\n", 502, "parent-bad-response"),
+    "no end of interim ones": (
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 100,
+        502,
+        "parent-bad-response",
+    ),
     "no end": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000, 502, "parent-bad-response"),
     "only interim": (response(status=b"102 x") * 3, 504, "parent-connect-timeout"),
 }

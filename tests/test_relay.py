@@ -778,3 +778,29 @@ def test_bodies_go_both_ways_at_once(gateway: Gateway, origin: Start, way: str) 
     assert (same(got.body, DATA), got.complete) == (True, True)
     eventually(lambda: server.received)
     assert same(server.received[0], DATA)
+
+
+def test_who_reads_slowly_and_all_the_time_is_not_silent(
+    natwork: Callable[..., Gateway], origin: Callable[..., Origin]
+) -> None:
+    size = 3_000_000
+
+    def give(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"x" * size)
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+
+    gateway, server = natwork("tunnel_timeout=1"), origin(give)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        client.settimeout(20)
+        client.connect(gateway.address)
+        client.sendall(
+            f"CONNECT {server.authority} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        )
+        got, began = len(client.recv(39)), time.monotonic()
+        while data := client.recv(65536 if time.monotonic() > began + 5 else 8192):
+            got += len(data)
+            if time.monotonic() < began + 5:
+                time.sleep(0.02)  # all that comes here has long left the gateway
+    assert got == 39 + size

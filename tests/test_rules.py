@@ -219,6 +219,15 @@ VERDICTS = [
     ("", "a.example", 80, "64:ff9b:1::7f00:1", "denied-loopback"),
     ("", "a.example", 80, "64:ff9b:1:7f00:0:100::", "denied-loopback"),
     ("", "a.example", 80, "64:ff9b:1::5db8:d822", "ok"),
+    *(
+        ("", "a.example", 80, address, "denied-inside")
+        for address in (
+            "64:ff9b:1:6400::a00:7",  # a /96 whose 16 bits are not 0
+            "64:ff9b:1:6464::a00:7",
+            "64:ff9b:1:640a:0:7::",  # a /56
+            "64:ff9b:1:6464:a:0:700:0",  # a /64
+        )
+    ),
     ("", "a.example", 80, "64:ff9b::5db8:d822", "ok"),
     ("", "a.example", 80, "2001:0:c000:201::80ff:fffe", "denied-loopback"),
     ("", "a.example", 80, "2001:0:7f00:1::", "denied-loopback"),
