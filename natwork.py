@@ -2650,17 +2650,25 @@ def interleave(addresses: list[bytes]) -> list[bytes]:
     return turns + first[len(second) :] + second[len(first) :]
 
 
+def direct(addresses: list[bytes], port: int) -> list[Attempt]:
+    """Return the attempts in their order, by whichever way the routing table has."""
+    attempts: list[Attempt] = []
+    if len(addresses) > 1:
+        addresses = interleave(addresses)
+    for packed in addresses:
+        attempts.append(Attempt(packed, port, None, RACE_DELAY))
+    return attempts
+
+
 def plan(
     addresses: list[bytes], port: int, uplinks: list[Uplink], board: Scoreboard
 ) -> list[Attempt]:
     """Return the attempts in their order: uplink by uplink, failed ones last."""
+    if not uplinks:
+        return direct(addresses, port)
     attempts: list[Attempt] = []
     if len(addresses) > 1:
         addresses = interleave(addresses)
-    if not uplinks:
-        for packed in addresses:
-            attempts.append(Attempt(packed, port, None, RACE_DELAY))
-        return attempts
     seen: set[int] = set()  # families, as address lengths, that have a way
     for way in sorted(uplinks, key=lambda uplink: board.is_tired(uplink.number)):
         usable = [
@@ -3047,7 +3055,10 @@ def dial(
     else:
         if only and policy.parents:
             addresses = judged(*asked, only=only)
-        attempts = ways(policy, addresses, port, worker.board)
+        if policy.uplinks:
+            attempts = ways(policy, addresses, port, worker.board)
+        else:
+            attempts = direct(addresses, port)
         sock = connect(worker, session, attempts)
     worker.slot.connected(time.monotonic() - began)
     return sock
@@ -3737,7 +3748,14 @@ class Http:
     def serve(self) -> None:
         """Answer requests until the connection is over."""
         try:
-            while self.has_begun() or self.await_request():
+            while True:
+                if not self.client.received:
+                    if not self.await_request():
+                        return
+                elif self.server:  # where we wait we would have seen it
+                    with contextlib.suppress(BlockingIOError):
+                        self.server.fill()  # it closed, or it says what nobody asked
+                        self.drop_server()
                 self.one()
                 if self.lingers:
                     linger(self.watch, self.client)
@@ -3745,14 +3763,6 @@ class Http:
                     return
         finally:
             self.drop_server()
-
-    def has_begun(self) -> bool:
-        """Return whether the next request has come, in part at least."""
-        if self.client.received and self.server:  # where we wait we would see it
-            with contextlib.suppress(BlockingIOError):
-                self.server.fill()  # it closed, or it says what nobody asked
-                self.drop_server()
-        return bool(self.client.received)
 
     def one(self) -> None:
         """Answer one request, whatever becomes of it, and write it down."""
