@@ -163,16 +163,18 @@ def reason(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def say(message: str) -> None:
+def say(message: str) -> bool:
     """Tell the operator: one line on standard error, whole even among processes.
 
-    It never waits: where nobody reads, it is lost.
+    It never waits: where nobody reads, it is lost.  Returns whether it was said.
     """
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     with contextlib.suppress(OSError):
         if poll.poll(0):
             os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
+            return True
+    return False
 
 
 def masked(text: str) -> str:
@@ -579,12 +581,15 @@ class Scoreboard:
         """Return the state bytes of the first slots."""
         return self.memory[STATES : STATES + slots]
 
-    def say(self, message: str) -> None:
-        """Say what many workers may want to say at once, one line a second."""
+    def say(self, message: str) -> bool:
+        """Say what many workers may want to say at once, one line a second.
+
+        Returns whether it was said, in this second, by one of them.
+        """
         second = int(time.monotonic())
-        if self.words[LAST_SAID] != second:
+        if self.words[LAST_SAID] != second and say(message):
             self.words[LAST_SAID] = second
-            say(message)
+        return self.words[LAST_SAID] == second
 
     def is_tired(self, uplink: int) -> bool:
         """Return whether an uplink has failed a short while ago."""
@@ -843,6 +848,7 @@ class AccessLog:
 
         json.dumps("")  # once here, not in every worker, who may be unable to
         self.form, self.shared = config.log_format, False
+        self.untold = False  # that lines were lost, when nobody listened either
         self.has_room = select.poll()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if config.log != "-":
@@ -910,10 +916,13 @@ class AccessLog:
             pass  # it is full, or nobody reads it
         if written == len(data):
             words[LOG_CUT] = 0
-            return
-        words[LOG_CUT] |= written > 0
-        slot.words[LOST] += 1
-        slot.board.say("the access log takes no more: lines are lost")
+        else:
+            words[LOG_CUT] |= written > 0
+            slot.words[LOST] += 1
+            self.untold = True
+        if self.untold:
+            lost = "the access log takes no more: lines are lost"
+            self.untold = not slot.board.say(lost)
 
 
 # --- Relay --------------------------------------------------------------------
@@ -5923,7 +5932,8 @@ def guard(work: Callable[[], int]) -> int:
     """Return the exit code of some work: its own, 1 or 78, said in one line."""
     try:
         code = work()
-        print(end="", flush=True)
+        if sys.stdout:  # None if it was closed
+            sys.stdout.flush()
         return code
     except ConfigError as error:
         say(str(error))
