@@ -522,6 +522,7 @@ GENERATIONS = 240
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
 # The master's: Unix time; slots that ever were; is it about to fork a few workers?
 FORKS, BEGAN, USED, GATHERS = range(7, 11)
+UNTOLD = 11  # lines of the log were lost, and nobody was there to hear it
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 SCRYPTS = 15  # passwords checked; only the holder of the lock writes
 OURS = 0x316B726F7774616E  # "natwork1"
@@ -848,7 +849,6 @@ class AccessLog:
 
         json.dumps("")  # once here, not in every worker, who may be unable to
         self.form, self.shared = config.log_format, False
-        self.untold = False  # that lines were lost, when nobody listened either
         self.has_room = select.poll()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if config.log != "-":
@@ -919,10 +919,10 @@ class AccessLog:
         else:
             words[LOG_CUT] |= written > 0
             slot.words[LOST] += 1
-            self.untold = True
-        if self.untold:
+            words[UNTOLD] = 1
+        if words[UNTOLD]:  # and perhaps nobody listened either
             lost = "the access log takes no more: lines are lost"
-            self.untold = not slot.board.say(lost)
+            words[UNTOLD] = not slot.board.say(lost)
 
 
 # --- Relay --------------------------------------------------------------------
