@@ -2302,18 +2302,17 @@ class Policy:
         inside, near = self.placed(peer)
         if not inside or not self.uplinks and not near:
             return inside
-        host, _, *scope = sock.getsockname()
-        here, route = address_of(host), route_to(address_of(peer))
-        ways = {route.device} if route else set()
-        if near and any(scope[1:]):
+        here, route = address_of(sock.getsockname()[0]), route_to(address_of(peer))
+        devices = {route.device} if route else set()
+        if near and any(scope := sock.getpeername()[3:]):
             # Each device has these addresses: the one he came by says his side.
-            ways = {socket.if_indextoname(scope[1])}
+            devices = {socket.if_indextoname(scope[0])}
         for uplink in self.uplinks:
-            if here == uplink.packed or not uplink.packed and uplink.name in ways:
+            if here == uplink.packed or not uplink.packed and uplink.name in devices:
                 return False
             if not uplink.packed and here in device_addresses(uplink.name):
                 return False
-        return not near or not self.lead_outside(ways)
+        return not near or not self.lead_outside(devices)
 
     def lead_outside(self, devices: set[str]) -> bool:
         """Return whether one of some devices is the way to the outside."""
@@ -3064,7 +3063,7 @@ def dial(
     else:
         if only and policy.parents:
             addresses = judged(*asked, only=only)
-        if policy.uplinks:
+        if policy.uplinks:  # else no call for nothing: each weighs in every worker
             attempts = ways(policy, addresses, port, worker.board)
         else:
             attempts = direct(addresses, port)

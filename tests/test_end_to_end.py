@@ -38,6 +38,8 @@ from conftest import read_all
 from conftest import read_exactly
 from conftest import read_head
 
+import natwork
+
 pytestmark = pytest.mark.end_to_end
 
 PROXY = "http://10.9.0.1:8080"
@@ -915,12 +917,48 @@ def test_the_gateway_uses_no_packet_forwarding_of_the_kernel(rig: Rig) -> None:
     assert dict(zip(names, values, strict=True))["ForwDatagrams"] == "0"
 
 
+def link_local(rig: Rig, place: str, device: str) -> str:
+    """Return the link-local address of a device."""
+    shown = ip("-n", rig.box.name(place), "-6", "-o", "addr", "show", "dev", device)
+    return next(w for w in shown.split() if w.startswith("fe80")).split("/")[0]
+
+
+@pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1"])
+def test_a_link_local_neighbor_inside_is_a_client(rig: Rig, outside: str) -> None:
+    rig.natwork(f"outside={outside}")
+    path = rig.web.write("page", b"a page")
+    # Each device has a route to them all; the one outside is to be the first.
+    route = ("-6", "route", "replace", "fe80::/64", "dev", "wan", "metric", "1")
+    ip("-n", rig.box.name("gateway"), *route)
+    near = link_local(rig, "gateway", "lan")
+    assert rig.curl(
+        f"http://www.example.com{path}", proxy=f"http://[{near}%25lan]:8080"
+    )
+
+    def ask() -> bytes:
+        """Come from such an address to one that is not."""
+        with socket.socket(socket.AF_INET6) as client:
+            client.settimeout(10)
+            device = socket.if_nametoindex("lan")
+            client.bind((link_local(rig, "inside", "lan"), 0, 0, device))
+            client.connect(("fd00:9::1", 8080))
+            client.sendall(b"GET http://10.1.2.3/ HTTP/1.1\r\nHost: 10.1.2.3\r\n\r\n")
+            return client.recv(12)
+
+    assert rig.box.within("inside", ask) == b"HTTP/1.1 403"
+
+
+def test_the_anycast_address_of_a_network_is_our_own(rig: Rig) -> None:
+    rig.box.set("gateway", "ipv6/conf/all/forwarding", "1")  # a router has them
+    network = natwork.pack("2001:db8:9::")
+    route = rig.box.within("gateway", lambda: natwork.route_to(network))
+    assert route and route.local
+
+
 def test_a_link_local_neighbor_outside_is_no_client(rig: Rig) -> None:
     rig.natwork()
     path = rig.web.write("page", b"a page")
-    gateway = rig.box.name("gateway")
-    shown = ip("-n", gateway, "-6", "-o", "addr", "show", "dev", "wan", "scope", "link")
-    address = next(w for w in shown.split() if w.startswith("fe80")).split("/")[0]
+    address = link_local(rig, "gateway", "wan")
     proxy, url = f"http://[{address}%25wan]:8080", f"http://www.example.com{path}"
     words = "curl", "--silent", "--max-time", "5", "--proxy", proxy, url
     done = rig.box.run("outside", *words)

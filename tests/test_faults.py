@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -308,3 +309,22 @@ def test_a_worker_that_cannot_start_is_tried_again(pair: Faulty, call: str) -> N
             eventually(has_failed)
         pair.is_well()
         pair.idle(2)
+
+
+def test_a_client_that_cannot_be_taken_is_no_busy_loop(alone: Faulty) -> None:
+    worker = alone.fresh()
+    trace, words = alone.folder / "trace", "cannot accept a client: "
+    command = ["strace", "-e", "trace=accept4", "-e", "inject=accept4:error=EPERM"]
+    command += ["-o", str(trace), "-p", str(worker)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        try:
+            assert strace.stderr and "attached" in strace.stderr.readline()
+            with alone.connect() as client:
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                eventually(lambda: words in alone.gateway.errors.read_text())
+                time.sleep(2)  # the observation itself
+                assert trace.read_text().count("INJECTED") < 10
+        finally:
+            strace.terminate()
+            strace.communicate(timeout=STRACE_TIMEOUT)
+    alone.is_well()

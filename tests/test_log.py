@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ from wire import send
 from wire import shared
 from wire import sized
 
-from natwork import Session
+import natwork
 
 daemon = daemons()
 gateway = shared()
@@ -223,7 +224,7 @@ def test_path_query_and_password_are_not_in_the_title(
     ],
 )
 def test_the_host_is_not_taken_from_the_path(target: str, host: str) -> None:
-    session = Session("10.0.0.7:1", 1)
+    session = natwork.Session("10.0.0.7:1", 1)
     session.target = target
     assert session.host() == host
 
@@ -625,3 +626,39 @@ def test_fail2ban_finds_who_knocks_from_outside(
         rows = [row.split() for row in done.stdout.splitlines()]
         assert [row[0] for row in rows] == ["127.0.0.1", "2001:db8::7"], done
         assert all(abs(float(row[1]) - time.time()) < 60 for row in rows)
+
+
+def test_a_shared_log_may_have_any_descriptor() -> None:
+    code = """
+import os, socket, resource, natwork
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+reader, writer = socket.socketpair()
+os.dup2(writer.fileno(), 1)
+held = [os.dup(2) for _ in range(1100)]
+log = natwork.AccessLog(natwork.Config())
+assert log.shared and log.fd > 1024
+slot = natwork.Slot(natwork.Scoreboard(), 0)
+log.write(natwork.Session("10.0.0.7:1", 1), "ok", slot)
+os.write(2, reader.recv(4096))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"time=.* client=10.0.0.7:1 .* outcome=ok .*\n", done.stderr)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_follows_no_link_where_the_log_was(tmp_path: Path) -> None:
+    config = natwork.Config(log=str(tmp_path / "log"))
+    log, secret = natwork.AccessLog(config), tmp_path / "secret"
+    secret.touch()
+    (tmp_path / "log").rename(tmp_path / "log.1")
+    (tmp_path / "log").symlink_to(secret)
+    log.follow()
+    os.write(log.fd, b"a line\n")
+    os.close(log.fd)
+    assert (secret.read_bytes(), (tmp_path / "log.1").read_bytes()) == (
+        b"",
+        b"a line\n",
+    )

@@ -9,9 +9,11 @@ import select
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Gateway
@@ -781,6 +783,49 @@ def test_a_failing_fork_is_said_once_and_tried_again(daemon: Launch) -> None:
         limit(master, "nproc", "unlimited" if hard < 0 else hard)
         assert read_answer(client).status == 403
     ready(gateway, 2)
+
+
+def test_a_reload_that_cannot_fork_sends_nobody_away() -> None:
+    if os.geteuid():
+        pytest.skip("needs root, and a user that is not")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        gateway = Daemon(folder, spare_workers="4", user="nobody")
+        try:
+            master, old = gateway.process.pid, ready(gateway, 4)
+            limit(master, "nproc", 1)
+            gateway.process.send_signal(signal.SIGHUP)
+            eventually(lambda: any("cannot fork" in line for line in gateway.said()))
+            time.sleep(1.5)  # it tries again, in vain
+            assert set(old) <= set(gateway.workers())
+            assert [get(gateway) for _ in range(20)] == [403] * 20
+            hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+            limit(master, "nproc", "unlimited" if hard < 0 else hard)
+            eventually(lambda: any("reloaded" in line for line in gateway.said()))
+            eventually(lambda: not set(old) & set(gateway.workers()))
+            assert get(gateway) == 403
+        finally:
+            gateway.stop()
+
+
+def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:
+    gateway = natwork("spare_workers=1")
+    (worker,) = ready(gateway, 1)
+    os.kill(gateway.process.pid, signal.SIGSTOP)
+    filled = 0
+    for fd in descriptors(worker):  # all that it may write to without a client
+        place = f"/proc/{worker}/fd/{fd}"
+        if os.readlink(place).startswith("pipe:"):
+            with contextlib.suppress(OSError):
+                pipe = os.open(place, os.O_WRONLY | os.O_NONBLOCK)
+                with contextlib.suppress(BlockingIOError), open(pipe, "wb", 0) as full:
+                    while written := full.write(b"p" * 4096):
+                        filled += written
+    assert filled >= 65536
+    gateway.process.send_signal(signal.SIGTERM)
+    os.kill(gateway.process.pid, signal.SIGCONT)
+    assert gateway.process.wait(20) == 0
 
 
 def test_workers_that_cannot_start_are_no_fork_storm(natwork: Run) -> None:

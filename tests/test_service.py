@@ -319,7 +319,7 @@ def test_who_tells_systemd_does_not_wait_for_it(daemon: Launch, tmp_path: Path) 
 
 @contextlib.contextmanager
 def detached(
-    folder: Path, *options: str, **settings: str
+    folder: Path, *options: str, close_fds: bool = True, **settings: str
 ) -> Iterator[tuple[subprocess.CompletedProcess[str], int]]:
     """Run natwork.py -d; give how the launcher ended and the daemon's number."""
     pidfile = folder / settings.get("pidfile", "natwork.pid")
@@ -333,7 +333,11 @@ def detached(
     (folder / "natwork.conf").write_text(configuration(settings))
     with (folder / "said").open("w") as errors:
         done = subprocess.run(
-            [*PROGRAM, "-d", *options], cwd=folder, stderr=errors, timeout=30
+            [*PROGRAM, "-d", *options],
+            cwd=folder,
+            stderr=errors,
+            timeout=30,
+            close_fds=close_fds,
         )
     pid = int(pidfile.read_text()) if pidfile.exists() else 0
     try:
@@ -361,6 +365,24 @@ def test_a_daemon_serves_when_its_launcher_has_ended(tmp_path: Path) -> None:
         assert "configuration reloaded" in (tmp_path / "said").read_text()
     assert not (tmp_path / "natwork.pid").exists()
     eventually(lambda: not group(pid))
+
+
+def test_a_daemon_keeps_no_descriptor_of_its_launcher(tmp_path: Path) -> None:
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(80)]
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        for fd in (*held, lock):
+            os.set_inheritable(fd, True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with detached(tmp_path, close_fds=False) as (done, pid):
+            assert done.returncode == 0
+            os.close(lock)
+            with (tmp_path / "lock").open() as again:
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert len(os.listdir(f"/proc/{pid}/fd")) < 40
+    finally:
+        for fd in held:
+            os.close(fd)
 
 
 def test_a_daemon_that_cannot_start_is_told_by_its_launcher(tmp_path: Path) -> None:
