@@ -126,7 +126,7 @@ UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
-GATHER_TIME = 0.25  # that less than half of the spares may be missing
+GATHER_TIME = 0.25  # that less than three quarters of the spares may be missing
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
@@ -1341,7 +1341,7 @@ def fill_holes(small_only: bool = False) -> list[object]:
             else:
                 block = object() if size == 16 else float("1.5")
     end = id(bytes(COPY_SIZE))
-    for size in () if small_only else range(4096, 512, -32):
+    for size in () if small_only else range(4096, 512, -16):
         for _ in range(8192):
             block = bytes(size - 33)
             if id(block) >= end:
@@ -1495,7 +1495,7 @@ class Worker:
         states = self.board.states(self.config.max_workers)
         spares = self.config.spare_workers
         missing = spares - states.count(self.idle)
-        if missing <= 0 or self.board.words[GATHERS] and 2 * missing < spares:
+        if missing <= 0 or self.board.words[GATHERS] and 4 * missing < 3 * spares:
             return
         if FREE in states:
             self.poke()
@@ -1766,7 +1766,7 @@ class Master:
             self.short_at = 0.0
             return
         self.short_at = self.short_at or now + GATHER_TIME
-        if now < self.fork_at or 2 * missing < spares and now < self.short_at:
+        if now < self.fork_at or 4 * missing < 3 * spares and now < self.short_at:
             self.board.words[GATHERS] = 1  # nobody need say it again
             return
         self.short_at = 0.0
@@ -5839,6 +5839,8 @@ def warm() -> list[object]:
     ran: dict[CodeType, None] = {}
     rehearse(lambda frame, *_: ran.setdefault(frame.f_code))
     functions = [f for f in gc.get_objects() if isinstance(f, FunctionType)]
+    # What the master writes between two forks is a copy in the workers, too.
+    ran.update((f.__code__, None) for f in functions if f in vars(Master).values())
     ballast = fill_holes()
     for code in ran:
         copy = copied(code)
