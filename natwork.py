@@ -2671,12 +2671,13 @@ def direct(addresses: list[bytes], port: int) -> list[Attempt]:
 def plan(
     addresses: list[bytes], port: int, uplinks: list[Uplink], board: Scoreboard
 ) -> list[Attempt]:
-    """Return the attempts in their order: uplink by uplink, failed ones last."""
+    """Return the attempts in their order: uplinks side by side, failed ones last."""
     if not uplinks:
         return direct(addresses, port)
-    attempts: list[Attempt] = []
+    timed: list[tuple[float, Attempt]] = []  # by seconds after the first
     if len(addresses) > 1:
         addresses = interleave(addresses)
+    begin = 0.0  # of an uplink, which does not wait for all of the one before
     seen: set[int] = set()  # families, as address lengths, that have a way
     for way in sorted(uplinks, key=lambda uplink: board.is_tired(uplink.number)):
         usable = [
@@ -2687,12 +2688,16 @@ def plan(
         # The second source address of one line, for the other family, is no
         # second line: it does not wait for the first to fail.
         fresh = {len(packed) for packed in usable} - seen
-        delay = RACE_DELAY if fresh else UPLINK_DELAY
-        for packed in usable:
-            attempts.append(Attempt(packed, port, way, delay))
-            delay = RACE_DELAY
+        if timed and usable:
+            begin += RACE_DELAY if fresh else UPLINK_DELAY
+        for number, packed in enumerate(usable):
+            attempt = Attempt(packed, port, way, RACE_DELAY)
+            timed.append((begin + number * RACE_DELAY, attempt))
         seen |= fresh
-    return attempts
+    timed.sort(key=lambda pair: pair[0])
+    for (before, _), (at, attempt) in zip(timed, timed[1:]):
+        attempt.delay = at - before
+    return [attempt for _, attempt in timed]
 
 
 def ways(
@@ -2805,11 +2810,13 @@ class Race:
 
     def win(self, sock: Socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
-        # An uplink has failed if it was asked earlier, and another was quicker; not
+        # An uplink has failed if it was asked first, and another was quicker; not
         # if it has no way there: that costs nothing, and other targets may have one.
-        for earlier in self.started[: self.started.index(attempt)]:
-            if earlier.uplink and earlier.uplink != attempt.uplink:
-                self.board.note_failure(earlier.uplink.number)
+        if attempt.uplink:
+            asked = list(dict.fromkeys(started.uplink for started in self.started))
+            for uplink in asked[: asked.index(attempt.uplink)]:
+                if uplink:
+                    self.board.note_failure(uplink.number)
         self.last = attempt
         return sock, attempt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
@@ -59,6 +60,7 @@ def written(address: tuple[str, int]) -> str:
 
 # --- The order of attempts ----------------------------------------------------
 
+UPLINKS = "127.0.0.2", "127.0.0.3"
 FOUR, SIX = ["192.0.2.1", "192.0.2.2", "192.0.2.3"], ["2001:db8::1", "2001:db8::2"]
 
 
@@ -106,6 +108,29 @@ def test_uplinks_go_by_preference_and_failed_ones_last(
     attempts = natwork.plan(addresses, 80, policy.uplinks, board)
     found = [(a.uplink.name if a.uplink else "", a.packed) for a in attempts]
     assert [(n, natwork.unpack(p)) for n, p in found][: len(order)] == order
+
+
+def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
+    policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"), [])
+    addresses = [natwork.pack(f"192.0.2.{n}") for n in range(100, 140)]
+    addresses.insert(1, natwork.pack(SIX[0]))
+    attempts = natwork.plan(addresses, 80, policy.uplinks, natwork.Scoreboard())
+    attempts[0].delay, at = 0.0, 0.0
+    begins: dict[str, list[float]] = {}
+    for attempt in attempts:
+        at += attempt.delay
+        assert attempt.uplink
+        begins.setdefault(attempt.uplink.name, []).append(at)
+    assert {name: times[0] for name, times in begins.items()} == {
+        "a": 0.0,
+        "b": natwork.UPLINK_DELAY,
+        "192.0.2.9": 2 * natwork.UPLINK_DELAY,
+        "fd00::9": 3 * natwork.UPLINK_DELAY,
+    }
+    assert [len(times) for times in begins.values()] == [41, 41, 40, 1]
+    for times in begins.values():
+        for before, after in itertools.pairwise(times):
+            assert after - before == pytest.approx(natwork.RACE_DELAY)
 
 
 # --- Source addresses ---------------------------------------------------------
@@ -566,6 +591,29 @@ def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(origin: Start) -> 
     finally:
         os.close(lifeline)
         os.close(end)
+
+
+def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
+    origin: Start,
+) -> None:
+    server, board = origin(Script(), "127.0.1.9"), natwork.Scoreboard()
+    hosts = [f"127.0.1.{n}" for n in range(1, 6)]
+    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
+    addresses = [natwork.pack(host) for host in [*hosts, "127.0.1.9"]]
+    lifeline, end = os.pipe()
+    with contextlib.ExitStack() as stack:
+        for fd in (lifeline, end):
+            stack.callback(os.close, fd)
+        for host in hosts:  # whose queue is full: they answer nothing
+            deaf = stack.enter_context(socket.create_server((host, server.port)))
+            deaf.listen(0)
+            stack.enter_context(socket.create_connection((host, server.port)))
+        race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
+        sock, attempt = race.run(natwork.plan(addresses, server.port, ways, board), 5.0)
+        sock.close()
+    assert attempt.uplink == ways[0]
+    assert {started.uplink for started in race.started} == set(ways)
+    assert not board.is_tired(0) and not board.is_tired(1)
 
 
 def test_an_answer_of_the_target_is_not_the_uplinks_failure(
