@@ -5751,7 +5751,7 @@ def remove_pidfile(path: str, fd: int) -> None:
 
 def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
     """Be a few clients and their server, for warm()."""
-    signal.alarm(5)  # whatever happens, it is over then
+    signal.alarm(2)  # whatever happens, it is over then
     at = endpoint(origin.getsockname())
     fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
     answer = b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
@@ -5939,10 +5939,11 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
 def guard(work: Callable[[], int]) -> int:
     """Return the exit code of some work: its own, 1 or 78, said in one line."""
     try:
-        code = work()
-        if sys.stdout:  # None if it was closed
-            sys.stdout.flush()
-        return code
+        try:
+            return work()
+        finally:  # even when argparse has printed, and raises SystemExit
+            if sys.stdout:  # None if it was closed
+                sys.stdout.flush()
     except ConfigError as error:
         say(str(error))
         return 78

@@ -426,14 +426,18 @@ def test_one_address_has_one_spelling() -> None:
     assert found == [("::", 1), ("127.0.0.1", 1), ("127.0.0.1", 1)]
 
 
-def test_a_full_disk_under_what_is_printed_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["-t", "--version", "--help"])
+def test_a_full_disk_under_what_is_printed_is_one_line(
+    tmp_path: Path, option: str
+) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*PROGRAM, "-t"],
+            [*PROGRAM, option],
             cwd=tmp_path,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # argparse says nothing of it
         )
     said = "natwork: cannot go on: no space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
