@@ -864,6 +864,8 @@ def test_an_interrupted_question_is_no_traceback(tmp_path: Path) -> None:
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What runs behind a shell's & has it ignored, and so have its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waits = Path(f"/proc/{process.pid}/wchan")
     eventually(lambda: "pipe" in waits.read_text())
