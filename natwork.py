@@ -122,6 +122,8 @@ PIPE_SIZE = 256 * 1024  # asked for; 64 KiB is what one gets over the user's bud
 OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
+LINGER_LIMIT = 30.0  # for all that he sends before he reads them, as nginx
+RETIRE_TIMEOUT = 5.0  # for the first workers of a new configuration
 UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
@@ -585,12 +587,13 @@ class Scoreboard:
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once, one line a second.
 
-        Returns whether it was said, in this second, by one of them.
+        Returns whether it was said; else another one was, in this second.
         """
         second = int(time.monotonic())
-        if self.words[LAST_SAID] != second and say(message):
+        said = self.words[LAST_SAID] != second and say(message)
+        if said:
             self.words[LAST_SAID] = second
-        return self.words[LAST_SAID] == second
+        return said
 
     def is_tired(self, uplink: int) -> bool:
         """Return whether an uplink has failed a short while ago."""
@@ -1405,6 +1408,7 @@ class Worker:
         self.silent_poll.register(self.lifeline, select.EPOLLIN)
         self.client: Socket
         self.peer = self.name = ""  # the client's address; and with its port
+        self.scope = 0  # of a link-local one: the index of its device
         self.title = ""
         self.made_room = False
 
@@ -1464,6 +1468,7 @@ class Worker:
                 self.watch.wait({}, 1.0)  # the client stays in the queue
             return False
         self.peer = address[0].removeprefix("::ffff:")
+        self.scope = 0 if len(address) == 2 else address[3]
         self.name = endpoint((self.peer, address[1]))
         self.slot.hold(self.peer)
         return True
@@ -1601,6 +1606,7 @@ class Master:
         self.poke_out, self.poke_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.replaced: list[Generation] = []  # whose idle workers are to leave
+        self.retire_at = 0.0  # monotonic: whatever the forks of the new ones do
         self.retiring: Generation | None = None  # until its idle workers have left
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
         self.stopping = self.hurried = False  # told to stop; and told so again
@@ -1666,8 +1672,10 @@ class Master:
         if full and not crowded:
             for listener in self.generation.listeners.values():
                 poll.register(listener, select.POLLIN)
-        fork_at = max(self.fork_at, self.short_at)
-        wait = min(1.0, max(0.0, fork_at - time.monotonic()) or 1.0)
+        wait = 1.0
+        if self.short_at:
+            fork_at = max(self.fork_at, self.short_at)
+            wait = min(wait, max(0.0, fork_at - time.monotonic()))
         poll.poll(250 if crowded else wait * 1000)
         try:
             with contextlib.suppress(BlockingIOError):
@@ -1732,7 +1740,8 @@ class Master:
                 # looks at the queue before it waits.
                 self.spawn(1)
             generation.workers -= 1
-            if not generation.workers and generation is not self.generation:
+        for generation in self.generations[:-1]:
+            if not generation.workers:
                 self.generations.remove(generation)
                 generation.close()
         self.close_removed()
@@ -1862,11 +1871,17 @@ class Master:
         self.fork_at = 0.0
         self.keep_spares()
         self.replaced.append(old)
+        self.retire_at = time.monotonic() + RETIRE_TIMEOUT
         self.retire()
 
     def retire(self) -> None:
-        """Send the idle workers of earlier configurations away, once there are new."""
-        if self.replaced and not self.fork_failing:
+        """Send the idle workers of earlier configurations away, once there are new.
+
+        Or after a while without: it may be their room that the new ones lack.
+        """
+        if self.replaced and (
+            not self.fork_failing or time.monotonic() >= self.retire_at
+        ):
             self.board.words[RETIRED_BELOW] = self.generation.number
             for old in self.replaced:
                 if old.workers:
@@ -2297,16 +2312,19 @@ class Policy:
         packed = address_of(peer)
         return contains(self.inside, packed), contains(LINK_LOCAL, packed)
 
-    def is_client(self, peer: str, sock: Socket) -> bool:
-        """Return whether a peer is on the inside, and came to us from there."""
+    def is_client(self, peer: str, scope: int, sock: Socket) -> bool:
+        """Return whether a peer is on the inside, and came to us from there.
+
+        scope is the index of the device he came by, for a link-local address.
+        """
         inside, near = self.placed(peer)
         if not inside or not self.uplinks and not near:
             return inside
         here, route = address_of(sock.getsockname()[0]), route_to(address_of(peer))
         devices = {route.device} if route else set()
-        if near and any(scope := sock.getpeername()[3:]):
+        if near and scope:
             # Each device has these addresses: the one he came by says his side.
-            devices = {socket.if_indextoname(scope[0])}
+            devices = {socket.if_indextoname(scope)}
         for uplink in self.uplinks:
             if here == uplink.packed or not uplink.packed and uplink.name in devices:
                 return False
@@ -2606,13 +2624,13 @@ def leave_by(sock: Socket, uplink: Uplink) -> None:
 class Attempt:
     """One connection to be tried."""
 
-    __slots__ = ("delay", "packed", "port", "uplink")
+    __slots__ = ("at", "packed", "port", "uplink")
 
     def __init__(
-        self, packed: bytes, port: int, uplink: Uplink | None, delay: float
+        self, packed: bytes, port: int, uplink: Uplink | None, at: float
     ) -> None:
-        """Take an address and a port; delay is seconds after the attempt before."""
-        self.packed, self.port, self.uplink, self.delay = packed, port, uplink, delay
+        """Take an address and a port; at is seconds after the race has begun."""
+        self.packed, self.port, self.uplink, self.at = packed, port, uplink, at
 
     def source(self) -> tuple[Any, ...]:
         """Return the socket address it would come from, port aside; raise OSError."""
@@ -2625,6 +2643,18 @@ class Attempt:
 
 
 Winner = tuple[Socket, Attempt]
+
+
+def retime(waiting: list[Attempt], uplink: Uplink | None, at: float) -> None:
+    """Have the next attempt by an uplink begin at a time, and its others behind it.
+
+    Other uplinks keep theirs: it is not for them that one of its attempts failed.
+    """
+    own = [attempt for attempt in waiting if attempt.uplink == uplink]
+    shift = at - own[-1].at if own else 0.0
+    for attempt in own:
+        attempt.at += shift
+    waiting.sort(key=lambda attempt: attempt.at, reverse=True)
 
 
 def resolve(host: str, port: int) -> list[bytes]:
@@ -2664,7 +2694,7 @@ def direct(addresses: list[bytes], port: int) -> list[Attempt]:
     if len(addresses) > 1:
         addresses = interleave(addresses)
     for packed in addresses:
-        attempts.append(Attempt(packed, port, None, RACE_DELAY))
+        attempts.append(Attempt(packed, port, None, len(attempts) * RACE_DELAY))
     return attempts
 
 
@@ -2674,7 +2704,7 @@ def plan(
     """Return the attempts in their order: uplinks side by side, failed ones last."""
     if not uplinks:
         return direct(addresses, port)
-    timed: list[tuple[float, Attempt]] = []  # by seconds after the first
+    attempts: list[Attempt] = []
     if len(addresses) > 1:
         addresses = interleave(addresses)
     begin = 0.0  # of an uplink, which does not wait for all of the one before
@@ -2688,16 +2718,20 @@ def plan(
         # The second source address of one line, for the other family, is no
         # second line: it does not wait for the first to fail.
         fresh = {len(packed) for packed in usable} - seen
-        if timed and usable:
+        if attempts and usable:
             begin += RACE_DELAY if fresh else UPLINK_DELAY
         for number, packed in enumerate(usable):
-            attempt = Attempt(packed, port, way, RACE_DELAY)
-            timed.append((begin + number * RACE_DELAY, attempt))
+            at = begin + number * RACE_DELAY
+            attempts.append(Attempt(packed, port, way, at))
         seen |= fresh
-    timed.sort(key=lambda pair: pair[0])
-    for (before, _), (at, attempt) in zip(timed, timed[1:]):
-        attempt.delay = at - before
-    return [attempt for _, attempt in timed]
+    return sorted(attempts, key=lambda attempt: attempt.at)
+
+
+def follow(first: list[Attempt], then: list[Attempt]) -> list[Attempt]:
+    """Return some attempts, and others that begin behind the last of them."""
+    for attempt in then if first else ():
+        attempt.at += first[-1].at + RACE_DELAY
+    return first + then
 
 
 def ways(
@@ -2713,7 +2747,7 @@ def ways(
     if len(by_address) < len(uplinks):
         near = [packed for packed in addresses if policy.is_near(packed)]
     far = [packed for packed in addresses if packed not in near]
-    return plan(near, port, by_address, board) + plan(far, port, uplinks, board)
+    return follow(plan(near, port, by_address, board), plan(far, port, uplinks, board))
 
 
 # What a target itself has answered; any other error is the way's.
@@ -2726,7 +2760,7 @@ class Race:
     def __init__(self, watch: Watch, board: Scoreboard) -> None:
         self.watch, self.board = watch, board
         self.pending: dict[int, Winner] = {}
-        self.started: list[Attempt] = []
+        self.asked: dict[Uplink | None, float] = {}  # since when, monotonic
         self.failed: list[tuple[OSError, Attempt]] = []
         self.last: Attempt | None = None  # that was dialed
         self.refused: set[bytes] = set()  # addresses that would say no again
@@ -2736,28 +2770,30 @@ class Race:
 
         timeout is for all attempts together, in seconds.
         """
-        now = start_at = time.monotonic()
+        now = began = time.monotonic()
         deadline = now + timeout
-        waiting = attempts[::-1]
+        waiting = attempts[::-1]  # the next is the last
         try:
             while True:
-                while waiting and (not self.pending or now >= start_at):
-                    attempt = waiting.pop()
-                    if attempt.packed in self.refused:
-                        continue
-                    if winner := self.start(attempt):
-                        return winner
-                    start_at = now + (waiting[-1].delay if waiting else timeout)
+                while waiting and (not self.pending or now >= began + waiting[-1].at):
+                    attempt, running = waiting.pop(), len(self.pending)
+                    if attempt.packed not in self.refused:
+                        if winner := self.start(attempt):
+                            return winner
+                    delay = RACE_DELAY if len(self.pending) > running else 0.0
+                    if waiting:
+                        retime(waiting, attempt.uplink, now - began + delay)
                 if not self.pending:
                     raise self.defeat()
-                until = min(start_at, deadline) if waiting else deadline
+                until = min(began + waiting[-1].at, deadline) if waiting else deadline
                 wanted = dict.fromkeys(self.pending, select.POLLOUT)
                 ready = self.watch.wait(wanted, until - now)
                 now = time.monotonic()
                 for fd in ready:
+                    _, attempt = self.pending[fd]
                     if winner := self.settle(fd):
                         return winner
-                    start_at = now
+                    retime(waiting, attempt.uplink, now - began)
                 if now >= deadline:
                     raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
         finally:
@@ -2788,7 +2824,7 @@ class Race:
         except OSError as error:
             sock.close()
             return self.fail(attempt, error)
-        self.started.append(attempt)
+        self.asked.setdefault(attempt.uplink, time.monotonic())
         if not number:
             return self.win(sock, attempt)
         self.pending[sock.fileno()] = sock, attempt
@@ -2810,12 +2846,17 @@ class Race:
 
     def win(self, sock: Socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
-        # An uplink has failed if it was asked first, and another was quicker; not
-        # if it has no way there: that costs nothing, and other targets may have one.
+        # An uplink has failed if it was asked first, had its time or an error and no
+        # answer, and another has won; not if it has no way there: that costs nothing,
+        # and other targets may have one.
         if attempt.uplink:
-            asked = list(dict.fromkeys(started.uplink for started in self.started))
-            for uplink in asked[: asked.index(attempt.uplink)]:
-                if uplink:
+            late = time.monotonic() - UPLINK_DELAY
+            heard = [a.uplink for e, a in self.failed if isinstance(e, ANSWERS)]
+            lost = [a.uplink for e, a in self.failed if not isinstance(e, ANSWERS)]
+            for uplink, since in self.asked.items():
+                if uplink == attempt.uplink:
+                    break
+                if uplink and uplink not in heard and (since <= late or uplink in lost):
                     self.board.note_failure(uplink.number)
         self.last = attempt
         return sock, attempt
@@ -3007,8 +3048,10 @@ def dial_parent(
     # What is near us is not reached by way of the outside.
     near = [packed for packed in found if policy.closes(forms(packed))]
     far = [packed for packed in found if packed not in near]
-    attempts = plan(near, parent.port, [], worker.board)
-    attempts += plan(far, parent.port, policy.uplinks, worker.board)
+    attempts = follow(
+        plan(near, parent.port, [], worker.board),
+        plan(far, parent.port, policy.uplinks, worker.board),
+    )
     sock = connect(worker, session, attempts)
     talk = Handshake(worker, sock, deadline)
     try:
@@ -3099,6 +3142,8 @@ def tunnel(
             raise Refused(SERVER_GONE, "the server took no more")
     except (Refused, IdleTimeout) as error:
         server.abort()
+        if isinstance(error, Refused) and error.outcome is SERVER_GONE:
+            deliver(worker.watch, client)
         client.abort()
         if isinstance(error, Refused):
             raise
@@ -3109,19 +3154,36 @@ def tunnel(
         server.close()
 
 
+def deliver(watch: Watch, client: Stream) -> None:
+    """Wait until a client has what was sent to him, or takes no more of it.
+
+    RFC 9110 section 9.3.6: a reset would take back what he has not.
+    """
+    left, deadline = 0, 0.0
+    with contextlib.suppress(Refused):
+        while count := unsent(client):
+            now = time.monotonic()
+            if count != left:
+                left, deadline = count, now + LINGER_TIMEOUT
+            if now >= deadline or watch.wait({client.fd: 0}, 0.05):
+                return
+
+
 def linger(watch: Watch, client: Stream) -> None:
     """Part so that the last answer arrives: RFC 9112 section 9.6.
 
     To close a socket with unread bytes resets it, and the reset may overtake
-    the answer; so these are read and thrown away for a moment.
+    the answer; so these are read and thrown away for a moment, or for longer
+    while he sends and has not taken it all.
     """
-    deadline = time.monotonic() + LINGER_TIMEOUT
+    began = time.monotonic()
     with contextlib.suppress(OSError, Refused):
         client.sock.shutdown(socket.SHUT_WR)
-        while (left := deadline - time.monotonic()) > 0:
-            if not watch.wait({client.fd: select.POLLIN}, left):
-                return
+        while watch.wait({client.fd: select.POLLIN}, LINGER_TIMEOUT):
             if not client.sock.recv(COPY_SIZE):
+                return
+            spent = time.monotonic() - began
+            if spent > (LINGER_LIMIT if unsent(client) else LINGER_TIMEOUT):
                 return
 
 
@@ -3160,7 +3222,7 @@ DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OURSELVES = b""  # the scheme of what is asked of the gateway itself
 NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
 USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
-BEFORE_AT_OR_QUERY = re.compile(rb"(?<=//).*@|\A.*@|(?:\?|%09).*", re.DOTALL)
+BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:\?|%09).*", re.DOTALL)
 
 Names = dict[bytes, list[bytes]]
 
@@ -3512,6 +3574,7 @@ class Exchange:
         self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
         self.up.out += self.request_head(target)
         if not self.is_plain:
+            self.head_size = len(self.up.out)
             self.up.script = self.ask()
             # It takes what has come, and stops: what is malformed reaches nobody.
             self.up.step()
@@ -3689,10 +3752,12 @@ class Exchange:
         if http.endless or http.worker.leaving():
             http.keep = False
         if not up.done:
-            # RFC 9110 section 10.1.1: a client that was not told to go on may
-            # not send its body, ever.
-            waiting = members(self.head.fields.names, b"expect") and not self.continued
-            up.abandoned |= bool(waiting)
+            # RFC 9110 section 10.1.1: a client that was not told to go on may not
+            # send its body, ever; unless it has begun to, or is of HTTP/1.0.
+            begun = up.moved + len(up.out) > self.head_size
+            expects = self.head.minor and members(self.head.fields.names, b"expect")
+            waiting = bool(expects) and not (self.continued or begun)
+            up.abandoned |= waiting
             http.keep &= self.server_keeps and not waiting
 
     def onward(self, response: ResponseHead) -> bytes:
@@ -3755,6 +3820,7 @@ class Http:
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
+        self.quiet_at = 0.0  # monotonic: when it was seen to be there and say nothing
         self.parent: Parent | None = None  # where the server is one
         self.shown: list[bytes] | None = None  # as last verified, and for whom
         self.user = "-"
@@ -3764,13 +3830,8 @@ class Http:
         """Answer requests until the connection is over."""
         try:
             while True:
-                if not self.client.received:
-                    if not self.await_request():
-                        return
-                elif self.server:  # where we wait we would have seen it
-                    with contextlib.suppress(BlockingIOError):
-                        self.server.fill()  # it closed, or it says what nobody asked
-                        self.drop_server()
+                if not self.client.received and not self.await_request():
+                    return
                 self.one()
                 if self.lingers:
                     linger(self.watch, self.client)
@@ -3825,6 +3886,7 @@ class Http:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
             if self.client.fd in spoken or not spoken:
+                self.quiet_at = time.monotonic()
                 return bool(spoken) and self.client.fill()
 
     def talks_on(self) -> bool:
@@ -4010,6 +4072,8 @@ class Http:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.endless:
+                if outcome is SERVER_GONE:
+                    deliver(self.watch, self.client)
                 self.client.abort()
             return
         # What was not understood has no end from which to go on.
@@ -4101,6 +4165,10 @@ class Http:
         session, worker = self.session, self.worker
         wanted = session.user, target.host, target.port
         exchange = Exchange(self, head, target, length)
+        if self.server and time.monotonic() > self.quiet_at + 0.001:
+            with contextlib.suppress(BlockingIOError):
+                self.server.fill()  # it closed, or it says what nobody asked
+                self.drop_server()
         # Who may dial a place may go on asking it: the rules see no more.
         if self.server and self.server_for == wanted:
             session.address, session.source = self.server_ends
@@ -5550,7 +5618,8 @@ def serve_client(policy: Policy, worker: Worker) -> None:
     """Serve one client from the first byte to the last."""
     client = Stream(worker.client, CLIENT_GONE)
     try:
-        outcome = OK if policy.is_client(worker.peer, worker.client) else OUTSIDER
+        inside = policy.is_client(worker.peer, worker.scope, worker.client)
+        outcome = OK if inside else OUTSIDER
     except OSError as error:  # the kernel does not say where he comes from
         outcome = outcome_of(error)
     if outcome is not OK:

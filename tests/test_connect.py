@@ -115,12 +115,10 @@ def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
     addresses = [natwork.pack(f"192.0.2.{n}") for n in range(100, 140)]
     addresses.insert(1, natwork.pack(SIX[0]))
     attempts = natwork.plan(addresses, 80, policy.uplinks, natwork.Scoreboard())
-    attempts[0].delay, at = 0.0, 0.0
     begins: dict[str, list[float]] = {}
     for attempt in attempts:
-        at += attempt.delay
         assert attempt.uplink
-        begins.setdefault(attempt.uplink.name, []).append(at)
+        begins.setdefault(attempt.uplink.name, []).append(attempt.at)
     assert {name: times[0] for name, times in begins.items()} == {
         "a": 0.0,
         "b": natwork.UPLINK_DELAY,
@@ -612,8 +610,56 @@ def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
         sock, attempt = race.run(natwork.plan(addresses, server.port, ways, board), 5.0)
         sock.close()
     assert attempt.uplink == ways[0]
-    assert {started.uplink for started in race.started} == set(ways)
+    assert set(race.asked) == set(ways)
     assert not board.is_tired(0) and not board.is_tired(1)
+
+
+def test_an_address_that_refuses_does_not_hurry_the_next_uplink(origin: Start) -> None:
+    server = origin(Script(), "127.0.1.9")
+    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
+    hosts = ["127.0.1.1", "127.0.1.3", "127.0.1.2"]  # nobody listens at the third
+    addresses = [natwork.pack(host) for host in hosts]
+    lifeline, end = os.pipe()
+    with contextlib.ExitStack() as stack:
+        for fd in (lifeline, end):
+            stack.callback(os.close, fd)
+        for host in hosts[:2]:
+            deaf = stack.enter_context(socket.create_server((host, server.port)))
+            deaf.listen(0)
+            stack.enter_context(socket.create_connection((host, server.port)))
+        race = natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
+        attempts = natwork.plan(addresses, server.port, ways, race.board)
+        with pytest.raises(natwork.Refused):
+            race.run(attempts, 1.5)
+    since, later = (race.asked[way] for way in ways)
+    assert later - since >= natwork.UPLINK_DELAY
+
+
+@pytest.mark.parametrize(
+    ("ago", "error", "tired"),
+    [
+        (1.1, None, True),
+        (0.3, None, False),  # its time was not over
+        (0.3, OSError(113, "no route to host"), True),
+        (1.1, ConnectionRefusedError(111, "refused"), False),  # it brought an answer
+    ],
+)
+def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
+    ago: float, error: OSError | None, tired: bool
+) -> None:
+    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
+    board = natwork.Scoreboard()
+    lifeline, end = os.pipe()
+    race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
+    for fd in (lifeline, end):
+        os.close(fd)
+    lost, won = (natwork.Attempt(b"\x7f\0\0\1", 80, way, 0.0) for way in ways)
+    race.asked = {ways[0]: time.monotonic() - ago, ways[1]: time.monotonic()}
+    if error:
+        race.fail(lost, error)
+    with socket.socket() as sock:
+        race.win(sock, won)
+    assert board.is_tired(0) == tired and not board.is_tired(1)
 
 
 def test_an_answer_of_the_target_is_not_the_uplinks_failure(
