@@ -123,6 +123,7 @@ OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
 LINGER_LIMIT = 30.0  # for all that he sends before he reads them, as nginx
+FILL_LIMIT = 1 << 22  # bytes; some 300 KiB will do
 RETIRE_TIMEOUT = 5.0  # for the first workers of a new configuration
 UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
@@ -838,6 +839,19 @@ def as_json(line: str) -> str:
     return json.dumps(fields)
 
 
+def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
+    """Yield the sessions that go on, each behind its worker's number."""
+    for number, state in enumerate(board.states(board.words[USED])):
+        if state == FREE:
+            continue
+        slot = Slot(board, number)
+        pid, up, down = slot.words[PID : DOWN + 1]
+        try:
+            yield pid, Session.from_row(slot.row(), up, down)
+        except ValueError:  # no row, or none of ours
+            continue
+
+
 class AccessLog:
     """Where a line goes when a session ends.
 
@@ -1330,26 +1344,26 @@ def fill_holes(small_only: bool = False) -> list[object]:
     What is made then stands together, in pages of its own, and a worker that
     makes or changes it changes few of the master's.  CPython's pools are of
     16 KiB, with a head of 48 bytes, for objects of up to 512; what is larger the
-    C library puts where it fits, or else at the end.
+    C library puts where it fits, or else at the end.  Where memory is given out in
+    another way there is a limit to what is tried.
     """
     kept: list[object] = []
+    room = FILL_LIMIT
     for size in range(16, 513, 16):
         block: object = None
-        for _ in range(8192):
-            if id(block) % 16384 == 48:  # the first of a new pool: back with it
-                break
+        # The first of a new pool goes back.
+        while id(block) % 16384 != 48 and room > 0:
             kept.append(block)
+            room -= size
             if size > 32:
                 block = bytes(size - 33)
             else:
                 block = object() if size == 16 else float("1.5")
     end = id(bytes(COPY_SIZE))
     for size in () if small_only else range(4096, 512, -16):
-        for _ in range(8192):
-            block = bytes(size - 33)
-            if id(block) >= end:
-                break
+        while room > 0 and id(block := bytes(size - 33)) < end:
             kept.append(block)
+            room -= size
     return kept
 
 
@@ -2496,9 +2510,12 @@ def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
     """Return salt and hash of each user, None if all may ask; raise ConfigError."""
     if not config.users:
         return None
-    import hashlib  # here, so that it is not loaded in every worker
-    import hmac
-
+    try:
+        import hashlib  # here, so that it is not loaded in every worker
+        import hmac
+    except ImportError:
+        why = f"{config.user} cannot load Python's hashlib now, a restart can"
+        raise config.refuse("users", why) from None
     users: dict[str, tuple[bytes, bytes]] = {}
     try:
         hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
@@ -2640,6 +2657,13 @@ class Attempt:
                 leave_by(probe, self.uplink)
             probe.connect((unpack(self.packed), 9))  # no packet is sent
             return probe.getsockname()  # type: ignore[no-any-return]
+
+    def leaves_from(self) -> str:
+        """Return the address it would come from, "" if there is no way."""
+        try:
+            return str(self.source()[0])
+        except OSError:
+            return ""
 
 
 Winner = tuple[Socket, Attempt]
@@ -3122,6 +3146,21 @@ def dial(
     return sock
 
 
+def deliver(watch: Watch, client: Stream) -> None:
+    """Wait until a client has what was sent to him, or takes no more of it.
+
+    RFC 9110 section 9.3.6: a reset would take back what he has not.
+    """
+    left, deadline = 0, 0.0
+    with contextlib.suppress(Refused):
+        while count := unsent(client):
+            now = time.monotonic()
+            if count != left:
+                left, deadline = count, now + LINGER_TIMEOUT
+            if now >= deadline or watch.wait({client.fd: 0}, 0.05):
+                return
+
+
 def tunnel(
     worker: Worker, session: Session, client: Stream, server: Stream, opening: bytes
 ) -> None:
@@ -3154,22 +3193,7 @@ def tunnel(
         server.close()
 
 
-def deliver(watch: Watch, client: Stream) -> None:
-    """Wait until a client has what was sent to him, or takes no more of it.
-
-    RFC 9110 section 9.3.6: a reset would take back what he has not.
-    """
-    left, deadline = 0, 0.0
-    with contextlib.suppress(Refused):
-        while count := unsent(client):
-            now = time.monotonic()
-            if count != left:
-                left, deadline = count, now + LINGER_TIMEOUT
-            if now >= deadline or watch.wait({client.fd: 0}, 0.05):
-                return
-
-
-def linger(watch: Watch, client: Stream) -> None:
+def linger(worker: Worker, client: Stream) -> None:
     """Part so that the last answer arrives: RFC 9112 section 9.6.
 
     To close a socket with unread bytes resets it, and the reset may overtake
@@ -3177,9 +3201,10 @@ def linger(watch: Watch, client: Stream) -> None:
     while he sends and has not taken it all.
     """
     began = time.monotonic()
+    worker.slot.hold("")  # he is told that it is over, and may come again
     with contextlib.suppress(OSError, Refused):
         client.sock.shutdown(socket.SHUT_WR)
-        while watch.wait({client.fd: select.POLLIN}, LINGER_TIMEOUT):
+        while worker.watch.wait({client.fd: select.POLLIN}, LINGER_TIMEOUT):
             if not client.sock.recv(COPY_SIZE):
                 return
             spent = time.monotonic() - began
@@ -3834,7 +3859,7 @@ class Http:
                     return
                 self.one()
                 if self.lingers:
-                    linger(self.watch, self.client)
+                    linger(self.worker, self.client)
                 if not self.keep:
                     return
         finally:
@@ -4270,6 +4295,20 @@ def open_port(
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
+def host_of(name: str) -> str:
+    """Return the host of a name as endpoint() writes it."""
+    return name.rpartition(":")[0].strip("[]")
+
+
+def known_source(board: Scoreboard, peer: str, addresses: list[bytes]) -> str:
+    """Return from where a client already talks to one of some addresses, or ""."""
+    hosts = {unpack(packed) for packed in addresses}
+    for _, session in sessions(board):
+        if host_of(session.client) == peer and host_of(session.address) in hosts:
+            return host_of(session.source)
+    return ""
+
+
 def open_outside(
     socks: Socks, kind: int, addresses: list[bytes], port: int, opened: Sockets
 ) -> tuple[bytes, socket.socket]:
@@ -4280,7 +4319,12 @@ def open_outside(
     """
     board, policy = socks.worker.board, socks.policy
     race = Race(socks.watch, board)
-    for attempt in plan(addresses, port, policy.uplinks, board):
+    attempts = plan(addresses, port, policy.uplinks, board)
+    if kind == STREAM and len(attempts) > 1:
+        # He who is to call back knows the client by the address of another session.
+        known = known_source(board, socks.worker.peer, addresses)
+        attempts.sort(key=lambda attempt: attempt.leaves_from() != known)
+    for attempt in attempts:
         try:
             where = attempt.source()
             if where[0] not in opened:
@@ -4289,6 +4333,8 @@ def open_outside(
             return attempt.packed, opened[where[0]]
         except OSError as error:
             race.fail(attempt, error)
+            if error.errno == errno.EADDRINUSE:
+                break  # the port is wanted at this address, not at another
     raise race.defeat()
 
 
@@ -4493,7 +4539,7 @@ class Socks:
         if method not in methods:
             self.session.status = str(NO_METHOD.reply)
             self.send(bytes([5, NO_METHOD.reply]))
-            linger(self.watch, self.client)
+            linger(self.worker, self.client)
             outcome = AUTH_REQUIRED if named else NO_METHOD
             raise Refused(outcome, "the one method we want is not offered")
         self.send(bytes([5, method]))
@@ -4511,7 +4557,7 @@ class Socks:
             self.session.user = authenticate(self.worker, name, password)
         except Refused:
             self.send(b"\1\1")
-            linger(self.watch, self.client)
+            linger(self.worker, self.client)
             raise
         self.send(b"\1\0")
 
@@ -4542,7 +4588,7 @@ class Socks:
         if self.owes_reply:
             with contextlib.suppress(Refused):
                 self.send(self.reply(outcome))
-                linger(self.watch, self.client)
+                linger(self.worker, self.client)
 
     # What is done.
 
@@ -5213,6 +5259,8 @@ def gopher(
     http.keep &= not length  # a body is not read
     path, _, query = target.path[1:].partition(b"?")
     text = decoded(path) or "1"
+    if text[0] != "7":  # RFC 4266 section 2.1: there is a query in a search only
+        text, query = decoded(target.path[1:]) or "1", b""
     if query:
         text += "\t" + decoded(query.removeprefix(b"q=").replace(b"+", b" "))
     kind, selector = text[0], text[1:]
@@ -5382,15 +5430,7 @@ function FindProxyForURL(url, host) {
 def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
     """Return the sessions of a gateway: the four columns of the paper, and more."""
     rows = []
-    for number, state in enumerate(board.states(board.words[USED])):
-        if state == FREE:
-            continue
-        slot = Slot(board, number)
-        pid, up, down = slot.words[PID : DOWN + 1]
-        try:
-            session = Session.from_row(slot.row(), up, down)
-        except ValueError:  # no row, or none of ours
-            continue
+    for pid, session in sessions(board):
         client, _, port = session.client.rpartition(":")
         new_port = session.source.rpartition(":")[2]
         rows.append(
@@ -5403,8 +5443,8 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
                 "host": session.host(),
                 "user": session.user,
                 "age": round(time.time() - session.began, 1),
-                "up": up,
-                "down": down,
+                "up": session.up,
+                "down": session.down,
                 "pid": pid,
             }
         )
@@ -5722,6 +5762,47 @@ def open_listeners(
     return listeners
 
 
+def check_user(config: Config) -> tuple[int, int]:
+    """Return the numbers of `user` and of its group; raise ConfigError."""
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(config.user)
+    except KeyError:
+        raise config.refuse("user", "there is no such user") from None
+    return entry.pw_uid, entry.pw_gid
+
+
+def find_user(config: Config) -> tuple[int, int] | None:
+    """Return user and group to become, None if we are not root; raise ConfigError."""
+    if os.geteuid() != 0 or config.user == "root":
+        return None
+    return check_user(config)
+
+
+def is_there(uplink: Uplink) -> bool:
+    """Return whether this box has an uplink now."""
+    if not uplink.packed:
+        return bool(device_addresses(uplink.name))
+    route = route_to(uplink.packed)
+    return bool(route and route.local)
+
+
+def warn_of_outside(config: Config) -> None:
+    """Say what about the way out is probably not meant."""
+    for uplink in map(parse_uplink, config.outside.split()):
+        if not is_there(uplink):
+            say(f"outside: {uplink.name} is not there now")
+    route = None if config.outside else route_to(pack("192.0.2.1"))
+    device = route.device if route else ""
+    for packed in device_addresses(device):
+        if contains(networks(config.inside), packed) and len(packed) == 4:
+            say(
+                f"{device} leads outside and has {unpack(packed)}, an inside "
+                "address: its neighbors count as clients; set outside or inside"
+            )
+
+
 def load_generation(
     path: str,
     options: list[str],
@@ -5737,6 +5818,8 @@ def load_generation(
     Policy(config, [])  # refused before anything is opened
     users = read_users(config)
     other_gateways(config)
+    if old and config.user != old.config.user:
+        check_user(config)
     # By address too: one that was removed may still have clients in its queue.
     held = old.listeners if old else {}
     kept = {endpoint(s.getsockname()): s for s in held.values()} | held
@@ -5761,25 +5844,16 @@ def load_generation(
         undo.pop_all()
     for sock in fresh:
         say(f"listening on {endpoint(sock.getsockname())}")
-    for name in ("user", "pidfile"):
-        if old and getattr(config, name) != getattr(old.config, name):
-            say(f"{name} is changed by a restart only")
+    if old:
+        for name in ("user", "pidfile"):
+            running = getattr(old.config, name)
+            if getattr(config, name) != running:
+                say(f"{name} is changed by a restart only")
+                setattr(config, name, running)
+        warn_of_outside(config)
     if old and passed and config.listen != old.config.listen:
         say("listen is not used: systemd passes the listeners (natwork.socket)")
     return generation
-
-
-def find_user(config: Config) -> tuple[int, int] | None:
-    """Return user and group to become, None if we are not root; raise ConfigError."""
-    if os.geteuid() != 0 or config.user == "root":
-        return None
-    import pwd
-
-    try:
-        entry = pwd.getpwnam(config.user)
-    except KeyError:
-        raise config.refuse("user", "there is no such user") from None
-    return entry.pw_uid, entry.pw_gid
 
 
 def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
@@ -5926,29 +6000,6 @@ def warm() -> list[object]:
     gc.collect()
     rehearse(None)  # and learn anew
     return ballast
-
-
-def is_there(uplink: Uplink) -> bool:
-    """Return whether this box has an uplink now."""
-    if not uplink.packed:
-        return bool(device_addresses(uplink.name))
-    route = route_to(uplink.packed)
-    return bool(route and route.local)
-
-
-def warn_of_outside(config: Config) -> None:
-    """Say what about the way out is probably not meant."""
-    for uplink in map(parse_uplink, config.outside.split()):
-        if not is_there(uplink):
-            say(f"outside: {uplink.name} is not there now")
-    route = None if config.outside else route_to(pack("192.0.2.1"))
-    device = route.device if route else ""
-    for packed in device_addresses(device):
-        if contains(networks(config.inside), packed) and len(packed) == 4:
-            say(
-                f"{device} leads outside and has {unpack(packed)}, an inside "
-                "address: its neighbors count as clients; set outside or inside"
-            )
 
 
 def run(path: str, options: list[str], ready: Callable[[], None]) -> int:

@@ -573,6 +573,60 @@ def test_an_uplink_that_failed_goes_last_for_a_while(
     assert callers(server, 3) == list(lost)
 
 
+def test_a_bind_is_where_its_caller_knows_the_client(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    gateway("outside=wan wan2", "bind_ports=41000")
+    server = lines.origin("192.0.2.80")
+    ask = b"\5\1\0\5%c\0\1" + bytes([192, 0, 2, 80])
+    port = server.port.to_bytes(2, "big")
+
+    def socks(stack: contextlib.ExitStack, command: int) -> bytes:
+        """Return the reply to a request, and keep its connection."""
+        client = stack.enter_context(lines.client())
+        client.sendall(ask % command + port)
+        assert read_exactly(client, 2) == b"\5\0"
+        return read_exactly(client, 10)
+
+    first = bytes([203, 0, 113, 1])
+    with contextlib.ExitStack() as stack:
+        assert socks(stack, 1)[4:8] == first  # CONNECT, as of an FTP client
+        lines.box.link("outside", "wan", "arp", "off")
+        ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
+        try:
+            assert lines.ask(server.authority).status == 200  # by the second line
+        finally:
+            lines.box.link("outside", "wan", "arp", "on")
+        assert socks(stack, 2)[4:8] == first
+        # The port is taken there, and another address would be of no use.
+        assert socks(stack, 2)[1] == 1
+    lost = "203.0.113.1", "198.51.100.1"
+    assert callers(server, 2) == list(lost)
+
+
+@pytest.mark.parametrize(
+    ("uplink", "at", "found"),
+    [
+        ("a", 0.25, [("a", 0.25), ("a", 0.5), ("b", 1.0)]),  # as it was
+        ("a", 0.1, [("a", 0.1), ("a", 0.35), ("b", 1.0)]),  # one has failed
+        ("a", 0.9, [("a", 0.9), ("b", 1.0), ("a", 1.15)]),
+        ("b", 0.3, [("a", 0.25), ("b", 0.3), ("a", 0.5)]),
+        ("c", 0.1, [("a", 0.25), ("a", 0.5), ("b", 1.0)]),
+    ],
+)
+def test_a_failure_brings_the_next_attempt_of_its_uplink_forward(
+    uplink: str, at: float, found: list[tuple[str, float]]
+) -> None:
+    ways = {name: natwork.parse_uplink(name) for name in "abc"}
+    waiting = [
+        natwork.Attempt(b"\x7f\0\0\1", 80, ways[name], begin)
+        for name, begin in (("b", 1.0), ("a", 0.5), ("a", 0.25))
+    ]
+    natwork.retime(waiting, ways[uplink], at)
+    got = [(a.uplink.name, round(a.at, 6)) for a in waiting[::-1] if a.uplink]
+    assert got == found
+
+
 def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(origin: Start) -> None:
     server, board = origin(Script()), natwork.Scoreboard()
     packed = natwork.pack("127.0.0.1")

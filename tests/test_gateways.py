@@ -689,6 +689,14 @@ def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
         assert line["target"] == f"gopher://{server.authority}/7/find%3Fa"
 
 
+@pytest.mark.parametrize("path", ["/0/cgi?x=1", "/1/menu?a&b", "/g/pic?", "/0/a%3Fb"])
+def test_only_a_search_has_a_query(gateway, origin: Start, path: str) -> None:
+    server = origin(menu, "127.0.0.3")  # RFC 4266 section 2.1
+    assert ask(gateway, url(server, path, "gopher")).status == 200
+    selector = path[2:].replace("%3F", "?").encode()
+    assert server.received == [selector + b"\r\n"]
+
+
 @pytest.mark.parametrize(
     ("sent", "got"),
     [

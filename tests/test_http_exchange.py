@@ -258,6 +258,39 @@ def test_what_a_server_says_behind_an_answer_answers_nothing(
     assert server.received == [b"/a", b"/b"] and len(server.callers) == 2
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_a_server_says_during_a_slow_head_answers_nothing(
+    gateway: Gateway, origin: Start, ends: bool
+) -> None:
+    speak = threading.Event()
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        """Answer; on the first connection, speak again when nobody asks, or leave."""
+        server.received.append(read_request(connection).target)
+        connection.sendall(sized(b"good"))
+        if len(server.callers) == 1:
+            speak.wait(10)
+            if ends:
+                return
+            connection.sendall(sized(b"evil"))
+        while got := read_request(connection):
+            server.received.append(got.target)
+            connection.sendall(sized(b"good"))
+
+    server = origin(handle)  # R55
+    with gateway.connect() as client:
+        assert exchange(client, request(server, path=b"/a")).body == b"good"
+        data = post(server, b"Content-Length: 2", body=b"hi")
+        send(client, data[:6])
+        time.sleep(0.2)  # it knows that a request has begun
+        speak.set()
+        time.sleep(0.2)
+        send(client, data[6:])
+        answer = read_answer(client)
+        assert (answer.status, answer.body) == (200, b"good")
+    assert len(server.callers) == 2
+
+
 def test_a_pipelined_post_does_not_go_to_a_server_that_has_closed(
     gateway: Gateway, origin: Start
 ) -> None:
@@ -662,6 +695,32 @@ def test_an_expecting_client_may_send_at_once(
         assert exchange(client, request(server)).status == 100  # and in step
         assert read_answer(client).status == 200
     assert server.handle.requests[0].body == b"hello"
+
+
+@pytest.mark.parametrize("minor", [0, 1])
+def test_a_body_that_has_begun_is_not_given_up_for_want_of_a_continue(
+    gateway: Gateway, origin: Start, minor: int
+) -> None:
+    def early(connection: socket.socket, server: Origin) -> None:
+        """Answer at the first octet of the body, and go on reading it."""
+        read_head(connection)
+        first = connection.recv(1)
+        connection.sendall(sized(b"early"))
+        rest = read_exactly(connection, len(BULK) - 1)
+        server.received.append(first + rest)
+
+    server = origin(early)
+    fields = EXPECT, b"Content-Length: %d" % len(BULK)
+    data = post(server, *fields)  # R63
+    if not minor:
+        data = data.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    with gateway.connect() as client:
+        send(client, data)
+        send(client, BULK[:100_000])
+        assert read_answer(client).body == b"early"
+        send(client, BULK[100_000:])
+        eventually(lambda: server.received)
+    assert server.received == [BULK]
 
 
 def test_a_final_answer_instead_of_continue_ends_the_upload(

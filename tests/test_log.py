@@ -628,6 +628,14 @@ def test_fail2ban_finds_who_knocks_from_outside(
         assert all(abs(float(row[1]) - time.time()) < 60 for row in rows)
 
 
+def test_only_what_was_said_counts_as_said(capfd: pytest.CaptureFixture[str]) -> None:
+    board = natwork.Scoreboard()
+    while time.monotonic() % 1 > 0.9:  # both in the same second
+        time.sleep(0.01)
+    assert [board.say("one"), board.say("another")] == [True, False]
+    assert capfd.readouterr().err == "natwork: one\n"
+
+
 def test_a_shared_log_may_have_any_descriptor() -> None:
     code = """
 import os, socket, resource, natwork

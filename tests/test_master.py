@@ -34,6 +34,7 @@ from running import times
 from running import title
 from running import tunnel
 from running import worker_of
+from wire import CLOSED
 from wire import DENIED
 from wire import Script
 from wire import at_end
@@ -807,6 +808,49 @@ def test_a_reload_that_cannot_fork_sends_nobody_away() -> None:
             assert get(gateway) == 403
         finally:
             gateway.stop()
+
+
+def test_a_reload_takes_effect_where_the_old_workers_hold_all_the_room() -> None:
+    if os.geteuid():
+        pytest.skip("needs root, and a user that is not")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        gateway = Daemon(folder, spare_workers="4", user="daemon")
+        try:
+            ready(gateway, 4)
+            limit(gateway.process.pid, "nproc", 5)
+            assert get(gateway, CLOSED) == 502
+            assert "configuration reloaded" in gateway.hangup(rules="")
+            assert get(gateway, CLOSED) == 403
+            ready(gateway, 4)
+        finally:
+            gateway.stop()
+
+
+def test_a_reload_in_a_full_house_leaves_nothing_open(
+    daemon: Callable[..., Daemon], origin: Start
+) -> None:
+    gateway, server = daemon(spare_workers="1", max_workers="2"), origin(echo)
+    master = gateway.process.pid
+    ready(gateway, 1)
+    before = len(descriptors(master))
+    with tunnel(gateway, server), tunnel(gateway, server):
+        for number in range(6):
+            gateway.log.rename(gateway.folder / f"log.{number}")
+            gateway.process.send_signal(signal.SIGHUP)
+            eventually(gateway.log.exists)
+        eventually(lambda: len(descriptors(master)) <= before + 6)  # two generations
+    eventually(lambda: len(descriptors(master)) == before)
+
+
+def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
+    natwork: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    gateway = natwork("spare_workers=1")
+    ready(gateway, 1)
+    assert int(status(gateway.process.pid, "VmRSS").split()[0]) < 100_000  # KiB
 
 
 def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:

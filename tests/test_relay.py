@@ -472,6 +472,57 @@ def test_a_reset_of_the_server_reaches_the_client(
     assert int(line["down"]) == len(HEAD) + moved
 
 
+@pytest.mark.parametrize("way", ["tunnel", "endless"])
+def test_what_was_taken_from_a_server_arrives_before_his_reset(
+    gateway: Gateway, origin: Start, way: str
+) -> None:
+    gone = threading.Event()
+
+    def handle(connection: socket.socket, server: Origin) -> None:
+        """Say a piece, and reset when it has been taken."""
+        if way == "endless":
+            read_request(connection)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        connection.sendall(DATA[:150_000])
+        time.sleep(0.5)
+        reset(connection)
+        gone.set()
+
+    server = origin(handle)  # R68
+    with gateway.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        send(client, request(server, method=b"CONNECT" if way == "tunnel" else b"GET"))
+        assert b" 200 " in read_head(client)
+        assert gone.wait(10)
+        time.sleep(0.5)  # he is slow, and does not wait forever
+        assert same(read_exactly(client, 150_000), DATA[:150_000])
+        with pytest.raises(ConnectionResetError):  # and it does not look whole
+            client.recv(1)
+
+
+def test_who_sends_on_before_he_reads_gets_the_last_answer(
+    gateway: Gateway, origin: Start
+) -> None:
+    page = DATA[:200_000]
+
+    def refuse(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(sized(page, b"Connection: close", status=b"413 Too Large"))
+        with contextlib.suppress(OSError):
+            read_all(connection)
+
+    server = origin(refuse)
+    with gateway.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        send(client, request(server, b"Content-Length: 100000000", method=b"POST"))
+        end = time.monotonic() + 3.5  # longer than a silent one would be waited for
+        while time.monotonic() < end:
+            send(client, bytes(1000))
+            time.sleep(0.05)
+        answer = read_answer(client)
+        assert answer.status == 413 and same(answer.body, page)
+
+
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_reset_ends_a_tunnel_that_is_stalled(
     gateway: Gateway, origin: Start, who: str

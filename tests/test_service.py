@@ -635,12 +635,23 @@ def test_an_unknown_user_is_one_line_and_exit_78(tmp_path: Path) -> None:
 def test_user_and_pid_file_need_a_restart(daemon: Launch) -> None:
     gateway = daemon()
     before = len(gateway.said())
-    user = "daemon" if gateway.settings["user"] != "daemon" else "root"
+    running = gateway.settings["user"]
+    user = "daemon" if running != "daemon" else "root"
     gateway.hangup(user=user, pidfile="other.pid")
     said = gateway.said()[before:]
     assert "natwork: user is changed by a restart only" in said
     assert "natwork: pidfile is changed by a restart only" in said
     assert answers(gateway.address) and not (gateway.folder / "other.pid").exists()
+    before = len(gateway.said())
+    assert "user = no-such-user: " in gateway.hangup(user="no-such-user")
+    gateway.hangup(user=running, pidfile="")
+    assert not [line for line in gateway.said()[before:] if "restart" in line]
+
+
+def test_a_reload_says_what_is_not_there(daemon: Launch) -> None:
+    gateway = daemon()
+    gateway.hangup(outside="nosuch0")
+    assert "natwork: outside: nosuch0 is not there now" in gateway.said()
 
 
 # The command line.

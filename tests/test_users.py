@@ -37,6 +37,7 @@ from running import echo
 from running import echoes
 from running import idle
 from running import title
+from running import tunnel
 from running import worker_of
 from wire import NAME
 from wire import Message
@@ -824,6 +825,19 @@ def test_a_client_of_a_killed_worker_may_come_again(
         assert statuses == [200] * 2 + [503] * 2
 
 
+def test_who_was_refused_and_stays_holds_no_place(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway, server = natwork("max_per_client=1"), origin(echo)
+    with contextlib.ExitStack() as stays:
+        with tunnel(gateway, server):
+            refused = stays.enter_context(gateway.connect())
+            refused.sendall(request(server, method=b"CONNECT"))
+            assert b" 503 " in read_head(refused)
+        soon = 1.5  # he who stays is given up later
+        eventually(lambda: ask(gateway, server).status != 503, soon)
+
+
 def test_a_reload_counts_who_was_there_before(
     daemon: Callable[..., Daemon], origin: Start
 ) -> None:
@@ -855,6 +869,19 @@ def test_users_that_no_reload_could_read_are_told_at_the_start(tmp_path: Path) -
         (folder / "users").touch(mode=0o640)
         gateway = Daemon(folder, user="nobody", users="users")
         assert "no reload will work" in gateway.stop()
+
+
+def test_a_reload_that_cannot_load_the_hashes_says_so(tmp_path: Path) -> None:
+    code = """
+import sys, natwork
+sys.modules["hashlib"] = None
+try:
+    natwork.read_users(natwork.Config(users="users", user="nobody"))
+except natwork.ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.stdout.startswith(b"default: users = users: nobody cannot load ")
 
 
 def test_an_interrupted_question_is_no_traceback(tmp_path: Path) -> None:
