@@ -120,10 +120,10 @@ COPY_SIZE = 64 * 1024  # one recv(); a read this full means that more is there
 BULK_SIZE = 256 * 1024  # a body known to be this long is spliced from the start
 PIPE_SIZE = 256 * 1024  # asked for; 64 KiB is what one gets over the user's budget
 OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
+FILL_LIMIT = 4 << 20  # bytes of fill_holes(), which takes some 300 KiB
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
 LINGER_LIMIT = 30.0  # for all that he sends before he reads them, as nginx
-FILL_LIMIT = 1 << 22  # bytes; some 300 KiB will do
 RETIRE_TIMEOUT = 5.0  # for the first workers of a new configuration
 UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
@@ -132,6 +132,7 @@ UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 GATHER_TIME = 0.25  # that less than three quarters of the spares may be missing
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
+QUIET_TIME = 0.001  # for which a kept server that was silent is not looked at again
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
@@ -4190,7 +4191,7 @@ class Http:
         session, worker = self.session, self.worker
         wanted = session.user, target.host, target.port
         exchange = Exchange(self, head, target, length)
-        if self.server and time.monotonic() > self.quiet_at + 0.001:
+        if self.server and time.monotonic() > self.quiet_at + QUIET_TIME:
             with contextlib.suppress(BlockingIOError):
                 self.server.fill()  # it closed, or it says what nobody asked
                 self.drop_server()
@@ -4322,8 +4323,8 @@ def open_outside(
     attempts = plan(addresses, port, policy.uplinks, board)
     if kind == STREAM and len(attempts) > 1:
         # He who is to call back knows the client by the address of another session.
-        known = known_source(board, socks.worker.peer, addresses)
-        attempts.sort(key=lambda attempt: attempt.leaves_from() != known)
+        if known := known_source(board, socks.worker.peer, addresses):
+            attempts.sort(key=lambda attempt: attempt.leaves_from() != known)
     for attempt in attempts:
         try:
             where = attempt.source()
@@ -4333,7 +4334,7 @@ def open_outside(
             return attempt.packed, opened[where[0]]
         except OSError as error:
             race.fail(attempt, error)
-            if error.errno == errno.EADDRINUSE:
+            if kind == STREAM and error.errno == errno.EADDRINUSE:
                 break  # the port is wanted at this address, not at another
     raise race.defeat()
 
@@ -5158,6 +5159,12 @@ def ftp_upload(http: Http, head: RequestHead, path: str, length: int | None) -> 
 
 def ftp_put(http: Http, server: Any, path: str, up: Lane, expects: bool) -> None:
     """Store a request's body, for which the client expects a word; raise Refused."""
+    import ftplib
+
+    done = "201 Created"
+    with contextlib.suppress(ftplib.error_perm, ValueError):
+        if server.size(path) is not None:  # RFC 9110 section 9.3.4: it replaces one
+            done = "200 OK"
     up.sink = data = ftp_data(http, server, f"STOR {path}")
     down = Lane(http.watch, data, http.client, http.config.idle_timeout)
     if expects:
@@ -5172,7 +5179,7 @@ def ftp_put(http: Http, server: Any, path: str, up: Lane, expects: bool) -> None
     if up.abandoned:
         raise Refused(SERVER_GONE, "the server took no more")
     http.keep = http.wants_more and not http.worker.leaving()
-    http.answer("201 Created", b"", b"")
+    http.answer(done, b"", b"")
 
 
 def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Outcome:
@@ -5850,7 +5857,8 @@ def load_generation(
             if getattr(config, name) != running:
                 say(f"{name} is changed by a restart only")
                 setattr(config, name, running)
-        warn_of_outside(config)
+        with contextlib.suppress(OSError):
+            warn_of_outside(config)
     if old and passed and config.listen != old.config.listen:
         say("listen is not used: systemd passes the listeners (natwork.socket)")
     return generation

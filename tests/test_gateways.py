@@ -379,13 +379,13 @@ def test_an_upload_is_stored(gateway, vsftpd, site: Path, framing: str) -> None:
     target = url(vsftpd(), f"/{framing}.up", login=f"ann:{SECRET.replace(' ', '%20')}@")
     body = b"" if framing == "empty" else BIG
     with gateway.connect() as client:
-        for _ in range(2):
+        for status in (201, 200):  # the second takes the place of the first
             if framing == "chunked":
                 field, sent = b"Transfer-Encoding: chunked", chunks(body[:9], body[9:])
             else:
                 field, sent = b"Content-Length: %d" % len(body), body
             answer = exchange(client, asking(target, field, method=b"PUT") + sent)
-            assert answer.status == 201 and not answer.closes
+            assert answer.status == status and not answer.closes
             assert (site / "ann" / f"{framing}.up").read_bytes() == body
     assert int(gateway.lines()[-1]["up"]) >= len(body)
 
