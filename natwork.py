@@ -6078,8 +6078,8 @@ def guard(work: Callable[[], int]) -> int:
     except OSError as error:
         # Those of ours have a text and no number.
         say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
-        with open(os.devnull, "w") as null:  # what nobody takes is not tried again
-            os.dup2(null.fileno(), 1)
+        with contextlib.suppress(OSError), open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)  # what nobody takes is not tried again
         return 1
     except KeyboardInterrupt:
         return 1

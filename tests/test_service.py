@@ -128,6 +128,20 @@ def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
         assert why == words
 
 
+@pytest.mark.parametrize("limit", [10, 12, 14, 16])
+def test_too_few_descriptors_are_one_line_and_exit_1(
+    tmp_path: Path, limit: int
+) -> None:
+    few = ["prlimit", f"--nofile={limit}", *PROGRAM, "-o", "listen=127.0.0.1:0"]
+    done = subprocess.run(few, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    said = done.stderr.splitlines()
+    assert (done.returncode, said[-1]) == (
+        1,
+        "natwork: cannot go on: too many open files",
+    )
+    assert all(line.startswith("natwork: listening on ") for line in said[:-1])
+
+
 def test_an_address_of_another_box_is_one_line_and_exit_1(tmp_path: Path) -> None:
     why = failed(command("-o", "listen=192.0.2.7:0", cwd=tmp_path), 1)
     assert why.startswith("natwork: cannot listen on 192.0.2.7:0: cannot assign")
