@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -786,46 +787,45 @@ def test_a_failing_fork_is_said_once_and_tried_again(daemon: Launch) -> None:
     ready(gateway, 2)
 
 
-def test_a_reload_that_cannot_fork_sends_nobody_away() -> None:
+@contextlib.contextmanager
+def ordinary(user: str) -> Iterator[Daemon]:
+    """Run a gateway with four spares as a user whose processes are limited."""
     if os.geteuid():
         pytest.skip("needs root, and a user that is not")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        gateway = Daemon(folder, spare_workers="4", user="nobody")
+        gateway = Daemon(folder, spare_workers="4", user=user)
         try:
-            master, old = gateway.process.pid, ready(gateway, 4)
-            limit(master, "nproc", 1)
-            gateway.process.send_signal(signal.SIGHUP)
-            eventually(lambda: any("cannot fork" in line for line in gateway.said()))
-            time.sleep(1.5)  # it tries again, in vain
-            assert set(old) <= set(gateway.workers())
-            assert [get(gateway) for _ in range(20)] == [403] * 20
-            hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-            limit(master, "nproc", "unlimited" if hard < 0 else hard)
-            eventually(lambda: any("reloaded" in line for line in gateway.said()))
-            eventually(lambda: not set(old) & set(gateway.workers()))
-            assert get(gateway) == 403
+            yield gateway
         finally:
             gateway.stop()
+
+
+def test_a_reload_that_cannot_fork_sends_nobody_away() -> None:
+    with ordinary("nobody") as gateway:
+        master, old = gateway.process.pid, ready(gateway, 4)
+        limit(master, "nproc", 1)
+        gateway.process.send_signal(signal.SIGHUP)
+        eventually(lambda: any("cannot fork" in line for line in gateway.said()))
+        time.sleep(1.5)  # it tries again, in vain
+        assert set(old) <= set(gateway.workers())
+        assert [get(gateway) for _ in range(20)] == [403] * 20
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        limit(master, "nproc", "unlimited" if hard < 0 else hard)
+        eventually(lambda: any("reloaded" in line for line in gateway.said()))
+        eventually(lambda: not set(old) & set(gateway.workers()))
+        assert get(gateway) == 403
 
 
 def test_a_reload_takes_effect_where_the_old_workers_hold_all_the_room() -> None:
-    if os.geteuid():
-        pytest.skip("needs root, and a user that is not")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        gateway = Daemon(folder, spare_workers="4", user="daemon")
-        try:
-            ready(gateway, 4)
-            limit(gateway.process.pid, "nproc", 5)
-            assert get(gateway, CLOSED) == 502
-            assert "configuration reloaded" in gateway.hangup(rules="")
-            assert get(gateway, CLOSED) == 403
-            ready(gateway, 4)
-        finally:
-            gateway.stop()
+    with ordinary("daemon") as gateway:
+        ready(gateway, 4)
+        limit(gateway.process.pid, "nproc", 5)
+        assert get(gateway, CLOSED) == 502
+        assert "configuration reloaded" in gateway.hangup(rules="")
+        assert get(gateway, CLOSED) == 403
+        ready(gateway, 4)
 
 
 def test_a_reload_in_a_full_house_leaves_nothing_open(
