@@ -1885,8 +1885,9 @@ class Master:
         self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
         self.keep_spares()
+        if not self.replaced:
+            self.retire_at = time.monotonic() + RETIRE_TIMEOUT
         self.replaced.append(old)
-        self.retire_at = time.monotonic() + RETIRE_TIMEOUT
         self.retire()
 
     def retire(self) -> None:
@@ -1897,6 +1898,8 @@ class Master:
         if self.replaced and (
             not self.fork_failing or time.monotonic() >= self.retire_at
         ):
+            if self.fork_failing:
+                say("no worker has the new configuration: the old ones make room")
             self.board.words[RETIRED_BELOW] = self.generation.number
             for old in self.replaced:
                 if old.workers:
@@ -2802,6 +2805,10 @@ class Race:
             while True:
                 while waiting and (not self.pending or now >= began + waiting[-1].at):
                     attempt, running = waiting.pop(), len(self.pending)
+                    early = began + attempt.at - now
+                    if early > 0:  # nothing is under way: all come sooner by that
+                        for other in waiting:
+                            other.at -= early
                     if attempt.packed not in self.refused:
                         if winner := self.start(attempt):
                             return winner
@@ -3201,16 +3208,24 @@ def linger(worker: Worker, client: Stream) -> None:
     the answer; so these are read and thrown away for a moment, or for longer
     while he sends and has not taken it all.
     """
-    began = time.monotonic()
-    worker.slot.hold("")  # he is told that it is over, and may come again
+    began = heard = time.monotonic()
+    taken = False
     with contextlib.suppress(OSError, Refused):
         client.sock.shutdown(socket.SHUT_WR)
-        while worker.watch.wait({client.fd: select.POLLIN}, LINGER_TIMEOUT):
-            if not client.sock.recv(COPY_SIZE):
+        while True:
+            if not taken and not unsent(client):
+                taken = True
+                worker.slot.hold("")  # he knows that it is over, and may come again
+            now = time.monotonic()
+            end = began + (LINGER_TIMEOUT if taken else LINGER_LIMIT)
+            left = min(end, heard + LINGER_TIMEOUT) - now
+            if left <= 0:
                 return
-            spent = time.monotonic() - began
-            if spent > (LINGER_LIMIT if unsent(client) else LINGER_TIMEOUT):
-                return
+            pause = left if taken else 0.05
+            if worker.watch.wait({client.fd: select.POLLIN}, pause):
+                if not client.sock.recv(COPY_SIZE):
+                    return
+                heard = time.monotonic()
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -3599,8 +3614,8 @@ class Exchange:
         self.is_plain = not (length or self.offered)  # nothing follows the head
         self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
         self.up.out += self.request_head(target)
+        self.head_size = len(self.up.out)
         if not self.is_plain:
-            self.head_size = len(self.up.out)
             self.up.script = self.ask()
             # It takes what has come, and stops: what is malformed reaches nobody.
             self.up.step()
@@ -3609,7 +3624,9 @@ class Exchange:
         """Carry the request to its server and the answer back; raise Refused."""
         http, up = self.http, self.up
         if http.parent:
+            before = len(up.out)
             readdress(up.out, self.authority, http.parent)
+            self.head_size += len(up.out) - before
         down = self.down = Lane(http.watch, server, http.client, up.patience)
         up.sink = server
         if self.is_plain:
@@ -4098,7 +4115,7 @@ class Http:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.endless:
-                if outcome is SERVER_GONE:
+                if outcome.error == SERVER_GONE.error:  # or a parent's fault
                     deliver(self.watch, self.client)
                 self.client.abort()
             return
@@ -4195,6 +4212,7 @@ class Http:
             with contextlib.suppress(BlockingIOError):
                 self.server.fill()  # it closed, or it says what nobody asked
                 self.drop_server()
+        self.quiet_at = 0.0  # that was for this request
         # Who may dial a place may go on asking it: the rules see no more.
         if self.server and self.server_for == wanted:
             session.address, session.source = self.server_ends
@@ -4303,11 +4321,12 @@ def host_of(name: str) -> str:
 
 def known_source(board: Scoreboard, peer: str, addresses: list[bytes]) -> str:
     """Return from where a client already talks to one of some addresses, or ""."""
-    hosts = {unpack(packed) for packed in addresses}
+    hosts, last, known = {unpack(packed) for packed in addresses}, 0.0, ""
     for _, session in sessions(board):
         if host_of(session.client) == peer and host_of(session.address) in hosts:
-            return host_of(session.source)
-    return ""
+            if session.began >= last:
+                last, known = session.began, host_of(session.source)
+    return known
 
 
 def open_outside(
@@ -4320,11 +4339,12 @@ def open_outside(
     """
     board, policy = socks.worker.board, socks.policy
     race = Race(socks.watch, board)
-    attempts = plan(addresses, port, policy.uplinks, board)
+    attempts, known = plan(addresses, port, policy.uplinks, board), ""
     if kind == STREAM and len(attempts) > 1:
         # He who is to call back knows the client by the address of another session.
-        if known := known_source(board, socks.worker.peer, addresses):
-            attempts.sort(key=lambda attempt: attempt.leaves_from() != known)
+        known = known_source(board, socks.worker.peer, addresses)
+    if known:
+        attempts.sort(key=lambda attempt: attempt.leaves_from() != known)
     for attempt in attempts:
         try:
             where = attempt.source()
@@ -4334,7 +4354,7 @@ def open_outside(
             return attempt.packed, opened[where[0]]
         except OSError as error:
             race.fail(attempt, error)
-            if kind == STREAM and error.errno == errno.EADDRINUSE:
+            if known and error.errno == errno.EADDRINUSE:
                 break  # the port is wanted at this address, not at another
     raise race.defeat()
 
@@ -5162,7 +5182,7 @@ def ftp_put(http: Http, server: Any, path: str, up: Lane, expects: bool) -> None
     import ftplib
 
     done = "201 Created"
-    with contextlib.suppress(ftplib.error_perm, ValueError):
+    with contextlib.suppress(ftplib.Error, ValueError):
         if server.size(path) is not None:  # RFC 9110 section 9.3.4: it replaces one
             done = "200 OK"
     up.sink = data = ftp_data(http, server, f"STOR {path}")

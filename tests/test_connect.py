@@ -21,6 +21,7 @@ from box import ip
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
+from conftest import read_all
 from conftest import read_exactly
 from conftest import read_head
 from proc import ALONE
@@ -33,6 +34,7 @@ from wire import exchange
 from wire import proxy_error
 from wire import request
 from wire import shared
+from wire import sized
 
 import natwork
 
@@ -571,6 +573,39 @@ def test_an_uplink_that_failed_goes_last_for_a_while(
     assert lines.ask(server.authority).status == 200
     lost = "203.0.113.1", "198.51.100.1", "198.51.100.1"
     assert callers(server, 3) == list(lost)
+
+
+def test_uplinks_that_are_not_there_cost_no_time(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    """Three that are gone, one that is silent: a second, and not four."""
+    gateway("outside=gone0 gone1 gone2 wan wan2", "connect_timeout=2.5")
+    server = lines.origin("192.0.2.80")
+    lines.box.link("outside", "wan", "arp", "off")
+    ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
+    try:
+        assert lines.ask(server.authority).status == 200
+    finally:
+        lines.box.link("outside", "wan", "arp", "on")
+    assert callers(server, 1) == ["198.51.100.1"]
+
+
+def test_an_answer_to_a_head_that_is_still_on_its_way(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    def early(connection: socket.socket, server: Origin) -> None:
+        connection.sendall(sized(b"no", status=b"431 Too Large"))
+        server.received.append(read_all(connection))
+
+    running = gateway()
+    server = lines.box.within("outside", lambda: Origin(early, "192.0.2.80"))
+    lines.origins.append(server)
+    server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+    fields = [b"X-%d: %b" % (n, b"y" * 1000) for n in range(62)]
+    with lines.client() as client:
+        answer = exchange(client, request(server, *fields))
+        assert (answer.status, answer.body) == (431, b"no")
+    assert running.lines(1)[0]["status"] == "431"
 
 
 def test_a_bind_is_where_its_caller_knows_the_client(

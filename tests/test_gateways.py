@@ -21,6 +21,7 @@ from box import unavailable
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
+from conftest import read_all
 from proc import at_rest
 from running import worker_of
 from test_rules import TARGETS
@@ -594,6 +595,34 @@ def test_a_slow_directory_leaves_its_server_time_to_end(
     gateway = natwork("idle_timeout=1")
     answer = ask(gateway, url(origin(handle, "127.0.0.3")))
     assert answer.status == 200 and answer.body.count(b">a</a>") == 4
+
+
+@pytest.mark.parametrize("reply", [b"450 busy", b"550 none", b"213 what", b"999 hm"])
+def test_an_upload_goes_on_whatever_is_said_of_the_size(
+    gateway, origin: Start, reply: bytes
+) -> None:
+    def take(connection: socket.socket, origin: Origin) -> None:
+        origin.received.append(read_all(connection))
+
+    data = origin(take, "127.0.0.3")
+    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    replies = {b"PASV": b"227 (%b)" % comma, b"STOR": b"150", b"SIZE": reply}
+
+    def handle(connection: socket.socket, origin: Origin) -> None:
+        connection.sendall(b"220 hello\r\n")
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                word = line.split()[0]
+                connection.sendall(replies.get(word, b"200 well") + b"\r\n")
+                if word == b"STOR":
+                    eventually(lambda: data.received)
+                    connection.sendall(b"226 done\r\n")
+
+    target = url(origin(handle, "127.0.0.3"), "/file")
+    with gateway.connect() as client:
+        sent = asking(target, b"Content-Length: 5", method=b"PUT") + b"hello"
+        assert exchange(client, sent).status == 201
+    assert data.received == [b"hello"]
 
 
 def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -> None:

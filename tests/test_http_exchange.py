@@ -291,6 +291,30 @@ def test_what_a_server_says_during_a_slow_head_answers_nothing(
     assert len(server.callers) == 2
 
 
+def test_a_server_that_closes_between_pipelined_requests_is_seen(
+    gateway: Gateway, origin: Start
+) -> None:
+    def handle(connection: socket.socket, server: Origin) -> None:
+        while got := read_request(connection):
+            server.received.append(got.target)
+            last = got.target == b"/last"
+            if last:  # the end is in the same segment as the answer
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+            connection.sendall(OK)
+            if last:
+                connection.shutdown(socket.SHUT_WR)
+
+    server = origin(handle)
+    pair = request(server, path=b"/last")
+    pair += post(server, b"Content-Length: 2", body=b"hi")
+    for _ in range(5):
+        with gateway.connect() as client:
+            assert exchange(client, request(server, path=b"/a")).status == 200
+            time.sleep(0.01)
+            client.sendall(pair)
+            assert [read_answer(client).status for _ in "ab"] == [200, 200]
+
+
 def test_a_pipelined_post_does_not_go_to_a_server_that_has_closed(
     gateway: Gateway, origin: Start
 ) -> None:

@@ -22,6 +22,7 @@ from box import unavailable
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
+from conftest import read_all
 from conftest import read_exactly
 from conftest import read_head
 from running import Daemon
@@ -688,6 +689,26 @@ def test_a_near_parent_is_not_dialed_from_the_outside(
     ]
     sources = [line["source"].split(":")[0] for line in gateway.lines(2)]
     assert sources == ["127.0.0.1", "127.0.0.2"]
+
+
+def test_a_body_that_never_comes_through_a_parent_swallows_no_request(
+    natwork: Natwork, origin: Start
+) -> None:
+    def refuse(connection: socket.socket, origin: Origin) -> None:
+        origin.received.append(read_head(connection))
+        connection.sendall(sized(b"no", status=b"401 Unauthorized"))
+        origin.received.append(read_all(connection))
+
+    parent = origin(refuse)
+    gateway = natwork(parents("http://%s scheme http" % parent.authority))
+    fields = b"Expect: 100-continue", b"Content-Length: 200"
+    with gateway.connect() as client:  # RFC 9110 section 10.1.1
+        data = request(b"127.0.0.3", *fields, method=b"PUT")
+        assert exchange(client, data).status == 401
+        client.sendall(request(b"127.0.0.3"))
+        assert read_all(client) == b""
+    eventually(lambda: len(parent.received) == 2)
+    assert parent.received[1] == b""
 
 
 def test_gateways_that_are_each_others_parents_are_a_loop(
