@@ -602,9 +602,14 @@ def test_an_answer_to_a_head_that_is_still_on_its_way(
     lines.origins.append(server)
     server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
     fields = [b"X-%d: %b" % (n, b"y" * 1000) for n in range(62)]
-    with lines.client() as client:
-        answer = exchange(client, request(server, *fields))
-        assert (answer.status, answer.body) == (431, b"no")
+    before = lines.box.get("gateway", "ipv4/tcp_wmem")
+    lines.box.set("gateway", "ipv4/tcp_wmem", "4096 4096 4096")
+    try:
+        with lines.client() as client:
+            answer = exchange(client, request(server, *fields))
+            assert (answer.status, answer.body) == (431, b"no")
+    finally:
+        lines.box.set("gateway", "ipv4/tcp_wmem", before)
     assert running.lines(1)[0]["status"] == "431"
 
 
