@@ -515,7 +515,7 @@ def test_who_sends_on_before_he_reads_gets_the_last_answer(
     with gateway.connect() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         send(client, request(server, b"Content-Length: 100000000", method=b"POST"))
-        end = time.monotonic() + 3.5  # longer than a silent one would be waited for
+        end = time.monotonic() + 2.6  # longer than a silent one would be waited for
         while time.monotonic() < end:
             send(client, bytes(1000))
             time.sleep(0.05)
