@@ -761,6 +761,11 @@ def endpoint(address: tuple[Any, ...]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def host_of(name: str) -> str:
+    """Return the host of a name as endpoint() writes it."""
+    return name.rpartition(":")[0].strip("[]")
+
+
 @functools.lru_cache(maxsize=2)
 def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
@@ -808,6 +813,7 @@ class Session:
         scheme, found, rest = self.target.partition("://")
         whole = rest if found and "/" not in scheme else self.target
         authority = whole.partition("/")[0]
+        # host_of() without its call, which would weigh in every worker.
         return authority.rpartition(":")[0].strip("[]") or authority
 
     def title(self) -> str:
@@ -4314,11 +4320,6 @@ def open_port(
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
-def host_of(name: str) -> str:
-    """Return the host of a name as endpoint() writes it."""
-    return name.rpartition(":")[0].strip("[]")
-
-
 def known_source(board: Scoreboard, peer: str, addresses: list[bytes]) -> str:
     """Return from where a client already talks to one of some addresses, or ""."""
     hosts, last, known = {unpack(packed) for packed in addresses}, 0.0, ""
@@ -5458,11 +5459,11 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
     """Return the sessions of a gateway: the four columns of the paper, and more."""
     rows = []
     for pid, session in sessions(board):
-        client, _, port = session.client.rpartition(":")
+        port = session.client.rpartition(":")[2]
         new_port = session.source.rpartition(":")[2]
         rows.append(
             {
-                "source_ip": client.strip("[]"),
+                "source_ip": host_of(session.client),
                 "original_source_port": int(port),
                 "new_source_port": int(new_port) if new_port.isdigit() else None,
                 "destination": session.address,

@@ -685,22 +685,29 @@ def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(origin: Start) -> 
         os.close(end)
 
 
-def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
-    origin: Start,
-) -> None:
-    server, board = origin(Script(), "127.0.1.9"), natwork.Scoreboard()
-    hosts = [f"127.0.1.{n}" for n in range(1, 6)]
-    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
-    addresses = [natwork.pack(host) for host in [*hosts, "127.0.1.9"]]
+@contextlib.contextmanager
+def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
+    """Give a race in which a port of some hosts, its queue full, answers nothing."""
     lifeline, end = os.pipe()
     with contextlib.ExitStack() as stack:
         for fd in (lifeline, end):
             stack.callback(os.close, fd)
-        for host in hosts:  # whose queue is full: they answer nothing
-            deaf = stack.enter_context(socket.create_server((host, server.port)))
-            deaf.listen(0)
-            stack.enter_context(socket.create_connection((host, server.port)))
-        race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
+        for host in deaf:
+            full = stack.enter_context(socket.create_server((host, port)))
+            full.listen(0)
+            stack.enter_context(socket.create_connection((host, port)))
+        yield natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
+
+
+def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
+    origin: Start,
+) -> None:
+    server = origin(Script(), "127.0.1.9")
+    hosts = [f"127.0.1.{n}" for n in range(1, 6)]
+    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
+    addresses = [natwork.pack(host) for host in [*hosts, "127.0.1.9"]]
+    with racing(hosts, server.port) as race:
+        board = race.board
         sock, attempt = race.run(natwork.plan(addresses, server.port, ways, board), 5.0)
         sock.close()
     assert attempt.uplink == ways[0]
@@ -713,15 +720,7 @@ def test_an_address_that_refuses_does_not_hurry_the_next_uplink(origin: Start) -
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
     hosts = ["127.0.1.1", "127.0.1.3", "127.0.1.2"]  # nobody listens at the third
     addresses = [natwork.pack(host) for host in hosts]
-    lifeline, end = os.pipe()
-    with contextlib.ExitStack() as stack:
-        for fd in (lifeline, end):
-            stack.callback(os.close, fd)
-        for host in hosts[:2]:
-            deaf = stack.enter_context(socket.create_server((host, server.port)))
-            deaf.listen(0)
-            stack.enter_context(socket.create_connection((host, server.port)))
-        race = natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
+    with racing(hosts[:2], server.port) as race:
         attempts = natwork.plan(addresses, server.port, ways, race.board)
         with pytest.raises(natwork.Refused):
             race.run(attempts, 1.5)
