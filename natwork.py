@@ -71,6 +71,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
+from opcode import opmap
 from types import CodeType
 from types import FunctionType
 from typing import Any
@@ -1397,27 +1398,50 @@ class Generation:
         """Return the state byte of this generation's idle workers."""
         return FIRST_IDLE + self.number % GENERATIONS
 
+    def descriptors(self) -> list[int]:
+        """Return what is open for this generation alone."""
+        found = [self.lifeline_out, self.lifeline_in, self.log.fd]
+        return [fd for fd in found if fd >= 0]
+
     def close(self) -> None:
-        """Free what belongs to this generation alone."""
-        for fd in (self.lifeline_out, self.lifeline_in, self.log.fd):
-            if fd >= 0:
-                os.close(fd)
+        for fd in self.descriptors():
+            os.close(fd)
 
 
 class Worker:
     """One process and its one client at a time: what serving code may use."""
 
     def __init__(
-        self, generation: Generation, slot: Slot, poke_in: int, pressure_out: int
+        self,
+        generation: Generation,
+        board: Scoreboard,
+        poke_in: int,
+        pressure_out: int,
     ) -> None:
-        """Get ready in a new process; the descriptors are pipes of the master's."""
+        """Get ready in the master; the descriptors are pipes of his.
+
+        Each fork becomes a copy of this one worker: what is made here is shared.
+        """
         self.generation, self.config = generation, generation.config
-        self.slot, self.board, self.idle = slot, slot.board, generation.idle()
+        self.board, self.idle = board, generation.idle()
         self.poke_in, self.pressure_out = poke_in, pressure_out
-        self.lifeline, self.pid = generation.lifeline_out, os.getpid()
+        self.lifeline = generation.lifeline_out
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.families = generation.families
+        self.slot: Slot
+        self.pid = 0
+        self.client: Socket
+        self.peer = self.name = ""  # the client's address; and with its port
+        self.scope = 0  # of a link-local one: the index of its device
+        self.title = ""
+        self.made_room = False
+
+    def start(self, slot: Slot, others: list[int]) -> None:
+        """Go on as a process with a slot, without the descriptors of others."""
+        self.slot, self.pid = slot, os.getpid()
+        for fd in others:
+            os.close(fd)
         # Made after the fork, and exclusive: one client wakes one worker.
         self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
         for fd in self.listeners:
@@ -1427,11 +1451,7 @@ class Worker:
             self.pressure_out, select.EPOLLIN | select.EPOLLEXCLUSIVE
         )
         self.silent_poll.register(self.lifeline, select.EPOLLIN)
-        self.client: Socket
-        self.peer = self.name = ""  # the client's address; and with its port
-        self.scope = 0  # of a link-local one: the index of its device
-        self.title = ""
-        self.made_room = False
+        set_signal(TERM, self.end)  # the operator's hand
 
     def run(self) -> None:
         """Serve clients, one after another, until it is time to leave."""
@@ -1593,10 +1613,9 @@ class Worker:
             self.title = title
 
     def confine(self) -> None:
-        """Give up what serving does not need, and take TERM as the operator's hand."""
-        set_signal(TERM, self.end)
+        """Give up what serving does not need: to fork, and to start threads."""
         if os.geteuid():  # root is above this limit
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no fork, no thread
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
     def end(self, *_: object) -> None:
         """Die of TERM, and by a reset if the client has but half of his answer.
@@ -1626,6 +1645,7 @@ class Master:
         self.wake_out, self.wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poke_out, self.poke_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.worker: Worker  # that each fork becomes
         self.replaced: list[Generation] = []  # whose idle workers are to leave
         self.retire_at = 0.0  # monotonic: whatever the forks of the new ones do
         self.retiring: Generation | None = None  # until its idle workers have left
@@ -1657,6 +1677,7 @@ class Master:
         # write to each object, away from the pages they share.
         gc.collect()
         self.ballast = fill_holes(small_only=True)
+        self.worker = self.prepare()
         gc.freeze()
         gc.set_threshold(20_000)
         while not self.stopping:
@@ -1813,6 +1834,10 @@ class Master:
             slot.take(0)
             slots.append(slot)
             words[USED] = max(words[USED], number + 1)
+        # The end of the lifeline is the master's alone: it is his life.
+        others = [*self.private, self.generation.lifeline_in]
+        for generation in self.generations[:-1]:
+            others += generation.descriptors()
         pids = []
         # Held across the forks: until a worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
@@ -1821,7 +1846,7 @@ class Master:
             for slot in slots:
                 pid = os.fork()
                 if pid == 0:
-                    self.become_worker(slot)
+                    self.become_worker(slot, others)
                 pids.append(pid)
             self.fork_failing = False
         except OSError as error:
@@ -1838,17 +1863,15 @@ class Master:
         for slot in slots[len(pids) :]:
             slot.state(FREE)
 
-    def become_worker(self, slot: Slot) -> NoReturn:
+    def prepare(self) -> Worker:
+        return Worker(self.generation, self.board, self.poke_in, self.pressure_out)
+
+    def become_worker(self, slot: Slot, others: list[int]) -> NoReturn:
         """Serve clients in this new process, and never return."""
-        status = 1
+        status, worker = 1, self.worker
         try:
             set_wakeup(-1)  # or a signal to us would be the master's
-            os.close(self.generation.lifeline_in)  # the master's alone: it is its life
-            for generation in self.generations[:-1]:
-                generation.close()
-            for fd in self.private:
-                os.close(fd)
-            worker = Worker(self.generation, slot, self.poke_in, self.pressure_out)
+            worker.start(slot, others)
             worker.confine()
             set_mask(UNBLOCK, MASTER_SIGNALS)
             slot.take(worker.pid)
@@ -1888,6 +1911,7 @@ class Master:
             fresh.families[listener.fileno()] = int(listener.family)
         self.generation = fresh
         self.generations.append(fresh)
+        self.worker = self.prepare()
         self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
         self.keep_spares()
@@ -5984,10 +6008,12 @@ def rehearse(profile: Callable[..., object] | None) -> None:
         door.setblocking(False)
         undo.callback(os.waitpid, pid, 0)
         undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+        undo.callback(set_signal, TERM, DEFAULT)
         sys.setprofile(profile)
         try:
+            worker = Worker(generation, board, wake_in, wake_out)
             for _ in range(LEARNED):
-                worker = Worker(generation, Slot(board, 0), wake_in, wake_out)
+                worker.start(Slot(board, 0), [os.dup(wake_in)])
             worker.run()
         finally:
             sys.setprofile(None)
@@ -5996,7 +6022,12 @@ def rehearse(profile: Callable[..., object] | None) -> None:
 def copied(thing: Any) -> Any:
     """Return a new copy of code, and of the constants in it."""
     if isinstance(thing, CodeType):
-        return thing.replace(co_consts=copied(thing.co_consts))
+        # CPython puts objects of each size up to 512 bytes in pages of their own.
+        # What is a little larger stands one behind the other: so code that is
+        # short is made longer, by what is never reached.
+        more = max(0, 528 - sys.getsizeof(thing)) // 2
+        code = thing.co_code + bytes([opmap["NOP"], 0]) * more
+        return thing.replace(co_code=code, co_consts=copied(thing.co_consts))
     if isinstance(thing, tuple):
         return tuple([copied(part) for part in thing])
     if type(thing) is bytes:
