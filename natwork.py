@@ -141,6 +141,7 @@ LEARNED = 12  # calls of a function before the first fork; the interpreter learn
 WARM_CLIENTS = 5 * LEARNED  # served before it, of three kinds
 CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
+PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 TIME_LIMIT = 2_000_000  # poll() counts milliseconds in 32 bits: these are 23 days
 SHARE_LOOKS = 20  # at a client's sessions, 10 ms apart, before he has too many
@@ -319,6 +320,19 @@ def parse_setting(name: str, text: str) -> Any:
     return kind(text)
 
 
+def read_file(path: str) -> tuple[bytes, int]:
+    """Return what a regular file holds, and its mode; raise OSError.
+
+    Anything else could have us wait, or say something else the next time.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    with open(os.open(path, flags), "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError("it is not a regular file")
+        return file.read(), mode
+
+
 def read_settings(path: str) -> dict[str, str]:
     """Return the [natwork] section of an INI file; raise ConfigError."""
     import configparser  # 240 KiB that the workers never need
@@ -326,8 +340,7 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        with open(path, encoding="utf-8-sig") as file:  # an editor's BOM is no matter
-            text = file.read()
+        text = read_file(path)[0].decode("utf-8-sig")  # an editor's BOM is no matter
         parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
@@ -551,6 +564,7 @@ PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect ftp gopher".split
 PROTOCOL_AT = {proto: number for number, proto in enumerate(PROTOCOLS)}
 OUTCOME_AT = {word: number for number, word in enumerate(["other", *OUTCOMES])}
 TARGET_SIZE = 1500  # characters of a target that the log keeps
+NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 
 
 class Scoreboard:
@@ -753,6 +767,8 @@ def printable(raw: bytes, limit: int = 255) -> str:
     text = raw[:limit].decode("latin-1")
     if UNSAFE.search(text):
         text = text.translate(UNPRINTABLE)[:limit]
+        # Not cut within a \x0a.
+        text = re.sub(r"\\(x[0-9a-f]?)?\Z", "", text)
     return text or "-"
 
 
@@ -794,7 +810,7 @@ class Session:
     def row(self) -> bytes:
         """Return the row for the scoreboard; from_row() reads it again."""
         return (
-            f"{self.began:.3f} {self.pid} {self.client} {self.user} {self.proto} "
+            f"{self.began:.3f} {self.pid} {self.client} {self.user:.255} {self.proto} "
             f"{self.method} {self.target} {self.address} {self.source} {self.status}"
         ).encode()
 
@@ -958,7 +974,7 @@ class AccessLog:
 # runs two such scripts side by side.  Bulk goes by splice(2) through a pipe,
 # socket to socket in the kernel; for a few bytes a plain recv() and send() is
 # cheaper.  A lane empties its pipe before it looks at its source again, so an
-# EAGAIN from splice has one meaning only, and it waits for one thing at a time.
+# EAGAIN from splice never means a full pipe, and it waits for one thing at a time.
 
 ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Wait = tuple[int, int]  # a descriptor, and the poll() events awaited on it
@@ -1005,6 +1021,11 @@ class Stream:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
+    def end(self) -> None:
+        """Say that nothing more will be sent; go on hearing."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         self.sock.close()
 
@@ -1028,6 +1049,7 @@ class Watch:
     def __init__(self, lifeline: int, drain_timeout: float) -> None:
         self.lifeline, self.drain_timeout = lifeline, drain_timeout
         self.drain_at = 0.0  # monotonic; 0 while the master lives
+        self.doors: dict[int, socket.socket] = {}  # listeners, until then
         self.pipes: list[tuple[int, int]] = []
         self.wanted: dict[int, int] = {}  # what poll is set up for
         self.poll = select.poll()
@@ -1070,6 +1092,8 @@ class Watch:
         """Give what goes on now drain_timeout to end."""
         if not self.drain_at:
             self.drain_at = time.monotonic() + self.drain_timeout
+            while self.doors:  # nobody waits in vain, and who takes over has the port
+                self.doors.popitem()[1].close()
             # For a call that waits elsewhere, in the resolver: no mercy.
             signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
 
@@ -1103,7 +1127,8 @@ class Lane:
     """One direction of a relay: source socket to sink socket."""
 
     __slots__ = (
-        "abandoned,done,hot,moved,out,patience,script,sink,source,waits,watch"
+        "abandoned,broken,done,hot,moved,optional,out,patience,script,sink,source,"
+        "waits,watch"
     ).split(",")
 
     def __init__(
@@ -1117,7 +1142,9 @@ class Lane:
         self.hot = False  # the last read was full: do not wait before the next
         self.script = NOTHING
         self.waits = PAUSE
-        self.done = self.abandoned = False
+        self.done = self.abandoned = False  # it is not to go on
+        self.broken = False  # because the sink was lost
+        self.optional = False  # its failure is not the other lane's
 
     def step(self) -> None:
         """Go on until the lane must wait, or its script ends."""
@@ -1195,15 +1222,19 @@ class Lane:
             count -= moved or count
 
     def splice(self, count: int) -> Script:
-        """Pass on at most count bytes through a pipe; return how many, 0 at the end."""
+        """Pass on at most count bytes through a pipe; return how many, 0 at the end.
+
+        What the kernel will not splice, what stands behind an urgent byte, is copied.
+        """
         yield from self.flush()
         assert self.sink is not None
         source, sink = self.source.fd, self.sink.fd
+        urgent = False
         while True:
             if not self.hot:
                 yield source, select.POLLIN
             held = 0
-            pipe = self.watch.pipe()
+            pipe = None if urgent else self.watch.pipe()
             if not pipe:
                 self.out += yield from self.receive(min(count, COPY_SIZE))
                 return len(self.out)
@@ -1220,20 +1251,28 @@ class Lane:
                         self.moved += sent
                 return moved
             except BlockingIOError:
-                self.hot = False
+                urgent, self.hot = not self.hot, False  # poll() said that there is more
             except OSError as error:
                 side = self.sink if held else self.source
                 raise Refused(side.lost, reason(error)) from None
             finally:
                 self.watch.give_back(pipe, clean=not held)
 
-    def tunnel(self, other: Lane) -> Script:
-        """Pass everything on, then the end of it; the other lane has its time."""
+    def move_all(self, other: Lane) -> Script:
+        """Pass everything on, to an end that is no reset which the other lane met.
+
+        A socket tells of a reset once, and then of an end.  Raises Refused.
+        """
         yield from self.move(ALL)
         yield from self.flush()
+        if other.broken:
+            raise Refused(self.source.lost, "connection reset")
+
+    def tunnel(self, other: Lane) -> Script:
+        """Pass everything on, then the end of it; the other lane has its time."""
+        yield from self.move_all(other)
         assert self.sink is not None
-        with contextlib.suppress(OSError):
-            self.sink.sock.shutdown(socket.SHUT_WR)
+        self.sink.end()
         other.patience = min(other.patience, HALF_CLOSED_TIMEOUT)
 
 
@@ -1253,8 +1292,9 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 
     Either may end first and the other goes on: a client that says its piece,
     closes its half and listens is answered.  A server that takes no more has
-    perhaps answered before, so then only the lane up is abandoned.  Raises
-    Refused when a side is lost, IdleTimeout when nothing moved for too long.
+    perhaps answered before, so then only the lane up is abandoned; and so it is
+    when it fails once it is optional.  Raises Refused when a side is lost,
+    IdleTimeout when nothing moved for too long.
     """
     running = moving = [up, down]
     server_lost = up.sink.lost if up.sink else None
@@ -1265,9 +1305,12 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
                 try:
                     lane.step()
                 except Refused as refusal:
-                    if lane is down or refusal.outcome is not server_lost:
+                    lost = refusal.outcome is server_lost
+                    if lane is down or not (lost or up.optional):
                         raise
-                    up.abandoned = True
+                    up.abandoned, up.broken = True, lost
+                    if up.sink and not lost:
+                        up.sink.end()  # in mid-message: nobody takes it for the whole
             running = [lane for lane in running if not lane.done and not lane.abandoned]
             if not running:
                 return
@@ -1296,7 +1339,7 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
             if not moving and down.sink and down.sink.fd in ready:
                 raise Refused(down.sink.lost, "connection reset")
             if not moving:
-                up.abandoned = True
+                up.abandoned = up.broken = True
     finally:
         for lane in (up, down):
             lane.script.close()  # it gives back what it holds
@@ -1428,6 +1471,7 @@ class Worker:
         self.lifeline = generation.lifeline_out
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
+        self.watch.doors = self.listeners
         self.families = generation.families
         self.slot: Slot
         self.pid = 0
@@ -1554,6 +1598,8 @@ class Worker:
 
     def leaving(self) -> bool:
         """Return whether this worker should take no more requests."""
+        if self.watch.drain_at:  # the master may have died
+            return True
         return self.generation.number < self.board.words[RETIRED_BELOW]
 
     def silence(self, seconds: float, quiet: list[Stream], fresh: bool) -> list[int]:
@@ -2294,7 +2340,7 @@ def parse_parent(text: str) -> Parent:
         raise ValueError("the only scheme to be named is http")
     match = PARENT_URL.fullmatch(url)
     if not match:
-        raise ValueError("a URL is not http://HOST:PORT or socks5://HOST:PORT")
+        raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
     scheme, user, password, at, host, port = match.groups(default="")
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
     name, secret = (
@@ -2368,7 +2414,14 @@ class Policy:
         inside, near = self.placed(peer)
         if not inside or not self.uplinks and not near:
             return inside
-        here, route = address_of(sock.getsockname()[0]), route_to(address_of(peer))
+        return self.comes_from_inside(peer, scope, address_of(sock.getsockname()[0]))
+
+    def comes_from_inside(self, peer: str, scope: int, here: bytes | None) -> bool:
+        """Return whether a peer of an inside address has come from there.
+
+        here is the address of ours that he came to, None for one of the inside.
+        """
+        near, route = self.placed(peer)[1], route_to(address_of(peer))
         devices = {route.device} if route else set()
         if near and scope:
             # Each device has these addresses: the one he came by says his side.
@@ -2554,13 +2607,10 @@ def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
     try:
         hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
         hmac.compare_digest(b"", b"")
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        with open(os.open(config.users, flags), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode) or mode & 0o007:
-                raise ValueError("it must be a file that others cannot read: chmod o=")
-            lines = file.read().split(b"\n")
-        for number, line in enumerate(lines, 1):
+        text, mode = read_file(config.users)
+        if mode & 0o007:
+            raise ValueError("it must be a file that others cannot read: chmod o=")
+        for number, line in enumerate(text.split(b"\n"), 1):
             if not line or line.startswith(b"#"):
                 continue
             match = USER_LINE.fullmatch(line)
@@ -2609,8 +2659,9 @@ def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
     # The salt and the hash stand for the name: a new password is a new pair.
     pair = b"".join((*line, password))
     digest = hashlib.blake2b(pair, key=board.secret, digest_size=24).digest()
+    whole = printable(name, NAME_SIZE)
     if board.remembers(digest):
-        return printable(name)
+        return whole
     deadline = time.monotonic() + PASSWORD_TIMEOUT
     with select.epoll() as turns:
         # Exclusive: a check that ends wakes one, and the first who came.
@@ -2628,7 +2679,7 @@ def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
         verify(board, digest, password, line)
     finally:
         board.unlock()
-    return printable(name)
+    return whole
 
 
 def anonymous(worker: Worker) -> str:
@@ -3240,8 +3291,8 @@ def linger(worker: Worker, client: Stream) -> None:
     """
     began = heard = time.monotonic()
     taken = False
+    client.end()
     with contextlib.suppress(OSError, Refused):
-        client.sock.shutdown(socket.SHUT_WR)
         while True:
             if not taken and not unsent(client):
                 taken = True
@@ -3266,7 +3317,10 @@ def linger(worker: Worker, client: Stream) -> None:
 # request on a kept-alive connection is parsed, judged and routed by itself.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
-REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+# By its first letter HTTP is told from SOCKS.
+REQUEST_LINE = re.compile(
+    rb"(?=[A-Za-z])(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN
+)
 STATUS_LINE = re.compile(
     rb"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?"
 )
@@ -3756,7 +3810,10 @@ class Exchange:
             self.continued |= response.status == 100
             if head.minor == 1:  # RFC 9110 section 15.2: never to an HTTP/1.0 client
                 down.out += self.onward(response) + b"\r\n"
-                yield from down.flush()
+                try:
+                    yield from down.flush()
+                finally:
+                    http.midway = bool(down.out)
         if response.status == 101:
             yield from self.switch(response)
             return
@@ -3772,15 +3829,19 @@ class Exchange:
                 yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
             elif length and 0 < length <= len(down.source.received):
                 down.out += down.source.take(length)  # it has come with the head
+            elif length == ENDLESS:
+                yield from down.move_all(up)
             elif length:
-                yield from down.move(ALL if length == ENDLESS else length)
+                yield from down.move(length)
             yield from down.flush()
         except Refused:
             # An answer of which nothing was sent can still become another.
             http.answered = down.moved > before
             raise
-        # Who answers and leaves wants no more.
-        up.abandoned |= not up.done and not self.server_keeps
+        # Who answers and leaves wants no more; and who waits for the close to come
+        # cannot wait for the rest of the request.
+        up.abandoned |= not up.done and (http.endless or not self.server_keeps)
+        http.endless = False  # it has come to its end
 
     def read_response(self) -> Script:
         """Take a response head off the server; raise Refused."""
@@ -3815,7 +3876,7 @@ class Exchange:
         http, up = self.http, self.up
         if response.status == 407 and http.parent:  # it is us whom he does not know
             raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
-        http.answered = True
+        http.answered = up.optional = True
         http.session.status = str(response.status)
         if not up.done and up.waits is PAUSE:
             up.step()  # its offer was refused
@@ -3831,7 +3892,7 @@ class Exchange:
             expects = self.head.minor and members(self.head.fields.names, b"expect")
             waiting = bool(expects) and not (self.continued or begun)
             up.abandoned |= waiting
-            http.keep &= self.server_keeps and not waiting
+            http.keep &= self.server_keeps and not up.abandoned
 
     def onward(self, response: ResponseHead) -> bytes:
         """Return the head of a response as it travels on, less its last lines."""
@@ -3897,19 +3958,19 @@ class Http:
         self.parent: Parent | None = None  # where the server is one
         self.shown: list[bytes] | None = None  # as last verified, and for whom
         self.user = "-"
+        self.blanks = 0  # octets of empty lines before a request
         self.session: Session
 
     def serve(self) -> None:
         """Answer requests until the connection is over."""
         try:
-            while True:
-                if not self.client.received and not self.await_request():
-                    return
+            while self.await_request():
                 self.one()
                 if self.lingers:
                     linger(self.worker, self.client)
                 if not self.keep:
                     return
+                self.blanks = 0
         finally:
             self.drop_server()
 
@@ -3919,6 +3980,8 @@ class Http:
         self.keep = False  # the client's connection goes on after this one
         self.wants_more = False  # the client wants it to
         self.answered = False  # a final answer has begun
+        self.midway = False  # an interim one has, and has not ended
+        self.bare = False  # it was asked for by HEAD
         self.endless = False  # and nothing but the close will end it
         self.lingers = False  # the close is to be staged
         session = self.session = Session(self.worker.name, self.worker.pid, "http")
@@ -3951,16 +4014,31 @@ class Http:
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
-        seconds = self.config.keepalive_timeout
-        while True:
+        deadline = 0.0
+        while self.drop_blanks():
+            deadline = deadline or time.monotonic() + self.config.keepalive_timeout
             quiet = [self.client, self.server] if self.server else [self.client]
-            spoken = self.worker.silence(seconds, quiet, fresh=False)
+            left = deadline - time.monotonic()
+            spoken = self.worker.silence(left, quiet, fresh=False)
             if self.server and self.server.fd in spoken:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
             if self.client.fd in spoken or not spoken:
                 self.quiet_at = time.monotonic()
-                return bool(spoken) and self.client.fill()
+                if not spoken or not self.client.fill():
+                    return False
+        return True
+
+    def drop_blanks(self) -> bool:
+        """Drop empty lines before a request, and return whether nothing is left.
+
+        RFC 9112 section 2.2.  There may be a few; the next one is a malformed request.
+        """
+        received = self.client.received
+        while received.startswith(CRLF) and self.blanks < BLANK_LIMIT:
+            del received[:2]
+            self.blanks += 2
+        return not received
 
     def talks_on(self) -> bool:
         """Return whether a client who wanted to leave has all the same said more."""
@@ -3992,11 +4070,10 @@ class Http:
         """Take a request head off the client, without its empty line; raise Refused."""
         received = self.client.received
         deadline = time.monotonic() + self.config.head_timeout
-        blanks = looked = 0
+        looked = 0
         while True:
-            while received.startswith(b"\r\n") and blanks < BLANK_LIMIT:
-                del received[:2]  # RFC 9112 section 2.2
-                blanks += 2
+            self.drop_blanks()  # a line's LF may come behind its CR
+            self.bare = received.startswith(b"HEAD ")
             if (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) >= 0:
                 return self.client.take(end + 4)[:-2]
             self.check_begun(received, looked)
@@ -4015,7 +4092,8 @@ class Http:
         if received and not (received[:1].isalpha() or received[:1] == b"\r"):
             raise Refused(BAD_REQUEST, "this is not HTTP")
         if received.find(b"\r\n", looked) >= 0 or len(received) > LINE_LIMIT:
-            parse_request_line(bytes(received[: LINE_LIMIT + 2].partition(b"\r\n")[0]))
+            line = received[: LINE_LIMIT + 2].partition(CRLF)[0].removesuffix(b"\r")
+            parse_request_line(bytes(line))
         if SPOILED.search(received, looked):
             raise Refused(BAD_REQUEST, "bare CR or LF, or NUL, in the request head")
         if len(received) >= HEAD_LIMIT:
@@ -4098,18 +4176,19 @@ class Http:
 
     def answer_here(self, head: RequestHead, raw: bytes) -> Outcome:
         """Answer TRACE with what has arrived, and OPTIONS with what is possible."""
-        self.lingers = not self.keep
         self.name_target()
         if head.method == b"OPTIONS":
-            allow = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
-            self.answer("200 OK", allow, b"")
-            return OK
-        if head.target == b"*":
+            line = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
+            echo = b""
+        elif head.target == b"*":
             raise Refused(BAD_REQUEST, "* is a target for OPTIONS only")
-        secret = frozenset({b"proxy-authorization", b"authorization", b"cookie"})
-        line = raw.partition(b"\r\n")[0]
-        echo = b"%b\r\n%b\r\n" % (line, head.fields.without(secret))
-        self.answer("200 OK", b"Content-Type: message/http\r\n", echo)
+        else:
+            secret = frozenset({b"proxy-authorization", b"authorization", b"cookie"})
+            fields = head.fields.without(secret)
+            line = b"Content-Type: message/http\r\n"
+            echo = b"%b\r\n%b\r\n" % (raw.partition(b"\r\n")[0], fields)
+        self.answer("200 OK", line, echo)
+        self.lingers = not self.keep
         return OK
 
     # Answers of our own.
@@ -4117,12 +4196,13 @@ class Http:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
+        self.keep = self.keep and not self.worker.leaving()
         date = http_date(int(time.time()))
         head = b"HTTP/1.1 %b\r\nDate: %b\r\n%b" % (status.encode(), date, lines)
         head += b"Content-Length: %d\r\n" % len(body)
         if not self.keep:
             head += b"Connection: close\r\n"
-        if self.head and self.head.method == b"HEAD":
+        if self.bare:
             body = b""
         lane = Lane(self.watch, self.client, self.client, self.config.idle_timeout)
         lane.out += head + b"\r\n" + body
@@ -4141,7 +4221,7 @@ class Http:
     def refuse(self, refusal: Refused) -> None:
         """Tell the client why not; where an answer has begun, cut it short."""
         outcome, head = refusal.outcome, self.head
-        if self.answered or not outcome.error:
+        if self.answered or self.midway or not outcome.error:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.endless:
@@ -4364,7 +4444,7 @@ def open_outside(
     """
     board, policy = socks.worker.board, socks.policy
     race = Race(socks.watch, board)
-    attempts, known = plan(addresses, port, policy.uplinks, board), ""
+    attempts, known = ways(policy, addresses, port, board), ""
     if kind == STREAM and len(attempts) > 1:
         # He who is to call back knows the client by the address of another session.
         known = known_source(board, socks.worker.peer, addresses)
@@ -4450,12 +4530,12 @@ class Association:
         if self.client_at and self.client_at[1] != sender[1]:
             raise Refused(OUTSIDER, "not the client's first port")
         host, port, payload = parse_datagram(data)
+        self.client_at = sender
         way = self.way(host, port, int(time.monotonic() / 60))
         if isinstance(way, Refused):
             self.refusal = way
             raise way
         packed, sock = way
-        self.client_at = sender
         sock.sendto(payload, (unpack(packed), port))
         self.hosts.pop(packed, None)
         self.hosts[packed] = None
@@ -4721,9 +4801,10 @@ class Socks:
 # dial the address that he dialed, whatever he goes on to say.  The name in his
 # first words is a claim: it may be written down, and it may be denied.
 
-CLAIMING = re.compile(rb"(?:%b(?:[ \t][\t -~\x80-\xff]*\r?)?)?" % TOKEN)
-# Some servers take LF for CRLF, or a folded line, or a blank before the colon.
-CLAIMED_HOST = re.compile(rb"^host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
+# What may yet become a request to some server: some take any word for a method, and
+# LF or CR for CRLF, or a folded line, or a blank before the colon.
+CLAIMING = re.compile(rb"[\t\v\f\r ]*(?:[A-Za-z][!-~]*(?:[\t\v\f\r ][^\n]*)?)?")
+CLAIMED_HOST = re.compile(rb"(?:^|\r)host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
 
 
 def redirected_from(worker: Worker) -> tuple[str, int] | None:
@@ -4965,9 +5046,11 @@ class Talk:
 
     def lines(self) -> list[str]:
         """Return all lines that come until the end."""
+        end = time.monotonic() + PAGE_TIMEOUT
         self.expect()
         while self.fill():
             self.expect()
+            self.until = min(self.until, end)
         lines = self.server.take(PAGE_LIMIT).decode("latin-1").split("\n")
         return [line.rstrip("\r") for line in lines]
 
@@ -5093,19 +5176,34 @@ def ftp_failure(method: bytes, code: str) -> Refused:
     return Refused(BAD_RESPONSE, "the server spoke no FTP, or left")
 
 
+def ftp_passive(http: Http, server: Any) -> tuple[str, int]:
+    """Return where the server waits for a data connection; raise Refused.
+
+    It is asked by PASV over IPv4 and by EPSV over IPv6; where a parent may have led
+    to it nobody knows over which.
+    """
+    import ftplib
+
+    families = [server.sock.server.sock.family]
+    if http.policy.parents:
+        families = [INET6, INET] if ":" in http.server_for[1] else [INET, INET6]
+    for server.af in families:
+        try:
+            address, port = server.makepasv()
+            return address, port
+        except ftplib.Error as error:  # which says nothing of the file
+            why = f"no passive mode: {str(error)[:3]}"
+    raise Refused(BAD_RESPONSE, why)
+
+
 def ftp_data(http: Http, server: Any, words: str) -> Stream:
     """Return the data connection for a command, once that is accepted; raise Refused.
 
     It goes to the address that we talk to, whatever the server names: ftplib does
     not trust it either.
     """
-    import ftplib
-
     session, host = http.session, http.server_for[1]
-    try:
-        address, port = server.makepasv()
-    except ftplib.Error as error:  # which says nothing of the file
-        raise Refused(BAD_RESPONSE, f"no passive mode: {str(error)[:3]}") from None
+    address, port = ftp_passive(http, server)
     if not 0 < port < 65536:
         raise ValueError("port")
     sock = dial(http.worker, http.policy, session, host, port, address)
@@ -5245,7 +5343,6 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     talk = Talk(http, http.dial(target.host, target.port))
     server = ftplib.FTP(encoding="latin-1")
     server.sock = server.file = talk  # type: ignore[assignment]
-    server.af = talk.server.sock.family  # PASV or EPSV
     try:
         http.worker.begin(http.session, titled=True)
         if not ftp_enter(server, login):
@@ -5677,10 +5774,10 @@ def own_page(
     if head.method not in (b"GET", b"HEAD"):
         raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
     http.keep &= not length  # a body is not read
-    http.lingers = not http.keep
     kind, text = page[0], page[1]()
     lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"
     http.answer("200 OK", lines.encode(), text.encode())
+    http.lingers = not http.keep
     return OK
 
 
@@ -5848,7 +5945,9 @@ def warn_of_outside(config: Config) -> None:
     route = None if config.outside else route_to(pack("192.0.2.1"))
     device = route.device if route else ""
     for packed in device_addresses(device):
-        if contains(networks(config.inside), packed) and len(packed) == 4:
+        if contains(LINK_LOCAL, packed) or len(packed) != 4:
+            continue  # these neighbors are refused; those of IPv6 are many
+        if contains(networks(config.inside), packed):
             say(
                 f"{device} leads outside and has {unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
@@ -6208,14 +6307,24 @@ def boards() -> Iterator[Scoreboard]:
                         break
 
 
+def parent_of(pid: int) -> int:
+    """Return the process whose child a process is, 0 if it has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+    return 0
+
+
 def print_table(as_json: bool) -> int:
     """Print the state table of the gateway that runs on this box."""
-    tables = [table_rows(board) for board in boards()]
+    tables = [(board.words[MASTER], table_rows(board)) for board in boards()]
     if not tables:
         raise OSError(
             "cannot show the table: no gateway that you may look at runs on this box"
         )
-    rows = [row for table in tables for row in table]
+    rows = []
+    for master, table in tables:
+        # Any user may have made that board, and what is printed here may be killed.
+        rows += [row for row in table if parent_of(row["pid"]) == master]
     if as_json:
         import json
 
@@ -6223,7 +6332,8 @@ def print_table(as_json: bool) -> int:
         return 0
     lines = [[head for head in COLUMNS if head != "Moving"]]
     for row in rows:
-        lines.append(["-" if cell is None else str(cell) for cell in row.values()])
+        cells = ["-" if cell is None else str(cell) for cell in row.values()]
+        lines.append([printable(cell.encode(), TARGET_SIZE) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())
@@ -6236,10 +6346,14 @@ def explain_client(config: Config, policy: Policy, client: str, user: str) -> bo
         packed = address_of(client)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
-    inside = contains(policy.inside, packed)
+    inside, near = policy.placed(client)
+    if inside and (policy.uplinks or near):
+        scope = 0
+        with contextlib.suppress(OSError):
+            scope = socket.if_nametoindex(client.partition("%")[2])
+        inside = policy.comes_from_inside(client, scope, None)
     if inside and policy.uplinks and (route := route_to(packed)):
         for uplink in policy.uplinks:
-            inside = inside and uplink.name != route.device
             if uplink.packed in device_addresses(route.device):
                 print(f"if he comes to {uplink.name}, the outside: not inside, refused")
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
@@ -6253,14 +6367,15 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     config = load_config(path, options)
     own = [("0.0.0.0" if h == "*" else h, port) for h, port in endpoints(config)]
     policy = Policy(config, own)
-    client, wanted, user = words[0], os.fsencode(words[1]), (*words[2:], "-")[0]
+    client, wanted = words[0], os.fsencode(words[1])
+    user = printable(os.fsencode("".join(words[2:])), NAME_SIZE)
     if not explain_client(config, policy, client, user):
         return 0
     host, addresses = "", []
     proto = "connect"
     try:
-        if wanted.startswith(b"https://"):  # which one asks a proxy for by CONNECT
-            host, port = parse_authority(wanted.split(b"/")[2], 443)
+        if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
+            host, port = parse_authority(secure[1], 443)
         elif b"://" in wanted:
             target = parse_target(b"GET", wanted)
             host, port, proto = target.host, target.port, target.scheme.decode()

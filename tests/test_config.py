@@ -480,3 +480,23 @@ def test_who_does_not_read_what_is_said_stops_nobody(tmp_path: Path) -> None:
         process.wait()
         os.close(said_out)
         os.close(said_in)
+
+
+def test_a_file_that_is_none_is_refused_and_nobody_waits_for_it(
+    daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    given = "[natwork]\nlisten = 127.0.0.1:0\n"
+    for file in ("fifo", "/dev/stdin", "."):  # what is read twice must say the same
+        words = [*PROGRAM, "-c", file]
+        done = subprocess.run(
+            words, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=20
+        )
+        assert done.returncode == 78 and re.fullmatch(
+            f"natwork: {file}: (it is not a regular file|is a directory)\n", done.stderr
+        )
+    gateway = daemon()
+    gateway.file.unlink()
+    os.mkfifo(gateway.file)
+    gateway.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "it is not a regular file" in gateway.errors.read_text())

@@ -613,6 +613,36 @@ def test_an_answer_to_a_head_that_is_still_on_its_way(
     assert running.lines(1)[0]["status"] == "431"
 
 
+def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
+    lines: Lines, gateway: BoxNatwork
+) -> None:
+    gateway("outside=wan", "rules=allow to 10.9.0.0/24")
+    near = lines.origin("10.9.0.2", "inside")
+    assert lines.ask(near.authority).status == 200
+    with lines.client() as client:
+        port = near.port.to_bytes(2, "big")
+        client.sendall(b"\5\1\0\5\2\0\1" + bytes([10, 9, 0, 2]) + port)
+        assert read_exactly(client, 2) == b"\5\0"
+        reply = read_exactly(client, 10)
+        assert reply[:8] == b"\5\0\0\1" + bytes([10, 9, 0, 1])
+        where = "10.9.0.1", int.from_bytes(reply[8:], "big")
+        with lines.box.connect("inside", where, 10):  # a BIND is called back
+            assert read_exactly(client, 8) == b"\5\0\0\1" + bytes([10, 9, 0, 2])
+    listener = lines.box.within("inside", lambda: socket.socket(type=socket.SOCK_DGRAM))
+    asking = lines.box.within("inside", lambda: socket.socket(type=socket.SOCK_DGRAM))
+    with listener, asking, lines.client() as client:
+        listener.settimeout(10)
+        listener.bind(("10.9.0.2", 0))
+        client.sendall(b"\5\1\0\5\3\0\1" + bytes(6))
+        assert read_exactly(client, 2) == b"\5\0"
+        reply = read_exactly(client, 10)
+        to = bytes([10, 9, 0, 2]) + listener.getsockname()[1].to_bytes(2, "big")
+        where = "10.9.0.1", int.from_bytes(reply[8:], "big")
+        asking.sendto(b"\0\0\0\1" + to + b"hello", where)
+        data, sender = listener.recvfrom(64)
+        assert (data, sender[0]) == (b"hello", "10.9.0.1")
+
+
 def test_a_bind_is_where_its_caller_knows_the_client(
     lines: Lines, gateway: BoxNatwork
 ) -> None:

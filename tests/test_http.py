@@ -1151,3 +1151,34 @@ def test_an_exchange_is_one_log_line(gateway: Gateway, origin: Start) -> None:
         assert line["target"] == server.url + "/logged"
         assert [line["proto"], line["method"], line["status"]] == ["http", "GET", "200"]
         assert [line["outcome"], line["address"]] == ["ok", server.authority]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_it_is_no_matter_where_a_head_is_cut(gateway: Gateway, cut: int) -> None:
+    head = request(DENIED)
+    line = b"GET http://%b/" % DENIED  # R11, R81
+    longest = line + b"a" * (16384 - len(line) - 9) + b" HTTP/1.1"
+    for data, status in (
+        (b"-" + head, 400),
+        (longest + head[head.index(b"\r\n") :], 403),
+        (longest.replace(b"aaa", b"aaaa", 1) + head[head.index(b"\r\n") :], 414),
+    ):
+        end = data.index(b"\r\n") + 1
+        for at in (len(data), cut, end):
+            with gateway.connect() as client:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                client.sendall(data[:at])
+                time.sleep(0.02)
+                with contextlib.suppress(ConnectionError):  # it is refused already
+                    client.sendall(data[at:])
+                assert read_answer(client).status == status, (at, data[:40])
+
+
+@pytest.mark.parametrize("fault", ["field", "hosts", "late"])
+def test_head_has_no_page_even_if_it_is_malformed(hasty: Gateway, fault: str) -> None:
+    head = request(DENIED, method=b"HEAD")
+    fields = {"field": b"a b: c\r\n", "hosts": b"Host: b\r\n", "late": b""}[fault]
+    with hasty.connect() as client:
+        client.sendall(head[:-2] + fields + (b"" if fault == "late" else b"\r\n"))
+        answered = read_all(client)  # RFC 9110 section 9.3.2
+    assert answered.startswith(b"HTTP/1.1 40") and answered.endswith(b"\r\n\r\n")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -1265,3 +1266,156 @@ def test_an_overloaded_server_may_say_when(gateway: Gateway, origin: Start) -> N
     busy = sized(b"busy", b"Retry-After: 120", status=b"503 Busy")  # R70
     answer = returned(gateway, origin(Script(busy)))
     assert (answer.status, answer.values(b"Retry-After")) == (503, [b"120"])
+
+
+FINAL = [
+    b"HTTP/1.1 413 No\r\nConnection: close\r\n\r\n" + b"a page" * 1000,
+    b"HTTP/1.0 413 No\r\n\r\n" + b"a page" * 1000,
+    b"HTTP/1.1 413 No\r\nConnection: close\r\n"
+    + b"Transfer-Encoding: chunked\r\n\r\n1770\r\n"
+    + b"a page" * 1000
+    + b"\r\n0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("minor", [0, 1])
+@pytest.mark.parametrize("answer", FINAL, ids=["close", "1.0", "chunked"])
+def test_an_early_answer_that_ends_by_close_ends_well(
+    gateway: Gateway, origin: Start, answer: bytes, minor: int
+) -> None:
+    def refuse(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        read_all(connection)
+
+    data = post(origin(refuse), b"Content-Length: 1000000", body=b"x" * 1000)
+    if not minor:
+        data = data.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    count = len(gateway.lines())
+    with gateway.connect() as client:
+        send(client, data)
+        answered = b""
+        while piece := client.recv(65536):  # to the end: no reset
+            answered += piece
+    assert answered.startswith(b"HTTP/1.1 413 No\r\n")
+    assert answered.count(b"a page") == 1000
+    line = gateway.lines(count + 1)[count]
+    assert (line["status"], line["outcome"]) == ("413", "ok")
+
+
+@pytest.mark.parametrize("fault", ["half-close", "malformed"])
+def test_a_client_who_breaks_off_his_body_has_the_answer_that_has_begun(
+    gateway: Gateway, origin: Start, fault: str
+) -> None:
+    whole, ended = threading.Event(), threading.Event()
+
+    def refuse(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        head = b"HTTP/1.1 413 No\r\nContent-Length: %d\r\n\r\n" % len(BULK)
+        connection.sendall(head + BULK[:1000])
+        whole.wait(10)
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(65536):
+                pass
+        ended.set()  # of a body that is not whole
+        connection.sendall(BULK[1000:])
+
+    head = post(origin(refuse), CHUNKED) + b"5\r\nhello\r\n"
+    with gateway.connect(20) as client:
+        send(client, head)
+        assert client.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 413"
+        if fault == "half-close":
+            client.shutdown(socket.SHUT_WR)
+        else:
+            client.sendall(b"zz\r\n")
+        whole.set()
+        answer = read_answer(client)
+        assert answer.complete and digest(answer.body) == digest(BULK)
+        assert at_end(client)
+    assert ended.wait(10)
+
+
+def test_the_time_of_a_silent_client_does_not_begin_anew_when_his_server_leaves(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    leave = threading.Event()
+
+    def serve(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(OK)
+        leave.wait(10)
+
+    gateway = natwork("keepalive_timeout=2")
+    with gateway.connect() as client:
+        assert exchange(client, request(origin(serve))).status == 200
+        began = time.monotonic()
+        time.sleep(1)
+        leave.set()
+        assert at_end(client)
+        assert time.monotonic() - began < 2.9  # not 3
+
+
+def test_an_end_behind_a_reset_is_not_the_end_of_an_answer(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    go = threading.Event()
+
+    def serve(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhalf")
+        go.wait(10)
+        reset(connection)
+
+    gateway = natwork("spare_workers=1", "max_workers=1", "user=root")
+    with gateway.connect() as client:
+        send(client, post(origin(serve), b"Content-Length: 9", body=b"1234"))
+        assert read_head(client) and read_exactly(client, 4) == b"half"
+        (worker,) = gateway.workers()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            go.set()
+            time.sleep(0.2)
+            client.sendall(b"5")
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        with pytest.raises(ConnectionResetError):
+            client.recv(64)
+    assert gateway.lines(1)[0]["outcome"] == "server-gone"
+
+
+def test_nothing_of_ours_is_said_within_an_interim_answer(
+    hasty: Gateway, origin: Start
+) -> None:
+    def hint(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        with contextlib.suppress(OSError):
+            for _ in range(60):
+                link = b"Link: " + b"a" * 60_000
+                connection.sendall(b"HTTP/1.1 103 Early Hints\r\n%b\r\n\r\n" % link)
+        connection.recv(1)
+
+    count = len(hasty.lines())
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(hasty.address)
+        send(client, request(origin(hint)))
+        line = hasty.lines(count + 1)[count]  # he has read nothing until then
+        assert line["outcome"] in ("answer-timeout", "idle-timeout")
+        assert b"Gateway Timeout" not in read_all(client)
+
+
+def test_an_empty_line_behind_a_body_begins_no_request(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway = natwork("head_timeout=0.5", "keepalive_timeout=1.5")
+    server = origin(Script())
+    with gateway.connect() as client:  # R4, R61
+        assert exchange(client, post(server, body=b"") + b"\r\n").status == 200
+        assert at_end(client)  # and no 408
+    with gateway.connect() as client:
+        data = post(server, b"Content-Length: 2", body=b"ab") + b"\r\n"
+        assert exchange(client, data).status == 200
+        assert exchange(client, request(server)).status == 200
+    assert [line["method"] for line in gateway.lines(3)] == ["POST", "POST", "GET"]

@@ -446,6 +446,51 @@ def test_the_table_shows_an_open_tunnel_and_its_bytes(
     eventually(lambda: not rows(gateway))
 
 
+@pytest.mark.parametrize("limit", range(9))
+def test_what_is_cut_is_not_cut_within_an_escape(limit: int) -> None:
+    text = r"\x0a\x0a"[: limit // 4 * 4]
+    assert natwork.printable(b"\n\n", limit) == (text or "-")
+
+
+FORGER = """
+import fcntl, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import natwork
+board = natwork.Scoreboard()
+board.describe(8)
+board.words[natwork.USED] = 3
+for number, pid in enumerate(map(int, sys.argv[2:])):
+    slot = natwork.Slot(board, number)
+    slot.take(pid)
+    slot.show(b"1.0 %d 10.9.9.9:1 \\x1b[31mroot connect CONNECT a:1 b:2 c:3 200" % pid)
+    slot.state(natwork.BUSY)
+if child := os.fork():
+    slot = natwork.Slot(board, 2)
+    slot.take(child)
+    slot.show(b"1.0 %d 10.9.9.9:1 \\x1b[31mred connect CONNECT a:1 b:2 c:3 200" % child)
+    slot.state(natwork.BUSY)
+    print("ready", child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_table_of_another_names_no_process_that_is_not_his(tmp_path: Path) -> None:
+    words = [sys.executable, "-B", "-c", FORGER, str(ROOT), "1", str(os.getpid())]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as forger:
+        try:
+            assert forger.stdout
+            child = int(forger.stdout.readline().split()[1])
+            done = command("--table", "--json", cwd=tmp_path)
+            found = [r for r in json.loads(done.stdout) if r["source_ip"] == "10.9.9.9"]
+            assert [row["pid"] for row in found] == [child]
+            shown = command("--table", cwd=tmp_path).stdout
+            assert r"\x1b[31mred" in shown and "\x1b" not in shown
+        finally:
+            os.killpg(forger.pid, signal.SIGKILL)
+
+
 def test_an_idle_gateway_has_an_empty_table(natwork: Callable[..., Gateway]) -> None:
     gateway = natwork()
     eventually(lambda: idle(gateway))

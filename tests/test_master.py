@@ -363,6 +363,48 @@ def test_a_client_who_has_not_spoken_yet_survives_a_reload(daemon: Launch) -> No
         assert read_answer(client).status == 403
 
 
+def test_no_page_of_ours_keeps_a_connection_over_a_reload(daemon: Launch) -> None:
+    gateway, held = daemon(), Held()
+    page = b"GET /proxy.pac HTTP/1.1\r\nHost: a\r\n\r\n"
+    others = page, b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", request(DENIED)
+    for number, asked in enumerate(others):
+        with Origin(held).listener as listener, gateway.connect() as client:
+            server = b"127.0.0.1:%d" % listener.getsockname()[1]
+            send(client, request(server) + asked * 2)  # while the first is answered
+            assert held.asked.wait(10)
+            assert gateway.hangup(rules=f"deny port {number + 1}").endswith("reloaded")
+            held.go.set()
+            assert read_answer(client).closes and at_end(client)
+        held = Held()
+        gateway.hangup(rules="allow to 127.0.0.0/8")
+
+
+def test_who_pipelines_pages_meets_the_new_rules(daemon: Launch) -> None:
+    gateway = daemon()
+    page = b"GET /proxy.pac HTTP/1.1\r\nHost: a\r\n\r\n"
+    with gateway.connect() as client:
+        assert exchange(client, page).status == 200
+        sender = threading.Thread(target=lambda: send(client, page * 20_000))
+        sender.start()
+        assert read_answer(client).status == 200
+        gateway.hangup(rules="deny to *")
+        while not read_answer(client).closes:
+            pass
+        sender.join(20)
+
+
+def test_the_port_is_free_soon_after_the_master_was_killed(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway = daemon(drain_timeout="20", spare_workers="2")
+    gateway.expected = -signal.SIGKILL
+    with tunnel(gateway, origin(echo)) as client:
+        gateway.process.kill()
+        gateway.process.wait(10)
+        eventually(lambda: refuses(gateway.address))
+        assert echoes(client)  # which goes on for a while
+
+
 def test_reloaded_is_said_when_the_new_rules_hold(daemon: Launch) -> None:
     gateway = daemon(spare_workers="8", rules="deny port 79")
     for port in range(80, 90):

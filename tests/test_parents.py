@@ -204,6 +204,11 @@ def test_an_error_does_not_quote_the_password(tmp_path: Path, text: str) -> None
     assert done.returncode == 78 and "kQ7" not in done.stderr
 
 
+def test_an_error_says_what_a_url_is(tmp_path: Path) -> None:
+    done = command("-t", "-o", parents("http://h"), cwd=tmp_path)
+    assert done.returncode == 78 and "a host, a colon and a port" in done.stderr
+
+
 def test_passwords_are_masked_where_settings_are_printed(tmp_path: Path) -> None:
     given = (
         f"http://{LOGIN}10.0.0.9:3128 to .a.example, 10.0.0.0/8 scheme http",

@@ -855,3 +855,81 @@ def test_who_reads_slowly_and_all_the_time_is_not_silent(
             if time.monotonic() < began + 5:
                 time.sleep(0.02)  # all that comes here has long left the gateway
     assert got == 39 + size
+
+
+@pytest.mark.parametrize("way", ["up", "down", "tunnel"])
+def test_an_urgent_byte_neither_stops_bulk_nor_costs_cpu(
+    natwork: Natwork, origin: Start, way: str
+) -> None:
+    def urge(connection: socket.socket) -> None:
+        """Send bulk with an urgent byte in it; splice(2) goes no further than that."""
+        send(connection, DATA[:MIB])
+        time.sleep(0.2)
+        connection.send(b"!", socket.MSG_OOB)
+        send(connection, DATA[MIB:])
+
+    def serve(connection: socket.socket, server: Origin) -> None:
+        read_head(connection)
+        if way == "up":
+            server.received.append(read_exactly(connection, len(DATA)))
+            return connection.sendall(sized(b"got it"))
+        if way == "down":
+            connection.sendall(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % length)
+        urge(connection)
+        read_all(connection)
+
+    length = b"Content-Length: %d" % len(DATA)
+    gateway, server = natwork(*ALONE, "idle_timeout=5"), origin(serve)
+    worker = only_worker(gateway)
+    with contextlib.ExitStack() as stack:
+        if way == "tunnel":
+            client = stack.enter_context(tunnel(gateway, server, b"\r\n\r\n"))
+            assert same(read_exactly(client, len(DATA)), DATA)
+        else:
+            client = stack.enter_context(gateway.connect(20))
+            send(client, request(server, *[length] * (way == "up"), method=b"PUT"))
+            if way == "up":
+                urge(client)
+                assert read_answer(client).body == b"got it"
+                assert same(server.received[0], DATA)
+            else:
+                assert same(read_answer(client).body, DATA)
+        before = ticks(worker)
+        time.sleep(0.3)
+        assert ticks(worker) - before < 0.2 * TICK
+
+
+@pytest.mark.parametrize("proto", ["connect", "upgrade"])
+def test_a_reset_that_meets_both_lanes_at_once_is_no_end(
+    natwork: Natwork, origin: Start, proto: str
+) -> None:
+    go = threading.Event()
+    switch = b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+
+    def serve(connection: socket.socket, server: Origin) -> None:
+        if proto == "upgrade":
+            read_head(connection)
+            connection.sendall(switch)
+        go.wait(10)
+        connection.sendall(b"half of what I had to")
+        time.sleep(0.1)
+        reset(connection)
+
+    gateway, server = natwork(*ALONE), origin(serve)
+    worker = only_worker(gateway)
+    fields = [] if proto == "connect" else [b"Connection: upgrade", b"Upgrade: x"]
+    method = b"CONNECT" if proto == "connect" else b"GET"
+    with gateway.connect() as client:
+        client.sendall(request(server, *fields, method=method))
+        assert read_head(client)
+        os.kill(worker, signal.SIGSTOP)  # so that he finds all of it at once
+        try:
+            go.set()
+            time.sleep(0.3)
+            client.sendall(b"what the server no longer takes")
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        with pytest.raises(ConnectionResetError):
+            while client.recv(64):
+                pass
+    assert logged(gateway, server)["outcome"] == "server-gone"

@@ -670,6 +670,32 @@ def test_explain_knows_the_user_and_who_is_no_client(
     assert said == "client 192.0.2.9: not inside, refused\n"
 
 
+def test_explain_knows_a_user_who_is_not_ascii(
+    closed: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for user in ("zo\u00eb", "a\\b"):
+        words = f"{OUTSIDE}:80", "-o", f"rules=deny user {user}", user
+        assert "refused (denied-rule-1)" in explained(capsys, closed, CLIENT, *words)
+
+
+def test_explain_knows_the_link_local_as_the_gateway_does(
+    closed: Gateway,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    routes = {"169.254.7.1": "wan", "169.254.8.1": "lan", "192.0.2.1": "wan"}
+
+    def route_to(packed: bytes) -> natwork.Route | None:
+        device = routes.get(natwork.unpack(packed))
+        return natwork.Route(False, device, "") if device else None
+
+    monkeypatch.setattr(natwork, "route_to", route_to)
+    said = explained(capsys, closed, "169.254.7.1", f"{OUTSIDE}:80")
+    assert said == "client 169.254.7.1: not inside, refused\n"
+    said = explained(capsys, closed, "169.254.8.1", f"{OUTSIDE}:80")
+    assert "client 169.254.8.1: inside, served\n" in said
+
+
 def test_explain_makes_no_connection(tmp_path: Path) -> None:
     if not any(
         os.access(f"{folder}/strace", os.X_OK)
@@ -711,6 +737,7 @@ def test_explain_takes_what_a_browser_takes(
     for target, place in (
         (f"https://{OUTSIDE}/path", f"{OUTSIDE}:443"),
         (f"https://{OUTSIDE}:8443", f"{OUTSIDE}:8443"),
+        (f"HTTPS://{OUTSIDE}?q=1/", f"{OUTSIDE}:443"),
         (f"http://{OUTSIDE}/", f"{OUTSIDE}:80"),
     ):
         said = explained(capsys, closed, CLIENT, target)

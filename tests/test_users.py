@@ -419,6 +419,19 @@ def test_a_name_may_carry_what_the_client_says_of_itself(
     assert checks(gateway) == 2  # one for each user, whatever he says of himself
 
 
+def test_what_a_client_says_of_itself_is_logged_whole(
+    natwork: Natwork, origin: Start, users: Path
+) -> None:
+    gateway, server = natwork(f"users={users}"), origin(echo)
+    name = b"alice;" + "\u00fc".encode() * 124  # RFC 1929 has room for 255
+    with gateway.connect() as client:
+        client.sendall(login(name, SECRET) + socks5(server) + b"early")
+        assert read_exactly(client, 4)[:4] == b"\5\2\1\0"
+        assert read_exactly(client, 15)[10:] == b"early"
+    (line,) = gateway.lines(1)
+    assert line["user"] == "alice;" + r"\xc3\xbc" * 124
+
+
 def test_a_name_need_not_be_ascii(
     tmp_path: Path, natwork: Natwork, origin: Start
 ) -> None:
@@ -523,11 +536,12 @@ def test_one_table_and_one_memory_serve_socks_and_http(
 
 def test_what_is_too_many_is_reply_2(natwork: Natwork, origin: Start) -> None:
     gateway, server = natwork("max_per_client=1"), origin(echo)
-    with gateway.connect() as first, gateway.connect() as second:
+    with gateway.connect() as first:
         first.sendall(b"\5\1\0" + socks5(server))
         assert read_exactly(first, 12)[:4] == b"\5\0\5\0"
-        second.sendall(b"\5\1\0" + socks5(server))
-        assert read_all(second) == b"\5\0\5\2\0\1" + bytes(6)
+        with gateway.connect() as second:
+            second.sendall(b"\5\1\0" + socks5(server))
+            assert read_all(second) == b"\5\0\5\2\0\1" + bytes(6)
     assert {line["outcome"] for line in gateway.lines(2)} == {"too-many", "closed"}
 
 
