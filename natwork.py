@@ -1910,6 +1910,7 @@ class Master:
             slot.state(FREE)
 
     def prepare(self) -> Worker:
+        """Return the worker that forks are to become from now on."""
         return Worker(self.generation, self.board, self.poke_in, self.pressure_out)
 
     def become_worker(self, slot: Slot, others: list[int]) -> NoReturn:
@@ -1993,8 +1994,10 @@ class Master:
                 listener.close()
         self.removed = busy
         listeners = self.generation.listeners
-        for name in [n for n, s in listeners.items() if s.fileno() < 0]:
-            del listeners[name]
+        if gone := [n for n, s in listeners.items() if s.fileno() < 0]:
+            for name in gone:
+                del listeners[name]
+            self.worker = self.prepare()
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""

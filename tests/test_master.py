@@ -565,6 +565,9 @@ def test_who_waits_at_a_listener_that_goes_is_served(
             client.close()
         eventually(lambda: refuses(goes))
         assert echoes(busy)
+        for pid in ready(gateway, 1):
+            os.kill(pid, signal.SIGKILL)
+        assert get(gateway) == 403  # who is forked later knows nothing of it
 
 
 def test_a_listener_may_come_back_while_clients_wait_at_it(
