@@ -27,7 +27,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from typing import NoReturn
 from typing import TypeVar
 
 import pytest
-from conftest import ROOT
+from conftest import PROGRAM
 from conftest import eventually
 
 T = TypeVar("T")
@@ -505,7 +504,7 @@ class Gateway:
     def __init__(self, box: Box, folder: Path, options: tuple[str, ...]) -> None:
         self.box = box
         self.log, self.errors = folder / "access.log", folder / "stderr"
-        self.program = [sys.executable, str(ROOT / "natwork.py")]
+        self.program = PROGRAM
         words = [word for option in options for word in ("-o", option)]
         with self.log.open("w") as log, self.errors.open("w") as errors:
             self.process = box.start(

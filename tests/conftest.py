@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import py_compile
 import shlex
 import signal
 import socket
@@ -20,6 +21,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
+# Compiled here, and not anew in each process of the many that the tests start.
+PROGRAM = [sys.executable, py_compile.compile(str(ROOT / "natwork.py"), doraise=True)]
 LOOPBACK = "rules=allow to 127.0.0.0/8, ::1"  # the tests' outside is 127/8 too
 
 
@@ -42,10 +45,9 @@ class Gateway:
         self.address: tuple[str, int] = self.listener.getsockname()
         self.url = "http://%s:%d" % self.address
         settings = [f"log={self.log}", *([LOOPBACK] if loopback else []), *options]
-        command = [sys.executable, str(ROOT / "natwork.py")]
-        command += [word for setting in settings for word in ("-o", setting)]
+        words = [word for setting in settings for word in ("-o", setting)]
         # As systemd does: the socket listens already, and is descriptor 3.
-        launch = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {shlex.join(command)}"
+        launch = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {shlex.join([*PROGRAM, *words])}"
         self.process = subprocess.Popen(
             ["sh", "-c", launch],
             preexec_fn=lambda: os.dup2(self.listener.fileno(), 3),

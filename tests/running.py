@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import LOOPBACK
+from conftest import PROGRAM
 from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
@@ -27,7 +28,6 @@ from conftest import read_head
 from wire import request
 from wire import sized
 
-PROGRAM = [sys.executable, str(ROOT / "natwork.py")]
 PLAIN = [sys.executable, "-I", "-S", str(ROOT / "natwork.py")]  # nothing installed
 SELF = pwd.getpwuid(os.geteuid()).pw_name  # keeps a gateway what it was started as
 ACCEPTED = b"HTTP/1.1 200 "

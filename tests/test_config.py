@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import PROGRAM
 from conftest import ROOT
 from conftest import Gateway
 from conftest import eventually
-from running import PROGRAM
 from running import Daemon
 from running import command
 from running import daemons

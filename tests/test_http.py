@@ -11,7 +11,6 @@ import re
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LOOPBACK
-from conftest import ROOT
+from conftest import PROGRAM
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
@@ -642,12 +641,11 @@ def listening_everywhere(folder: Path, *options: str) -> Iterator[int]:
         f"name={NAME.decode()}",
         *options,
     ]
-    command = [sys.executable, str(ROOT / "natwork.py")]
-    command += [word for setting in settings for word in ("-o", setting)]
+    words = [word for setting in settings for word in ("-o", setting)]
     said = folder / "stderr"
     with (
         said.open("w") as errors,
-        subprocess.Popen(command, stderr=errors, cwd=folder) as process,
+        subprocess.Popen([*PROGRAM, *words], stderr=errors, cwd=folder) as process,
     ):
         try:
             found = eventually(

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from box import needs
 from box import unavailable
+from conftest import PROGRAM
 from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
-from running import PROGRAM
 from running import Daemon
 from running import Held
 from running import block

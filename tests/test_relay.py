@@ -599,7 +599,8 @@ def test_a_half_closed_tunnel_may_be_silent_for_less(
     quick = text.replace("\nHALF_CLOSED_TIMEOUT = 240.0", "\nHALF_CLOSED_TIMEOUT = 0.5")
     assert quick != text
     (tmp_path / "natwork.py").write_text(quick)
-    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    program = [sys.executable, str(tmp_path / "natwork.py")]
+    monkeypatch.setattr(conftest, "PROGRAM", program)
 
     def close_half(connection: socket.socket, server: Origin) -> None:
         if who == "server":

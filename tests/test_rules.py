@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import PROGRAM
 from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
@@ -704,7 +705,7 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail("not installed: strace")
         pytest.skip("not installed: strace")
-    program = [sys.executable, str(ROOT / "natwork.py"), "-o", "outside=192.0.2.1"]
+    program = [*PROGRAM, "-o", "outside=192.0.2.1"]
     trace = ["strace", "-f", "-e", "trace=%network", "-o", str(tmp_path / "trace")]
     for target in ("127.0.0.1:80", "localhost:80", f"{OUTSIDE}:443"):
         done = subprocess.run(

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import pytest
 from box import unavailable
+from conftest import PROGRAM
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
 from running import PLAIN
-from running import PROGRAM
 from running import SELF
 from running import Daemon
 from running import command

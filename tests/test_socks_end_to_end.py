@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import socket
 import subprocess
 from collections.abc import Callable
@@ -101,8 +102,6 @@ def listens(
     return check
 
 
-@pytest.mark.parametrize("door", [DOOR, DOOR6])
-@pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize(
     ("option", "host", "proto", "told"),
     [
@@ -117,20 +116,23 @@ def listens(
     ],
 )
 def test_curl_gets_a_page(
-    rig: Rig, option: str, host: str, proto: str, told: str, scheme: str, door: str
+    rig: Rig, option: str, host: str, proto: str, told: str
 ) -> None:
     gateway = rig.natwork()
     path = rig.web.write("page", some_bytes(100_000))
-    words = [option, door, "--insecure", "--silent", "--show-error", "--max-time", "20"]
-    words += ["--globoff", "--output", str(rig.folder / "got")]
-    output(rig, "curl", *words, f"{scheme}://{host}{path}")
-    assert (rig.folder / "got").read_bytes() == some_bytes(100_000)
-    (line,) = gateway.lines(1)
-    assert (line["proto"], line["status"]) == (proto, told)
-    assert line["outcome"] == "closed"
-    (entry,) = rig.web.entries(1)
-    source = f"[{entry['client']}]" if ":" in entry["client"] else entry["client"]
-    assert line["source"] == f"{source}:{entry['port']}"
+    always = ["--insecure", "--silent", "--show-error", "--max-time", "20"]
+    always += ["--globoff", "--output", str(rig.folder / "got")]
+    cases = itertools.product((DOOR, DOOR6), ("http", "https"))
+    for count, (door, scheme) in enumerate(cases, 1):
+        output(rig, "curl", option, door, *always, f"{scheme}://{host}{path}")
+        assert (rig.folder / "got").read_bytes() == some_bytes(100_000)
+        (rig.folder / "got").unlink()
+        line, entry = gateway.lines(count)[-1], rig.web.entries(count)[-1]
+        assert (line["proto"], line["status"]) == (proto, told)
+        assert line["outcome"] == "closed" and entry["scheme"] == scheme
+        source = f"[{entry['client']}]" if ":" in entry["client"] else entry["client"]
+        assert line["source"] == f"{source}:{entry['port']}"
+    assert len(gateway.lines()) == len(rig.web.entries()) == count
 
 
 def test_ssh_goes_through_netcat(rig: Rig) -> None:
@@ -192,9 +194,8 @@ def test_socksify_gets_a_page(rig: Rig, protocol: str) -> None:
     assert line["proto"] == f"socks{protocol[-1]}"
 
 
-@pytest.mark.parametrize("protocol", ["socks_v4", "socks_v5"])
 @pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1"])
-def test_an_ftp_server_calls_back(rig: Rig, outside: str, protocol: str) -> None:
+def test_an_ftp_server_calls_back(rig: Rig, outside: str) -> None:
     needs("socksify", "tnftp", "vsftpd")
     gateway = rig.natwork(f"outside={outside}", "bind_ports=41000-41003")
     folder = rig.folder
@@ -204,17 +205,20 @@ def test_an_ftp_server_calls_back(rig: Rig, outside: str, protocol: str) -> None
     config = write(rig, "vsftpd.conf", VSFTPD.format(folder=folder))
     server = rig.box.start("outside", "vsftpd", config, folder=folder)
     eventually(listens(rig, server, "-t", "sport = :21"))
-    got = folder / "got"
-    words = ["-A", "-q", "20", "-o", str(got), "ftp://203.0.113.80/file"]
-    output(rig, "socksify", "tnftp", *words, **dante(rig, protocol))
-    assert got.read_bytes() == some_bytes(300_000)
-    lines = {line["method"]: line for line in gateway.lines(2)}
-    call = lines["BIND"]
-    assert call["address"] == "203.0.113.80:20"
-    host, _, port = call["source"].rpartition(":")
-    assert host == "203.0.113.1" and 41000 <= int(port) <= 41003
-    assert call["outcome"] == lines["CONNECT"]["outcome"] == "closed"
-    assert int(call["down"]) >= 300_000
+    for count, protocol in enumerate(("socks_v4", "socks_v5")):
+        got = folder / protocol
+        words = ["-A", "-q", "20", "-o", str(got), "ftp://203.0.113.80/file"]
+        output(rig, "socksify", "tnftp", *words, **dante(rig, protocol))
+        assert got.read_bytes() == some_bytes(300_000)
+        found = gateway.lines(2 * count + 2)[2 * count :]
+        assert {line["proto"] for line in found} == {f"socks{protocol[-1]}"}
+        lines = {line["method"]: line for line in found}
+        call = lines["BIND"]
+        assert call["address"] == "203.0.113.80:20"
+        host, _, port = call["source"].rpartition(":")
+        assert host == "203.0.113.1" and 41000 <= int(port) <= 41003
+        assert call["outcome"] == lines["CONNECT"]["outcome"] == "closed"
+        assert int(call["down"]) >= 300_000
 
 
 def test_drill_asks_a_name_server(rig: Rig) -> None:
@@ -246,36 +250,33 @@ def link_local(rig: Rig, place: str) -> str:
     return next(x for x in listed.split() if x.startswith("fe80:")).partition("/")[0]
 
 
-@pytest.mark.parametrize("door", ["10.9.0.1", "fd00:9::1", "link-local"])
 @pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1 2001:db8:9::1"])
-def test_datagrams_of_either_family_go_to_either_family(
-    rig: Rig, outside: str, door: str
-) -> None:
+def test_datagrams_of_either_family_go_to_either_family(rig: Rig, outside: str) -> None:
     gateway = rig.natwork(f"outside={outside}")
-    here = {"10.9.0.1": "10.9.0.2", "fd00:9::1": "fd00:9::2"}.get(door, "::")
-    scope = ""
-    if here == "::":
-        door, scope = link_local(rig, "gateway"), "%lan"
     servers = [
         rig.box.within("outside", functools.partial(UdpEcho, host))
         for host in ("203.0.113.80", "2001:db8:9::80", "203.0.113.81")
     ]
+    near = link_local(rig, "gateway")
+    doors = ("10.9.0.1", "10.9.0.2"), ("fd00:9::1", "fd00:9::2"), (near, "::")
+    for count, (door, here) in enumerate(doors, 1):
+        scope = "%lan" if door == near else ""
 
-    def associate() -> Association:
-        control = socket.create_connection((door + scope, 8080), 10)
-        return Association(control, here)
+        def associate(where: str = door + scope, here: str = here) -> Association:
+            return Association(socket.create_connection((where, 8080), 10), here)
 
-    client = rig.box.within("inside", associate)
-    assert client.relay[0] == door
-    relay = client.relay + client.control.getpeername()[2:]  # with the scope
+        client = rig.box.within("inside", associate)
+        assert client.relay[0] == door
+        relay = client.relay + client.control.getpeername()[2:]  # with the scope
+        for server in servers:
+            where = addressed(server.host, server.port)
+            client.sock.sendto(datagram(where, b"x"), relay)
+            assert client.receive() == ((server.host, server.port), b"x")
+            known = "2001:db8:9::1" if ":" in server.host else "203.0.113.1"
+            assert server.senders[-1][0] == known
+        client.sock.close()
+        client.control.close()
+        line = gateway.lines(count)[-1]
+        assert (line["proto"], line["up"]) == ("udp", "3")
     for server in servers:
-        where = addressed(server.host, server.port)
-        client.sock.sendto(datagram(where, b"x"), relay)
-        assert client.receive() == ((server.host, server.port), b"x")
-        known = "2001:db8:9::1" if ":" in server.host else "203.0.113.1"
-        assert server.senders[0][0] == known
         server.close()
-    client.sock.close()
-    client.control.close()
-    (line,) = gateway.lines(1)
-    assert (line["proto"], line["up"]) == ("udp", "3")

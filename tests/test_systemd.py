@@ -21,10 +21,10 @@ import pytest
 from box import ip
 from box import needs
 from box import unavailable
+from conftest import PROGRAM
 from conftest import ROOT
 from conftest import Origin
 from conftest import eventually
-from running import PROGRAM
 from running import block
 from running import echo
 from running import echoes

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from box import needs
+from conftest import PROGRAM
 from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
@@ -29,7 +30,6 @@ from conftest import eventually
 from conftest import read_all
 from conftest import read_exactly
 from conftest import read_head
-from running import PROGRAM
 from running import Daemon
 from running import command
 from running import daemons
