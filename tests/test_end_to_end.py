@@ -660,14 +660,14 @@ def test_the_outside_is_closed_without_a_byte(rig: Rig, address: str) -> None:
     for count, said in enumerate(
         (
             b"",
-            b"GET http://www.example.com/page HTTP/1.1\r\nHost: www.example.com\r\n",
-            b"GET / HTTP/1.1\r\nHost: 203.0.113.1:8080\r\n",
-            b"CONNECT www.example.com:80 HTTP/1.1\r\nHost: www.example.com\r\n",
+            b"GET http://www.example.com/page HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: 203.0.113.1:8080\r\n\r\n",
+            b"CONNECT www.example.com:80 HTTP/1.1\r\nHost: a\r\n\r\n",
         )
     ):
         with rig.box.connect("outside", (address, 8080)) as stranger:
             try:
-                stranger.sendall(said and said + b"\r\n")
+                stranger.sendall(said)
             except ConnectionError:
                 pass  # closed already, which is right
             assert read_all(stranger) == b""

@@ -411,8 +411,8 @@ def test_a_stalled_reader_costs_neither_cpu_nor_memory(
             sender.start(client)
         at_rest(lambda: sender.sent)
         used = ticks(pid)
-        time.sleep(2)  # what is measured, not waited for
-        assert ticks(pid) - used <= TICK // 10  # trap 2
+        time.sleep(1)  # what is measured, not waited for
+        assert ticks(pid) - used <= TICK // 20  # trap 2
         assert status(pid, "VmRSS") - memory < 4096  # kB: it holds nothing back
         sender.stop.set()
         if way == "up":
@@ -851,9 +851,9 @@ def test_who_reads_slowly_and_all_the_time_is_not_silent(
             f"CONNECT {server.authority} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
         )
         got, began = len(client.recv(39)), time.monotonic()
-        while data := client.recv(65536 if time.monotonic() > began + 5 else 8192):
+        while data := client.recv(65536 if time.monotonic() > began + 3 else 8192):
             got += len(data)
-            if time.monotonic() < began + 5:
+            if time.monotonic() < began + 3:
                 time.sleep(0.02)  # all that comes here has long left the gateway
     assert got == 39 + size
 
