@@ -71,6 +71,13 @@ def parents(*lines: str) -> str:
     return "parents=" + ";".join(lines)
 
 
+def one_each(opening: str, asked: list[Origin]) -> str:
+    """Return the setting by which parent N takes the target 127.0.1.N."""
+    return parents(
+        *(f"{opening}{p.authority} to 127.0.1.{n}" for n, p in enumerate(asked))
+    )
+
+
 def ask(gateway: Gateway, where: Origin | bytes, *fields: bytes) -> Message:
     """Return the answer to a GET on a connection of its own."""
     with gateway.connect(30) as client:
@@ -194,14 +201,23 @@ def test_a_password_is_not_quoted_though_the_url_ends_too_early() -> None:
         f"http://alice:kQ7{'x' * 300}@127.0.0.1:1",
     ],
 )
-def test_an_error_does_not_quote_the_password(tmp_path: Path, text: str) -> None:
+def test_an_error_does_not_quote_the_password(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "natwork.conf"
+
+    def refused(*options: str) -> str:
+        """Return why a configuration is no good; in this process, for speed."""
+        words = ["-t", "-c", str(file), *options]
+        assert natwork.guard(lambda: natwork.command(words)) == 78
+        return capfd.readouterr().err
+
     for name in ("parents", "parent", "gateways", "listen", "outside"):
-        (tmp_path / "natwork.conf").write_text(f"[natwork]\n{name} = {text}\n")
-        done = command("-t", cwd=tmp_path)
-        assert done.returncode == 78 and re.fullmatch(r"natwork: .*\n", done.stderr)
-        assert "kQ7" not in done.stderr and "Traceback" not in done.stderr
-    done = command("-t", "-o", f"parents {text}", cwd=tmp_path)
-    assert done.returncode == 78 and "kQ7" not in done.stderr
+        file.write_text(f"[natwork]\n{name} = {text}\n")
+        why = refused()
+        assert re.fullmatch(r"natwork: .*\n", why) and "kQ7" not in why
+    file.write_text("[natwork]\n")
+    assert "kQ7" not in refused("-o", f"parents {text}")
 
 
 def test_an_error_says_what_a_url_is(tmp_path: Path) -> None:
@@ -396,21 +412,22 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("said", REFUSALS, ids=lambda said: said[:3].decode())
 def test_a_parents_refusal_is_passed_on_with_its_name(
-    natwork: Natwork, origin: Start, said: bytes
+    natwork: Natwork, origin: Start
 ) -> None:
-    status, error, word = REFUSALS[said]
     challenge = b'Proxy-Authenticate: Basic realm="parent"'
-    parent = origin(Tunnel(sized(b"a page", challenge, status=said)))
-    gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
-    answer, client = connected(gateway, b"127.0.0.3:443")
-    with client:
-        assert (answer.status, proxy_error(answer)) == (status, error)
-        assert at_end(client) and not answer.values(b"Proxy-Authenticate")
-    why = b"parent http://%b: %b" % (parent.authority.encode(), said)
-    assert why in answer.body and b"kQ7" not in answer.body
-    assert gateway.lines(1)[0]["outcome"] == word
+    pages = [sized(b"a page", challenge, status=said) for said in REFUSALS]
+    asked = [origin(Tunnel(page)) for page in pages]
+    gateway = natwork(one_each(f"http://{LOGIN}", asked), NAMED)
+    for number, (said, expected) in enumerate(REFUSALS.items()):
+        status, error, word = expected
+        answer, client = connected(gateway, b"127.0.1.%d:443" % number)
+        with client:
+            assert (answer.status, proxy_error(answer)) == (status, error)
+            assert at_end(client) and not answer.values(b"Proxy-Authenticate")
+        why = f"parent http://{asked[number].authority}: {said.decode()}"
+        assert why.encode() in answer.body and b"kQ7" not in answer.body
+        assert gateway.lines(number + 1)[number]["outcome"] == word
 
 
 def test_a_parents_407_to_a_request_is_not_for_our_client(
@@ -447,18 +464,23 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(("said", "status", "word"), ODD.values(), ids=ODD)
 def test_a_parent_that_does_not_answer_well_is_said_to(
-    natwork: Natwork, origin: Start, said: bytes, status: int, word: str
+    natwork: Natwork, origin: Start
 ) -> None:
-    parent = origin(Tunnel(said))
-    options = ("connect_timeout=1", NAMED)
-    gateway = natwork(parents(f"http://{parent.authority}"), *options)
-    answer, client = connected(gateway, b"127.0.0.3:443")
-    with client:
-        assert answer.status == status
-        assert b"parent http://" + parent.authority.encode() in answer.body
-    assert gateway.lines(1)[0]["outcome"] == word
+    asked = [origin(Tunnel(said)) for said, _, _ in ODD.values()]
+    gateway = natwork(one_each("http://", asked), "connect_timeout=1", NAMED)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(gateway.connect()) for _ in ODD]
+        for number, client in enumerate(clients):  # who is silent is so to all at once
+            where = b"127.0.1.%d:443" % number
+            client.sendall(request(where, method=b"CONNECT"))
+        answers = [read_answer(client, b"CONNECT") for client in clients]
+    words = {line["target"]: line["outcome"] for line in gateway.lines(len(ODD))}
+    for number, (_, status, word) in enumerate(ODD.values()):
+        assert answers[number].status == status
+        name = f"parent http://{asked[number].authority}"
+        assert name.encode() in answers[number].body
+        assert words[f"127.0.1.{number}:443"] == word
 
 
 def hang_up(connection: socket.socket, origin: Origin) -> None:
@@ -567,9 +589,13 @@ def test_a_request_goes_through_a_socks_parent_as_to_its_server(
     assert [one.start for one in script.requests] == [b"GET / HTTP/1.1"] * 2
 
 
-@pytest.mark.parametrize(
-    ("parent", "status", "error", "word"),
-    [
+def speak_http(connection: socket.socket, origin: Origin) -> None:
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    connection.recv(100)
+
+
+def test_a_socks_parents_refusal_is_passed_on(natwork: Natwork, origin: Start) -> None:
+    refusals = [
         (Socks(1), 502, b"destination_unavailable", "parent-reply-1"),
         (Socks(2), 403, b"http_request_denied", "parent-reply-2"),
         (Socks(3), 502, b"destination_ip_unroutable", "parent-reply-3"),
@@ -579,44 +605,31 @@ def test_a_request_goes_through_a_socks_parent_as_to_its_server(
         (Socks(99), 502, b"destination_unavailable", "parent-reply-99"),
         (Socks(method=255), 502, b"destination_unavailable", "parent-auth-required"),
         (Socks(user=b"x"), 502, b"destination_unavailable", "parent-auth-failed"),
-        (Tunnel(b"HTTP"), 502, b"http_protocol_error", "parent-bad-response"),
+        (speak_http, 502, b"http_protocol_error", "parent-bad-response"),
         *(
             (Liar(reply), 502, b"http_protocol_error", "parent-bad-response")
             for reply in (b"\7\0\0\1" + bytes(6), b"\5\0\0\x09" + bytes(6))
         ),
-    ],
-)
-def test_a_socks_parents_refusal_is_passed_on(
-    natwork: Natwork,
-    origin: Start,
-    parent: Callable[..., None],
-    status: int,
-    error: bytes,
-    word: str,
-) -> None:
-    server = origin(speak_http if isinstance(parent, Tunnel) else parent)
-    gateway = natwork(parents(f"socks5://{LOGIN}{server.authority}"), NAMED)
-    answer, client = connected(gateway, b"127.0.0.3:81")
-    with client:
-        assert (answer.status, proxy_error(answer)) == (status, error)
-    assert b"parent socks5://" + server.authority.encode() in answer.body
-    assert gateway.lines(1)[0]["outcome"] == word
+    ]
+    asked = [origin(parent) for parent, *_ in refusals]
+    gateway = natwork(one_each(f"socks5://{LOGIN}", asked), NAMED)
+    for number, (_, status, error, word) in enumerate(refusals):
+        answer, client = connected(gateway, b"127.0.1.%d:81" % number)
+        with client:
+            assert (answer.status, proxy_error(answer)) == (status, error)
+        assert f"parent socks5://{asked[number].authority}".encode() in answer.body
+        assert gateway.lines(number + 1)[number]["outcome"] == word
 
 
-@pytest.mark.parametrize("reply", range(2, 7))
-def test_a_socks_parents_reply_is_the_clients(
-    natwork: Natwork, origin: Start, reply: int
-) -> None:
-    gateway = natwork(parents(f"socks5://{origin(Socks(reply)).authority}"))
-    with gateway.connect() as client:
-        client.sendall(b"\5\1\0" + five(addressed("127.0.0.3", 81)))
-        assert read_exactly(client, 2) == AGREED
-        assert read_five(client)[0] == reply
-
-
-def speak_http(connection: socket.socket, origin: Origin) -> None:
-    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-    connection.recv(100)
+def test_a_socks_parents_reply_is_the_clients(natwork: Natwork, origin: Start) -> None:
+    replies = range(2, 7)
+    asked = [origin(Socks(reply)) for reply in replies]
+    gateway = natwork(one_each("socks5://", asked))
+    for number, reply in enumerate(replies):
+        with gateway.connect() as client:
+            client.sendall(b"\5\1\0" + five(addressed(f"127.0.1.{number}", 81)))
+            assert read_exactly(client, 2) == AGREED
+            assert read_five(client)[0] == reply
 
 
 # --- What is asked of whom ----------------------------------------------------
