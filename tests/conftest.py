@@ -38,7 +38,13 @@ def eventually(check: Callable[[], object], seconds: float = 10.0) -> object:
 class Gateway:
     """A running natwork.py: where it listens, and what it has written."""
 
-    def __init__(self, folder: Path, options: tuple[str, ...], loopback: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        options: tuple[str, ...],
+        loopback: bool,
+        program: list[str] = PROGRAM,
+    ) -> None:
         self.log, self.errors = folder / "access.log", folder / "stderr"
         self.log.write_text("")
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -47,7 +53,7 @@ class Gateway:
         settings = [f"log={self.log}", *([LOOPBACK] if loopback else []), *options]
         words = [word for setting in settings for word in ("-o", setting)]
         # As systemd does: the socket listens already, and is descriptor 3.
-        launch = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {shlex.join([*PROGRAM, *words])}"
+        launch = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {shlex.join([*program, *words])}"
         self.process = subprocess.Popen(
             ["sh", "-c", launch],
             preexec_fn=lambda: os.dup2(self.listener.fileno(), 3),
@@ -93,10 +99,10 @@ def natwork(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     """Return a function that starts a gateway: natwork("spare_workers=2", ...)."""
     running: list[Gateway] = []
 
-    def start(*options: str, loopback: bool = True) -> Gateway:
+    def start(*options: str, loopback: bool = True, **program: list[str]) -> Gateway:
         folder = tmp_path / f"gateway{len(running)}"
         folder.mkdir()
-        running.append(Gateway(folder, options, loopback))
+        running.append(Gateway(folder, options, loopback, **program))
         return running[-1]
 
     yield start

@@ -33,6 +33,15 @@ SELF = pwd.getpwuid(os.geteuid()).pw_name  # keeps a gateway what it was started
 ACCEPTED = b"HTTP/1.1 200 "
 
 
+def with_limit(folder: Path, name: str, value: float) -> list[str]:
+    """Return what runs the same program with another number for one of its limits."""
+    text = (ROOT / "natwork.py").read_text()
+    text, count = re.subn(rf"(?m)^{name} = [0-9.]+", f"{name} = {value}", text)
+    assert count == 1, name
+    (folder / "natwork.py").write_text(text)
+    return [sys.executable, str(folder / "natwork.py")]
+
+
 def command(
     *arguments: str, cwd: Path, program: list[str] = PROGRAM
 ) -> subprocess.CompletedProcess[str]:

@@ -16,9 +16,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
-import conftest
 import pytest
-from conftest import ROOT
 from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
@@ -32,6 +30,7 @@ from proc import no_more_descriptors
 from proc import only_worker
 from proc import status
 from proc import ticks
+from running import with_limit
 from wire import STRICT
 from wire import chunks
 from wire import read_answer
@@ -588,28 +587,16 @@ def test_a_tunnel_in_which_one_side_talks_is_not_silent(
 
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_half_closed_tunnel_may_be_silent_for_less(
-    natwork: Natwork,
-    origin: Start,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    who: str,
+    natwork: Natwork, origin: Start, tmp_path: Path, who: str
 ) -> None:
-    # The same program, with half a second where it says four minutes.
-    text = (ROOT / "natwork.py").read_text()
-    quick = text.replace("\nHALF_CLOSED_TIMEOUT = 240.0", "\nHALF_CLOSED_TIMEOUT = 0.5")
-    assert quick != text
-    (tmp_path / "natwork.py").write_text(quick)
-    program = [sys.executable, str(tmp_path / "natwork.py")]
-    monkeypatch.setattr(conftest, "PROGRAM", program)
-
     def close_half(connection: socket.socket, server: Origin) -> None:
         if who == "server":
             connection.shutdown(socket.SHUT_WR)
         server.received.append(read_all(connection))
         assert who == "server" or ended.wait(10)
 
-    ended = threading.Event()
-    gateway, server = natwork(*ALONE), origin(close_half)
+    ended, program = threading.Event(), with_limit(tmp_path, "HALF_CLOSED_TIMEOUT", 0.5)
+    gateway, server = natwork(*ALONE, program=program), origin(close_half)
     with tunnel(gateway, server) as client:  # trap 7
         if who == "client":
             client.shutdown(socket.SHUT_WR)
