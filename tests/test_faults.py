@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -237,8 +238,34 @@ def can_strace() -> bool:
 
 
 # It is known who serves next; and what waits for a call not made waits a second.
-alone = start(spare_workers="1", max_workers="1", idle_timeout="1", tunnel_timeout="1")
+ALONE = {"spare_workers": "1", "max_workers": "1"}
+PATIENCE = {"idle_timeout": "1", "tunnel_timeout": "1"}
+first, second, third, fourth = (start(**ALONE, **PATIENCE) for _ in range(4))
 pair = start(spare_workers="2")
+
+
+@pytest.fixture(scope="module")
+def crew(
+    first: Faulty, second: Faulty, third: Faulty, fourth: Faulty
+) -> Callable[..., None]:
+    """Return a function that has four gateways share the injections of a call."""
+    gateways = first, second, third, fourth
+
+    def share(
+        table: list[tuple[str, str, int]],
+        call: str,
+        inject: Callable[[Faulty, str, int], None],
+    ) -> None:
+        todo = list(places(table, call))
+
+        def work(number: int) -> None:
+            for _, error, place in todo[number :: len(gateways)]:
+                inject(gateways[number], error, place)
+
+        with ThreadPoolExecutor(len(gateways)) as pool:
+            list(pool.map(work, range(len(gateways))))
+
+    return share
 
 
 def test_there_are_two_hundred_injections() -> None:
@@ -249,9 +276,9 @@ def test_there_are_two_hundred_injections() -> None:
 
 @pytest.mark.parametrize("call", calls(OF_A_WORKER))
 def test_a_call_of_a_worker_that_fails_harms_nobody_else(
-    alone: Faulty, call: str
+    crew: Callable[..., None], call: str
 ) -> None:
-    for _, error, number in places(OF_A_WORKER, call):
+    def inject(alone: Faulty, error: str, number: int) -> None:
         worker = alone.fresh()
         with alone.failing(worker, call, error, number) as failed:
 
@@ -261,6 +288,8 @@ def test_a_call_of_a_worker_that_fails_harms_nobody_else(
 
             eventually(has_failed)
         alone.is_well()
+
+    crew(OF_A_WORKER, call, inject)
 
 
 def reap_and_reload(faulty: Faulty, goes: list[bool]) -> None:
@@ -295,36 +324,40 @@ def test_a_call_of_the_master_that_fails_does_not_end_him(
 
 
 @pytest.mark.parametrize("call", calls(OF_THE_NEWBORN))
-def test_a_worker_that_cannot_start_is_tried_again(pair: Faulty, call: str) -> None:
-    for _, error, number in places(OF_THE_NEWBORN, call):
-        pair.idle(2)
-        master = pair.gateway.process.pid
-        with pair.failing(master, call, error, number, "-f") as failed:
+def test_a_worker_that_cannot_start_is_tried_again(
+    crew: Callable[..., None], call: str
+) -> None:
+    def inject(alone: Faulty, error: str, number: int) -> None:
+        alone.idle(1)
+        master = alone.gateway.process.pid
+        with alone.failing(master, call, error, number, "-f") as failed:
 
             def has_failed() -> bool:
-                for pid in pair.gateway.workers():
+                for pid in alone.gateway.workers():
                     os.kill(pid, signal.SIGKILL)
                 return failed()
 
             eventually(has_failed)
-        pair.is_well()
-        pair.idle(2)
+        alone.is_well()
+        alone.idle(1)
+
+    crew(OF_THE_NEWBORN, call, inject)
 
 
-def test_a_client_that_cannot_be_taken_is_no_busy_loop(alone: Faulty) -> None:
-    worker = alone.fresh()
-    trace, words = alone.folder / "trace", "cannot accept a client: "
+def test_a_client_that_cannot_be_taken_is_no_busy_loop(first: Faulty) -> None:
+    worker = first.fresh()
+    trace, words = first.folder / "trace", "cannot accept a client: "
     command = ["strace", "-e", "trace=accept4", "-e", "inject=accept4:error=EPERM"]
     command += ["-o", str(trace), "-p", str(worker)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         try:
             assert strace.stderr and "attached" in strace.stderr.readline()
-            with alone.connect() as client:
+            with first.connect() as client:
                 client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                eventually(lambda: words in alone.gateway.errors.read_text())
-                time.sleep(2)  # the observation itself
-                assert trace.read_text().count("INJECTED") < 10
+                eventually(lambda: words in first.gateway.errors.read_text())
+                time.sleep(1)  # the observation itself
+                assert trace.read_text().count("INJECTED") < 5
         finally:
             strace.terminate()
             strace.communicate(timeout=STRACE_TIMEOUT)
-    alone.is_well()
+    first.is_well()
