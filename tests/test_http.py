@@ -49,7 +49,7 @@ from wire import uncalled
 
 pytestmark = pytest.mark.filterwarnings(STRICT)
 gateway = shared()
-hasty = shared("head_timeout=1", "connect_timeout=1", "idle_timeout=1")
+hasty = shared("head_timeout=0.5", "connect_timeout=0.5", "idle_timeout=0.5")
 
 HEADS = Path(__file__).parent / "heads"
 SECOND = b"/second"

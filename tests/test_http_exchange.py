@@ -46,9 +46,8 @@ from wire import uncalled
 
 pytestmark = pytest.mark.filterwarnings(STRICT)
 gateway = shared()
-hasty = shared(
-    "head_timeout=1", "idle_timeout=1", "keepalive_timeout=1", "tunnel_timeout=1"
-)
+HASTE = ("head_timeout=0.5", "idle_timeout=0.5", "tunnel_timeout=0.5")
+hasty = shared("keepalive_timeout=1", *HASTE)
 
 Start = Callable[..., Origin]
 CHUNKED = b"Transfer-Encoding: chunked"

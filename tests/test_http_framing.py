@@ -42,7 +42,7 @@ from wire import uncalled
 
 pytestmark = pytest.mark.filterwarnings(STRICT)
 gateway = shared()
-hasty = shared("head_timeout=1", "idle_timeout=1")
+hasty = shared("head_timeout=0.5", "idle_timeout=0.5")
 
 Start = Callable[..., Origin]
 CHUNKED = b"Transfer-Encoding: chunked"

@@ -296,25 +296,24 @@ def test_what_is_neither_socks_nor_http_is_refused(
     assert line()["outcome"] == "bad-request"
 
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
+def test_a_request_must_come_within_head_timeout(natwork: Natwork) -> None:
+    running = natwork("head_timeout=0.5")
+    cases = [
         (b"\5", b""),
         (b"\5\2\0", b""),
         (HELLO, AGREED + five_reply(1)),
         (HELLO + five(named("localhost", 80))[:-1], AGREED + five_reply(1)),
         (b"\4", four_reply(91)),
         (four("localhost", 80)[:-1], four_reply(91)),
-    ],
-)
-def test_a_request_must_come_within_head_timeout(
-    natwork: Natwork, said: bytes, told: bytes
-) -> None:
-    running = natwork("head_timeout=0.5", "spare_workers=1")
-    with running.connect() as client:
-        send(client, said)
-        assert read_all(client) == told
-    assert running.lines(1)[0]["outcome"] == "head-timeout"
+    ]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in cases]
+        for client, (said, _) in zip(clients, cases):
+            send(client, said)
+        for client, (_, told) in zip(clients, cases):
+            assert read_all(client) == told
+    outcomes = [line["outcome"] for line in running.lines(len(cases))]
+    assert outcomes == ["head-timeout"] * len(cases)
 
 
 def test_a_client_who_drips_has_no_more_time_than_others(natwork: Natwork) -> None:
@@ -325,7 +324,7 @@ def test_a_client_who_drips_has_no_more_time_than_others(natwork: Natwork) -> No
             for _ in range(12):
                 time.sleep(0.1)
                 client.sendall(b"\1")
-        assert running.lines(1)[0]["outcome"] == "head-timeout"
+    assert running.lines(1)[0]["outcome"] == "head-timeout"
 
 
 def test_who_says_nothing_is_closed_without_a_line(natwork: Natwork) -> None:
