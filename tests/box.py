@@ -38,6 +38,7 @@ from typing import TypeVar
 import pytest
 from conftest import PROGRAM
 from conftest import eventually
+from conftest import whole_lines
 
 T = TypeVar("T")
 Entry = dict[str, str]
@@ -480,7 +481,7 @@ class Web:
         log = self.folder / "access.log"
 
         def read() -> list[str]:
-            return log.read_text().splitlines() if log.exists() else []
+            return whole_lines(log) if log.exists() else []
 
         eventually(lambda: len(read()) >= count)
         return [json.loads(line) for line in read()]
@@ -526,11 +527,9 @@ class Gateway:
     def lines(self, count: int = 0) -> list[Entry]:
         """Return the access log, once it has count lines."""
 
-        def read() -> list[str]:
-            return self.log.read_text().splitlines()
-
-        eventually(lambda: len(read()) >= count)
-        return [dict(w.split("=", 1) for w in line.split(" ")) for line in read()]
+        eventually(lambda: len(whole_lines(self.log)) >= count)
+        lines = whole_lines(self.log)
+        return [dict(w.split("=", 1) for w in line.split(" ")) for line in lines]
 
     def stop(self) -> None:
         """Ask the gateway to stop: it must end well and leave nobody behind."""

@@ -35,6 +35,11 @@ def eventually(check: Callable[[], object], seconds: float = 10.0) -> object:
     return answer
 
 
+def whole_lines(log: Path) -> list[str]:
+    """Return the lines of a log; one that crosses a page may be there by half."""
+    return log.read_text().rpartition("\n")[0].splitlines()
+
+
 class Gateway:
     """A running natwork.py: where it listens, and what it has written."""
 
@@ -70,11 +75,9 @@ class Gateway:
     def lines(self, count: int = 0) -> list[dict[str, str]]:
         """Return the access log as dictionaries, once it has count lines."""
 
-        def read() -> list[str]:
-            return self.log.read_text().splitlines()
-
-        eventually(lambda: len(read()) >= count)
-        return [dict(w.split("=", 1) for w in line.split(" ")) for line in read()]
+        eventually(lambda: len(whole_lines(self.log)) >= count)
+        lines = whole_lines(self.log)
+        return [dict(w.split("=", 1) for w in line.split(" ")) for line in lines]
 
     def workers(self) -> list[int]:
         """Return the process numbers of the workers that live now."""

@@ -707,8 +707,9 @@ def test_who_is_killed_while_the_server_thinks_has_sent_what_he_sent(
     with gateway.connect() as client:
         client.sendall(request(server))
         eventually(lambda: server.received)
-        sent = sum(map(len, server.received))
-        os.kill(worker_of(gateway, client), signal.SIGKILL)
+        sent, pid = sum(map(len, server.received)), worker_of(gateway, client)
+        eventually(lambda: status(pid, "State")[:1] == "S")  # and has noted it
+        os.kill(pid, signal.SIGKILL)
         (line,) = gateway.lines(1)
     assert (line["outcome"], int(line["up"]), line["down"]) == ("killed", sent, "0")
 
