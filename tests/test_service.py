@@ -839,7 +839,7 @@ def test_a_daemon_lets_go_of_a_pipe_that_its_caller_reads(tmp_path: Path) -> Non
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, signal.SIGTERM)
     assert done.returncode == 0 and "listening on" in done.stderr
-    eventually(lambda: not Path(f"/proc/{pid}").exists())
+    eventually(lambda: gone(pid))
 
 
 def test_bytes_that_are_no_text_are_explained_too(tmp_path: Path) -> None:
