@@ -236,6 +236,8 @@ def group(leader: int) -> list[int]:
 
 def idle(gateway: Gateway) -> list[int]:
     """Return the workers that call themselves idle."""
+    if not title(gateway.process.pid).startswith("natwork: master"):
+        return []  # it is rehearsing, and its child has the title of a worker
     return [pid for pid in gateway.workers() if title(pid) == "natwork: idle"]
 
 

@@ -319,6 +319,7 @@ def test_systemd_is_told_of_readiness_reloads_and_the_end(
         while (words := told())[0] == "WATCHDOG=1":
             pass
         assert words == ["STOPPING=1"]
+        assert gateway.process.wait(20) == 0
 
 
 def test_who_tells_systemd_does_not_wait_for_it(daemon: Launch, tmp_path: Path) -> None:
