@@ -23,6 +23,7 @@ from running import echo
 from running import echoes
 from running import idle
 from running import title
+from running import worker_of
 from sockswire import AGREED
 from sockswire import ASSOCIATE
 from sockswire import BIND
@@ -770,7 +771,6 @@ def test_a_session_the_operator_ends_has_been_granted(
     with gateway.connect() as client:
         asked = five(addressed("127.0.0.1", server.port))
         assert ask_five(client, asked)[0] == 0 and echoes(client)
-        (worker,) = set(gateway.workers()) - set(idle(gateway))
-        os.kill(worker, signal.SIGTERM)
+        os.kill(worker_of(gateway, client), signal.SIGTERM)
         (line,) = gateway.lines(1)
     assert (line["status"], line["outcome"]) == ("0", "operator")
