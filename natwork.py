@@ -1726,6 +1726,7 @@ class Master:
         self.worker = self.prepare()
         gc.freeze()
         gc.set_threshold(20_000)
+        self.show_title()  # or the forks would begin with that of the rehearsal
         while not self.stopping:
             with self.steady():
                 self.reap()

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from box import needs
@@ -25,6 +24,7 @@ from conftest import Origin
 from conftest import eventually
 from conftest import read_all
 from proc import at_rest
+from running import with_limit
 from running import worker_of
 from test_rules import TARGETS
 from wire import Message
@@ -1071,30 +1071,14 @@ def test_behind_a_parent_either_passive_mode_will_do(
 
 
 def test_a_page_that_comes_for_ever_is_given_up(
-    origin: Start, monkeypatch: pytest.MonkeyPatch
+    natwork: Natwork, origin: Start, tmp_path: Path
 ) -> None:
     def drip(connection: socket.socket, origin: Origin) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection.sendall(b"i")
-                time.sleep(0.02)
+        while True:
+            connection.sendall(b"i")
+            time.sleep(0.02)
 
-    monkeypatch.setattr(natwork, "PAGE_TIMEOUT", 0.5)
-    lifeline, end = os.pipe()
-    server = origin(drip)
-    sock = socket.create_connection((server.host, server.port))
-    client, other = socket.socketpair()
-    with sock, client, other:
-        talk = natwork.Talk(
-            SimpleNamespace(
-                client=natwork.Stream(client, natwork.CLIENT_GONE),
-                watch=natwork.Watch(lifeline, 1.0),
-                config=natwork.Config(),
-            ),
-            natwork.Stream(sock, natwork.SERVER_GONE),
-        )
-        with pytest.raises(natwork.Refused) as refused:
-            talk.lines()
-    assert refused.value.outcome is natwork.ANSWER_TIMEOUT
-    os.close(lifeline)
-    os.close(end)
+    gateway = natwork(program=with_limit(tmp_path, "PAGE_TIMEOUT", 0.5))
+    target = b"gopher://%b/1/" % origin(drip, "127.0.0.3").authority.encode()
+    assert ask(gateway, target).status == 504
+    assert gateway.lines(1)[0]["outcome"] == "answer-timeout"
