@@ -1366,6 +1366,7 @@ TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
 BLOCK, UNBLOCK = int(signal.SIG_BLOCK), int(signal.SIG_UNBLOCK)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 set_wakeup = _signal.set_wakeup_fd
+set_limit, PROCESSES = resource.setrlimit, resource.RLIMIT_NPROC
 ROOM = b"r"  # the master's "somebody silent, make room"
 
 
@@ -1481,8 +1482,11 @@ class Worker:
         self.title = ""
         self.made_room = False
 
-    def start(self, slot: Slot, others: list[int]) -> None:
-        """Go on as a process with a slot, without the descriptors of others."""
+    def start(self, slot: Slot, others: list[int], confined: bool) -> None:
+        """Go on as a process with a slot, without the descriptors of others.
+
+        Confined, it gives up what serving does not need: to fork, and to start threads.
+        """
         self.slot, self.pid = slot, os.getpid()
         for fd in others:
             os.close(fd)
@@ -1496,6 +1500,8 @@ class Worker:
         )
         self.silent_poll.register(self.lifeline, select.EPOLLIN)
         set_signal(TERM, self.end)  # the operator's hand
+        if confined:
+            set_limit(PROCESSES, (0, 0))
 
     def run(self) -> None:
         """Serve clients, one after another, until it is time to leave."""
@@ -1657,11 +1663,6 @@ class Worker:
         if set_title and title != self.title:
             set_title(title)
             self.title = title
-
-    def confine(self) -> None:
-        """Give up what serving does not need: to fork, and to start threads."""
-        if os.geteuid():  # root is above this limit
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
     def end(self, *_: object) -> None:
         """Die of TERM, and by a reset if the client has but half of his answer.
@@ -1885,6 +1886,7 @@ class Master:
         others = [*self.private, self.generation.lifeline_in]
         for generation in self.generations[:-1]:
             others += generation.descriptors()
+        confined = os.geteuid() != 0  # root is above that limit
         pids = []
         # Held across the forks: until a worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
@@ -1893,7 +1895,7 @@ class Master:
             for slot in slots:
                 pid = os.fork()
                 if pid == 0:
-                    self.become_worker(slot, others)
+                    self.become_worker(slot, others, confined)
                 pids.append(pid)
             self.fork_failing = False
         except OSError as error:
@@ -1914,13 +1916,12 @@ class Master:
         """Return the worker that forks are to become from now on."""
         return Worker(self.generation, self.board, self.poke_in, self.pressure_out)
 
-    def become_worker(self, slot: Slot, others: list[int]) -> NoReturn:
+    def become_worker(self, slot: Slot, others: list[int], confined: bool) -> NoReturn:
         """Serve clients in this new process, and never return."""
         status, worker = 1, self.worker
         try:
             set_wakeup(-1)  # or a signal to us would be the master's
-            worker.start(slot, others)
-            worker.confine()
+            worker.start(slot, others, confined)
             set_mask(UNBLOCK, MASTER_SIGNALS)
             slot.take(worker.pid)
             worker.run()
@@ -6117,7 +6118,7 @@ def rehearse(profile: Callable[..., object] | None) -> None:
         try:
             worker = Worker(generation, board, wake_in, wake_out)
             for _ in range(LEARNED):
-                worker.start(Slot(board, 0), [os.dup(wake_in)])
+                worker.start(Slot(board, 0), [os.dup(wake_in)], confined=False)
             worker.run()
         finally:
             sys.setprofile(None)
