@@ -326,7 +326,7 @@ def read_file(path: str) -> tuple[bytes, int]:
     Anything else could have us wait, or say something else the next time.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    with open(os.open(path, flags), "rb") as file:
+    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise OSError("it is not a regular file")
@@ -340,7 +340,9 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        text = read_file(path)[0].decode("utf-8-sig")  # an editor's BOM is no matter
+        # The mark of an editor and its line ends are no matter.
+        text = read_file(path)[0].decode("utf-8-sig")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
@@ -1021,6 +1023,10 @@ class Stream:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
+    def error(self) -> int:
+        """Return the number of the error that has come, 0 for none, and forget it."""
+        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
     def end(self) -> None:
         """Say that nothing more will be sent; go on hearing."""
         with contextlib.suppress(OSError):
@@ -1143,7 +1149,7 @@ class Lane:
         self.script = NOTHING
         self.waits = PAUSE
         self.done = self.abandoned = False  # it is not to go on
-        self.broken = False  # because the sink was lost
+        self.broken = False  # because the sink was reset, and not behind its end
         self.optional = False  # its failure is not the other lane's
 
     def step(self) -> None:
@@ -1308,7 +1314,10 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
                     lost = refusal.outcome is server_lost
                     if lane is down or not (lost or up.optional):
                         raise
-                    up.abandoned, up.broken = True, lost
+                    up.abandoned = True
+                    # Behind an end, which makes what came whole, it is a broken pipe.
+                    whole = isinstance(refusal.__context__, BrokenPipeError)
+                    up.broken = lost and not whole
                     if up.sink and not lost:
                         up.sink.end()  # in mid-message: nobody takes it for the whole
             running = [lane for lane in running if not lane.done and not lane.abandoned]
@@ -1339,7 +1348,8 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
             if not moving and down.sink and down.sink.fd in ready:
                 raise Refused(down.sink.lost, "connection reset")
             if not moving:
-                up.abandoned = up.broken = True
+                up.abandoned = True
+                up.broken = up.sink is not None and up.sink.error() != errno.EPIPE
     finally:
         for lane in (up, down):
             lane.script.close()  # it gives back what it holds
@@ -3970,7 +3980,9 @@ class Http:
     def serve(self) -> None:
         """Answer requests until the connection is over."""
         try:
-            while self.await_request():
+            fresh = True  # his first byte is there
+            while fresh or self.await_request():
+                fresh = False
                 self.one()
                 if self.lingers:
                     linger(self.worker, self.client)
@@ -4807,9 +4819,13 @@ class Socks:
 # dial the address that he dialed, whatever he goes on to say.  The name in his
 # first words is a claim: it may be written down, and it may be denied.
 
-# What may yet become a request to some server: some take any word for a method, and
-# LF or CR for CRLF, or a folded line, or a blank before the colon.
-CLAIMING = re.compile(rb"[\t\v\f\r ]*(?:[A-Za-z][!-~]*(?:[\t\v\f\r ][^\n]*)?)?")
+# What may yet become a request line to some server: some take any word for a method,
+# any blank, and any byte in a path.
+CLAIMING = re.compile(
+    rb"[\t\v\f ]*(?:%b(?:[\t\v\f ][\t\v\f -~\x80-\xff]*\r?)?"
+    rb"|[A-Za-z][!-~]*(?:[\t\v\f ][^\0\r\n]*\r?)?)?" % TOKEN
+)
+# Some take LF or CR for CRLF, or a folded line, or a blank before the colon.
 CLAIMED_HOST = re.compile(rb"(?:^|\r)host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
 
 
@@ -5190,10 +5206,9 @@ def ftp_passive(http: Http, server: Any) -> tuple[str, int]:
     """
     import ftplib
 
-    families = [server.sock.server.sock.family]
-    if http.policy.parents:
-        families = [INET6, INET] if ":" in http.server_for[1] else [INET, INET6]
-    for server.af in families:
+    six = ":" in http.server_for[1] or server.sock.server.sock.family == INET6
+    families = [INET6, INET] if six else [INET, INET6]
+    for server.af in families if http.policy.parents else families[:1]:
         try:
             address, port = server.makepasv()
             return address, port
@@ -6339,7 +6354,7 @@ def print_table(as_json: bool) -> int:
     lines = [[head for head in COLUMNS if head != "Moving"]]
     for row in rows:
         cells = ["-" if cell is None else str(cell) for cell in row.values()]
-        lines.append([printable(cell.encode(), TARGET_SIZE) for cell in cells])
+        lines.append([re.sub("[^!-~]", "?", cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())

@@ -21,6 +21,7 @@ from conftest import eventually
 from running import Daemon
 from running import command
 from running import daemons
+from running import descriptors
 from wire import DENIED
 from wire import exchange
 from wire import request
@@ -513,3 +514,18 @@ def test_a_file_that_is_none_is_refused_and_nobody_waits_for_it(
     os.mkfifo(gateway.file)
     gateway.process.send_signal(signal.SIGHUP)
     eventually(lambda: "it is not a regular file" in gateway.errors.read_text())
+    gateway.file.unlink()
+    gateway.file.mkdir()
+    before = len(gateway.said())
+    held = descriptors(gateway.process.pid)
+    gateway.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(gateway.said()) > before)
+    assert descriptors(gateway.process.pid) == held
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_the_line_ends_of_an_editor_are_no_matter(tmp_path: Path, end: str) -> None:
+    lines = "[natwork]", "listen = 127.0.0.1:18999", "rules = deny to *", ""
+    (tmp_path / "natwork.conf").write_bytes(end.join(lines).encode())
+    config = natwork.load_config(str(tmp_path / "natwork.conf"), [])
+    assert (config.listen, config.rules) == ("127.0.0.1:18999", "deny to *")

@@ -1418,3 +1418,17 @@ def test_an_empty_line_behind_a_body_begins_no_request(
         assert exchange(client, data).status == 200
         assert exchange(client, request(server)).status == 200
     assert [line["method"] for line in gateway.lines(3)] == ["POST", "POST", "GET"]
+
+
+def test_an_empty_line_first_keeps_a_fresh_client_what_he_was_promised(
+    natwork: Callable[..., Gateway], origin: Start
+) -> None:
+    gateway = natwork("head_timeout=1", "keepalive_timeout=0.2")
+    with gateway.connect() as client:
+        client.sendall(b"\r\n")  # R4
+        time.sleep(0.5)
+        assert exchange(client, request(origin(Script()))).status == 200
+    with gateway.connect() as client:
+        client.sendall(b"\r\n")
+        assert read_answer(client).status == 408
+    assert gateway.lines(2)[1]["outcome"] == "head-timeout"

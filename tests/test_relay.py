@@ -932,3 +932,31 @@ def test_a_reset_that_meets_both_lanes_at_once_is_no_end(
             while client.recv(64):
                 pass
     assert logged(gateway, server)["outcome"] == "server-gone"
+
+
+@pytest.mark.parametrize("way", ["tunnel", "answer"])
+def test_a_reset_behind_the_end_cuts_nothing(
+    gateway: Gateway, origin: Start, way: str
+) -> None:
+    def part(connection: socket.socket, server: Origin) -> None:
+        """End, and close with unread input: a FIN, and then a reset."""
+        if way == "answer":
+            read_head(connection)
+            connection.sendall(b"HTTP/1.0 413 No\r\n\r\n")
+        connection.recv(1)
+        connection.sendall(b"all of it")
+        connection.shutdown(socket.SHUT_WR)
+
+    for _ in range(20):
+        server = origin(part)
+        fields = [b"Content-Length: 100000000"] if way == "answer" else []
+        method = b"POST" if way == "answer" else b"CONNECT"
+        with gateway.connect(20) as client:
+            client.sendall(request(server, *fields, method=method))
+            if way == "tunnel":
+                assert read_head(client) == HEAD
+            with sending(client, DATA, False):
+                said = b""
+                while piece := client.recv(65536):  # to the end, and no reset
+                    said += piece
+            assert said.endswith(b"all of it")
