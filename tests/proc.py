@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -61,6 +62,16 @@ def at_rest(read: Callable[[], int], seconds: float = 0.3) -> int:
 
     eventually(check, 20)
     return seen
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Hold a process, so that it finds all at once what comes meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import select
-import signal
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from conftest import eventually
 from conftest import read_all
 from conftest import read_exactly
 from conftest import read_head
+from proc import stopped
 from wire import CLOSED
 from wire import DENIED
 from wire import NAME
@@ -1371,13 +1371,10 @@ def test_an_end_behind_a_reset_is_not_the_end_of_an_answer(
         send(client, post(origin(serve), b"Content-Length: 9", body=b"1234"))
         assert read_head(client) and read_exactly(client, 4) == b"half"
         (worker,) = gateway.workers()
-        os.kill(worker, signal.SIGSTOP)
-        try:
+        with stopped(worker):
             go.set()
             time.sleep(0.2)
             client.sendall(b"5")
-        finally:
-            os.kill(worker, signal.SIGCONT)
         with pytest.raises(ConnectionResetError):
             client.recv(64)
     assert gateway.lines(1)[0]["outcome"] == "server-gone"

@@ -30,6 +30,7 @@ from proc import links
 from proc import no_more_descriptors
 from proc import only_worker
 from proc import status
+from proc import stopped
 from proc import ticks
 from running import with_limit
 from wire import STRICT
@@ -921,13 +922,10 @@ def test_a_reset_that_meets_both_lanes_at_once_is_no_end(
     with gateway.connect() as client:
         client.sendall(request(server, *fields, method=method))
         assert read_head(client)
-        os.kill(worker, signal.SIGSTOP)  # so that he finds all of it at once
-        try:
+        with stopped(worker):
             go.set()
             time.sleep(0.3)
             client.sendall(b"what the server no longer takes")
-        finally:
-            os.kill(worker, signal.SIGCONT)
         with pytest.raises(ConnectionResetError):
             while client.recv(64):
                 pass
