@@ -1320,9 +1320,10 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
                     up.broken = lost and not whole
                     if up.sink and not lost:
                         up.sink.end()  # in mid-message: nobody takes it for the whole
-            running = [lane for lane in running if not lane.done and not lane.abandoned]
-            if not running:
-                return
+            if up.done or up.abandoned or down.done:
+                running = [x for x in running if not x.done and not x.abandoned]
+                if not running:
+                    return
             wanted: dict[int, int] = {}
             patience = 0.0
             for lane in running:
@@ -1633,7 +1634,11 @@ class Worker:
         while (left := deadline - time.monotonic()) > 0:
             pause = min(left, PIPE_KEEP_TIME) if self.watch.pipes else left
             found = dict(self.silent_poll.poll(pause, 8))
-            if spoken := [stream.fd for stream in quiet if stream.fd in found]:
+            spoken = []
+            for stream in quiet:
+                if stream.fd in found:
+                    spoken.append(stream.fd)
+            if spoken:
                 self.slot.state(BUSY)
                 return spoken
             if self.pressure_out in found and self.is_wanted():
@@ -4032,8 +4037,8 @@ class Http:
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether there is one."""
-        deadline = 0.0
-        while self.drop_blanks():
+        deadline, received = 0.0, self.client.received
+        while not received or received.startswith(CRLF) and self.drop_blanks():
             deadline = deadline or time.monotonic() + self.config.keepalive_timeout
             quiet = [self.client, self.server] if self.server else [self.client]
             left = deadline - time.monotonic()
@@ -4090,7 +4095,8 @@ class Http:
         deadline = time.monotonic() + self.config.head_timeout
         looked = 0
         while True:
-            self.drop_blanks()  # a line's LF may come behind its CR
+            if received.startswith(CRLF):  # its LF may have come behind the CR
+                self.drop_blanks()
             self.bare = received.startswith(b"HEAD ")
             if (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) >= 0:
                 return self.client.take(end + 4)[:-2]
