@@ -1159,6 +1159,18 @@ class Lane:
         except StopIteration:
             self.done = True
 
+    def give_up(self, refusal: Refused) -> bool:
+        """Abandon the lane for a failure; return False if both lanes have failed."""
+        lost = self.sink is not None and refusal.outcome is self.sink.lost
+        if not (lost or self.optional):
+            return False
+        self.abandoned = True
+        # Behind an end, which makes what came whole, a reset is a broken pipe.
+        self.broken = lost and not isinstance(refusal.__context__, BrokenPipeError)
+        if self.sink and not lost:
+            self.sink.end()  # in mid-message: nobody takes it for the whole
+        return True
+
     def flush(self) -> Script:
         """Send what is gathered."""
         while self.sink is None:
@@ -1303,7 +1315,6 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
     IdleTimeout when nothing moved for too long.
     """
     running = moving = [up, down]
-    server_lost = up.sink.lost if up.sink else None
     left = 0  # bytes that were not sent when nothing moved here
     try:
         while True:
@@ -1311,15 +1322,8 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
                 try:
                     lane.step()
                 except Refused as refusal:
-                    lost = refusal.outcome is server_lost
-                    if lane is down or not (lost or up.optional):
+                    if lane is down or not up.give_up(refusal):
                         raise
-                    up.abandoned = True
-                    # Behind an end, which makes what came whole, it is a broken pipe.
-                    whole = isinstance(refusal.__context__, BrokenPipeError)
-                    up.broken = lost and not whole
-                    if up.sink and not lost:
-                        up.sink.end()  # in mid-message: nobody takes it for the whole
             if up.done or up.abandoned or down.done:
                 running = [x for x in running if not x.done and not x.abandoned]
                 if not running:
