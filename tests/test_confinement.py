@@ -273,9 +273,12 @@ def test_a_worker_holds_no_descriptor_but_its_own(
                     "/memfd:natwork (deleted)",  # the scoreboard: its map,
                     "/memfd:natwork (deleted)",  # and to lock it
                     str(gateway.log),
-                    "anon_inode:[eventpoll]",  # idle, and silent
+                    "anon_inode:[eventpoll]",  # at the door, behind, and silent
                     "anon_inode:[eventpoll]",
-                    "pipe",  # lifeline, wake, pressure, turns (both ends)
+                    "anon_inode:[eventpoll]",
+                    "pipe",  # lifeline, poke, pressure, turns, bell (both ends)
+                    "pipe",
+                    "pipe",
                     "pipe",
                     "pipe",
                     "pipe",

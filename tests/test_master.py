@@ -90,8 +90,8 @@ def test_spares_are_kept_ahead_of_the_clients(natwork: Run, origin: Start) -> No
     with contextlib.ExitStack() as clients:
         for busy in range(1, 5):
             clients.enter_context(tunnel(gateway, server))
+            eventually(lambda want=busy + 3: len(gateway.workers()) == want)
             ready(gateway, 3)
-            assert len(gateway.workers()) == busy + 3
 
 
 def test_all_missing_spares_are_forked_at_once(natwork: Run) -> None:
@@ -174,7 +174,8 @@ def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
             ready(gateway, 6)
             after = sleeps(pids)
             woken = [p for p, was, now in zip(pids, before, after) if was != now]
-            assert woken == [busy]
+            # And perhaps one who was behind the door takes the place of this one.
+            assert busy in woken and len(woken) <= 2
 
 
 def test_clients_per_worker_of_one_gives_each_client_a_process(natwork: Run) -> None:
