@@ -133,7 +133,8 @@ UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 GATHER_TIME = 0.25  # that less than three quarters of the spares may be missing
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
-MOMENT = 0.001  # a client who takes longer is no longer waited for at the door
+MOMENT = 0.001  # a wait longer than this is a long one
+BRIEF_TIME = 0.02  # for which a client without long waits has his worker's place
 QUIET_TIME = 0.001  # for which a kept server that was silent is not looked at again
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
@@ -151,6 +152,7 @@ SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 INET, INET6, STREAM = (
     int(n) for n in (socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM)
 )
+MORE = int(socket.MSG_MORE)
 # What socket.socket adds to this (files, enums) no connection of a client uses, and
 # each worker would have it for itself.
 Socket = _socket.socket
@@ -607,9 +609,9 @@ class Scoreboard:
         for number in range(UPLINK_LIMIT):
             words[UPLINKS + number] = 0
 
-    def states(self, slots: int = SLOTS) -> bytes:
-        """Return the state bytes of the first slots."""
-        return self.memory[STATES : STATES + slots]
+    def states(self, slots: int = 0) -> bytes:
+        """Return the state bytes of the first slots, or of all that ever were used."""
+        return self.memory[STATES : STATES + (slots or self.words[USED])]
 
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once, one line a second.
@@ -688,6 +690,7 @@ class Scoreboard:
         return sum((came[n], n) < (came[number], number) for n in same)
 
 
+@functools.lru_cache(maxsize=64)
 def ended_by(proto: str, outcome: str) -> int:
     """Return where a slot counts the sessions of a protocol and an outcome.
 
@@ -788,6 +791,7 @@ def printable(raw: bytes, limit: int = 255) -> str:
     return text or "-"
 
 
+@functools.lru_cache(maxsize=64)
 def endpoint(address: tuple[Any, ...]) -> str:
     """Return an address and port as one writes them: IPv6 in brackets."""
     host, port = address[:2]
@@ -881,7 +885,7 @@ def as_json(line: str) -> str:
 
 def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
     """Yield the sessions that go on, each behind its worker's number."""
-    for number, state in enumerate(board.states(board.words[USED])):
+    for number, state in enumerate(board.states()):
         if state == FREE:
             continue
         slot = Slot(board, number)
@@ -1029,10 +1033,10 @@ class Stream:
         self.received += data
         return bool(data)
 
-    def send(self, data: bytes | bytearray) -> int:
+    def send(self, data: bytes | bytearray, flags: int = 0) -> int:
         """Send what the kernel takes now; return its size; raise Refused."""
         try:
-            return self.sock.send(data)
+            return self.sock.send(data, flags)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -1045,6 +1049,13 @@ class Stream:
         """
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def acknowledge(self) -> None:
+        """Acknowledge at once again: a server may hold its next piece back until then.
+
+        Race.start() has put that off.
+        """
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def error(self) -> int:
         """Return the number of the error that has come, 0 for none, and forget it."""
@@ -1074,8 +1085,8 @@ class Watch:
     the other end: when that end closes, the master is leaving or dead, and
     what goes on here must come to its end within drain_timeout.
 
-    Most clients never wait for long, so two things can be put off: `first` until
-    the next wait, and `later` until one has taken a moment.
+    Most clients are gone soon, so two things can be put off: `first` until the
+    next wait, and `later` until one has taken a moment, or until settle_at.
     """
 
     def __init__(self, lifeline: int, drain_timeout: float) -> None:
@@ -1085,6 +1096,7 @@ class Watch:
         self.pipes: list[tuple[int, int]] = []
         self.first: Callable[[], None] | None = None
         self.later: Callable[[], None] | None = None
+        self.settle_at = 0.0  # monotonic
         self.wanted: dict[int, int] = {}  # what poll is set up for
         self.poll = select.poll()
         self.poll.register(lifeline, 0)
@@ -1105,6 +1117,8 @@ class Watch:
                 self.poll.register(self.lifeline, 0)  # POLLHUP comes unasked
         now = time.monotonic()
         deadline = now + seconds
+        if self.later and now > self.settle_at:
+            self.settle()
         while True:
             left = deadline - now
             if self.drain_at and self.drain_at < deadline:
@@ -1410,11 +1424,11 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 # leave.  A byte in it means: take no more clients under these settings.  Its end
 # means: the master is leaving, or dead.
 #
-# Of the idle workers a few stand at the door, waiting for a client, and the others
-# behind them, waiting for the bell.  Who takes a client keeps his place for a moment,
-# because he may be back before another would be awake; if the client takes longer,
-# he rings.  So when the processor is what is short, clients wait in the kernel's
-# queue, and not each in the middle of his work: that is a fifth faster.
+# Of the idle workers some stand at the door, two a processor, and wait for a client;
+# the others wait behind them for the bell.  Who takes a client keeps his place for a
+# moment, since he may be back before another would be awake; if it takes longer, he
+# rings.  So when the processor is what is short, clients wait in the kernel's queue,
+# and not each in the middle of his work.
 
 # Plain numbers and the plain C functions: what looks names up in an enum touches
 # fifty pages, which each worker would then have for itself.
@@ -1488,27 +1502,22 @@ class Generation:
         listeners: dict[str, socket.socket],
         log: AccessLog,
         serve: Callable[[Worker], None],
+        number: int = 0,
     ) -> None:
         """Take listeners by name; serve is what a worker does with its client."""
         self.config, self.listeners = config, listeners
-        self.log, self.serve = log, serve
+        self.log, self.serve, self.number = log, serve, number
+        # The states of its idle workers, at the door and behind it.
+        self.at_door = FIRST_IDLE + 2 * (number % GENERATIONS)
+        self.behind = self.at_door + 1
         self.families = {s.fileno(): int(s.family) for s in listeners.values()}
-        self.number = 0
         self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def at_door(self) -> int:
-        """Return the state byte of this generation's workers at the door."""
-        return FIRST_IDLE + 2 * (self.number % GENERATIONS)
-
-    def behind(self) -> int:
-        """Return the state byte of its idle workers behind them."""
-        return self.at_door() + 1
-
     def idle(self, states: bytes) -> int:
-        """Return how many idle workers it has."""
-        return states.count(self.at_door()) + states.count(self.behind())
+        """Return how many of the workers of some states are its idle ones."""
+        return states.count(self.at_door) + states.count(self.behind)
 
     def descriptors(self) -> list[int]:
         """Return what is open for this generation alone."""
@@ -1536,7 +1545,7 @@ class Worker:
         """
         self.generation, self.config = generation, generation.config
         self.board, self.places = board, 2 * len(os.sched_getaffinity(0))
-        self.at_door, self.behind = generation.at_door(), generation.behind()
+        self.at_door, self.behind = generation.at_door, generation.behind
         self.poke_in, self.pressure_out = poke_in, pressure_out
         self.lifeline = generation.lifeline_out
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
@@ -1589,9 +1598,10 @@ class Worker:
             finally:
                 self.slot.let_go()  # before he sees the end, and comes again
                 self.client.close()
+                self.watch.later = None
             if self.leaving():
                 break
-        self.leave_door()
+        self.leave_door(BUSY)
 
     def accept(self) -> bool:
         """Wait for a client and take it; return False when it is time to leave."""
@@ -1619,22 +1629,22 @@ class Worker:
     def stand_at_door(self) -> bool:
         """Become idle, at the door if there is a place; return whether there is."""
         if not self.has_place:
-            states = self.board.states(self.config.max_workers)
+            states = self.board.states()
             taken = states.count(self.at_door) + states.count(BRIEF)
             self.has_place = taken < self.places
         self.slot.state(self.at_door if self.has_place else self.behind)
         return self.has_place
 
-    def leave_door(self) -> None:
-        """Give the place at the door to another."""
-        self.slot.state(BUSY)
+    def leave_door(self, state: int) -> None:
+        """Give the place at the door to another, and be in some state from now on."""
+        self.slot.state(state)
         if self.has_place:
             self.has_place = False
             self.board.ring()  # though perhaps nobody is there to hear it yet
 
     def stay(self) -> None:
         """Go on with a client who takes longer than a moment."""
-        self.leave_door()
+        self.leave_door(BUSY)
         if self.session and set_title:
             self.entitle(self.session.title())
 
@@ -1653,12 +1663,14 @@ class Worker:
                 del self.listeners[fd]
             elif error.errno != errno.ECONNABORTED:
                 self.board.say(f"cannot accept a client: {reason(error)}")
+                self.leave_door(self.behind)
                 self.watch.wait({}, 1.0)  # the client stays in the queue
             return False
+        watch, self.session = self.watch, None
         self.slot.state(BRIEF if self.has_place else BUSY)
+        watch.later, watch.settle_at = self.stay, time.monotonic() + BRIEF_TIME
         self.peer = self.address[0].removeprefix("::ffff:")
         self.name = endpoint((self.peer, self.address[1]))
-        self.session, self.watch.first, self.watch.later = None, None, self.stay
         self.slot.hold(self.peer)
         return True
 
@@ -1679,17 +1691,16 @@ class Worker:
         # Down first, then counted: of many that ask at once, too few leave
         # rather than too many.
         self.slot.state(BUSY)
-        states = self.board.states(self.config.max_workers)
+        states = self.board.states()
         return self.generation.idle(states) >= self.config.spare_workers
 
     def call_for_spares(self) -> None:
         """Wake the master if it has workers to fork, and does not know it."""
-        states = self.board.states(self.config.max_workers)
-        spares = self.config.spare_workers
-        missing = spares - self.generation.idle(states)
+        states, spares = self.board.states(), self.config.spare_workers
+        missing = spares - states.count(self.at_door) - states.count(self.behind)
         if missing <= 0 or self.board.words[GATHERS] and 4 * missing < 3 * spares:
             return
-        if FREE in states:
+        if FREE in states or len(states) < self.config.max_workers:
             self.poke()
 
     def poke(self) -> None:
@@ -1988,7 +1999,7 @@ class Master:
             number = states.index(FREE, number + 1)
             slot = Slot(self.board, number)
             # Before the fork: the worker may be busy by the time fork() returns here.
-            slot.state(self.generation.behind())
+            slot.state(self.generation.behind)
             slot.take(0)
             slots.append(slot)
             words[USED] = max(words[USED], number + 1)
@@ -2060,7 +2071,6 @@ class Master:
             self.board.words[LOG_CUT] = 0  # half a line stays where it is
         gc.collect()  # of generations gone by: their parts refer to each other
         old = self.generation
-        fresh.number = old.number + 1
         wanted = set(fresh.listeners.values())
         had = [*self.removed, *old.listeners.values()]
         self.removed = [s for s in dict.fromkeys(had) if s not in wanted]
@@ -2989,8 +2999,9 @@ ANSWERS = ConnectionRefusedError, ConnectionResetError
 class Race:
     """Connection attempts side by side, of which the first to succeed wins."""
 
-    def __init__(self, watch: Watch, board: Scoreboard) -> None:
-        self.watch, self.board = watch, board
+    def __init__(self, watch: Watch, board: Scoreboard, prompt: bool = False) -> None:
+        """Get ready; prompt: who wins is spoken to at once."""
+        self.watch, self.board, self.prompt = watch, board, prompt
         self.pending: dict[int, Winner] = {}
         self.asked: dict[Uplink, float] = {}  # since when, monotonic
         self.failed: list[tuple[OSError, Attempt]] = []
@@ -3048,6 +3059,9 @@ class Race:
         try:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
+            if self.prompt:
+                # Then the handshake's last ACK need not travel by itself.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             self.last = attempt
             number = sock.connect_ex(where)
             if number == errno.EINPROGRESS:
@@ -3256,7 +3270,7 @@ def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> Socket
 
     Of attempts that all fail it learns the address dialed last.
     """
-    race = Race(worker.watch, worker.board)
+    race = Race(worker.watch, worker.board, session.proto == "http")
     try:
         sock, _ = race.run(attempts, worker.config.connect_timeout)
         session.source = endpoint(sock.getsockname())
@@ -3814,10 +3828,9 @@ class Exchange:
         self.upgraded = False  # the answer was 101: here begins a tunnel
         self.server_keeps = False
         fields = head.fields
-        # RFC 9110 section 7.8: ignored from HTTP/1.0.
-        self.offered = fields.names.get(b"upgrade", [])
-        if head.minor == 0 or b"upgrade" not in fields.options:
-            self.offered = []
+        self.offered: list[bytes] = []
+        if head.minor and b"upgrade" in fields.options:  # RFC 9110 section 7.8
+            self.offered = fields.names.get(b"upgrade", [])
         self.is_plain = not (length or self.offered)  # nothing follows the head
         self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
         self.up.out += self.request_head(target)
@@ -3827,9 +3840,12 @@ class Exchange:
             # It takes what has come, and stops: what is malformed reaches nobody.
             self.up.step()
 
-    def run(self, server: Stream) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused."""
-        http, up = self.http, self.up
+    def run(self, server: Stream, fresh: bool) -> Outcome:
+        """Carry the request to its server and the answer back; raise Refused.
+
+        fresh: the connection has just been made.
+        """
+        http, up, self.fresh = self.http, self.up, fresh
         if http.parent:
             before = len(up.out)
             readdress(up.out, self.authority, http.parent)
@@ -3838,6 +3854,8 @@ class Exchange:
         if self.is_plain:
             http.join(up, self.answer_at_once)
         else:
+            if fresh:
+                server.acknowledge()
             server.converse()
             http.join(up, self.answer_later)
         if self.upgraded:
@@ -3868,10 +3886,12 @@ class Exchange:
         http, up, client = self.http, self.up, self.http.client
         server = up.sink
         assert server is not None
-        if not up.push(server):
+        up.done = up.push(server)
+        if self.fresh:
+            server.acknowledge()
+        if not up.done:
             up.script = up.flush()
             return self.answer_later()
-        up.done = True
         http.worker.slot.moved(up.moved, 0)  # for whoever looks while we wait
         if not http.watch.wait({server.fd: select.POLLIN, client.fd: 0}, up.patience):
             raise IdleTimeout
@@ -3892,7 +3912,8 @@ class Exchange:
         self.decide(response, length)
         answer = self.response_head(response, length) + received[end:]
         received.clear()
-        sent = client.send(answer)
+        # The last of a connection leaves together with its end.
+        sent = client.send(answer, 0 if http.keep else MORE)
         http.session.down += sent
         if sent == len(answer):
             return None
@@ -3913,6 +3934,9 @@ class Exchange:
         if self.offered:
             offered = b", ".join(self.offered)
             extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
+        elif not self.http.keep:
+            # Nobody will ask again; and who closes first keeps the port a minute.
+            extra += b"Connection: close\r\n"
         line = b"%b %b HTTP/1.1" % (head.method, target.path)
         via = b"Via: 1.%d %b" % (head.minor, self.http.via)
         return b"%b\r\nHost: %b\r\n%b%b\r\n%b\r\n" % (
@@ -4468,7 +4492,7 @@ class Http:
             session.address, session.source = self.server_ends
             worker.begin(session)
             try:
-                return exchange.run(self.server)
+                return exchange.run(self.server, False)
             except Refused as refusal:
                 # RFC 9110 section 9.2.2: only what had no effect goes out again,
                 # on a connection that closed before it heard the request.
@@ -4479,7 +4503,7 @@ class Http:
         worker.begin(session)
         server = self.dial(target.host, target.port)
         worker.begin(session, titled=True)
-        return exchange.run(server)
+        return exchange.run(server, True)
 
 
 # --- SOCKS --------------------------------------------------------------------
@@ -5760,7 +5784,7 @@ def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
 
 def figures(board: Scoreboard) -> dict[str, int]:
     """Return the master's figures."""
-    states = board.states(board.words[USED])
+    states = board.states()
     idle = sum(state >= FIRST_IDLE for state in states)
     found = {
         "idle": idle,
@@ -6136,7 +6160,8 @@ def load_generation(
             raise OSError(why) from None
         undo.callback(os.close, log.fd)
         serve = functools.partial(serve_client, policy)
-        generation = Generation(config, listeners, log, serve)
+        number = old.number + 1 if old else 0
+        generation = Generation(config, listeners, log, serve, number)
         generation.users = users
         undo.pop_all()
     for sock in fresh:
@@ -6227,7 +6252,7 @@ def rehearse(profile: Callable[..., object] | None) -> None:
         opening = "allow to 127.0.0.0/8 port 1-65535"
         config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
         policy = Policy(config, [])
-        caches = parse_authority, parse_fields, pack, unpack, policy.judged
+        caches = parse_authority, parse_fields, pack, unpack, endpoint, policy.judged
 
         def serve(worker: Worker) -> None:
             """Serve a client as if he were the first: what is known is not learned."""

@@ -21,6 +21,7 @@ from conftest import Gateway
 from conftest import Origin
 from conftest import eventually
 from conftest import read_all
+from conftest import read_head
 from running import Daemon
 from running import Held
 from running import daemons
@@ -176,6 +177,93 @@ def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
             woken = [p for p, was, now in zip(pids, before, after) if was != now]
             # And perhaps one who was behind the door takes the place of this one.
             assert busy in woken and len(woken) <= 2
+
+
+PLACES = 2 * len(os.sched_getaffinity(0))
+
+
+def flood(connection: socket.socket, origin: Origin) -> None:
+    """Answer a tunnel's first byte by all that fits, without an end."""
+    connection.recv(1)
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(bytes(1 << 20))
+
+
+def drink(client: socket.socket, over: threading.Event) -> None:
+    """Read as fast as it comes."""
+    with contextlib.suppress(OSError):
+        while not over.is_set() and client.recv(1 << 20):
+            pass
+
+
+def test_streams_at_full_speed_do_not_keep_the_door(
+    natwork: Run, origin: Start, tmp_path: Path
+) -> None:
+    program = with_limit(tmp_path, "MOMENT", 10.0)  # as if none ever waited so long
+    gateway, server, over = natwork(program=program), origin(flood), threading.Event()
+    with contextlib.ExitStack() as streams:
+        for _ in range(PLACES + 1):
+            stream = streams.enter_context(tunnel(gateway, server))
+            stream.sendall(b"g")
+            reader = threading.Thread(target=drink, args=(stream, over))
+            reader.start()
+            streams.callback(reader.join)
+            streams.callback(over.set)  # first
+        for _ in range(20):
+            assert get(gateway) == 403
+
+
+def test_workers_that_are_stopped_do_not_keep_the_door(natwork: Run) -> None:
+    gateway = natwork("spare_workers=8")
+    for pid in ready(gateway, 8)[1:]:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            assert get(gateway) == 403
+    finally:
+        for pid in gateway.workers():
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_workers_killed_at_the_door_are_replaced_there(natwork: Run) -> None:
+    gateway = natwork("spare_workers=8")
+    for _ in range(3):
+        for pid in ready(gateway, 8):
+            os.kill(pid, signal.SIGKILL)
+        assert get(gateway) == 403
+
+
+def test_clients_of_a_slow_server_do_not_wait_for_each_other(
+    natwork: Run, origin: Start
+) -> None:
+    come = threading.Barrier(5 * PLACES, timeout=10)
+
+    def slow(connection: socket.socket, _: Origin) -> None:
+        """Answer once all have asked."""
+        read_head(connection)
+        come.wait()
+        connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    gateway, server = natwork(), origin(slow)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(gateway.connect()) for _ in range(5 * PLACES)]
+        for client in clients:
+            client.sendall(request(server))
+        assert [read_answer(client).status for client in clients] == [204] * len(
+            clients
+        )
+
+
+def test_a_session_has_a_title_once_it_lasts(natwork: Run, origin: Start) -> None:
+    gateway, script = natwork("spare_workers=1", "max_workers=1"), Held()
+    server = origin(script)
+    (worker,) = ready(gateway, 1)
+    with gateway.connect() as client:
+        client.sendall(request(server))
+        eventually(lambda: title(worker).endswith(" http 127.0.0.1"))
+        script.go.set()
+        assert read_answer(client).status == 200
 
 
 def test_clients_per_worker_of_one_gives_each_client_a_process(natwork: Run) -> None:
