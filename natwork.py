@@ -3934,7 +3934,7 @@ class Exchange:
         if self.offered:
             offered = b", ".join(self.offered)
             extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
-        elif not self.http.keep:
+        elif self.is_plain and not self.http.keep:
             # Nobody will ask again; and who closes first keeps the port a minute.
             extra += b"Connection: close\r\n"
         line = b"%b %b HTTP/1.1" % (head.method, target.path)

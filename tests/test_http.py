@@ -797,6 +797,18 @@ def test_hop_by_hop_fields_stay_on_their_hop(
         assert not message.values(name) and not connection_members(message)
 
 
+def test_a_server_is_told_that_nobody_will_ask_again(
+    gateway: Gateway, origin: Start
+) -> None:
+    server, leave = origin(Script(OK)), b"Connection: close"  # R58
+    assert not forwarded(gateway, server).closes
+    assert forwarded(gateway, server, leave).closes
+    assert forwarded(gateway, server, version=b"HTTP/1.0").closes
+    # Who has a body to read may answer first, and then does not leave.
+    body = {"method": b"POST", "body": b"ok"}
+    assert not forwarded(gateway, server, leave, b"Content-Length: 2", **body).closes
+
+
 KEPT = [
     b"Cache-Control: no-store",
     b"Authorization: Basic YTpi",
