@@ -652,8 +652,10 @@ class Scoreboard:
 
     def ring(self) -> None:
         """Call an idle worker from behind to the door."""
-        with contextlib.suppress(BlockingIOError):  # it has been rung enough
+        try:
             os.write(self.bell_in, b"b")
+        except BlockingIOError:
+            pass  # it has been rung enough
 
     def places(self, digest: bytes) -> list[int]:
         """Return the offsets at which a digest may stand."""
@@ -1559,6 +1561,7 @@ class Worker:
         self.address: tuple[Any, ...]  # as accept() has it
         self.session: Session | None = None  # the last that has begun
         self.has_place = False  # at the door, or for as long as a client is brief
+        self.attended: list[int] = []  # what idle_poll waits for
         self.title = ""
         self.made_room = False
 
@@ -1570,15 +1573,13 @@ class Worker:
         self.slot, self.pid = slot, os.getpid()
         for fd in others:
             os.close(fd)
-        # Made after the fork, and exclusive: one client wakes one worker.
-        self.door_poll, self.bell_poll, self.silent_poll = waits = [
-            select.epoll() for _ in range(3)
-        ]
-        bell, pressure = [self.board.bell_out], [self.pressure_out]
-        for wait, fds in zip(waits, (self.listeners, bell, pressure)):
-            for fd in fds:
-                wait.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            wait.register(self.lifeline, select.EPOLLIN)
+        # Made after the fork: they are no other process's.
+        self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
+        self.idle_poll.register(self.lifeline, select.EPOLLIN)
+        self.silent_poll.register(self.lifeline, select.EPOLLIN)
+        self.silent_poll.register(
+            self.pressure_out, select.EPOLLIN | select.EPOLLEXCLUSIVE
+        )
         set_signal(TERM, self.end)  # the operator's hand
         if confined:
             set_limit(PROCESSES, (0, 0))
@@ -1609,8 +1610,8 @@ class Worker:
         bell = self.board.bell_out
         while True:
             pause = PIPE_KEEP_TIME if self.watch.pipes else SURPLUS_TIME
-            wait = self.door_poll if self.stand_at_door() else self.bell_poll
-            ready = dict(wait.poll(pause, 8))
+            self.stand_at_door()
+            ready = dict(self.idle_poll.poll(pause, 8))
             # A client who woke us woke nobody else, so he comes before the wish
             # to leave; and when nothing woke us, it may have been lost with a
             # worker who was killed on the way to his client.
@@ -1620,27 +1621,46 @@ class Worker:
             if self.lifeline in ready:
                 return False
             if bell in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(bell, 4096)
+                try:
+                    os.read(bell, 64)
+                except BlockingIOError:
+                    pass  # another was quicker
             self.watch.drop_pipes()
             if time.monotonic() >= surplus_at and self.is_surplus():
                 return False
 
-    def stand_at_door(self) -> bool:
-        """Become idle, at the door if there is a place; return whether there is."""
+    def stand_at_door(self) -> None:
+        """Be idle, at the door if there is a place, and else behind it."""
         if not self.has_place:
             states = self.board.states()
             taken = states.count(self.at_door) + states.count(BRIEF)
             self.has_place = taken < self.places
+            bell = [self.board.bell_out]
+            self.attend(list(self.listeners) if self.has_place else bell)
         self.slot.state(self.at_door if self.has_place else self.behind)
-        return self.has_place
 
     def leave_door(self, state: int) -> None:
         """Give the place at the door to another, and be in some state from now on."""
         self.slot.state(state)
         if self.has_place:
             self.has_place = False
+            self.attend([])
             self.board.ring()  # though perhaps nobody is there to hear it yet
+
+    def attend(self, fds: list[int]) -> None:
+        """Be woken by these from now on, when idle.
+
+        Who is busy hears nothing: the kernel would ask each whether he sleeps.
+        """
+        for fd in self.attended:
+            try:
+                self.idle_poll.unregister(fd)
+            except OSError:
+                pass  # it has been closed
+        for fd in fds:
+            # Exclusive: one client wakes one worker.
+            self.idle_poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self.attended = fds
 
     def stay(self) -> None:
         """Go on with a client who takes longer than a moment."""
@@ -1659,7 +1679,7 @@ class Worker:
             return False  # another worker was quicker
         except OSError as error:
             if error.errno == errno.EINVAL:  # the master has shut this listener
-                self.door_poll.unregister(fd)
+                self.attend([other for other in self.attended if other != fd])
                 del self.listeners[fd]
             elif error.errno != errno.ECONNABORTED:
                 self.board.say(f"cannot accept a client: {reason(error)}")
@@ -6234,6 +6254,7 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
         server, _ = origin.accept()
         if way:
             client.recv(COPY_SIZE)
+            time.sleep(2 * MOMENT)
             client.sendall(b"a word")
         server.recv(COPY_SIZE)
         server.sendall(answer)

@@ -273,8 +273,7 @@ def test_a_worker_holds_no_descriptor_but_its_own(
                     "/memfd:natwork (deleted)",  # the scoreboard: its map,
                     "/memfd:natwork (deleted)",  # and to lock it
                     str(gateway.log),
-                    "anon_inode:[eventpoll]",  # at the door, behind, and silent
-                    "anon_inode:[eventpoll]",
+                    "anon_inode:[eventpoll]",  # idle, and silent
                     "anon_inode:[eventpoll]",
                     "pipe",  # lifeline, poke, pressure, turns, bell (both ends)
                     "pipe",
