@@ -793,7 +793,6 @@ def printable(raw: bytes, limit: int = 255) -> str:
     return text or "-"
 
 
-@functools.lru_cache(maxsize=64)
 def endpoint(address: tuple[Any, ...]) -> str:
     """Return an address and port as one writes them: IPv6 in brackets."""
     host, port = address[:2]
@@ -6273,7 +6272,7 @@ def rehearse(profile: Callable[..., object] | None) -> None:
         opening = "allow to 127.0.0.0/8 port 1-65535"
         config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
         policy = Policy(config, [])
-        caches = parse_authority, parse_fields, pack, unpack, endpoint, policy.judged
+        caches = parse_authority, parse_fields, pack, unpack, policy.judged
 
         def serve(worker: Worker) -> None:
             """Serve a client as if he were the first: what is known is not learned."""
