@@ -967,21 +967,22 @@ class AccessLog:
         line = session.line(outcome)
         if self.form == "json":
             line = as_json(line)
-        words, written = slot.board.words, 0
+        words, written, data = slot.board.words, 0, f"{line}\n".encode()
         # Behind half a line, a disk having been full, the next begins anew.
-        data = b"\n" * words[LOG_CUT] + line.encode() + b"\n"
+        if cut := words[LOG_CUT]:
+            data = b"\n" + data
         slot.settle(session, outcome)
         try:
             if not self.shared or self.has_room.poll(0):
                 written = os.write(self.fd, data)
         except OSError:
             pass  # it is full, or nobody reads it
-        if written == len(data):
-            words[LOG_CUT] = 0
-        else:
+        if written < len(data):
             words[LOG_CUT] |= written > 0
             slot.words[LOST] += 1
             words[UNTOLD] = 1
+        elif cut:
+            words[LOG_CUT] = 0
         if words[UNTOLD]:  # and perhaps nobody listened either
             lost = "the access log takes no more: lines are lost"
             words[UNTOLD] = not slot.board.say(lost)
@@ -3363,9 +3364,9 @@ def dial(
     began = time.monotonic()
     session.parent, unknown = None, None
     addresses: list[bytes] = []
-    asked = worker, policy, session, host, port
+    first = "" if policy.parents else only
     try:
-        addresses = judged(*asked, only="" if policy.parents else only)
+        addresses = judged(worker, policy, session, host, port, first)
     except Refused as refusal:
         # A parent may know the name, if it is one that may be asked for.
         nameless = refusal.outcome in (NO_SUCH_HOST, DNS_TIMEOUT)
@@ -3381,7 +3382,7 @@ def dial(
         raise unknown
     else:
         if only and policy.parents:
-            addresses = judged(*asked, only=only)
+            addresses = judged(worker, policy, session, host, port, only)
         if policy.uplinks:  # else no call for nothing: each weighs in every worker
             attempts = ways(policy, addresses, port, worker.board)
         else:
