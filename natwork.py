@@ -559,8 +559,9 @@ CLIENTS = (STATES + SLOTS) // 8
 ARRIVALS = CLIENTS + SLOTS
 ROWS = 8 * (ARRIVALS + SLOTS)  # offset of the slots
 # A slot begins with words too: which row is up; pid; bytes of the session that
-# is; and in all sessions, bytes, and log lines that were lost.
-WHICH, PID, UP, DOWN, SESSIONS, UPS, DOWNS, LOST = range(8)
+# is; which of the words further on is to count one that has ended, once its log
+# line is written; and of all sessions, bytes, and log lines that were lost.
+WHICH, PID, UP, DOWN, ENDS, UPS, DOWNS, LOST = range(8)
 HEAD = struct.Struct("8Q")  # these words
 SLOT_SIZE, SLOT_HEAD = 8192, HEAD.size
 ROW_SIZE = (4096 - SLOT_HEAD) // 2
@@ -650,10 +651,10 @@ class Scoreboard:
         with contextlib.suppress(BlockingIOError):  # there are enough wake-ups
             os.write(self.turn_in, b"t")
 
-    def ring(self) -> None:
+    def ring(self, word: bytes = b"b") -> None:
         """Call an idle worker from behind to the door."""
         try:
-            os.write(self.bell_in, b"b")
+            os.write(self.bell_in, word)
         except BlockingIOError:
             pass  # it has been rung enough
 
@@ -760,15 +761,24 @@ class Slot:
         self.words[MADE_IN] += int(seconds * 1e6)
 
     def settle(self, session: Session, outcome: str) -> None:
-        """Add a session that has ended to the totals, and take its row down.
+        """Take down the row of a session that has ended, and add up its bytes.
 
-        Its log line is written next, so who is killed now gets no second one.
+        Its log line is written next, and then it is counted: who is killed from
+        here on gets no second line.
         """
-        _, pid, _, _, count, ups, downs, lost = HEAD.unpack_from(self.memory, self.base)
+        _, pid, _, _, _, ups, downs, lost = HEAD.unpack_from(self.memory, self.base)
         up, down = ups + session.up, downs + session.down
-        # In one call, so that a session counts once, whatever becomes of us.
-        HEAD.pack_into(self.memory, self.base, 0, pid, 0, 0, count + 1, up, down, lost)
-        self.words[ended_by(session.proto, outcome)] += 1
+        ends = ended_by(session.proto, outcome)
+        # In one piece: pack_into() would fill it with zeros first.
+        head = HEAD.pack(0, pid, 0, 0, ends, up, down, lost)
+        self.memory[self.base : self.base + SLOT_HEAD] = head
+
+    def count(self) -> None:
+        """Count the session that has been settled, if there is one."""
+        words = self.words
+        if ends := words[ENDS]:
+            words[ends] += 1
+            words[ENDS] = 0
 
 
 UNPRINTABLE = {
@@ -983,6 +993,7 @@ class AccessLog:
             words[UNTOLD] = 1
         elif cut:
             words[LOG_CUT] = 0
+        slot.count()
         if words[UNTOLD]:  # and perhaps nobody listened either
             lost = "the access log takes no more: lines are lost"
             words[UNTOLD] = not slot.board.say(lost)
@@ -1065,8 +1076,10 @@ class Stream:
 
     def end(self) -> None:
         """Say that nothing more will be sent; go on hearing."""
-        with contextlib.suppress(OSError):
+        try:
             self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has gone
 
     def close(self) -> None:
         self.sock.close()
@@ -1108,9 +1121,7 @@ class Watch:
 
         Raises Refused(DRAINED) when drain_timeout is over.
         """
-        if first := self.first:
-            self.first = None
-            first()
+        self.show()
         if wanted != self.wanted:
             self.wanted, self.poll = wanted, select.poll()
             for fd, events in wanted.items():
@@ -1146,13 +1157,18 @@ class Watch:
             else:
                 self.drop_pipes()
 
-    def settle(self) -> None:
-        """Do now what was put off: this will not be over in a moment."""
+    def show(self) -> None:
+        """Do now what was put off until the next wait."""
         if self.first:
-            self.first()
-        if self.later:
-            self.later()
-        self.first = self.later = None
+            self.first()  # and then forget it: we may be killed here
+            self.first = None
+
+    def settle(self) -> None:
+        """Do all that was put off: this will not be over in a moment."""
+        self.show()
+        if later := self.later:
+            self.later = None
+            later()
 
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end."""
@@ -1426,7 +1442,7 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 # leave.  A byte in it means: take no more clients under these settings.  Its end
 # means: the master is leaving, or dead.
 #
-# Of the idle workers some stand at the door, two a processor, and wait for a client;
+# Of the idle workers some stand at the door, three a processor, and wait for a client;
 # the others wait behind them for the bell.  Who takes a client keeps his place for a
 # moment, since he may be back before another would be awake; if it takes longer, he
 # rings.  So when the processor is what is short, clients wait in the kernel's queue,
@@ -1444,6 +1460,7 @@ set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 set_wakeup = _signal.set_wakeup_fd
 set_limit, PROCESSES = resource.setrlimit, resource.RLIMIT_NPROC
 ROOM = b"r"  # the master's "somebody silent, make room"
+CALL = b"c"  # his on the bell: a client waits, and nobody takes him
 
 
 def notify(words: str) -> None:
@@ -1546,7 +1563,7 @@ class Worker:
         Each fork becomes a copy of this one worker: what is made here is shared.
         """
         self.generation, self.config = generation, generation.config
-        self.board, self.places = board, 2 * len(os.sched_getaffinity(0))
+        self.board, self.places = board, 3 * len(os.sched_getaffinity(0))
         self.at_door, self.behind = generation.at_door, generation.behind
         self.poke_in, self.pressure_out = poke_in, pressure_out
         self.lifeline = generation.lifeline_out
@@ -1602,7 +1619,8 @@ class Worker:
                 self.watch.later = None
             if self.leaving():
                 break
-        self.leave_door(BUSY)
+        if self.has_place:
+            self.leave_door(BUSY)
 
     def accept(self) -> bool:
         """Wait for a client and take it; return False when it is time to leave."""
@@ -1619,15 +1637,22 @@ class Worker:
                 if fd in self.listeners and self.take(fd):
                     return True
             if self.lifeline in ready:
+                self.leave_door(self.behind)
                 return False
             if bell in ready:
-                try:
-                    os.read(bell, 64)
-                except BlockingIOError:
-                    pass  # another was quicker
+                self.hear()
             self.watch.drop_pipes()
-            if time.monotonic() >= surplus_at and self.is_surplus():
+            if not ready and time.monotonic() >= surplus_at and self.is_surplus():
                 return False
+
+    def hear(self) -> None:
+        """Hear the bell; if it is the master's, come to the door in any case."""
+        try:
+            if CALL in os.read(self.board.bell_out, 4096):
+                self.has_place = True
+                self.attend(list(self.listeners))
+        except BlockingIOError:
+            pass  # another was quicker
 
     def stand_at_door(self) -> None:
         """Be idle, at the door if there is a place, and else behind it."""
@@ -1635,9 +1660,11 @@ class Worker:
             states = self.board.states()
             taken = states.count(self.at_door) + states.count(BRIEF)
             self.has_place = taken < self.places
-            bell = [self.board.bell_out]
-            self.attend(list(self.listeners) if self.has_place else bell)
-        self.slot.state(self.at_door if self.has_place else self.behind)
+            self.slot.state(self.at_door if self.has_place else self.behind)
+            listeners, bell = list(self.listeners), [self.board.bell_out]
+            self.attend(listeners if self.has_place else bell)
+        else:
+            self.slot.state(self.at_door)
 
     def leave_door(self, state: int) -> None:
         """Give the place at the door to another, and be in some state from now on."""
@@ -1652,6 +1679,8 @@ class Worker:
 
         Who is busy hears nothing: the kernel would ask each whether he sleeps.
         """
+        if fds == self.attended:
+            return
         for fd in self.attended:
             try:
                 self.idle_poll.unregister(fd)
@@ -1710,7 +1739,7 @@ class Worker:
         """Give up being idle; return whether enough others are."""
         # Down first, then counted: of many that ask at once, too few leave
         # rather than too many.
-        self.slot.state(BUSY)
+        self.leave_door(BUSY)
         states = self.board.states()
         return self.generation.idle(states) >= self.config.spare_workers
 
@@ -1720,7 +1749,8 @@ class Worker:
         missing = spares - states.count(self.at_door) - states.count(self.behind)
         if missing <= 0 or self.board.words[GATHERS] and 4 * missing < 3 * spares:
             return
-        if FREE in states or len(states) < self.config.max_workers:
+        limit = self.config.max_workers
+        if len(states) < limit or FREE in states[:limit]:
             self.poke()
 
     def poke(self) -> None:
@@ -1781,7 +1811,7 @@ class Worker:
     def begin(self, session: Session, titled: bool = False) -> None:
         """Show a session that begins, or that now knows more, before we wait for it.
 
-        Titled: in the process title too, if it lasts.
+        titled: the process title is to tell it too, if it lasts.
         """
         self.session, self.watch.first = session, self.show
         if titled:
@@ -1808,8 +1838,7 @@ class Worker:
 
         The master writes the line: one that dies of a signal cannot.
         """
-        if self.watch.first:
-            self.watch.first()
+        self.watch.show()
         if self.slot.words[WHICH]:  # a session is going on
             with contextlib.suppress(OSError):
                 self.client.setsockopt(
@@ -1820,7 +1849,7 @@ class Worker:
 
 
 class Master:
-    """Keeps spare workers waiting in accept, and sees them out."""
+    """Keeps spare workers waiting for clients, and sees them out."""
 
     def __init__(
         self, board: Scoreboard, load: Callable[[Generation | None], Generation]
@@ -1908,9 +1937,9 @@ class Master:
             fork_at = max(self.fork_at, self.short_at)
             wait = min(wait, max(0.0, fork_at - time.monotonic()))
         if not poll.poll(250 if crowded else wait * 1000) and not self.stopping:
-            # Who had to ring may have been stopped, or wait for a disk.
+            # Who has a place may have been stopped, or wait for a disk.
             if select_now(list(self.generation.listeners.values())):
-                self.board.ring()
+                self.board.ring(CALL)
         try:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.poke_out, 65536)
@@ -1991,6 +2020,7 @@ class Master:
             ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
             outcome = ends.get(code, KILLED).word
             self.generation.log.write(session, outcome, slot)
+        slot.count()  # who was killed behind his line
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken.
@@ -3285,12 +3315,15 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
     talk.hear(2)
 
 
-def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> Socket:
+def connect(
+    worker: Worker, session: Session, attempts: list[Attempt], prompt: bool
+) -> Socket:
     """Return the connection that is there first; the session learns its two ends.
 
-    Of attempts that all fail it learns the address dialed last.
+    Of attempts that all fail it learns the address dialed last.  prompt: a request
+    is sent at once.
     """
-    race = Race(worker.watch, worker.board, session.proto == "http")
+    race = Race(worker.watch, worker.board, prompt)
     try:
         sock, _ = race.run(attempts, worker.config.connect_timeout)
         session.source = endpoint(sock.getsockname())
@@ -3323,7 +3356,8 @@ def dial_parent(
         plan(near, parent.port, [], worker.board),
         plan(far, parent.port, policy.uplinks, worker.board),
     )
-    sock = connect(worker, session, attempts)
+    forwards = parent.scheme == "http" and session.proto == "http"
+    sock = connect(worker, session, attempts, forwards)
     talk = Handshake(worker, sock, deadline)
     try:
         if parent.scheme == "socks5":
@@ -3387,7 +3421,7 @@ def dial(
             attempts = ways(policy, addresses, port, worker.board)
         else:
             attempts = direct(addresses, port)
-        sock = connect(worker, session, attempts)
+        sock = connect(worker, session, attempts, session.proto == "http")
     worker.slot.connected(time.monotonic() - began)
     return sock
 
@@ -3417,6 +3451,7 @@ def tunnel(
     what it says.
     """
     server.converse()
+    worker.watch.show()
     up = Lane(worker.watch, client, server, worker.config.tunnel_timeout)
     down = Lane(worker.watch, server, client, worker.config.tunnel_timeout)
     up.script, down.script = up.tunnel(down), down.tunnel(up)
@@ -3871,6 +3906,7 @@ class Exchange:
             readdress(up.out, self.authority, http.parent)
             self.head_size += len(up.out) - before
         up.sink = server
+        http.watch.show()  # whoever kills us from here on, the request is known
         if self.is_plain:
             http.join(up, self.answer_at_once)
         else:
@@ -3932,10 +3968,11 @@ class Exchange:
         self.decide(response, length)
         answer = self.response_head(response, length) + received[end:]
         received.clear()
-        # The last of a connection leaves together with its end.
         sent = client.send(answer, 0 if http.keep else MORE)
         http.session.down += sent
         if sent == len(answer):
+            if not http.keep:
+                client.end()  # the last of a connection leaves together with this
             return None
         down = self.answer_later()
         down.out += answer[sent:]
@@ -3955,7 +3992,8 @@ class Exchange:
             offered = b", ".join(self.offered)
             extra += b"Connection: upgrade\r\nUpgrade: %b\r\n" % offered
         elif self.is_plain and not self.http.keep:
-            # Nobody will ask again; and who closes first keeps the port a minute.
+            # Nobody will ask again.  And of the two it is who closes first that
+            # keeps his port for a minute.
             extra += b"Connection: close\r\n"
         line = b"%b %b HTTP/1.1" % (head.method, target.path)
         via = b"Via: 1.%d %b" % (head.minor, self.http.via)
@@ -4301,15 +4339,17 @@ class Http:
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in fields.options
         self.wants_more = self.keep
+        own = head.target.startswith(b"/")
+        if not own:  # our own pages ask by themselves
+            self.identify(fields.names, b"proxy-authorization")
         if b"expect" in fields.names and head.minor == 1:
             if set(members(fields.names, b"expect")) - {b"100-continue"}:
                 raise Refused(EXPECTATION, "an expectation other than 100-continue")
-        if head.target.startswith(b"/"):
+        if own:
             bare = USER_OR_QUERY.sub(b"", head.target)
             session.target = printable(bare, TARGET_SIZE)
-            own = Target(host_named(head), 0, b"", head.target, OURSELVES)
-            return self.gateways[OURSELVES](self, head, own, length)
-        self.identify(fields.names, b"proxy-authorization")
+            target = Target(host_named(head), 0, b"", head.target, OURSELVES)
+            return self.gateways[OURSELVES](self, head, target, length)
         if method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
             return self.answer_here(head, raw)
         target = parse_target(method, head.target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import select
 import signal
@@ -179,7 +180,7 @@ def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
             assert busy in woken and len(woken) <= 2
 
 
-PLACES = 2 * len(os.sched_getaffinity(0))
+PLACES = 3 * len(os.sched_getaffinity(0))
 
 
 def flood(connection: socket.socket, origin: Origin) -> None:
@@ -214,16 +215,51 @@ def test_streams_at_full_speed_do_not_keep_the_door(
             assert get(gateway) == 403
 
 
+def at_door(gateway: Gateway) -> list[int]:
+    """Return the workers that have a listener in what they wait for."""
+    found = []
+    for pid in gateway.workers():
+        folder, heard = Path(f"/proc/{pid}"), ""
+        with contextlib.suppress(OSError):  # it has just left
+            files = {fd: os.readlink(folder / f"fd/{fd}") for fd in descriptors(pid)}
+            for fd, name in files.items():
+                if name.endswith("[eventpoll]"):
+                    heard += (folder / f"fdinfo/{fd}").read_text()
+            fds = map(int, re.findall(r"tfd: +([0-9]+)", heard))
+            if any(files.get(fd, "").startswith("socket:") for fd in fds):
+                found.append(pid)
+    return found
+
+
 def test_workers_that_are_stopped_do_not_keep_the_door(natwork: Run) -> None:
-    gateway = natwork("spare_workers=8")
-    for pid in ready(gateway, 8)[1:]:
+    gateway = natwork(f"spare_workers={PLACES + 2}")
+    ready(gateway, PLACES + 2)
+    stopped = at_door(gateway)
+    assert len(stopped) == PLACES
+    for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
         for _ in range(3):
             assert get(gateway) == 403
     finally:
-        for pid in gateway.workers():
+        for pid in stopped:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_workers_that_nobody_needs_leave_the_door_to_others(
+    natwork: Run, origin: Start, tmp_path: Path
+) -> None:
+    program = with_limit(tmp_path, "SURPLUS_TIME", 1.0)
+    gateway, server = natwork(program=program), origin(echo)
+    with contextlib.ExitStack() as clients:
+        for _ in range(3 * PLACES):
+            clients.enter_context(tunnel(gateway, server))
+    # Now many are idle, and some are surplus.
+    time.sleep(1.0)
+    with contextlib.ExitStack() as clients:
+        for _ in range(2 * PLACES):
+            clients.enter_context(tunnel(gateway, server))
+            eventually(lambda: len(at_door(gateway)) == PLACES)
 
 
 def test_workers_killed_at_the_door_are_replaced_there(natwork: Run) -> None:
