@@ -1442,7 +1442,7 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 # leave.  A byte in it means: take no more clients under these settings.  Its end
 # means: the master is leaving, or dead.
 #
-# Of the idle workers some stand at the door, three a processor, and wait for a client;
+# Of the idle workers some stand at the door, two a processor, and wait for a client;
 # the others wait behind them for the bell.  Who takes a client keeps his place for a
 # moment, since he may be back before another would be awake; if it takes longer, he
 # rings.  So when the processor is what is short, clients wait in the kernel's queue,
@@ -1563,7 +1563,7 @@ class Worker:
         Each fork becomes a copy of this one worker: what is made here is shared.
         """
         self.generation, self.config = generation, generation.config
-        self.board, self.places = board, 3 * len(os.sched_getaffinity(0))
+        self.board, self.places = board, 2 * len(os.sched_getaffinity(0))
         self.at_door, self.behind = generation.at_door, generation.behind
         self.poke_in, self.pressure_out = poke_in, pressure_out
         self.lifeline = generation.lifeline_out

@@ -180,7 +180,7 @@ def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
             assert busy in woken and len(woken) <= 2
 
 
-PLACES = 3 * len(os.sched_getaffinity(0))
+PLACES = 2 * len(os.sched_getaffinity(0))
 
 
 def flood(connection: socket.socket, origin: Origin) -> None:
