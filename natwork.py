@@ -6294,7 +6294,6 @@ def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
         server, _ = origin.accept()
         if way:
             client.recv(COPY_SIZE)
-            time.sleep(2 * MOMENT)
             client.sendall(b"a word")
         server.recv(COPY_SIZE)
         server.sendall(answer)
@@ -6317,6 +6316,7 @@ def rehearse(profile: Callable[..., object] | None) -> None:
 
         def serve(worker: Worker) -> None:
             """Serve a client as if he were the first: what is known is not learned."""
+            worker.watch.settle_at = 0.0  # as if he took longer than a moment
             for cache in (*caches, policy.placed):
                 cache.cache_clear()
             serve_client(policy, worker)
