@@ -1064,11 +1064,13 @@ class Stream:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def acknowledge(self) -> None:
-        """Acknowledge at once again: a server may hold its next piece back until then.
+        """Acknowledge at once what comes: who sends may hold its next piece back.
 
-        Race.start() has put that off.
+        listen() and Race.start() have put that off: most that we are told we answer
+        soon, and what we say takes the acknowledgement along.
         """
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        with contextlib.suppress(OSError):  # it has gone
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def error(self) -> int:
         """Return the number of the error that has come, 0 for none, and forget it."""
@@ -1694,6 +1696,8 @@ class Worker:
     def stay(self) -> None:
         """Go on with a client who takes longer than a moment."""
         self.leave_door(BUSY)
+        with contextlib.suppress(OSError):  # he has gone
+            self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if self.session and set_title:
             self.entitle(self.session.title())
 
@@ -3910,8 +3914,7 @@ class Exchange:
         if self.is_plain:
             http.join(up, self.answer_at_once)
         else:
-            if fresh:
-                server.acknowledge()
+            http.client.acknowledge()
             server.converse()
             http.join(up, self.answer_later)
         if self.upgraded:
@@ -3929,6 +3932,8 @@ class Exchange:
         """Return the lane down, ready to go on."""
         http, up = self.http, self.up
         assert up.sink is not None
+        if self.fresh:
+            up.sink.acknowledge()
         self.down = Lane(http.watch, up.sink, http.client, up.patience)
         self.down.script = self.reply()
         return self.down
@@ -3943,8 +3948,6 @@ class Exchange:
         server = up.sink
         assert server is not None
         up.done = up.push(server)
-        if self.fresh:
-            server.acknowledge()
         if not up.done:
             up.script = up.flush()
             return self.answer_later()
@@ -6102,7 +6105,10 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket, for IPv6 alone if its host is; raise OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+    sock = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+    # Clients inherit it: Stream.acknowledge() tells why.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+    return sock
 
 
 def passed_listeners() -> dict[str, socket.socket]:
