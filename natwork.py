@@ -152,6 +152,8 @@ SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 INET, INET6, STREAM = (
     int(n) for n in (socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM)
 )
+POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
+STREAM_NOW = STREAM | int(socket.SOCK_NONBLOCK)
 MORE = int(socket.MSG_MORE)
 # What socket.socket adds to this (files, enums) no connection of a client uses, and
 # each worker would have it for itself.
@@ -178,7 +180,7 @@ def say(message: str) -> bool:
     It never waits: where nobody reads, it is lost.  Returns whether it was said.
     """
     poll = select.poll()
-    poll.register(2, select.POLLOUT)
+    poll.register(2, POLLOUT)
     with contextlib.suppress(OSError):
         if poll.poll(0):
             os.write(2, f"natwork: {message}\n".encode(errors="replace")[:LINE_BYTES])
@@ -711,6 +713,7 @@ class Slot:
         self.base = ROWS + number * SLOT_SIZE
         self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
         self.rows = self.base + SLOT_HEAD - ROW_SIZE  # they are the first and second
+        self.held = False
 
     def state(self, state: int) -> None:
         self.memory[STATES + self.number] = state
@@ -727,11 +730,13 @@ class Slot:
         # hash() is the same in all processes forked from one.
         words[CLIENTS + self.number] = hash(client) & 0xFFFFFFFF | 1
         words[ARRIVALS + self.number] = time.monotonic_ns()
+        self.held = True
 
     def let_go(self) -> None:
         """Say that the slot is nobody's."""
         words = self.board.words
         words[CLIENTS + self.number] = words[ARRIVALS + self.number] = 0
+        self.held = False
 
     def show(self, row: bytes) -> None:
         """Put a session's row up.
@@ -766,11 +771,11 @@ class Slot:
         Its log line is written next, and then it is counted: who is killed from
         here on gets no second line.
         """
-        _, pid, _, _, _, ups, downs, lost = HEAD.unpack_from(self.memory, self.base)
-        up, down = ups + session.up, downs + session.down
+        _, pid, _, _, _, ups, downs, lost = self.words[: LOST + 1]
+        ups, downs = ups + session.up, downs + session.down
         ends = ended_by(session.proto, outcome)
         # In one piece: pack_into() would fill it with zeros first.
-        head = HEAD.pack(0, pid, 0, 0, ends, up, down, lost)
+        head = HEAD.pack(0, pid, 0, 0, ends, ups, downs, lost)
         self.memory[self.base : self.base + SLOT_HEAD] = head
 
     def count(self) -> None:
@@ -805,8 +810,8 @@ def printable(raw: bytes, limit: int = 255) -> str:
 
 def endpoint(address: tuple[Any, ...]) -> str:
     """Return an address and port as one writes them: IPv6 in brackets."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    host = address[0]
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 def host_of(name: str) -> str:
@@ -840,9 +845,10 @@ class Session:
 
     def row(self) -> bytes:
         """Return the row for the scoreboard; from_row() reads it again."""
+        began, user = int(self.began * 1000), self.user[:255]
         return (
-            f"{self.began:.3f} {self.pid} {self.client} {self.user:.255} {self.proto} "
-            f"{self.method} {self.target} {self.address} {self.source} {self.status}"
+            f"{began} {self.pid} {self.client} {user} {self.proto} {self.method} "
+            f"{self.target} {self.address} {self.source} {self.status}"
         ).encode()
 
     @staticmethod
@@ -850,7 +856,7 @@ class Session:
         """Return the session of a row, with the bytes it has moved so far."""
         began, pid, client, *words = row.decode().split(" ")
         session = Session(client, int(pid))
-        session.began = float(began)
+        session.began = int(began) / 1000
         session.user, session.proto, session.method = words[:3]
         session.target, session.address, session.source, session.status = words[3:]
         session.up, session.down = up, down
@@ -872,7 +878,9 @@ class Session:
 
     def line(self, outcome: str) -> str:
         """Return the line of the access log, its fields in their order."""
-        seconds = max(0.0, time.time() - self.began)
+        seconds = time.time() - self.began
+        if seconds < 0:  # somebody has set the clock
+            seconds = 0.0
         return (
             f"time={timestamp(int(self.began))} pid={self.pid} client={self.client} "
             f"user={self.user} proto={self.proto} method={self.method} "
@@ -929,14 +937,14 @@ class AccessLog:
         if old and old.path == "-":
             # Not anew: we may have lost the right to, and O_APPEND with it.
             self.fd, self.shared = os.dup(old.fd), old.shared
-            self.has_room.register(self.fd, select.POLLOUT)
+            self.has_room.register(self.fd, POLLOUT)
             return
         try:
             # Opened anew, so that O_NONBLOCK is ours and not the terminal's.
             self.fd = os.open("/proc/self/fd/1", flags)
         except OSError:  # a socket (journald's), or not ours to open again
             self.fd, self.shared = os.dup(1), True
-            self.has_room.register(self.fd, select.POLLOUT)
+            self.has_room.register(self.fd, POLLOUT)
 
     def open(self, flags: int) -> int:
         """Return the file, open to be appended to; raise OSError.
@@ -1022,9 +1030,10 @@ class Stream:
     __slots__ = ("fd", "lost", "received", "sock", "watched")
 
     def __init__(self, sock: Socket, lost: Outcome) -> None:
-        """Take a socket over; lost is the outcome when its far end goes away."""
-        if sock.gettimeout() != 0:
-            sock.setblocking(False)
+        """Take over a socket that does not block.
+
+        lost is the outcome when its far end goes away.
+        """
         self.sock, self.fd, self.lost = sock, sock.fileno(), lost
         self.received = bytearray()
         self.watched = False  # in the worker's epoll for silent sockets
@@ -1123,7 +1132,8 @@ class Watch:
 
         Raises Refused(DRAINED) when drain_timeout is over.
         """
-        self.show()
+        if self.first:
+            self.show()
         if wanted != self.wanted:
             self.wanted, self.poll = wanted, select.poll()
             for fd, events in wanted.items():
@@ -1254,7 +1264,7 @@ class Lane:
         while self.sink is None:
             yield PAUSE
         while self.out and not self.push(self.sink):
-            yield self.sink.fd, select.POLLOUT
+            yield self.sink.fd, POLLOUT
 
     def push(self, sink: Stream) -> bool:
         """Send of what is gathered what can be sent; return whether it was all."""
@@ -1269,7 +1279,7 @@ class Lane:
             yield from self.flush()
         while True:
             if not self.hot:
-                yield self.source.fd, select.POLLIN
+                yield self.source.fd, POLLIN
             try:
                 data = self.source.sock.recv(limit)
             except BlockingIOError:
@@ -1323,7 +1333,7 @@ class Lane:
         urgent = False
         while True:
             if not self.hot:
-                yield source, select.POLLIN
+                yield source, POLLIN
             held = 0
             pipe = None if urgent else self.watch.pipe()
             if not pipe:
@@ -1336,7 +1346,7 @@ class Lane:
                     try:
                         sent = os.splice(pipe_out, sink, held)
                     except BlockingIOError:
-                        yield sink, select.POLLOUT
+                        yield sink, POLLOUT
                     else:
                         held -= sent
                         self.moved += sent
@@ -1480,7 +1490,7 @@ def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
     """Return the listeners at which a client waits now."""
     poll = select.poll()
     for listener in listeners:
-        poll.register(listener, select.POLLIN)
+        poll.register(listener, POLLIN)
     ready = dict(poll.poll(0))
     return [listener for listener in listeners if listener.fileno() in ready]
 
@@ -1609,14 +1619,16 @@ class Worker:
             self.entitle("natwork: idle")
             if not self.accept():
                 break
-            self.call_for_spares()
+            if not self.has_place:  # else once he leaves the door: he may be back first
+                self.call_for_spares()
             if self.made_room:  # and has taken the one who waited: is there another?
                 self.made_room = False
                 self.poke()
             try:
                 self.generation.serve(self)
             finally:
-                self.slot.let_go()  # before he sees the end, and comes again
+                if self.slot.held:  # before he sees the end, and comes again
+                    self.slot.let_go()
                 self.client.close()
                 self.watch.later = None
             if self.leaving():
@@ -1631,13 +1643,14 @@ class Worker:
         while True:
             pause = PIPE_KEEP_TIME if self.watch.pipes else SURPLUS_TIME
             self.stand_at_door()
-            ready = dict(self.idle_poll.poll(pause, 8))
+            found = self.idle_poll.poll(pause, 8)
             # A client who woke us woke nobody else, so he comes before the wish
             # to leave; and when nothing woke us, it may have been lost with a
             # worker who was killed on the way to his client.
-            for fd in list(ready or self.listeners):
+            for fd, _ in found or [(fd, 0) for fd in self.listeners]:
                 if fd in self.listeners and self.take(fd):
                     return True
+            ready = dict(found)
             if self.lifeline in ready:
                 self.leave_door(self.behind)
                 return False
@@ -1695,7 +1708,11 @@ class Worker:
 
     def stay(self) -> None:
         """Go on with a client who takes longer than a moment."""
-        self.leave_door(BUSY)
+        if self.has_place:
+            self.leave_door(BUSY)
+            self.call_for_spares()
+        if not self.slot.held:  # there may be a limit before he goes
+            self.slot.hold(self.peer)
         with contextlib.suppress(OSError):  # he has gone
             self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if self.session and set_title:
@@ -1708,6 +1725,7 @@ class Worker:
             # accept() less the enum of the family, which it would look up anew.
             number, self.address = listener._accept()  # type: ignore[attr-defined]
             self.client = Socket(self.families[fd], STREAM, 0, number)
+            self.client.setblocking(False)
         except BlockingIOError:
             return False  # another worker was quicker
         except OSError as error:
@@ -1724,7 +1742,8 @@ class Worker:
         watch.later, watch.settle_at = self.stay, time.monotonic() + BRIEF_TIME
         self.peer = self.address[0].removeprefix("::ffff:")
         self.name = endpoint((self.peer, self.address[1]))
-        self.slot.hold(self.peer)
+        if self.config.max_per_client:
+            self.slot.hold(self.peer)
         return True
 
     def check_share(self) -> None:
@@ -1812,14 +1831,14 @@ class Worker:
         self.made_room = bool(select_now(self.listeners.values()))
         return self.made_room
 
-    def begin(self, session: Session, titled: bool = False) -> None:
-        """Show a session that begins, or that now knows more, before we wait for it.
-
-        titled: the process title is to tell it too, if it lasts.
-        """
+    def begin(self, session: Session) -> None:
+        """Show a session that begins, before we wait for it."""
         self.session, self.watch.first = session, self.show
-        if titled:
-            self.watch.later = self.stay
+
+    def proceed(self, session: Session) -> None:
+        """Show what a session now knows; if it lasts, by the process title too."""
+        self.session, watch = session, self.watch
+        watch.first, watch.later = self.show, self.stay
 
     def show(self) -> None:
         if self.session:
@@ -1931,11 +1950,11 @@ class Master:
         full = not self.stopping and self.is_full()
         crowded = full and self.make_room()
         poll = select.poll()
-        poll.register(self.wake_out, select.POLLIN)
-        poll.register(self.poke_out, select.POLLIN)
+        poll.register(self.wake_out, POLLIN)
+        poll.register(self.poke_out, POLLIN)
         if full and not crowded:
             for listener in self.generation.listeners.values():
-                poll.register(listener, select.POLLIN)
+                poll.register(listener, POLLIN)
         wait = 1.0
         if self.short_at:
             fork_at = max(self.fork_at, self.short_at)
@@ -2564,6 +2583,8 @@ class Policy:
         for host, port, *_ in listeners:
             self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
         self.own_names = "localhost", config.name.lower()
+        # The line that we add to a message, by its sender's minor version.
+        self.via = [f"Via: 1.{minor} {config.name}\r\n".encode() for minor in (0, 1)]
         try:
             setting = "inside"
             self.inside = networks(config.inside)
@@ -2673,10 +2694,7 @@ class Policy:
         """
         # One page asks for many things at once; but our own addresses may change.
         second = int(time.monotonic())
-        bare = user.partition(";")[0]  # behind it stands what he says of himself
-        # Who was redirected did not choose a gateway to send his mail through.
-        mail = port == 25 and not redirected
-        return self.judged(client, bare, host.rstrip("."), port, packed, mail, second)
+        return self.judged(client, user, host, port, packed, redirected, second)
 
     def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
         """Return the first parent that takes a target, None where we dial it."""
@@ -2705,10 +2723,14 @@ class Policy:
         host: str,
         port: int,
         packed: bytes,
-        mail: bool,
+        redirected: bool,
         second: int,
     ) -> Verdict:
         """Do what judge() says; second is there for the cache."""
+        user = user.partition(";")[0]  # behind it stands what he says of himself
+        host = host.rstrip(".")
+        # Who was redirected did not choose a gateway to send his mail through.
+        mail = port == 25 and not redirected
         found = forms(packed)
         if self.is_ours(found, port):
             return LOOP, "the gateway's own listener"
@@ -3087,7 +3109,7 @@ class Race:
                 if not self.pending:
                     raise self.defeat()
                 until = min(began + waiting[-1].at, deadline) if waiting else deadline
-                wanted = dict.fromkeys(self.pending, select.POLLOUT)
+                wanted = dict.fromkeys(self.pending, POLLOUT)
                 ready = self.watch.wait(wanted, until - now)
                 now = time.monotonic()
                 for fd in ready:
@@ -3106,8 +3128,7 @@ class Race:
         family = INET if len(attempt.packed) == 4 else INET6
         where = unpack(attempt.packed), attempt.port
         try:
-            # Close-on-exec, as all of Python's.
-            sock = Socket(family, STREAM | socket.SOCK_NONBLOCK)
+            sock = Socket(family, STREAM_NOW)  # close-on-exec, as all of Python's
         except OSError as error:
             return self.fail(attempt, error)
         try:
@@ -3218,12 +3239,12 @@ class Handshake:
 
     def say(self, data: bytes) -> None:
         while data:
-            self.wait(select.POLLOUT)
+            self.wait(POLLOUT)
             data = data[self.sock.send(data) :]
 
     def take(self, count: int, flags: int = 0) -> bytes:
         """Return what there is, at least one byte and at most so many."""
-        self.wait(select.POLLIN)
+        self.wait(POLLIN)
         piece = self.sock.recv(count, flags)
         if not piece:
             raise Refused(SERVER_GONE, "the connection ended in mid-answer")
@@ -3387,6 +3408,48 @@ def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
     return Refused(outcome, f"parent {parent.name}: {error.detail}")
 
 
+def dial_addresses(
+    worker: Worker, policy: Policy, session: Session, addresses: list[bytes], port: int
+) -> Socket:
+    """Return a connection to one of the addresses that may be dialed; raise Refused."""
+    if policy.uplinks:  # else no call for nothing: each weighs in every worker
+        attempts = ways(policy, addresses, port, worker.board)
+    else:
+        attempts = direct(addresses, port)
+    return connect(worker, session, attempts, session.proto == "http")
+
+
+def dial_by_parents(
+    worker: Worker,
+    policy: Policy,
+    session: Session,
+    host: str,
+    port: int,
+    only: str,
+) -> Socket:
+    """Do what dial() says where a parent may take the target, as `parents` says."""
+    unknown = None
+    addresses: list[bytes] = []
+    try:
+        addresses = judged(worker, policy, session, host, port)
+    except Refused as refusal:
+        # A parent may know the name, if it is one that may be asked for.
+        nameless = refusal.outcome in (NO_SUCH_HOST, DNS_TIMEOUT)
+        if not nameless or not policy.trusts(worker.peer, session.user, host, port):
+            raise
+        unknown = refusal
+    if parent := policy.parent_for(session.proto, host, addresses):
+        try:
+            return dial_parent(worker, policy, session, parent, (host, port))
+        except (OSError, Refused) as error:
+            raise parent_failed(parent, error) from None
+    if unknown:
+        raise unknown
+    if only:
+        addresses = judged(worker, policy, session, host, port, only)
+    return dial_addresses(worker, policy, session, addresses, port)
+
+
 def dial(
     worker: Worker,
     policy: Policy,
@@ -3400,32 +3463,12 @@ def dial(
     Of the host's addresses it may be told to take only one.  Raises Refused.
     """
     began = time.monotonic()
-    session.parent, unknown = None, None
-    addresses: list[bytes] = []
-    first = "" if policy.parents else only
-    try:
-        addresses = judged(worker, policy, session, host, port, first)
-    except Refused as refusal:
-        # A parent may know the name, if it is one that may be asked for.
-        nameless = refusal.outcome in (NO_SUCH_HOST, DNS_TIMEOUT)
-        if not nameless or not policy.trusts(worker.peer, session.user, host, port):
-            raise
-        unknown = refusal
-    if parent := policy.parent_for(session.proto, host, addresses):
-        try:
-            sock = dial_parent(worker, policy, session, parent, (host, port))
-        except (OSError, Refused) as error:
-            raise parent_failed(parent, error) from None
-    elif unknown:
-        raise unknown
+    session.parent = None
+    if policy.parents:
+        sock = dial_by_parents(worker, policy, session, host, port, only)
     else:
-        if only and policy.parents:
-            addresses = judged(worker, policy, session, host, port, only)
-        if policy.uplinks:  # else no call for nothing: each weighs in every worker
-            attempts = ways(policy, addresses, port, worker.board)
-        else:
-            attempts = direct(addresses, port)
-        sock = connect(worker, session, attempts, session.proto == "http")
+        addresses = judged(worker, policy, session, host, port, only)
+        sock = dial_addresses(worker, policy, session, addresses, port)
     worker.slot.connected(time.monotonic() - began)
     return sock
 
@@ -3499,7 +3542,7 @@ def linger(worker: Worker, client: Stream) -> None:
             if left <= 0:
                 return
             pause = left if taken else 0.05
-            if worker.watch.wait({client.fd: select.POLLIN}, pause):
+            if worker.watch.wait({client.fd: POLLIN}, pause):
                 if not client.sock.recv(COPY_SIZE):
                     return
                 heard = time.monotonic()
@@ -3552,6 +3595,7 @@ SERVER_FAULTS = (
     "connection_terminated http_protocol_error http_response_timeout".split()
 )
 CHUNKED = -1  # a body's length: known chunk by chunk
+OTHER_CODING = "a transfer coding other than chunked"
 ENDLESS = -2  # a response body's length: until the connection closes
 # RFC 9110 section 7.6.1, and what this hop alone may read.
 HOP_BY_HOP = frozenset(
@@ -3598,7 +3642,7 @@ def is_host(value: bytes) -> bool:
 class Fields:
     """The field lines of a head, parsed, and what follows from them alone."""
 
-    __slots__ = ("lines", "names", "onward", "options")
+    __slots__ = ("fault", "length", "lines", "names", "onward", "options")
 
     def __init__(self, section: bytes, asked: bool) -> None:
         """Take a section of whole lines, asked: of a request; raise ValueError."""
@@ -3620,6 +3664,27 @@ class Fields:
         if self.options:
             dropped = dropped | (set(self.options) - END_TO_END)
         self.onward = self.without(dropped)
+        self.length, self.fault = self.framing()
+
+    def framing(self) -> tuple[int | None, str]:
+        """Return the length of the body, None where they say nothing; or their fault.
+
+        RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
+        """
+        lengths = self.names.get(b"content-length")
+        if b"transfer-encoding" in self.names:
+            codings = members(self.names, b"transfer-encoding")
+            if lengths:
+                return CHUNKED, "both Content-Length and Transfer-Encoding"
+            if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
+                return CHUNKED, "Transfer-Encoding does not end in one chunked"
+            return CHUNKED, OTHER_CODING if len(codings) > 1 else ""
+        if not lengths:
+            return None, ""
+        if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+            return None, "invalid Content-Length"
+        length = int(lengths[0])
+        return length, "Content-Length beyond all measure" if length >= 1 << 63 else ""
 
     def without(self, dropped: frozenset[bytes]) -> bytes:
         """Return the lines less those dropped, by their names in lower case."""
@@ -3646,15 +3711,18 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
         raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
     if len(method) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
-    return method, target, min(int(minor), 1)
+    return method, target, 0 if minor == b"0" else 1
 
 
+@functools.lru_cache(maxsize=32)
 def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
-    """Return status, reason phrase and minor version; raise Refused."""
+    """Return status, the line as it travels on, and minor version; raise Refused."""
     match = STATUS_LINE.fullmatch(line)
     if not match or match[1] != b"1":
         raise Refused(BAD_RESPONSE, "malformed status line")
-    return int(match[3]), match[4] or b"", min(int(match[2]), 1)
+    _, minor, status, reason = match.groups(b"")
+    onward = b"HTTP/1.1 %b %b\r\n" % (status, reason)
+    return int(status), onward, 0 if minor == b"0" else 1
 
 
 class RequestHead:
@@ -3679,12 +3747,12 @@ class RequestHead:
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
 
-    __slots__ = ("fields", "minor", "reason", "status")
+    __slots__ = ("fields", "line", "minor", "status")
 
     def __init__(self, head: bytes) -> None:
         """Split a head, without its empty line, into its parts; raise Refused."""
         line, _, section = head.partition(b"\r\n")
-        self.status, self.reason, self.minor = parse_status_line(line)
+        self.status, self.line, self.minor = parse_status_line(line)
         try:
             self.fields = parse_fields(section, False)
         except ValueError as error:
@@ -3694,37 +3762,22 @@ class ResponseHead:
 def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     """Return a body's length by its fields, CHUNKED, or None: the fields say nothing.
 
-    RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
     Raises Refused with the outcome given.
     """
-    names = head.fields.names
-    lengths = names.get(b"content-length")
-    if b"transfer-encoding" in names:
-        codings = members(names, b"transfer-encoding")
-        if lengths:
-            raise Refused(bad, "both Content-Length and Transfer-Encoding")
-        if head.minor == 0:
-            raise Refused(bad, "Transfer-Encoding in HTTP/1.0")
-        if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-            raise Refused(bad, "Transfer-Encoding does not end in one chunked")
-        if len(codings) > 1:
-            outcome = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
-            raise Refused(outcome, "a transfer coding other than chunked")
-        return CHUNKED
-    if not lengths:
-        return None
-    if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
-        raise Refused(bad, "invalid Content-Length")
-    length = int(lengths[0])
-    if length >= 1 << 63:
-        raise Refused(bad, "Content-Length beyond all measure")
-    return length
+    fields = head.fields
+    if fields.length == CHUNKED and not head.minor:
+        raise Refused(bad, fields.fault or "Transfer-Encoding in HTTP/1.0")
+    if fields.fault:
+        # In a request such a coding is no fault, but nothing that we do.
+        lacking = fields.fault is OTHER_CODING and bad is BAD_REQUEST
+        raise Refused(NOT_IMPLEMENTED if lacking else bad, fields.fault)
+    return fields.length
 
 
 class Target:
     """Where a request wants to go: RFC 9112 section 3.2."""
 
-    __slots__ = ("authority", "host", "login", "path", "port", "scheme")
+    __slots__ = ("authority", "host", "login", "path", "port", "scheme", "site")
 
     def __init__(
         self,
@@ -3734,8 +3787,10 @@ class Target:
         path: bytes,
         scheme: bytes = b"http",
         login: bytes = b"",
+        site: bytes = b"",
     ) -> None:
         self.host, self.port = host, port  # lower case; IPv6 without brackets
+        self.site = site  # both and the scheme, as they are shown
         self.authority = authority  # for Host, as the client spelled it
         self.path = path  # for the request line: origin-form, or *
         self.scheme = scheme
@@ -3769,6 +3824,13 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     return host, port
 
 
+@functools.lru_cache(maxsize=32)
+def parse_site(scheme: bytes, raw: bytes) -> tuple[str, int, bytes]:
+    """Return host and port of an authority, and the URL of both, without a path."""
+    host, port = parse_authority(raw, DEFAULT_PORTS[scheme])
+    return host, port, b"%b://%b" % (scheme, endpoint((host, port)).encode())
+
+
 def parse_target(method: bytes, raw: bytes) -> Target:
     """Return the target of a request in authority- or absolute-form; raise Refused."""
     if method == b"CONNECT":
@@ -3776,7 +3838,8 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     match = ABSOLUTE.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    scheme, authority, path = match[1].lower(), match[2], match[3]
+    scheme, authority, path = match.groups()
+    scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
     if b"#" in path:
@@ -3784,10 +3847,10 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     login, at, authority = authority.rpartition(b"@")
     if at and scheme != b"ftp":
         raise Refused(BAD_REQUEST, "user name in the target")
-    host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
+    host, port, site = parse_site(scheme, authority)
     if not path.startswith(b"/"):
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), path, scheme, login)
+    return Target(host, port, authority.removesuffix(b":"), path, scheme, login, site)
 
 
 def host_named(head: RequestHead) -> str:
@@ -3886,6 +3949,7 @@ class Exchange:
         self.continued = False  # the client was told to send its body
         self.upgraded = False  # the answer was 101: here begins a tunnel
         self.server_keeps = False
+        self.parted = False  # the answer was the last, and its end is settled
         fields = head.fields
         self.offered: list[bytes] = []
         if head.minor and b"upgrade" in fields.options:  # RFC 9110 section 7.8
@@ -3922,9 +3986,11 @@ class Exchange:
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
         if not self.server_keeps or up.abandoned or server.received:
             http.drop_server()
+        elif fresh:
+            server.acknowledge()
         if up.abandoned:
             http.keep = False
-        if not http.keep:
+        if not http.keep and not self.parted:
             http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
 
@@ -3952,7 +4018,10 @@ class Exchange:
             up.script = up.flush()
             return self.answer_later()
         http.worker.slot.moved(up.moved, 0)  # for whoever looks while we wait
-        if not http.watch.wait({server.fd: select.POLLIN, client.fd: 0}, up.patience):
+        # Of who leaves we want to know whether he has said more than he should.
+        wanted = {server.fd: POLLIN, client.fd: 0 if http.keep else POLLIN}
+        ready = http.watch.wait(wanted, up.patience)
+        if not ready:
             raise IdleTimeout
         received = server.received
         try:
@@ -3975,12 +4044,24 @@ class Exchange:
         http.session.down += sent
         if sent == len(answer):
             if not http.keep:
-                client.end()  # the last of a connection leaves together with this
+                self.part(client.fd in ready)
             return None
         down = self.answer_later()
         down.out += answer[sent:]
         down.script = down.flush()
         return down
+
+    def part(self, talks: bool) -> None:
+        """Let the last answer of a connection leave together with its end.
+
+        talks: the client has said something behind his request.
+        """
+        http, self.parted = self.http, True
+        http.lingers = http.wants_more or talks or bool(http.client.received)
+        if http.lingers:
+            http.client.end()
+        else:
+            http.client.close()
 
     def request_head(self, target: Target) -> bytes:
         """Return the head of the request as it travels on."""
@@ -3998,15 +4079,9 @@ class Exchange:
             # Nobody will ask again.  And of the two it is who closes first that
             # keeps his port for a minute.
             extra += b"Connection: close\r\n"
-        line = b"%b %b HTTP/1.1" % (head.method, target.path)
-        via = b"Via: 1.%d %b" % (head.minor, self.http.via)
-        return b"%b\r\nHost: %b\r\n%b%b\r\n%b\r\n" % (
-            line,
-            target.authority,
-            onward,
-            via,
-            extra,
-        )
+        line = b"%b %b HTTP/1.1\r\nHost: %b\r\n"
+        line %= head.method, target.path, target.authority
+        return line + onward + self.http.via[head.minor] + extra + CRLF
 
     def ask(self) -> Script:
         """The lane up: the head, the body, and perhaps a tunnel behind it."""
@@ -4100,13 +4175,13 @@ class Exchange:
             raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
         http.answered = up.optional = True
         http.session.status = str(response.status)
-        if not up.done and up.waits is PAUSE:
-            up.step()  # its offer was refused
         closing = response.minor == 0 or b"close" in response.fields.options
         self.server_keeps = not closing and length != ENDLESS
         http.endless = length == ENDLESS or length == CHUNKED and self.head.minor == 0
-        if http.endless or http.worker.leaving():
+        if http.keep and (http.endless or http.worker.leaving()):
             http.keep = False
+        if not up.done and up.waits is PAUSE:
+            up.step()  # its offer was refused
         if not up.done:
             # RFC 9110 section 10.1.1: a client that was not told to go on may not
             # send its body, ever; unless it has begun to, or is of HTTP/1.0.
@@ -4118,9 +4193,7 @@ class Exchange:
 
     def onward(self, response: ResponseHead) -> bytes:
         """Return the head of a response as it travels on, less its last lines."""
-        line = b"HTTP/1.1 %d %b" % (response.status, response.reason)
-        via = b"Via: 1.%d %b" % (response.minor, self.http.via)
-        return b"%b\r\n%b%b\r\n" % (line, response.fields.onward, via)
+        return response.line + response.fields.onward + self.http.via[response.minor]
 
     def response_head(self, response: ResponseHead, length: int | None) -> bytes:
         """Return the head of a final response as it travels on."""
@@ -4145,7 +4218,7 @@ class Exchange:
         http.keep = False
         http.answered = http.endless = self.upgraded = True
         http.session.proto, http.session.status = "upgrade", "101"
-        http.worker.begin(http.session, titled=True)
+        http.worker.proceed(http.session)
         up.patience = down.patience = http.config.tunnel_timeout
         down.out += self.onward(response)
         lines = b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n"
@@ -4172,7 +4245,7 @@ class Http:
         """Serve a client, and those schemes by the gateways given."""
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
         self.policy, self.client, self.gateways = policy, client, gateways
-        self.via = self.config.name.encode()
+        self.via = policy.via
         self.server: Stream | None = None
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
@@ -4196,7 +4269,8 @@ class Http:
                     return
                 self.blanks = 0
         finally:
-            self.drop_server()
+            if self.server:
+                self.drop_server()
 
     def one(self) -> None:
         """Answer one request, whatever becomes of it, and write it down."""
@@ -4271,11 +4345,14 @@ class Http:
         """Return whether a client who wanted to leave has all the same said more."""
         if self.client.received:
             return True
-        return fcntl.ioctl(self.client.fd, 0x541B, bytes(4)) != bytes(4)  # FIONREAD
+        size = bytearray(4)  # writable, or ioctl() would make an error of it before
+        fcntl.ioctl(self.client.fd, 0x541B, size)  # FIONREAD
+        return any(size)
 
     def dial(self, host: str, port: int) -> Stream:
         """Replace the server connection by a new one, and return it; raise Refused."""
-        self.drop_server()
+        if self.server:
+            self.drop_server()
         self.parent = None
         session = self.session
         self.server = Stream(
@@ -4307,7 +4384,7 @@ class Http:
             looked = max(0, len(received) - 3)
             deadline = deadline or time.monotonic() + self.config.head_timeout
             left = deadline - time.monotonic()
-            if not self.watch.wait({self.client.fd: select.POLLIN}, left):
+            if not self.watch.wait({self.client.fd: POLLIN}, left):
                 raise Refused(HEAD_TIMEOUT, "the request head did not come to its end")
             if not self.client.fill():
                 raise Refused(CLIENT_GONE, "closed inside the request head")
@@ -4356,14 +4433,13 @@ class Http:
         if method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
             return self.answer_here(head, raw)
         target = parse_target(method, head.target)
-        scheme, host, port = target.scheme, target.host, target.port
-        path = target.path.partition(b"?")[0].removeprefix(b"*")
-        place = b"%b://%b%b" % (scheme, endpoint((host, port)).encode(), path)
+        scheme, (path, _, _) = target.scheme, target.path.partition(b"?")
+        place = target.site if path == b"*" else target.site + path
         session.target = printable(place, TARGET_SIZE)
         if b"via" in fields.names:
             self.check_via(fields.names)
         if scheme == b"http":
-            if not self.policy.means_us(host, port):
+            if not self.policy.means_us(target.host, target.port):
                 return self.forward(head, target, length)
             scheme = OURSELVES
         return self.gateways[scheme](self, head, target, length)
@@ -4384,7 +4460,7 @@ class Http:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
         self.session.via = b", ".join(names[b"via"]) + b", "
         for member in members(names, b"via"):
-            if member.split()[1:2] == [self.via.lower()]:
+            if member.split()[1:2] == [self.config.name.lower().encode()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
     def is_last_hop(self, head: RequestHead, length: int | None) -> bool:
@@ -4506,7 +4582,7 @@ class Http:
         self.worker.begin(session)
         server = self.dial(target.host, target.port)
         session.status = "200"
-        self.worker.begin(session, titled=True)
+        self.worker.proceed(session)
         self.answered = self.endless = True
         opening = b"HTTP/1.1 200 Connection established\r\n\r\n"
         tunnel(self.worker, session, self.client, server, opening)
@@ -4565,7 +4641,7 @@ class Http:
                 exchange = Exchange(self, head, target, length)
         worker.begin(session)
         server = self.dial(target.host, target.port)
-        worker.begin(session, titled=True)
+        worker.proceed(session)
         return exchange.run(server, True)
 
 
@@ -4717,7 +4793,7 @@ class Association:
         deadline = time.monotonic() + self.config.idle_timeout
         while (left := deadline - time.monotonic()) > 0:
             sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
-            wanted = dict.fromkeys((self.client.fd, *sockets), select.POLLIN)
+            wanted = dict.fromkeys((self.client.fd, *sockets), POLLIN)
             ready = self.worker.watch.wait(wanted, left)
             if self.client.fd in ready and not self.client.fill():
                 if self.refusal and self.session.target == "-":
@@ -4774,7 +4850,7 @@ class Association:
             )
             self.session.address = endpoint((unpack(packed), port))
             self.session.source = endpoint(sock.getsockname())
-            self.worker.begin(self.session, titled=True)
+            self.worker.proceed(self.session)
         return len(payload)
 
     def find_way(
@@ -4855,7 +4931,7 @@ class Socks:
 
     def receive(self) -> None:
         left = self.deadline - time.monotonic()
-        if not self.watch.wait({self.client.fd: select.POLLIN}, left):
+        if not self.watch.wait({self.client.fd: POLLIN}, left):
             raise Refused(HEAD_TIMEOUT, "the request did not come to its end")
         if not self.client.fill():
             raise Refused(CLIENT_GONE, "closed inside the request")
@@ -4971,7 +5047,7 @@ class Socks:
     def join(self, server: Socket, address: SocketAddress) -> None:
         """Tell the client of his connection, and carry what is said on it."""
         opening = self.reply(OK, address)
-        self.worker.begin(self.session, titled=True)
+        self.worker.proceed(self.session)
         self.owes_reply = False
         stream = Stream(server, SERVER_GONE)
         tunnel(self.worker, self.session, self.client, stream, opening)
@@ -4986,7 +5062,7 @@ class Socks:
         with listener:
             session.source = endpoint(listener.getsockname())
             first = self.reply(OK, listener.getsockname())
-            worker.begin(session, titled=True)
+            worker.proceed(session)
             self.send(first)
             server, address = self.admit(listener, expected)
         session.address = endpoint(address)
@@ -5001,7 +5077,7 @@ class Socks:
         """
         deadline = time.monotonic() + self.config.idle_timeout
         # The client may have said something already: that is for the server.
-        wanted = {listener.fileno(): select.POLLIN, self.client.fd: select.POLLRDHUP}
+        wanted = {listener.fileno(): POLLIN, self.client.fd: select.POLLRDHUP}
         while (left := deadline - time.monotonic()) > 0:
             ready = self.watch.wait(wanted, left)
             if self.client.fd in ready:
@@ -5009,6 +5085,7 @@ class Socks:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 server, address = listener.accept()
                 if address_of(address[0]) in expected:
+                    server.setblocking(False)
                     return server, address
                 server.close()
         raise Refused(NOBODY_CALLED, "the expected host did not call")
@@ -5017,7 +5094,7 @@ class Socks:
         """Relay the client's datagrams; raise Refused."""
         with contextlib.closing(Association(self)) as association:
             self.send(self.reply(OK, association.inner.getsockname()))
-            self.worker.begin(self.session, titled=True)
+            self.worker.proceed(self.session)
             self.owes_reply = False
             association.run()
 
@@ -5112,7 +5189,7 @@ def hear_out(
     """
     watch, config, received = worker.watch, worker.config, client.received
     lane = Lane(watch, client, server, 0)
-    wanted = {client.fd: select.POLLIN, server.fd: select.POLLIN}
+    wanted = {client.fd: POLLIN, server.fd: POLLIN}
     ready = watch.wait(wanted, config.tunnel_timeout)
     if not ready:
         raise Refused(IDLE, "nothing moved")
@@ -5156,7 +5233,7 @@ def redirect(
     worker.begin(session)
     server = Stream(dial(worker, policy, session, host, port), SERVER_GONE)
     with contextlib.closing(server):
-        worker.begin(session, titled=True)
+        worker.proceed(session)
         strict = any(rule.names and not rule.allow for rule in policy.rules)
         for name in hear_out(worker, session, client, server, strict):
             session.target = endpoint((printable(name.lower()), port))
@@ -5166,7 +5243,7 @@ def redirect(
             )
             if outcome is not OK:
                 raise Refused(outcome, rule)
-            worker.begin(session, titled=True)
+            worker.proceed(session)
         tunnel(worker, session, client, server, b"")
     return ENDED
 
@@ -5256,7 +5333,7 @@ class Talk:
 
     def fill(self) -> bool:
         """Receive more; return False at the end."""
-        self.wait(select.POLLIN)
+        self.wait(POLLIN)
         try:
             data = self.server.sock.recv(COPY_SIZE)
         except OSError as error:
@@ -5576,7 +5653,7 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     server = ftplib.FTP(encoding="latin-1")
     server.sock = server.file = talk  # type: ignore[assignment]
     try:
-        http.worker.begin(http.session, titled=True)
+        http.worker.proceed(http.session)
         if not ftp_enter(server, login):
             outcome = NO_LOGIN
             lines, page = http.explain(outcome, "the server refused the login")
@@ -5657,7 +5734,7 @@ def gopher(
         answer_page(http, "200 OK", target.host, [form])
     else:
         talk = Talk(http, http.dial(target.host, target.port))
-        worker.begin(session, titled=True)
+        worker.proceed(session)
         try:
             talk.sendall(f"{selector}\r\n".encode("latin-1"))
             if kind in "17":
@@ -6030,7 +6107,7 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
     """Wait for who has just come to speak; return whether he does."""
     # Who has just come makes no room for who comes next.
     seconds = worker.config.head_timeout
-    if worker.watch.wait({client.fd: select.POLLIN}, min(1.0, seconds)):
+    if worker.watch.wait({client.fd: POLLIN}, min(1.0, seconds)):
         return client.fill()
     deadline = time.monotonic() + seconds
     return bool(worker.silence(deadline, [client], True)) and client.fill()
@@ -6318,12 +6395,13 @@ def rehearse(profile: Callable[..., object] | None) -> None:
         opening = "allow to 127.0.0.0/8 port 1-65535"
         config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
         policy = Policy(config, [])
-        caches = parse_authority, parse_fields, pack, unpack, policy.judged
+        caches = [parse_authority, parse_site, parse_status_line, parse_fields]
+        caches += pack, unpack, policy.judged, policy.placed
 
         def serve(worker: Worker) -> None:
             """Serve a client as if he were the first: what is known is not learned."""
             worker.watch.settle_at = 0.0  # as if he took longer than a moment
-            for cache in (*caches, policy.placed):
+            for cache in caches:
                 cache.cache_clear()
             serve_client(policy, worker)
 

@@ -462,12 +462,12 @@ board.words[natwork.USED] = 3
 for number, pid in enumerate(map(int, sys.argv[2:])):
     slot = natwork.Slot(board, number)
     slot.take(pid)
-    slot.show(b"1.0 %d 10.9.9.9:1 \\x1b[31mroot connect CONNECT a:1 b:2 c:3 200" % pid)
+    slot.show(b"1 %d 10.9.9.9:1 \\x1b[31mroot connect CONNECT a:1 b:2 c:3 200" % pid)
     slot.state(natwork.BUSY)
 if child := os.fork():
     slot = natwork.Slot(board, 2)
     slot.take(child)
-    slot.show(b"1.0 %d 10.9.9.9:1 \\x1b[31mred connect CONNECT a:1 b:2 c:3 200" % child)
+    slot.show(b"1 %d 10.9.9.9:1 \\x1b[31mred connect CONNECT a:1 b:2 c:3 200" % child)
     slot.state(natwork.BUSY)
     print("ready", child, flush=True)
 time.sleep(60)

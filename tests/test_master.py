@@ -1025,15 +1025,16 @@ def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:
     gateway = natwork("spare_workers=1")
     (worker,) = ready(gateway, 1)
     os.kill(gateway.process.pid, signal.SIGSTOP)
-    filled = 0
+    filled, pipes = 0, []
     for fd in descriptors(worker):  # all that it may write to without a client
         place = f"/proc/{worker}/fd/{fd}"
         if os.readlink(place).startswith("pipe:"):
             with contextlib.suppress(OSError):
-                pipe = os.open(place, os.O_WRONLY | os.O_NONBLOCK)
-                with contextlib.suppress(BlockingIOError), open(pipe, "wb", 0) as full:
-                    while written := full.write(b"p" * 4096):
-                        filled += written
+                pipes.append(os.open(place, os.O_WRONLY | os.O_NONBLOCK))
+    for pipe in pipes:  # one of them sends it away
+        with contextlib.suppress(BlockingIOError), open(pipe, "wb", 0) as full:
+            while written := full.write(b"p" * 4096):
+                filled += written
     assert filled >= 65536
     gateway.process.send_signal(signal.SIGTERM)
     os.kill(gateway.process.pid, signal.SIGCONT)
