@@ -3937,7 +3937,11 @@ def readdress(head: bytearray, authority: bytes, parent: Parent) -> None:
 
 
 class Exchange:
-    """One request and its answer, both on their way at the same time."""
+    """One request and its answer, both on their way at the same time.
+
+    Most requests end with their head, and most answers come whole with theirs:
+    these need no relay.  The lanes are for the others.
+    """
 
     def __init__(
         self, http: Http, head: RequestHead, target: Target, length: int | None
@@ -3945,123 +3949,136 @@ class Exchange:
         """Get a request ready for its server; raise Refused for a malformed body."""
         self.http, self.head, self.length = http, head, length
         self.authority = target.authority
+        self.patience = http.config.idle_timeout
+        self.server: Stream
+        self.fresh = False  # the connection to it has just been made
+        self.server_keeps = False
         self.heard = False  # the server has answered a byte
         self.continued = False  # the client was told to send its body
         self.upgraded = False  # the answer was 101: here begins a tunnel
-        self.server_keeps = False
-        self.parted = False  # the answer was the last, and its end is settled
-        fields = head.fields
         self.offered: list[bytes] = []
+        fields = head.fields
         if head.minor and b"upgrade" in fields.options:  # RFC 9110 section 7.8
             self.offered = fields.names.get(b"upgrade", [])
         self.is_plain = not (length or self.offered)  # nothing follows the head
-        self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
-        self.up.out += self.request_head(target)
-        self.head_size = len(self.up.out)
+        self.out = bytearray(self.request_head(target))
+        self.sent = 0  # bytes of it, before there was a lane
+        self.rest = b""  # of an answer of which the client took but a part
+        self.head_size = len(self.out)
+        self.up: Lane | None = None
         if not self.is_plain:
-            self.up.script = self.ask()
+            up = self.up = Lane(http.watch, http.client, None, self.patience)
+            up.out, up.script = self.out, self.ask(up)
             # It takes what has come, and stops: what is malformed reaches nobody.
-            self.up.step()
+            up.step()
 
     def run(self, server: Stream, fresh: bool) -> Outcome:
         """Carry the request to its server and the answer back; raise Refused.
 
         fresh: the connection has just been made.
         """
-        http, up, self.fresh = self.http, self.up, fresh
+        http, self.server, self.fresh = self.http, server, fresh
         if http.parent:
-            before = len(up.out)
-            readdress(up.out, self.authority, http.parent)
-            self.head_size += len(up.out) - before
-        up.sink = server
+            before = len(self.out)
+            readdress(self.out, self.authority, http.parent)
+            self.head_size += len(self.out) - before
         http.watch.show()  # whoever kills us from here on, the request is known
         if self.is_plain:
-            http.join(up, self.answer_at_once)
+            self.exchange_heads()
         else:
             http.client.acknowledge()
             server.converse()
-            http.join(up, self.answer_later)
+            self.exchange_bodies()
         if self.upgraded:
             return ENDED
         # RFC 9112 section 6.3: what comes unasked belongs to no request.
-        if not self.server_keeps or up.abandoned or server.received:
+        up = self.up
+        if not self.server_keeps or server.received or up and up.abandoned:
             http.drop_server()
         elif fresh:
             server.acknowledge()
-        if up.abandoned:
+        if up and up.abandoned:
             http.keep = False
-        if not http.keep and not self.parted:
+        if up and not http.keep:
             http.lingers = http.wants_more or up.abandoned or http.talks_on()
         return OK
 
-    def answer_later(self) -> Lane:
-        """Return the lane down, ready to go on."""
-        http, up = self.http, self.up
-        assert up.sink is not None
+    def exchange_heads(self) -> None:
+        """Send a request that ends with its head, and pass the answer on."""
+        http, whole, failed = self.http, False, True
+        try:
+            whole, failed = self.answer_at_once(), False
+        except IdleTimeout:
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
+        finally:
+            if whole or failed:
+                http.session.up += self.sent
+            if failed:
+                http.drop_server()
+        if not whole:
+            self.exchange_bodies()
+
+    def exchange_bodies(self) -> None:
+        """Carry what is left of a request and of its answer, both ways at once."""
+        http, server, up = self.http, self.server, self.up
         if self.fresh:
-            up.sink.acknowledge()
-        self.down = Lane(http.watch, up.sink, http.client, up.patience)
-        self.down.script = self.reply()
-        return self.down
+            server.acknowledge()
+        if not up:
+            up = self.up = Lane(http.watch, http.client, server, self.patience)
+            up.out, up.moved, up.script = self.out, self.sent, up.flush()
+        up.sink = server
+        down = self.down = Lane(http.watch, server, http.client, self.patience)
+        down.out += self.rest
+        down.script = down.flush() if self.rest else self.reply(up, down)
+        http.join(up, down)
 
-    def answer_at_once(self) -> Lane | None:
-        """Send a request, and its answer if that comes whole with its head.
+    def answer_at_once(self) -> bool:
+        """Send a head, and pass the answer on if it comes whole with its own.
 
-        So go most exchanges, and they need no relay.  Returns the lane of what is
-        left to do, None for nothing.
+        Return whether that is all.  Raises Refused and IdleTimeout.
         """
-        http, up, client = self.http, self.up, self.http.client
-        server = up.sink
-        assert server is not None
-        up.done = up.push(server)
-        if not up.done:
-            up.script = up.flush()
-            return self.answer_later()
-        http.worker.slot.moved(up.moved, 0)  # for whoever looks while we wait
+        http, server, client = self.http, self.server, self.http.client
+        self.sent = server.send(self.out)
+        del self.out[: self.sent]
+        if self.out:
+            return False
+        http.worker.slot.moved(self.sent, 0)  # for whoever looks while we wait
         # Of who leaves we want to know whether he has said more than he should.
         wanted = {server.fd: POLLIN, client.fd: 0 if http.keep else POLLIN}
-        ready = http.watch.wait(wanted, up.patience)
+        ready = http.watch.wait(wanted, self.patience)
         if not ready:
             raise IdleTimeout
         received = server.received
         try:
             received += server.sock.recv(COPY_SIZE)
         except OSError:
-            return self.answer_later()
+            return False
         self.heard = bool(received)
         end = received.find(b"\r\n\r\n", 0, HEAD_LIMIT) + 4
         if end < 4:
-            return self.answer_later()
+            return False
         response = ResponseHead(bytes(received[: end - 2]))
         length = self.response_length(response)
         size = 0 if self.is_bare(response) else length or 0
         if response.status < 200 or not 0 <= size == len(received) - end:
-            return self.answer_later()
+            return False
         self.decide(response, length)
         answer = self.response_head(response, length) + received[end:]
         received.clear()
         sent = client.send(answer, 0 if http.keep else MORE)
         http.session.down += sent
-        if sent == len(answer):
-            if not http.keep:
-                self.part(client.fd in ready)
-            return None
-        down = self.answer_later()
-        down.out += answer[sent:]
-        down.script = down.flush()
-        return down
-
-    def part(self, talks: bool) -> None:
-        """Let the last answer of a connection leave together with its end.
-
-        talks: the client has said something behind his request.
-        """
-        http, self.parted = self.http, True
-        http.lingers = http.wants_more or talks or bool(http.client.received)
-        if http.lingers:
-            http.client.end()
-        else:
-            http.client.close()
+        if sent < len(answer):
+            self.rest = answer[sent:]
+        elif not http.keep:
+            # The last of a connection leaves together with its end.
+            http.lingers = (
+                http.wants_more or client.fd in ready or bool(client.received)
+            )
+            if http.lingers:
+                client.end()
+            else:
+                client.close()
+        return not self.rest
 
     def request_head(self, target: Target) -> bytes:
         """Return the head of the request as it travels on."""
@@ -4083,23 +4100,23 @@ class Exchange:
         line %= head.method, target.path, target.authority
         return line + onward + self.http.via[head.minor] + extra + CRLF
 
-    def ask(self) -> Script:
+    def ask(self, up: Lane) -> Script:
         """The lane up: the head, the body, and perhaps a tunnel behind it."""
         if self.length == CHUNKED:
-            yield from chunked(self.up, self.head, True, BAD_REQUEST)
+            yield from chunked(up, self.head, True, BAD_REQUEST)
         elif self.length:
-            yield from self.up.move(self.length)
-        yield from self.up.flush()
+            yield from up.move(self.length)
+        yield from up.flush()
         if self.offered and not self.http.answered:
             yield PAUSE  # reply() goes on with us when it knows
         if self.upgraded:
-            yield from self.up.tunnel(self.down)
+            yield from up.tunnel(self.down)
 
-    def reply(self) -> Script:
+    def reply(self, up: Lane, down: Lane) -> Script:
         """The lane down: interim answers, the answer, its body."""
-        http, head, up, down = self.http, self.head, self.up, self.down
+        http, head = self.http, self.head
         for count in range(INTERIM_LIMIT + 1):
-            response = yield from self.read_response()
+            response = yield from self.read_response(down)
             if response.status >= 200 or response.status == 101:
                 break
             if count == INTERIM_LIMIT:
@@ -4112,10 +4129,11 @@ class Exchange:
                 finally:
                     http.midway = bool(down.out)
         if response.status == 101:
-            yield from self.switch(response)
+            yield from self.switch(response, up, down)
             return
         length = self.response_length(response)
         self.decide(response, length)
+        self.go_on(up)
         http.worker.begin(http.session)
         before = down.moved
         try:
@@ -4140,9 +4158,9 @@ class Exchange:
         up.abandoned |= not up.done and (http.endless or not self.server_keeps)
         http.endless = False  # it has come to its end
 
-    def read_response(self) -> Script:
+    def read_response(self, down: Lane) -> Script:
         """Take a response head off the server; raise Refused."""
-        received, looked = self.down.source.received, 0
+        received, looked = down.source.received, 0
         while (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) < 0:
             if len(received) >= HEAD_LIMIT:
                 raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
@@ -4151,9 +4169,9 @@ class Exchange:
             if received.find(b"\r\n", looked) >= 0:
                 parse_status_line(bytes(received.partition(b"\r\n")[0]))
             looked = max(0, len(received) - 3)
-            yield from self.down.need()
+            yield from down.need()
             self.heard = True
-        return ResponseHead(self.down.source.take(end + 4)[:-2])
+        return ResponseHead(down.source.take(end + 4)[:-2])
 
     def is_bare(self, response: ResponseHead) -> bool:
         """Return whether a response has no body, whatever length it tells."""
@@ -4170,19 +4188,23 @@ class Exchange:
 
     def decide(self, response: ResponseHead, length: int | None) -> None:
         """Decide which of the two connections goes on after this answer."""
-        http, up = self.http, self.up
+        http = self.http
         if response.status == 407 and http.parent:  # it is us whom he does not know
             raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
-        http.answered = up.optional = True
+        http.answered = True
         http.session.status = str(response.status)
         closing = response.minor == 0 or b"close" in response.fields.options
         self.server_keeps = not closing and length != ENDLESS
         http.endless = length == ENDLESS or length == CHUNKED and self.head.minor == 0
         if http.keep and (http.endless or http.worker.leaving()):
             http.keep = False
+
+    def go_on(self, up: Lane) -> None:
+        """Decide what becomes of a request that is under way when its answer comes."""
+        http, up.optional = self.http, True
         if not up.done and up.waits is PAUSE:
             up.step()  # its offer was refused
-        if not up.done:
+        if not up.done and not self.is_plain:
             # RFC 9110 section 10.1.1: a client that was not told to go on may not
             # send its body, ever; unless it has begun to, or is of HTTP/1.0.
             begun = up.moved + len(up.out) > self.head_size
@@ -4208,9 +4230,9 @@ class Exchange:
             lines += b"Connection: upgrade\r\nUpgrade: %b\r\n" % wanted
         return lines + (b"\r\n" if self.http.keep else b"Connection: close\r\n\r\n")
 
-    def switch(self, response: ResponseHead) -> Script:
+    def switch(self, response: ResponseHead, up: Lane, down: Lane) -> Script:
         """Turn the exchange into a tunnel, if the server took what was offered."""
-        http, up, down = self.http, self.up, self.down
+        http = self.http
         chosen = response.fields.names.get(b"upgrade", [])
         taken = set(members({b"": chosen}, b""))
         if not taken or not taken <= set(members({b"": self.offered}, b"")):
@@ -4588,16 +4610,15 @@ class Http:
         tunnel(self.worker, session, self.client, server, opening)
         return ENDED
 
-    def join(self, up: Lane, answer: Callable[[], Lane | None]) -> None:
-        """Carry both ways what answer() leaves to carry, by the lane down.
+    def join(self, up: Lane, down: Lane) -> None:
+        """Carry both ways what there is to carry.
 
         Raises Refused.  Where the end of a stream is the end of a message, a
         failure is passed on as a reset.
         """
-        failed, down = True, None
+        failed = True
         try:
-            if down := answer():
-                relay(self.watch, self.worker.slot, up, down)
+            relay(self.watch, self.worker.slot, up, down)
             failed = self.endless and up.abandoned
         except IdleTimeout:
             if self.answered:
@@ -4607,8 +4628,7 @@ class Http:
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
         finally:
             self.session.up += up.moved
-            if down:
-                self.session.down += down.moved
+            self.session.down += down.moved
             if failed and self.server:
                 if self.endless:
                     self.server.abort()
@@ -5437,7 +5457,7 @@ def answer_stream(
 
     try:
         down.script = pass_on()
-        http.join(up, lambda: down)
+        http.join(up, down)
     except Refused:
         http.answered = down.moved > 0  # else it can still become another answer
         raise
@@ -5622,7 +5642,7 @@ def ftp_put(http: Http, server: Any, path: str, up: Lane, expects: bool) -> None
         down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
     try:
         down.script = down.flush()
-        http.join(up, lambda: down)
+        http.join(up, down)
     except BaseException:
         data.abort()  # or the server would take a part for the whole
         raise
