@@ -713,6 +713,7 @@ class Slot:
         self.base = ROWS + number * SLOT_SIZE
         self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
         self.rows = self.base + SLOT_HEAD - ROW_SIZE  # they are the first and second
+        self.head = slice(self.base, self.base + SLOT_HEAD)
         self.held = False
 
     def state(self, state: int) -> None:
@@ -776,7 +777,7 @@ class Slot:
         ends = ended_by(session.proto, outcome)
         # In one piece: pack_into() would fill it with zeros first.
         head = HEAD.pack(0, pid, 0, 0, ends, ups, downs, lost)
-        self.memory[self.base : self.base + SLOT_HEAD] = head
+        self.memory[self.head] = head
 
     def count(self) -> None:
         """Count the session that has been settled, if there is one."""
@@ -1796,7 +1797,8 @@ class Worker:
         Returns the events by descriptor; {} when it is time to go.  A fresh client
         was promised an answer: a reload does not send him away.
         """
-        self.watch.settle()
+        if self.watch.first or self.watch.later:
+            self.watch.settle()
         for stream in quiet:
             if not stream.watched:
                 self.silent_poll.register(stream.fd, select.EPOLLIN)
@@ -3575,7 +3577,7 @@ CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[\t ]*;[\t ]*%b(?:[\t ]*=[\t ]*(?:%b|%b))?)*\r\n"
     % (TOKEN, TOKEN, QUOTED)
 )
-ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
+SITE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
 AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?")
 HOST = re.compile(
     rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)"
@@ -3726,14 +3728,18 @@ def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
 
 
 class RequestHead:
-    """A request head, parsed; minor is the second digit of its version."""
+    """A request head, parsed; minor is the second digit of its version.
 
-    __slots__ = ("fields", "method", "minor", "target")
+    path is that of its target, once that is parsed.
+    """
+
+    __slots__ = ("fields", "method", "minor", "path", "target")
 
     def __init__(self, head: bytes) -> None:
         """Split a head, without its empty line, into its parts; raise Refused."""
         line, _, section = head.partition(b"\r\n")
         self.method, self.target, self.minor = parse_request_line(line)
+        self.path = self.target
         try:
             self.fields = parse_fields(section, True)
         except ValueError as error:
@@ -3775,26 +3781,23 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
 
 
 class Target:
-    """Where a request wants to go: RFC 9112 section 3.2."""
+    """Where a request wants to go, but for its path: RFC 9112 section 3.2."""
 
-    __slots__ = ("authority", "host", "login", "path", "port", "scheme", "site")
+    __slots__ = ("authority", "host", "login", "port", "scheme", "shown")
 
     def __init__(
         self,
         host: str,
         port: int,
         authority: bytes,
-        path: bytes,
         scheme: bytes = b"http",
         login: bytes = b"",
-        site: bytes = b"",
     ) -> None:
         self.host, self.port = host, port  # lower case; IPv6 without brackets
-        self.site = site  # both and the scheme, as they are shown
         self.authority = authority  # for Host, as the client spelled it
-        self.path = path  # for the request line: origin-form, or *
         self.scheme = scheme
         self.login = login  # user:password of an ftp URL, as it is spelled there
+        self.shown = b"%b://%b" % (scheme, endpoint((host, port)).encode())
 
 
 @functools.lru_cache(maxsize=32)
@@ -3825,32 +3828,40 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
 
 
 @functools.lru_cache(maxsize=32)
-def parse_site(scheme: bytes, raw: bytes) -> tuple[str, int, bytes]:
-    """Return host and port of an authority, and the URL of both, without a path."""
-    host, port = parse_authority(raw, DEFAULT_PORTS[scheme])
-    return host, port, b"%b://%b" % (scheme, endpoint((host, port)).encode())
-
-
-def parse_target(method: bytes, raw: bytes) -> Target:
-    """Return the target of a request in authority- or absolute-form; raise Refused."""
-    if method == b"CONNECT":
-        return Target(*parse_authority(raw, 0), raw, b"")
-    match = ABSOLUTE.fullmatch(raw)
+def parse_site(raw: bytes) -> Target:
+    """Return the target of a URL that ends before its path; raise Refused."""
+    match = SITE.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    scheme, authority, path = match.groups()
-    scheme = scheme.lower()
+    scheme = match[1].lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
-    if b"#" in path:
-        raise Refused(BAD_REQUEST, "fragment in the target")
-    login, at, authority = authority.rpartition(b"@")
+    login, at, authority = match[2].rpartition(b"@")
     if at and scheme != b"ftp":
         raise Refused(BAD_REQUEST, "user name in the target")
-    host, port, site = parse_site(scheme, authority)
+    host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
+    return Target(host, port, authority.removesuffix(b":"), scheme, login)
+
+
+def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
+    """Return the target of a request in authority- or absolute-form, and its path.
+
+    The path is as the request line to a server has it: origin-form, or *.
+    Raises Refused.
+    """
+    if method == b"CONNECT":
+        return Target(*parse_authority(raw, 0), raw), b""
+    end = raw.find(b"/", raw.find(b"://") + 3)
+    site = raw if end < 0 else raw[:end]
+    if b"?" in site:
+        site = site.partition(b"?")[0]
+    path = raw[len(site) :]
+    target = parse_site(site)
+    if b"#" in path:
+        raise Refused(BAD_REQUEST, "fragment in the target")
     if not path.startswith(b"/"):
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), path, scheme, login, site)
+    return target, path
 
 
 def host_named(head: RequestHead) -> str:
@@ -4097,7 +4108,7 @@ class Exchange:
             # keeps his port for a minute.
             extra += b"Connection: close\r\n"
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n"
-        line %= head.method, target.path, target.authority
+        line %= head.method, head.path, target.authority
         return line + onward + self.http.via[head.minor] + extra + CRLF
 
     def ask(self, up: Lane) -> Script:
@@ -4450,13 +4461,13 @@ class Http:
         if own:
             bare = USER_OR_QUERY.sub(b"", head.target)
             session.target = printable(bare, TARGET_SIZE)
-            target = Target(host_named(head), 0, b"", head.target, OURSELVES)
+            target = Target(host_named(head), 0, b"", OURSELVES)
             return self.gateways[OURSELVES](self, head, target, length)
         if method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
             return self.answer_here(head, raw)
-        target = parse_target(method, head.target)
-        scheme, (path, _, _) = target.scheme, target.path.partition(b"?")
-        place = target.site if path == b"*" else target.site + path
+        target, head.path = parse_target(method, head.target)
+        scheme, (path, _, _) = target.scheme, head.path.partition(b"?")
+        place = target.shown if path == b"*" else target.shown + path
         session.target = printable(place, TARGET_SIZE)
         if b"via" in fields.names:
             self.check_via(fields.names)
@@ -4599,7 +4610,7 @@ class Http:
         self.identify(head.fields.names, b"proxy-authorization")
         if b"via" in head.fields.names:
             self.check_via(head.fields.names)
-        target = parse_target(head.method, head.target)
+        target, _ = parse_target(head.method, head.target)
         session.target = printable(endpoint((target.host, target.port)).encode())
         self.worker.begin(session)
         server = self.dial(target.host, target.port)
@@ -5190,7 +5201,7 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     if not (end := re.search(rb"\n\r?\n", data)):
         return None
     names = CLAIMED_HOST.findall(data[: end.end()])
-    if absolute := ABSOLUTE.fullmatch(words[1]):
+    if absolute := SITE.match(words[1]):
         names.append(absolute[2])
     # Servers differ: what is before "@", or behind ":", may be anything to them.
     names += [name.rpartition(b"@")[2] for name in names]
@@ -5662,7 +5673,7 @@ def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Ou
     http.keep &= not length  # until its body is read
     if head.method not in (b"GET", b"HEAD", b"PUT"):
         raise Refused(NOT_IMPLEMENTED, "an ftp:// URL takes GET, HEAD and PUT")
-    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
+    path, kind = decoded(head.path[1:]), head.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
     login, outcome = ftp_login(head, target), OK
@@ -5735,10 +5746,10 @@ def gopher(
     http.session.proto = "gopher"
     http.session.target = http.session.target.partition("%09")[0]  # less the query
     http.keep &= not length  # a body is not read
-    path, _, query = target.path[1:].partition(b"?")
+    path, _, query = head.path[1:].partition(b"?")
     text = decoded(path) or "1"
     if text[0] != "7":  # RFC 4266 section 2.1: there is a query in a search only
-        text, query = decoded(target.path[1:]) or "1", b""
+        text, query = decoded(head.path[1:]) or "1", b""
     if query:
         text += "\t" + decoded(query.removeprefix(b"q=").replace(b"+", b" "))
     kind, selector = text[0], text[1:]
@@ -6092,7 +6103,7 @@ def own_page(
         b"/proxy.pac": browser_file,
         b"/wpad.dat": browser_file,
     }
-    page = pages.get(target.path.partition(b"?")[0])
+    page = pages.get(head.path.partition(b"?")[0])
     if page is not browser_file:
         if not http.policy.means_us(host, http.client.sock.getsockname()[1]):
             raise Refused(BAD_HOST, f"{host or 'no host'} is not this gateway")
@@ -6713,7 +6724,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
             host, port = parse_authority(secure[1], 443)
         elif b"://" in wanted:
-            target = parse_target(b"GET", wanted)
+            target, _ = parse_target(b"GET", wanted)
             host, port, proto = target.host, target.port, target.scheme.decode()
         else:
             host, port = parse_authority(wanted, 0)
