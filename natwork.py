@@ -772,11 +772,10 @@ class Slot:
         Its log line is written next, and then it is counted: who is killed from
         here on gets no second line.
         """
-        _, pid, _, _, _, ups, downs, lost = self.words[: LOST + 1]
-        ups, downs = ups + session.up, downs + session.down
-        ends = ended_by(session.proto, outcome)
+        words, ends = self.words, ended_by(session.proto, outcome)
+        ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
         # In one piece: pack_into() would fill it with zeros first.
-        head = HEAD.pack(0, pid, 0, 0, ends, ups, downs, lost)
+        head = HEAD.pack(0, words[PID], 0, 0, ends, ups, downs, words[LOST])
         self.memory[self.head] = head
 
     def count(self) -> None:
@@ -836,7 +835,7 @@ class Session:
         "user,via"
     ).split(",")
 
-    def __init__(self, client: str, pid: int, proto: str = "-") -> None:
+    def __init__(self, client: str, pid: str, proto: str = "-") -> None:
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
         self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
@@ -856,7 +855,7 @@ class Session:
     def from_row(row: bytes, up: int, down: int) -> Session:
         """Return the session of a row, with the bytes it has moved so far."""
         began, pid, client, *words = row.decode().split(" ")
-        session = Session(client, int(pid))
+        session = Session(client, str(int(pid)))
         session.began = int(began) / 1000
         session.user, session.proto, session.method = words[:3]
         session.target, session.address, session.source, session.status = words[3:]
@@ -1585,7 +1584,7 @@ class Worker:
         self.watch.doors = self.listeners
         self.families = generation.families
         self.slot: Slot
-        self.pid = 0
+        self.pid, self.word = 0, ""  # the number as a word of the log
         self.client: Socket
         self.peer = self.name = ""  # the client's address; and with its port
         self.address: tuple[Any, ...]  # as accept() has it
@@ -1601,6 +1600,7 @@ class Worker:
         Confined, it gives up what serving does not need: to fork, and to start threads.
         """
         self.slot, self.pid = slot, os.getpid()
+        self.word = str(self.pid)
         for fd in others:
             os.close(fd)
         # Made after the fork: they are no other process's.
@@ -3224,7 +3224,9 @@ def judged(
     return allowed
 
 
-CRLF = b"\r\n"
+CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
+# As numbers: to look for bytes in bytes makes and forgets an exception each time.
+CR, NUMBER_SIGN, SLASH, QUESTION_MARK = b"\r#/?"
 
 
 class Handshake:
@@ -3264,7 +3266,7 @@ class Handshake:
         head, end = b"", -1
         while end < 0:
             seen = self.take(HEAD_LIMIT, socket.MSG_PEEK)
-            end = (head + seen).find(CRLF * 2)
+            end = (head + seen).find(BLANK_LINE)
             # Not more than was seen: what has come since may be the target's.
             head += self.sock.recv(len(seen) if end < 0 else end + 4 - len(head))
             if len(head) >= HEAD_LIMIT:
@@ -3557,10 +3559,11 @@ def linger(worker: Worker, client: Stream) -> None:
 # smuggled, so there is nothing here for a second parser to disagree with.  Each
 # request on a kept-alive connection is parsed, judged and routed by itself.
 
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
+TOKEN = TCHAR + b"+"
 # By its first letter HTTP is told from SOCKS.
 REQUEST_LINE = re.compile(
-    rb"(?=[A-Za-z])(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN
+    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
 )
 STATUS_LINE = re.compile(
     rb"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?"
@@ -3851,15 +3854,15 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     """
     if method == b"CONNECT":
         return Target(*parse_authority(raw, 0), raw), b""
-    end = raw.find(b"/", raw.find(b"://") + 3)
-    site = raw if end < 0 else raw[:end]
-    if b"?" in site:
+    pieces = raw.split(b"/", 3)
+    site = raw if len(pieces) < 4 else raw[: -1 - len(pieces[3])]
+    if QUESTION_MARK in site:
         site = site.partition(b"?")[0]
     path = raw[len(site) :]
     target = parse_site(site)
-    if b"#" in path:
+    if NUMBER_SIGN in path:
         raise Refused(BAD_REQUEST, "fragment in the target")
-    if not path.startswith(b"/"):
+    if not path or path[0] != SLASH:
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
     return target, path
 
@@ -3962,7 +3965,7 @@ class Exchange:
         self.authority = target.authority
         self.patience = http.config.idle_timeout
         self.server: Stream
-        self.fresh = False  # the connection to it has just been made
+        self.fresh: bool  # the connection to it has just been made
         self.server_keeps = False
         self.heard = False  # the server has answered a byte
         self.continued = False  # the client was told to send its body
@@ -4059,23 +4062,23 @@ class Exchange:
         ready = http.watch.wait(wanted, self.patience)
         if not ready:
             raise IdleTimeout
-        received = server.received
         try:
-            received += server.sock.recv(COPY_SIZE)
+            data = server.sock.recv(COPY_SIZE)
         except OSError:
             return False
-        self.heard = bool(received)
-        end = received.find(b"\r\n\r\n", 0, HEAD_LIMIT) + 4
-        if end < 4:
-            return False
-        response = ResponseHead(bytes(received[: end - 2]))
-        length = self.response_length(response)
-        size = 0 if self.is_bare(response) else length or 0
-        if response.status < 200 or not 0 <= size == len(received) - end:
+        self.heard = bool(data)
+        head, end, body = data.partition(BLANK_LINE)
+        whole = False
+        if end and len(head) <= HEAD_LIMIT - 4:
+            response = ResponseHead(head + CRLF)
+            length = self.response_length(response)
+            size = 0 if self.is_bare(response) else length or 0
+            whole = response.status >= 200 and size == len(body)
+        if not whole:
+            server.received += data
             return False
         self.decide(response, length)
-        answer = self.response_head(response, length) + received[end:]
-        received.clear()
+        answer = self.response_head(response, length) + body
         sent = client.send(answer, 0 if http.keep else MORE)
         http.session.down += sent
         if sent < len(answer):
@@ -4095,7 +4098,7 @@ class Exchange:
         """Return the head of the request as it travels on."""
         head, names = self.head, self.head.fields.names
         onward, extra = head.fields.onward, framing_lines(self.length)
-        if head.method in (b"TRACE", b"OPTIONS") and b"max-forwards" in names:
+        if b"max-forwards" in names and head.method in (b"TRACE", b"OPTIONS"):
             onward = re.sub(rb"(?im)^max-forwards:.*\r\n", b"", onward)
             extra += b"Max-Forwards: %d\r\n" % (int(names[b"max-forwards"][0]) - 1)
         if self.length and head.minor == 1 and members(names, b"expect"):
@@ -4109,7 +4112,7 @@ class Exchange:
             extra += b"Connection: close\r\n"
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n"
         line %= head.method, head.path, target.authority
-        return line + onward + self.http.via[head.minor] + extra + CRLF
+        return b"".join([line, onward, self.http.via[head.minor], extra, CRLF])
 
     def ask(self, up: Lane) -> Script:
         """The lane up: the head, the body, and perhaps a tunnel behind it."""
@@ -4172,7 +4175,7 @@ class Exchange:
     def read_response(self, down: Lane) -> Script:
         """Take a response head off the server; raise Refused."""
         received, looked = down.source.received, 0
-        while (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) < 0:
+        while (end := received.find(BLANK_LINE, looked, HEAD_LIMIT)) < 0:
             if len(received) >= HEAD_LIMIT:
                 raise Refused(BAD_RESPONSE, f"response head over {HEAD_LIMIT} bytes")
             if SPOILED.search(received, looked):
@@ -4230,16 +4233,17 @@ class Exchange:
 
     def response_head(self, response: ResponseHead, length: int | None) -> bytes:
         """Return the head of a final response as it travels on."""
-        lines = self.onward(response)
+        lines = [self.onward(response)]
         if b"date" not in response.fields.names:
-            lines += b"Date: %b\r\n" % http_date(int(time.time()))
+            lines.append(b"Date: %b\r\n" % http_date(int(time.time())))
         if self.head.minor == 1 or length != CHUNKED:
-            lines += framing_lines(length)
+            lines.append(framing_lines(length))
         if response.status == 426 and b"upgrade" in response.fields.names:
             # RFC 9110 section 15.5.22: it must say to what.
             wanted = b", ".join(response.fields.names[b"upgrade"])
-            lines += b"Connection: upgrade\r\nUpgrade: %b\r\n" % wanted
-        return lines + (b"\r\n" if self.http.keep else b"Connection: close\r\n\r\n")
+            lines.append(b"Connection: upgrade\r\nUpgrade: %b\r\n" % wanted)
+        lines.append(CRLF if self.http.keep else b"Connection: close\r\n\r\n")
+        return b"".join(lines)
 
     def switch(self, response: ResponseHead, up: Lane, down: Lane) -> Script:
         """Turn the exchange into a tunnel, if the server took what was offered."""
@@ -4284,7 +4288,7 @@ class Http:
         self.server_ends = "-", "-"  # its address and source, for the log
         self.quiet_at = 0.0  # monotonic: when it was seen to be there and say nothing
         self.parent: Parent | None = None  # where the server is one
-        self.shown: list[bytes] | None = None  # as last verified, and for whom
+        self.shown: list[bytes] | None = []  # as last verified, None for nothing
         self.user = "-"
         self.blanks = 0  # octets of empty lines before a request
         self.session: Session
@@ -4315,7 +4319,7 @@ class Http:
         self.bare = False  # it was asked for by HEAD
         self.endless = False  # and nothing but the close will end it
         self.lingers = False  # the close is to be staged
-        session = self.session = Session(self.worker.name, self.worker.pid, "http")
+        session = self.session = Session(self.worker.name, self.worker.word, "http")
         outcome = BROKEN
         try:
             outcome = self.request()
@@ -4348,7 +4352,7 @@ class Http:
         client, server = self.client, self.server
         received = client.received
         deadline = time.monotonic() + self.config.keepalive_timeout
-        while not received or received.startswith(CRLF) and self.drop_blanks():
+        while not received or received[0] == CR and self.drop_blanks():
             quiet = [client, server] if server else [client]
             spoken = self.worker.silence(deadline, quiet, False)
             if not spoken:
@@ -4408,10 +4412,10 @@ class Http:
         received = self.client.received
         looked, deadline = 0, 0.0
         while True:
-            if received.startswith(CRLF):  # its LF may have come behind the CR
+            if received and received[0] == CR:  # its LF may have come behind it
                 self.drop_blanks()
-            self.bare = received.startswith(b"HEAD ")
-            if (end := received.find(b"\r\n\r\n", looked, HEAD_LIMIT)) >= 0:
+            self.bare = received[:5] == b"HEAD "
+            if (end := received.find(BLANK_LINE, looked, HEAD_LIMIT)) >= 0:
                 return self.client.take(end + 4)[:-2]
             self.check_begun(received, looked)
             looked = max(0, len(received) - 3)
@@ -4444,15 +4448,13 @@ class Http:
         session, method, fields = self.session, head.method, head.fields
         session.method = method.decode()  # a token is printable
         if method == b"CONNECT":
-            session.proto = "connect"
+            return self.connect(head)
         self.worker.check_share()
         length = body_length(head, BAD_REQUEST)
-        if method == b"CONNECT":
-            return self.connect(head, length)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in fields.options
         self.wants_more = self.keep
-        own = head.target.startswith(b"/")
+        own = head.target[0] == SLASH
         if not own:  # our own pages ask by themselves
             self.identify(fields.names, b"proxy-authorization")
         if b"expect" in fields.names and head.minor == 1:
@@ -4479,9 +4481,9 @@ class Http:
 
     def identify(self, names: Names, field: bytes) -> None:
         """Learn who sends this request: RFC 9110 section 3.3; raise Refused."""
-        shown = names.get(field, [])
+        shown = names.get(field)
         if shown != self.shown:
-            pair = credentials(shown[0]) if len(shown) == 1 else None
+            pair = credentials(shown[0]) if shown and len(shown) == 1 else None
             if pair:
                 self.user = authenticate(self.worker, *pair)
             else:
@@ -4602,10 +4604,12 @@ class Http:
 
     # What travels on.
 
-    def connect(self, head: RequestHead, length: int | None) -> Outcome:
+    def connect(self, head: RequestHead) -> Outcome:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
-        if length is not None:
+        session.proto = "connect"
+        self.worker.check_share()
+        if body_length(head, BAD_REQUEST) is not None:
             raise Refused(BAD_REQUEST, "CONNECT with a body")
         self.identify(head.fields.names, b"proxy-authorization")
         if b"via" in head.fields.names:
@@ -4925,7 +4929,7 @@ class Socks:
         self.worker, self.config, self.watch = worker, worker.config, worker.watch
         self.policy, self.client = policy, client
         self.version = client.received[0]
-        self.session = Session(worker.name, worker.pid, f"socks{self.version}")
+        self.session = Session(worker.name, worker.word, f"socks{self.version}")
         self.owes_reply = self.version == 4  # in 5 a choice of method comes first
         self.deadline = time.monotonic() + self.config.head_timeout
 
@@ -5283,7 +5287,7 @@ def serve_redirected(
     worker: Worker, policy: Policy, client: Stream, host: str, port: int
 ) -> None:
     """Serve a redirected client; he gets no byte of ours, and a reset for a refusal."""
-    session = Session(worker.name, worker.pid, "redirect")
+    session = Session(worker.name, worker.word, "redirect")
     session.target = endpoint((host, port))
     outcome = BROKEN
     try:
@@ -6154,7 +6158,7 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         outcome = outcome_of(error)
     if outcome is not OK:
         # Without a byte: a stranger learns nothing, not even what this is.
-        worker.finish(Session(worker.name, worker.pid), outcome.word)
+        worker.finish(Session(worker.name, worker.word), outcome.word)
         return
     if target := redirected_from(worker):
         return serve_redirected(worker, policy, client, *target)

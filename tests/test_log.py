@@ -224,7 +224,7 @@ def test_path_query_and_password_are_not_in_the_title(
     ],
 )
 def test_the_host_is_not_taken_from_the_path(target: str, host: str) -> None:
-    session = natwork.Session("10.0.0.7:1", 1)
+    session = natwork.Session("10.0.0.7:1", "1")
     session.target = target
     assert session.host() == host
 
@@ -692,7 +692,7 @@ held = [os.dup(2) for _ in range(1100)]
 log = natwork.AccessLog(natwork.Config())
 assert log.shared and log.fd > 1024
 slot = natwork.Slot(natwork.Scoreboard(), 0)
-log.write(natwork.Session("10.0.0.7:1", 1), "ok", slot)
+log.write(natwork.Session("10.0.0.7:1", "1"), "ok", slot)
 os.write(2, reader.recv(4096))
 """
     done = subprocess.run(
