@@ -985,7 +985,7 @@ class AccessLog:
         line = session.line(outcome)
         if self.form == "json":
             line = as_json(line)
-        words, written, data = slot.board.words, 0, f"{line}\n".encode()
+        words, written, data = slot.board.words, 0, (line + "\n").encode()
         # Behind half a line, a disk having been full, the next begins anew.
         if cut := words[LOG_CUT]:
             data = b"\n" + data
@@ -3937,17 +3937,15 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
-def readdress(head: bytearray, authority: bytes, parent: Parent) -> None:
-    """Turn a request that is ready for its server into one for a parent.
+def readdress(head: bytes, authority: bytes, parent: Parent) -> bytes:
+    """Return a request that is ready for its server as one for a parent.
 
     RFC 9112 section 3.2.2: in absolute-form, and for "*" without a path.
     """
-    at = head.index(b" ") + 1
-    if head.startswith(b"* ", at):
-        del head[at]
-    head[at:at] = b"http://" + authority
-    at = head.index(CRLF) + 2
-    head[at:at] = basic(parent)
+    method, rest = head.split(b" ", 1)
+    line, lines = rest.removeprefix(b"*").split(CRLF, 1)
+    url = b"http://" + authority + line
+    return b"%b %b\r\n%b%b" % (method, url, basic(parent), lines)
 
 
 class Exchange:
@@ -3961,9 +3959,7 @@ class Exchange:
         self, http: Http, head: RequestHead, target: Target, length: int | None
     ) -> None:
         """Get a request ready for its server; raise Refused for a malformed body."""
-        self.http, self.head, self.length = http, head, length
-        self.authority = target.authority
-        self.patience = http.config.idle_timeout
+        self.http, self.head, self.length, self.target = http, head, length, target
         self.server: Stream
         self.fresh: bool  # the connection to it has just been made
         self.server_keeps = False
@@ -3975,14 +3971,14 @@ class Exchange:
         if head.minor and b"upgrade" in fields.options:  # RFC 9110 section 7.8
             self.offered = fields.names.get(b"upgrade", [])
         self.is_plain = not (length or self.offered)  # nothing follows the head
-        self.out = bytearray(self.request_head(target))
+        self.out = self.request_head()
         self.sent = 0  # bytes of it, before there was a lane
         self.rest = b""  # of an answer of which the client took but a part
-        self.head_size = len(self.out)
         self.up: Lane | None = None
         if not self.is_plain:
-            up = self.up = Lane(http.watch, http.client, None, self.patience)
-            up.out, up.script = self.out, self.ask(up)
+            up = self.up = Lane(http.watch, http.client, None, http.config.idle_timeout)
+            up.out += self.out
+            up.script = self.ask(up)
             # It takes what has come, and stops: what is malformed reaches nobody.
             up.step()
 
@@ -3993,9 +3989,10 @@ class Exchange:
         """
         http, self.server, self.fresh = self.http, server, fresh
         if http.parent:
-            before = len(self.out)
-            readdress(self.out, self.authority, http.parent)
-            self.head_size += len(self.out) - before
+            before = self.out
+            self.out = readdress(before, self.target.authority, http.parent)
+            if self.up:
+                self.up.out[: len(before)] = self.out
         http.watch.show()  # whoever kills us from here on, the request is known
         if self.is_plain:
             self.exchange_heads()
@@ -4037,11 +4034,13 @@ class Exchange:
         http, server, up = self.http, self.server, self.up
         if self.fresh:
             server.acknowledge()
+        patience = http.config.idle_timeout
         if not up:
-            up = self.up = Lane(http.watch, http.client, server, self.patience)
-            up.out, up.moved, up.script = self.out, self.sent, up.flush()
+            up = self.up = Lane(http.watch, http.client, server, patience)
+            up.out += self.out[self.sent :]
+            up.moved, up.script = self.sent, up.flush()
         up.sink = server
-        down = self.down = Lane(http.watch, server, http.client, self.patience)
+        down = self.down = Lane(http.watch, server, http.client, patience)
         down.out += self.rest
         down.script = down.flush() if self.rest else self.reply(up, down)
         http.join(up, down)
@@ -4053,13 +4052,12 @@ class Exchange:
         """
         http, server, client = self.http, self.server, self.http.client
         self.sent = server.send(self.out)
-        del self.out[: self.sent]
-        if self.out:
+        if self.sent < len(self.out):
             return False
         http.worker.slot.moved(self.sent, 0)  # for whoever looks while we wait
         # Of who leaves we want to know whether he has said more than he should.
         wanted = {server.fd: POLLIN, client.fd: 0 if http.keep else POLLIN}
-        ready = http.watch.wait(wanted, self.patience)
+        ready = http.watch.wait(wanted, http.config.idle_timeout)
         if not ready:
             raise IdleTimeout
         try:
@@ -4094,7 +4092,7 @@ class Exchange:
                 client.close()
         return not self.rest
 
-    def request_head(self, target: Target) -> bytes:
+    def request_head(self) -> bytes:
         """Return the head of the request as it travels on."""
         head, names = self.head, self.head.fields.names
         onward, extra = head.fields.onward, framing_lines(self.length)
@@ -4111,7 +4109,7 @@ class Exchange:
             # keeps his port for a minute.
             extra += b"Connection: close\r\n"
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n"
-        line %= head.method, head.path, target.authority
+        line %= head.method, head.path, self.target.authority
         return b"".join([line, onward, self.http.via[head.minor], extra, CRLF])
 
     def ask(self, up: Lane) -> Script:
@@ -4221,7 +4219,7 @@ class Exchange:
         if not up.done and not self.is_plain:
             # RFC 9110 section 10.1.1: a client that was not told to go on may not
             # send its body, ever; unless it has begun to, or is of HTTP/1.0.
-            begun = up.moved + len(up.out) > self.head_size
+            begun = up.moved + len(up.out) > len(self.out)
             expects = self.head.minor and members(self.head.fields.names, b"expect")
             waiting = bool(expects) and not (self.continued or begun)
             up.abandoned |= waiting
@@ -4233,14 +4231,15 @@ class Exchange:
 
     def response_head(self, response: ResponseHead, length: int | None) -> bytes:
         """Return the head of a final response as it travels on."""
-        lines = [self.onward(response)]
-        if b"date" not in response.fields.names:
+        fields, via = response.fields, self.http.via[response.minor]
+        lines = [response.line, fields.onward, via]
+        if b"date" not in fields.names:
             lines.append(b"Date: %b\r\n" % http_date(int(time.time())))
         if self.head.minor == 1 or length != CHUNKED:
             lines.append(framing_lines(length))
-        if response.status == 426 and b"upgrade" in response.fields.names:
+        if response.status == 426 and b"upgrade" in fields.names:
             # RFC 9110 section 15.5.22: it must say to what.
-            wanted = b", ".join(response.fields.names[b"upgrade"])
+            wanted = b", ".join(fields.names[b"upgrade"])
             lines.append(b"Connection: upgrade\r\nUpgrade: %b\r\n" % wanted)
         lines.append(CRLF if self.http.keep else b"Connection: close\r\n\r\n")
         return b"".join(lines)
