@@ -72,6 +72,10 @@ def caller(server: Origin) -> Address:
 
 def fresh(running: Gateway) -> Callable[[], dict[str, str]]:
     """Return a function that returns the log line of the next session to end."""
+    for _ in range(100):  # who went just before may not have his line yet
+        if not any(" > " in title(pid) for pid in running.workers()):
+            break
+        time.sleep(0.01)
     count = len(running.lines())
     return lambda: running.lines(count + 1)[count]
 
