@@ -1075,8 +1075,8 @@ class Stream:
     def acknowledge(self) -> None:
         """Acknowledge at once what comes: who sends may hold its next piece back.
 
-        listen() and Race.start() have put that off: most that we are told we answer
-        soon, and what we say takes the acknowledgement along.
+        load_generation() and Race.start() have put that off: most that we are told we
+        answer soon, and what we say takes the acknowledgement along.
         """
         with contextlib.suppress(OSError):  # it has gone
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -6216,10 +6216,7 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket, for IPv6 alone if its host is; raise OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
-    # Clients inherit it: Stream.acknowledge() tells why.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-    return sock
+    return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
 
 
 def passed_listeners() -> dict[str, socket.socket]:
@@ -6329,6 +6326,7 @@ def load_generation(
             # Linux hands these down to every socket that is accepted.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
         try:
             log = AccessLog(config, old.log if old else None)

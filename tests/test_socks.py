@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Gateway
@@ -72,10 +73,11 @@ def caller(server: Origin) -> Address:
 
 def fresh(running: Gateway) -> Callable[[], dict[str, str]]:
     """Return a function that returns the log line of the next session to end."""
-    for _ in range(100):  # who went just before may not have his line yet
-        if not any(" > " in title(pid) for pid in running.workers()):
-            break
-        time.sleep(0.01)
+    # Who went just before has no line yet while his connection is there.
+    place = re.compile(
+        rf"^ *\d+: \S+:{running.address[1]:04X} \S+ (?:01|08) ", re.MULTILINE
+    )
+    eventually(lambda: not place.search(Path("/proc/net/tcp").read_text()))
     count = len(running.lines())
     return lambda: running.lines(count + 1)[count]
 
