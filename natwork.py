@@ -114,6 +114,7 @@ __version__ = "0.1.0"
 HEAD_LIMIT = 64 * 1024  # a request or response head; Squid's limit too
 LINE_LIMIT = 16 * 1024  # a request line; RFC 9112 section 3 asks for 8,000
 METHOD_LIMIT = 32  # the longest registered method has 16 letters
+LEARN_LIMIT = 2048  # what is longer is parsed and not remembered
 BLANK_LIMIT = 16  # empty lines before a request line, as octets
 CHUNK_LINE_LIMIT = 4096  # a chunk size with its extensions
 INTERIM_LIMIT = 64  # 1xx responses to one request
@@ -125,6 +126,7 @@ FILL_LIMIT = 4 << 20  # bytes of fill_holes(), which takes some 300 KiB
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
 LINGER_LIMIT = 30.0  # for all that he sends before he reads them, as nginx
+PARTING_TIME = 1.0  # for a kept client's last request, once others are in force
 RETIRE_TIMEOUT = 5.0  # for the first workers of a new configuration
 UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
@@ -1795,7 +1797,8 @@ class Worker:
         """Wait for a word from any of these, and make room for others if need be.
 
         Returns the events by descriptor; {} when it is time to go.  A fresh client
-        was promised an answer: a reload does not send him away.
+        was promised an answer: a reload does not send him away.  One who has had an
+        answer has a moment to ask the next, or it would cross with our leaving.
         """
         if self.watch.first or self.watch.later:
             self.watch.settle()
@@ -1815,8 +1818,10 @@ class Worker:
                 if self.pressure_out in found and self.is_wanted():
                     break
                 if self.lifeline in found:
-                    if not fresh or found[self.lifeline] & select.EPOLLHUP:
+                    if found[self.lifeline] & select.EPOLLHUP:
                         break
+                    if not fresh:  # he may be about to ask
+                        deadline = min(deadline, time.monotonic() + PARTING_TIME)
                     self.silent_poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
                 if not found:
                     self.watch.drop_pipes()
@@ -3226,7 +3231,7 @@ def judged(
 
 CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
 # As numbers: to look for bytes in bytes makes and forgets an exception each time.
-CR, NUMBER_SIGN, SLASH, QUESTION_MARK = b"\r#/?"
+CR, NUMBER_SIGN, SLASH, QUESTION_MARK, AT_SIGN = b"\r#/?@"
 
 
 class Handshake:
@@ -3532,6 +3537,7 @@ def linger(worker: Worker, client: Stream) -> None:
     the answer; so these are read and thrown away for a moment, or for longer
     while he sends and has not taken it all.
     """
+    worker.watch.settle()
     began = heard = time.monotonic()
     taken = False
     client.end()
@@ -3740,11 +3746,12 @@ class RequestHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a head, without its empty line, into its parts; raise Refused."""
-        line, _, section = head.partition(b"\r\n")
+        line, _, section = head.partition(CRLF)
         self.method, self.target, self.minor = parse_request_line(line)
         self.path = self.target
         try:
-            self.fields = parse_fields(section, True)
+            short = len(section) <= LEARN_LIMIT
+            self.fields = (parse_fields if short else Fields)(section, True)
         except ValueError as error:
             raise Refused(BAD_REQUEST, str(error)) from None
         # RFC 9112 section 3.2: one, and only one.
@@ -3760,10 +3767,13 @@ class ResponseHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a head, without its empty line, into its parts; raise Refused."""
-        line, _, section = head.partition(b"\r\n")
-        self.status, self.line, self.minor = parse_status_line(line)
+        line, _, section = head.partition(CRLF)
+        short = len(line) <= LEARN_LIMIT
+        parse = parse_status_line if short else parse_status_line.__wrapped__
+        self.status, self.line, self.minor = parse(line)
         try:
-            self.fields = parse_fields(section, False)
+            short = len(section) <= LEARN_LIMIT
+            self.fields = (parse_fields if short else Fields)(section, False)
         except ValueError as error:
             raise Refused(BAD_RESPONSE, str(error)) from None
 
@@ -3859,9 +3869,12 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     if QUESTION_MARK in site:
         site = site.partition(b"?")[0]
     path = raw[len(site) :]
-    target = parse_site(site)
-    if NUMBER_SIGN in path:
+    if NUMBER_SIGN in raw and SITE.match(raw):
         raise Refused(BAD_REQUEST, "fragment in the target")
+    if len(site) > LEARN_LIMIT or AT_SIGN in site:  # nobody's password is kept
+        target = parse_site.__wrapped__(site)
+    else:
+        target = parse_site(site)
     if not path or path[0] != SLASH:
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
     return target, path
@@ -4055,10 +4068,8 @@ class Exchange:
         if self.sent < len(self.out):
             return False
         http.worker.slot.moved(self.sent, 0)  # for whoever looks while we wait
-        # Of who leaves we want to know whether he has said more than he should.
-        wanted = {server.fd: POLLIN, client.fd: 0 if http.keep else POLLIN}
-        ready = http.watch.wait(wanted, http.config.idle_timeout)
-        if not ready:
+        wanted = {server.fd: POLLIN, client.fd: 0}
+        if not http.watch.wait(wanted, http.config.idle_timeout):
             raise IdleTimeout
         try:
             data = server.sock.recv(COPY_SIZE)
@@ -4082,14 +4093,8 @@ class Exchange:
         if sent < len(answer):
             self.rest = answer[sent:]
         elif not http.keep:
-            # The last of a connection leaves together with its end.
-            http.lingers = (
-                http.wants_more or client.fd in ready or bool(client.received)
-            )
-            if http.lingers:
-                client.end()
-            else:
-                client.close()
+            client.end()  # the last of a connection leaves together with this
+            http.lingers = http.wants_more or http.talks_on()
         return not self.rest
 
     def request_head(self) -> bytes:

@@ -165,14 +165,20 @@ class Faulty:
         client.shutdown(socket.SHUT_WR)
         read_all(client)
 
-    @contextlib.contextmanager
     def failing(
         self, pid: int, call: str, error: str, number: int, *options: str
-    ) -> Iterator[Callable[[], bool]]:
+    ) -> contextlib.AbstractContextManager[Callable[[], bool]]:
         """Have the process's call fail once; give what says whether it has."""
+        return self.tampered(pid, call, f"error={error}:when={number}", *options)
+
+    @contextlib.contextmanager
+    def tampered(
+        self, pid: int, call: str, how: str, *options: str
+    ) -> Iterator[Callable[[], bool]]:
+        """Have strace tamper with a call; give what says whether it has."""
         trace = self.folder / "trace"
         trace.write_text("")
-        inject = f"inject={call}:error={error}:when={number}"
+        inject = f"inject={call}:{how}"
         command = ["strace", *options, "-e", f"trace={call}", "-e", inject]
         command += ["-o", str(trace), "-p", str(pid)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
@@ -290,6 +296,17 @@ def test_a_call_of_a_worker_that_fails_harms_nobody_else(
         alone.is_well()
 
     crew(OF_A_WORKER, call, inject)
+
+
+def test_an_answer_is_whole_though_its_client_speaks_meanwhile(first: Faulty) -> None:
+    worker = first.fresh()
+    with first.tampered(worker, "recvfrom", "delay_exit=20000"):  # microseconds
+        for _ in range(5):
+            with first.connect() as client:
+                client.sendall(request(first.http, b"Connection: close"))
+                time.sleep(0.032)  # now the answer is being read
+                client.sendall(b"\r\n")
+                assert read_all(client).endswith(b"ok")
 
 
 def reap_and_reload(faulty: Faulty, goes: list[bool]) -> None:

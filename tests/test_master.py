@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,12 @@ from running import with_limit
 from running import worker_of
 from wire import CLOSED
 from wire import DENIED
+from wire import OK
 from wire import Script
 from wire import at_end
 from wire import exchange
 from wire import read_answer
+from wire import read_request
 from wire import request
 from wire import send
 
@@ -488,6 +491,36 @@ def test_a_client_who_has_not_spoken_yet_survives_a_reload(daemon: Launch) -> No
         eventually(lambda: len(gateway.workers()) <= 9)
         send(client, request(DENIED))
         assert read_answer(client).status == 403
+
+
+def answering(connection: socket.socket, origin: Origin) -> None:
+    while read_request(connection):
+        connection.sendall(OK)
+
+
+def test_a_reload_loses_no_request_of_who_asks_on(
+    daemon: Launch, origin: Start
+) -> None:
+    gateway, server, over = daemon(), origin(answering), threading.Event()
+    post = request(server, b"Content-Length: 5", method=b"POST", body=b"hello")
+    ends: list[str] = []
+
+    def ask_on() -> None:
+        while not over.is_set():
+            with gateway.connect() as client:
+                answer = exchange(client, post)
+                while not answer.closes and not over.is_set():
+                    answer = exchange(client, post)
+                ends.append("closes" if answer.closes else "over")
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask_on) for _ in range(8)]
+        for _ in range(12):
+            gateway.hangup()
+        over.set()
+        for one in asking:
+            one.result(20)  # an end without an answer would raise here
+    assert ends.count("closes") >= 12
 
 
 def test_no_page_of_ours_keeps_a_connection_over_a_reload(daemon: Launch) -> None:

@@ -855,6 +855,21 @@ def test_who_was_refused_and_stays_holds_no_place(
         eventually(lambda: ask(gateway, server).status != 503, soon)
 
 
+def test_who_was_answered_and_says_more_holds_no_place(
+    natwork: Natwork, origin: Start
+) -> None:
+    gateway, server = (
+        natwork("max_per_client=1"),
+        origin(Script(*[sized(bytes(3000))] * 9)),
+    )
+    for _ in range(4):
+        with gateway.connect() as first:
+            first.sendall(request(server, b"Connection: close") + b"and more")
+            assert b" 200 " in read_all(first)
+            time.sleep(0.1)
+            assert ask(gateway, server).status == 200
+
+
 def test_a_reload_counts_who_was_there_before(
     daemon: Callable[..., Daemon], origin: Start
 ) -> None:
