@@ -4080,8 +4080,7 @@ class Exchange:
         whole = False
         if end and len(head) <= HEAD_LIMIT - 4:
             response = ResponseHead(head + CRLF)
-            length = self.response_length(response)
-            size = 0 if self.is_bare(response) else length or 0
+            length, size = self.lengths(response)
             whole = response.status >= 200 and size == len(body)
         if not whole:
             server.received += data
@@ -4148,23 +4147,21 @@ class Exchange:
         if response.status == 101:
             yield from self.switch(response, up, down)
             return
-        length = self.response_length(response)
+        length, size = self.lengths(response)
         self.decide(response, length)
         self.go_on(up)
         http.worker.begin(http.session)
         before = down.moved
         try:
             down.out += self.response_head(response, length)
-            if self.is_bare(response):
-                length = 0
-            if length == CHUNKED:
+            if size == CHUNKED:
                 yield from chunked(down, response, head.minor == 1, BAD_RESPONSE)
-            elif length and 0 < length <= len(down.source.received):
-                down.out += down.source.take(length)  # it has come with the head
-            elif length == ENDLESS:
+            elif size == ENDLESS:
                 yield from down.move_all(up)
-            elif length:
-                yield from down.move(length)
+            elif size <= len(down.source.received):
+                down.out += down.source.take(size)  # it has come with the head
+            else:
+                yield from down.move(size)
             yield from down.flush()
         except Refused:
             # An answer of which nothing was sent can still become another.
@@ -4190,18 +4187,19 @@ class Exchange:
             self.heard = True
         return ResponseHead(down.source.take(end + 4)[:-2])
 
-    def is_bare(self, response: ResponseHead) -> bool:
-        """Return whether a response has no body, whatever length it tells."""
-        return self.head.method == b"HEAD" or response.status == 304
+    def lengths(self, response: ResponseHead) -> tuple[int | None, int]:
+        """Return the length that a response tells, and that of what follows its head.
 
-    def response_length(self, response: ResponseHead) -> int | None:
-        """Return the length of a response as RFC 9112 section 6.3 finds it."""
+        RFC 9112 section 6.3: to HEAD, and with a 304, a length is told of nothing.
+        """
         if response.status == 204:
-            return None
+            return None, 0
         length = body_length(response, BAD_RESPONSE)
-        if self.is_bare(response):
-            return None if length == CHUNKED else length
-        return ENDLESS if length is None else length
+        if self.head.method == b"HEAD" or response.status == 304:
+            return None if length == CHUNKED else length, 0
+        if length is None:
+            length = ENDLESS
+        return length, length
 
     def decide(self, response: ResponseHead, length: int | None) -> None:
         """Decide which of the two connections goes on after this answer."""
@@ -4453,7 +4451,8 @@ class Http:
         session.method = method.decode()  # a token is printable
         if method == b"CONNECT":
             return self.connect(head)
-        self.worker.check_share()
+        if self.config.max_per_client:
+            self.worker.check_share()
         length = body_length(head, BAD_REQUEST)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in fields.options
