@@ -1136,7 +1136,7 @@ class Watch:
         """
         if self.first:
             self.show()
-        if wanted != self.wanted:
+        if wanted is not self.wanted and wanted != self.wanted:
             self.wanted, self.poll = wanted, select.poll()
             for fd, events in wanted.items():
                 self.poll.register(fd, events)
@@ -1473,6 +1473,7 @@ BLOCK, UNBLOCK = int(signal.SIG_BLOCK), int(signal.SIG_UNBLOCK)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 set_wakeup = _signal.set_wakeup_fd
 set_limit, PROCESSES = resource.setrlimit, resource.RLIMIT_NPROC
+MODEST = os.sched_param(0)
 ROOM = b"r"  # the master's "somebody silent, make room"
 CALL = b"c"  # his on the bell: a client waits, and nobody takes him
 
@@ -1595,6 +1596,9 @@ class Worker:
         self.attended: list[int] = []  # what idle_poll waits for
         self.title = ""
         self.made_room = False
+        # Who is waked lets the one who runs go on: less to and fro between processes.
+        # Unless somebody has chosen another policy.
+        self.is_modest = os.sched_getscheduler(0) == os.SCHED_OTHER
 
     def start(self, slot: Slot, others: list[int], confined: bool) -> None:
         """Go on as a process with a slot, without the descriptors of others.
@@ -1605,6 +1609,9 @@ class Worker:
         self.word = str(self.pid)
         for fd in others:
             os.close(fd)
+        if self.is_modest:
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setscheduler(0, os.SCHED_BATCH, MODEST)
         # Made after the fork: they are no other process's.
         self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
@@ -4068,8 +4075,7 @@ class Exchange:
         if self.sent < len(self.out):
             return False
         http.worker.slot.moved(self.sent, 0)  # for whoever looks while we wait
-        wanted = {server.fd: POLLIN, client.fd: 0}
-        if not http.watch.wait(wanted, http.config.idle_timeout):
+        if not http.watch.wait(http.answering, http.config.idle_timeout):
             raise IdleTimeout
         try:
             data = server.sock.recv(COPY_SIZE)
@@ -4286,6 +4292,7 @@ class Http:
         self.policy, self.client, self.gateways = policy, client, gateways
         self.via = policy.via
         self.server: Stream | None = None
+        self.answering: dict[int, int]  # what is awaited while it is to answer
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
         self.quiet_at = 0.0  # monotonic: when it was seen to be there and say nothing
@@ -4397,6 +4404,7 @@ class Http:
         self.server = Stream(
             dial(self.worker, self.policy, session, host, port), SERVER_GONE
         )
+        self.answering = {self.server.fd: POLLIN, self.client.fd: 0}
         self.server_for = session.user, host, port
         self.server_ends = session.address, session.source
         self.parent = session.parent
