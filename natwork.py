@@ -137,7 +137,6 @@ SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 MOMENT = 0.001  # a wait longer than this is a long one
 BRIEF_TIME = 0.02  # for which a client without long waits has his worker's place
-QUIET_TIME = 0.001  # for which a kept server that was silent is not looked at again
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
@@ -3238,7 +3237,7 @@ def judged(
 
 CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
 # As numbers: to look for bytes in bytes makes and forgets an exception each time.
-CR, NUMBER_SIGN, SLASH, QUESTION_MARK, AT_SIGN = b"\r#/?@"
+CR, NUMBER_SIGN, SLASH, ONE, QUESTION_MARK, AT_SIGN = b"\r#/1?@"
 
 
 class Handshake:
@@ -3576,7 +3575,7 @@ TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 # By its first letter HTTP is told from SOCKS.
 REQUEST_LINE = re.compile(
-    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
+    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
 )
 STATUS_LINE = re.compile(
     rb"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?"
@@ -3724,12 +3723,12 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refused(BAD_REQUEST, "malformed request line")
-    method, target, major, minor = match.groups()
-    if major != b"1":
-        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
+    method, target, version = match.groups()
+    if version[0] != ONE:
+        raise Refused(BAD_VERSION, f"HTTP/{version[:1].decode()}, and not HTTP/1")
     if len(method) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
-    return method, target, 0 if minor == b"0" else 1
+    return method, target, 0 if version == b"1.0" else 1
 
 
 @functools.lru_cache(maxsize=32)
@@ -4295,7 +4294,7 @@ class Http:
         self.answering: dict[int, int]  # what is awaited while it is to answer
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
-        self.quiet_at = 0.0  # monotonic: when it was seen to be there and say nothing
+        self.is_quiet = False  # it was just seen to be there and say nothing
         self.parent: Parent | None = None  # where the server is one
         self.shown: list[bytes] | None = []  # as last verified, None for nothing
         self.user = "-"
@@ -4361,6 +4360,7 @@ class Http:
         client, server = self.client, self.server
         received = client.received
         deadline = time.monotonic() + self.config.keepalive_timeout
+        self.is_quiet = False
         while not received or received[0] == CR and self.drop_blanks():
             quiet = [client, server] if server else [client]
             spoken = self.worker.silence(deadline, quiet, False)
@@ -4371,7 +4371,7 @@ class Http:
                 self.drop_server()
                 server = None
             if client.fd in spoken:
-                self.quiet_at = time.monotonic()
+                self.is_quiet = True
                 if not client.fill():
                     return False
         return True
@@ -4429,6 +4429,7 @@ class Http:
                 return self.client.take(end + 4)[:-2]
             self.check_begun(received, looked)
             looked = max(0, len(received) - 3)
+            self.is_quiet = False  # it may take a while
             deadline = deadline or time.monotonic() + self.config.head_timeout
             left = deadline - time.monotonic()
             if not self.watch.wait({self.client.fd: POLLIN}, left):
@@ -4461,6 +4462,7 @@ class Http:
             return self.connect(head)
         if self.config.max_per_client:
             self.worker.check_share()
+            self.is_quiet = False
         length = body_length(head, BAD_REQUEST)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in fields.options
@@ -4479,7 +4481,9 @@ class Http:
         if method in (b"TRACE", b"OPTIONS") and self.is_last_hop(head, length):
             return self.answer_here(head, raw)
         target, head.path = parse_target(method, head.target)
-        scheme, (path, _, _) = target.scheme, head.path.partition(b"?")
+        scheme, path = target.scheme, head.path
+        if QUESTION_MARK in path:
+            path = path.partition(b"?")[0]
         place = target.shown if path == b"*" else target.shown + path
         session.target = printable(place, TARGET_SIZE)
         if b"via" in fields.names:
@@ -4499,7 +4503,7 @@ class Http:
                 self.user = authenticate(self.worker, *pair)
             else:
                 self.user = anonymous(self.worker)
-            self.shown = shown
+            self.shown, self.is_quiet = shown, False  # it may have taken a while
         self.session.user = self.user
 
     def check_via(self, names: Names) -> None:
@@ -4667,11 +4671,10 @@ class Http:
         session, worker = self.session, self.worker
         wanted = session.user, target.host, target.port
         exchange = Exchange(self, head, target, length)
-        if self.server and time.monotonic() > self.quiet_at + QUIET_TIME:
+        if self.server and not self.is_quiet:
             with contextlib.suppress(BlockingIOError):
                 self.server.fill()  # it closed, or it says what nobody asked
                 self.drop_server()
-        self.quiet_at = 0.0  # that was for this request
         # Who may dial a place may go on asking it: the rules see no more.
         if self.server and self.server_for == wanted:
             session.address, session.source = self.server_ends
