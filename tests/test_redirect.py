@@ -500,6 +500,7 @@ def test_half_a_sentence_waits_only_where_a_rule_wants_the_rest(rig: Rig) -> Non
     with rig.connect(FOUR, server.port) as client:  # a gopher's or finger's question
         client.sendall(b"\r\n")
         assert client.recv(64) == b"got it"
+    gateway.lines(4)
     with rig.connect(FOUR, server.port) as client:
         client.sendall(b"G")
         reset(client)
