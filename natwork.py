@@ -1472,7 +1472,6 @@ BLOCK, UNBLOCK = int(signal.SIG_BLOCK), int(signal.SIG_UNBLOCK)
 set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
 set_wakeup = _signal.set_wakeup_fd
 set_limit, PROCESSES = resource.setrlimit, resource.RLIMIT_NPROC
-MODEST = os.sched_param(0)
 ROOM = b"r"  # the master's "somebody silent, make room"
 CALL = b"c"  # his on the bell: a client waits, and nobody takes him
 
@@ -1595,9 +1594,6 @@ class Worker:
         self.attended: list[int] = []  # what idle_poll waits for
         self.title = ""
         self.made_room = False
-        # Who is waked lets the one who runs go on: less to and fro between processes.
-        # Unless somebody has chosen another policy.
-        self.is_modest = os.sched_getscheduler(0) == os.SCHED_OTHER
 
     def start(self, slot: Slot, others: list[int], confined: bool) -> None:
         """Go on as a process with a slot, without the descriptors of others.
@@ -1608,9 +1604,6 @@ class Worker:
         self.word = str(self.pid)
         for fd in others:
             os.close(fd)
-        if self.is_modest:
-            with contextlib.suppress(OSError):  # a sandbox may forbid it
-                os.sched_setscheduler(0, os.SCHED_BATCH, MODEST)
         # Made after the fork: they are no other process's.
         self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
@@ -6568,6 +6561,10 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
                 who = f"{config.user} cannot read {config.users}"
                 say(f"users: {who}, so no reload will work: see to its group")
         board.describe(config.max_workers)
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
+            # Who is waked lets the one who runs go on: less to and fro.
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         ballast += warm()
         ready()
         notify("READY=1")

@@ -99,6 +99,23 @@ def test_spares_are_kept_ahead_of_the_clients(natwork: Run, origin: Start) -> No
             ready(gateway, 3)
 
 
+def test_the_policy_of_the_scheduler_is_batch_or_somebodys_choice(
+    natwork: Run,
+) -> None:
+    gateway = natwork("spare_workers=2")
+    for pid in (gateway.process.pid, *ready(gateway, 2)):
+        assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+    gateway.stop()
+    before = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        chosen = natwork("spare_workers=2")
+        for pid in (chosen.process.pid, *ready(chosen, 2)):
+            assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+    finally:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+
+
 def test_all_missing_spares_are_forked_at_once(natwork: Run) -> None:
     gateway = natwork("spare_workers=40")  # trap 23: one a second would take 40 s
     pids = ready(gateway, 40)
