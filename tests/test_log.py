@@ -302,7 +302,10 @@ def test_a_full_pipe_loses_lines_and_stops_nobody(
     with gateway.connect() as client:
         assert exchange(client, request(server, path=b"/heard")).status == 200
     os.set_blocking(out, True)
-    assert b"/heard status=" in re.sub(rb" address.*?(?= status)", b"", read_line(out))
+    line = read_line(out)
+    if b"/heard" not in line:  # the fifth came late: an answer is before its line
+        line = read_line(out)
+    assert b"/heard status=" in re.sub(rb" address.*?(?= status)", b"", line)
     os.close(into)
     os.close(out)
 
