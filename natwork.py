@@ -71,9 +71,6 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
-from opcode import opmap
-from types import CodeType
-from types import FunctionType
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -122,7 +119,6 @@ COPY_SIZE = 64 * 1024  # one recv(); a read this full means that more is there
 BULK_SIZE = 256 * 1024  # a body known to be this long is spliced from the start
 PIPE_SIZE = 256 * 1024  # asked for; 64 KiB is what one gets over the user's budget
 OUT_LIMIT = 64 * 1024  # bytes gathered before they are sent
-FILL_LIMIT = 4 << 20  # bytes of fill_holes(), which takes some 300 KiB
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # for the last bytes of a refused client; nginx waits 5
 LINGER_LIMIT = 30.0  # for all that he sends before he reads them, as nginx
@@ -140,8 +136,6 @@ BRIEF_TIME = 0.02  # for which a client without long waits has his worker's plac
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
-LEARNED = 12  # calls of a function before the first fork; the interpreter learns from 9
-WARM_CLIENTS = 5 * LEARNED  # served before it, of three kinds
 CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
@@ -1496,35 +1490,6 @@ def select_now(listeners: Iterable[socket.socket]) -> list[socket.socket]:
     return [listener for listener in listeners if listener.fileno() in ready]
 
 
-def fill_holes(small_only: bool = False) -> list[object]:
-    """Return what fills the holes in the memory of this process, to be kept.
-
-    What is made then stands together, in pages of its own, and a worker that
-    makes or changes it changes few of the master's.  CPython's pools are of
-    16 KiB, with a head of 48 bytes, for objects of up to 512; what is larger the
-    C library puts where it fits, or else at the end.  Where memory is given out in
-    another way there is a limit to what is tried.
-    """
-    kept: list[object] = []
-    room = FILL_LIMIT
-    for size in range(16, 513, 16):
-        block: object = None
-        # The first of a new pool goes back.
-        while id(block) % 16384 != 48 and room > 0:
-            kept.append(block)
-            room -= size
-            if size > 32:
-                block = bytes(size - 33)
-            else:
-                block = object() if size == 16 else float("1.5")
-    end = id(bytes(COPY_SIZE))
-    for size in () if small_only else range(4096, 512, -16):
-        while room > 0 and id(block := bytes(size - 33)) < end:
-            kept.append(block)
-            room -= size
-    return kept
-
-
 class Generation:
     """One configuration in force: its listeners, log and lifeline."""
 
@@ -1902,7 +1867,6 @@ class Master:
         # Not the workers'.
         self.private = [self.wake_out, self.wake_in, self.poke_out, self.pressure_in]
         self.title = ""
-        self.ballast: list[object] = []
         # sd_watchdog_enabled(3): twice as often as would just do.
         pause = os.environ.get("WATCHDOG_USEC", "")
         self.notify_pause = (int(pause) if pause.isdigit() else 10**7) / 2e6
@@ -1919,14 +1883,7 @@ class Master:
             set_signal(int(number), int(signal.SIG_IGN))
         set_wakeup(self.wake_in, warn_on_full_buffer=False)
         set_mask(UNBLOCK, MASTER_SIGNALS)  # run() has held them
-        # What lives now lives in every worker: keep the collector, which would
-        # write to each object, away from the pages they share.
-        gc.collect()
-        self.ballast = fill_holes(small_only=True)
         self.worker = self.prepare()
-        gc.freeze()
-        gc.set_threshold(20_000)
-        self.show_title()  # or the forks would begin with that of the rehearsal
         while not self.stopping:
             with self.steady():
                 self.reap()
@@ -6398,123 +6355,17 @@ def remove_pidfile(path: str, fd: int) -> None:
         os.unlink(path)
 
 
-def play_clients(door: tuple[str, int], origin: socket.socket) -> None:
-    """Be a few clients and their server, for warm()."""
-    signal.alarm(2)  # whatever happens, it is over then
-    at = endpoint(origin.getsockname())
-    fields = f"HTTP/1.1\r\nHost: {at}\r\nUser-Agent: warm\r\nAccept: */*\r\n\r\n"
-    answer = b"HTTP/1.1 200 OK\r\nServer: warm\r\nContent-Length: 2\r\n\r\nok"
-    for number in range(WARM_CLIENTS):
-        client = socket.create_connection(door)
-        way = (number + 1) % 3  # a tunnel first: most workers hold one
-        if way == 2:
-            client.sendall(b"\5\1\0")
-            client.recv(COPY_SIZE)
-            client.sendall(b"\5\1\0" + write_address(origin.getsockname()))
-        else:
-            line = f"CONNECT {at} " if way else f"GET http://{at}/ "
-            client.sendall((line + fields).encode())
-        server, _ = origin.accept()
-        if way:
-            client.recv(COPY_SIZE)
-            client.sendall(b"a word")
-        server.recv(COPY_SIZE)
-        server.sendall(answer)
-        client.recv(COPY_SIZE)
-        client.close()
-        server.close()
-
-
-def rehearse(profile: Callable[..., object] | None) -> None:
-    """Serve a few clients in this process, as workers will; profile sees each call."""
-    with contextlib.suppress(OSError):
-        socket.getaddrinfo(b"localhost", 80, type=socket.SOCK_STREAM)
-    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-        door = undo.enter_context(listen("127.0.0.1", 0))
-        origin = undo.enter_context(listen("127.0.0.1", 0))
-        opening = "allow to 127.0.0.0/8 port 1-65535"
-        config = Config(rules=opening, log=os.devnull, drain_timeout=3.0)
-        policy = Policy(config, [])
-        caches = [parse_authority, parse_site, parse_status_line, parse_fields]
-        caches += pack, unpack, policy.judged, policy.placed
-
-        def serve(worker: Worker) -> None:
-            """Serve a client as if he were the first: what is known is not learned."""
-            worker.watch.settle_at = 0.0  # as if he took longer than a moment
-            for cache in caches:
-                cache.cache_clear()
-            serve_client(policy, worker)
-
-        generation = Generation(config, {"": door}, AccessLog(config), serve)
-        undo.callback(generation.close)
-        wake_out, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        board = Scoreboard()
-        for fd in (wake_out, wake_in, *board.descriptors()):
-            undo.callback(os.close, fd)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                play_clients(door.getsockname(), origin)
-            finally:
-                os._exit(0)
-        # Now the lifeline is the other process's: we serve until it has ended.
-        os.close(generation.lifeline_in)
-        generation.lifeline_in = -1
-        door.setblocking(False)
-        undo.callback(os.waitpid, pid, 0)
-        undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-        undo.callback(set_signal, TERM, DEFAULT)
-        sys.setprofile(profile)
-        try:
-            worker = Worker(generation, board, wake_in, wake_out)
-            for _ in range(LEARNED):
-                worker.start(Slot(board, 0), [os.dup(wake_in)], confined=False)
-            worker.run()
-        finally:
-            sys.setprofile(None)
-
-
-def copied(thing: Any) -> Any:
-    """Return a new copy of code, and of the constants in it."""
-    if isinstance(thing, CodeType):
-        # CPython puts objects of each size up to 512 bytes in pages of their own.
-        # What is a little larger stands one behind the other: so code that is
-        # short is made longer, by what is never reached.
-        more = max(0, 528 - sys.getsizeof(thing)) // 2
-        code = thing.co_code + bytes([opmap["NOP"], 0]) * more
-        return thing.replace(co_code=code, co_consts=copied(thing.co_consts))
-    if isinstance(thing, tuple):
-        return tuple([copied(part) for part in thing])
-    if type(thing) is bytes:
-        return bytes(bytearray(thing))
-    if type(thing) is str:
-        return "".join([thing[:1], thing[1:]])
-    return thing * 1.0 if type(thing) is float else thing
-
-
-def warm() -> list[object]:
+def warm() -> None:
     """Do once, before the forks, what each worker would do for the first time.
 
-    What the interpreter learns and allocates while it runs a piece of code for
-    the first few times is then shared, instead of every worker's own.  And to
-    call a function writes to its code, a count of references at least: so what a
-    client needs of it is copied to one place, in the order in which it runs, and
-    a worker changes few pages.  Returns what must be kept for that.
+    The first name that is resolved loads the resolver, a megabyte; and what lives
+    now is kept from the collector, which would write to pages that all share.
     """
-    ran: dict[CodeType, None] = {}
-    rehearse(lambda frame, *_: ran.setdefault(frame.f_code))
-    functions = [f for f in gc.get_objects() if isinstance(f, FunctionType)]
-    # What the master writes between two forks is a copy in the workers, too.
-    ran.update((f.__code__, None) for f in functions if f in vars(Master).values())
-    ballast = fill_holes()
-    for code in ran:
-        copy = copied(code)
-        for function in functions:
-            if function.__code__ is code:
-                function.__code__ = copy
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(b"localhost", 80, type=socket.SOCK_STREAM)
     gc.collect()
-    rehearse(None)  # and learn anew
-    return ballast
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
@@ -6523,7 +6374,6 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     Calls ready() when clients are served.  Raises ConfigError or OSError when
     it cannot start.
     """
-    ballast = fill_holes()
     config = load_config(path, options)
     user = find_user(config)
     # Whoever reads that we listen may send us a signal: it waits for the master.
@@ -6565,7 +6415,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             # Who is waked lets the one who runs go on: less to and fro.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        ballast += warm()
+        warm()
         ready()
         notify("READY=1")
         master.run()
