@@ -45,8 +45,6 @@ the programs that do.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
-import _socket
 import binascii
 import contextlib
 import errno
@@ -143,16 +141,8 @@ LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 TIME_LIMIT = 2_000_000  # poll() counts milliseconds in 32 bits: these are 23 days
 SHARE_LOOKS = 20  # at a client's sessions, 10 ms apart, before he has too many
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
-# Plain numbers, where the socket module has members of an enum.
-INET, INET6, STREAM = (
-    int(n) for n in (socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM)
-)
+INET, INET6, STREAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM
 POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
-STREAM_NOW = STREAM | int(socket.SOCK_NONBLOCK)
-MORE = int(socket.MSG_MORE)
-# What socket.socket adds to this (files, enums) no connection of a client uses, and
-# each worker would have it for itself.
-Socket = _socket.socket
 LINE_BYTES = 4096  # PIPE_BUF: a line no longer than this is written whole
 
 # --- Configuration ------------------------------------------------------------
@@ -1024,7 +1014,7 @@ class Stream:
 
     __slots__ = ("fd", "lost", "received", "sock", "watched")
 
-    def __init__(self, sock: Socket, lost: Outcome) -> None:
+    def __init__(self, sock: socket.socket, lost: Outcome) -> None:
         """Take over a socket that does not block.
 
         lost is the outcome when its far end goes away.
@@ -1455,17 +1445,7 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 # rings.  So when the processor is what is short, clients wait in the kernel's queue,
 # and not each in the middle of his work.
 
-# Plain numbers and the plain C functions: what looks names up in an enum touches
-# fifty pages, which each worker would then have for itself.
-MASTER_SIGNALS = [
-    int(number)
-    for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-]
-TERM, DEFAULT = int(signal.SIGTERM), int(signal.SIG_DFL)
-BLOCK, UNBLOCK = int(signal.SIG_BLOCK), int(signal.SIG_UNBLOCK)
-set_signal, set_mask = _signal.signal, _signal.pthread_sigmask
-set_wakeup = _signal.set_wakeup_fd
-set_limit, PROCESSES = resource.setrlimit, resource.RLIMIT_NPROC
+MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 ROOM = b"r"  # the master's "somebody silent, make room"
 CALL = b"c"  # his on the bell: a client waits, and nobody takes him
 
@@ -1507,7 +1487,6 @@ class Generation:
         # The states of its idle workers, at the door and behind it.
         self.at_door = FIRST_IDLE + 2 * (number % GENERATIONS)
         self.behind = self.at_door + 1
-        self.families = {s.fileno(): int(s.family) for s in listeners.values()}
         self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1548,10 +1527,9 @@ class Worker:
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.watch.doors = self.listeners
-        self.families = generation.families
         self.slot: Slot
         self.pid, self.word = 0, ""  # the number as a word of the log
-        self.client: Socket
+        self.client: socket.socket
         self.peer = self.name = ""  # the client's address; and with its port
         self.address: tuple[Any, ...]  # as accept() has it
         self.session: Session | None = None  # the last that has begun
@@ -1576,9 +1554,9 @@ class Worker:
         self.silent_poll.register(
             self.pressure_out, select.EPOLLIN | select.EPOLLEXCLUSIVE
         )
-        set_signal(TERM, self.end)  # the operator's hand
+        signal.signal(signal.SIGTERM, self.end)  # the operator's hand
         if confined:
-            set_limit(PROCESSES, (0, 0))
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
     def run(self) -> None:
         """Serve clients, one after another, until it is time to leave."""
@@ -1689,9 +1667,7 @@ class Worker:
         """Accept a client from a listener; return whether there was one."""
         listener = self.listeners[fd]
         try:
-            # accept() less the enum of the family, which it would look up anew.
-            number, self.address = listener._accept()  # type: ignore[attr-defined]
-            self.client = Socket(self.families[fd], STREAM, 0, number)
+            self.client, self.address = listener.accept()
             self.client.setblocking(False)
         except BlockingIOError:
             return False  # another worker was quicker
@@ -1838,8 +1814,8 @@ class Worker:
                 self.client.setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                 )
-        set_signal(TERM, DEFAULT)
-        os.kill(self.pid, TERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(self.pid, signal.SIGTERM)
 
 
 class Master:
@@ -1878,11 +1854,13 @@ class Master:
         for number in MASTER_SIGNALS:
             # The workers keep this: a terminal's Ctrl-C reaches the whole group,
             # and must drain, not cut.  They listen to TERM alone.
-            set_signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: None)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
-            set_signal(int(number), int(signal.SIG_IGN))
-        set_wakeup(self.wake_in, warn_on_full_buffer=False)
-        set_mask(UNBLOCK, MASTER_SIGNALS)  # run() has held them
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, MASTER_SIGNALS
+        )  # run() has held them
         self.worker = self.prepare()
         while not self.stopping:
             with self.steady():
@@ -2047,7 +2025,7 @@ class Master:
         pids = []
         # Held across the forks: until a worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
-        set_mask(BLOCK, MASTER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
         try:
             for slot in slots:
                 pid = os.fork()
@@ -2061,7 +2039,7 @@ class Master:
                 say(f"cannot fork a worker: {reason(error)}")
             self.fork_failing, self.fork_at = True, time.monotonic() + 1
         finally:
-            set_mask(UNBLOCK, MASTER_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
         for pid, slot in zip(pids, slots):
             words[FORKS] += 1
             self.workers[pid] = slot, self.generation
@@ -2077,9 +2055,9 @@ class Master:
         """Serve clients in this new process, and never return."""
         status, worker = 1, self.worker
         try:
-            set_wakeup(-1)  # or a signal to us would be the master's
+            signal.set_wakeup_fd(-1)  # or a signal to us would be the master's
             worker.start(slot, others, confined)
-            set_mask(UNBLOCK, MASTER_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             slot.take(worker.pid)
             worker.run()
             status = 0
@@ -2113,7 +2091,6 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for number, listener in enumerate(self.removed):
             fresh.listeners[f"removed {number}"] = listener
-            fresh.families[listener.fileno()] = int(listener.family)
         self.generation = fresh
         self.generations.append(fresh)
         self.worker = self.prepare()
@@ -2186,7 +2163,9 @@ class Master:
                     self.act(byte)
                 self.reap()
                 self.show_title()
-        set_mask(BLOCK, MASTER_SIGNALS)  # one that comes now makes it no failure
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, MASTER_SIGNALS
+        )  # one that comes now makes it no failure
 
     def show_title(self) -> None:
         states = self.states()
@@ -2570,7 +2549,9 @@ class Policy:
         packed = address_of(peer)
         return contains(self.inside, packed), contains(LINK_LOCAL, packed)
 
-    def is_client(self, peer: str, address: tuple[Any, ...], sock: Socket) -> bool:
+    def is_client(
+        self, peer: str, address: tuple[Any, ...], sock: socket.socket
+    ) -> bool:
         """Return whether a peer is on the inside, and came to us from there.
 
         address is his as accept() has it: it names the device of a link-local one.
@@ -2878,7 +2859,7 @@ def credentials(value: bytes) -> tuple[bytes, bytes] | None:
 IP_BIND_ADDRESS_NO_PORT = 24  # 3.10's socket module lacks the name
 
 
-def leave_by(sock: Socket, uplink: Uplink) -> None:
+def leave_by(sock: socket.socket, uplink: Uplink) -> None:
     """Make a socket that has no address yet leave by an uplink; raise OSError."""
     if uplink.packed:
         # The whole port range for each target, not one for all of them.
@@ -2918,7 +2899,7 @@ class Attempt:
             return ""
 
 
-Winner = tuple[Socket, Attempt]
+Winner = tuple[socket.socket, Attempt]
 
 
 def retime(waiting: list[Attempt], uplink: Uplink | None, at: float) -> None:
@@ -2946,7 +2927,7 @@ def resolve(host: str, port: int, watch: Watch | None = None) -> list[bytes]:
         watch.settle()
     began = time.monotonic()
     # The resolver goes on waiting behind a handler of ours.
-    handler = set_signal(TERM, DEFAULT)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
@@ -2957,7 +2938,7 @@ def resolve(host: str, port: int, watch: Watch | None = None) -> list[bytes]:
         outcome = DNS_TIMEOUT if silent else NO_SUCH_HOST
         raise Refused(outcome, f"{host}: {why}") from None
     finally:
-        set_signal(TERM, handler)
+        signal.signal(signal.SIGTERM, handler)
     return list(dict.fromkeys(address_of(str(info[4][0])) for info in found))
 
 
@@ -3091,7 +3072,7 @@ class Race:
         family = INET if len(attempt.packed) == 4 else INET6
         where = unpack(attempt.packed), attempt.port
         try:
-            sock = Socket(family, STREAM_NOW)  # close-on-exec, as all of Python's
+            sock = socket.socket(family, STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             return self.fail(attempt, error)
         try:
@@ -3133,7 +3114,7 @@ class Race:
             self.refused.add(attempt.packed)
         return None
 
-    def win(self, sock: Socket, attempt: Attempt) -> Winner:
+    def win(self, sock: socket.socket, attempt: Attempt) -> Winner:
         """Return the attempt that won, and remember which uplinks were too slow."""
         # An uplink has failed if it was asked first, had its time or an error and no
         # answer, and another has won; not if it has no way there: that costs nothing,
@@ -3186,14 +3167,12 @@ def judged(
 
 
 CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
-# As numbers: to look for bytes in bytes makes and forgets an exception each time.
-CR, NUMBER_SIGN, SLASH, ONE, QUESTION_MARK, AT_SIGN = b"\r#/1?@"
 
 
 class Handshake:
     """A few words with a parent, before his socket is a tunnel; raises Refused."""
 
-    def __init__(self, worker: Worker, sock: Socket, deadline: float) -> None:
+    def __init__(self, worker: Worker, sock: socket.socket, deadline: float) -> None:
         """Take a socket; deadline is for all that is said and heard."""
         self.watch, self.sock, self.deadline = worker.watch, sock, deadline
 
@@ -3307,7 +3286,7 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
 
 def connect(
     worker: Worker, session: Session, attempts: list[Attempt], prompt: bool
-) -> Socket:
+) -> socket.socket:
     """Return the connection that is there first; the session learns its two ends.
 
     Of attempts that all fail it learns the address dialed last.  prompt: a request
@@ -3329,7 +3308,7 @@ def dial_parent(
     session: Session,
     parent: Parent,
     target: tuple[str, int],
-) -> Socket:
+) -> socket.socket:
     """Return a connection that leads to a target through a parent; raise Refused.
 
     For an http:// request and a parent that takes such it is one to the parent,
@@ -3375,7 +3354,7 @@ def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
 
 def dial_addresses(
     worker: Worker, policy: Policy, session: Session, addresses: list[bytes], port: int
-) -> Socket:
+) -> socket.socket:
     """Return a connection to one of the addresses that may be dialed; raise Refused."""
     if policy.uplinks:  # else no call for nothing: each weighs in every worker
         attempts = ways(policy, addresses, port, worker.board)
@@ -3391,7 +3370,7 @@ def dial_by_parents(
     host: str,
     port: int,
     only: str,
-) -> Socket:
+) -> socket.socket:
     """Do what dial() says where a parent may take the target, as `parents` says."""
     unknown = None
     addresses: list[bytes] = []
@@ -3422,7 +3401,7 @@ def dial(
     host: str,
     port: int,
     only: str = "",
-) -> Socket:
+) -> socket.socket:
     """Return a connection to a target, for a session that learns its two ends.
 
     Of the host's addresses it may be told to take only one.  Raises Refused.
@@ -3674,7 +3653,7 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     if not match:
         raise Refused(BAD_REQUEST, "malformed request line")
     method, target, version = match.groups()
-    if version[0] != ONE:
+    if version[:1] != b"1":
         raise Refused(BAD_VERSION, f"HTTP/{version[:1].decode()}, and not HTTP/1")
     if len(method) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
@@ -3822,16 +3801,16 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
         return Target(*parse_authority(raw, 0), raw), b""
     pieces = raw.split(b"/", 3)
     site = raw if len(pieces) < 4 else raw[: -1 - len(pieces[3])]
-    if QUESTION_MARK in site:
+    if b"?" in site:
         site = site.partition(b"?")[0]
     path = raw[len(site) :]
-    if NUMBER_SIGN in raw and SITE.match(raw):
+    if b"#" in raw and SITE.match(raw):
         raise Refused(BAD_REQUEST, "fragment in the target")
-    if len(site) > LEARN_LIMIT or AT_SIGN in site:  # nobody's password is kept
+    if len(site) > LEARN_LIMIT or b"@" in site:  # nobody's password is kept
         target = parse_site.__wrapped__(site)
     else:
         target = parse_site(site)
-    if not path or path[0] != SLASH:
+    if not path or path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
     return target, path
 
@@ -4042,7 +4021,7 @@ class Exchange:
             return False
         self.decide(response, length)
         answer = self.response_head(response, length) + body
-        sent = client.send(answer, 0 if http.keep else MORE)
+        sent = client.send(answer, 0 if http.keep else socket.MSG_MORE)
         http.session.down += sent
         if sent < len(answer):
             self.rest = answer[sent:]
@@ -4311,7 +4290,7 @@ class Http:
         received = client.received
         deadline = time.monotonic() + self.config.keepalive_timeout
         self.is_quiet = False
-        while not received or received[0] == CR and self.drop_blanks():
+        while not received or received[:1] == b"\r" and self.drop_blanks():
             quiet = [client, server] if server else [client]
             spoken = self.worker.silence(deadline, quiet, False)
             if not spoken:
@@ -4372,7 +4351,7 @@ class Http:
         received = self.client.received
         looked, deadline = 0, 0.0
         while True:
-            if received and received[0] == CR:  # its LF may have come behind it
+            if received[:1] == b"\r":  # its LF may have come behind it
                 self.drop_blanks()
             self.bare = received[:5] == b"HEAD "
             if (end := received.find(BLANK_LINE, looked, HEAD_LIMIT)) >= 0:
@@ -4417,7 +4396,7 @@ class Http:
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in fields.options
         self.wants_more = self.keep
-        own = head.target[0] == SLASH
+        own = head.target[:1] == b"/"
         if not own:  # our own pages ask by themselves
             self.identify(fields.names, b"proxy-authorization")
         if b"expect" in fields.names and head.minor == 1:
@@ -4432,7 +4411,7 @@ class Http:
             return self.answer_here(head, raw)
         target, head.path = parse_target(method, head.target)
         scheme, path = target.scheme, head.path
-        if QUESTION_MARK in path:
+        if b"?" in path:
             path = path.partition(b"?")[0]
         place = target.shown if path == b"*" else target.shown + path
         session.target = printable(place, TARGET_SIZE)
@@ -5043,7 +5022,7 @@ class Socks:
         server = dial(self.worker, self.policy, session, host, port)
         return self.join(server, server.getsockname())
 
-    def join(self, server: Socket, address: SocketAddress) -> None:
+    def join(self, server: socket.socket, address: SocketAddress) -> None:
         """Tell the client of his connection, and carry what is said on it."""
         opening = self.reply(OK, address)
         self.worker.proceed(self.session)
@@ -5069,7 +5048,7 @@ class Socks:
 
     def admit(
         self, listener: socket.socket, expected: list[bytes]
-    ) -> tuple[Socket, SocketAddress]:
+    ) -> tuple[socket.socket, SocketAddress]:
         """Return the first connection from an expected host; raise Refused.
 
         A server may take as long to call as it may take to answer.
@@ -6377,7 +6356,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     config = load_config(path, options)
     user = find_user(config)
     # Whoever reads that we listen may send us a signal: it waits for the master.
-    set_mask(BLOCK, MASTER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     try:
