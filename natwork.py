@@ -126,7 +126,6 @@ UDP_HOSTS = 4096  # hosts that may answer one UDP association
 RACE_DELAY = 0.25  # between connection attempts: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
-GATHER_TIME = 0.25  # that less than three quarters of the spares may be missing
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 MOMENT = 0.001  # a wait longer than this is a long one
@@ -532,8 +531,8 @@ GENERATIONS = 120
 
 # The header, as 64-bit words.
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
-# The master's: Unix time; slots that ever were; is it about to fork a few workers?
-FORKS, BEGAN, USED, GATHERS = range(7, 11)
+# The master's: Unix time, and slots that ever were.
+FORKS, BEGAN, USED = range(7, 10)
 UNTOLD = 11  # lines of the log were lost, and nobody was there to hear it
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 SCRYPTS = 15  # passwords checked; only the holder of the lock writes
@@ -1512,13 +1511,11 @@ class Worker:
         self,
         generation: Generation,
         board: Scoreboard,
+        slot: Slot,
         poke_in: int,
         pressure_out: int,
     ) -> None:
-        """Get ready in the master; the descriptors are pipes of his.
-
-        Each fork becomes a copy of this one worker: what is made here is shared.
-        """
+        """Begin in the new process; the descriptors are the master's pipes."""
         self.generation, self.config = generation, generation.config
         self.board, self.places = board, 2 * len(os.sched_getaffinity(0))
         self.at_door, self.behind = generation.at_door, generation.behind
@@ -1527,8 +1524,8 @@ class Worker:
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.watch.doors = self.listeners
-        self.slot: Slot
-        self.pid, self.word = 0, ""  # the number as a word of the log
+        self.slot, self.pid = slot, os.getpid()
+        self.word = str(self.pid)  # of the log
         self.client: socket.socket
         self.peer = self.name = ""  # the client's address; and with its port
         self.address: tuple[Any, ...]  # as accept() has it
@@ -1537,16 +1534,6 @@ class Worker:
         self.attended: list[int] = []  # what idle_poll waits for
         self.title = ""
         self.made_room = False
-
-    def start(self, slot: Slot, others: list[int], confined: bool) -> None:
-        """Go on as a process with a slot, without the descriptors of others.
-
-        Confined, it gives up what serving does not need: to fork, and to start threads.
-        """
-        self.slot, self.pid = slot, os.getpid()
-        self.word = str(self.pid)
-        for fd in others:
-            os.close(fd)
         # Made after the fork: they are no other process's.
         self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
@@ -1554,9 +1541,6 @@ class Worker:
         self.silent_poll.register(
             self.pressure_out, select.EPOLLIN | select.EPOLLEXCLUSIVE
         )
-        signal.signal(signal.SIGTERM, self.end)  # the operator's hand
-        if confined:
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
     def run(self) -> None:
         """Serve clients, one after another, until it is time to leave."""
@@ -1713,7 +1697,7 @@ class Worker:
         """Wake the master if it has workers to fork, and does not know it."""
         states, spares = self.board.states(), self.config.spare_workers
         missing = spares - states.count(self.at_door) - states.count(self.behind)
-        if missing <= 0 or self.board.words[GATHERS] and 4 * missing < 3 * spares:
+        if missing <= 0:
             return
         limit = self.config.max_workers
         if len(states) < limit or FREE in states[:limit]:
@@ -1832,13 +1816,12 @@ class Master:
         self.wake_out, self.wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poke_out, self.poke_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.pressure_out, self.pressure_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.worker: Worker  # that each fork becomes
         self.replaced: list[Generation] = []  # whose idle workers are to leave
         self.retire_at = 0.0  # monotonic: whatever the forks of the new ones do
         self.retiring: Generation | None = None  # until its idle workers have left
         self.removed: list[socket.socket] = []  # listeners that go when they are empty
         self.stopping = self.hurried = False  # told to stop; and told so again
-        self.fork_at = self.short_at = self.full_said_at = 0.0  # monotonic
+        self.fork_at = self.full_said_at = 0.0  # monotonic
         self.fork_failing = False
         # Not the workers'.
         self.private = [self.wake_out, self.wake_in, self.poke_out, self.pressure_in]
@@ -1861,7 +1844,6 @@ class Master:
         signal.pthread_sigmask(
             signal.SIG_UNBLOCK, MASTER_SIGNALS
         )  # run() has held them
-        self.worker = self.prepare()
         while not self.stopping:
             with self.steady():
                 self.reap()
@@ -1897,9 +1879,6 @@ class Master:
             for listener in self.generation.listeners.values():
                 poll.register(listener, POLLIN)
         wait = 1.0
-        if self.short_at:
-            fork_at = max(self.fork_at, self.short_at)
-            wait = min(wait, max(0.0, fork_at - time.monotonic()))
         if not poll.poll(250 if crowded else wait * 1000) and not self.stopping:
             # Who has a place may have been stopped, or wait for a disk.
             if select_now(list(self.generation.listeners.values())):
@@ -1987,24 +1966,11 @@ class Master:
         slot.count()  # who was killed behind his line
 
     def keep_spares(self) -> None:
-        """Fork until enough workers are idle or every slot is taken.
-
-        While only a few are missing, more are waited for: what the master writes
-        between two forks is a copy of the page in every child.
-        """
-        now, states = time.monotonic(), self.states()
+        """Fork until enough workers are idle or every slot is taken."""
         spares = self.generation.config.spare_workers
-        missing = spares - self.generation.idle(states)
-        self.board.words[GATHERS] = 0
-        if missing <= 0:
-            self.short_at = 0.0
-            return
-        self.short_at = self.short_at or now + GATHER_TIME
-        if now < self.fork_at or 4 * missing < 3 * spares and now < self.short_at:
-            self.board.words[GATHERS] = 1  # nobody need say it again
-            return
-        self.short_at = 0.0
-        self.spawn(missing)
+        missing = spares - self.generation.idle(self.states())
+        if missing > 0 and time.monotonic() >= self.fork_at:
+            self.spawn(missing)
 
     def spawn(self, count: int) -> None:
         """Fork some workers, as many as there are slots for, with little in between."""
@@ -2021,7 +1987,6 @@ class Master:
         others = [*self.private, self.generation.lifeline_in]
         for generation in self.generations[:-1]:
             others += generation.descriptors()
-        confined = os.geteuid() != 0  # root is above that limit
         pids = []
         # Held across the forks: until a worker lets go of the wake pipe, a
         # signal meant for it would be read by the master as its own.
@@ -2030,7 +1995,7 @@ class Master:
             for slot in slots:
                 pid = os.fork()
                 if pid == 0:
-                    self.become_worker(slot, others, confined)
+                    self.become_worker(slot, others)
                 pids.append(pid)
             self.fork_failing = False
         except OSError as error:
@@ -2047,16 +2012,20 @@ class Master:
         for slot in slots[len(pids) :]:
             slot.state(FREE)
 
-    def prepare(self) -> Worker:
-        """Return the worker that forks are to become from now on."""
-        return Worker(self.generation, self.board, self.poke_in, self.pressure_out)
-
-    def become_worker(self, slot: Slot, others: list[int], confined: bool) -> NoReturn:
+    def become_worker(self, slot: Slot, others: list[int]) -> NoReturn:
         """Serve clients in this new process, and never return."""
-        status, worker = 1, self.worker
+        status = 1
         try:
             signal.set_wakeup_fd(-1)  # or a signal to us would be the master's
-            worker.start(slot, others, confined)
+            for fd in others:
+                os.close(fd)
+            worker = Worker(
+                self.generation, self.board, slot, self.poke_in, self.pressure_out
+            )
+            signal.signal(signal.SIGTERM, worker.end)  # the operator's hand
+            if os.geteuid() != 0:
+                # Serving does not need to fork, nor threads; root is above that limit.
+                resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             slot.take(worker.pid)
             worker.run()
@@ -2093,7 +2062,6 @@ class Master:
             fresh.listeners[f"removed {number}"] = listener
         self.generation = fresh
         self.generations.append(fresh)
-        self.worker = self.prepare()
         self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
         self.keep_spares()
@@ -2132,7 +2100,6 @@ class Master:
         if gone := [n for n, s in listeners.items() if s.fileno() < 0]:
             for name in gone:
                 del listeners[name]
-            self.worker = self.prepare()
 
     def drain(self) -> None:
         """Let busy workers finish until drain_timeout, then end them."""
