@@ -129,7 +129,6 @@ UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 MOMENT = 0.001  # a wait longer than this is a long one
-BRIEF_TIME = 0.02  # for which a client without long waits has his worker's place
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
@@ -523,11 +522,10 @@ class IdleTimeout(Exception):
 # memory that all processes share, and each number in it has a single writer,
 # so there is no lock that a killed worker could keep.
 
-# WAITING: for a client that says nothing.  BRIEF: busy, with a client who may be
-# gone in a moment.
-FREE, BUSY, WAITING, BRIEF = range(4)
-FIRST_IDLE = 16  # the first of two states of idle workers for each generation
-GENERATIONS = 120
+# WAITING: for a client that says nothing.
+FREE, BUSY, WAITING = range(3)
+FIRST_IDLE = 16  # of the states of idle workers, one for each generation
+GENERATIONS = 240
 
 # The header, as 64-bit words.
 MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = range(7)
@@ -583,11 +581,10 @@ class Scoreboard:
         self.words = memoryview(self.memory).cast("Q")
         self.secret = os.urandom(32)  # known to this gateway's processes alone
         self.turn_out, self.turn_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.bell_out, self.bell_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def descriptors(self) -> list[int]:
         """Return what is open for it in the processes that write to it."""
-        return [self.fd, self.turn_out, self.turn_in, self.bell_out, self.bell_in]
+        return [self.fd, self.turn_out, self.turn_in]
 
     def describe(self, max_workers: int) -> None:
         """Write down whose scoreboard this is; no uplink has failed yet."""
@@ -636,13 +633,6 @@ class Scoreboard:
         fcntl.lockf(self.fd, fcntl.LOCK_UN)
         with contextlib.suppress(BlockingIOError):  # there are enough wake-ups
             os.write(self.turn_in, b"t")
-
-    def ring(self, word: bytes = b"b") -> None:
-        """Call an idle worker from behind to the door."""
-        try:
-            os.write(self.bell_in, word)
-        except BlockingIOError:
-            pass  # it has been rung enough
 
     def places(self, digest: bytes) -> list[int]:
         """Return the offsets at which a digest may stand."""
@@ -1096,7 +1086,7 @@ class Watch:
     what goes on here must come to its end within drain_timeout.
 
     Most clients are gone soon, so two things can be put off: `first` until the
-    next wait, and `later` until one has taken a moment, or until settle_at.
+    next wait, and `later` until one has taken a moment.
     """
 
     def __init__(self, lifeline: int, drain_timeout: float) -> None:
@@ -1106,7 +1096,6 @@ class Watch:
         self.pipes: list[tuple[int, int]] = []
         self.first: Callable[[], None] | None = None
         self.later: Callable[[], None] | None = None
-        self.settle_at = 0.0  # monotonic
         self.wanted: dict[int, int] = {}  # what poll is set up for
         self.poll = select.poll()
         self.poll.register(lifeline, 0)
@@ -1126,8 +1115,6 @@ class Watch:
                 self.poll.register(self.lifeline, 0)  # POLLHUP comes unasked
         now = time.monotonic()
         deadline = now + seconds
-        if self.later and now > self.settle_at:
-            self.settle()
         while True:
             left = deadline - now
             if self.drain_at and self.drain_at < deadline:
@@ -1437,16 +1424,9 @@ def relay(watch: Watch, slot: Slot, up: Lane, down: Lane) -> None:
 # lifeline, of which each generation of the configuration has one, says when to
 # leave.  A byte in it means: take no more clients under these settings.  Its end
 # means: the master is leaving, or dead.
-#
-# Of the idle workers some stand at the door, two a processor, and wait for a client;
-# the others wait behind them for the bell.  Who takes a client keeps his place for a
-# moment, since he may be back before another would be awake; if it takes longer, he
-# rings.  So when the processor is what is short, clients wait in the kernel's queue,
-# and not each in the middle of his work.
 
 MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 ROOM = b"r"  # the master's "somebody silent, make room"
-CALL = b"c"  # his on the bell: a client waits, and nobody takes him
 
 
 def notify(words: str) -> None:
@@ -1483,16 +1463,14 @@ class Generation:
         """Take listeners by name; serve is what a worker does with its client."""
         self.config, self.listeners = config, listeners
         self.log, self.serve, self.number = log, serve, number
-        # The states of its idle workers, at the door and behind it.
-        self.at_door = FIRST_IDLE + 2 * (number % GENERATIONS)
-        self.behind = self.at_door + 1
+        self.idle_state = FIRST_IDLE + number % GENERATIONS  # of its workers
         self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def idle(self, states: bytes) -> int:
         """Return how many of the workers of some states are its idle ones."""
-        return states.count(self.at_door) + states.count(self.behind)
+        return states.count(self.idle_state)
 
     def descriptors(self) -> list[int]:
         """Return what is open for this generation alone."""
@@ -1517,8 +1495,7 @@ class Worker:
     ) -> None:
         """Begin in the new process; the descriptors are the master's pipes."""
         self.generation, self.config = generation, generation.config
-        self.board, self.places = board, 2 * len(os.sched_getaffinity(0))
-        self.at_door, self.behind = generation.at_door, generation.behind
+        self.board = board
         self.poke_in, self.pressure_out = poke_in, pressure_out
         self.lifeline = generation.lifeline_out
         self.watch = Watch(self.lifeline, self.config.drain_timeout)
@@ -1530,8 +1507,6 @@ class Worker:
         self.peer = self.name = ""  # the client's address; and with its port
         self.address: tuple[Any, ...]  # as accept() has it
         self.session: Session | None = None  # the last that has begun
-        self.has_place = False  # at the door, or for as long as a client is brief
-        self.attended: list[int] = []  # what idle_poll waits for
         self.title = ""
         self.made_room = False
         # Made after the fork: they are no other process's.
@@ -1548,8 +1523,7 @@ class Worker:
             self.entitle("natwork: idle")
             if not self.accept():
                 break
-            if not self.has_place:  # else once he leaves the door: he may be back first
-                self.call_for_spares()
+            self.call_for_spares()
             if self.made_room:  # and has taken the one who waited: is there another?
                 self.made_room = False
                 self.poke()
@@ -1562,84 +1536,39 @@ class Worker:
                 self.watch.later = None
             if self.leaving():
                 break
-        if self.has_place:
-            self.leave_door(BUSY)
 
     def accept(self) -> bool:
         """Wait for a client and take it; return False when it is time to leave."""
         surplus_at = time.monotonic() + SURPLUS_TIME
-        bell = self.board.bell_out
-        while True:
-            pause = PIPE_KEEP_TIME if self.watch.pipes else SURPLUS_TIME
-            self.stand_at_door()
-            found = self.idle_poll.poll(pause, 8)
-            # A client who woke us woke nobody else, so he comes before the wish
-            # to leave; and when nothing woke us, it may have been lost with a
-            # worker who was killed on the way to his client.
-            for fd, _ in found or [(fd, 0) for fd in self.listeners]:
-                if fd in self.listeners and self.take(fd):
-                    return True
-            ready = dict(found)
-            if self.lifeline in ready:
-                self.leave_door(self.behind)
-                return False
-            if bell in ready:
-                self.hear()
-            self.watch.drop_pipes()
-            if not ready and time.monotonic() >= surplus_at and self.is_surplus():
-                return False
-
-    def hear(self) -> None:
-        """Hear the bell; if it is the master's, come to the door in any case."""
+        self.attend()
         try:
-            if CALL in os.read(self.board.bell_out, 4096):
-                self.has_place = True
-                self.attend(list(self.listeners))
-        except BlockingIOError:
-            pass  # another was quicker
-
-    def stand_at_door(self) -> None:
-        """Be idle, at the door if there is a place, and else behind it."""
-        if not self.has_place:
-            states = self.board.states()
-            taken = states.count(self.at_door) + states.count(BRIEF)
-            self.has_place = taken < self.places
-            self.slot.state(self.at_door if self.has_place else self.behind)
-            listeners, bell = list(self.listeners), [self.board.bell_out]
-            self.attend(listeners if self.has_place else bell)
-        else:
-            self.slot.state(self.at_door)
-
-    def leave_door(self, state: int) -> None:
-        """Give the place at the door to another, and be in some state from now on."""
-        self.slot.state(state)
-        if self.has_place:
-            self.has_place = False
-            self.attend([])
-            self.board.ring()  # though perhaps nobody is there to hear it yet
-
-    def attend(self, fds: list[int]) -> None:
-        """Be woken by these from now on, when idle.
-
-        Who is busy hears nothing: the kernel would ask each whether he sleeps.
-        """
-        if fds == self.attended:
-            return
-        for fd in self.attended:
-            try:
+            while True:
+                self.slot.state(self.generation.idle_state)
+                pause = PIPE_KEEP_TIME if self.watch.pipes else SURPLUS_TIME
+                found = self.idle_poll.poll(pause, 8)
+                # EPOLLEXCLUSIVE wakes one worker a client, so look at the listeners
+                # before the lifeline.  Look after a timeout too: the worker that was
+                # woken may have been killed before it accepted.
+                for fd, _ in found or [(fd, 0) for fd in self.listeners]:
+                    if fd in self.listeners and self.take(fd):
+                        return True
+                if self.lifeline in dict(found):
+                    return False
+                self.watch.drop_pipes()
+                if not found and time.monotonic() >= surplus_at and self.is_surplus():
+                    return False
+        finally:
+            # A busy worker is not asked by the kernel whether it sleeps.
+            for fd in self.listeners:
                 self.idle_poll.unregister(fd)
-            except OSError:
-                pass  # it has been closed
-        for fd in fds:
-            # Exclusive: one client wakes one worker.
+
+    def attend(self) -> None:
+        """Be woken by the listeners: one worker by one client."""
+        for fd in self.listeners:
             self.idle_poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-        self.attended = fds
 
     def stay(self) -> None:
         """Go on with a client who takes longer than a moment."""
-        if self.has_place:
-            self.leave_door(BUSY)
-            self.call_for_spares()
         if not self.slot.held:  # there may be a limit before he goes
             self.slot.hold(self.peer)
         with contextlib.suppress(OSError):  # he has gone
@@ -1657,16 +1586,15 @@ class Worker:
             return False  # another worker was quicker
         except OSError as error:
             if error.errno == errno.EINVAL:  # the master has shut this listener
-                self.attend([other for other in self.attended if other != fd])
+                self.idle_poll.unregister(fd)
                 del self.listeners[fd]
             elif error.errno != errno.ECONNABORTED:
                 self.board.say(f"cannot accept a client: {reason(error)}")
-                self.leave_door(self.behind)
                 self.watch.wait({}, 1.0)  # the client stays in the queue
             return False
         watch, self.session = self.watch, None
-        self.slot.state(BRIEF if self.has_place else BUSY)
-        watch.later, watch.settle_at = self.stay, time.monotonic() + BRIEF_TIME
+        self.slot.state(BUSY)
+        watch.later = self.stay
         self.peer = self.address[0].removeprefix("::ffff:")
         self.name = endpoint((self.peer, self.address[1]))
         if self.config.max_per_client:
@@ -1689,15 +1617,14 @@ class Worker:
         """Give up being idle; return whether enough others are."""
         # Down first, then counted: of many that ask at once, too few leave
         # rather than too many.
-        self.leave_door(BUSY)
+        self.slot.state(BUSY)
         states = self.board.states()
         return self.generation.idle(states) >= self.config.spare_workers
 
     def call_for_spares(self) -> None:
         """Wake the master if it has workers to fork, and does not know it."""
         states, spares = self.board.states(), self.config.spare_workers
-        missing = spares - states.count(self.at_door) - states.count(self.behind)
-        if missing <= 0:
+        if self.generation.idle(states) >= spares:
             return
         limit = self.config.max_workers
         if len(states) < limit or FREE in states[:limit]:
@@ -1878,11 +1805,7 @@ class Master:
         if full and not crowded:
             for listener in self.generation.listeners.values():
                 poll.register(listener, POLLIN)
-        wait = 1.0
-        if not poll.poll(250 if crowded else wait * 1000) and not self.stopping:
-            # Who has a place may have been stopped, or wait for a disk.
-            if select_now(list(self.generation.listeners.values())):
-                self.board.ring(CALL)
+        poll.poll(250 if crowded else 1000)
         try:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.poke_out, 65536)
@@ -1979,7 +1902,7 @@ class Master:
             number = states.index(FREE, number + 1)
             slot = Slot(self.board, number)
             # Before the fork: the worker may be busy by the time fork() returns here.
-            slot.state(self.generation.behind)
+            slot.state(self.generation.idle_state)
             slot.take(0)
             slots.append(slot)
             words[USED] = max(words[USED], number + 1)
@@ -2117,7 +2040,7 @@ class Master:
         with self.steady():
             self.reap()
             states = self.states()
-            if busy := states.count(BUSY) + states.count(BRIEF):
+            if busy := states.count(BUSY):
                 say(f"stopping: {busy} sessions have {patience:g} seconds to end")
         while self.workers:
             with self.steady():
