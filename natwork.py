@@ -128,7 +128,6 @@ UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
-MOMENT = 0.001  # a wait longer than this is a long one
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
@@ -1084,9 +1083,6 @@ class Watch:
     The lifeline is in every wait.  It is a pipe of which only the master holds
     the other end: when that end closes, the master is leaving or dead, and
     what goes on here must come to its end within drain_timeout.
-
-    Most clients are gone soon, so two things can be put off: `first` until the
-    next wait, and `later` until one has taken a moment.
     """
 
     def __init__(self, lifeline: int, drain_timeout: float) -> None:
@@ -1094,8 +1090,6 @@ class Watch:
         self.drain_at = 0.0  # monotonic; 0 while the master lives
         self.doors: dict[int, socket.socket] = {}  # listeners, until then
         self.pipes: list[tuple[int, int]] = []
-        self.first: Callable[[], None] | None = None
-        self.later: Callable[[], None] | None = None
         self.wanted: dict[int, int] = {}  # what poll is set up for
         self.poll = select.poll()
         self.poll.register(lifeline, 0)
@@ -1105,8 +1099,6 @@ class Watch:
 
         Raises Refused(DRAINED) when drain_timeout is over.
         """
-        if self.first:
-            self.show()
         if wanted is not self.wanted and wanted != self.wanted:
             self.wanted, self.poll = wanted, select.poll()
             for fd, events in wanted.items():
@@ -1121,9 +1113,7 @@ class Watch:
                 left = self.drain_at - now
                 if left <= 0:
                     raise Refused(DRAINED, "the gateway is stopping")
-            if self.later and left > MOMENT:
-                left = MOMENT
-            elif self.pipes and left > PIPE_KEEP_TIME:
+            if self.pipes and left > PIPE_KEEP_TIME:
                 left = PIPE_KEEP_TIME
             ready = dict(self.poll.poll(left * 1000 if left > 0 else 0))
             if self.lifeline in ready:
@@ -1135,23 +1125,7 @@ class Watch:
             now = time.monotonic()
             if now >= deadline:
                 return ready
-            if self.later:
-                self.settle()
-            else:
-                self.drop_pipes()
-
-    def show(self) -> None:
-        """Do now what was put off until the next wait."""
-        if self.first:
-            self.first()  # and then forget it: we may be killed here
-            self.first = None
-
-    def settle(self) -> None:
-        """Do all that was put off: this will not be over in a moment."""
-        self.show()
-        if later := self.later:
-            self.later = None
-            later()
+            self.drop_pipes()
 
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end."""
@@ -1506,7 +1480,6 @@ class Worker:
         self.client: socket.socket
         self.peer = self.name = ""  # the client's address; and with its port
         self.address: tuple[Any, ...]  # as accept() has it
-        self.session: Session | None = None  # the last that has begun
         self.title = ""
         self.made_room = False
         # Made after the fork: they are no other process's.
@@ -1533,7 +1506,6 @@ class Worker:
                 if self.slot.held:  # before he sees the end, and comes again
                     self.slot.let_go()
                 self.client.close()
-                self.watch.later = None
             if self.leaving():
                 break
 
@@ -1567,15 +1539,6 @@ class Worker:
         for fd in self.listeners:
             self.idle_poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
 
-    def stay(self) -> None:
-        """Go on with a client who takes longer than a moment."""
-        if not self.slot.held:  # there may be a limit before he goes
-            self.slot.hold(self.peer)
-        with contextlib.suppress(OSError):  # he has gone
-            self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if self.session and set_title:
-            self.entitle(self.session.title())
-
     def take(self, fd: int) -> bool:
         """Accept a client from a listener; return whether there was one."""
         listener = self.listeners[fd]
@@ -1592,13 +1555,10 @@ class Worker:
                 self.board.say(f"cannot accept a client: {reason(error)}")
                 self.watch.wait({}, 1.0)  # the client stays in the queue
             return False
-        watch, self.session = self.watch, None
         self.slot.state(BUSY)
-        watch.later = self.stay
         self.peer = self.address[0].removeprefix("::ffff:")
         self.name = endpoint((self.peer, self.address[1]))
-        if self.config.max_per_client:
-            self.slot.hold(self.peer)
+        self.slot.hold(self.peer)
         return True
 
     def check_share(self) -> None:
@@ -1609,7 +1569,6 @@ class Worker:
         for _ in range(SHARE_LOOKS):
             if self.board.came_before(self.slot.number) < limit:
                 return
-            self.watch.settle()
             time.sleep(0.01)  # he may have seen the end of one before its worker
         raise Refused(TOO_MANY, f"{self.peer} has {limit} sessions already")
 
@@ -1651,8 +1610,6 @@ class Worker:
         was promised an answer: a reload does not send him away.  One who has had an
         answer has a moment to ask the next, or it would cross with our leaving.
         """
-        if self.watch.first or self.watch.later:
-            self.watch.settle()
         for stream in quiet:
             if not stream.watched:
                 self.silent_poll.register(stream.fd, select.EPOLLIN)
@@ -1691,20 +1648,16 @@ class Worker:
 
     def begin(self, session: Session) -> None:
         """Show a session that begins, before we wait for it."""
-        self.session, self.watch.first = session, self.show
+        self.slot.show(session.row())
 
     def proceed(self, session: Session) -> None:
-        """Show what a session now knows; if it lasts, by the process title too."""
-        self.session, watch = session, self.watch
-        watch.first, watch.later = self.show, self.stay
-
-    def show(self) -> None:
-        if self.session:
-            self.slot.show(self.session.row())
+        """Show what a session now knows, by the process title too."""
+        self.slot.show(session.row())
+        if set_title:
+            self.entitle(session.title())
 
     def finish(self, session: Session, outcome: str) -> None:
         """Write down how a session ended."""
-        self.watch.first = None
         if self.leaving():
             self.generation.log.follow()
         self.generation.log.write(session, outcome, self.slot)
@@ -1719,7 +1672,6 @@ class Worker:
 
         The master writes the line: one that dies of a signal cannot.
         """
-        self.watch.show()
         if self.slot.words[WHICH]:  # a session is going on
             with contextlib.suppress(OSError):
                 self.client.setsockopt(
@@ -2699,7 +2651,6 @@ def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
     whole = printable(name, NAME_SIZE)
     if board.remembers(digest):
         return whole
-    worker.watch.settle()
     deadline = time.monotonic() + PASSWORD_TIMEOUT
     with select.epoll() as turns:
         # Exclusive: a check that ends wakes one, and the first who came.
@@ -2804,17 +2755,12 @@ def retime(waiting: list[Attempt], uplink: Uplink | None, at: float) -> None:
     waiting.sort(key=lambda attempt: attempt.at, reverse=True)
 
 
-def resolve(host: str, port: int, watch: Watch | None = None) -> list[bytes]:
-    """Return the addresses of a host, best first; raise Refused.
-
-    The resolver may take seconds: a watch settles before.
-    """
+def resolve(host: str, port: int) -> list[bytes]:
+    """Return the addresses of a host, best first; raise Refused."""
     try:
         return forms(pack(host))[:1]
     except ValueError:
         pass  # it is a name
-    if watch:
-        watch.settle()
     began = time.monotonic()
     # The resolver goes on waiting behind a handler of ours.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -3045,7 +2991,7 @@ def judged(
     allowed: list[bytes] = []
     peer, user, refusal = worker.peer, session.user, None
     redirected = session.proto == "redirect"
-    for packed in [pack(only)] if only else resolve(host, port, worker.watch):
+    for packed in [pack(only)] if only else resolve(host, port):
         outcome, rule = policy.judge(peer, user, host, port, packed, redirected)
         if outcome is OK:
             allowed.append(packed)
@@ -3204,7 +3150,7 @@ def dial_parent(
     For an http:// request and a parent that takes such it is one to the parent,
     and session.parent says so.
     """
-    found = resolve(parent.host, parent.port, worker.watch)
+    found = resolve(parent.host, parent.port)
     if policy.is_ours(found, parent.port):
         raise Refused(LOOP, "it is this gateway")  # SOCKS has no Via to tell
     deadline = time.monotonic() + worker.config.connect_timeout
@@ -3332,7 +3278,6 @@ def tunnel(
     what it says.
     """
     server.converse()
-    worker.watch.show()
     up = Lane(worker.watch, client, server, worker.config.tunnel_timeout)
     down = Lane(worker.watch, server, client, worker.config.tunnel_timeout)
     up.script, down.script = up.tunnel(down), down.tunnel(up)
@@ -3362,7 +3307,6 @@ def linger(worker: Worker, client: Stream) -> None:
     the answer; so these are read and thrown away for a moment, or for longer
     while he sends and has not taken it all.
     """
-    worker.watch.settle()
     began = heard = time.monotonic()
     taken = False
     client.end()
@@ -3831,7 +3775,6 @@ class Exchange:
             self.out = readdress(before, self.target.authority, http.parent)
             if self.up:
                 self.up.out[: len(before)] = self.out
-        http.watch.show()  # whoever kills us from here on, the request is known
         if self.is_plain:
             self.exchange_heads()
         else:
