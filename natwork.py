@@ -1045,15 +1045,6 @@ class Stream:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
-    def acknowledge(self) -> None:
-        """Acknowledge at once what comes: who sends may hold its next piece back.
-
-        load_generation() and Race.start() have put that off: most that we are told we
-        answer soon, and what we say takes the acknowledgement along.
-        """
-        with contextlib.suppress(OSError):  # it has gone
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
     def error(self) -> int:
         """Return the number of the error that has come, 0 for none, and forget it."""
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -2855,9 +2846,8 @@ ANSWERS = ConnectionRefusedError, ConnectionResetError
 class Race:
     """Connection attempts side by side, of which the first to succeed wins."""
 
-    def __init__(self, watch: Watch, board: Scoreboard, prompt: bool = False) -> None:
-        """Get ready; prompt: who wins is spoken to at once."""
-        self.watch, self.board, self.prompt = watch, board, prompt
+    def __init__(self, watch: Watch, board: Scoreboard) -> None:
+        self.watch, self.board = watch, board
         self.pending: dict[int, Winner] = {}
         self.asked: dict[Uplink, float] = {}  # since when, monotonic
         self.failed: list[tuple[OSError, Attempt]] = []
@@ -2914,17 +2904,11 @@ class Race:
         try:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
-            if self.prompt:
-                # Then the handshake's last ACK need not travel by itself.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             self.last = attempt
             number = sock.connect_ex(where)
-            if number == errno.EINPROGRESS:
-                # From this box the answer has come by now, and this tells it.
-                number = sock.connect_ex(where)
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
-            if number not in (0, errno.EALREADY):
+            if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, os.strerror(number))
         except OSError as error:
             sock.close()
@@ -3120,15 +3104,12 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
     talk.hear(2)
 
 
-def connect(
-    worker: Worker, session: Session, attempts: list[Attempt], prompt: bool
-) -> socket.socket:
+def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket.socket:
     """Return the connection that is there first; the session learns its two ends.
 
-    Of attempts that all fail it learns the address dialed last.  prompt: a request
-    is sent at once.
+    Of attempts that all fail it learns the address dialed last.
     """
-    race = Race(worker.watch, worker.board, prompt)
+    race = Race(worker.watch, worker.board)
     try:
         sock, _ = race.run(attempts, worker.config.connect_timeout)
         session.source = endpoint(sock.getsockname())
@@ -3161,8 +3142,7 @@ def dial_parent(
         plan(near, parent.port, [], worker.board),
         plan(far, parent.port, policy.uplinks, worker.board),
     )
-    forwards = parent.scheme == "http" and session.proto == "http"
-    sock = connect(worker, session, attempts, forwards)
+    sock = connect(worker, session, attempts)
     talk = Handshake(worker, sock, deadline)
     try:
         if parent.scheme == "socks5":
@@ -3196,7 +3176,7 @@ def dial_addresses(
         attempts = ways(policy, addresses, port, worker.board)
     else:
         attempts = direct(addresses, port)
-    return connect(worker, session, attempts, session.proto == "http")
+    return connect(worker, session, attempts)
 
 
 def dial_by_parents(
@@ -3743,7 +3723,6 @@ class Exchange:
         """Get a request ready for its server; raise Refused for a malformed body."""
         self.http, self.head, self.length, self.target = http, head, length, target
         self.server: Stream
-        self.fresh: bool  # the connection to it has just been made
         self.server_keeps = False
         self.heard = False  # the server has answered a byte
         self.continued = False  # the client was told to send its body
@@ -3764,12 +3743,9 @@ class Exchange:
             # It takes what has come, and stops: what is malformed reaches nobody.
             up.step()
 
-    def run(self, server: Stream, fresh: bool) -> Outcome:
-        """Carry the request to its server and the answer back; raise Refused.
-
-        fresh: the connection has just been made.
-        """
-        http, self.server, self.fresh = self.http, server, fresh
+    def run(self, server: Stream) -> Outcome:
+        """Carry the request to its server and the answer back; raise Refused."""
+        http, self.server = self.http, server
         if http.parent:
             before = self.out
             self.out = readdress(before, self.target.authority, http.parent)
@@ -3778,7 +3754,6 @@ class Exchange:
         if self.is_plain:
             self.exchange_heads()
         else:
-            http.client.acknowledge()
             server.converse()
             self.exchange_bodies()
         if self.upgraded:
@@ -3787,8 +3762,6 @@ class Exchange:
         up = self.up
         if not self.server_keeps or server.received or up and up.abandoned:
             http.drop_server()
-        elif fresh:
-            server.acknowledge()
         if up and up.abandoned:
             http.keep = False
         if up and not http.keep:
@@ -3813,8 +3786,6 @@ class Exchange:
     def exchange_bodies(self) -> None:
         """Carry what is left of a request and of its answer, both ways at once."""
         http, server, up = self.http, self.server, self.up
-        if self.fresh:
-            server.acknowledge()
         patience = http.config.idle_timeout
         if not up:
             up = self.up = Lane(http.watch, http.client, server, patience)
@@ -4442,7 +4413,7 @@ class Http:
             session.address, session.source = self.server_ends
             worker.begin(session)
             try:
-                return exchange.run(self.server, False)
+                return exchange.run(self.server)
             except Refused as refusal:
                 # RFC 9110 section 9.2.2: only what had no effect goes out again,
                 # on a connection that closed before it heard the request.
@@ -4453,7 +4424,7 @@ class Http:
         worker.begin(session)
         server = self.dial(target.host, target.port)
         worker.proceed(session)
-        return exchange.run(server, True)
+        return exchange.run(server)
 
 
 # --- SOCKS --------------------------------------------------------------------
@@ -6103,7 +6074,6 @@ def load_generation(
             # Linux hands these down to every socket that is accepted.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
         try:
             log = AccessLog(config, old.log if old else None)
