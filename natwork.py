@@ -109,7 +109,6 @@ __version__ = "0.1.0"
 HEAD_LIMIT = 64 * 1024  # a request or response head; Squid's limit too
 LINE_LIMIT = 16 * 1024  # a request line; RFC 9112 section 3 asks for 8,000
 METHOD_LIMIT = 32  # the longest registered method has 16 letters
-LEARN_LIMIT = 2048  # what is longer is parsed and not remembered
 BLANK_LIMIT = 16  # empty lines before a request line, as octets
 CHUNK_LINE_LIMIT = 4096  # a chunk size with its extensions
 INTERIM_LIMIT = 64  # 1xx responses to one request
@@ -3455,10 +3454,6 @@ class Fields:
         return b"".join(kept)
 
 
-# Clients and servers repeat themselves: most heads end like the one before.
-parse_fields = functools.lru_cache(maxsize=32)(Fields)
-
-
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     """Return method, target and minor version; raise Refused."""
     if len(line) > LINE_LIMIT:
@@ -3474,7 +3469,6 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     return method, target, 0 if version == b"1.0" else 1
 
 
-@functools.lru_cache(maxsize=32)
 def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
     """Return status, the line as it travels on, and minor version; raise Refused."""
     match = STATUS_LINE.fullmatch(line)
@@ -3499,8 +3493,7 @@ class RequestHead:
         self.method, self.target, self.minor = parse_request_line(line)
         self.path = self.target
         try:
-            short = len(section) <= LEARN_LIMIT
-            self.fields = (parse_fields if short else Fields)(section, True)
+            self.fields = Fields(section, True)
         except ValueError as error:
             raise Refused(BAD_REQUEST, str(error)) from None
         # RFC 9112 section 3.2: one, and only one.
@@ -3517,12 +3510,9 @@ class ResponseHead:
     def __init__(self, head: bytes) -> None:
         """Split a head, without its empty line, into its parts; raise Refused."""
         line, _, section = head.partition(CRLF)
-        short = len(line) <= LEARN_LIMIT
-        parse = parse_status_line if short else parse_status_line.__wrapped__
-        self.status, self.line, self.minor = parse(line)
+        self.status, self.line, self.minor = parse_status_line(line)
         try:
-            short = len(section) <= LEARN_LIMIT
-            self.fields = (parse_fields if short else Fields)(section, False)
+            self.fields = Fields(section, False)
         except ValueError as error:
             raise Refused(BAD_RESPONSE, str(error)) from None
 
@@ -3589,7 +3579,6 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     return host, port
 
 
-@functools.lru_cache(maxsize=32)
 def parse_site(raw: bytes) -> Target:
     """Return the target of a URL that ends before its path; raise Refused."""
     match = SITE.fullmatch(raw)
@@ -3620,10 +3609,7 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     path = raw[len(site) :]
     if b"#" in raw and SITE.match(raw):
         raise Refused(BAD_REQUEST, "fragment in the target")
-    if len(site) > LEARN_LIMIT or b"@" in site:  # nobody's password is kept
-        target = parse_site.__wrapped__(site)
-    else:
-        target = parse_site(site)
+    target = parse_site(site)
     if not path or path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
     return target, path
@@ -4027,7 +4013,6 @@ class Http:
         self.answering: dict[int, int]  # what is awaited while it is to answer
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
-        self.is_quiet = False  # it was just seen to be there and say nothing
         self.parent: Parent | None = None  # where the server is one
         self.shown: list[bytes] | None = []  # as last verified, None for nothing
         self.user = "-"
@@ -4093,7 +4078,6 @@ class Http:
         client, server = self.client, self.server
         received = client.received
         deadline = time.monotonic() + self.config.keepalive_timeout
-        self.is_quiet = False
         while not received or received[:1] == b"\r" and self.drop_blanks():
             quiet = [client, server] if server else [client]
             spoken = self.worker.silence(deadline, quiet, False)
@@ -4103,10 +4087,8 @@ class Http:
                 # It closed, or it says what nobody asked: RFC 9112 section 6.3.
                 self.drop_server()
                 server = None
-            if client.fd in spoken:
-                self.is_quiet = True
-                if not client.fill():
-                    return False
+            if client.fd in spoken and not client.fill():
+                return False
         return True
 
     def drop_blanks(self) -> bool:
@@ -4162,7 +4144,6 @@ class Http:
                 return self.client.take(end + 4)[:-2]
             self.check_begun(received, looked)
             looked = max(0, len(received) - 3)
-            self.is_quiet = False  # it may take a while
             deadline = deadline or time.monotonic() + self.config.head_timeout
             left = deadline - time.monotonic()
             if not self.watch.wait({self.client.fd: POLLIN}, left):
@@ -4195,7 +4176,6 @@ class Http:
             return self.connect(head)
         if self.config.max_per_client:
             self.worker.check_share()
-            self.is_quiet = False
         length = body_length(head, BAD_REQUEST)
         # RFC 9112 section 9.3: never with an HTTP/1.0 client behind a proxy.
         self.keep = head.minor == 1 and b"close" not in fields.options
@@ -4236,7 +4216,7 @@ class Http:
                 self.user = authenticate(self.worker, *pair)
             else:
                 self.user = anonymous(self.worker)
-            self.shown, self.is_quiet = shown, False  # it may have taken a while
+            self.shown = shown
         self.session.user = self.user
 
     def check_via(self, names: Names) -> None:
@@ -4404,7 +4384,7 @@ class Http:
         session, worker = self.session, self.worker
         wanted = session.user, target.host, target.port
         exchange = Exchange(self, head, target, length)
-        if self.server and not self.is_quiet:
+        if self.server:
             with contextlib.suppress(BlockingIOError):
                 self.server.fill()  # it closed, or it says what nobody asked
                 self.drop_server()
