@@ -2020,6 +2020,12 @@ class Master:
 # kernel has them, 4 or 16 bytes: of one length they compare like numbers.
 
 
+def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that asks again only after some seconds what it has asked."""
+    cached = functools.lru_cache(maxsize=256)(lambda period, *what: ask(*what))
+    return lambda *what: cached(time.monotonic() // seconds, *what)
+
+
 @functools.lru_cache(maxsize=64)
 def pack(address: str) -> bytes:
     """Return an address's 4 or 16 bytes; raise ValueError for anything else.
@@ -2150,7 +2156,7 @@ class Route(NamedTuple):
     source: str
 
 
-def route_to(packed: bytes) -> Route | None:
+def find_route(packed: bytes) -> Route | None:
     """Return the kernel's route to an address, None if it has none; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
@@ -2163,6 +2169,10 @@ def route_to(packed: bytes) -> Route | None:
         # RTN_LOCAL, _BROADCAST, _ANYCAST: this box hears what is sent there.
         return Route(data[7] in (2, 3, 4), device, unpack(source) if source else "")
     return None
+
+
+# Our own addresses may change, but not between the many things that a page asks for.
+route_to = remembered(1.0, find_route)
 
 
 def device_addresses(device: str) -> list[bytes]:
@@ -2373,7 +2383,6 @@ class Policy:
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
-        self.judged = functools.lru_cache(maxsize=64)(self.judge_now)
         self.placed = functools.lru_cache(maxsize=64)(self.place)
 
     def place(self, peer: str) -> tuple[bool, bool]:
@@ -2468,41 +2477,6 @@ class Policy:
 
         host is what the client asked for, lower case; packed what it led to.
         """
-        # One page asks for many things at once; but our own addresses may change.
-        second = int(time.monotonic())
-        return self.judged(client, user, host, port, packed, redirected, second)
-
-    def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
-        """Return the first parent that takes a target, None where we dial it."""
-        for parent in self.parents:
-            if proto == "http" or not parent.plain:
-                known = [form for packed in found for form in forms(packed)]
-                if parent.targets.names_target(host.rstrip("."), known):
-                    return parent
-        return None
-
-    def trusts(self, client: str, user: str, host: str, port: int) -> bool:
-        """Return whether a rule allows a name of which no address is known here."""
-        who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
-        for rule in self.rules:
-            if rule.matches(who, bare, name, port, []):
-                if not rule.allow:
-                    return False
-                if rule.names and (port != 25 or rule.takes_mail()):
-                    return True
-        return False
-
-    def judge_now(
-        self,
-        client: str,
-        user: str,
-        host: str,
-        port: int,
-        packed: bytes,
-        redirected: bool,
-        second: int,
-    ) -> Verdict:
-        """Do what judge() says; second is there for the cache."""
         user = user.partition(";")[0]  # behind it stands what he says of himself
         host = host.rstrip(".")
         # Who was redirected did not choose a gateway to send his mail through.
@@ -2532,6 +2506,26 @@ class Policy:
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
         return OK, "built-in rule: allow the rest"
+
+    def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
+        """Return the first parent that takes a target, None where we dial it."""
+        for parent in self.parents:
+            if proto == "http" or not parent.plain:
+                known = [form for packed in found for form in forms(packed)]
+                if parent.targets.names_target(host.rstrip("."), known):
+                    return parent
+        return None
+
+    def trusts(self, client: str, user: str, host: str, port: int) -> bool:
+        """Return whether a rule allows a name of which no address is known here."""
+        who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
+        for rule in self.rules:
+            if rule.matches(who, bare, name, port, []):
+                if not rule.allow:
+                    return False
+                if rule.names and (port != 25 or rule.takes_mail()):
+                    return True
+        return False
 
 
 # --- Users --------------------------------------------------------------------
@@ -4547,7 +4541,8 @@ class Association:
         self.outer: Sockets = {}
         self.client_at: SocketAddress | None = None
         self.hosts: dict[bytes, None] = {}  # he wrote to, the latest last
-        self.way = functools.lru_cache(maxsize=256)(self.find_way)
+        # Routes change; and a dead name server stops us but once a minute.
+        self.way = remembered(60.0, self.find_way)
         self.refusal: Refused | None = None  # of a datagram, by rules or resolver
 
     def run(self) -> None:
@@ -4596,7 +4591,7 @@ class Association:
             raise Refused(OUTSIDER, "not the client's first port")
         host, port, payload = parse_datagram(data)
         self.client_at = sender
-        way = self.way(host, port, int(time.monotonic() / 60))
+        way = self.way(host, port)
         if isinstance(way, Refused):
             self.refusal = way
             raise way
@@ -4615,14 +4610,8 @@ class Association:
             self.worker.proceed(self.session)
         return len(payload)
 
-    def find_way(
-        self, host: str, port: int, minute: int
-    ) -> tuple[bytes, socket.socket] | Refused:
-        """Return a host's address and the socket to use, or why it may not be used.
-
-        minute is there for the cache: routes change.  A refusal is remembered
-        too: a dead name server stops us but once a minute.
-        """
+    def find_way(self, host: str, port: int) -> tuple[bytes, socket.socket] | Refused:
+        """Return a host's address and the socket to use, or why it may not be used."""
         policy, kind = self.socks.policy, socket.SOCK_DGRAM
         try:
             addresses = judged(self.worker, policy, self.session, host, port)
