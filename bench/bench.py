@@ -1233,7 +1233,10 @@ def version(name: str, place: Place) -> str:
 
 
 def prepare(folder: Path, program: Path, bulk_size: int) -> None:
-    """Lay out the directory: the origin's files, the logs, a copy of natwork."""
+    """Lay out the directory: the origin's files, the logs, a copy of natwork.
+
+    Its chapters go with it.
+    """
     # The programs change to users of their own and must still reach in here.
     folder.chmod(0o755)
     for name in ("files", "logs", "scratch"):
@@ -1248,6 +1251,8 @@ def prepare(folder: Path, program: Path, bulk_size: int) -> None:
             pass  # so that the first round, too, finds it in memory
     if program.exists():
         shutil.copy(program, folder / "natwork.py")
+        for chapter in program.parent.glob("natwork_*.py"):
+            shutil.copy(chapter, folder)
 
 
 def start_contenders(

@@ -244,7 +244,8 @@ class Town:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             lines = text.format(folder=folder).strip().splitlines()
             (folder / name).write_text("".join(x.strip() + "\n" for x in lines))
-        shutil.copy(ROOT / "natwork.py", folder)
+        for path in ROOT.glob("natwork*.py"):
+            shutil.copy(path, folder)
         self.people()
         for name in ("ssh", "dante.conf", "chromium.d"):
             (folder / name).rename(Path("/etc/netns", box.name("inside"), name))
@@ -390,8 +391,9 @@ def test_the_first_screen(idle_town: Town) -> None:
 
 
 def test_pip_installs_it(tmp_path: Path) -> None:
-    for name in ("natwork.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+    copied = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
+    for path in [*ROOT.glob("natwork*.py"), *copied]:
+        shutil.copy(path, tmp_path)
     # With a copy of our pip: to unpack and compile its own takes five seconds.
     words = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
     subprocess.run(words, check=True)

@@ -1,0 +1,189 @@
+"""The heart alone, and what a chapter beside it may not be."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from conftest import Gateway
+from conftest import Origin
+from conftest import eventually
+from conftest import read_all
+from conftest import read_head
+from running import ACCEPTED
+from running import command
+from running import daemons
+from running import echo
+from running import echoes
+from wire import exchange
+from wire import request
+from wire import sized
+
+import natwork as heart
+
+Start = Callable[..., Origin]
+NAMES = list(heart.CHAPTERS)
+daemon = daemons()
+
+
+def laid(folder: Path, *chapters: str) -> list[str]:
+    """Lay natwork.py and some chapters into a folder; return what runs it there."""
+    folder.mkdir()
+    for name in ("natwork", *(f"natwork_{chapter}" for chapter in chapters)):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    return [sys.executable, "-I", "-S", str(folder / "natwork.py")]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> list[str]:
+    """Return what runs natwork.py where nothing is beside it."""
+    return laid(tmp_path / "alone")
+
+
+@pytest.fixture
+def bare(natwork: Callable[..., Gateway], alone: list[str]) -> Gateway:
+    return natwork(program=alone)
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line that says why a configuration is no good."""
+    assert (done.returncode, done.stdout) == (78, ""), done
+    assert re.fullmatch("natwork: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+# The heart alone.
+
+
+def test_alone_it_serves_get_and_connect(bare: Gateway, origin: Start) -> None:
+    def answer(connection: object, origin: Origin) -> None:
+        read_head(connection)  # type: ignore[arg-type]
+        connection.sendall(sized(b"hello"))  # type: ignore[attr-defined]
+
+    with bare.connect() as client:
+        assert exchange(client, request(origin(answer))).body == b"hello"
+    with bare.connect() as client:
+        client.sendall(request(origin(echo), method=b"CONNECT"))
+        assert read_head(client).startswith(ACCEPTED) and echoes(client)
+    assert "natwork: chapters: none\n" in bare.errors.read_text()
+
+
+@pytest.mark.parametrize("greeting", [b"\5\1\0", b"\4\1\0\x50\x7f\0\0\1\0"])
+def test_alone_it_refuses_socks_as_it_does_garbage(
+    bare: Gateway, greeting: bytes
+) -> None:
+    with bare.connect() as client:
+        client.sendall(greeting)
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"natwork_socks.py" in answer
+    assert bare.lines(1)[0]["outcome"] == "bad-request"
+
+
+# What a chapter may not be.
+
+
+GIVEN = {
+    "bind_ports": ("socks", "5000-5009"),
+    "udp_from_anyone": ("socks", "yes"),
+}
+
+
+@pytest.mark.parametrize("setting", GIVEN)
+def test_a_setting_names_the_chapter_that_it_lacks(
+    tmp_path: Path, alone: list[str], setting: str
+) -> None:
+    chapter, value = GIVEN[setting]
+    for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
+        words += ["-o", f"{setting}={value}"]
+        said = refused(command(*words, cwd=tmp_path, program=alone))
+        assert said.startswith(f"natwork: option -o: {setting} = ")
+        assert f"/natwork_{chapter}.py" in said
+
+
+def test_what_is_given_as_it_is_by_default_lacks_nothing(
+    tmp_path: Path, alone: list[str]
+) -> None:
+    printed = command("-t", cwd=tmp_path, program=alone).stdout
+    (tmp_path / "natwork.conf").write_text(printed)
+    assert command("-t", cwd=tmp_path, program=alone).stdout == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('VERSION = "0.0.9"\n', "its version is 0.0.9, not "),
+        ("", "its version is unknown, not "),
+        ("def join(:\n", "SyntaxError"),
+        ("from natwork import nothing\n", "ImportError"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("raise ValueError('''one\ntwo''')\n", "ValueError: one two"),
+        ("x = '\xff'\n", "SyntaxError"),
+    ],
+)
+def test_a_chapter_that_is_none_is_refused(
+    tmp_path: Path, alone: list[str], text: str, why: str
+) -> None:
+    path = tmp_path / "alone/natwork_socks.py"
+    path.write_bytes(text.encode("latin-1"))
+    for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
+        said = refused(command(*words, cwd=tmp_path, program=alone))
+        assert said.startswith(f"natwork: {path}: ") and why in said
+
+
+def test_a_reload_names_the_chapter_that_a_setting_lacks(
+    daemon: Callable[..., Gateway], alone: list[str], tmp_path: Path
+) -> None:
+    gateway = daemon(program=alone)
+    # One that comes later is no chapter until a restart.
+    shutil.copy(ROOT / "natwork_socks.py", tmp_path / "alone")
+    said = gateway.hangup(bind_ports="5000")  # type: ignore[attr-defined]
+    assert "not reloaded" in said and "natwork_socks.py" in said
+
+
+# Where they are found.
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Iterator[list[str]]:
+    """Return what runs it by a link that is elsewhere."""
+    laid(tmp_path / "there", *NAMES)
+    (tmp_path / "natwork").symlink_to(tmp_path / "there/natwork.py")
+    yield [sys.executable, "-I", "-S", str(tmp_path / "natwork")]
+
+
+def test_chapters_are_found_and_said(
+    natwork: Callable[..., Gateway], linked: list[str]
+) -> None:
+    words = f"natwork: chapters: {' '.join(NAMES)}\n"
+    for program in ({}, {"program": linked}):
+        gateway = natwork(**program)
+        eventually(lambda g=gateway: words in g.errors.read_text())
+
+
+def test_the_heart_is_one_module(tmp_path: Path) -> None:
+    program = laid(tmp_path / "here", "socks")
+    with (tmp_path / "here/natwork_socks.py").open("a") as file:
+        file.write(
+            'import natwork, sys\nassert natwork is sys.modules["__main__"]\n'
+            "assert natwork.Worker is Worker and Worker.__module__ == '__main__'\n"
+            'print("one", flush=True)\n'
+        )
+    done = command("-t", cwd=tmp_path, program=program)
+    assert done.returncode == 0 and done.stdout.startswith("one\n[natwork]\n"), done
+
+
+def test_imported_the_heart_is_that_module(tmp_path: Path) -> None:
+    code = (
+        "import natwork, sys; natwork.find_chapters(); import natwork_socks; "
+        "print(natwork_socks.Worker is natwork.Worker, '__main__' != natwork.__name__)"
+    )
+    laid(tmp_path / "here", "socks")
+    done = command(cwd=tmp_path / "here", program=[sys.executable, "-c", code])
+    assert done.stdout == "True True\n", done
