@@ -130,7 +130,6 @@ PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
-CLAIM_DELAY = 0.25  # for a redirected client's half sentence that no rule waits for
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
@@ -4421,174 +4420,6 @@ class Http:
         return exchange.run(server)
 
 
-# --- Redirected flows ---------------------------------------------------------
-#
-# A client that knows of no proxy, whose packets the kernel sent to our port.  We
-# dial the address that he dialed, whatever he goes on to say.  The name in his
-# first words is a claim: it may be written down, and it may be denied.
-
-# What may yet become a request line to some server: some take any word for a method,
-# any blank, and any byte in a path.
-CLAIMING = re.compile(
-    rb"[\t\v\f ]*(?:%b(?:[\t\v\f ][\t\v\f -~\x80-\xff]*\r?)?"
-    rb"|[A-Za-z][!-~]*(?:[\t\v\f ][^\0\r\n]*\r?)?)?" % TOKEN
-)
-# Some take LF or CR for CRLF, or a folded line, or a blank before the colon.
-CLAIMED_HOST = re.compile(rb"(?:^|\r)host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
-
-
-def redirected_from(worker: Worker) -> tuple[str, int] | None:
-    """Return where a client wanted to go before he was redirected, None if to us."""
-    four = ":" not in worker.peer
-    level = socket.SOL_IP if four else socket.IPPROTO_IPV6
-    try:
-        raw = worker.client.getsockopt(level, 80, 28)  # SO_ORIGINAL_DST, of both
-    except OSError:  # ENOENT, ENOPROTOOPT: nothing is translated here
-        return None
-    host = unpack(raw[4:8] if four else raw[8:24])
-    here = worker.client.getsockname()[0].partition("%")[0].removeprefix("::ffff:")
-    return None if host == here else (host, int.from_bytes(raw[2:4], "big"))
-
-
-def server_names(data: bytes) -> list[bytes] | None:
-    """Return the name in a TLS ClientHello, None while it is not whole.
-
-    RFC 8446 section 4.1.2, RFC 6066 section 3; in as many records as it may come.
-    """
-    hello, at = bytearray(), 0
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(hello[at : at + size], "big")
-
-    while data[at : at + 1] == b"\x16":
-        size = int.from_bytes(data[at + 3 : at + 5], "big")
-        hello += data[at + 5 : at + 5 + size]
-        at += 5 + size
-    if hello and hello[0] != 1:
-        return []
-    end = 4 + number(1, 3)
-    if len(hello) < end:
-        return None if at >= len(data) else []
-    at = 39 + number(38, 1)  # behind version, random and session
-    at += 2 + number(at, 2)  # cipher suites
-    at += 3 + number(at, 1)  # compression, and the length of the extensions
-    while at < end:
-        if number(at, 2) == 0:
-            return [bytes(hello[at + 9 : at + 9 + number(at + 7, 2)])]
-        at += 4 + number(at + 2, 2)
-    return []
-
-
-def claimed_names(data: bytes) -> list[bytes] | None:
-    """Return the names that a client's first words claim, None while more may come."""
-    if data[:1] == b"\x16":
-        return server_names(data)
-    line, newline, _ = data.partition(b"\n")
-    if not newline:
-        return None if CLAIMING.fullmatch(data) else []
-    words = line.split()
-    if len(words) < 3 or not words[-1].startswith(b"HTTP/"):
-        return []
-    if not (end := re.search(rb"\n\r?\n", data)):
-        return None
-    names = CLAIMED_HOST.findall(data[: end.end()])
-    if absolute := SITE.match(words[1]):
-        names.append(absolute[2])
-    # Servers differ: what is before "@", or behind ":", may be anything to them.
-    names += [name.rpartition(b"@")[2] for name in names]
-    hosts = [name if b"]" in name else name.partition(b":")[0] for name in names]
-    bare = [host.partition(b"]")[0].removeprefix(b"[") for host in hosts]
-    return [name for name in dict.fromkeys(bare) if name]
-
-
-def hear_out(
-    worker: Worker, session: Session, client: Stream, server: Stream, strict: bool
-) -> list[bytes]:
-    """Keep a client's first words until they are whole; return the names they claim.
-
-    Who lets the server speak first claims nothing.  Raises Refused; strict: also
-    for words that do not come to their end.
-    """
-    watch, config, received = worker.watch, worker.config, client.received
-    lane = Lane(watch, client, server, 0)
-    wanted = {client.fd: POLLIN, server.fd: POLLIN}
-    ready = watch.wait(wanted, config.tunnel_timeout)
-    if not ready:
-        raise Refused(IDLE, "nothing moved")
-    deadline = time.monotonic() + (config.head_timeout if strict else CLAIM_DELAY)
-    while ready:
-        if server.fd in ready:
-            return []
-        try:
-            data = client.sock.recv(COPY_SIZE)
-        except OSError as error:
-            raise Refused(CLIENT_GONE, reason(error)) from None
-        received += data
-        if not data:
-            return claimed_names(bytes(received) + b"\n\n") or []
-        # A blank line is a question by itself in finger and gopher, and before
-        # HTTP it says nothing.
-        lane.out += client.take(len(received) - len(received.lstrip(b"\r\n")))
-        if lane.out and not lane.push(server):
-            raise Refused(SERVER_GONE, "the server took no more")
-        session.up = lane.moved
-        names = claimed_names(bytes(received))
-        if names is not None:
-            return names
-        if len(received) > HEAD_LIMIT:
-            break
-        ready = watch.wait(wanted, deadline - time.monotonic())
-    if strict:
-        raise Refused(HEAD_TIMEOUT, "the first words did not come to their end")
-    return []
-
-
-def redirect(
-    worker: Worker, policy: Policy, session: Session, client: Stream, port: int
-) -> Outcome:
-    """Connect a redirected client with the address he dialed; raise Refused."""
-    host, peer = session.host(), worker.peer
-    worker.check_share()
-    session.user = anonymous(worker)
-    if (route := route_to(address_of(peer))) and route.local:
-        raise Refused(LOOP, "this box redirects what it sends itself")
-    worker.begin(session)
-    server = Stream(dial(worker, policy, session, host, port), SERVER_GONE)
-    with contextlib.closing(server):
-        worker.proceed(session)
-        strict = any(rule.names and not rule.allow for rule in policy.rules)
-        for name in hear_out(worker, session, client, server, strict):
-            session.target = endpoint((printable(name.lower()), port))
-            claim = name.decode("latin-1").lower()
-            outcome, rule = policy.judge(
-                peer, session.user, claim, port, pack(host), True
-            )
-            if outcome is not OK:
-                raise Refused(outcome, rule)
-            worker.proceed(session)
-        tunnel(worker, session, client, server, b"")
-    return ENDED
-
-
-def serve_redirected(
-    worker: Worker, policy: Policy, client: Stream, host: str, port: int
-) -> None:
-    """Serve a redirected client; he gets no byte of ours, and a reset for a refusal."""
-    session = Session(worker.name, worker.word, "redirect")
-    session.target = endpoint((host, port))
-    outcome = BROKEN
-    try:
-        outcome = redirect(worker, policy, session, client, port)
-    except Refused as refusal:
-        outcome = refusal.outcome
-    except OSError as error:
-        outcome = outcome_of(error)
-    finally:
-        if outcome is not ENDED:
-            client.abort()
-        worker.finish(session, outcome.word)
-
-
 # --- Gateways -----------------------------------------------------------------
 #
 # What a browser asks of FTP and Gopher servers, it asks by HTTP, and here it is
@@ -5422,6 +5253,7 @@ def own_page(
 # A chapter, and the settings that need it.
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "socks": ("bind_ports", "udp_from_anyone"),
+    "redirect": (),
 }
 
 
@@ -5520,16 +5352,17 @@ def serve_client(policy: Policy, worker: Worker) -> None:
         # Without a byte: a stranger learns nothing, not even what this is.
         worker.finish(Session(worker.name, worker.word), outcome.word)
         return
-    if target := redirected_from(worker):
-        return serve_redirected(worker, policy, client, *target)
+    chapters = worker.chapters
+    if chapters.redirect and chapters.redirect(worker, policy, client):
+        return
     try:
         speaks = client.fill()  # it has probably come with the connection
     except BlockingIOError:
         speaks = await_first_byte(worker, client)
     if not speaks:
         return
-    if client.received[0] in (4, 5) and worker.chapters.socks:
-        worker.chapters.socks(worker, policy, client)
+    if client.received[0] in (4, 5) and chapters.socks:
+        chapters.socks(worker, policy, client)
     else:
         Http(worker, policy, client, GATEWAYS).serve()
 
