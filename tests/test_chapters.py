@@ -86,6 +86,16 @@ def test_alone_it_refuses_socks_as_it_does_garbage(
     assert bare.lines(1)[0]["outcome"] == "bad-request"
 
 
+@pytest.mark.parametrize("scheme", ["ftp", "gopher"])
+def test_alone_it_names_what_a_scheme_needs(bare: Gateway, scheme: str) -> None:
+    with bare.connect() as client:
+        line = f"GET {scheme}://127.0.0.1/0a HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        answer = exchange(client, line.encode())
+    assert answer.status == 501 and b"natwork_gateways.py" in answer.body
+    assert b"ftp:// and gopher:// can" not in answer.body
+    assert bare.lines(1)[0]["outcome"] == "not-implemented"
+
+
 # What a chapter may not be.
 
 

@@ -39,7 +39,7 @@ from wire import read_answer
 from wire import shared
 from wire import uncalled
 
-import natwork
+import natwork_gateways
 
 Natwork = Callable[..., Gateway]
 Start = Callable[..., Origin]
@@ -912,7 +912,7 @@ def test_the_gateway_itself_and_mail_are_refused(gateway, scheme: bytes) -> None
     ],
 )
 def test_a_listing_is_read_as_ls_and_as_dir_write_it(line: str, name: str) -> None:
-    match = natwork.FTP_ENTRY.fullmatch(line)
+    match = natwork_gateways.FTP_ENTRY.fullmatch(line)
     assert match and match[3] == name
     assert bool(match[2] or match[1] == "d") == ("DIR" in line or name == "below")
 
