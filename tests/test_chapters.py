@@ -96,12 +96,24 @@ def test_alone_it_names_what_a_scheme_needs(bare: Gateway, scheme: str) -> None:
     assert bare.lines(1)[0]["outcome"] == "not-implemented"
 
 
+def test_alone_it_has_no_pages(bare: Gateway) -> None:
+    host = b"%s:%d" % (bare.address[0].encode(), bare.address[1])
+    for target in (b"/", b"/proxy.pac", b"http://" + host + b"/metrics"):
+        with bare.connect() as client:
+            lines = b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, host)
+            answer = exchange(client, lines)
+        assert answer.status == 404 and b"natwork_pages.py" in answer.body
+        assert b"Its pages are" not in answer.body
+    assert [line["outcome"] for line in bare.lines(3)] == ["no-page"] * 3
+
+
 # What a chapter may not be.
 
 
 GIVEN = {
     "bind_ports": ("socks", "5000-5009"),
     "udp_from_anyone": ("socks", "yes"),
+    "gateways": ("pages", "10.0.0.2:8080"),
 }
 
 

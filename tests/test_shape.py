@@ -184,7 +184,6 @@ def test_the_sections_stand_in_their_order() -> None:
         "Users",
         "Connecting",
         "HTTP",
-        "Own pages",
         "Serving a client",
         "Service",
         "main",
