@@ -127,12 +127,8 @@ UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
-TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
-PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
-VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 TIME_LIMIT = 2_000_000  # poll() counts milliseconds in 32 bits: these are 23 days
-SHARE_LOOKS = 20  # at a client's sessions, 10 ms apart, before he has too many
 SLOTS = 65536  # the scoreboard's size, and so the largest max_workers
 INET, INET6, STREAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM
 POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
@@ -528,11 +524,8 @@ MAGIC, MASTER, MAX_WORKERS, RETIRED_BELOW, FORKS_FAILED, LAST_SAID, LOG_CUT = ra
 FORKS, BEGAN, USED = range(7, 10)
 UNTOLD = 11  # lines of the log were lost, and nobody was there to hear it
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
-SCRYPTS = 15  # passwords checked; only the holder of the lock writes
 OURS = 0x316B726F7774616E  # "natwork1"
-# Pairs of name and password that were right: when, and a digest of 24 bytes.
-VERIFIED, VERIFIED_SETS, VERIFIED_WAYS = 4096, 256, 4
-STATES = VERIFIED + 32 * VERIFIED_SETS * VERIFIED_WAYS  # offset of the state bytes
+STATES = 4096  # offset of the state bytes
 # For each slot a word that stands for its client, 0 for none, and when he came.
 CLIENTS = (STATES + SLOTS) // 8
 ARRIVALS = CLIENTS + SLOTS
@@ -574,12 +567,6 @@ class Scoreboard:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.memory = mmap.mmap(self.fd, size)
         self.words = memoryview(self.memory).cast("Q")
-        self.secret = os.urandom(32)  # known to this gateway's processes alone
-        self.turn_out, self.turn_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def descriptors(self) -> list[int]:
-        """Return what is open for it in the processes that write to it."""
-        return [self.fd, self.turn_out, self.turn_in]
 
     def describe(self, max_workers: int) -> None:
         """Write down whose scoreboard this is; no uplink has failed yet."""
@@ -611,57 +598,6 @@ class Scoreboard:
     def note_failure(self, uplink: int) -> None:
         if uplink < UPLINK_LIMIT:
             self.words[UPLINKS + uplink] = int(time.monotonic())
-
-    def lock(self) -> bool:
-        """Take the lock for the one password check at a time, if nobody has it.
-
-        It is a record lock: the kernel frees it when its process ends.
-        """
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def unlock(self) -> None:
-        """Let go of the lock, and wake the one who has waited for it longest."""
-        fcntl.lockf(self.fd, fcntl.LOCK_UN)
-        with contextlib.suppress(BlockingIOError):  # there are enough wake-ups
-            os.write(self.turn_in, b"t")
-
-    def places(self, digest: bytes) -> list[int]:
-        """Return the offsets at which a digest may stand."""
-        first = VERIFIED + 32 * VERIFIED_WAYS * (digest[0] % VERIFIED_SETS)
-        return [first + 32 * way for way in range(VERIFIED_WAYS)]
-
-    def remembers(self, digest: bytes) -> bool:
-        """Return whether a digest was put here a short while ago."""
-        now = time.monotonic()
-        for place in self.places(digest):
-            # Written last and read first, the time never makes a digest young.
-            since = self.words[place // 8]
-            if since and now - since < VERIFIED_TIME:
-                if self.memory[place + 8 : place + 32] == digest:
-                    return True
-        return False
-
-    def remember(self, digest: bytes) -> None:
-        """Put a digest in the place of the oldest; for the holder of the lock."""
-        place = min(self.places(digest), key=lambda place: self.words[place // 8])
-        self.words[place // 8] = 0
-        self.memory[place + 8 : place + 32] = digest
-        self.words[place // 8] = int(time.monotonic())
-
-    def came_before(self, number: int) -> int:
-        """Return how many sessions of a slot's client came before this one."""
-        clients = self.words[CLIENTS : CLIENTS + self.words[USED]].tolist()
-        same = [n for n, client in enumerate(clients) if client == clients[number]]
-        for _ in range(10):
-            came = {n: self.words[ARRIVALS + n] for n in same}
-            if all(came.values()):
-                break
-            time.sleep(0.001)  # one is just coming: is he before us?
-        return sum((came[n], n) < (came[number], number) for n in same)
 
 
 @functools.lru_cache(maxsize=64)
@@ -1448,7 +1384,7 @@ class Chapters:
         self.socks: Callable[[Worker, Policy, Stream], None] | None = None
         self.redirect: Callable[[Worker, Policy, Stream], bool] | None = None
         self.schemes: dict[bytes, Gateway] = {}  # of a URL; b"" is origin form
-        self.users: Any = None  # who asks: authenticate(), check_share()
+        self.users: Any = None  # who asks: authenticate(), check_share(), named
         self.parents: Any = None  # who dials: dial(), and what a parent wants
 
 
@@ -1467,7 +1403,6 @@ class Generation:
         self.config, self.listeners = config, listeners
         self.log, self.serve, self.number = log, serve, number
         self.idle_state = FIRST_IDLE + number % GENERATIONS  # of its workers
-        self.users: dict[str, tuple[bytes, bytes]] | None = None  # who may ask
         self.chapters = Chapters()
         self.workers = 0  # that live
         self.lifeline_out, self.lifeline_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1594,14 +1529,13 @@ class Worker:
 
     def check_share(self) -> None:
         """Raise Refused if this client has max_per_client sessions besides this one."""
-        limit = self.config.max_per_client
-        if not limit:
-            return
-        for _ in range(SHARE_LOOKS):
-            if self.board.came_before(self.slot.number) < limit:
-                return
-            time.sleep(0.01)  # he may have seen the end of one before its worker
-        raise Refused(TOO_MANY, f"{self.peer} has {limit} sessions already")
+        if users := self.chapters.users:
+            users.check_share(self)
+
+    def asks_names(self) -> bool:
+        """Return whether clients must say who they are."""
+        users = self.chapters.users
+        return bool(users and users.named)
 
     def is_surplus(self) -> bool:
         """Give up being idle; return whether enough others are."""
@@ -2573,152 +2507,6 @@ class Policy:
         return False
 
 
-# --- Users --------------------------------------------------------------------
-#
-# Who asks, where `users` is set.  To check a password takes scrypt 50 ms and
-# 16 MiB, as it is meant to; so there is one check at a time on the box, and a
-# pair of name and password that was right is remembered on the scoreboard, as a
-# digest under a key that is never written anywhere.
-
-NOBODY = bytes(16), bytes(32)  # checked for an unknown name; no password fits
-USER_LINE = re.compile(
-    rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
-)
-
-
-def scrypt(password: bytes, salt: bytes) -> bytes:
-    """Return the hash of a password, by RFC 7914."""
-    import hashlib
-
-    # One cost for all: an unknown name must not be told by the time it takes.
-    return hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
-
-
-def check_name(name: bytes) -> None:
-    """Raise ValueError for a name that a log, a rule or RFC 7617 could not hold."""
-    if not re.fullmatch(rb"(?!#)[^\0-\x20:;,\x7f]{1,60}", name) or name == b"-":
-        raise ValueError(
-            "a name is 1 to 60 bytes, no blank, colon, semicolon or comma, no # first"
-        )
-
-
-def user_line(name: bytes, password: bytes) -> bytes:
-    """Return the line for the file of users; raise ValueError for a bad name."""
-    check_name(name)
-    salt = os.urandom(16)
-    pair = salt, scrypt(password, salt)
-    parts = [binascii.b2a_base64(part).rstrip(b"=\n") for part in pair]
-    return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
-
-
-def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
-    """Return salt and hash of each user, None if all may ask; raise ConfigError."""
-    if not config.users:
-        return None
-    try:
-        import hashlib  # here, so that it is not loaded in every worker
-        import hmac
-    except ImportError:
-        why = f"{config.user} cannot load Python's hashlib now, a restart can"
-        raise config.refuse("users", why) from None
-    users: dict[str, tuple[bytes, bytes]] = {}
-    try:
-        hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
-        hmac.compare_digest(b"", b"")
-        text, mode = read_file(config.users)
-        if mode & 0o007:
-            raise ValueError("it must be a file that others cannot read: chmod o=")
-        for number, line in enumerate(text.split(b"\n"), 1):
-            if not line or line.startswith(b"#"):
-                continue
-            match = USER_LINE.fullmatch(line)
-            if not match:
-                raise ValueError(f"line {number} is none that --passwd has printed")
-            check_name(match[1])
-            if (name := printable(match[1])) in users:
-                raise ValueError(f"line {number} is the second for {name}")
-            salt, wanted = (binascii.a2b_base64(p + b"==") for p in match.group(2, 3))
-            users[name] = salt, wanted
-    except OSError as error:
-        raise config.refuse("users", reason(error)) from None
-    except (AttributeError, ValueError) as error:
-        raise config.refuse("users", str(error)) from None
-    return users
-
-
-def verify(
-    board: Scoreboard, digest: bytes, password: bytes, line: tuple[bytes, bytes]
-) -> None:
-    """Check a password by its line, with the lock held; raise Refused."""
-    import hmac
-
-    if board.remembers(digest):  # another of his connections was quicker
-        return
-    salt, wanted = line
-    board.words[SCRYPTS] += 1
-    if not hmac.compare_digest(scrypt(password, salt), wanted):
-        raise Refused(AUTH_FAILED, "the name or the password is wrong")
-    board.remember(digest)
-
-
-def authenticate(worker: Worker, name: bytes, password: bytes) -> str:
-    """Return a user's name, for the log, once the password is verified; raise Refused.
-
-    A name may go on behind a ";" with what the client knows of itself: that is
-    logged and not checked.
-    """
-    if worker.generation.users is None:
-        return "-"
-    import hashlib
-
-    board = worker.board
-    bare = printable(name.partition(b";")[0])
-    line = worker.generation.users.get(bare, NOBODY)
-    # The salt and the hash stand for the name: a new password is a new pair.
-    pair = b"".join((*line, password))
-    digest = hashlib.blake2b(pair, key=board.secret, digest_size=24).digest()
-    whole = printable(name, NAME_SIZE)
-    if board.remembers(digest):
-        return whole
-    deadline = time.monotonic() + PASSWORD_TIMEOUT
-    with select.epoll() as turns:
-        # Exclusive: a check that ends wakes one, and the first who came.
-        turns.register(board.turn_out, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-        while not board.lock():
-            if time.monotonic() >= deadline:
-                raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
-            # Not longer: who was to wake us may have been killed.
-            if turns.poll(TURN_TIME):
-                with contextlib.suppress(BlockingIOError):
-                    os.read(board.turn_out, 64)
-            if worker.watch.wait({worker.client.fileno(): 0}, 0):
-                raise Refused(CLIENT_GONE, "left before the password was checked")
-    try:
-        verify(board, digest, password, line)
-    finally:
-        board.unlock()
-    return whole
-
-
-def anonymous(worker: Worker) -> str:
-    """Return the user of a client who gives no name; raise Refused if he must."""
-    if worker.generation.users is not None:
-        raise Refused(AUTH_REQUIRED, "a name and a password are needed")
-    return "-"
-
-
-def credentials(value: bytes) -> tuple[bytes, bytes] | None:
-    """Return name and password of a Basic value, RFC 7617; None for anything else."""
-    scheme, _, text = value.partition(b" ")
-    if scheme.lower() != b"basic":
-        return None
-    try:
-        name, _, password = binascii.a2b_base64(text).partition(b":")
-    except ValueError:
-        return None
-    return name, password
-
-
 # --- Connecting ---------------------------------------------------------------
 #
 # One way out for every protocol: resolve once, judge each address, and dial the
@@ -3661,6 +3449,25 @@ def host_named(head: RequestHead) -> str:
     return ""
 
 
+def credentials(value: bytes) -> tuple[bytes, bytes] | None:
+    """Return name and password of a Basic value, RFC 7617; None for anything else."""
+    scheme, _, text = value.partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        name, _, password = binascii.a2b_base64(text).partition(b":")
+    except ValueError:
+        return None
+    return name, password
+
+
+def anonymous(worker: Worker) -> str:
+    """Return the user of a client who gives no name; raise Refused if he must."""
+    if worker.asks_names():
+        raise Refused(AUTH_REQUIRED, "a name and a password are needed")
+    return "-"
+
+
 def framing_lines(length: int | None) -> bytes:
     if length is None or length == ENDLESS:
         return b""
@@ -4266,8 +4073,9 @@ class Http:
         shown = names.get(field)
         if shown != self.shown:
             pair = credentials(shown[0]) if shown and len(shown) == 1 else None
-            if pair:
-                self.user = authenticate(self.worker, *pair)
+            users = self.worker.chapters.users
+            if pair and users:
+                self.user = users.authenticate(self.worker, *pair)
             else:
                 self.user = anonymous(self.worker)
             self.shown = shown
@@ -4474,6 +4282,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "redirect": (),
     "gateways": (),
     "pages": ("gateways",),
+    "users": ("users", "max_per_client"),
 }
 
 
@@ -4721,7 +4530,6 @@ def load_generation(
     # Refused before anything is opened.
     policy = Policy(config, [])
     chapters = join_chapters(found, config, policy)
-    users = read_users(config)
     if old and config.user != old.config.user:
         check_user(config)
     # By address too: one that was removed may still have clients in its queue.
@@ -4745,7 +4553,7 @@ def load_generation(
         serve = functools.partial(serve_client, policy)
         number = old.number + 1 if old else 0
         generation = Generation(config, listeners, log, serve, number)
-        generation.users, generation.chapters = users, chapters
+        generation.chapters = chapters
         undo.pop_all()
     if not old:
         say(f"chapters: {' '.join(found) or 'none'}")
@@ -5087,36 +4895,11 @@ def check(path: str, options: list[str]) -> int:
     """Print every setting in force, or raise ConfigError."""
     config = load_config(path, options)
     join_chapters(find_chapters(), config, Policy(config, []))
-    read_users(config)
     endpoints(config)
     warn_of_outside(config)
     check_file(config, "log", False)
     check_file(config, "pidfile", bool(find_user(config)))
     print(config.text())
-    return 0
-
-
-def passwd(name: str) -> int:
-    """Read a password twice, and print a line for the file of users."""
-    user = os.fsencode(name)
-    try:
-        check_name(user)
-    except ValueError as error:
-        raise OSError(f"cannot take {name!r} for a user: {error}") from None
-    if os.isatty(0):
-        import getpass
-
-        try:
-            first = os.fsencode(getpass.getpass(f"Password for {name}: "))
-            again = os.fsencode(getpass.getpass("The same again: "))
-        except EOFError:
-            raise OSError("cannot take the password: the input has ended") from None
-    else:
-        with open(0, "rb", closefd=False) as file:
-            first, again = (file.readline().rstrip(b"\r\n") for _ in range(2))
-    if not first or first != again:
-        raise OSError("cannot take the password: it is empty, or twice not the same")
-    print(os.fsdecode(user_line(user, first)))
     return 0
 
 
@@ -5160,7 +4943,7 @@ def command(arguments: list[str]) -> int:
     if given.explain:
         return explain(path, given.option, given.explain)
     if given.passwd is not None:
-        return passwd(given.passwd)
+        return int(need_chapter("users", "--passwd").passwd(given.passwd))
     if given.test:
         return check(path, given.option)
     if given.daemon:

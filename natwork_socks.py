@@ -54,7 +54,6 @@ from natwork import Uplink
 from natwork import Worker
 from natwork import address_of
 from natwork import anonymous
-from natwork import authenticate
 from natwork import dial
 from natwork import endpoint
 from natwork import host_of
@@ -379,7 +378,7 @@ class Socks:
 
     def choose_method(self, methods: bytes) -> None:
         """Agree on how the client says who he is: section 3; raise Refused."""
-        named = self.worker.generation.users is not None
+        named = self.worker.asks_names()
         method = 2 if named else 0
         if method not in methods:
             self.session.status = str(NO_METHOD.reply)
@@ -399,7 +398,8 @@ class Socks:
         try:
             if version != 1:
                 raise Refused(BAD_REQUEST, "this is no name and password")
-            self.session.user = authenticate(self.worker, name, password)
+            users = self.worker.chapters.users
+            self.session.user = users.authenticate(self.worker, name, password)
         except Refused:
             self.send(b"\1\1")
             linger(self.worker, self.client)

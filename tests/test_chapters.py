@@ -107,6 +107,21 @@ def test_alone_it_has_no_pages(bare: Gateway) -> None:
     assert [line["outcome"] for line in bare.lines(3)] == ["no-page"] * 3
 
 
+# A word of the command line, and the chapter that does what it says.
+DONE = {
+    ("--passwd", "ann"): "users",
+}
+
+
+@pytest.mark.parametrize("words", DONE)
+def test_alone_it_names_what_a_word_needs(
+    tmp_path: Path, alone: list[str], words: tuple[str, ...]
+) -> None:
+    said = refused(command(*words, cwd=tmp_path, program=alone))
+    assert said.startswith(f"natwork: {words[0]} needs ")
+    assert f"/natwork_{DONE[words]}.py, which is not there" in said
+
+
 # What a chapter may not be.
 
 
@@ -114,6 +129,8 @@ GIVEN = {
     "bind_ports": ("socks", "5000-5009"),
     "udp_from_anyone": ("socks", "yes"),
     "gateways": ("pages", "10.0.0.2:8080"),
+    "users": ("users", "/etc/natwork/users"),
+    "max_per_client": ("users", "9"),
 }
 
 

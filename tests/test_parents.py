@@ -54,7 +54,7 @@ from natwork import Handshake
 from natwork import Policy
 from natwork import Watch
 from natwork import pack
-from natwork import user_line
+from natwork_users import user_line
 
 daemon = daemons()
 Start = Callable[..., Origin]

@@ -35,6 +35,7 @@ from wire import reset
 
 import natwork
 import natwork_redirect
+import natwork_users
 
 PROXY = "http://10.9.0.1:8080"
 BANNER = b"220 mail.example.com ESMTP\r\n"
@@ -586,7 +587,7 @@ def test_a_client_who_is_silent_is_ended(rig: Rig) -> None:
 @pytest.mark.end_to_end
 def test_who_cannot_say_his_name_is_refused_where_there_are_users(rig: Rig) -> None:
     users = rig.folder / "users"
-    users.write_bytes(natwork.user_line(b"alice", b"secret") + b"\n")
+    users.write_bytes(natwork_users.user_line(b"alice", b"secret") + b"\n")
     users.chmod(0o600)
     rig.natwork(f"users={users}")
     before = len(rig.web.entries())

@@ -181,7 +181,6 @@ def test_the_sections_stand_in_their_order() -> None:
         "Relay",
         "Master and workers",
         "Rules",
-        "Users",
         "Connecting",
         "HTTP",
         "Serving a client",

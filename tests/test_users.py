@@ -11,6 +11,7 @@ import pty
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ from wire import send
 from wire import sized
 
 import natwork
+import natwork_users
 from natwork import printable
 
 daemon = daemons()
@@ -74,7 +76,7 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(path: Path, *pairs: tuple[bytes, bytes]) -> Path:
     """Write a file of users that only its owner reads."""
-    lines = [natwork.user_line(name, password) for name, password in pairs]
+    lines = [natwork_users.user_line(name, password) for name, password in pairs]
     path.write_bytes(b"\n".join([b"# who may ask", *lines, b""]))
     path.chmod(0o600)
     return path
@@ -97,7 +99,7 @@ def ask(gateway: Gateway, origin: Origin, *fields: bytes) -> Message:
 
 def board(gateway: Gateway) -> natwork.Scoreboard:
     """Return the scoreboard of a gateway, to read."""
-    link = board_link(gateway)
+    link = memory_link(gateway, "natwork")
     fd = os.open(link, os.O_RDONLY)
     try:
         return natwork.Scoreboard(fd)
@@ -105,23 +107,28 @@ def board(gateway: Gateway) -> natwork.Scoreboard:
         os.close(fd)
 
 
-def board_link(gateway: Gateway) -> str:
-    """Return the way to the memory of a gateway, once it has started."""
+def memory_link(gateway: Gateway, name: str) -> str:
+    """Return the way to a memory of a gateway, once it has started."""
     eventually(lambda: title(gateway.process.pid).startswith("natwork: master"))
     folder = f"/proc/{gateway.process.pid}/fd"
     links = [f"{folder}/{name}" for name in os.listdir(folder)]
-    return next(x for x in links if os.readlink(x).startswith("/memfd:natwork "))
+    return next(x for x in links if os.readlink(x).startswith(f"/memfd:{name} "))
 
 
 def memory(gateway: Gateway) -> bytes:
-    """Return what the scoreboard holds: the header, and the slots that were used."""
+    """Return what is shared: the scoreboard as far as it is used, and the pairs."""
     size = natwork.ROWS + 64 * natwork.SLOT_SIZE
-    return bytes(board(gateway).memory[:size])
+    return bytes(board(gateway).memory[:size]) + pairs(gateway)
+
+
+def pairs(gateway: Gateway) -> bytes:
+    """Return the memory of the pairs of name and password that were right."""
+    return Path(memory_link(gateway, "users")).read_bytes()
 
 
 def checks(gateway: Gateway) -> int:
     """Return how many passwords have been put through scrypt."""
-    return int(board(gateway).words[natwork.SCRYPTS])
+    return struct.unpack_from("Q", pairs(gateway), 8 * natwork_users.SCRYPTS)[0]
 
 
 # --- The file and --passwd ----------------------------------------------------
@@ -204,7 +211,7 @@ def test_passwd_refuses_what_would_not_work(name: str, given: str) -> None:
     assert "one" not in done.stderr
 
 
-GOOD = natwork.user_line(b"alice", SECRET).decode()
+GOOD = natwork_users.user_line(b"alice", SECRET).decode()
 HASH = GOOD.rpartition("$")[2]
 BAD_FILES = {
     "others may read": (GOOD, 0o604, "others"),
@@ -642,7 +649,7 @@ def test_who_dies_with_the_lock_leaves_it(
         origin(Script()),
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, board_link(gateway)],
+        [sys.executable, "-c", HOLDER, memory_link(gateway, "users")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -664,7 +671,7 @@ def test_who_dies_with_the_lock_leaves_it(
 
 
 def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = natwork.Scoreboard()
+    board = natwork_users.Verified()
     digests = [bytes([7]) + os.urandom(23) for _ in range(6)]
     for number, digest in enumerate(digests):
         monkeypatch.setattr(time, "monotonic", lambda now=number: 1000.0 + now)
@@ -905,10 +912,10 @@ def test_users_that_no_reload_could_read_are_told_at_the_start(tmp_path: Path) -
 
 def test_a_reload_that_cannot_load_the_hashes_says_so(tmp_path: Path) -> None:
     code = """
-import sys, natwork
+import sys, natwork, natwork_users
 sys.modules["hashlib"] = None
 try:
-    natwork.read_users(natwork.Config(users="users", user="nobody"))
+    natwork_users.read_users(natwork.Config(users="users", user="nobody"))
 except natwork.ConfigError as error:
     print(error)
 """
