@@ -745,7 +745,7 @@ class Session:
         self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
         self.via = b""  # the gateways that a CONNECT has come through
-        self.parent: Parent | None = None  # who takes a request, not a tunnel
+        self.parent: Any = None  # who takes a request, not a tunnel
         self.up = self.down = 0  # bytes written to the server, and to the client
 
     def row(self) -> bytes:
@@ -1385,7 +1385,7 @@ class Chapters:
         self.redirect: Callable[[Worker, Policy, Stream], bool] | None = None
         self.schemes: dict[bytes, Gateway] = {}  # of a URL; b"" is origin form
         self.users: Any = None  # who asks: authenticate(), check_share(), named
-        self.parents: Any = None  # who dials: dial(), and what a parent wants
+        self.parents: Any = None  # who dials: dial(), readdress(), failed()
 
 
 class Generation:
@@ -2265,63 +2265,6 @@ def parse_uplink(text: str, number: int = 0) -> Uplink:
     return Uplink(text, b"", number)
 
 
-class Parent(NamedTuple):
-    """Another proxy, and what goes through it."""
-
-    name: str  # its URL, without user and password
-    scheme: str  # http or socks5
-    host: str
-    port: int
-    user: bytes
-    password: bytes
-    targets: Rule
-    plain: bool  # for http:// requests alone
-
-
-PARENT_URL = re.compile(
-    r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?"
-    r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
-    re.ASCII,
-)
-
-
-def parse_parent(text: str) -> Parent:
-    """Return the parent that a line of `parents` describes; raise ValueError.
-
-    What it raises never quotes the line, which may hold a password.
-    """
-    url, *words = re.sub(r"\s*,\s*", ",", text).split()
-    parts = dict(zip(words[::2], words[1::2]))
-    if len(words) != 2 * len(parts) or not parts.keys() <= {"to", "scheme"}:
-        raise ValueError("behind the URL stand only to TARGETS and scheme http")
-    if parts.get("scheme", "http") != "http":
-        raise ValueError("the only scheme to be named is http")
-    match = PARENT_URL.fullmatch(url)
-    if not match:
-        raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
-    scheme, user, password, at, host, port = match.groups(default="")
-    # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
-    name, secret = (
-        re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
-        for part in (user.encode(), password.encode())
-    )
-    if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
-        raise ValueError("a user or a password is longer than 255 bytes")
-    bare = host.strip("[]").lower()
-    if host[0] == "[" and len(pack(bare)) != 16:
-        raise ValueError("what stands in brackets is an IPv6 address")
-    return Parent(
-        f"{scheme}://{at}",
-        scheme,
-        bare,
-        parse_ports(port).start,
-        name,
-        secret,
-        Rule(f"allow to {parts.get('to', '*')}", 0),
-        "scheme" in parts,
-    )
-
-
 # What the rules say of one address: OK or another outcome, and the rule in words.
 Verdict = tuple[Outcome, str]
 
@@ -2331,7 +2274,7 @@ def denied(word: str, rule: str) -> Verdict:
 
 
 class Policy:
-    """Who is a client, and what is dialed how: from `inside` to `parents`."""
+    """Who is a client, and what is dialed how: from `inside` to `bind_ports`."""
 
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
@@ -2350,8 +2293,6 @@ class Policy:
             self.rules = [Rule(line, n) for n, line in enumerate(lines, 1)]
             setting, words = "outside", config.outside.split()
             self.uplinks = [parse_uplink(word, n) for n, word in enumerate(words)]
-            setting = "parents"
-            self.parents = [parse_parent(line) for line in config.lines("parents")]
             setting, ports = "bind_ports", config.bind_ports
             self.bind_ports = range(1) if ports == "0" else parse_ports(ports)
         except ValueError as error:
@@ -2485,26 +2426,6 @@ class Policy:
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
         return OK, "built-in rule: allow the rest"
-
-    def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
-        """Return the first parent that takes a target, None where we dial it."""
-        for parent in self.parents:
-            if proto == "http" or not parent.plain:
-                known = [form for packed in found for form in forms(packed)]
-                if parent.targets.names_target(host.rstrip("."), known):
-                    return parent
-        return None
-
-    def trusts(self, client: str, user: str, host: str, port: int) -> bool:
-        """Return whether a rule allows a name of which no address is known here."""
-        who, bare, name = address_of(client), user.partition(";")[0], host.rstrip(".")
-        for rule in self.rules:
-            if rule.matches(who, bare, name, port, []):
-                if not rule.allow:
-                    return False
-                if rule.names and (port != 25 or rule.takes_mail()):
-                    return True
-        return False
 
 
 # --- Connecting ---------------------------------------------------------------
@@ -2815,121 +2736,6 @@ def judged(
 CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
 
 
-class Handshake:
-    """A few words with a parent, before his socket is a tunnel; raises Refused."""
-
-    def __init__(self, worker: Worker, sock: socket.socket, deadline: float) -> None:
-        """Take a socket; deadline is for all that is said and heard."""
-        self.watch, self.sock, self.deadline = worker.watch, sock, deadline
-
-    def wait(self, events: int) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0 or not self.watch.wait({self.sock.fileno(): events}, left):
-            raise Refused(CONNECT_TIMEOUT, "no answer within connect_timeout")
-
-    def say(self, data: bytes) -> None:
-        while data:
-            self.wait(POLLOUT)
-            data = data[self.sock.send(data) :]
-
-    def take(self, count: int, flags: int = 0) -> bytes:
-        """Return what there is, at least one byte and at most so many."""
-        self.wait(POLLIN)
-        piece = self.sock.recv(count, flags)
-        if not piece:
-            raise Refused(SERVER_GONE, "the connection ended in mid-answer")
-        return piece
-
-    def hear(self, count: int) -> bytes:
-        """Return so many bytes and take no more: what follows is the target's."""
-        heard = b""
-        while len(heard) < count:
-            heard += self.take(count - len(heard))
-        return heard
-
-    def hear_head(self) -> bytes:
-        """Return a response head, and take no byte behind it."""
-        head, end = b"", -1
-        while end < 0:
-            seen = self.take(HEAD_LIMIT, socket.MSG_PEEK)
-            end = (head + seen).find(BLANK_LINE)
-            # Not more than was seen: what has come since may be the target's.
-            head += self.sock.recv(len(seen) if end < 0 else end + 4 - len(head))
-            if len(head) >= HEAD_LIMIT:
-                raise Refused(BAD_RESPONSE, f"answer over {HEAD_LIMIT} bytes")
-        return head
-
-
-# What a parent's refusal is to our client; anything else: it could not connect.
-PARENT_STATUS = {403: DENIED, 503: OVERLOAD, 504: CONNECT_TIMEOUT}
-PARENT_REPLY = {  # RFC 1928 section 6
-    2: DENIED,
-    3: UNROUTABLE,
-    4: HOST_UNREACHABLE,
-    5: CONNECT_REFUSED,
-    6: CONNECT_TIMEOUT,
-}
-
-
-def basic(parent: Parent) -> bytes:
-    """Return the field line that says to a parent who we are, if he wants to know."""
-    if not parent.user:
-        return b""
-    pair = b"%b:%b" % (parent.user, parent.password)
-    return b"Proxy-Authorization: Basic " + binascii.b2a_base64(pair)[:-1] + CRLF
-
-
-def ask_http(talk: Handshake, parent: Parent, via: bytes, at: bytes) -> None:
-    """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
-    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
-    talk.say(lines % (at, at, via, basic(parent)))
-    status, count = 100, 0
-    while status < 200:
-        count += 1
-        if count > INTERIM_LIMIT:
-            raise Refused(BAD_RESPONSE, f"over {INTERIM_LIMIT} interim responses")
-        line = talk.hear_head().partition(CRLF)[0]
-        match = re.fullmatch(rb"HTTP/1\.[0-9] ([1-5][0-9][0-9])( .*)?", line)
-        if not match:
-            raise Refused(BAD_RESPONSE, "this is not HTTP")
-        status = int(match[1])
-    if status >= 300:
-        outcome = PARENT_STATUS.get(status, CONNECT_FAILED)._replace(word=str(status))
-        raise Refused(outcome, line[9:].decode("latin-1"))
-
-
-def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
-    """Have a parent connect to a host: RFC 1928 and 1929; raise Refused."""
-    methods = b"\0\2" if parent.user else b"\0"
-    talk.say(bytes([5, len(methods)]) + methods)
-    version, method = talk.hear(2)
-    if version != 5:
-        raise Refused(BAD_RESPONSE, "this is not SOCKS5")
-    if method not in methods:
-        raise Refused(CONNECT_FAILED._replace(word="auth-required"), "it wants a user")
-    if method == 2:
-        user, password = parent.user, parent.password
-        talk.say(b"\1%c%b%c%b" % (len(user), user, len(password), password))
-        if talk.hear(2)[1]:
-            outcome = CONNECT_FAILED._replace(word="auth-failed")
-            raise Refused(outcome, "it does not know our user")
-    try:
-        packed = pack(host)
-        to = (b"\1" if len(packed) == 4 else b"\4") + packed
-    except ValueError:
-        name = host.encode()
-        to = b"\3%c%b" % (len(name), name)
-    talk.say(b"\5\1\0%b%b" % (to, port.to_bytes(2, "big")))
-    version, reply, _, kind = talk.hear(4)
-    if version != 5 or not reply and kind not in (1, 3, 4):
-        raise Refused(BAD_RESPONSE, "this is not SOCKS5")
-    if reply:
-        outcome = PARENT_REPLY.get(reply, CONNECT_FAILED)
-        raise Refused(outcome._replace(word=f"reply-{reply}"), f"SOCKS reply {reply}")
-    talk.hear({1: 4, 4: 16}.get(kind) or talk.hear(1)[0])
-    talk.hear(2)
-
-
 def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket.socket:
     """Return the connection that is there first; the session learns its two ends.
 
@@ -2945,55 +2751,6 @@ def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> socket
     return sock
 
 
-def dial_parent(
-    worker: Worker,
-    policy: Policy,
-    session: Session,
-    parent: Parent,
-    target: tuple[str, int],
-) -> socket.socket:
-    """Return a connection that leads to a target through a parent; raise Refused.
-
-    For an http:// request and a parent that takes such it is one to the parent,
-    and session.parent says so.
-    """
-    found = resolve(parent.host, parent.port)
-    if policy.is_ours(found, parent.port):
-        raise Refused(LOOP, "it is this gateway")  # SOCKS has no Via to tell
-    deadline = time.monotonic() + worker.config.connect_timeout
-    # What is near us is not reached by way of the outside.
-    near = [packed for packed in found if policy.closes(forms(packed))]
-    far = [packed for packed in found if packed not in near]
-    attempts = follow(
-        plan(near, parent.port, [], worker.board),
-        plan(far, parent.port, policy.uplinks, worker.board),
-    )
-    sock = connect(worker, session, attempts)
-    talk = Handshake(worker, sock, deadline)
-    try:
-        if parent.scheme == "socks5":
-            ask_socks(talk, parent, *target)
-        elif session.proto == "http":
-            session.parent = parent
-        else:
-            via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-            ask_http(talk, parent, via, endpoint(target).encode())
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def parent_failed(parent: Parent, error: Refused | OSError) -> Refused:
-    """Return a refusal that says by which parent it came about."""
-    if isinstance(error, OSError):
-        error = Refused(SERVER_GONE, reason(error))
-    if error.outcome is DRAINED:
-        return error
-    outcome = error.outcome._replace(word=f"{PARENT_FAILED.word}-{error.outcome.word}")
-    return Refused(outcome, f"parent {parent.name}: {error.detail}")
-
-
 def dial_addresses(
     worker: Worker, policy: Policy, session: Session, addresses: list[bytes], port: int
 ) -> socket.socket:
@@ -3003,37 +2760,6 @@ def dial_addresses(
     else:
         attempts = direct(addresses, port)
     return connect(worker, session, attempts)
-
-
-def dial_by_parents(
-    worker: Worker,
-    policy: Policy,
-    session: Session,
-    host: str,
-    port: int,
-    only: str,
-) -> socket.socket:
-    """Do what dial() says where a parent may take the target, as `parents` says."""
-    unknown = None
-    addresses: list[bytes] = []
-    try:
-        addresses = judged(worker, policy, session, host, port)
-    except Refused as refusal:
-        # A parent may know the name, if it is one that may be asked for.
-        nameless = refusal.outcome in (NO_SUCH_HOST, DNS_TIMEOUT)
-        if not nameless or not policy.trusts(worker.peer, session.user, host, port):
-            raise
-        unknown = refusal
-    if parent := policy.parent_for(session.proto, host, addresses):
-        try:
-            return dial_parent(worker, policy, session, parent, (host, port))
-        except (OSError, Refused) as error:
-            raise parent_failed(parent, error) from None
-    if unknown:
-        raise unknown
-    if only:
-        addresses = judged(worker, policy, session, host, port, only)
-    return dial_addresses(worker, policy, session, addresses, port)
 
 
 def dial(
@@ -3050,8 +2776,8 @@ def dial(
     """
     began = time.monotonic()
     session.parent = None
-    if policy.parents:
-        sock = dial_by_parents(worker, policy, session, host, port, only)
+    if parents := worker.chapters.parents:
+        sock: socket.socket = parents.dial(worker, policy, session, host, port, only)
     else:
         addresses = judged(worker, policy, session, host, port, only)
         sock = dial_addresses(worker, policy, session, addresses, port)
@@ -3531,17 +3257,6 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
-def readdress(head: bytes, authority: bytes, parent: Parent) -> bytes:
-    """Return a request that is ready for its server as one for a parent.
-
-    RFC 9112 section 3.2.2: in absolute-form, and for "*" without a path.
-    """
-    method, rest = head.split(b" ", 1)
-    line, lines = rest.removeprefix(b"*").split(CRLF, 1)
-    url = b"http://" + authority + line
-    return b"%b %b\r\n%b%b" % (method, url, basic(parent), lines)
-
-
 class Exchange:
     """One request and its answer, both on their way at the same time.
 
@@ -3580,7 +3295,8 @@ class Exchange:
         http, self.server = self.http, server
         if http.parent:
             before = self.out
-            self.out = readdress(before, self.target.authority, http.parent)
+            parents = http.worker.chapters.parents
+            self.out = parents.readdress(before, self.target.authority, http.parent)
             if self.up:
                 self.up.out[: len(before)] = self.out
         if self.is_plain:
@@ -3862,7 +3578,7 @@ class Http:
         self.answering: dict[int, int]  # what is awaited while it is to answer
         self.server_for = "", "", 0  # the user, host and port it was dialed for
         self.server_ends = "-", "-"  # its address and source, for the log
-        self.parent: Parent | None = None  # where the server is one
+        self.parent: Any = None  # where the server is one
         self.shown: list[bytes] | None = []  # as last verified, None for nothing
         self.user = "-"
         self.blanks = 0  # octets of empty lines before a request
@@ -3901,7 +3617,7 @@ class Http:
         except Refused as refusal:
             # What he did to a connection that leads to him is the parent's fault.
             if self.parent and refusal.outcome.error in SERVER_FAULTS:
-                refusal = parent_failed(self.parent, refusal)
+                refusal = self.worker.chapters.parents.failed(self.parent, refusal)
             outcome = refusal.outcome
             self.name_target()
             self.refuse(refusal)
@@ -4283,6 +3999,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "gateways": (),
     "pages": ("gateways",),
     "users": ("users", "max_per_client"),
+    "parents": ("parents",),
 }
 
 
@@ -4825,7 +4542,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     """Print which rule decides about a client and a target; dial nothing."""
     config = load_config(path, options)
     own = [("0.0.0.0" if h == "*" else h, port) for h, port in endpoints(config)]
-    policy = Policy(config, own)
+    policy, chapters = Policy(config, own), Chapters()
+    if config.parents:
+        need_chapter("parents", "parents").join(chapters, config, policy)
+    parents = chapters.parents
     client, wanted = words[0], os.fsencode(words[1])
     user = printable(os.fsencode("".join(words[2:])), NAME_SIZE)
     if not explain_client(config, policy, client, user):
@@ -4846,8 +4566,8 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
             return 0
         addresses = resolve(host, port)
     except Refused as refusal:
-        unknown = host and policy.trusts(client, user, host, port)
-        if not unknown or not policy.parent_for(proto, host, []):
+        unknown = host and parents and parents.trusts(client, user, host, port)
+        if not unknown or not parents.parent_for(proto, host, []):
             print(f"refused: {refusal.outcome.word}: {refusal.detail}")
             return 0
         print(f"{refusal.detail}; a rule allows the name")
@@ -4858,8 +4578,8 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{unpack(packed)}: {word} by {rule}")
         if outcome is OK:
             allowed.append(packed)
-    if not addresses or allowed:
-        if parent := policy.parent_for(proto, host, allowed):
+    if parents and (allowed or not addresses):
+        if parent := parents.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
     attempts = ways(policy, allowed, port, Scoreboard())

@@ -276,7 +276,7 @@ def ftp_passive(http: Http, server: Any) -> tuple[str, int]:
 
     six = ":" in http.server_for[1] or server.sock.server.sock.family == INET6
     families = [INET6, INET] if six else [INET, INET6]
-    for server.af in families if http.policy.parents else families[:1]:
+    for server.af in families if http.worker.chapters.parents else families[:1]:
         try:
             address, port = server.makepasv()
             return address, port

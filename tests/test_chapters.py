@@ -131,6 +131,7 @@ GIVEN = {
     "gateways": ("pages", "10.0.0.2:8080"),
     "users": ("users", "/etc/natwork/users"),
     "max_per_client": ("users", "9"),
+    "parents": ("parents", "http://127.0.0.1:3128"),
 }
 
 

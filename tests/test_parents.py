@@ -48,12 +48,15 @@ from wire import response
 from wire import sized
 
 import natwork
+from natwork import Chapters
 from natwork import Config
 from natwork import ConfigError
-from natwork import Handshake
 from natwork import Policy
 from natwork import Watch
 from natwork import pack
+from natwork_parents import Handshake
+from natwork_parents import Parents
+from natwork_parents import join
 from natwork_users import user_line
 
 daemon = daemons()
@@ -172,18 +175,26 @@ BAD = [
 ]
 
 
+def joined(lines: str) -> Parents:
+    """Return what the chapter makes of `parents`."""
+    config, chapters = Config(parents=lines), Chapters()
+    join(chapters, config, Policy(config, []))
+    assert isinstance(chapters.parents, Parents)
+    return chapters.parents
+
+
 @pytest.mark.parametrize("line", BAD)
 def test_a_bad_line_is_an_error_that_quotes_it(line: str) -> None:
     value = line.removeprefix("parents = ")
     with pytest.raises(ConfigError) as caught:
-        Policy(Config(parents=value), [])
+        joined(value)
     assert "parents = " in str(caught.value) and value[:9] in str(caught.value)
 
 
 def test_a_password_is_not_quoted_though_the_url_ends_too_early() -> None:
     for value in ("http://pu:SEKRIT", "socks5://pu:SEKRIT@", "http://pu:SEKRIT@a"):
         with pytest.raises(ConfigError) as caught:
-            Policy(Config(parents=value), [])
+            joined(value)
         assert "SEKRIT" not in str(caught.value) and "pu:***" in str(caught.value)
 
 
@@ -271,8 +282,7 @@ def test_the_first_that_takes_the_target_is_asked(
         "http://p:2 to 10.0.0.0/8,2001:db8::/32",
         "http://p:3 scheme http",
     )
-    policy = Policy(Config(parents=";".join(lines)), [])
-    parent = policy.parent_for(proto, host, [pack(address)])
+    parent = joined(";".join(lines)).parent_for(proto, host, [pack(address)])
     assert (parent.port if parent else 0) == port
 
 
