@@ -110,6 +110,7 @@ def test_alone_it_has_no_pages(bare: Gateway) -> None:
 # A word of the command line, and the chapter that does what it says.
 DONE = {
     ("--passwd", "ann"): "users",
+    ("--explain", "127.0.0.1", "192.0.2.1:80"): "explain",
 }
 
 
