@@ -111,6 +111,8 @@ def test_alone_it_has_no_pages(bare: Gateway) -> None:
 DONE = {
     ("--passwd", "ann"): "users",
     ("--explain", "127.0.0.1", "192.0.2.1:80"): "explain",
+    ("-d",): "daemon",
+    ("-d", "-o", "pidfile=natwork.pid"): "daemon",
 }
 
 
@@ -121,6 +123,14 @@ def test_alone_it_names_what_a_word_needs(
     said = refused(command(*words, cwd=tmp_path, program=alone))
     assert said.startswith(f"natwork: {words[0]} needs ")
     assert f"/natwork_{DONE[words]}.py, which is not there" in said
+
+
+def test_alone_it_has_no_pid_file(tmp_path: Path, alone: list[str]) -> None:
+    for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
+        words += ["-o", "pidfile=natwork.pid"]
+        said = refused(command(*words, cwd=tmp_path, program=alone))
+        assert said.startswith("natwork: pidfile needs ")
+        assert "/natwork_daemon.py, which is not there" in said
 
 
 # What a chapter may not be.

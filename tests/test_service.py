@@ -48,6 +48,7 @@ from wire import exchange
 from wire import request
 
 import natwork as program
+import natwork_daemon
 
 daemon = daemons()
 Launch = Callable[..., Daemon]
@@ -129,7 +130,7 @@ def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
         assert why == words
 
 
-@pytest.mark.parametrize("limit", [12, 14, 16, 18])
+@pytest.mark.parametrize("limit", [8, 10, 12, 14])
 def test_too_few_descriptors_are_one_line_and_exit_1(
     tmp_path: Path, limit: int
 ) -> None:
@@ -486,18 +487,18 @@ def test_a_pid_file_that_is_removed_while_it_is_awaited_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "natwork.pid"
-    first = program.lock_pidfile(str(path), None)
+    first = natwork_daemon.lock_pidfile(str(path), None)
     lock = fcntl.flock
 
     def late(fd: int, how: int) -> None:
         """Get the lock when its owner has just left."""
         monkeypatch.setattr(fcntl, "flock", lock)
-        program.remove_pidfile(str(path), first)
+        natwork_daemon.remove_pidfile(str(path), first)
         os.close(first)
         lock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second = program.lock_pidfile(str(path), None)
+    second = natwork_daemon.lock_pidfile(str(path), None)
     assert os.path.samestat(os.fstat(second), path.stat())
     os.close(second)
 

@@ -1,0 +1,102 @@
+"""Daemon, a chapter of NATWork: detach, and have a pid file, where no systemd is.
+
+What starts it waits until clients are served, and ends with 0, or with the code
+and the line of what failed.
+"""
+# SPDX-License-Identifier: MIT
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import sys
+
+from natwork import guard
+from natwork import load_config
+from natwork import reason
+from natwork import run
+
+VERSION = "0.1.0"
+
+
+def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
+    """Return the pid file, open and locked while we live; raise OSError.
+
+    Who gives up root can remove it at the end from a directory of its own only,
+    so one that is not there is made.
+    """
+    folder = os.path.dirname(path)
+    try:
+        if user and folder and not os.path.exists(folder):
+            os.mkdir(folder, 0o755)
+            os.chown(folder, *user)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise OSError(f"cannot open the pid file {path}: {reason(error)}") from None
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(f"cannot use the pid file {path}: it is no regular file")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"another natwork holds the pid file {path}") from None
+        if os.fstat(fd).st_nlink:
+            undo.pop_all()
+            return fd
+    return lock_pidfile(path, user)  # the one before has just removed it
+
+
+def remove_pidfile(path: str, fd: int) -> None:
+    os.ftruncate(fd, 0)
+    # Without privileges the directory may refuse: then an empty file stays.
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def run_daemon(path: str, options: list[str]) -> int:
+    """Detach, run the gateway behind the launcher, and return the launcher's code."""
+    try:
+        import daemon
+    except ImportError:
+        raise OSError(
+            "cannot detach: python-daemon is not installed (pip install python-daemon)"
+        ) from None
+    config = load_config(path, options)  # its faults are told before we detach
+    news_out, news_in = os.pipe2(0)
+    if os.fork():
+        os.close(news_in)
+        news = os.read(news_out, 1)  # the end of file is a start that failed
+        return news[0] if news else 1
+    os.close(news_out)
+
+    def ready() -> None:
+        """Let go of what the caller waits for; keep a file, and the log's way out."""
+        with open(os.devnull, "r+b") as null:
+            for fd in (1, 2):
+                wanted = fd == 1 and config.log == "-" and not os.isatty(fd)
+                if not wanted and not stat.S_ISREG(os.fstat(fd).st_mode):
+                    os.dup2(null.fileno(), fd)
+        os.write(news_in, b"\0")
+        os.close(news_in)
+
+    path = os.path.abspath(path) if path else path
+    status = 1
+    try:
+        daemon.DaemonContext(
+            umask=0o027,
+            detach_process=True,  # it would guess, by what standard input is
+            working_directory=os.getcwd(),
+            files_preserve=[news_in],
+            stdout=sys.stdout,
+            stderr=sys.stderr,
+            signal_map={},
+        ).open()
+        status = guard(lambda: run(path, options, ready))
+        with contextlib.suppress(OSError):
+            os.write(news_in, bytes([status]))
+    finally:
+        os._exit(status)
