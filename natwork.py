@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """NATWork: carry TCP streams between the two networks of one Linux box.
 
-A client on the inside asks, by HTTP or SOCKS, for a host on the outside.
+A client on the inside asks, mostly by HTTP, for a host on the outside.
 NATWork connects to it from the outside address and joins the two sockets:
 
     client ----> inside  [ natwork.py ]  outside ----> server
@@ -33,6 +33,18 @@ Signals to the master: TERM and INT stop accepting and let busy workers finish
 (a second one ends them now); HUP reads the configuration again and reopens the
 access log.  TERM to a worker ends that one session.  Exit codes: 0 asked to
 stop, 1 unexpected, 2 bad command line, 78 bad configuration.
+
+This file is complete by itself.  A chapter that lies beside it is found at the
+start, and one line says which are there:
+
+    natwork_socks.py       SOCKS 4, 4a and 5
+    natwork_redirect.py    clients whose packets the kernel sends to our port
+    natwork_gateways.py    ftp:// and gopher:// URLs
+    natwork_pages.py       the live table, /metrics and /proxy.pac
+    natwork_users.py       names and passwords, --passwd, max_per_client
+    natwork_parents.py     other proxies to go through
+    natwork_explain.py     --explain
+    natwork_daemon.py      -d, and the pid file
 
 Reading order.  Every section uses only the ones above it.  To understand a
 connection, read downwards; to understand the daemon, start at main() and read

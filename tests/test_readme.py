@@ -86,7 +86,8 @@ RUNS = {
     "test_systemd.container": [
         "install -D -m 755",
         "install -D -m 640 -g natwork natwork.conf",
-        "install -D -m 644 -t /usr",
+        "install -D -m 644 -t /usr/local/bin",
+        "install -D -m 644 -t /usr/local/share",
         "install -D -m 644 -t /etc",
         "useradd",
         "systemctl daemon-reload",

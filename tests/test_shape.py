@@ -1,4 +1,7 @@
-"""The shape of natwork.py is part of its contract: keep it readable in one sitting."""
+"""The shape of natwork.py is part of its contract: keep it readable in one sitting.
+
+Its chapters are held to what fits them too.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from collections.abc import Iterator
 import pytest
 from conftest import ROOT
 
+import natwork as heart
+
 SOURCE = (ROOT / "natwork.py").read_text()
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
+CHAPTERS = {path.stem: path.read_text() for path in sorted(ROOT.glob("natwork_*.py"))}
 BRITISH = re.compile(
     "diall|neighbour|behaviour|honour|colour|favour|labell|cancell|licence|centre"
     "|(?<![a-z])(?:optim|normal|serial|initial|recogn|author|organ)is(?:e|ing|ation)",
@@ -22,9 +28,9 @@ BRITISH = re.compile(
 )
 
 
-def names_defined() -> Iterator[tuple[str, int]]:
-    """Yield each name of the module with the line that defines it."""
-    for node in TREE.body:
+def names_defined(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield each name of a module with the line that defines it."""
+    for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name, node.lineno
         for target in node.targets if isinstance(node, ast.Assign) else ():
@@ -53,15 +59,19 @@ def stored_in(node: ast.stmt) -> set[str]:
     return {n.id for n in names if isinstance(n.ctx, ast.Store)}
 
 
-def test_calls_point_up_the_file() -> None:
-    line_of = dict(names_defined())
-    down = [
+def used_before(tree: ast.Module) -> list[str]:
+    """Return where a module uses names that stand further down."""
+    line_of = dict(names_defined(tree))
+    return [
         f"line {used.lineno} uses {used.id} of line {line_of[used.id]}"
-        for top in TREE.body
+        for top in tree.body
         for used in names_used(top)
         if line_of.get(used.id, 0) > top.lineno and used.id not in stored_in(top)
     ]
-    assert len(line_of) > 100 and not down, down
+
+
+def test_calls_point_up_the_file() -> None:
+    assert len(dict(names_defined(TREE))) > 100 and used_before(TREE) == []
 
 
 def test_importing_does_nothing() -> None:
@@ -194,3 +204,69 @@ def test_it_runs_as_a_program() -> None:
     assert LINES[0] == "#!/usr/bin/env python3"
     assert (ROOT / "natwork.py").stat().st_mode & 0o777 == 0o755
     assert LINES[-2:] == ['if __name__ == "__main__":', "    sys.exit(main())"]
+
+
+# The chapters.
+
+
+def test_the_heart_names_every_chapter() -> None:
+    manual = ast.get_docstring(TREE) or ""
+    listed = re.findall(r"^    (natwork_\w+)\.py ", manual, re.M)
+    assert sorted(listed) == sorted(CHAPTERS)
+    # All but the two that are loaded when they are asked for.
+    joining = {f"natwork_{name}" for name in heart.CHAPTERS}
+    assert set(CHAPTERS) - joining == {"natwork_explain", "natwork_daemon"}
+
+
+def test_a_box_that_installs_it_gets_every_chapter() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in CHAPTERS:
+        assert text.count(f'"{name}"') == 1 == text.count(f'"{name}.py"'), name
+
+
+def test_the_heart_imports_no_chapter() -> None:
+    assert not re.search(r"^\s*(?:import|from) natwork", SOURCE, re.M)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_uses_the_heart_and_no_other_chapter(name: str) -> None:
+    tree, ours = ast.parse(CHAPTERS[name]), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            ours |= {n.name for n in node.names if n.name.startswith("natwork")}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            ours |= {node.module} if node.module.startswith("natwork") else set()
+    assert ours == {"natwork"}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_has_the_form_of_one(name: str) -> None:
+    text = CHAPTERS[name]
+    tree = ast.parse(text)
+    version = heart.__version__
+    assert text.count(f'\nVERSION = "{version}"\n') == 1
+    what = r"(?s)[A-Z][\w, -]+, a chapter of NATWork: .*\."
+    assert re.fullmatch(what, ast.get_docstring(tree) or "")
+    assert used_before(tree) == []
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
+    assert [ast.unparse(n) for n in tree.body[1:] if not isinstance(n, allowed)] == []
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    for f in functions:
+        size = (f.end_lineno or 0) - f.lineno
+        told = size <= 10 or f.name == "__init__" or ast.get_docstring(f)
+        assert size <= 59 and told, f.name
+    top = [f for f in tree.body if isinstance(f, ast.FunctionDef)]
+    joins = [f for f in top if f.name == "join" and len(f.args.args) == 3]
+    assert len(joins) == (name.removeprefix("natwork_") in heart.CHAPTERS)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_is_clean(name: str) -> None:
+    text = CHAPTERS[name]
+    lines = text.splitlines()
+    assert [line for line in lines if len(line) > 88 or line != line.rstrip()] == []
+    assert text.isascii() and "\t" not in text and not BRITISH.search(text)
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text, re.IGNORECASE)
+    assert not re.search(r"^\s*(import|from) (ctypes|logging|threading)\b", text, re.M)
+    assert not re.search(r"^\s*(global\b|except:|except Exception\b)", text, re.M)
+    assert not re.search(r"^(import|from) (json|ftplib|hashlib|daemon)\b", text, re.M)

@@ -414,7 +414,7 @@ def test_no_client_is_lost_while_it_is_replaced(
     service: Service, origin: Start
 ) -> None:
     container, server = service.container, origin(answer, "127.0.0.3")
-    program = container.root / "usr/local/bin/natwork.py"
+    folder = container.root / "usr/local/bin"
     wrong: list[object] = []
     served, over = [0] * 4, threading.Event()
 
@@ -434,12 +434,14 @@ def test_no_client_is_lost_while_it_is_replaced(
     try:
         for number in range(3):
             count = sum(served)
-            new = program.read_text().replace(
-                "__version__ = ", f"__version__ = '{number}'"
-            )
-            program.with_suffix(".new").write_text(new)
-            program.with_suffix(".new").chmod(0o755)
-            program.with_suffix(".new").rename(program)
+            for path in folder.glob("natwork*.py"):
+                text, new = path.read_text(), path.with_suffix(".new")
+                version = r'(?m)^(?:__version__|VERSION) = "'
+                text, found = re.subn(version, rf"\g<0>{number}", text)
+                assert found == 1, path
+                new.write_text(text)
+                new.chmod(path.stat().st_mode)
+                new.rename(path)
             container.run("systemctl reset-failed natwork; systemctl restart natwork")
             masters.add(container.show("MainPID"))
             eventually(lambda: wrong or sum(served) > count + 20, 20)  # noqa: B023
