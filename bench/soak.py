@@ -594,7 +594,8 @@ class Report:
         ]
         odd = [line for line in lines if list(line) != list(lines[0])]
         self.line("lines that are no lines", str(len(odd)), not odd)
-        lost, ended = gateway.total("LOST"), gateway.program.ended(gateway.board)
+        pages = gateway.program.need_chapter("pages", "this")
+        lost, ended = gateway.total("LOST"), pages.ended(gateway.board)
         sessions = sum(ended.values())
         self.line("lines lost", str(lost), lost == 0)
         least, most = visitors.least, visitors.most
