@@ -29,6 +29,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import platform
@@ -70,6 +71,10 @@ IDLE_TRANSFERS = 40  # through the first tunnel, and as many through the last
 SPARE_SLOTS = 200  # max_workers of the idle row, above its tunnels
 
 CLIENTS = 8  # kept-alive connections of wrk; natwork's default of spare workers
+
+BURST = 200  # clients that come at once
+BURSTS = 6  # in a turn, each to a gateway that has just been started
+REST_TIME = 0.25  # seconds in which it comes to rest before
 
 
 class BenchError(Exception):
@@ -678,7 +683,8 @@ class Sample:
     faults: Counter[str] = field(default_factory=Counter)
 
 
-Turn = tuple[float, float, Counter[str]]  # units a second, units of cost, faults
+# Units a second, units the cost is shared by (inf: it is not known), faults.
+Turn = tuple[float, float, Counter[str]]
 Work = Callable[[Place, Contender, Load], Turn]
 
 
@@ -801,6 +807,74 @@ def socks_new(place: Place, contender: Contender, load: Load) -> Turn:
     return requests / max(passed for _, passed, _ in done), requests / 1e6, faults
 
 
+def burst(door: int, request: bytes) -> tuple[float, Counter[str]]:
+    """Let BURST clients ask at once; return the seconds to the last answer, faults."""
+    faults = Counter[str]()
+    with contextlib.ExitStack() as held:
+        waiting = held.enter_context(selectors.DefaultSelector())
+        streams = [held.enter_context(socket.socket()) for _ in range(BURST)]
+        for stream in streams:
+            stream.setblocking(False)
+        begun = time.perf_counter()
+        for stream in streams:
+            stream.connect_ex((HOST, door))
+            waiting.register(stream, selectors.EVENT_WRITE, bytearray())
+        while waiting.get_map():
+            left = begun + SILENCE_TIMEOUT - time.perf_counter()
+            ready = waiting.select(left) if left > 0 else []
+            if not ready:
+                faults["client without an answer in time"] += len(waiting.get_map())
+                break
+            for key, _ in ready:
+                try:
+                    if ask_or_listen(key, waiting, request):
+                        waiting.unregister(key.fileobj)
+                except (BenchError, OSError) as error:
+                    faults[str(error)] += 1
+                    waiting.unregister(key.fileobj)
+        return time.perf_counter() - begun, faults
+
+
+def ask_or_listen(
+    key: selectors.SelectorKey, waiting: selectors.BaseSelector, request: bytes
+) -> bool:
+    """Take one client of a burst a step further; return whether it has its answer."""
+    stream, answer = key.fileobj, key.data
+    assert isinstance(stream, socket.socket)
+    if key.events == selectors.EVENT_WRITE:
+        stream.sendall(request)
+        waiting.modify(stream, selectors.EVENT_READ, answer)
+        return False
+    if not (more := stream.recv(65536)):
+        raise BenchError(f"closed after {len(answer)} bytes of an answer's head")
+    answer += more
+    if b"\r\n\r\n" not in answer:
+        return False
+    check_status(bytes(answer))
+    return True
+
+
+def burst_connect(place: Place, contender: Contender, load: Load) -> Turn:
+    """Send some bursts; those in which a client is not answered are not timed.
+
+    Each has a gateway of its own: natwork keeps the workers that a burst called for
+    half a minute, and the next one would find them.  The start is not to be told
+    from the burst in the processor time, which is therefore left out.
+    """
+    seconds, faults = [], Counter[str]()
+    with holding_origin(place) as port:
+        for _ in range(BURSTS):
+            with started(place, contender.name, f"{contender.name}-burst") as gateway:
+                time.sleep(REST_TIME)
+                took, wrong = burst(gateway.port, connect_request(port))
+            faults += wrong
+            if not wrong:
+                seconds.append(took)
+    if not seconds:
+        raise BenchError(f"no burst was answered whole{say(faults)}")
+    return BURST / statistics.median(seconds), math.inf, faults
+
+
 HTTP_RIVALS = ("tinyproxy", "squid", "privoxy")
 SOCKS_RIVALS = ("dante", "microsocks")
 HTTP = ("direct", *OURS, "bare", "haproxy", *HTTP_RIVALS)
@@ -854,6 +928,14 @@ ROWS = {
         floor=1.1,
         against=0.8,
         needs="wrk",
+    ),
+    "burst-200": Row(
+        title="200 clients at once by CONNECT, until the last has its answer",
+        unit="clients/s",
+        work=burst_connect,
+        takes=(*OURS, *HTTP_RIVALS),
+        rivals=HTTP_RIVALS,
+        against=1.0,
     ),
     "socks-1g": Row(
         title="1 GiB through SOCKS 5, one stream",
