@@ -1267,10 +1267,10 @@ def table(name: str, row: Row, results: Results, load: Load) -> str:
 
 
 def judge(value: float | None, floor: float | None) -> str:
-    """Return a floor, and whether a ratio reaches it."""
+    """Return a floor, and whether a ratio, as it is shown, reaches it."""
     if floor is None or value is None:
         return "-" if floor is None else f"{floor}"
-    return f"{floor} {'met' if value >= floor else 'MISSED'}"
+    return f"{floor} {'met' if round(value, 2) >= floor else 'MISSED'}"
 
 
 def summary(measured: dict[str, Results]) -> str:
