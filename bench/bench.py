@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Measure natwork beside its peers: the same work, in one run, as ratios.
+"""Measure natwork beside its peers, or against an older one, in the same rounds.
 
-    python3 bench/bench.py                  every row, 5 rounds: some 8 minutes
-    python3 bench/bench.py --quick          less of everything: about a minute
-    python3 bench/bench.py --only connect-1g get-1g --rounds 3
+    python3 bench/bench.py                  every row, 5 rounds: some 10 minutes
+    python3 bench/bench.py --quick          less of everything: about 2 minutes
+    python3 bench/bench.py --against OLD.py --beside --only connect-1g get-1k-new
     python3 bench/bench.py --syscalls       system calls a request, by strace
 
-One nginx is the origin.  natwork and every installed peer (tinyproxy, Squid,
-HAProxy, Privoxy, Dante, microsocks) are started in front of it, all on loopback
-with free ports and configurations in a temporary directory.  A round gives
-every contender the work once, and each round begins with another contender, so
-that a slow minute of the machine falls on all of them.  "direct" is the same
-work with nothing in between.
+One nginx is the origin.  natwork, an older natwork where one is named, and every
+installed peer (tinyproxy, Squid, HAProxy, Privoxy, Dante, microsocks) are started
+in front of it, all on loopback with free ports and configurations in a temporary
+directory.  A round gives every contender the work once, and each round begins
+with another contender, so that a slow minute of the machine falls on all of
+them.  "direct" is the same work with nothing in between.
 
 Each row of work ends in a table: median, lowest and highest of the rounds, how
 many times as fast natwork is, and the processor time the contender itself used.
-The last table sets natwork against the floors that the project set itself.  See
+The last tables set natwork against the floors that the project set itself.  See
 bench/README.md for what each row means and what the figures do not mean.
 
 Needs nginx and wrk, and strace for --syscalls; nothing beyond Python's standard
@@ -28,6 +28,8 @@ line.
 import argparse
 import concurrent.futures
 import contextlib
+import functools
+import math
 import multiprocessing
 import os
 import platform
@@ -70,18 +72,22 @@ SPARE_SLOTS = 200  # max_workers of the idle row, above its tunnels
 
 CLIENTS = 8  # kept-alive connections of wrk; natwork's default of spare workers
 
+BURST = 200  # clients that come at once
+BURSTS = 6  # in a turn, each to a gateway that has just been started
+REST_TIME = 0.25  # seconds in which it comes to rest before
+
 
 class BenchError(Exception):
-    """What keeps a measurement from being made, in one line."""
+    """A reason why something cannot be measured, in one line."""
 
 
 # --- Contenders -------------------------------------------------------------
 #
 # A recipe writes the configuration of one program and returns the command that
-# runs it in the foreground.  Every program writes an access log to a file, as
-# it would in service; none caches, filters or asks for a password.  All else is
-# as the program ships, natwork included, unless --tuned gives the peers the
-# larger buffers that their manuals offer.
+# runs it in the foreground.  Every program but "bare" writes an access log to a
+# file, as it would in service; none caches, filters or asks for a password.  All
+# else is as the program ships, natwork included, unless --tuned gives the peers
+# the larger buffers that their manuals offer.
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,8 @@ class Contender:
     name: str
     speaks: str  # how a tunnel is asked for: direct, http, socks or forward
     port: int
-    tunnel_port: int = 0  # when it is not `port`
-    process: "subprocess.Popen[bytes] | None" = None
-
-    def browses(self) -> bool:
-        return self.name == "direct" or self.speaks in ("http", "forward")
+    tunnel_port: int  # the same, but with HAProxy
+    process: "subprocess.Popen[bytes] | None" = None  # "direct" has none
 
 
 def nginx(place: Place, port: int) -> list[str]:
@@ -148,14 +151,17 @@ http {{
     return ["nginx", "-e", place.log("nginx"), "-c", path]
 
 
+OURS = {"natwork": "natwork.py", "before": "before/natwork.py"}  # in the folder
+
+
 def natwork(place: Place, port: int, name: str = "natwork") -> list[str]:
     options = (
         f"listen={HOST}:{port}",
         "rules=allow to 127.0.0.0/8 port 1-65535",
-        f"log={place.log(name)}",
+        f"log={place.log(f'{name}-{port}')}",
         *place.options,
     )
-    command = [place.python, str(place.folder / "natwork.py")]
+    command = [place.python, str(place.folder / OURS[name])]
     return command + [word for option in options for word in ("-o", option)]
 
 
@@ -284,10 +290,11 @@ class Recipe:
     version: tuple[str, ...]  # empty where the program cannot say
 
 
-# natwork stands among its peers here; it counts as installed when its file is.
-# "bare" is nobody's peer: a mark for what Python and a process per client can do.
+# natwork and the older one, "before", stand among their peers here.  "bare" is
+# nobody's peer: a mark for what Python and a process per client can do.
 RECIPES = {
     "natwork": Recipe("http", natwork, ("--version",)),
+    "before": Recipe("http", functools.partial(natwork, name="before"), ("--version",)),
     "bare": Recipe("http", bare, ()),
     "tinyproxy": Recipe("http", tinyproxy, ("-v",)),
     "squid": Recipe("http", squid, ("-v",)),
@@ -296,6 +303,7 @@ RECIPES = {
     "dante": Recipe("socks", dante, ("-v",)),
     "microsocks": Recipe("socks", microsocks, ()),
 }
+BESIDE = ("direct", *[name for name in RECIPES if name not in OURS])
 BINARIES = {"dante": "danted", "bare": "python3"}
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
@@ -385,9 +393,21 @@ def await_listener(
     raise BenchError(f"{name} does not listen on {HOST}:{port}: {last}")
 
 
+@contextlib.contextmanager
+def started(
+    place: Place, name: str, title: str, user: str | None = None
+) -> Iterator[Contender]:
+    """Run a contender until the block ends; yield it when it listens."""
+    recipe = RECIPES[name]
+    ports = free_ports(1 + (recipe.speaks == "forward"))
+    with running(title, recipe.command(place, *ports), place, user) as process:
+        await_listener(title, process, ports[0], place)
+        yield Contender(name, recipe.speaks, ports[0], ports[-1], process)
+
+
 @dataclass(frozen=True)
 class Stat:
-    """What /proc/PID/stat says of one process."""
+    """A process, by its /proc/PID/stat."""
 
     pid: int
     session: int
@@ -448,18 +468,23 @@ class Usage:
 
 
 def read_answer_head(stream: socket.socket) -> tuple[bytes, bytes]:
-    """Read an HTTP answer's head; return it and what came behind it."""
+    """Read an HTTP answer's head; return it and what came after it."""
     received = b""
     while b"\r\n\r\n" not in received:
         more = stream.recv(65536)
         if not more:
             raise BenchError(f"closed after {len(received)} bytes of an answer's head")
         received += more
+    check_status(received)
     head, _, rest = received.partition(b"\r\n\r\n")
-    status_line = head.split(b"\r\n")[0]
+    return head, rest
+
+
+def check_status(answer: bytes) -> None:
+    """Raise BenchError unless an HTTP answer says 200."""
+    status_line = answer.split(b"\r\n")[0]
     if not re.match(rb"HTTP/1\.[01] 200\b", status_line):
         raise BenchError(f"answered {status_line.decode('latin-1')}")
-    return head, rest
 
 
 def read_exactly(stream: socket.socket, size: int) -> bytes:
@@ -488,14 +513,12 @@ def discard(stream: socket.socket, size: int) -> None:
 
 def open_tunnel(contender: Contender, port: int) -> socket.socket:
     """Return a stream to the origin's port, through a contender."""
-    speaks = contender.speaks
-    door = {"direct": port, "forward": contender.tunnel_port}
-    address = (HOST, door.get(speaks, contender.port))
+    address = (HOST, contender.tunnel_port)
     stream = socket.create_connection(address, timeout=SILENCE_TIMEOUT)
     try:
-        if speaks == "http":
+        if contender.speaks == "http":
             ask_connect(stream, port)
-        if speaks == "socks":
+        if contender.speaks == "socks":
             ask_socks(stream, port)
     except BaseException:
         stream.close()
@@ -503,12 +526,16 @@ def open_tunnel(contender: Contender, port: int) -> socket.socket:
     return stream
 
 
-def ask_connect(stream: socket.socket, port: int) -> None:
+def connect_request(port: int) -> bytes:
     target = f"{HOST}:{port}"
-    stream.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+    return f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
+
+
+def ask_connect(stream: socket.socket, port: int) -> None:
+    stream.sendall(connect_request(port))
     _, early = read_answer_head(stream)
     if early:
-        raise BenchError(f"sent {len(early)} bytes right behind the CONNECT answer")
+        raise BenchError(f"sent {len(early)} bytes right after the CONNECT answer")
 
 
 def ask_socks(stream: socket.socket, port: int) -> None:
@@ -584,252 +611,11 @@ def run_wrk(
     return requests, duration / 1e6, size, faults
 
 
-# --- Rows of work -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Load:
-    """How much of everything a run asks for."""
-
-    rounds: int
-    bulk_size: int
-    wrk_seconds: int
-    tunnels: int
-
-
-@dataclass
-class Sample:
-    """One contender's turn in one round."""
-
-    rate: float = 0.0  # MB or requests a second; 0 when it failed
-    cost: float = 0.0  # CPU seconds a GiB, or CPU microseconds a request
-    faults: Counter[str] = field(default_factory=Counter)
-
-
-Turn = tuple[float, float, Counter[str]]  # units a second, units of cost, faults
-Work = Callable[[Place, Contender, Load], Turn]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kind of work, and what natwork should reach in it."""
-
-    title: str
-    unit: str
-    cost_unit: str
-    work: Work
-    everyone: bool  # the SOCKS servers too
-    rivals: tuple[str, ...]  # natwork is set against the fastest of these
-    floor: float
-    aim: tuple[str, float] | None = None
-    needs: str = "nginx"
-    socks: bool = False  # natwork is asked by SOCKS, beside the SOCKS servers only
-
-    def fit(self, contenders: list[Contender]) -> list[Contender]:
-        """Return who takes part, as they are spoken to in this row."""
-        if self.socks:
-            names = ("natwork", "bare", *SOCKS_RIVALS)
-            able = [replace(c, speaks="socks") for c in contenders if c.name in names]
-            return [c for c in contenders if c.name == "direct"] + able
-        return [c for c in contenders if self.everyone or c.browses()]
-
-
-def connect_bulk(place: Place, contender: Contender, load: Load) -> Turn:
-    begun = time.perf_counter()
-    with open_tunnel(contender, place.origin) as stream:
-        fetch(stream, "/bulk", place.origin, load.bulk_size)
-    return bulk_turn(load.bulk_size, time.perf_counter() - begun)
-
-
-def get_bulk(place: Place, contender: Contender, load: Load) -> Turn:
-    target = f"http://{HOST}:{place.origin}/bulk"
-    address = (HOST, contender.port)
-    begun = time.perf_counter()
-    with socket.create_connection(address, timeout=SILENCE_TIMEOUT) as stream:
-        fetch(stream, target, place.origin, load.bulk_size)
-    return bulk_turn(load.bulk_size, time.perf_counter() - begun)
-
-
-def bulk_turn(size: int, seconds: float) -> Turn:
-    return size / 1e6 / seconds, size / GIB, Counter()
-
-
-def small_gets(name: str, size: int, fresh: bool) -> Work:
-    """Return the work of fetching one small file over and over."""
-
-    def work(place: Place, contender: Contender, load: Load) -> Turn:
-        before = origin_requests(place.origin)
-        requests, seconds, received, faults = run_wrk(
-            place, contender, name, fresh, load.wrk_seconds
-        )
-        # The second look at the status page is a request, too.
-        reached = origin_requests(place.origin) - before - 1
-        if reached < requests:
-            faults["request that did not reach the origin"] += requests - reached
-        if received < requests * size:
-            faults["byte missing"] += requests * size - received
-        if not requests:
-            raise BenchError(f"no request was answered{say(faults)}")
-        return requests / seconds, requests / 1e6, faults
-
-    return work
-
-
-def fetch_anew(
-    speaks: str, door: int, port: int, seconds: float
-) -> tuple[int, float, Counter[str]]:
-    """Fetch 1 KiB over and over, by a connection each; return how often and how long.
-
-    The socket is as cheap as Python has it: a time limit of the kernel's own
-    spares a poll() before each call.
-    """
-    request = f"GET /1k HTTP/1.1\r\nHost: {HOST}:{port}\r\nConnection: close\r\n\r\n"
-    patience = struct.pack("ll", int(SILENCE_TIMEOUT), 0)
-    count, faults = 0, Counter[str]()
-    begun = time.perf_counter()
-    while (passed := time.perf_counter() - begun) < seconds:
-        try:
-            with socket.socket() as stream:
-                stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-                stream.connect((HOST, door))
-                if speaks == "socks":
-                    ask_socks(stream, port)
-                stream.sendall(request.encode())
-                size = 0
-                while more := stream.recv(65536):
-                    size += len(more)
-            if size < 1 << 10:
-                raise BenchError("answer cut short")
-            count += 1
-        except (BenchError, OSError) as error:
-            faults[str(error)] += 1
-    return count, passed, faults
-
-
-def socks_new(place: Place, contender: Contender, load: Load) -> Turn:
-    before = origin_requests(place.origin)
-    direct = contender.speaks == "direct"
-    door = place.origin if direct else contender.port
-    task = (contender.speaks, door, place.origin, load.wrk_seconds)
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(CLIENTS, context) as clients:
-        done = list(clients.map(fetch_anew, *zip(*[task] * CLIENTS)))
-    requests = sum(count for count, _, _ in done)
-    faults = sum((fault for _, _, fault in done), Counter[str]())
-    # The second look at the status page is a request, too.
-    reached = origin_requests(place.origin) - before - 1
-    if reached < requests:
-        faults["request that did not reach the origin"] += requests - reached
-    if not requests:
-        raise BenchError(f"no request was answered{say(faults)}")
-    return requests / max(passed for _, passed, _ in done), requests / 1e6, faults
-
-
-HTTP_RIVALS = ("tinyproxy", "squid", "privoxy")
-SOCKS_RIVALS = ("dante", "microsocks")
-
-ROWS = {
-    "connect-1g": Row(
-        title="1 GiB through CONNECT, one stream",
-        unit="MB/s",
-        cost_unit="CPU s/GiB",
-        work=connect_bulk,
-        everyone=True,
-        rivals=tuple(name for name in RECIPES if name not in ("natwork", "bare")),
-        floor=1.3,
-        aim=("direct", 0.6),
-    ),
-    "get-1g": Row(
-        title="1 GiB by plain GET",
-        unit="MB/s",
-        cost_unit="CPU s/GiB",
-        work=get_bulk,
-        everyone=False,
-        rivals=HTTP_RIVALS,
-        floor=2.0,
-    ),
-    "get-1k-keep": Row(
-        title="1 KiB GETs, 8 kept-alive clients",
-        unit="requests/s",
-        cost_unit="CPU us/request",
-        work=small_gets("1k", 1 << 10, fresh=False),
-        everyone=False,
-        rivals=("squid",),
-        floor=1.4,
-        aim=("haproxy", 1.0),
-        needs="wrk",
-    ),
-    "get-100k-keep": Row(
-        title="100 KiB GETs, 8 kept-alive clients",
-        unit="requests/s",
-        cost_unit="CPU us/request",
-        work=small_gets("100k", 100 << 10, fresh=False),
-        everyone=False,
-        rivals=("squid",),
-        floor=1.2,
-        needs="wrk",
-    ),
-    "get-1k-new": Row(
-        title="1 KiB GETs, a new connection each, 8 clients",
-        unit="requests/s",
-        cost_unit="CPU us/request",
-        work=small_gets("1k", 1 << 10, fresh=True),
-        everyone=False,
-        rivals=HTTP_RIVALS,
-        floor=1.1,
-        needs="wrk",
-    ),
-    "socks-1g": Row(
-        title="1 GiB through SOCKS 5, one stream",
-        unit="MB/s",
-        cost_unit="CPU s/GiB",
-        work=connect_bulk,
-        everyone=False,
-        rivals=SOCKS_RIVALS,
-        floor=1.3,
-        socks=True,
-    ),
-    "socks-new": Row(
-        title="1 KiB through SOCKS 5, a new connection each, 8 clients",
-        unit="connections/s",
-        cost_unit="CPU us/connection",
-        work=socks_new,
-        everyone=False,
-        rivals=SOCKS_RIVALS,
-        floor=1.0,
-        socks=True,
-    ),
-}
-IDLE_ROW = "idle-4000"
-
-Results = dict[str, list[Sample]]  # contender -> its samples
-
-
-def measure(row: Row, place: Place, contenders: list[Contender], load: Load) -> Results:
-    """Let every contender work once a round, each round beginning with another."""
-    results: Results = {contender.name: [] for contender in contenders}
-    for turn in range(load.rounds):
-        first = turn % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
-            note(f"{row.title}: round {turn + 1} of {load.rounds}, {contender.name}")
-            results[contender.name].append(take_turn(row, place, contender, load))
-    return results
-
-
-def take_turn(row: Row, place: Place, contender: Contender, load: Load) -> Sample:
-    before = cpu_seconds(contender)
-    try:
-        rate, amount, faults = row.work(place, contender, load)
-    except (BenchError, OSError, subprocess.SubprocessError) as error:
-        return Sample(faults=Counter([f"failed: {error}"]))
-    return Sample(rate, (cpu_seconds(contender) - before) / amount, faults)
-
-
-# --- Idle tunnels -----------------------------------------------------------
+# --- An origin that holds ---------------------------------------------------
 
 
 def hold_tunnels(listener: socket.socket, path: str) -> None:
-    """Be the origin of idle tunnels: echo each "e", answer "s" with a transfer."""
+    """Be the origin of tunnels: echo each "e", answer "s" with a transfer."""
     with selectors.DefaultSelector() as streams, open(path, "rb") as file:
         streams.register(listener, selectors.EVENT_READ)
         while True:
@@ -875,6 +661,327 @@ def holding_origin(place: Place) -> Iterator[int]:
             origin.join()
 
 
+# --- Rows of work -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much of everything a run asks for."""
+
+    rounds: int
+    bulk_size: int
+    wrk_seconds: int
+    tunnels: int
+
+
+@dataclass
+class Sample:
+    """One contender's turn in one round."""
+
+    rate: float = 0.0  # MB or requests a second; 0 when it failed
+    cost: float = 0.0  # CPU seconds a GiB, or CPU microseconds a request
+    faults: Counter[str] = field(default_factory=Counter)
+
+
+# Units a second, units the cost is shared by (inf: it is not known), faults.
+Turn = tuple[float, float, Counter[str]]
+Work = Callable[[Place, Contender, Load], Turn]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of work, and what natwork should reach in it."""
+
+    title: str
+    unit: str
+    work: Work
+    takes: tuple[str, ...]  # the contenders that can do it
+    rivals: tuple[str, ...]  # natwork is set against the fastest of these
+    floor: float | None = None  # how many times as fast as that it should be
+    against: float | None = None  # how many times as fast as an older natwork
+    needs: str = "nginx"
+    socks: bool = False  # all are asked by SOCKS
+
+    @property
+    def cost_unit(self) -> str:
+        return "CPU s/GiB" if self.unit == "MB/s" else "CPU us each"
+
+    def fit(self, contenders: list[Contender]) -> list[Contender]:
+        """Return those that take part, as they are spoken to in this row."""
+        able = [c for c in contenders if c.name in self.takes]
+        if self.socks:
+            return [
+                c if c.name == "direct" else replace(c, speaks="socks") for c in able
+            ]
+        return able
+
+
+def connect_bulk(place: Place, contender: Contender, load: Load) -> Turn:
+    begun = time.perf_counter()
+    with open_tunnel(contender, place.origin) as stream:
+        fetch(stream, "/bulk", place.origin, load.bulk_size)
+    return bulk_turn(load.bulk_size, time.perf_counter() - begun)
+
+
+def get_bulk(place: Place, contender: Contender, load: Load) -> Turn:
+    target = f"http://{HOST}:{place.origin}/bulk"
+    address = (HOST, contender.port)
+    begun = time.perf_counter()
+    with socket.create_connection(address, timeout=SILENCE_TIMEOUT) as stream:
+        fetch(stream, target, place.origin, load.bulk_size)
+    return bulk_turn(load.bulk_size, time.perf_counter() - begun)
+
+
+def bulk_turn(size: int, seconds: float) -> Turn:
+    return size / 1e6 / seconds, size / GIB, Counter()
+
+
+def check_reached(
+    place: Place, before: int, requests: int, faults: Counter[str]
+) -> None:
+    """Add requests that the origin has not seen to the faults."""
+    # The second look at the status page is a request, too.
+    reached = origin_requests(place.origin) - before - 1
+    if reached < requests:
+        faults["request that did not reach the origin"] += requests - reached
+    if not requests:
+        raise BenchError(f"no request was answered{say(faults)}")
+
+
+def small_gets(name: str, size: int, fresh: bool) -> Work:
+    """Return the work of fetching one small file over and over."""
+
+    def work(place: Place, contender: Contender, load: Load) -> Turn:
+        before = origin_requests(place.origin)
+        requests, seconds, received, faults = run_wrk(
+            place, contender, name, fresh, load.wrk_seconds
+        )
+        if received < requests * size:
+            faults["byte missing"] += requests * size - received
+        check_reached(place, before, requests, faults)
+        return requests / seconds, requests / 1e6, faults
+
+    return work
+
+
+def fetch_anew(
+    speaks: str, door: int, port: int, seconds: float
+) -> tuple[int, float, Counter[str]]:
+    """Fetch 1 KiB over and over, by a connection each; return how often and how long.
+
+    The socket is as cheap as Python has it: a time limit of the kernel's own
+    spares a poll() before each call.
+    """
+    request = f"GET /1k HTTP/1.1\r\nHost: {HOST}:{port}\r\nConnection: close\r\n\r\n"
+    patience = struct.pack("ll", int(SILENCE_TIMEOUT), 0)
+    count, faults = 0, Counter[str]()
+    begun = time.perf_counter()
+    while (passed := time.perf_counter() - begun) < seconds:
+        try:
+            with socket.socket() as stream:
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+                stream.connect((HOST, door))
+                if speaks == "socks":
+                    ask_socks(stream, port)
+                stream.sendall(request.encode())
+                size = 0
+                while more := stream.recv(65536):
+                    size += len(more)
+            if size < 1 << 10:
+                raise BenchError("answer cut short")
+            count += 1
+        except (BenchError, OSError) as error:
+            faults[str(error)] += 1
+    return count, passed, faults
+
+
+def socks_new(place: Place, contender: Contender, load: Load) -> Turn:
+    before = origin_requests(place.origin)
+    task = (contender.speaks, contender.port, place.origin, load.wrk_seconds)
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(CLIENTS, context) as clients:
+        done = list(clients.map(fetch_anew, *zip(*[task] * CLIENTS)))
+    requests = sum(count for count, _, _ in done)
+    faults = sum((fault for _, _, fault in done), Counter[str]())
+    check_reached(place, before, requests, faults)
+    return requests / max(passed for _, passed, _ in done), requests / 1e6, faults
+
+
+def burst(door: int, request: bytes) -> tuple[float, Counter[str]]:
+    """Let BURST clients ask at once; return the seconds to the last answer, faults."""
+    faults = Counter[str]()
+    with contextlib.ExitStack() as held:
+        waiting = held.enter_context(selectors.DefaultSelector())
+        streams = [held.enter_context(socket.socket()) for _ in range(BURST)]
+        for stream in streams:
+            stream.setblocking(False)
+        begun = time.perf_counter()
+        for stream in streams:
+            stream.connect_ex((HOST, door))
+            waiting.register(stream, selectors.EVENT_WRITE, bytearray())
+        while waiting.get_map():
+            left = begun + SILENCE_TIMEOUT - time.perf_counter()
+            ready = waiting.select(left) if left > 0 else []
+            if not ready:
+                faults["client without an answer in time"] += len(waiting.get_map())
+                break
+            for key, _ in ready:
+                try:
+                    if ask_or_listen(key, waiting, request):
+                        waiting.unregister(key.fileobj)
+                except (BenchError, OSError) as error:
+                    faults[str(error)] += 1
+                    waiting.unregister(key.fileobj)
+        return time.perf_counter() - begun, faults
+
+
+def ask_or_listen(
+    key: selectors.SelectorKey, waiting: selectors.BaseSelector, request: bytes
+) -> bool:
+    """Take one client of a burst a step further; return whether it has its answer."""
+    stream, answer = key.fileobj, key.data
+    assert isinstance(stream, socket.socket)
+    if key.events == selectors.EVENT_WRITE:
+        stream.sendall(request)
+        waiting.modify(stream, selectors.EVENT_READ, answer)
+        return False
+    if not (more := stream.recv(65536)):
+        raise BenchError(f"closed after {len(answer)} bytes of an answer's head")
+    answer += more
+    if b"\r\n\r\n" not in answer:
+        return False
+    check_status(bytes(answer))
+    return True
+
+
+def burst_connect(place: Place, contender: Contender, load: Load) -> Turn:
+    """Send some bursts; those in which a client is not answered are not timed.
+
+    Each has a gateway of its own: natwork keeps the workers that a burst called for
+    half a minute, and the next one would find them.  The start is not to be told
+    from the burst in the processor time, which is therefore left out.
+    """
+    seconds, faults = [], Counter[str]()
+    with holding_origin(place) as port:
+        for _ in range(BURSTS):
+            with started(place, contender.name, f"{contender.name}-burst") as gateway:
+                time.sleep(REST_TIME)
+                took, wrong = burst(gateway.port, connect_request(port))
+            faults += wrong
+            if not wrong:
+                seconds.append(took)
+    if not seconds:
+        raise BenchError(f"no burst was answered whole{say(faults)}")
+    return BURST / statistics.median(seconds), math.inf, faults
+
+
+HTTP_RIVALS = ("tinyproxy", "squid", "privoxy")
+SOCKS_RIVALS = ("dante", "microsocks")
+HTTP = ("direct", *OURS, "bare", "haproxy", *HTTP_RIVALS)
+SOCKS = ("direct", *OURS, "bare", *SOCKS_RIVALS)
+
+ROWS = {
+    "connect-1g": Row(
+        title="1 GiB through CONNECT, one stream",
+        unit="MB/s",
+        work=connect_bulk,
+        takes=("direct", *RECIPES),
+        rivals=(*HTTP_RIVALS, *SOCKS_RIVALS, "haproxy"),
+        floor=1.2,
+        against=0.95,
+    ),
+    "get-1g": Row(
+        title="1 GiB by plain GET",
+        unit="MB/s",
+        work=get_bulk,
+        takes=HTTP,
+        rivals=HTTP_RIVALS,
+        against=0.95,
+    ),
+    "get-1k-keep": Row(
+        title="1 KiB GETs, 8 kept-alive clients",
+        unit="requests/s",
+        work=small_gets("1k", 1 << 10, fresh=False),
+        takes=HTTP,
+        rivals=("squid",),
+        floor=1.1,
+        against=0.9,
+        needs="wrk",
+    ),
+    "get-100k-keep": Row(
+        title="100 KiB GETs, 8 kept-alive clients",
+        unit="requests/s",
+        work=small_gets("100k", 100 << 10, fresh=False),
+        takes=HTTP,
+        rivals=("squid",),
+        against=0.9,
+        needs="wrk",
+    ),
+    "get-1k-new": Row(
+        title="1 KiB GETs, a new connection each, 8 clients",
+        unit="requests/s",
+        work=small_gets("1k", 1 << 10, fresh=True),
+        takes=HTTP,
+        rivals=("squid",),
+        floor=1.0,
+        against=0.8,
+        needs="wrk",
+    ),
+    "burst-200": Row(
+        title="200 clients at once by CONNECT, until the last has its answer",
+        unit="clients/s",
+        work=burst_connect,
+        takes=(*OURS, *HTTP_RIVALS),
+        rivals=HTTP_RIVALS,
+        against=1.0,
+    ),
+    "socks-1g": Row(
+        title="1 GiB through SOCKS 5, one stream",
+        unit="MB/s",
+        work=connect_bulk,
+        takes=SOCKS,
+        rivals=SOCKS_RIVALS,
+        socks=True,
+    ),
+    "socks-new": Row(
+        title="1 KiB through SOCKS 5, a new connection each, 8 clients",
+        unit="connections/s",
+        work=socks_new,
+        takes=SOCKS,
+        rivals=SOCKS_RIVALS,
+        against=0.8,
+        socks=True,
+    ),
+}
+IDLE_ROW = "idle-4000"
+IDLE_MOST = {"refused": 0, "dropped": 0, "Pss a tunnel, KiB": 1400}
+
+Results = dict[str, list[Sample]]  # contender -> its samples
+
+
+def measure(row: Row, place: Place, contenders: list[Contender], load: Load) -> Results:
+    """Let every contender work once a round, each round beginning with another."""
+    results: Results = {contender.name: [] for contender in contenders}
+    for turn in range(load.rounds):
+        first = turn % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            note(f"{row.title}: round {turn + 1} of {load.rounds}, {contender.name}")
+            results[contender.name].append(take_turn(row, place, contender, load))
+    return results
+
+
+def take_turn(row: Row, place: Place, contender: Contender, load: Load) -> Sample:
+    before = cpu_seconds(contender)
+    try:
+        rate, amount, faults = row.work(place, contender, load)
+    except (BenchError, OSError, subprocess.SubprocessError) as error:
+        return Sample(faults=Counter([f"failed: {error}"]))
+    return Sample(rate, (cpu_seconds(contender) - before) / amount, faults)
+
+
+# --- Idle tunnels -----------------------------------------------------------
+
+
 def transfer_rates(*streams: socket.socket) -> list[float]:
     """Return the speeds of open streams, in MB/s, of many transfers in turn.
 
@@ -889,11 +996,6 @@ def transfer_rates(*streams: socket.socket) -> list[float]:
             discard(stream, IDLE_TRANSFER_SIZE)
             seconds[stream] += time.perf_counter() - begun
     return [IDLE_TRANSFERS * IDLE_TRANSFER_SIZE / 1e6 / s for s in seconds.values()]
-
-
-def direct_rate(port: int) -> float:
-    with socket.create_connection((HOST, port), timeout=SILENCE_TIMEOUT) as stream:
-        return transfer_rates(stream)[0]
 
 
 def open_tunnels(
@@ -970,60 +1072,68 @@ def interpreter_for(user: str | None, wanted: str) -> tuple[str, str]:
     raise BenchError(f"{user or 'this user'} cannot run {wanted}; choose with --python")
 
 
-def measure_idle(place: Place, load: Load) -> str:
-    """Hold thousands of tunnels open as an ordinary user; return the report."""
+def idle_figures(
+    place: Place, name: str, count: int, user: str | None
+) -> tuple[dict[str, float], Counter[str]]:
+    """Hold many tunnels open through one natwork; return its figures, and refusals."""
+    with contextlib.ExitStack() as held:
+        origin = held.enter_context(holding_origin(place))
+        gateway = held.enter_context(started(place, name, f"{name}-idle", user))
+        assert gateway.process is not None
+        empty = available_kib()
+        # Closed before the gateway is stopped: nothing is left to drain.
+        streams_held = held.enter_context(contextlib.ExitStack())
+        begun = time.perf_counter()
+        streams, refusals = open_tunnels(gateway, origin, count, streams_held)
+        took = time.perf_counter() - begun
+        if not streams:
+            raise BenchError(f"{name} opens no tunnel{say(Counter(refusals))}")
+        note("idle tunnels: weighing the processes")
+        lost = empty - available_kib()
+        members = family(gateway.process.pid)
+        memory = sum((memory_kib(member.pid) for member in members), Counter[str]())
+        first, last = transfer_rates(streams[0], streams[-1])
+        dropped = count_dropped(streams)
+        note("")
+    figures = {
+        "refused": len(refusals),
+        "dropped": dropped,
+        "opened in, s": round(took, 1),
+        "gateway processes": len(members),
+        "Pss a tunnel, KiB": round(memory["Pss"] / count),
+        "Private_Dirty a tunnel, KiB": round(memory["Private_Dirty"] / count),
+        "MemAvailable lost a tunnel, KiB": round(lost / count),
+        "100 MB through the first, MB/s": round(first),
+        "100 MB through the last, MB/s": round(last),
+        "last / first": round(last / first, 2),
+    }
+    return figures, Counter(refusals)
+
+
+def measure_idle(place: Place, names: list[str], load: Load) -> str:
+    """Hold idle tunnels as an ordinary user, one natwork at a time; return a table."""
     raise_limit(resource.RLIMIT_NOFILE)
     raise_limit(resource.RLIMIT_NPROC)
     user = "nobody" if os.geteuid() == 0 else None
     python, number = interpreter_for(user, place.python)
-    [port] = free_ports(1)
-    count = load.tunnels
-    options = (*place.options, f"max_workers={count + SPARE_SLOTS}")
+    options = (*place.options, f"max_workers={load.tunnels + SPARE_SLOTS}")
     place = replace(place, python=python, options=options)
-    gateway = Contender("natwork", "http", port)
-    with contextlib.ExitStack() as held:
-        origin = held.enter_context(holding_origin(place))
-        name = "natwork-idle"
-        command = natwork(place, port, name)
-        process = held.enter_context(running(name, command, place, user))
-        await_listener(name, process, port, place)
-        direct = [direct_rate(origin)]
-        empty = available_kib()
-        # Closed before the gateway is stopped: nothing is left to drain.
-        streams_held = held.enter_context(contextlib.ExitStack())
-        first = streams_held.enter_context(open_tunnel(gateway, origin))
-        [alone] = transfer_rates(first)
-        begun = time.perf_counter()
-        streams, refusals = open_tunnels(gateway, origin, count - 1, streams_held)
-        took = time.perf_counter() - begun
-        streams.insert(0, first)
-        note("idle tunnels: weighing the processes")
-        full = available_kib()
-        members = family(process.pid)
-        memory = sum((memory_kib(member.pid) for member in members), Counter[str]())
-        again, crowded = transfer_rates(first, streams[-1])
-        direct.append(direct_rate(origin))
-        dropped = count_dropped(streams)
-        note("")
+    measured = [idle_figures(place, name, load.tunnels, user) for name in names]
     lines = [
-        f"{IDLE_ROW}: {count} idle CONNECT tunnels; natwork only, as an ordinary user, "
+        f"{IDLE_ROW}: {load.tunnels} idle CONNECT tunnels, as an ordinary user, "
         f"under Python {number}",
         "",
-        "| figure | value | floor |",
-        "|---|---:|---|",
-        f"| refused | {len(refusals)}{say(Counter(refusals))} | 0 |",
-        f"| dropped | {dropped} | 0 |",
-        f"| opened in | {took:.1f} s | |",
-        f"| gateway processes | {len(members)} | |",
-        f"| Pss a tunnel | {memory['Pss'] / count:.0f} KiB | at most 1100, aim 600 |",
-        f"| Private_Dirty a tunnel | {memory['Private_Dirty'] / count:.0f} KiB | |",
-        f"| MemAvailable lost a tunnel | {(empty - full) / count:.0f} KiB | |",
-        f"| 100 MB through the first tunnel, alone | {alone:.0f} MB/s | |",
-        f"| 100 MB through the first again, among all | {again:.0f} MB/s | |",
-        f"| 100 MB through the last, in turn with it | {crowded:.0f} MB/s | |",
-        f"| last / first | {crowded / again:.2f} | at least 0.80 |",
-        f"| direct, before and after | {direct[0]:.0f}, {direct[1]:.0f} MB/s | |",
+        f"| figure | {' | '.join(names)} | floor |",
+        "|---|" + "---:|" * len(names) + "---|",
     ]
+    for what, value in measured[0][0].items():
+        cells = " | ".join(str(figures[what]) for figures, _ in measured)
+        floor = ""
+        if what in IDLE_MOST:
+            verdict = "met" if value <= IDLE_MOST[what] else "MISSED"
+            floor = f"at most {IDLE_MOST[what]}: {verdict}"
+        lines.append(f"| {what} | {cells} | {floor} |")
+    lines += [f"! {name}{say(r)}" for name, (_, r) in zip(names, measured) if r]
     return "\n".join(lines)
 
 
@@ -1112,8 +1222,9 @@ def median_rate(samples: list[Sample]) -> float:
     return statistics.median([s.rate for s in samples if s.rate] or [0.0])
 
 
-def median_cost(samples: list[Sample]) -> float:
-    return statistics.median([s.cost for s in samples if s.rate] or [0.0])
+def median_cost(row: Row, samples: list[Sample]) -> str:
+    cost = statistics.median([s.cost for s in samples if s.rate] or [0.0])
+    return f"{cost:.{2 if row.unit == 'MB/s' else 0}f}" if cost else "-"
 
 
 def ratio(results: Results, name: str) -> float | None:
@@ -1144,11 +1255,9 @@ def table(name: str, row: Row, results: Results, load: Load) -> str:
         samples = results[contender]
         rates = [sample.rate for sample in samples if sample.rate] or [0.0]
         spread = f"{min(rates):.0f} | {max(rates):.0f}"
-        cost = f"{median_cost(samples):.{2 if row.unit == 'MB/s' else 0}f}"
         lines.append(
             f"| {contender} | {median_rate(samples):.0f} | {spread} "
-            f"| {times(ratio(results, contender))} "
-            f"| {cost if contender != 'direct' else ''} |"
+            f"| {times(ratio(results, contender))} | {median_cost(row, samples)} |"
         )
     for contender in ranked:
         faults = sum((sample.faults for sample in results[contender]), Counter[str]())
@@ -1157,27 +1266,48 @@ def table(name: str, row: Row, results: Results, load: Load) -> str:
     return "\n".join(lines)
 
 
+def judge(value: float | None, floor: float | None) -> str:
+    """Return a floor, and whether a ratio, as it is shown, reaches it."""
+    if floor is None or value is None:
+        return "-" if floor is None else f"{floor}"
+    return f"{floor} {'met' if round(value, 2) >= floor else 'MISSED'}"
+
+
 def summary(measured: dict[str, Results]) -> str:
-    """Return the table that sets natwork against its floors."""
+    """Return the table that sets natwork against its peers and floors."""
     lines = [
-        "| row | natwork | fastest of its rivals | ratio | floor | aim | of direct |",
-        "|---|---:|---|---:|---:|---|---:|",
+        "| row | natwork | fastest rival | ratio | floor | beside | of direct |",
+        "|---|---:|---|---:|---|---|---:|",
     ]
     for name, results in measured.items():
-        row = ROWS[name]
-        rivals = [rival for rival in row.rivals if median_rate(results.get(rival, []))]
-        rivals.sort(key=lambda rival: -median_rate(results[rival]))
-        value = ratio(results, rivals[0]) if rivals else None
-        verdict = ""
-        if value is not None:
-            verdict = " met" if value >= row.floor else " MISSED"
-        aim = "-"
-        if row.aim:
-            aim = f"{times(ratio(results, row.aim[0]))} {row.aim[0]} ({row.aim[1]})"
+        row, able = ROWS[name], [n for n in BESIDE[1:] if ratio(results, n)]
+        ranked = sorted(able, key=lambda n: -median_rate(results[n]))
+        rival = next((n for n in ranked if n in row.rivals), "-")
+        value = ratio(results, rival)
+        beside = [f"{n} {times(ratio(results, n))}" for n in ranked if n != rival]
         lines.append(
-            f"| {name} | {median_rate(results.get('natwork', [])):.0f} {row.unit} "
-            f"| {rivals[0] if rivals else '-'} | {times(value)} "
-            f"| {row.floor}{verdict} | {aim} | {times(ratio(results, 'direct'))} |"
+            f"| {name} | {median_rate(results['natwork']):.0f} {row.unit} "
+            f"| {rival} | {times(value)} | {judge(value, row.floor)} "
+            f"| {', '.join(beside)} | {times(ratio(results, 'direct'))} |"
+        )
+    return "\n".join(lines)
+
+
+def against(measured: dict[str, Results]) -> str:
+    """Return the table that sets natwork against the older one."""
+    lines = [
+        "| against | natwork | before | ratio | lowest - highest round | floor |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for name, results in measured.items():
+        row, value = ROWS[name], ratio(results, "before")
+        pairs = zip(results["natwork"], results["before"])
+        rounds = [new.rate / old.rate for new, old in pairs if new.rate and old.rate]
+        spread = f"{min(rounds):.2f} - {max(rounds):.2f}" if rounds else "-"
+        lines.append(
+            f"| {name} | {median_rate(results['natwork']):.0f} {row.unit} "
+            f"| {median_rate(results['before']):.0f} | {times(value)} "
+            f"| {spread} | {judge(value, row.against)} |"
         )
     return "\n".join(lines)
 
@@ -1188,11 +1318,7 @@ def costs(measured: dict[str, Results]) -> str:
     units = " | ".join(f"{name}: {ROWS[name].cost_unit}" for name in measured)
     lines = [f"| cpu | {units} |", "|---|" + "---:|" * len(measured)]
     for name in names:
-        cells = []
-        for row, results in measured.items():
-            digits = 2 if ROWS[row].unit == "MB/s" else 0
-            ran = median_rate(results.get(name, []))
-            cells.append(f"{median_cost(results[name]):.{digits}f}" if ran else "-")
+        cells = [median_cost(ROWS[row], r.get(name, [])) for row, r in measured.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -1213,8 +1339,8 @@ def machine() -> str:
 def version(name: str, place: Place) -> str:
     """Return the number a program gives as its version, or an empty text."""
     command = [shutil.which(BINARIES.get(name, name), path=PATH) or name]
-    if name == "natwork":
-        command = [place.python, str(place.folder / "natwork.py")]
+    if name in OURS:
+        command = [place.python, str(place.folder / OURS[name])]
     question = ["-v"] if name == "nginx" else RECIPES[name].version
     if not question:
         return ""
@@ -1233,10 +1359,7 @@ def version(name: str, place: Place) -> str:
 
 
 def prepare(folder: Path, program: Path, bulk_size: int) -> None:
-    """Lay out the directory: the origin's files, the logs, a copy of natwork.
-
-    Its chapters go with it.
-    """
+    """Lay out the directory: the origin's files, the logs, a copy of natwork."""
     # The programs change to users of their own and must still reach in here.
     folder.chmod(0o755)
     for name in ("files", "logs", "scratch"):
@@ -1249,53 +1372,48 @@ def prepare(folder: Path, program: Path, bulk_size: int) -> None:
     with open(folder / "files" / "bulk", "rb") as bulk:
         while bulk.read(BUFFER_SIZE):
             pass  # so that the first round, too, finds it in memory
-    if program.exists():
-        shutil.copy(program, folder / "natwork.py")
-        for chapter in program.parent.glob("natwork_*.py"):
-            shutil.copy(chapter, folder)
+    copy_program(program, folder)
+
+
+def copy_program(program: Path, folder: Path) -> None:
+    """Copy a natwork.py, whatever its name, and the chapters natwork_*.py beside it."""
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)
+    for chapter in program.parent.glob("natwork_*.py"):
+        shutil.copy(chapter, folder)
+    shutil.copy(program, folder / "natwork.py")
 
 
 def start_contenders(
-    place: Place,
-    names: list[str],
-    origin: "subprocess.Popen[bytes]",
-    held: contextlib.ExitStack,
+    place: Place, names: list[str], held: contextlib.ExitStack
 ) -> list[Contender]:
-    """Start what is installed; say in a line what is missing or does not start.
-
-    The first contender is "direct", whose process is the origin itself.
-    """
-    contenders = [Contender("direct", "direct", place.origin, process=origin)]
+    """Start what is installed; say in a line what is missing or does not start."""
+    contenders = []
     for name in names:
-        recipe = RECIPES[name]
-        port, tunnel_port = free_ports(2)
-        contender = Contender(name, recipe.speaks, port, tunnel_port)
-        if name == "natwork" and not (place.folder / "natwork.py").exists():
-            print("bench: natwork.py is not there, its line is missing")
+        if name == "direct":
+            contenders.append(Contender(name, name, place.origin, place.origin))
             continue
-        if name != "natwork" and not installed(name):
+        if name not in OURS and not installed(name):
             print(f"bench: {name} is not installed, its line is missing")
             continue
-        ports = [port, tunnel_port] if recipe.speaks == "forward" else [port]
         try:
-            process = held.enter_context(
-                running(name, recipe.command(place, *ports), place)
-            )
-            await_listener(name, process, port, place)
+            contenders.append(held.enter_context(started(place, name, name)))
         except (BenchError, OSError) as error:
+            if name in OURS:
+                raise
             print(f"bench: {error}; its line is missing")
-            continue
-        contender.process = process
-        contenders.append(contender)
     return contenders
 
 
 def show_rows(
-    place: Place, contenders: list[Contender], names: list[str], load: Load
-) -> None:
-    """Measure the rows and print a table after each, then the two over all."""
+    place: Place,
+    contenders: list[Contender],
+    names: list[str],
+    load: Load,
+    leaders: list[int],
+) -> dict[str, Results]:
+    """Measure the rows, print a table after each, and return what was measured."""
     measured: dict[str, Results] = {}
-    leaders = [c.process.pid for c in contenders if c.process]
     for name in names:
         row = ROWS[name]
         fit = row.fit(contenders)
@@ -1305,17 +1423,15 @@ def show_rows(
         note("")
         print(table(name, row, measured[name], load))
         print(f"other programs took {others:.0%} of the machine\n", flush=True)
-    if measured:
-        print(f"{costs(measured)}\n\n{summary(measured)}\n")
+    return measured
 
 
 def show_syscalls(place: Place, contenders: list[Contender], seconds: int) -> None:
-    gateways = [c for c in contenders if c.name == "natwork"]
-    if not gateways:
-        raise BenchError("cannot count system calls: natwork does not run")
-    for title, fresh in (("kept-alive", False), ("a new connection each", True)):
-        text = count_syscalls(place, gateways[0], f"1 KiB, {title}", fresh, seconds)
-        print(f"{text}\n", flush=True)
+    for gateway in contenders:
+        for title, fresh in (("kept-alive", False), ("a new connection each", True)):
+            title = f"{gateway.name}, 1 KiB, {title}"
+            text = count_syscalls(place, gateway, title, fresh, seconds)
+            print(f"{text}\n", flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -1328,27 +1444,35 @@ def run(arguments: argparse.Namespace) -> None:
     for tool in tools:
         if not installed(tool):
             raise BenchError(f"{tool} is not installed; apt-get install {tool}")
-    names = ["natwork"] if arguments.syscalls else arguments.beside
-    names = [name for name in names if any(row in ROWS for row in rows)] or names[:1]
-    before = os.getloadavg()[0]
+    ours = list(OURS) if arguments.against else ["natwork"]
+    beside = arguments.beside if any(row in ROWS for row in rows) else []
+    load_before = os.getloadavg()[0]
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         prepare(folder, arguments.natwork, load.bulk_size)
+        if arguments.against:
+            copy_program(arguments.against, folder / "before")
         [origin] = free_ports(1)
         place = Place(
             folder, origin, arguments.python, tuple(arguments.option), arguments.tuned
         )
         process = held.enter_context(running("nginx", nginx(place, origin), place))
         await_listener("nginx", process, origin, place)
-        contenders = start_contenders(place, names, process, held)
-        versions = ["nginx"] + [c.name for c in contenders[1:]]
-        print(f"{machine()}; load before {before:.1f}")
+        contenders = start_contenders(place, [*ours, *beside], held)
+        versions = ["nginx"] + [c.name for c in contenders if c.name != "direct"]
+        print(f"{machine()}; load before {load_before:.1f}")
         print(", ".join(f"{n} {version(n, place)}".strip() for n in versions), "\n")
-        show_rows(place, contenders, [row for row in rows if row in ROWS], load)
+        leaders = [process.pid] + [c.process.pid for c in contenders if c.process]
+        worked = [row for row in rows if row in ROWS]
+        measured = show_rows(place, contenders, worked, load, leaders)
         if arguments.syscalls:
             show_syscalls(place, contenders, load.wrk_seconds + 1)
-        if IDLE_ROW in rows and (folder / "natwork.py").exists():
-            print(measure_idle(place, load))
+        if IDLE_ROW in rows:
+            print(f"{measure_idle(place, ours, load)}\n", flush=True)
+        if measured:
+            print(f"{costs(measured)}\n\n{summary(measured)}\n")
+        if measured and arguments.against:
+            print(against(measured))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1361,12 +1485,13 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--rounds", type=int, metavar="N", help="rounds a row (5)")
     add("--only", nargs="+", choices=[*ROWS, IDLE_ROW], metavar="ROW")
-    add("--beside", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    add("--beside", nargs="*", choices=BESIDE, default=BESIDE, metavar="NAME")
     add("--quick", action="store_true", help="less of everything, one round")
     add("--syscalls", action="store_true", help="count system calls a request, only")
     add("--tuned", action="store_true", help="give the peers larger buffers")
     add("--python", default=sys.executable, help="the interpreter that runs natwork")
     add("--natwork", type=Path, default=here.parent / "natwork.py", metavar="FILE")
+    add("--against", type=Path, metavar="FILE", help="an older natwork.py")
     add("-o", "--option", action="append", default=[], metavar="NAME=VALUE")
     return parser.parse_args()
 
