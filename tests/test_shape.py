@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import ROOT
+import running
 
-SOURCE = (ROOT / "natwork.py").read_text()
+SOURCE = (running.ROOT / "natwork.py").read_text()
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
@@ -82,7 +82,7 @@ def test_importing_does_nothing() -> None:
     code = "import natwork; print(natwork.__version__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=running.ROOT,
         capture_output=True,
         text=True,
         timeout=30,
@@ -196,5 +196,5 @@ def test_the_sections_stand_in_their_order() -> None:
 
 def test_it_runs_as_a_program() -> None:
     assert LINES[0] == "#!/usr/bin/env python3"
-    assert (ROOT / "natwork.py").stat().st_mode & 0o777 == 0o755
+    assert (running.ROOT / "natwork.py").stat().st_mode & 0o777 == 0o755
     assert LINES[-2:] == ['if __name__ == "__main__":', "    sys.exit(main())"]
