@@ -14,10 +14,8 @@ import running
 
 sys.path.insert(0, str(running.ROOT))  # tests import natwork, of this folder
 
-Start = Callable[..., running.Gateway]
 
-
-def starting(folder: Path, start: Start) -> Iterator[Start]:
+def starting(folder: Path, start: running.Start) -> Iterator[running.Start]:
     """Yield a function that starts gateways, each in a folder of its own; stop them."""
     started: list[running.Gateway] = []
 
@@ -33,7 +31,7 @@ def starting(folder: Path, start: Start) -> Iterator[Start]:
 
 
 @pytest.fixture
-def natwork(tmp_path: Path) -> Iterator[Start]:
+def natwork(tmp_path: Path) -> Iterator[running.Start]:
     """Return a function that starts a gateway: natwork("spare_workers=2", ...)."""
     folder = tmp_path / "activated"
     folder.mkdir()
@@ -41,7 +39,7 @@ def natwork(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Start]:
+def daemon(tmp_path: Path) -> Iterator[running.Start]:
     """Return a function that starts a gateway with a file: daemon(rules="", ...)."""
     folder = tmp_path / "configured"
     folder.mkdir()
@@ -49,7 +47,7 @@ def daemon(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def origin() -> Iterator[Callable[..., origins.Origin]]:
+def origin() -> Iterator[origins.Start]:
     """Return a function that starts an Origin: origin(handle, "127.0.0.3")."""
     started: list[origins.Origin] = []
 

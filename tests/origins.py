@@ -63,3 +63,6 @@ def echo(connection: socket.socket, origin: Origin) -> None:
     while data := connection.recv(65536):
         connection.sendall(data)
     connection.shutdown(socket.SHUT_WR)
+
+
+Start = Callable[..., Origin]  # the fixture: start(handle, "127.0.0.3")

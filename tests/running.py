@@ -270,6 +270,9 @@ class Gateway:
         return said
 
 
+Start = Callable[..., Gateway]  # the fixtures: start("name=value", ...)
+
+
 def shared(*settings: str) -> Callable[..., Iterator[Gateway]]:
     """Return a module's fixture: one gateway with these settings for all its tests."""
 

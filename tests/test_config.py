@@ -327,7 +327,7 @@ def test_an_option_does_not_save_a_bad_file(tmp_path: Path) -> None:
 
 
 def test_an_option_still_wins_after_a_reload(
-    daemon: Callable[..., running.Gateway],
+    daemon: running.Start,
 ) -> None:
     gateway = daemon("-o", "name=option", name="file")
 
@@ -345,7 +345,7 @@ def test_an_option_still_wins_after_a_reload(
 
 
 def test_a_file_made_after_the_start_is_read_by_a_reload(
-    natwork: Callable[..., running.Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("user=root", loopback=False)
     file = gateway.log.parent / "natwork.conf"
@@ -364,7 +364,7 @@ def test_a_file_made_after_the_start_is_read_by_a_reload(
 
 
 def test_a_file_that_has_gone_does_not_become_the_defaults(
-    daemon: Callable[..., running.Gateway],
+    daemon: running.Start,
 ) -> None:
     gateway = daemon(name="before")
     moved = gateway.file.with_suffix(".moved")
@@ -456,7 +456,7 @@ def test_a_full_disk_under_what_is_printed_is_one_line(
 
 
 def test_a_nul_in_the_file_changes_nothing(
-    daemon: Callable[..., running.Gateway],
+    daemon: running.Start,
 ) -> None:
     gateway = daemon()
     said = gateway.hangup(log="a\0b")
@@ -504,7 +504,7 @@ def test_who_does_not_read_what_is_said_stops_nobody(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_none_is_refused_and_nobody_waits_for_it(
-    daemon: Callable[..., running.Gateway], tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     given = "[natwork]\nlisten = 127.0.0.1:0\n"

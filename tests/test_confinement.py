@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import http_wire
@@ -23,10 +22,6 @@ import readme
 import running
 import wait
 import wire
-
-Start = Callable[..., origins.Origin]
-Run = Callable[..., running.Gateway]
-Launch = Callable[..., running.Gateway]
 
 
 def is_reset(client: socket.socket) -> bool:
@@ -43,7 +38,7 @@ def is_reset(client: socket.socket) -> bool:
 
 
 def test_a_tunnel_that_is_ended_is_reset_and_no_other(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("spare_workers=2"), origin(origins.echo)
     with (
@@ -59,7 +54,7 @@ def test_a_tunnel_that_is_ended_is_reset_and_no_other(
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 100", b"Connection: close"])
 def test_half_an_answer_that_is_ended_does_not_look_whole(
-    natwork: Run, origin: Start, framing: bytes
+    natwork: running.Start, origin: origins.Start, framing: bytes
 ) -> None:
     def half(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -82,7 +77,7 @@ def test_half_an_answer_that_is_ended_does_not_look_whole(
 
 
 def test_a_request_that_waits_for_its_answer_is_ended(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, held = natwork("spare_workers=2"), http_wire.Held()
     with gateway.connect() as client:
@@ -95,7 +90,7 @@ def test_a_request_that_waits_for_its_answer_is_ended(
 
 
 def test_an_idle_kept_alive_client_is_parted_from_in_peace(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("spare_workers=2", "keepalive_timeout=60"),
@@ -115,7 +110,7 @@ def test_an_idle_kept_alive_client_is_parted_from_in_peace(
     assert [line["outcome"] for line in gateway.lines(2)] == ["ok", "closed"]
 
 
-def test_an_idle_worker_that_is_ended_is_replaced(natwork: Run) -> None:
+def test_an_idle_worker_that_is_ended_is_replaced(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     (pid,) = gateway.ready(1)
     os.kill(pid, signal.SIGTERM)
@@ -124,7 +119,9 @@ def test_an_idle_worker_that_is_ended_is_replaced(natwork: Run) -> None:
 
 
 @needs.root
-def test_who_waits_for_a_name_is_ended_at_once(daemon: Launch, tmp_path: Path) -> None:
+def test_who_waits_for_a_name_is_ended_at_once(
+    daemon: running.Start, tmp_path: Path
+) -> None:
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.77\n")
     mounted = f"mount --bind {resolver} /etc/resolv.conf && exec {sys.executable}"
@@ -146,7 +143,7 @@ def test_who_waits_for_a_name_is_ended_at_once(daemon: Launch, tmp_path: Path) -
 
 
 def test_all_sessions_of_an_address_are_ended_as_the_readme_says(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     section = readme.section("Watching it")
     (line,) = re.findall(r"^    (python3 .*xargs.*)$", section, re.M)
@@ -204,7 +201,7 @@ natwork.main()
 """
 
 
-def test_a_worker_can_neither_fork_nor_start_a_thread(daemon: Launch) -> None:
+def test_a_worker_can_neither_fork_nor_start_a_thread(daemon: running.Start) -> None:
     script = TRIER.format(root=str(running.ROOT))
     gateway = daemon(program=[sys.executable, "-c", script], user="nobody")
     with gateway.connect() as client:
@@ -218,7 +215,7 @@ def test_a_worker_can_neither_fork_nor_start_a_thread(daemon: Launch) -> None:
         assert wire.read_all(client)
 
 
-def test_a_worker_is_limited_and_the_master_is_not(natwork: Run) -> None:
+def test_a_worker_is_limited_and_the_master_is_not(natwork: running.Start) -> None:
     gateway = natwork()
     for pid in [gateway.process.pid, *gateway.ready(8)]:
         limits = Path(f"/proc/{pid}/limits").read_text()
@@ -227,7 +224,7 @@ def test_a_worker_is_limited_and_the_master_is_not(natwork: Run) -> None:
 
 
 def test_a_worker_holds_no_descriptor_but_its_own(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(
         listen="127.0.0.1:0 127.0.0.2:0", pidfile="natwork.pid", drain_timeout="2"
@@ -284,7 +281,7 @@ def memory(pid: int) -> bytes:
 @needs.root
 @pytest.mark.parametrize("leaves", [False, True], ids=["who is there", "who was"])
 def test_no_worker_contains_bytes_of_another_ones_client(
-    natwork: Run, origin: Start, leaves: bool
+    natwork: running.Start, origin: origins.Start, leaves: bool
 ) -> None:
     gateway = natwork("clients_per_worker=1", "spare_workers=3", "log_format=json")
     secret = b"S3cr3t-of-A"  # this process's own copies are not looked at

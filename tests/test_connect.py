@@ -9,7 +9,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +23,6 @@ import wire
 
 import natwork
 
-Start = Callable[..., origins.Origin]
-Natwork = Callable[..., running.Gateway]
 NAMED = f"name={running.NAME.decode()}"
 
 
@@ -140,7 +137,11 @@ def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
     ],
 )
 def test_the_server_is_called_from_the_outside_address(
-    natwork: Natwork, origin: Start, outside: str, target: str, source: str
+    natwork: running.Start,
+    origin: origins.Start,
+    outside: str,
+    target: str,
+    source: str,
 ) -> None:
     server = origin(greet, "::1" if target == "[::1]" else "0.0.0.0")
     gateway = natwork(f"outside={outside}")  # trap 15
@@ -160,7 +161,7 @@ def test_the_server_is_called_from_the_outside_address(
 
 
 def test_a_kept_connection_has_the_source_it_was_dialed_from(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("outside=127.0.0.2"),
@@ -202,7 +203,7 @@ def test_a_kept_connection_has_the_source_it_was_dialed_from(
     ],
 )
 def test_a_failure_has_its_outcome(
-    natwork: Natwork,
+    natwork: running.Start,
     outside: str,
     target: str,
     word: str,
@@ -222,7 +223,7 @@ def test_a_failure_has_its_outcome(
         assert (line["address"], line["source"]) == (dialed, "-")
 
 
-def test_a_listener_that_does_not_answer_is_a_timeout(natwork: Natwork) -> None:
+def test_a_listener_that_does_not_answer_is_a_timeout(natwork: running.Start) -> None:
     gateway = natwork(NAMED, "connect_timeout=1")
     with wire.full_listener("127.0.0.3") as port:
         place = b"127.0.0.3:%d" % port
@@ -238,7 +239,7 @@ def test_a_listener_that_does_not_answer_is_a_timeout(natwork: Natwork) -> None:
 
 
 def test_a_client_is_told_when_descriptors_run_out_and_served_when_they_return(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(NAMED, *running.ALONE), origin(http_wire.Script())
     pid = gateway.only_worker()
@@ -414,7 +415,7 @@ def lines(box: Lines) -> Iterator[Lines]:
 
 
 @pytest.fixture
-def gateway(lines: Lines, tmp_path: Path) -> Iterator[Natwork]:
+def gateway(lines: Lines, tmp_path: Path) -> Iterator[running.Start]:
     """Return a function that starts natwork.py in the box."""
     with contextlib.ExitStack() as stack:
 
@@ -429,7 +430,7 @@ def gateway(lines: Lines, tmp_path: Path) -> Iterator[Natwork]:
 
 @pytest.mark.parametrize("name", ["dead-first", "dead-family"])
 def test_a_dead_address_does_not_keep_the_next_one_waiting(
-    lines: Lines, gateway: Natwork, name: str
+    lines: Lines, gateway: running.Start, name: str
 ) -> None:
     started, server = gateway("connect_timeout=60"), lines.origin("203.0.113.80")
     answer = lines.ask(f"{name}.example:{server.port}", seconds=5)  # not 60
@@ -439,7 +440,7 @@ def test_a_dead_address_does_not_keep_the_next_one_waiting(
 
 
 def test_the_next_address_is_tried_when_one_refuses(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     started, server = gateway(), lines.origin("203.0.113.81")
     assert lines.ask(f"refusing-first.example:{server.port}").status == 200
@@ -447,7 +448,7 @@ def test_the_next_address_is_tried_when_one_refuses(
 
 
 def test_the_time_to_connect_is_for_all_addresses_together(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     started = gateway("connect_timeout=1", "outside=wan wan2")
     answer = lines.ask("all-dead.example:80", seconds=4)  # not ten times one
@@ -473,7 +474,7 @@ def test_the_time_to_connect_is_for_all_addresses_together(
 )
 def test_a_failure_on_the_way_has_its_outcome(
     lines: Lines,
-    gateway: Natwork,
+    gateway: running.Start,
     target: str,
     word: str,
     status: int,
@@ -488,7 +489,7 @@ def test_a_failure_on_the_way_has_its_outcome(
 
 
 def test_a_name_is_resolved_once_and_the_judged_address_is_dialed(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     started, server = gateway(), lines.origin("203.0.113.80")
     victim = lines.origin("10.9.0.2", "inside")
@@ -502,7 +503,7 @@ def test_a_name_is_resolved_once_and_the_judged_address_is_dialed(
 
 
 def test_of_the_addresses_of_a_name_only_the_allowed_are_dialed(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     started, server = gateway(), lines.origin("203.0.113.80")
     assert lines.ask(f"mixed.example:{server.port}").status == 200  # trap 13
@@ -514,7 +515,7 @@ def test_of_the_addresses_of_a_name_only_the_allowed_are_dialed(
 
 
 def test_a_host_rule_holds_however_the_name_is_written(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     started, server = gateway("rules=deny to .denied.example"), lines.origin("0.0.0.0")
     for name in ("a.denied.example", "A.Denied.Example", "a.denied.example."):
@@ -534,7 +535,7 @@ def test_a_host_rule_holds_however_the_name_is_written(
 )
 @pytest.mark.parametrize("user", ["nobody", "root"])
 def test_a_device_is_an_uplink_without_any_privilege(
-    lines: Lines, gateway: Natwork, outside: str, source: str, user: str
+    lines: Lines, gateway: running.Start, outside: str, source: str, user: str
 ) -> None:
     started = gateway(f"outside={outside}", f"user={user}")
     server = lines.origin("192.0.2.80")
@@ -544,7 +545,7 @@ def test_a_device_is_an_uplink_without_any_privilege(
 
 
 def test_an_uplink_that_failed_goes_last_for_a_while(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan wan2")
     server = lines.origin("192.0.2.80")
@@ -562,7 +563,7 @@ def test_an_uplink_that_failed_goes_last_for_a_while(
 
 
 def test_uplinks_that_are_not_there_cost_no_time(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     """Three that are gone, one that is silent: a second, and not four."""
     gateway("outside=gone0 gone1 gone2 wan wan2", "connect_timeout=2.5")
@@ -577,7 +578,7 @@ def test_uplinks_that_are_not_there_cost_no_time(
 
 
 def test_an_answer_to_a_head_that_is_still_on_its_way(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     def early(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(http_wire.sized(b"no", status=b"431 Too Large"))
@@ -600,7 +601,7 @@ def test_an_answer_to_a_head_that_is_still_on_its_way(
 
 
 def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan", "rules=allow to 10.9.0.0/24")
     near = lines.origin("10.9.0.2", "inside")
@@ -630,7 +631,7 @@ def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
 
 
 def test_a_bind_is_where_its_caller_knows_the_client(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan wan2", "bind_ports=41000")
     server = lines.origin("192.0.2.80")
@@ -683,7 +684,9 @@ def test_a_failure_brings_the_next_attempt_of_its_uplink_forward(
     assert got == found
 
 
-def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(origin: Start) -> None:
+def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
+    origin: origins.Start,
+) -> None:
     server, board = origin(http_wire.Script()), natwork.Scoreboard()
     packed = natwork.pack("127.0.0.1")
     # The first source address is not of this box: its attempt ends as it begins.
@@ -716,7 +719,7 @@ def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
 
 
 def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
-    origin: Start,
+    origin: origins.Start,
 ) -> None:
     server = origin(http_wire.Script(), "127.0.1.9")
     hosts = [f"127.0.1.{n}" for n in range(1, 6)]
@@ -731,7 +734,9 @@ def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
     assert not board.is_tired(0) and not board.is_tired(1)
 
 
-def test_an_address_that_refuses_does_not_hurry_the_next_uplink(origin: Start) -> None:
+def test_an_address_that_refuses_does_not_hurry_the_next_uplink(
+    origin: origins.Start,
+) -> None:
     server = origin(http_wire.Script(), "127.0.1.9")
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
     hosts = ["127.0.1.1", "127.0.1.3", "127.0.1.2"]  # nobody listens at the third
@@ -772,7 +777,7 @@ def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
 
 
 def test_an_answer_of_the_target_is_not_the_uplinks_failure(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan wan2")
     server = lines.origin("192.0.2.80")
@@ -784,7 +789,7 @@ def test_an_answer_of_the_target_is_not_the_uplinks_failure(
 
 @pytest.mark.parametrize("outside", ["203.0.113.1", "wan", ""])
 def test_the_ports_of_a_source_address_serve_every_target_anew(
-    lines: Lines, gateway: Natwork, outside: str
+    lines: Lines, gateway: running.Start, outside: str
 ) -> None:
     ports = "ipv4/ip_local_port_range"
     before = lines.box.get("gateway", ports)
@@ -805,7 +810,7 @@ def test_the_ports_of_a_source_address_serve_every_target_anew(
 
 @pytest.mark.parametrize("outside", ["203.0.113.1", ""])
 def test_a_box_without_a_free_port_is_overloaded(
-    lines: Lines, gateway: Natwork, outside: str
+    lines: Lines, gateway: running.Start, outside: str
 ) -> None:
     ports = "ipv4/ip_local_port_range"
     before = lines.box.get("gateway", ports)
@@ -826,7 +831,7 @@ def test_a_box_without_a_free_port_is_overloaded(
 
 
 def test_a_device_has_the_address_that_it_has_when_it_is_used(
-    lines: Lines, gateway: Natwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     started = gateway("outside=wan2")
     server, here = lines.origin("198.51.100.80"), lines.box.name("gateway")

@@ -1,6 +1,6 @@
 """Real clients on one side, real servers on the other, natwork.py between them.
 
-Each test has a box of its own: see box.py. After each, the servers have seen no
+Each test has a box of its own: see boxes.py. After each, the servers have seen no
 address but the gateway's outside ones, and the gateway has ended well.
 """
 

@@ -59,7 +59,7 @@ OF_A_WORKER = [
     ("openat", "EMFILE ENFILE EACCES ENOMEM", 2),  # of the resolver
 ]
 # Of the master, in reap_and_reload(); not write(), by which Python's own signal
-# handler wakes him, and into a pipe that cannot fail.
+# handler wakes it, and into a pipe that cannot fail.
 OF_THE_MASTER = [
     ("clone", "EAGAIN ENOMEM", 2),
     ("wait4", "EINTR ECHILD", 2),
@@ -137,7 +137,7 @@ class Faulty:
     def talk(self) -> None:
         """Ask in each way there is; who is let down leaves it at that."""
         for way in (self.ask_twice, self.ask_for_bulk, self.put, self.tunnel):
-            # wire.py's strict readers assert that an answer is whole.
+            # http_wire.py's strict readers assert that an answer is whole.
             with contextlib.suppress(OSError, AssertionError), self.connect() as client:
                 way(client)
 

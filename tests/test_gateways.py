@@ -25,9 +25,6 @@ import wire
 
 import natwork
 
-Natwork = Callable[..., running.Gateway]
-Start = Callable[..., origins.Origin]
-
 gateway = running.shared()
 closed = running.shared("rules=")
 
@@ -354,7 +351,7 @@ def test_a_login_refused_is_401_and_nobody_is_told_the_password(
     assert "wrongword" not in text and "ann" not in text and SECRET not in text
 
 
-def test_the_title_has_no_user_in_it(gateway, origin: Start) -> None:
+def test_the_title_has_no_user_in_it(gateway, origin: origins.Start) -> None:
     pytest.importorskip("setproctitle")
     asked, seen = threading.Event(), threading.Event()
 
@@ -458,7 +455,7 @@ def test_a_half_sent_upload_is_not_called_stored(gateway, vsftpd, site: Path) ->
     ],
 )
 def test_what_is_wrong_is_refused_before_anybody_is_dialed(
-    gateway, origin: Start, target: bytes, method: bytes, status: int
+    gateway, origin: origins.Start, target: bytes, method: bytes, status: int
 ) -> None:
     server = origin(http_wire.Script(), "127.0.0.3")
     answer = ask(gateway, target % server.authority.encode(), method=method)
@@ -486,7 +483,9 @@ def ftpd(
     return handle
 
 
-def test_the_data_come_from_the_host_that_was_asked(gateway, origin: Start) -> None:
+def test_the_data_come_from_the_host_that_was_asked(
+    gateway, origin: origins.Start
+) -> None:
     def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"from the right host")
 
@@ -515,12 +514,16 @@ def test_the_data_come_from_the_host_that_was_asked(gateway, origin: Start) -> N
         b"x" * 10_000,
     ],
 )
-def test_nonsense_from_a_server_is_502(gateway, origin: Start, passive: bytes) -> None:
+def test_nonsense_from_a_server_is_502(
+    gateway, origin: origins.Start, passive: bytes
+) -> None:
     server = origin(ftpd(PASV=passive, SIZE=b"213 5"), "127.0.0.3")
     assert ask(gateway, url(server, "/file")).status == 502
 
 
-def test_the_data_port_is_judged_too(natwork: Natwork, origin: Start) -> None:
+def test_the_data_port_is_judged_too(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"data")
 
@@ -536,7 +539,9 @@ def test_the_data_port_is_judged_too(natwork: Natwork, origin: Start) -> None:
     assert len(data.callers) == 1
 
 
-def test_a_transfer_that_fails_is_cut_and_not_ended(gateway, origin: Start) -> None:
+def test_a_transfer_that_fails_is_cut_and_not_ended(
+    gateway, origin: origins.Start
+) -> None:
     def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"half of it")
 
@@ -551,7 +556,7 @@ def test_a_transfer_that_fails_is_cut_and_not_ended(gateway, origin: Start) -> N
         assert (answer.status, answer.complete) == (200, complete)
 
 
-def test_no_step_waits_for_ever(natwork: Natwork, origin: Start) -> None:
+def test_no_step_waits_for_ever(natwork: running.Start, origin: origins.Start) -> None:
     def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.recv(1)
 
@@ -586,7 +591,7 @@ def test_no_step_waits_for_ever(natwork: Natwork, origin: Start) -> None:
 
 
 def test_a_slow_directory_leaves_its_server_time_to_end(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     listed = threading.Event()
 
@@ -617,7 +622,7 @@ def test_a_slow_directory_leaves_its_server_time_to_end(
 
 @pytest.mark.parametrize("reply", [b"450 busy", b"550 none", b"213 what", b"999 hm"])
 def test_an_upload_goes_on_whatever_is_said_of_the_size(
-    gateway, origin: Start, reply: bytes
+    gateway, origin: origins.Start, reply: bytes
 ) -> None:
     def take(connection: socket.socket, origin: origins.Origin) -> None:
         origin.received.append(wire.read_all(connection))
@@ -643,7 +648,9 @@ def test_an_upload_goes_on_whatever_is_said_of_the_size(
     assert data.received == [b"hello"]
 
 
-def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -> None:
+def test_a_server_that_drips_for_ever_is_left(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
         wire.drip(connection, b"220-hello\r\n")
         while True:
@@ -656,7 +663,9 @@ def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -
     assert time.monotonic() - began < 5
 
 
-def test_a_client_who_leaves_ends_it(natwork: Natwork, origin: Start) -> None:
+def test_a_client_who_leaves_ends_it(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, said = natwork(), threading.Event()
 
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
@@ -699,7 +708,7 @@ def menu(connection: socket.socket, origin: origins.Origin) -> None:
     connection.sendall(text.encode())
 
 
-def test_a_menu_is_a_page(gateway, origin: Start) -> None:
+def test_a_menu_is_a_page(gateway, origin: origins.Start) -> None:
     server, count = origin(menu, "127.0.0.3"), settled(gateway)
     for path in ("", "/", "/1", "/1/"):
         answer = ask(gateway, url(server, path, "gopher"))
@@ -724,7 +733,7 @@ def test_a_menu_is_a_page(gateway, origin: Start) -> None:
     assert line["target"] == f"gopher://{server.authority}/"
 
 
-def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
+def test_a_search_asks_and_then_searches(gateway, origin: origins.Start) -> None:
     server, count = origin(menu, "127.0.0.3"), settled(gateway)
     answer = ask(gateway, url(server, "/7/find%3Fa", "gopher"))
     assert b'<input name="q">' in answer.body and server.received == []
@@ -737,7 +746,7 @@ def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
 
 
 @pytest.mark.parametrize("path", ["/0/cgi?x=1", "/1/menu?a&b", "/g/pic?", "/0/a%3Fb"])
-def test_only_a_search_has_a_query(gateway, origin: Start, path: str) -> None:
+def test_only_a_search_has_a_query(gateway, origin: origins.Start, path: str) -> None:
     server = origin(menu, "127.0.0.3")  # RFC 4266 section 2.1
     assert ask(gateway, url(server, path, "gopher")).status == 200
     selector = path[2:].replace("%3F", "?").encode()
@@ -760,7 +769,7 @@ def test_only_a_search_has_a_query(gateway, origin: Start, path: str) -> None:
     ],
 )
 def test_a_text_ends_before_its_dot(
-    gateway, origin: Start, sent: bytes, got: bytes
+    gateway, origin: origins.Start, sent: bytes, got: bytes
 ) -> None:
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.makefile("rb").readline()
@@ -771,7 +780,7 @@ def test_a_text_ends_before_its_dot(
     assert answer.values(b"Content-Type") == [b"text/plain; charset=utf-8"]
 
 
-def test_a_broken_stream_is_cut(gateway, origin: Start) -> None:
+def test_a_broken_stream_is_cut(gateway, origin: origins.Start) -> None:
     from wire import reset
 
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
@@ -864,7 +873,7 @@ def test_lynx_reads_both(
 @pytest.mark.parametrize("scheme", ["ftp", "gopher"])
 @pytest.mark.parametrize(("word", "target"), addresses.TARGETS)
 def test_a_closed_address_is_refused_by_every_scheme(
-    closed, origin: Start, word: str, target: str, scheme: str
+    closed, origin: origins.Start, word: str, target: str, scheme: str
 ) -> None:
     server = origin(http_wire.Script(), "::1" if target == "[::1]" else "127.0.0.1")
     number = addresses.TARGETS.index((word, target))
@@ -887,7 +896,7 @@ def test_a_closed_address_is_refused_by_every_scheme(
 @pytest.mark.parametrize("scheme", [b"ftp", b"gopher"])
 @pytest.mark.parametrize("target", "127.1 0x7f.1 017700000001 2130706433 0".split())
 def test_only_an_address_is_an_address(
-    closed, origin: Start, target: str, scheme: bytes
+    closed, origin: origins.Start, target: str, scheme: bytes
 ) -> None:
     server = origin(http_wire.Script())
     place = f"{target}:{server.port}".encode()
@@ -934,7 +943,7 @@ def test_a_listing_is_read_as_ls_and_as_dir_write_it(line: str, name: str) -> No
     ],
 )
 def test_what_ftp_cannot_do_is_not_done_to_the_whole_file(
-    gateway, origin: Start, field: bytes, status: int
+    gateway, origin: origins.Start, field: bytes, status: int
 ) -> None:
     server = origin(http_wire.Script(), "127.0.0.3")
     fields = field, b"Content-Length: 5"
@@ -943,7 +952,7 @@ def test_what_ftp_cannot_do_is_not_done_to_the_whole_file(
     assert http_wire.uncalled(server)
 
 
-def test_a_malformed_body_empties_no_file(gateway, origin: Start) -> None:
+def test_a_malformed_body_empties_no_file(gateway, origin: origins.Start) -> None:
     server, field = (
         origin(http_wire.Script(), "127.0.0.3"),
         b"Transfer-Encoding: chunked",
@@ -955,7 +964,7 @@ def test_a_malformed_body_empties_no_file(gateway, origin: Start) -> None:
 
 
 def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
-    gateway, origin: Start
+    gateway, origin: origins.Start
 ) -> None:
     server = origin(ftpd(PASV=b"550 no", SIZE=b"213 5"), "127.0.0.3")
     count = settled(gateway)
@@ -974,7 +983,7 @@ def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
     ],
 )
 def test_what_a_gopher_says_instead_of_a_menu_is_shown(
-    gateway, origin: Start, said: bytes, shown: bytes, outcome: str
+    gateway, origin: origins.Start, said: bytes, shown: bytes, outcome: str
 ) -> None:
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.makefile("rb").readline()
@@ -1009,7 +1018,7 @@ def test_a_password_in_the_wrong_place_is_told_to_nobody(gateway, target: str) -
 
 
 def test_a_page_that_is_cut_short_ends_the_connection(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     listing = b"".join(
         b"-rw-r--r-- 1 a b 3 Jan 1 10:00 f%06d\r\n" % n for n in range(60000)
@@ -1036,7 +1045,9 @@ def test_a_page_that_is_cut_short_ends_the_connection(
     assert (line["outcome"], line["status"]) == ("idle-timeout", "200")
 
 
-def test_a_server_may_ask_to_wait_before_it_greets(gateway, origin: Start) -> None:
+def test_a_server_may_ask_to_wait_before_it_greets(
+    gateway, origin: origins.Start
+) -> None:
     def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"here")
 
@@ -1059,7 +1070,7 @@ def test_a_server_may_ask_to_wait_before_it_greets(gateway, origin: Start) -> No
 
 @pytest.mark.parametrize("knows", ["PASV", "EPSV"])
 def test_behind_a_parent_either_passive_mode_will_do(
-    natwork: Natwork, origin: Start, knows: str
+    natwork: running.Start, origin: origins.Start, knows: str
 ) -> None:
     def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"data")
@@ -1079,7 +1090,7 @@ def test_behind_a_parent_either_passive_mode_will_do(
 
 
 def test_a_page_that_comes_for_ever_is_given_up(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     def drip(connection: socket.socket, origin: origins.Origin) -> None:
         while True:

@@ -31,8 +31,6 @@ hasty = running.shared("head_timeout=0.5", "connect_timeout=0.5", "idle_timeout=
 
 HEADS = Path(__file__).parent / "heads"
 SECOND = b"/second"
-Start = Callable[..., origins.Origin]
-Natwork = Callable[..., running.Gateway]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +140,7 @@ def test_what_follows_a_bad_request_is_never_a_request(
 
 
 def test_octets_above_ascii_pass_unchanged(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     value = bytes(range(0x80, 0x100)) + b'\t!"' + bytes(range(0x23, 0x7F))  # R1
     server = origin(
@@ -164,7 +162,7 @@ def test_ten_thousand_empty_lines_are_not_waited_out(gateway: running.Gateway) -
 
 
 def test_an_empty_line_after_a_body_is_ignored(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R4: as very old browsers sent after a POST
     post = http_wire.request(
@@ -206,7 +204,7 @@ def test_a_bad_first_line_is_refused_at_once(
 )
 @pytest.mark.parametrize("name", [b"X-A", b"Connection", b"Via", b"Accept"])
 def test_long_runs_of_blanks_cost_no_time(
-    gateway: running.Gateway, origin: Start, name: bytes, value: bytes
+    gateway: running.Gateway, origin: origins.Start, name: bytes, value: bytes
 ) -> None:
     began = time.monotonic()  # R11; a quadratic pattern needs minutes for this
     http_wire.forwarded(gateway, origin(http_wire.Script()), name + b":" + value)
@@ -224,7 +222,7 @@ def test_long_runs_of_blanks_cost_no_time(
     ],
 )
 def test_long_runs_of_blanks_are_refused_in_no_time(
-    gateway: running.Gateway, origin: Start, field: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes
 ) -> None:
     began = time.monotonic()  # R8, R11, R43, R48
     assert http_wire.ask(gateway, origin(http_wire.Script()), field).status == 400
@@ -233,7 +231,7 @@ def test_long_runs_of_blanks_are_refused_in_no_time(
 
 @pytest.mark.parametrize("size", [8_000, 15_000])
 def test_a_long_target_is_served(
-    gateway: running.Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
     path = b"/" + b"u" * size  # R11
     assert (
@@ -243,7 +241,7 @@ def test_a_long_target_is_served(
 
 
 def test_a_request_line_over_16_kib_is_too_long(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R11
     with gateway.connect() as client:
@@ -261,7 +259,9 @@ def test_a_request_line_without_end_is_not_waited_out(gateway: running.Gateway) 
         assert wire.at_end(client)
 
 
-def test_a_large_head_is_served(gateway: running.Gateway, origin: Start) -> None:
+def test_a_large_head_is_served(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     fields = [b"X-%d: %b" % (i, b"v" * 1000) for i in range(60)]  # R11
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), *fields, b"X-Long: " + b"v" * 2000
@@ -278,7 +278,7 @@ def test_a_large_head_is_served(gateway: running.Gateway, origin: Start) -> None
     ],
 )
 def test_a_head_over_64_kib_is_too_large(
-    gateway: running.Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
     server = origin(http_wire.Script())  # R11
     with gateway.connect() as client:
@@ -297,7 +297,7 @@ def test_a_head_without_end_is_not_waited_out(gateway: running.Gateway) -> None:
 
 
 def test_nothing_happens_before_the_blank_line(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(
         http_wire.Script()
@@ -312,7 +312,7 @@ def test_nothing_happens_before_the_blank_line(
 
 
 def test_a_host_that_comes_last_is_waited_for(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R12
     at = server.authority.encode()
@@ -349,7 +349,7 @@ def test_a_head_that_drips_for_ever_is_timed_out(hasty: running.Gateway) -> None
 
 
 def test_unknown_fields_pass_in_their_order(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     fields = [b"X-B: 2", b"X-A: 1", b"x-b: 3", b"DNT: 1", b"X-B: 2", b"X-E:", b"X-A: 4"]
     server = origin(http_wire.Script(http_wire.sized(b"ok", *fields)))  # R13
@@ -361,7 +361,9 @@ def test_unknown_fields_pass_in_their_order(
         assert message.values(b"DNT") == [b"1"]
 
 
-def test_cookies_stay_on_their_lines(gateway: running.Gateway, origin: Start) -> None:
+def test_cookies_stay_on_their_lines(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     dated = b"Set-Cookie: b=2; Expires=Wed, 21 Oct 2026 07:28:00 GMT"  # R13
     server = origin(
         http_wire.Script(
@@ -375,7 +377,7 @@ def test_cookies_stay_on_their_lines(gateway: running.Gateway, origin: Start) ->
 
 @pytest.mark.parametrize("value", [b",close,,", b" , ,CLOSE", b"\t,x, ,close\t,"])
 def test_empty_members_are_accepted(
-    gateway: running.Gateway, origin: Start, value: bytes
+    gateway: running.Gateway, origin: origins.Start, value: bytes
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.sized(b"ok", b"Connection: " + value, b"X: 1"))
@@ -442,7 +444,7 @@ BAD_RESPONSES = {
 
 @pytest.mark.parametrize("answer", BAD_RESPONSES.values(), ids=BAD_RESPONSES)
 def test_a_bad_response_becomes_502(
-    gateway: running.Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     bad, good = (
         origin(http_wire.Script(answer, close=True)),
@@ -459,7 +461,7 @@ def test_a_bad_response_becomes_502(
 
 
 def test_a_bad_response_ends_the_server_connection(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     ends: list[bytes] = []
 
@@ -483,7 +485,7 @@ def test_a_bad_response_ends_the_server_connection(
     ],
 )
 def test_a_bad_response_is_not_waited_out(
-    gateway: running.Gateway, origin: Start, start: bytes
+    gateway: running.Gateway, origin: origins.Start, start: bytes
 ) -> None:
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         connection.recv(65536)
@@ -495,7 +497,7 @@ def test_a_bad_response_is_not_waited_out(
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t ", b" " * 10_000])
 def test_space_before_a_response_colon_is_stripped(
-    gateway: running.Gateway, origin: Start, space: bytes
+    gateway: running.Gateway, origin: origins.Start, space: bytes
 ) -> None:
     fields = [b"X-A%b: 1" % space, b"Content-Length%b: 2" % space]  # R8
     answer = http_wire.ask(
@@ -506,7 +508,7 @@ def test_space_before_a_response_colon_is_stripped(
 
 @pytest.mark.parametrize("status", [b"200 ", b"200 All is well", b"299 \x80", b"599 x"])
 def test_status_and_reason_pass_unchanged(
-    gateway: running.Gateway, origin: Start, status: bytes
+    gateway: running.Gateway, origin: origins.Start, status: bytes
 ) -> None:
     answer = http_wire.ask(
         gateway, origin(http_wire.Script(http_wire.sized(b"ok", status=status)))
@@ -519,17 +521,17 @@ def test_status_and_reason_pass_unchanged(
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.3"])
 def test_the_origin_sees_our_version(
-    gateway: running.Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), version=version
-    )  # R16: see wire.py
+    )  # R16: see http_wire.py
     assert got.start == b"GET / HTTP/1.1"
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.3"])
 def test_the_client_sees_our_version(
-    gateway: running.Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     answer = version + b" 200 Fine\r\nContent-Length: 2\r\n\r\nok"  # R16
     answer = http_wire.ask(gateway, origin(http_wire.Script(answer, close=True)))
@@ -546,7 +548,7 @@ def test_a_simple_request_of_http_0_9_is_refused(gateway: running.Gateway) -> No
 
 
 def test_the_target_decides_and_not_the_host(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     right, wrong = (
         origin(http_wire.Script()),
@@ -584,7 +586,7 @@ TARGETS = {
 @pytest.mark.parametrize("path", TARGETS)
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
 def test_path_and_query_pass_unchanged(
-    gateway: running.Gateway, origin: Start, method: bytes, path: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes, path: bytes
 ) -> None:
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), method=method, path=path
@@ -596,7 +598,7 @@ def test_path_and_query_pass_unchanged(
     ("path", "target"), [(b"", b"*"), (b"/", b"/"), (b"?q", b"/?q"), (b"/*", b"/*")]
 )
 def test_options_without_path_means_the_server(
-    gateway: running.Gateway, origin: Start, path: bytes, target: bytes
+    gateway: running.Gateway, origin: origins.Start, path: bytes, target: bytes
 ) -> None:
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), method=b"OPTIONS", path=path
@@ -605,7 +607,7 @@ def test_options_without_path_means_the_server(
 
 
 def test_options_for_everything_is_answered_by_the_gateway(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R21
     host = server.authority.encode()
@@ -622,7 +624,7 @@ def test_options_for_everything_is_answered_by_the_gateway(
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS"])
 @pytest.mark.parametrize("path", [b"/", b"/x?y", b"//example.com/"])
 def test_origin_form_is_never_forwarded_by_its_host(
-    gateway: running.Gateway, origin: Start, method: bytes, path: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes, path: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R21
     at = server.authority.encode()
@@ -634,7 +636,7 @@ def test_origin_form_is_never_forwarded_by_its_host(
 
 @pytest.mark.parametrize("scheme", [b"https", b"ws", b"foo", b"httpx", b"HTTPS"])
 def test_other_schemes_are_not_implemented(
-    gateway: running.Gateway, origin: Start, scheme: bytes
+    gateway: running.Gateway, origin: origins.Start, scheme: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R22
     at = server.authority.encode()
@@ -645,7 +647,9 @@ def test_other_schemes_are_not_implemented(
 
 
 @needs.ipv6
-def test_an_ipv6_literal_is_dialed(gateway: running.Gateway, origin: Start) -> None:
+def test_an_ipv6_literal_is_dialed(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     got = http_wire.forwarded(
         gateway, server := origin(http_wire.Script(), "::1")
     )  # R24
@@ -669,7 +673,7 @@ def test_an_empty_port_is_the_default_port(gateway: running.Gateway) -> None:
 
 @pytest.mark.parametrize("host", [b"%6cocalhost", b"localhost%00", b"localhost%2f"])
 def test_an_encoded_host_is_never_decoded(
-    gateway: running.Gateway, origin: Start, host: bytes
+    gateway: running.Gateway, origin: origins.Start, host: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R23, R24: no such name, or no name at all
     with gateway.connect() as client:
@@ -688,7 +692,7 @@ def test_an_encoded_host_is_never_decoded(
     "host", [b"127.0.0.1", b"localhost", b"LocalHost", b"[::ffff:127.0.0.1]"]
 )
 def test_the_gateway_does_not_call_itself(
-    natwork: Callable[..., running.Gateway], host: bytes, method: bytes
+    natwork: running.Start, host: bytes, method: bytes
 ) -> None:
     gateway = natwork(f"name={running.NAME.decode()}")  # R27
     with gateway.connect() as client:
@@ -703,7 +707,7 @@ def test_the_gateway_does_not_call_itself(
 
 
 @needs.ipv6
-def test_the_gateway_knows_all_its_addresses(daemon: Natwork) -> None:
+def test_the_gateway_knows_all_its_addresses(daemon: running.Start) -> None:
     far = {socket.AF_INET: "198.51.100.1", socket.AF_INET6: "2001:db8::1"}
     own = [addresses.here(*one) for one in far.items() if addresses.here(*one)]  # R27
     hosts = ["127.0.0.1", "127.9.8.7", "localhost", "[::1]", "[::ffff:127.0.0.2]"]
@@ -744,7 +748,7 @@ def test_the_gateway_knows_all_its_addresses(daemon: Natwork) -> None:
     ],
 )
 def test_a_request_that_was_here_before_is_a_loop(
-    gateway: running.Gateway, origin: Start, via: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, via: list[bytes]
 ) -> None:
     server = origin(http_wire.Script())  # R27
     answer = http_wire.ask(gateway, server, *(b"Via: " + value for value in via))
@@ -764,7 +768,7 @@ def test_a_request_that_was_here_before_is_a_loop(
     ],
 )
 def test_a_similar_via_is_no_loop(
-    gateway: running.Gateway, origin: Start, via: bytes
+    gateway: running.Gateway, origin: origins.Start, via: bytes
 ) -> None:
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), b"Via: " + via
@@ -796,7 +800,7 @@ def connection_members(message: http_wire.Message) -> set[bytes]:
     ],
 )
 def test_what_connection_names_is_removed(
-    gateway: running.Gateway, origin: Start, lines: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, lines: list[bytes]
 ) -> None:
     fields = [b"Connection: " + value for value in lines]  # R29
     fields += [b"X-A: 1", b"X-B: 2", b"X-D: 4", b"x-c: 3", b"X-A: 5"]
@@ -811,7 +815,7 @@ def test_what_connection_names_is_removed(
 
 
 def test_connection_is_read_before_anything_is_sent(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), b"X-A: 1", b"Connection: x-a"
@@ -820,7 +824,7 @@ def test_connection_is_read_before_anything_is_sent(
 
 
 def test_trailers_that_connection_names_are_removed(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     fields = b"Connection: x-a", b"Transfer-Encoding: chunked"  # R29, R52
     body = http_wire.chunks(b"hello", trailers=[b"X-A: 1", b"X-B: 2"])
@@ -838,7 +842,7 @@ def test_trailers_that_connection_names_are_removed(
     + [[line, b"Connection: " + line.partition(b":")[0]] for line in HOP_BY_HOP[:-1]],
 )
 def test_hop_by_hop_fields_stay_on_their_hop(
-    gateway: running.Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
     name = fields[0].partition(b":")[0]  # R30
     server = origin(http_wire.Script(http_wire.sized(b"ok", *fields)))
@@ -848,13 +852,13 @@ def test_hop_by_hop_fields_stay_on_their_hop(
 
 
 def test_a_server_is_told_that_nobody_will_ask_again(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server, leave = origin(http_wire.Script(http_wire.OK)), b"Connection: close"  # R58
     assert not http_wire.forwarded(gateway, server).closes
     assert http_wire.forwarded(gateway, server, leave).closes
     assert http_wire.forwarded(gateway, server, version=b"HTTP/1.0").closes
-    # Who has a body to read may answer first, and then does not leave.
+    # A server with a body to read may answer first, and then does not leave.
     body = {"method": b"POST", "body": b"ok"}
     assert not http_wire.forwarded(
         gateway, server, leave, b"Content-Length: 2", **body
@@ -872,7 +876,7 @@ KEPT = [
 
 @pytest.mark.parametrize("line", KEPT)
 def test_connection_cannot_strip_what_others_rely_on(
-    gateway: running.Gateway, origin: Start, line: bytes
+    gateway: running.Gateway, origin: origins.Start, line: bytes
 ) -> None:
     name, _, value = line.partition(b": ")  # R31
     server = origin(
@@ -894,7 +898,7 @@ def test_connection_cannot_strip_what_others_rely_on(
     ],
 )
 def test_connection_cannot_alter_the_framing(
-    gateway: running.Gateway, origin: Start, fields: list[bytes], body: bytes
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes], body: bytes
 ) -> None:
     server = origin(http_wire.Script(http_wire.response(*fields, body=body)))  # R31
     with gateway.connect() as client:
@@ -912,7 +916,11 @@ def test_connection_cannot_alter_the_framing(
     ("value", "left"), [(b"1", 0), (b"007", 6), (b"70", 69), (b"0000000010", 9)]
 )
 def test_max_forwards_counts_down(
-    gateway: running.Gateway, origin: Start, method: bytes, value: bytes, left: int
+    gateway: running.Gateway,
+    origin: origins.Start,
+    method: bytes,
+    value: bytes,
+    left: int,
 ) -> None:
     field = b"Max-Forwards: " + value  # R32
     got = http_wire.forwarded(gateway, origin(http_wire.Script()), field, method=method)
@@ -920,7 +928,7 @@ def test_max_forwards_counts_down(
 
 
 def test_a_huge_max_forwards_does_not_overflow(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     field = b"Max-Forwards: %d" % 2**64  # R32: any smaller number will do
     got = http_wire.forwarded(
@@ -931,7 +939,7 @@ def test_a_huge_max_forwards_does_not_overflow(
 
 @pytest.mark.parametrize("method", [b"OPTIONS", b"TRACE"])
 def test_max_forwards_is_not_added(
-    gateway: running.Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
     got = http_wire.forwarded(gateway, origin(http_wire.Script()), method=method)  # R32
     assert not got.values(b"Max-Forwards")
@@ -939,7 +947,7 @@ def test_max_forwards_is_not_added(
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"PUT", b"BREW"])
 def test_other_methods_do_not_count(
-    gateway: running.Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), b"Max-Forwards: 0", method=method
@@ -949,7 +957,7 @@ def test_other_methods_do_not_count(
 
 @pytest.mark.parametrize("value", [b"0", b"000"])
 def test_the_last_hop_answers_options(
-    gateway: running.Gateway, origin: Start, value: bytes
+    gateway: running.Gateway, origin: origins.Start, value: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R32
     field = b"Max-Forwards: " + value
@@ -959,7 +967,7 @@ def test_the_last_hop_answers_options(
 
 
 def test_the_last_hop_echoes_a_trace_without_secrets(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     secrets = [  # R33
         b"Authorization: Basic c2VjcmV0",
@@ -999,7 +1007,7 @@ def test_the_last_hop_echoes_a_trace_without_secrets(
 )
 def test_via_is_appended_both_ways(
     gateway: running.Gateway,
-    origin: Start,
+    origin: origins.Start,
     version: bytes,
     earlier: list[bytes],
     expected: bytes,
@@ -1012,7 +1020,9 @@ def test_via_is_appended_both_ways(
         assert b", ".join(message.values(b"Via")) == expected
 
 
-def test_the_inner_names_do_not_leak(gateway: running.Gateway, origin: Start) -> None:
+def test_the_inner_names_do_not_leak(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(
         http_wire.Script()
     )  # R34, R40: no Forwarded of our own, in any form
@@ -1053,7 +1063,7 @@ def test_the_inner_names_do_not_leak(gateway: running.Gateway, origin: Start) ->
     ],
 )  # fmt: skip
 def test_end_to_end_fields_pass_unchanged(
-    gateway: running.Gateway, origin: Start, line: bytes
+    gateway: running.Gateway, origin: origins.Start, line: bytes
 ) -> None:
     name, _, value = line.partition(b": ")
     server = origin(http_wire.Script(http_wire.sized(b"\x1f\x8b\0x", line)))
@@ -1064,7 +1074,7 @@ def test_end_to_end_fields_pass_unchanged(
 
 @pytest.mark.parametrize("status", [b"401 Who", b"405 No", b"407 Who", b"421 Not here"])
 def test_an_origin_says_what_it_likes(
-    gateway: running.Gateway, origin: Start, status: bytes
+    gateway: running.Gateway, origin: origins.Start, status: bytes
 ) -> None:
     answer = http_wire.ask(
         gateway, origin(http_wire.Script(http_wire.sized(b"no", status=status)))
@@ -1072,7 +1082,9 @@ def test_an_origin_says_what_it_likes(
     assert answer.start == b"HTTP/1.1 " + status
 
 
-def test_proxy_credentials_end_here(gateway: running.Gateway, origin: Start) -> None:
+def test_proxy_credentials_end_here(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     secret = b"Proxy-Authorization: Basic c2VjcmV0"  # R37
     got = http_wire.forwarded(
         gateway, origin(http_wire.Script()), secret, b"PROXY-AUTHORIZATION: x"
@@ -1093,12 +1105,16 @@ def is_now(date: bytes) -> bool:
     return bool(re.fullmatch(form, date)) and abs(time.time() - then) < 60
 
 
-def test_a_missing_date_is_added(gateway: running.Gateway, origin: Start) -> None:
+def test_a_missing_date_is_added(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     (date,) = http_wire.ask(gateway, origin(http_wire.Script())).values(b"Date")  # R38
     assert is_now(date)
 
 
-def test_a_date_is_not_replaced(gateway: running.Gateway, origin: Start) -> None:
+def test_a_date_is_not_replaced(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     then = b"Sun, 06 Nov 1994 08:49:37 GMT"  # R38
     server = origin(http_wire.Script(http_wire.sized(b"ok", b"date: " + then)))
     assert http_wire.ask(gateway, server).values(b"Date") == [then]
@@ -1114,7 +1130,9 @@ def test_our_own_answers_are_dated(gateway: running.Gateway, where: bytes) -> No
 # --- Refusals and failures ----------------------------------------------------
 
 
-def test_a_denied_target_is_explained(gateway: running.Gateway, origin: Start) -> None:
+def test_a_denied_target_is_explained(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(http_wire.Script())  # R41
     with gateway.connect() as client:
         answer = http_wire.exchange(client, http_wire.request(http_wire.DENIED))
@@ -1128,7 +1146,7 @@ def test_a_denied_target_is_explained(gateway: running.Gateway, origin: Start) -
 
 
 def test_the_rule_that_denies_is_named(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R41
     rule = f"deny port {server.port}"
@@ -1140,7 +1158,9 @@ def test_the_rule_that_denies_is_named(
     assert http_wire.uncalled(server)
 
 
-def test_a_refused_connection_is_502(gateway: running.Gateway, origin: Start) -> None:
+def test_a_refused_connection_is_502(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(http_wire.Script())  # R41, R70
     with gateway.connect() as client:
         answer = http_wire.exchange(client, http_wire.request(http_wire.CLOSED))
@@ -1152,7 +1172,7 @@ def test_a_refused_connection_is_502(gateway: running.Gateway, origin: Start) ->
 
 
 def test_a_name_that_does_not_exist_is_502(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R41, R70: without a resolver it is a time-out
     with gateway.connect() as client:
@@ -1164,7 +1184,7 @@ def test_a_name_that_does_not_exist_is_502(
 
 
 def test_a_server_that_never_accepts_is_504(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R41, R70
     with wire.full_listener("127.0.0.1") as port, hasty.connect() as client:
@@ -1177,7 +1197,7 @@ def test_a_server_that_never_accepts_is_504(
 
 
 def test_a_server_that_never_answers_is_504(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     def mute(connection: socket.socket, server: origins.Origin) -> None:
         wire.read_all(connection)
@@ -1196,7 +1216,7 @@ def test_a_server_that_never_answers_is_504(
     "part", [b"", b"HTTP/1.1 2", http_wire.OK[:30], http_wire.OK[:-4]]
 )
 def test_a_server_that_leaves_before_its_answer_is_502(
-    gateway: running.Gateway, origin: Start, part: bytes
+    gateway: running.Gateway, origin: origins.Start, part: bytes
 ) -> None:
     server = origin(http_wire.Script(part, close=True))  # R41, R70
     with gateway.connect() as client:
@@ -1216,7 +1236,7 @@ def test_a_server_that_leaves_before_its_answer_is_502(
 
 
 def test_head_requests_get_errors_without_a_body(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(
         http_wire.Script()
@@ -1230,7 +1250,9 @@ def test_head_requests_get_errors_without_a_body(
         assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
 
 
-def test_an_exchange_is_one_log_line(gateway: running.Gateway, origin: Start) -> None:
+def test_an_exchange_is_one_log_line(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(http_wire.Script(http_wire.sized(b"hello")))
     path = b"/logged?secret"
     with gateway.connect() as client:

@@ -24,7 +24,6 @@ gateway = running.shared()
 HASTE = ("head_timeout=0.5", "idle_timeout=0.5", "tunnel_timeout=0.5")
 hasty = running.shared("keepalive_timeout=1", *HASTE)
 
-Start = Callable[..., origins.Origin]
 CHUNKED = b"Transfer-Encoding: chunked"
 EXPECT = b"Expect: 100-continue"
 BULK = os.urandom(1 << 20) * 4
@@ -33,7 +32,9 @@ BULK = os.urandom(1 << 20) * 4
 # --- Keeping connections ------------------------------------------------------
 
 
-def test_both_connections_are_kept(gateway: running.Gateway, origin: Start) -> None:
+def test_both_connections_are_kept(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(http_wire.Script())  # R58
     with gateway.connect() as client:
         for _ in range(5):
@@ -55,7 +56,7 @@ def test_both_connections_are_kept(gateway: running.Gateway, origin: Start) -> N
     ],
 )
 def test_every_delimited_answer_keeps_the_connections(
-    gateway: running.Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     server = origin(http_wire.Script(answer))  # R58
     with gateway.connect() as client:
@@ -65,7 +66,7 @@ def test_every_delimited_answer_keeps_the_connections(
 
 
 def test_each_request_goes_to_its_own_server(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     servers = [
         origin(http_wire.Script(http_wire.sized(b"%d" % i))) for i in range(3)
@@ -84,7 +85,9 @@ def test_each_request_goes_to_its_own_server(
         ]
 
 
-def test_each_request_is_judged(gateway: running.Gateway, origin: Start) -> None:
+def test_each_request_is_judged(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(
         http_wire.Script()
     )  # R62: the last request's permission is not this one's
@@ -97,7 +100,7 @@ def test_each_request_is_judged(gateway: running.Gateway, origin: Start) -> None
 
 
 def test_a_server_connection_serves_one_client_only(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("spare_workers=1", "max_workers=1"),
@@ -110,7 +113,7 @@ def test_a_server_connection_serves_one_client_only(
 
 
 def test_a_client_does_not_make_room_for_itself(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("spare_workers=1", "max_workers=1"),
@@ -128,7 +131,7 @@ def test_a_client_does_not_make_room_for_itself(
 
 
 def test_a_server_that_closes_does_not_close_the_client(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.sized(b"ok", b"Connection: close"), close=True)
@@ -141,7 +144,7 @@ def test_a_server_that_closes_does_not_close_the_client(
 
 
 def test_an_http_1_0_server_does_not_close_the_client(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     answer = http_wire.OK.replace(b"HTTP/1.1", b"HTTP/1.0")  # R58
     server = origin(http_wire.Script(answer, close=True))
@@ -154,7 +157,7 @@ def test_an_http_1_0_server_does_not_close_the_client(
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
 def test_the_end_is_announced(
-    gateway: running.Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     field = b"Connection: close" if version == b"HTTP/1.1" else b"X-A: 1"  # R58, R60
     with gateway.connect() as client:
@@ -173,7 +176,7 @@ def test_the_end_is_announced(
     ],
 )
 def test_an_http_1_0_client_is_never_kept(
-    gateway: running.Gateway, origin: Start, field: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R59
     data = http_wire.request(server, field, version=b"HTTP/1.0")
@@ -198,7 +201,7 @@ def test_an_http_1_0_client_is_not_kept_after_an_error(
 
 
 def test_pipelined_answers_come_in_order(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def slow(connection: socket.socket, server: origins.Origin) -> None:
         while http_wire.read_request(connection):
@@ -219,7 +222,7 @@ def test_pipelined_answers_come_in_order(
 
 
 def test_a_hundred_pipelined_requests_are_answered(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R60
     data = [http_wire.request(server, path=b"/%d" % i) for i in range(100)]
@@ -235,7 +238,7 @@ def test_a_hundred_pipelined_requests_are_answered(
 
 @pytest.mark.parametrize("size", [5, 300_000], ids=["small", "spliced"])
 def test_what_a_server_says_behind_an_answer_answers_nothing(
-    gateway: running.Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         while got := http_wire.read_request(connection):
@@ -255,7 +258,7 @@ def test_what_a_server_says_behind_an_answer_answers_nothing(
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_what_a_server_says_during_a_slow_head_answers_nothing(
-    gateway: running.Gateway, origin: Start, ends: bool
+    gateway: running.Gateway, origin: origins.Start, ends: bool
 ) -> None:
     speak = threading.Event()
 
@@ -290,7 +293,7 @@ def test_what_a_server_says_during_a_slow_head_answers_nothing(
 
 
 def test_a_server_that_closes_between_pipelined_requests_is_seen(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         while got := http_wire.read_request(connection):
@@ -317,7 +320,7 @@ def test_a_server_that_closes_between_pipelined_requests_is_seen(
 
 
 def test_a_pipelined_post_does_not_go_to_a_server_that_has_closed(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         server.received.append(http_wire.read_request(connection).target)
@@ -338,7 +341,7 @@ def test_a_pipelined_post_does_not_go_to_a_server_that_has_closed(
 
 
 def test_pipelined_requests_in_single_octets_are_answered(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R60
     body = http_wire.post(server, b"Content-Length: 5", body=b"hello")
@@ -350,7 +353,7 @@ def test_pipelined_requests_in_single_octets_are_answered(
 
 
 def test_nothing_after_close_is_processed(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R60
     with gateway.connect() as client:
@@ -369,7 +372,7 @@ def test_nothing_after_close_is_processed(
 
 @pytest.mark.parametrize("more", [b"", b"x" * 300_000], ids=["silent", "talkative"])
 def test_the_last_answer_survives_what_is_not_read(
-    gateway: running.Gateway, origin: Start, more: bytes
+    gateway: running.Gateway, origin: origins.Start, more: bytes
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.sized(BULK))
@@ -385,7 +388,7 @@ def test_the_last_answer_survives_what_is_not_read(
 
 
 def test_a_line_end_too_many_does_not_cost_the_answer(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     seen = threading.Event()  # R4, R60: as very old browsers sent after a POST
 
@@ -417,7 +420,7 @@ def test_an_answer_of_our_own_survives_a_body_nobody_reads(
 
 
 def test_a_half_closed_client_still_gets_its_answer(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def slow(connection: socket.socket, server: origins.Origin) -> None:
         assert http_wire.read_request(connection)
@@ -432,7 +435,7 @@ def test_a_half_closed_client_still_gets_its_answer(
 
 
 def test_a_half_closed_client_gets_all_its_pipelined_answers(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R60
     with gateway.connect() as client:
@@ -446,7 +449,7 @@ def test_a_half_closed_client_gets_all_its_pipelined_answers(
 
 
 def test_an_idle_client_is_let_go_gracefully(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     with hasty.connect() as client:  # R61: no 408 that a next request might take
         assert (
@@ -461,7 +464,7 @@ def test_an_idle_client_is_let_go_gracefully(
 
 
 def test_a_next_head_that_does_not_arrive_is_timed_out(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     with hasty.connect() as client:  # R12, R61
         assert (
@@ -476,7 +479,7 @@ def test_a_next_head_that_does_not_arrive_is_timed_out(
 
 
 def test_the_server_connection_goes_with_the_client(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     ends: list[bytes] = []  # R61
 
@@ -494,7 +497,7 @@ def test_the_server_connection_goes_with_the_client(
 
 
 def test_a_reset_client_is_not_worked_for(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     asked, left = threading.Event(), threading.Event()  # R61
 
@@ -526,7 +529,7 @@ def leaves_when_idle(left: threading.Event) -> Callable[..., None]:
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 def test_a_server_that_left_while_idle_is_called_again(
-    gateway: running.Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
     server = origin(
         leaves_when_idle(left := threading.Event())
@@ -569,7 +572,10 @@ def close(connection: socket.socket) -> None:
 @pytest.mark.parametrize("end", [wire.reset, close])
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"DELETE", b"PUT"])
 def test_an_idempotent_request_is_tried_again_once(
-    gateway: running.Gateway, origin: Start, method: bytes, end: Callable[..., None]
+    gateway: running.Gateway,
+    origin: origins.Start,
+    method: bytes,
+    end: Callable[..., None],
 ) -> None:
     server = origin(Leaving(end=end))  # R39
     with gateway.connect() as client:
@@ -596,7 +602,7 @@ def test_an_idempotent_request_is_tried_again_once(
 )
 def test_other_requests_are_not_tried_again(
     gateway: running.Gateway,
-    origin: Start,
+    origin: origins.Start,
     method: bytes,
     field: bytes,
     body: bytes,
@@ -613,7 +619,7 @@ def test_other_requests_are_not_tried_again(
 
 
 def test_an_answer_that_has_begun_is_not_tried_again(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Leaving(b"H", close))  # R39
     with gateway.connect() as client:
@@ -624,7 +630,7 @@ def test_an_answer_that_has_begun_is_not_tried_again(
 
 @pytest.mark.parametrize("end", [wire.reset, close])
 def test_a_new_connection_is_not_tried_again(
-    gateway: running.Gateway, origin: Start, end: Callable[..., None]
+    gateway: running.Gateway, origin: origins.Start, end: Callable[..., None]
 ) -> None:
     def leave(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_request(connection)
@@ -659,7 +665,7 @@ def falls_silent(asked: threading.Event) -> Callable[..., None]:
 
 
 def test_a_kept_server_that_falls_silent_is_not_asked_again(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(falls_silent(threading.Event()))  # R39: it may be at work on it
     with hasty.connect() as client:
@@ -673,7 +679,7 @@ def test_a_kept_server_that_falls_silent_is_not_asked_again(
 
 
 def test_nobody_is_asked_again_for_a_client_that_left(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(falls_silent(asked := threading.Event()))  # R39, R61
     client = gateway.connect()
@@ -707,7 +713,7 @@ class Continuing(http_wire.Script):
 
 
 def test_an_expecting_client_is_told_to_continue(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Continuing(b"100 Continue"))  # R63: nobody sends the body unasked
     with gateway.connect() as client:
@@ -722,7 +728,7 @@ def test_an_expecting_client_is_told_to_continue(
 
 @pytest.mark.parametrize("expect", [[b"100-Continue"], [b"100-continue"] * 2])
 def test_expect_may_be_written_otherwise(
-    gateway: running.Gateway, origin: Start, expect: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, expect: list[bytes]
 ) -> None:
     server = origin(Continuing(b"100 Continue"))  # R63
     fields = [b"Expect: " + value for value in expect]
@@ -733,7 +739,7 @@ def test_expect_may_be_written_otherwise(
 
 
 def test_an_expecting_client_may_lose_patience(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(
         http_wire.Script()
@@ -755,7 +761,7 @@ def test_an_expecting_client_may_lose_patience(
     [(b"Content-Length: 5", b"hello"), (CHUNKED, http_wire.chunks(b"hello"))],
 )
 def test_an_expecting_client_may_send_at_once(
-    gateway: running.Gateway, origin: Start, field: bytes, body: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
     server = origin(Continuing(b"100 Continue"))  # R63
     with gateway.connect() as client:
@@ -774,7 +780,7 @@ def test_an_expecting_client_may_send_at_once(
 
 @pytest.mark.parametrize("minor", [0, 1])
 def test_a_body_that_has_begun_is_not_given_up_for_want_of_a_continue(
-    gateway: running.Gateway, origin: Start, minor: int
+    gateway: running.Gateway, origin: origins.Start, minor: int
 ) -> None:
     def early(connection: socket.socket, server: origins.Origin) -> None:
         """Answer at the first octet of the body, and go on reading it."""
@@ -799,7 +805,7 @@ def test_a_body_that_has_begun_is_not_given_up_for_want_of_a_continue(
 
 
 def test_a_final_answer_instead_of_continue_ends_the_upload(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def refuse(connection: socket.socket, server: origins.Origin) -> None:
         server.received.append(http_wire.read_head(connection))
@@ -830,7 +836,7 @@ def test_a_denied_target_is_told_before_the_body(gateway: running.Gateway) -> No
     "value", [b"the-unexpected", b"100-continued", b"100-continue, x"]
 )
 def test_other_expectations_fail(
-    gateway: running.Gateway, origin: Start, value: bytes
+    gateway: running.Gateway, origin: origins.Start, value: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R63
     data = http_wire.post(
@@ -848,7 +854,7 @@ def assert_refused(gateway: running.Gateway, data: bytes, status: int) -> None:
 
 
 def test_expect_without_a_body_goes_no_further(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     for length in (b"X-A: 1", b"Content-Length: 0"):  # R63
         got = http_wire.forwarded(gateway, origin(http_wire.Script()), EXPECT, length)
@@ -856,7 +862,7 @@ def test_expect_without_a_body_goes_no_further(
 
 
 def test_expect_of_an_http_1_0_client_is_ignored(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Continuing(b"100 Continue", b"103 Hints"))  # R63, R64
     fields = EXPECT, b"Content-Length: 5"
@@ -871,7 +877,9 @@ def test_expect_of_an_http_1_0_client_is_ignored(
     assert not server.handle.requests[0].values(b"Expect")
 
 
-def test_interim_answers_pass_in_order(gateway: running.Gateway, origin: Start) -> None:
+def test_interim_answers_pass_in_order(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     interim = b"100 Continue", b"102 Wait", b"103 Hints", b"103 More", b"199 Odd"  # R64
     server = origin(Continuing(*interim))
     with gateway.connect() as client:
@@ -881,7 +889,7 @@ def test_interim_answers_pass_in_order(gateway: running.Gateway, origin: Start) 
 
 
 def test_interim_answers_keep_their_fields(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     link = b"Link: </style.css>; rel=preload"  # R64
     hints = http_wire.response(
@@ -895,8 +903,13 @@ def test_interim_answers_keep_their_fields(
         assert http_wire.read_answer(client).status == 200
 
 
-def test_interim_answers_have_no_body(gateway: running.Gateway, origin: Start) -> None:
-    for field in (b"Content-Length: 2", CHUNKED):  # R46, R53: wire.py wants neither
+def test_interim_answers_have_no_body(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    for field in (
+        b"Content-Length: 2",
+        CHUNKED,
+    ):  # R46, R53: http_wire.py wants neither
         server = origin(
             http_wire.Script(
                 http_wire.response(field, status=b"103 Hints") + http_wire.OK
@@ -908,7 +921,7 @@ def test_interim_answers_have_no_body(gateway: running.Gateway, origin: Start) -
 
 
 def test_interim_answers_travel_at_once(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     seen = threading.Event()  # R64
 
@@ -927,7 +940,7 @@ def test_interim_answers_travel_at_once(
 
 
 def test_an_http_1_0_client_gets_no_interim_answer(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Continuing(b"100 Continue", b"103 Hints"))  # R64
     assert http_wire.ask(gateway, server, version=b"HTTP/1.0").status == 200
@@ -935,7 +948,7 @@ def test_an_http_1_0_client_gets_no_interim_answer(
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
 def test_interim_answers_are_bounded(
-    gateway: running.Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     def babble(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -955,7 +968,7 @@ def test_interim_answers_are_bounded(
 
 
 def test_sixty_interim_answers_are_fine(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.response(status=b"103 Hints") * 60 + http_wire.OK)
@@ -988,7 +1001,7 @@ def switching(early: bytes = b"", answer: bytes = SWITCH) -> Callable[..., None]
 
 @pytest.mark.parametrize("early", [b"", b"\x81\x05hello"])
 def test_an_upgrade_becomes_a_tunnel(
-    gateway: running.Gateway, origin: Start, early: bytes
+    gateway: running.Gateway, origin: origins.Start, early: bytes
 ) -> None:
     server = origin(switching(early))  # R65: a frame may follow in the same segment
     with gateway.connect() as client:
@@ -1009,7 +1022,7 @@ def test_an_upgrade_becomes_a_tunnel(
 
 
 def test_what_the_client_says_too_early_reaches_the_server(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with gateway.connect() as client:  # R65
         data = http_wire.request(origin(switching()), *UPGRADE) + b"early"
@@ -1017,7 +1030,9 @@ def test_what_the_client_says_too_early_reaches_the_server(
         assert wire.read_exactly(client, 5) == b"early"
 
 
-def test_a_refused_upgrade_stays_http(gateway: running.Gateway, origin: Start) -> None:
+def test_a_refused_upgrade_stays_http(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(http_wire.Script())  # R65
     with gateway.connect() as client:
         wire.send(
@@ -1030,7 +1045,7 @@ def test_a_refused_upgrade_stays_http(gateway: running.Gateway, origin: Start) -
 
 
 def test_a_demand_to_upgrade_says_to_what(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     answer = http_wire.response(
         *UPGRADE, b"Content-Length: 0", status=b"426 Upgrade Required"
@@ -1044,7 +1059,7 @@ def test_a_demand_to_upgrade_says_to_what(
 
 
 def test_one_of_several_protocols_may_be_chosen(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(switching(answer=SWITCH.replace(b"websocket", b"WebSocket")))  # R65
     fields = b"Connection: x, upgrade", b"Upgrade: h2c, foo/1", b"Upgrade: websocket"
@@ -1074,7 +1089,7 @@ def test_one_of_several_protocols_may_be_chosen(
     ],
 )
 def test_a_switch_to_what_was_not_offered_is_502(
-    gateway: running.Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     server = origin(switching(b"evil", answer))  # R65, R70
     with gateway.connect() as client:
@@ -1095,7 +1110,7 @@ def test_a_switch_to_what_was_not_offered_is_502(
     ],
 )
 def test_an_upgrade_nobody_asked_for_is_502(
-    gateway: running.Gateway, origin: Start, fields: list[bytes], version: bytes
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes], version: bytes
 ) -> None:
     server = origin(switching(b"evil"))  # R65
     answer = http_wire.ask(gateway, server, *fields, version=version)
@@ -1104,7 +1119,7 @@ def test_an_upgrade_nobody_asked_for_is_502(
 
 
 def test_continue_comes_before_the_switch(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -1125,7 +1140,7 @@ def test_continue_comes_before_the_switch(
 
 
 def test_connect_is_answered_without_framing(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with http_wire.tunnel(
         gateway, origin(origins.echo)
@@ -1137,7 +1152,10 @@ def test_connect_is_answered_without_framing(
 @pytest.mark.parametrize("feed", [wire.send, wire.drip])
 @pytest.mark.parametrize("size", [1, 5, 70_000])
 def test_early_data_goes_first(
-    gateway: running.Gateway, origin: Start, size: int, feed: Callable[..., None]
+    gateway: running.Gateway,
+    origin: origins.Start,
+    size: int,
+    feed: Callable[..., None],
 ) -> None:
     early = BULK[: size if feed is wire.send else min(size, 500)]  # R67
     with gateway.connect() as client:
@@ -1147,7 +1165,9 @@ def test_early_data_goes_first(
         assert wire.read_exactly(client, len(early) + 5) == early + b"later"
 
 
-def test_a_server_may_speak_first(gateway: running.Gateway, origin: Start) -> None:
+def test_a_server_may_speak_first(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     def greet(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(b"220 ready\r\n")
         origins.echo(connection, server)
@@ -1157,7 +1177,7 @@ def test_a_server_may_speak_first(gateway: running.Gateway, origin: Start) -> No
 
 
 def test_what_goes_through_a_tunnel_is_nobodys_business(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:  # R67
         for piece in (
@@ -1171,7 +1191,7 @@ def test_what_goes_through_a_tunnel_is_nobodys_business(
 
 
 def test_a_tunnel_carries_bulk_both_ways_at_once(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:  # R68
         sender = threading.Thread(target=wire.send, args=[client, BULK], daemon=True)
@@ -1184,7 +1204,7 @@ def test_a_tunnel_carries_bulk_both_ways_at_once(
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, len(BULK)])
 def test_a_client_may_close_its_half_first(
-    gateway: running.Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
     def answer_at_the_end(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(
@@ -1200,7 +1220,7 @@ def test_a_client_may_close_its_half_first(
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, len(BULK)])
 def test_a_server_may_close_its_half_first(
-    gateway: running.Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
     def speak_and_listen(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(BULK[:size])
@@ -1216,7 +1236,7 @@ def test_a_server_may_close_its_half_first(
 
 
 def test_early_data_and_half_close_together_are_answered(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with gateway.connect() as client:  # R67, R68
         wire.send(
@@ -1229,7 +1249,7 @@ def test_early_data_and_half_close_together_are_answered(
 
 
 def test_a_reset_goes_through_the_tunnel(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     left = threading.Event()  # R68
 
@@ -1243,7 +1263,7 @@ def test_a_reset_goes_through_the_tunnel(
 
 
 def test_a_server_reset_ends_the_tunnel(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def leave(connection: socket.socket, server: origins.Origin) -> None:
         connection.recv(1)
@@ -1255,7 +1275,7 @@ def test_a_server_reset_ends_the_tunnel(
         assert wire.read_all(client) == b""
 
 
-def test_a_silent_tunnel_ends(hasty: running.Gateway, origin: Start) -> None:
+def test_a_silent_tunnel_ends(hasty: running.Gateway, origin: origins.Start) -> None:
     left = threading.Event()  # R61, R68
 
     def wait(connection: socket.socket, server: origins.Origin) -> None:
@@ -1267,7 +1287,9 @@ def test_a_silent_tunnel_ends(hasty: running.Gateway, origin: Start) -> None:
         assert left.wait(5)
 
 
-def test_a_tunnel_is_one_log_line(gateway: running.Gateway, origin: Start) -> None:
+def test_a_tunnel_is_one_log_line(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(origins.echo)
     with http_wire.tunnel(gateway, server) as client:
         wire.send(client, b"hello")
@@ -1290,7 +1312,11 @@ REFUSED = {
 
 @pytest.mark.parametrize(("where", "status", "error"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_connect_ends_the_connection(
-    gateway: running.Gateway, origin: Start, where: bytes, status: int, error: bytes
+    gateway: running.Gateway,
+    origin: origins.Start,
+    where: bytes,
+    status: int,
+    error: bytes,
 ) -> None:
     server = origin(
         http_wire.Script()
@@ -1306,7 +1332,7 @@ def test_a_refused_connect_ends_the_connection(
 
 
 def test_a_refused_connect_ends_a_kept_connection(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R69
     with gateway.connect() as client:
@@ -1321,7 +1347,7 @@ def test_a_refused_connect_ends_a_kept_connection(
 
 
 def test_connect_may_follow_other_requests(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R67
     with gateway.connect() as client:
@@ -1332,7 +1358,7 @@ def test_connect_may_follow_other_requests(
 
 
 @needs.ipv6
-def test_connect_reaches_ipv6(gateway: running.Gateway, origin: Start) -> None:
+def test_connect_reaches_ipv6(gateway: running.Gateway, origin: origins.Start) -> None:
     with http_wire.tunnel(gateway, origin(origins.echo, "::1")) as client:  # R24, R66
         wire.send(client, b"hello")
         assert wire.read_exactly(client, 5) == b"hello"
@@ -1340,7 +1366,7 @@ def test_connect_reaches_ipv6(gateway: running.Gateway, origin: Start) -> None:
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2"])
 def test_connect_comes_in_any_version(
-    gateway: running.Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     data = http_wire.request(
         origin(origins.echo), method=b"CONNECT", version=version
@@ -1352,7 +1378,7 @@ def test_connect_comes_in_any_version(
 
 
 def test_connect_ignores_the_host_field(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     data = http_wire.request(origin(origins.echo), method=b"CONNECT")  # R18
     data = data.replace(b"Host: ", b"Host: example.com\r\nX-Was: ")
@@ -1364,7 +1390,7 @@ def test_connect_ignores_the_host_field(
 
 
 def test_an_overloaded_server_may_say_when(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     busy = http_wire.sized(b"busy", b"Retry-After: 120", status=b"503 Busy")  # R70
     answer = http_wire.ask(gateway, origin(http_wire.Script(busy)))
@@ -1384,7 +1410,7 @@ FINAL = [
 @pytest.mark.parametrize("minor", [0, 1])
 @pytest.mark.parametrize("answer", FINAL, ids=["close", "1.0", "chunked"])
 def test_an_early_answer_that_ends_by_close_ends_well(
-    gateway: running.Gateway, origin: Start, answer: bytes, minor: int
+    gateway: running.Gateway, origin: origins.Start, answer: bytes, minor: int
 ) -> None:
     def refuse(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -1409,7 +1435,7 @@ def test_an_early_answer_that_ends_by_close_ends_well(
 
 @pytest.mark.parametrize("fault", ["half-close", "malformed"])
 def test_a_client_who_breaks_off_his_body_has_the_answer_that_has_begun(
-    gateway: running.Gateway, origin: Start, fault: str
+    gateway: running.Gateway, origin: origins.Start, fault: str
 ) -> None:
     whole, ended = threading.Event(), threading.Event()
 
@@ -1440,7 +1466,7 @@ def test_a_client_who_breaks_off_his_body_has_the_answer_that_has_begun(
 
 
 def test_the_time_of_a_silent_client_does_not_begin_anew_when_his_server_leaves(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     leave = threading.Event()
 
@@ -1462,7 +1488,7 @@ def test_the_time_of_a_silent_client_does_not_begin_anew_when_his_server_leaves(
 
 
 def test_an_end_behind_a_reset_is_not_the_end_of_an_answer(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     go = threading.Event()
 
@@ -1489,7 +1515,7 @@ def test_an_end_behind_a_reset_is_not_the_end_of_an_answer(
 
 
 def test_nothing_of_ours_is_said_within_an_interim_answer(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     def hint(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -1511,7 +1537,7 @@ def test_nothing_of_ours_is_said_within_an_interim_answer(
 
 
 def test_an_empty_line_behind_a_body_begins_no_request(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("head_timeout=0.5", "keepalive_timeout=1.5")
     server = origin(http_wire.Script())
@@ -1531,7 +1557,7 @@ def test_an_empty_line_behind_a_body_begins_no_request(
 
 
 def test_an_empty_line_first_keeps_a_fresh_client_what_he_was_promised(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("head_timeout=1", "keepalive_timeout=0.2")
     with gateway.connect() as client:

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings(http_wire.STRICT)
 gateway = running.shared()
 hasty = running.shared("head_timeout=0.5", "idle_timeout=0.5")
 
-Start = Callable[..., origins.Origin]
 CHUNKED = b"Transfer-Encoding: chunked"
 BULK = os.urandom(1 << 20) * 4  # more than the sockets and the pipes between hold
 
@@ -63,9 +62,12 @@ GOOD_CHUNKS = {
 @pytest.mark.parametrize("feed", [wire.send, wire.drip])
 @pytest.mark.parametrize("body", GOOD_CHUNKS.values(), ids=GOOD_CHUNKS)
 def test_good_chunks_arrive_without_extensions(
-    gateway: running.Gateway, origin: Start, body: bytes, feed: Callable[..., None]
+    gateway: running.Gateway,
+    origin: origins.Start,
+    body: bytes,
+    feed: Callable[..., None],
 ) -> None:
-    server = origin(http_wire.Script())  # R50, R51: wire.py knows no extension
+    server = origin(http_wire.Script())  # R50, R51: http_wire.py knows no extension
     with gateway.connect() as client:
         feed(
             client,
@@ -78,7 +80,7 @@ def test_good_chunks_arrive_without_extensions(
 
 @pytest.mark.parametrize("size", [b"a", b"A", b"0A", b"000000000000000A"])
 def test_a_chunk_size_is_hexadecimal(
-    gateway: running.Gateway, origin: Start, size: bytes
+    gateway: running.Gateway, origin: origins.Start, size: bytes
 ) -> None:
     body = size + b"\r\n0123456789\r\n0\r\n\r\n"  # R50
     got = http_wire.forwarded(
@@ -147,7 +149,7 @@ BAD_CHUNKS = {
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_at_once_reach_nobody(
-    gateway: running.Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R50
     with gateway.connect() as client:
@@ -163,7 +165,7 @@ def test_bad_chunks_at_once_reach_nobody(
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_later_are_never_a_whole_body(
-    gateway: running.Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     server, arrived = origin(partial := Partial()), b"3\r\nfor\r\n"  # R50, R54
     with gateway.connect() as client:
@@ -180,7 +182,7 @@ def test_bad_chunks_later_are_never_a_whole_body(
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_in_single_octets_are_never_a_whole_body(
-    gateway: running.Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R50, R54
     with gateway.connect() as client:
@@ -201,7 +203,7 @@ def test_bad_chunks_in_single_octets_are_never_a_whole_body(
     ],
 )
 def test_the_chunk_line_is_bounded(
-    gateway: running.Gateway, origin: Start, size: bytes
+    gateway: running.Gateway, origin: origins.Start, size: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R51
     began = time.monotonic()
@@ -217,7 +219,7 @@ def test_the_chunk_line_is_bounded(
 
 
 def test_many_extensions_in_many_chunks_are_bounded_in_time(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     body = b"1;a=b\r\nx\r\n" * 10_000 + b"0\r\n\r\n"  # R51
     got = http_wire.forwarded(
@@ -226,7 +228,7 @@ def test_many_extensions_in_many_chunks_are_bounded_in_time(
     assert got.body == b"x" * 10_000
 
 
-def test_trailers_are_bounded(gateway: running.Gateway, origin: Start) -> None:
+def test_trailers_are_bounded(gateway: running.Gateway, origin: origins.Start) -> None:
     server = origin(http_wire.Script())  # R11, R52
     trailers = [b"X-%d: %b" % (i, b"v" * 1000) for i in range(100)]
     with gateway.connect() as client:
@@ -240,7 +242,9 @@ def test_trailers_are_bounded(gateway: running.Gateway, origin: Start) -> None:
 # --- Trailers -----------------------------------------------------------------
 
 
-def test_trailers_stay_trailers(gateway: running.Gateway, origin: Start) -> None:
+def test_trailers_stay_trailers(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     lines = [b"X-Sum: 1", b"X-Empty:", b"X-Sum: \xe9"]  # R52
     trailers = [(b"X-Sum", b"1"), (b"X-Empty", b""), (b"X-Sum", b"\xe9")]
     body = http_wire.chunks(b"hello", trailers=lines)
@@ -268,7 +272,7 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("line", FORBIDDEN)
 def test_trailers_cannot_frame_route_or_identify(
-    gateway: running.Gateway, origin: Start, line: bytes
+    gateway: running.Gateway, origin: origins.Start, line: bytes
 ) -> None:
     body = http_wire.chunks(b"hello", trailers=[line, b"X-A: 1"])  # R52
     server = origin(http_wire.Script(http_wire.response(CHUNKED, body=body)))
@@ -287,7 +291,7 @@ def test_trailers_cannot_frame_route_or_identify(
 
 @pytest.mark.parametrize("size", [2**31, 2**32 + 5, 2**48, 2**62, 2**63 - 1])
 def test_a_huge_length_does_not_wrap(
-    gateway: running.Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
     server = origin(partial := Partial())  # R49: carried as it is, or refused
     with gateway.connect() as client:
@@ -312,7 +316,7 @@ def test_a_huge_length_does_not_wrap(
     "form", [b"Content-Length: %d\r\n\r\n", CHUNKED + b"\r\n\r\n%x\r\n"]
 )
 def test_a_huge_response_does_not_wrap(
-    gateway: running.Gateway, origin: Start, form: bytes, size: int
+    gateway: running.Gateway, origin: origins.Start, form: bytes, size: int
 ) -> None:
     answer = b"HTTP/1.1 200 OK\r\n" + form % size + b"hello"  # R49, R54
     answer = http_wire.ask(gateway, origin(http_wire.Script(answer, close=True)))
@@ -342,7 +346,7 @@ BAD_LENGTHS = {
 
 @pytest.mark.parametrize("lengths", BAD_LENGTHS.values(), ids=BAD_LENGTHS)
 def test_a_response_with_a_bad_length_becomes_502(
-    gateway: running.Gateway, origin: Start, lengths: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, lengths: list[bytes]
 ) -> None:
     ends: list[bytes] = []  # R48
 
@@ -372,7 +376,7 @@ def test_a_response_with_a_bad_length_becomes_502(
     "fields", [[b"Content-Length: 3", CHUNKED], [CHUNKED, b"Content-Length: 99"]]
 )
 def test_a_response_with_length_and_coding_is_not_trusted(
-    gateway: running.Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.response(*fields, body=http_wire.chunks(b"hello")))
@@ -400,7 +404,7 @@ BAD_CODINGS = {
 
 @pytest.mark.parametrize("codings", BAD_CODINGS.values(), ids=BAD_CODINGS)
 def test_a_response_with_a_bad_coding_becomes_502(
-    gateway: running.Gateway, origin: Start, codings: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, codings: list[bytes]
 ) -> None:
     fields = [b"Transfer-Encoding: " + coding for coding in codings]
     server = origin(
@@ -427,9 +431,9 @@ def test_a_response_with_a_bad_coding_becomes_502(
     "coding", [b"Chunked", b"CHUNKED", b"chunked,", b", chunked\t"]
 )
 def test_a_response_may_write_chunked_as_it_likes(
-    gateway: running.Gateway, origin: Start, coding: bytes
+    gateway: running.Gateway, origin: origins.Start, coding: bytes
 ) -> None:
-    field = b"Transfer-Encoding: " + coding  # R14, R43: wire.py wants it plain
+    field = b"Transfer-Encoding: " + coding  # R14, R43: http_wire.py wants it plain
     answer = http_wire.ask(
         gateway,
         origin(
@@ -440,7 +444,7 @@ def test_a_response_may_write_chunked_as_it_likes(
 
 
 def test_a_coding_in_an_http_1_0_response_is_not_trusted(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     answer = http_wire.response(
         CHUNKED, b"Connection: keep-alive", body=http_wire.chunks(b"hello")
@@ -467,7 +471,7 @@ BODILESS = {
 @pytest.mark.parametrize("fields", BODILESS.values(), ids=BODILESS)
 @pytest.mark.parametrize("status", [b"204 None", b"304 Same"])
 def test_204_and_304_have_no_body(
-    gateway: running.Gateway, origin: Start, status: bytes, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, status: bytes, fields: list[bytes]
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.response(*fields, status=status), http_wire.OK)
@@ -480,7 +484,7 @@ def test_204_and_304_have_no_body(
 
 @pytest.mark.parametrize("fields", BODILESS.values(), ids=BODILESS)
 def test_a_head_answer_has_no_body(
-    gateway: running.Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
     server = origin(http_wire.Script(http_wire.response(*fields), http_wire.OK))  # R53
     with gateway.connect() as client:
@@ -493,7 +497,7 @@ def test_a_head_answer_has_no_body(
 
 @pytest.mark.parametrize("status", [b"200 OK", b"304 Same"])
 def test_the_length_of_what_is_not_sent_passes(
-    gateway: running.Gateway, origin: Start, status: bytes
+    gateway: running.Gateway, origin: origins.Start, status: bytes
 ) -> None:
     server = origin(
         http_wire.Script(http_wire.response(b"Content-Length: 12345", status=status))
@@ -505,7 +509,7 @@ def test_the_length_of_what_is_not_sent_passes(
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE", b"BREW"])
 def test_a_request_without_framing_has_no_body(
-    gateway: running.Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
     server = origin(http_wire.Script())  # R53
     with gateway.connect() as client:
@@ -518,7 +522,7 @@ def test_a_request_without_framing_has_no_body(
 
 @pytest.mark.parametrize("method", [b"GET", b"DELETE", b"OPTIONS", b"BREW"])
 def test_any_method_may_have_a_body(
-    gateway: running.Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
     got = http_wire.forwarded(
         gateway,
@@ -536,7 +540,7 @@ def test_any_method_may_have_a_body(
 @pytest.mark.parametrize("size", [0, 1, 2, 1459, 65_535, 65_536, 65_537, 300_001])
 @pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
 def test_bodies_of_all_sizes_come_back_whole(
-    gateway: running.Gateway, origin: Start, way: str, size: int
+    gateway: running.Gateway, origin: origins.Start, way: str, size: int
 ) -> None:
     body = BULK[:size]  # R53
     answer = {
@@ -554,7 +558,7 @@ def test_bodies_of_all_sizes_come_back_whole(
 @pytest.mark.parametrize("size", [0, 1, 1459, 65_535, 65_536, 65_537, 300_001])
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_bodies_of_all_sizes_go_there_whole(
-    gateway: running.Gateway, origin: Start, way: str, size: int
+    gateway: running.Gateway, origin: origins.Start, way: str, size: int
 ) -> None:
     body = BULK[:size]  # R53
     field, data = {
@@ -569,7 +573,7 @@ def test_bodies_of_all_sizes_go_there_whole(
 
 @pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
 def test_bulk_comes_back_whole(
-    gateway: running.Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
     pieces = [BULK[i : i + 100_000] for i in range(0, len(BULK), 100_000)]
     answer = {
@@ -583,7 +587,9 @@ def test_bulk_comes_back_whole(
     assert wire.digest(answer.body) == wire.digest(BULK)
 
 
-def test_bulk_goes_both_ways_at_once(gateway: running.Gateway, origin: Start) -> None:
+def test_bulk_goes_both_ways_at_once(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     def echo(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
         connection.sendall(http_wire.response(b"Content-Length: %d" % len(BULK)))
@@ -602,7 +608,7 @@ def test_bulk_goes_both_ways_at_once(gateway: running.Gateway, origin: Start) ->
 
 
 def test_each_piece_travels_when_it_is_sent(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def echo(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -625,7 +631,7 @@ def test_each_piece_travels_when_it_is_sent(
 
 @pytest.mark.parametrize("count", [1, 2000])
 def test_chunks_of_one_octet_come_back_whole(
-    gateway: running.Gateway, origin: Start, count: int
+    gateway: running.Gateway, origin: origins.Start, count: int
 ) -> None:
     body = http_wire.chunks(*[b"x"] * count)  # R50
     answer = http_wire.ask(
@@ -653,7 +659,7 @@ def test_chunks_of_one_octet_come_back_whole(
     ],
 )
 def test_answers_in_single_octets_come_back_whole(
-    gateway: running.Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -668,9 +674,9 @@ def test_answers_in_single_octets_come_back_whole(
 
 
 def test_response_extensions_are_dropped(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    body = b'5;a="b;c"\r\nhello\r\n0;x\r\n\r\n'  # R51: wire.py knows none
+    body = b'5;a="b;c"\r\nhello\r\n0;x\r\n\r\n'  # R51: http_wire.py knows none
     answer = http_wire.ask(
         gateway, origin(http_wire.Script(http_wire.response(CHUNKED, body=body)))
     )
@@ -682,7 +688,7 @@ def test_response_extensions_are_dropped(
 
 @pytest.mark.parametrize("body", [b"", b"hello", BULK], ids=["none", "short", "long"])
 def test_an_http_1_0_client_gets_no_chunks(
-    gateway: running.Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     coded = http_wire.chunks(*([body] if body else []), trailers=[b"X-A: 1"])  # R46
     server = origin(http_wire.Script(http_wire.response(CHUNKED, body=coded)))
@@ -702,7 +708,7 @@ def test_an_http_1_0_client_gets_no_chunks(
     ],
 )
 def test_an_http_1_0_client_sees_a_missing_end(
-    gateway: running.Gateway, origin: Start, rest: bytes
+    gateway: running.Gateway, origin: origins.Start, rest: bytes
 ) -> None:
     body = b"5\r\nhello\r\n" + rest  # R54: a plain close would look like the end
     server = origin(
@@ -731,7 +737,7 @@ CUT = {
 
 @pytest.mark.parametrize("answer", CUT.values(), ids=CUT)
 def test_a_cut_response_looks_cut(
-    gateway: running.Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     server = origin(http_wire.Script(answer, close=True))  # R54
     with gateway.connect() as client:
@@ -743,7 +749,7 @@ def test_a_cut_response_looks_cut(
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_a_response_with_bad_chunks_looks_cut(
-    gateway: running.Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     body = b"3\r\nfor\r\n" + body  # R2, R3, R50
     server = origin(
@@ -756,7 +762,7 @@ def test_a_response_with_bad_chunks_looks_cut(
 @pytest.mark.parametrize("size", [5, 100_000, len(BULK)])
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_what_came_before_the_cut_is_delivered(
-    gateway: running.Gateway, origin: Start, way: str, size: int
+    gateway: running.Gateway, origin: origins.Start, way: str, size: int
 ) -> None:
     body = BULK[:size]  # R54: a download that can be resumed begins with this
     answer = {
@@ -770,7 +776,7 @@ def test_what_came_before_the_cut_is_delivered(
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
 def test_a_reset_before_the_close_looks_cut(
-    gateway: running.Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     seen = threading.Event()  # R54
 
@@ -795,7 +801,7 @@ def test_a_reset_before_the_close_looks_cut(
 @pytest.mark.parametrize("end", [lambda c: c.shutdown(socket.SHUT_WR), wire.reset])
 def test_a_cut_request_looks_cut(
     gateway: running.Gateway,
-    origin: Start,
+    origin: origins.Start,
     field: bytes,
     body: bytes,
     end: Callable[[socket.socket], None],
@@ -817,7 +823,7 @@ def test_a_cut_request_looks_cut(
     ],
 )
 def test_a_response_that_stalls_looks_cut(
-    hasty: running.Gateway, origin: Start, answer: bytes
+    hasty: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     def stall(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -832,7 +838,7 @@ def test_a_response_that_stalls_looks_cut(
     ("field", "body"), [(b"Content-Length: 10", b"hello"), (CHUNKED, b"5\r\nhello\r\n")]
 )
 def test_a_request_that_stalls_looks_cut(
-    hasty: running.Gateway, origin: Start, field: bytes, body: bytes
+    hasty: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
     server = origin(partial := Partial())  # R54
     with hasty.connect() as client:
@@ -844,7 +850,7 @@ def test_a_request_that_stalls_looks_cut(
 
 
 def test_a_client_that_does_not_read_is_let_go(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     left = threading.Event()  # R54: no state without a deadline
 
@@ -865,7 +871,7 @@ def test_a_client_that_does_not_read_is_let_go(
 
 
 def test_a_server_that_does_not_read_is_let_go(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     free = threading.Event()  # R54
 
@@ -886,7 +892,7 @@ def test_a_server_that_does_not_read_is_let_go(
 
 
 def test_a_client_that_leaves_ends_the_download(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     left = threading.Event()  # R61
 
@@ -926,7 +932,7 @@ def clean(answer: http_wire.Message) -> bool:
 
 @pytest.mark.parametrize("answer", SURPLUS.values(), ids=SURPLUS)
 def test_what_follows_a_response_is_no_response(
-    gateway: running.Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     server = origin(http_wire.Script(answer, http_wire.OK))  # R55
     with gateway.connect() as client:
@@ -938,7 +944,7 @@ def test_what_follows_a_response_is_no_response(
 
 
 def test_what_follows_a_head_answer_is_no_response(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(
         http_wire.Script(EVIL.replace(b"X-Evil: 1\r\n", b""), http_wire.OK)
@@ -956,7 +962,7 @@ def test_what_follows_a_head_answer_is_no_response(
 
 @pytest.mark.parametrize("surplus", [EVIL, b"X", http_wire.OK])
 def test_what_comes_between_exchanges_is_no_response(
-    gateway: running.Gateway, origin: Start, surplus: bytes
+    gateway: running.Gateway, origin: origins.Start, surplus: bytes
 ) -> None:
     answered, sent = threading.Event(), threading.Event()  # R55
 
@@ -983,7 +989,7 @@ def test_what_comes_between_exchanges_is_no_response(
 
 
 def test_the_body_of_a_denied_request_is_never_a_request(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script())  # R56
     size = 10_000_000
@@ -1009,7 +1015,7 @@ def test_the_body_of_a_denied_request_is_never_a_request(
     [(b"Content-Length: 5", b"hello"), (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n")],
 )
 def test_a_request_behind_a_denied_body_is_harmless(
-    gateway: running.Gateway, origin: Start, field: bytes, body: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
     server = origin(
         http_wire.Script()
@@ -1027,7 +1033,7 @@ def test_a_request_behind_a_denied_body_is_harmless(
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_early_answer_ends_the_upload(
-    gateway: running.Gateway, origin: Start, keeps: bool
+    gateway: running.Gateway, origin: origins.Start, keeps: bool
 ) -> None:
     def refuse(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -1055,7 +1061,7 @@ def test_an_early_answer_ends_the_upload(
     [(b"Content-Length: 5", b"hello"), (CHUNKED, http_wire.chunks(b"hello"))],
 )
 def test_an_early_answer_need_not_end_the_upload(
-    gateway: running.Gateway, origin: Start, field: bytes, body: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
     def early(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)

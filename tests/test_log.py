@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import http_wire
@@ -29,7 +28,6 @@ import wire
 import natwork
 
 gateway = running.shared()
-Start = Callable[..., origins.Origin]
 FIELDS = (  # a contract, and this is their order
     "time pid client user proto method target address source status outcome "
     "up down secs"
@@ -64,7 +62,7 @@ def rows(gateway: running.Gateway) -> list[dict[str, object]]:
 
 
 def test_each_request_is_one_line_with_its_fields_in_order(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(), origin(http_wire.Script(http_wire.sized(b"hello")))
     with gateway.connect() as client:
@@ -93,7 +91,7 @@ def test_each_request_is_one_line_with_its_fields_in_order(
 
 
 def test_a_tunnel_is_one_line_when_it_ends(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(), origin(origins.echo)
     with http_wire.tunnel(gateway, server) as client:
@@ -107,7 +105,7 @@ def test_a_tunnel_is_one_line_when_it_ends(
 
 
 def test_a_client_who_asks_nothing_has_no_line(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     with gateway.connect():
@@ -165,7 +163,7 @@ def test_hostile_bytes_stay_one_short_line_of_printable_ascii(
 
 
 def test_a_stranger_is_one_line_without_an_answer(
-    natwork: Callable[..., running.Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("inside=10.0.0.0/8")
     with gateway.connect() as client:
@@ -181,7 +179,7 @@ def test_a_stranger_is_one_line_without_an_answer(
 
 
 def test_path_query_and_password_are_not_in_the_title(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     held, before = http_wire.Held(), len(gateway.log.read_text().splitlines())
     server = origin(held, "127.0.0.3")
@@ -238,7 +236,7 @@ def test_user_and_password_in_a_target_are_written_nowhere(
 
 
 def test_json_lines_have_the_same_fields(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("log_format=json"),
@@ -262,7 +260,7 @@ def test_json_lines_have_the_same_fields(
 
 
 def test_a_long_json_line_is_short_enough_for_a_pipe(
-    natwork: Callable[..., running.Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("log_format=json")
     with gateway.connect() as client:
@@ -284,7 +282,7 @@ def fill(pipe: int) -> None:
 
 
 def test_a_full_pipe_loses_lines_and_stops_nobody(
-    daemon: Callable[..., running.Gateway], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     out, into = os.pipe()
     fill(into)
@@ -320,7 +318,7 @@ def read_line(pipe: int) -> bytes:
 
 
 def test_a_reader_who_has_gone_stops_nobody(
-    daemon: Callable[..., running.Gateway], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     out, into = os.pipe()
     gateway = daemon(log="-", stdout=into, spare_workers="1")
@@ -336,7 +334,7 @@ def test_a_reader_who_has_gone_stops_nobody(
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "file"])
 def test_standard_output_may_be_anything(
-    daemon: Callable[..., running.Gateway], tmp_path: Path, kind: str
+    daemon: running.Start, tmp_path: Path, kind: str
 ) -> None:
     if kind == "socket":  # as journald has it: it cannot be opened a second time
         ours, theirs = socket.socketpair()
@@ -364,9 +362,7 @@ def test_standard_output_may_be_anything(
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_lines_of_many_workers_never_mix(
-    daemon: Callable[..., running.Gateway], form: str
-) -> None:
+def test_lines_of_many_workers_never_mix(daemon: running.Start, form: str) -> None:
     out, into = os.pipe()
     gateway = daemon(log="-", stdout=into, log_format=form, spare_workers="8")
     os.close(into)
@@ -399,7 +395,7 @@ def test_lines_of_many_workers_never_mix(
 
 
 def test_titles_tell_master_idle_and_busy_apart(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("spare_workers=3"), origin(origins.echo, "127.0.0.3")
     master = gateway.process.pid
@@ -418,7 +414,7 @@ def test_titles_tell_master_idle_and_busy_apart(
 
 
 def test_the_table_shows_an_open_tunnel_and_its_bytes(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(), origin(origins.echo, "127.0.0.3")
     with http_wire.tunnel(gateway, server) as client:
@@ -510,7 +506,7 @@ def test_the_table_of_another_names_no_process_that_is_not_his(tmp_path: Path) -
 
 
 def test_an_idle_gateway_has_an_empty_table(
-    natwork: Callable[..., running.Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork()
     wait.until(lambda: gateway.idle())
@@ -531,7 +527,7 @@ def test_no_table_without_a_gateway(tmp_path: Path, form: list[str]) -> None:
 
 
 def test_a_dead_gateway_is_not_in_the_table(
-    daemon: Callable[..., running.Gateway], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon()
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:
@@ -546,7 +542,7 @@ def test_a_dead_gateway_is_not_in_the_table(
 
 
 def test_log_and_table_agree_after_kill_9(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(), origin(origins.echo)
     clients = [http_wire.tunnel(gateway, server) for _ in range(6)]
@@ -571,7 +567,7 @@ def test_log_and_table_agree_after_kill_9(
 
 
 def test_a_session_is_in_one_table_only_once_its_slot_is_used_again(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     server = origin(origins.echo)
@@ -592,7 +588,7 @@ def served(gateway: running.Gateway) -> bool:
 
 
 def test_a_reload_does_not_write_over_what_the_shell_opened(
-    daemon: Callable[..., running.Gateway], tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     user = "root" if os.geteuid() else "nobody"  # who may not open it again
     with (tmp_path / "out").open("wb") as out:  # by ">", without O_APPEND
@@ -607,7 +603,7 @@ def test_a_reload_does_not_write_over_what_the_shell_opened(
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_half_a_line_is_not_joined_by_the_next(
-    daemon: Callable[..., running.Gateway], rotated: bool
+    daemon: running.Start, rotated: bool
 ) -> None:
     gateway = daemon()
 
@@ -633,7 +629,7 @@ def test_half_a_line_is_not_joined_by_the_next(
 
 
 def test_a_full_disk_loses_lines_and_no_session(
-    daemon: Callable[..., running.Gateway], tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
         needs.unavailable("a disk that is full needs a mount, and that root")
@@ -664,7 +660,7 @@ def test_a_full_disk_loses_lines_and_no_session(
 
 
 def test_fail2ban_finds_who_knocks_from_outside(
-    natwork: Callable[..., running.Gateway], tmp_path: Path
+    natwork: running.Start, tmp_path: Path
 ) -> None:
     needs.programs("fail2ban-regex")
     gateway = natwork("inside=10.0.0.0/8", loopback=False)

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +24,6 @@ import running
 import wait
 import wire
 
-Start = Callable[..., origins.Origin]
-Run = Callable[..., running.Gateway]
-Launch = Callable[..., running.Gateway]
 PATIENT = ("keepalive_timeout=60", "head_timeout=60")  # no timeout makes room
 
 
@@ -56,7 +52,9 @@ def silent(client: socket.socket) -> bool:
 # Spares and the limit.
 
 
-def test_spares_are_kept_ahead_of_the_clients(natwork: Run, origin: Start) -> None:
+def test_spares_are_kept_ahead_of_the_clients(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, server = natwork("spare_workers=3"), origin(origins.echo)
     gateway.ready(3)
     with contextlib.ExitStack() as clients:
@@ -67,7 +65,7 @@ def test_spares_are_kept_ahead_of_the_clients(natwork: Run, origin: Start) -> No
 
 
 def test_the_policy_of_the_scheduler_is_batch_or_somebodys_choice(
-    natwork: Run,
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("spare_workers=2")
     for pid in (gateway.process.pid, *gateway.ready(2)):
@@ -83,7 +81,7 @@ def test_the_policy_of_the_scheduler_is_batch_or_somebodys_choice(
         os.sched_setscheduler(0, before, os.sched_param(0))
 
 
-def test_all_missing_spares_are_forked_at_once(natwork: Run) -> None:
+def test_all_missing_spares_are_forked_at_once(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=40")  # trap 23: one a second would take 40 s
     pids = gateway.ready(40)
     for pid in pids:
@@ -92,7 +90,7 @@ def test_all_missing_spares_are_forked_at_once(natwork: Run) -> None:
 
 
 def test_beyond_max_workers_clients_wait_and_are_served_later(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("spare_workers=1", "max_workers=2"), origin(origins.echo)
     with (
@@ -116,7 +114,7 @@ def test_beyond_max_workers_clients_wait_and_are_served_later(
 
 @pytest.mark.parametrize("kind", ["kept alive", "never said a word"])
 def test_a_full_house_of_silent_clients_lets_the_next_one_in(
-    natwork: Run, kind: str
+    natwork: running.Start, kind: str
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=3", *PATIENT)
     with contextlib.ExitStack() as stack:
@@ -142,7 +140,7 @@ def test_a_full_house_of_silent_clients_lets_the_next_one_in(
 
 
 def test_a_full_house_does_not_disturb_who_is_served(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=2", *PATIENT)
     with (
@@ -158,7 +156,9 @@ def test_a_full_house_does_not_disturb_who_is_served(
         assert wire.at_end(quiet)  # it was the one to make room, and gracefully
 
 
-def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
+def test_a_client_wakes_one_worker(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, server = natwork("spare_workers=6"), origin(origins.echo)  # trap 21
 
     def sleeps(pids: list[int]) -> list[str]:
@@ -181,7 +181,7 @@ def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
             gateway.ready(6)
             after = sleeps(pids)
             woken = [p for p, was, now in zip(pids, before, after) if was != now]
-            # And perhaps one who was behind the door takes the place of this one.
+            # And perhaps one that was behind the door takes the place of this one.
             assert busy in woken and len(woken) <= 2
 
 
@@ -204,7 +204,7 @@ def drink(client: socket.socket, over: threading.Event) -> None:
 
 
 def test_streams_at_full_speed_do_not_keep_the_door(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     program = running.program(
         {"natwork.MOMENT": 10.0}
@@ -238,7 +238,7 @@ def at_door(gateway: running.Gateway) -> list[int]:
     return found
 
 
-def test_workers_that_are_stopped_do_not_keep_the_door(natwork: Run) -> None:
+def test_workers_that_are_stopped_do_not_keep_the_door(natwork: running.Start) -> None:
     gateway = natwork(f"spare_workers={PLACES + 2}")
     gateway.ready(PLACES + 2)
     stopped = at_door(gateway)
@@ -254,7 +254,7 @@ def test_workers_that_are_stopped_do_not_keep_the_door(natwork: Run) -> None:
 
 
 def test_workers_that_nobody_needs_leave_the_door_to_others(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     program = running.program({"natwork.SURPLUS_TIME": 1.0})
     gateway, server = natwork(program=program), origin(origins.echo)
@@ -269,7 +269,7 @@ def test_workers_that_nobody_needs_leave_the_door_to_others(
             wait.until(lambda: len(at_door(gateway)) == PLACES)
 
 
-def test_workers_killed_at_the_door_are_replaced_there(natwork: Run) -> None:
+def test_workers_killed_at_the_door_are_replaced_there(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=8")
     for _ in range(3):
         for pid in gateway.ready(8):
@@ -278,7 +278,7 @@ def test_workers_killed_at_the_door_are_replaced_there(natwork: Run) -> None:
 
 
 def test_clients_of_a_slow_server_do_not_wait_for_each_other(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     come = threading.Barrier(5 * PLACES, timeout=10)
 
@@ -298,7 +298,9 @@ def test_clients_of_a_slow_server_do_not_wait_for_each_other(
         ] * len(clients)
 
 
-def test_a_session_has_a_title_once_it_lasts(natwork: Run, origin: Start) -> None:
+def test_a_session_has_a_title_once_it_lasts(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, script = natwork("spare_workers=1", "max_workers=1"), http_wire.Held()
     server = origin(script)
     (worker,) = gateway.ready(1)
@@ -309,13 +311,17 @@ def test_a_session_has_a_title_once_it_lasts(natwork: Run, origin: Start) -> Non
         assert http_wire.read_answer(client).status == 200
 
 
-def test_clients_per_worker_of_one_gives_each_client_a_process(natwork: Run) -> None:
+def test_clients_per_worker_of_one_gives_each_client_a_process(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("clients_per_worker=1", "spare_workers=2")
     assert [get(gateway) for _ in range(10)] == [403] * 10
     assert len({line["pid"] for line in gateway.lines(10)}) == 10
 
 
-def test_a_worker_serves_no_more_than_clients_per_worker(natwork: Run) -> None:
+def test_a_worker_serves_no_more_than_clients_per_worker(
+    natwork: running.Start,
+) -> None:
     settings = ("clients_per_worker=3", "spare_workers=1", "max_workers=1")
     gateway = natwork(*settings)
     assert [get(gateway) for _ in range(9)] == [403] * 9
@@ -324,7 +330,7 @@ def test_a_worker_serves_no_more_than_clients_per_worker(natwork: Run) -> None:
 
 
 def test_two_hundred_clients_leave_no_descriptor_and_no_zombie(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("clients_per_worker=1", "spare_workers=4"),
@@ -340,7 +346,9 @@ def test_two_hundred_clients_leave_no_descriptor_and_no_zombie(
     wait.until(lambda: len(gateway.workers()) == 4)  # zombies would be among them
 
 
-def test_a_worker_leaks_no_descriptor(natwork: Run, origin: Start) -> None:
+def test_a_worker_leaks_no_descriptor(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     server = origin(http_wire.Script())
     (worker,) = gateway.ready(1)
@@ -357,7 +365,7 @@ def test_a_worker_leaks_no_descriptor(natwork: Run, origin: Start) -> None:
 # Leaving.
 
 
-def test_term_drains(daemon: Launch, origin: Start) -> None:
+def test_term_drains(daemon: running.Start, origin: origins.Start) -> None:
     gateway, server = daemon(spare_workers="3"), origin(origins.echo)
     with (
         http_wire.tunnel(gateway, server) as client,
@@ -379,7 +387,9 @@ def test_term_drains(daemon: Launch, origin: Start) -> None:
     assert [line["outcome"] for line in gateway.lines(2)][1:] == ["closed"]
 
 
-def test_drain_timeout_ends_the_rest(natwork: Run, origin: Start) -> None:
+def test_drain_timeout_ends_the_rest(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, held = natwork("drain_timeout=1"), http_wire.Held()
     with (
         http_wire.tunnel(gateway, origin(origins.echo)) as client,
@@ -393,7 +403,9 @@ def test_drain_timeout_ends_the_rest(natwork: Run, origin: Start) -> None:
     assert [line["outcome"] for line in gateway.lines(2)] == ["drained"] * 2
 
 
-def test_two_signals_that_come_together_are_two(daemon: Launch, origin: Start) -> None:
+def test_two_signals_that_come_together_are_two(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway = daemon()
     with http_wire.tunnel(gateway, origin(origins.echo)):
         os.kill(gateway.process.pid, signal.SIGSTOP)
@@ -405,7 +417,7 @@ def test_two_signals_that_come_together_are_two(daemon: Launch, origin: Start) -
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(
-    natwork: Run, origin: Start, second: signal.Signals
+    natwork: running.Start, origin: origins.Start, second: signal.Signals
 ) -> None:
     gateway = natwork("drain_timeout=300")
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:
@@ -418,7 +430,9 @@ def test_a_second_signal_ends_at_once(
     assert line["outcome"] == "operator"
 
 
-def test_ctrl_c_in_a_terminal_drains(natwork: Run, origin: Start) -> None:
+def test_ctrl_c_in_a_terminal_drains(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork()
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         os.killpg(gateway.process.pid, signal.SIGINT)  # the whole group, as a tty does
@@ -428,7 +442,9 @@ def test_ctrl_c_in_a_terminal_drains(natwork: Run, origin: Start) -> None:
     assert [line["outcome"] for line in gateway.lines(1)] == ["closed"]
 
 
-def test_a_hangup_of_the_terminal_ends_no_session(natwork: Run, origin: Start) -> None:
+def test_a_hangup_of_the_terminal_ends_no_session(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork("user=root")
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         os.killpg(gateway.process.pid, signal.SIGHUP)
@@ -436,7 +452,9 @@ def test_a_hangup_of_the_terminal_ends_no_session(natwork: Run, origin: Start) -
         assert wire.echoes(client)
 
 
-def test_an_answer_in_progress_at_term_says_close(natwork: Run, origin: Start) -> None:
+def test_an_answer_in_progress_at_term_says_close(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, held = natwork(), http_wire.Held()
     with gateway.connect() as client:
         wire.send(client, http_wire.request(origin(held)))
@@ -451,7 +469,7 @@ def test_an_answer_in_progress_at_term_says_close(natwork: Run, origin: Start) -
 
 
 def test_who_was_in_the_queue_at_term_is_not_lost_to_a_passed_socket(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     with http_wire.tunnel(gateway, origin(origins.echo)), gateway.connect() as queued:
@@ -467,7 +485,7 @@ def test_who_was_in_the_queue_at_term_is_not_lost_to_a_passed_socket(
 
 
 def test_after_hup_new_requests_are_under_the_new_rules(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway, server, held = daemon(), origin(origins.echo), http_wire.Held()
     slow = origin(held)
@@ -492,7 +510,9 @@ def test_after_hup_new_requests_are_under_the_new_rules(
         assert gateway.listening() == [gateway.address]  # said once, never closed
 
 
-def test_a_client_who_has_not_spoken_yet_survives_a_reload(daemon: Launch) -> None:
+def test_a_client_who_has_not_spoken_yet_survives_a_reload(
+    daemon: running.Start,
+) -> None:
     gateway = daemon()
     master = gateway.process.pid
     wait.until(lambda: kernel.title(master).endswith(" 0 busy"))
@@ -510,7 +530,7 @@ def answering(connection: socket.socket, origin: origins.Origin) -> None:
 
 
 def test_a_reload_loses_no_request_of_who_asks_on(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway, server, over = daemon(), origin(answering), threading.Event()
     post = http_wire.request(
@@ -536,7 +556,9 @@ def test_a_reload_loses_no_request_of_who_asks_on(
     assert ends.count("closes") >= 12
 
 
-def test_no_page_of_ours_keeps_a_connection_over_a_reload(daemon: Launch) -> None:
+def test_no_page_of_ours_keeps_a_connection_over_a_reload(
+    daemon: running.Start,
+) -> None:
     gateway, held = daemon(), http_wire.Held()
     page = b"GET /proxy.pac HTTP/1.1\r\nHost: a\r\n\r\n"
     others = (
@@ -558,7 +580,7 @@ def test_no_page_of_ours_keeps_a_connection_over_a_reload(daemon: Launch) -> Non
         gateway.hangup(rules="allow to 127.0.0.0/8")
 
 
-def test_who_pipelines_pages_meets_the_new_rules(daemon: Launch) -> None:
+def test_who_pipelines_pages_meets_the_new_rules(daemon: running.Start) -> None:
     gateway = daemon()
     page = b"GET /proxy.pac HTTP/1.1\r\nHost: a\r\n\r\n"
     with gateway.connect() as client:
@@ -573,7 +595,7 @@ def test_who_pipelines_pages_meets_the_new_rules(daemon: Launch) -> None:
 
 
 def test_the_port_is_free_soon_after_the_master_was_killed(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(drain_timeout="20", spare_workers="2")
     gateway.expected = -signal.SIGKILL
@@ -584,7 +606,7 @@ def test_the_port_is_free_soon_after_the_master_was_killed(
         assert wire.echoes(client)  # which goes on for a while
 
 
-def test_reloaded_is_said_when_the_new_rules_hold(daemon: Launch) -> None:
+def test_reloaded_is_said_when_the_new_rules_hold(daemon: running.Start) -> None:
     gateway = daemon(spare_workers="8", rules="deny port 79")
     for port in range(80, 90):
         gateway.hangup(rules=f"deny port {port}")
@@ -607,7 +629,7 @@ def test_reloaded_is_said_when_the_new_rules_hold(daemon: Launch) -> None:
     ],
 )
 def test_a_bad_reload_changes_nothing(
-    daemon: Launch, origin: Start, name: str, value: str, why: str
+    daemon: running.Start, origin: origins.Start, name: str, value: str, why: str
 ) -> None:
     gateway, server = daemon(), origin(origins.echo)
     gateway.ready(8)
@@ -629,14 +651,16 @@ def test_a_bad_reload_changes_nothing(
         assert kernel.descriptors(gateway.process.pid) == files
 
 
-def test_a_bad_reload_can_be_mended(daemon: Launch) -> None:
+def test_a_bad_reload_can_be_mended(daemon: running.Start) -> None:
     gateway = daemon(spare_workers="2")
     assert "not reloaded" in gateway.hangup(spare_workers="x")
     assert gateway.hangup(spare_workers="4").endswith("configuration reloaded")
     gateway.ready(4)
 
 
-def test_reloads_under_load_lose_no_client(daemon: Launch, origin: Start) -> None:
+def test_reloads_under_load_lose_no_client(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway, server = daemon(spare_workers="4"), origin(http_wire.Script())
     gateway.ready(4)
     before = kernel.descriptors(gateway.process.pid)
@@ -667,7 +691,7 @@ def test_reloads_under_load_lose_no_client(daemon: Launch, origin: Start) -> Non
 
 
 def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(listen="127.0.0.1:0 127.0.0.2:0", spare_workers="4")
     server, goes = origin(http_wire.Script()), gateway.listening()[1]
@@ -723,7 +747,9 @@ def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
     assert sum(served) > 60 * (time.monotonic() - began), "too slow to be a test"
 
 
-def test_listeners_come_and_go_with_a_reload(daemon: Launch, origin: Start) -> None:
+def test_listeners_come_and_go_with_a_reload(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway, server = daemon(listen="127.0.0.1:0 127.0.0.2:0"), origin(origins.echo)
     stays, goes = gateway.listening()
     gateway.address = goes
@@ -740,7 +766,7 @@ def test_listeners_come_and_go_with_a_reload(daemon: Launch, origin: Start) -> N
 
 
 def test_who_waits_at_a_listener_that_goes_is_served(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(
         listen="127.0.0.1:0 127.0.0.2:0", spare_workers="1", max_workers="1"
@@ -761,7 +787,7 @@ def test_who_waits_at_a_listener_that_goes_is_served(
 
 
 def test_a_listener_may_come_back_while_clients_wait_at_it(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         second = "127.0.0.1:%d" % free.getsockname()[1]
@@ -780,7 +806,9 @@ def test_a_listener_may_come_back_while_clients_wait_at_it(
         )
 
 
-def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:
+def test_the_limits_follow_a_reload(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway, server = daemon(spare_workers="4", max_workers="8"), origin(origins.echo)
     gateway.ready(4)
     with (
@@ -797,7 +825,9 @@ def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:
         assert wire.echoes(second)
 
 
-def test_a_lowered_limit_counts_those_above_it(daemon: Launch, origin: Start) -> None:
+def test_a_lowered_limit_counts_those_above_it(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway, server = daemon(spare_workers="2", max_workers="8"), origin(origins.echo)
     with contextlib.ExitStack() as opened:
         clients = [
@@ -821,7 +851,7 @@ def test_a_lowered_limit_counts_those_above_it(daemon: Launch, origin: Start) ->
 
 
 def test_a_tunnel_that_outlives_two_rotations_is_in_the_newest_log(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon()
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:
@@ -833,7 +863,9 @@ def test_a_tunnel_that_outlives_two_rotations_is_in_the_newest_log(
     assert line["proto"] == "connect"
 
 
-def test_hup_opens_a_rotated_log_anew(daemon: Launch, origin: Start) -> None:
+def test_hup_opens_a_rotated_log_anew(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway = daemon()
     with http_wire.tunnel(gateway, origin(origins.echo)):
         assert get(gateway) == 403
@@ -854,7 +886,9 @@ def test_hup_opens_a_rotated_log_anew(daemon: Launch, origin: Start) -> None:
 # Dying.
 
 
-def test_term_to_a_worker_ends_that_session_only(natwork: Run, origin: Start) -> None:
+def test_term_to_a_worker_ends_that_session_only(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, server = natwork("spare_workers=2"), origin(origins.echo)
     with (
         http_wire.tunnel(gateway, server) as one,
@@ -871,7 +905,7 @@ def test_term_to_a_worker_ends_that_session_only(natwork: Run, origin: Start) ->
 
 
 def test_a_session_that_is_ended_in_mid_answer_keeps_its_status(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.recv(4096)
@@ -889,7 +923,7 @@ def test_a_session_that_is_ended_in_mid_answer_keeps_its_status(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_killed_worker_harms_nobody_else(
-    natwork: Run, origin: Start, how: signal.Signals
+    natwork: running.Start, origin: origins.Start, how: signal.Signals
 ) -> None:
     gateway, server = natwork("spare_workers=2"), origin(origins.echo)
     with (
@@ -906,7 +940,7 @@ def test_a_killed_worker_harms_nobody_else(
 
 
 def test_who_is_killed_while_the_server_thinks_has_sent_what_he_sent(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, held = natwork(), http_wire.Held()
     server = origin(held)
@@ -920,7 +954,9 @@ def test_who_is_killed_while_the_server_thinks_has_sent_what_he_sent(
     assert (line["outcome"], int(line["up"]), line["down"]) == ("killed", sent, "0")
 
 
-def test_killed_idle_workers_are_replaced_and_leave_no_line(natwork: Run) -> None:
+def test_killed_idle_workers_are_replaced_and_leave_no_line(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("spare_workers=3")
     for count, pid in enumerate(gateway.ready(3), 1):
         os.kill(pid, signal.SIGKILL)
@@ -930,7 +966,9 @@ def test_killed_idle_workers_are_replaced_and_leave_no_line(natwork: Run) -> Non
     assert [line["outcome"] for line in gateway.lines(3)] == ["denied-inside"] * 3
 
 
-def test_no_worker_outlives_a_killed_master(daemon: Launch, origin: Start) -> None:
+def test_no_worker_outlives_a_killed_master(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway = daemon(drain_timeout="1")
     gateway.expected = -signal.SIGKILL
     with (
@@ -958,7 +996,7 @@ def alive(gateway: running.Gateway) -> list[int]:
 
 
 def test_a_busy_worker_finishes_after_its_master_died(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon()
     gateway.expected = -signal.SIGKILL
@@ -989,7 +1027,9 @@ def calm(*pids: int) -> bool:
     return sum(kernel.ticks(pid) for pid in pids) - before < 0.25 * kernel.TICK
 
 
-def test_a_worker_without_descriptors_serves_when_they_return(natwork: Run) -> None:
+def test_a_worker_without_descriptors_serves_when_they_return(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     (worker,) = gateway.ready(1)
     limit(worker, "nofile", 3)
@@ -1005,7 +1045,9 @@ def test_a_worker_without_descriptors_serves_when_they_return(natwork: Run) -> N
     assert gateway.workers() == [worker]
 
 
-def test_no_descriptor_for_the_server_is_an_answer(natwork: Run, origin: Start) -> None:
+def test_no_descriptor_for_the_server_is_an_answer(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, server = (
         natwork("spare_workers=1", "max_workers=1"),
         origin(http_wire.Script()),
@@ -1021,7 +1063,7 @@ def test_no_descriptor_for_the_server_is_an_answer(natwork: Run, origin: Start) 
     assert [line["outcome"] for line in gateway.lines(2)] == ["overload", "ok"]
 
 
-def test_a_failing_fork_is_said_once_and_tried_again(daemon: Launch) -> None:
+def test_a_failing_fork_is_said_once_and_tried_again(daemon: running.Start) -> None:
     # The limit is for ordinary users only.
     gateway = daemon(spare_workers="2", user="nobody")
     master, words = gateway.process.pid, "natwork: cannot fork a worker: "
@@ -1083,7 +1125,7 @@ def test_a_reload_takes_effect_where_the_old_workers_hold_all_the_room() -> None
 
 
 def test_a_reload_in_a_full_house_leaves_nothing_open(
-    daemon: Callable[..., running.Gateway], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = daemon(spare_workers="1", max_workers="2"), origin(origins.echo)
     master = gateway.process.pid
@@ -1101,7 +1143,7 @@ def test_a_reload_in_a_full_house_leaves_nothing_open(
 
 
 def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
-    natwork: Run, monkeypatch: pytest.MonkeyPatch
+    natwork: running.Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     gateway = natwork("spare_workers=1")
@@ -1109,7 +1151,7 @@ def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
     assert kernel.number(gateway.process.pid, "VmRSS") < 100_000  # KiB
 
 
-def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:
+def test_a_signal_is_not_lost_among_pokes(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=1")
     (worker,) = gateway.ready(1)
     os.kill(gateway.process.pid, signal.SIGSTOP)
@@ -1129,7 +1171,7 @@ def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:
     assert gateway.process.wait(20) == 0
 
 
-def test_workers_that_cannot_start_are_no_fork_storm(natwork: Run) -> None:
+def test_workers_that_cannot_start_are_no_fork_storm(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=8")
     master = gateway.process.pid
     pids = gateway.ready(8)
@@ -1145,7 +1187,9 @@ def test_workers_that_cannot_start_are_no_fork_storm(natwork: Run) -> None:
     assert get(gateway) == 403
 
 
-def test_descriptors_that_run_out_at_a_reload_change_nothing(daemon: Launch) -> None:
+def test_descriptors_that_run_out_at_a_reload_change_nothing(
+    daemon: running.Start,
+) -> None:
     gateway = daemon(listen="127.0.0.1:0")
     master = gateway.process.pid
     gateway.ready(8)
@@ -1163,7 +1207,7 @@ def test_descriptors_that_run_out_at_a_reload_change_nothing(daemon: Launch) -> 
     wait.until(lambda: get(gateway) == 403)
 
 
-def test_the_pid_file_is_the_masters_alone(daemon: Launch) -> None:
+def test_the_pid_file_is_the_masters_alone(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid", clients_per_worker="1")  # trap 20
     pidfile = gateway.folder / "natwork.pid"
     for _ in range(5):
@@ -1175,7 +1219,9 @@ def test_the_pid_file_is_the_masters_alone(daemon: Launch) -> None:
     assert not pidfile.exists()
 
 
-def test_a_burst_of_signals_kills_nobody(natwork: Run, origin: Start) -> None:
+def test_a_burst_of_signals_kills_nobody(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork("clients_per_worker=1", "user=root")  # traps 17, 18 and 19
     with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         for _ in range(50):

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +29,6 @@ import wire
 
 import natwork as program
 
-Start = Callable[..., origins.Origin]
 OTHERS = ["[fd00:9::9]:8080", "second.example:3128"]
 gateway = running.shared(f"gateways={' '.join(OTHERS)}")
 PAGES = {
@@ -145,7 +143,7 @@ def test_the_pac_file_answers_any_host_and_never_quotes_it(
     assert status == 400 or f"PROXY 127.0.0.1:{port}" in body
 
 
-def test_an_outsider_gets_none_of_it(natwork: Callable[..., running.Gateway]) -> None:
+def test_an_outsider_gets_none_of_it(natwork: running.Start) -> None:
     gateway = natwork("inside=10.0.0.0/8")
     for path in PAGES:
         with gateway.connect() as client:
@@ -173,7 +171,7 @@ def test_a_page_asked_for_with_a_body_closes(gateway: running.Gateway) -> None:
 
 
 def test_a_connection_goes_on_after_a_page(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script(), "127.0.0.3")
     with gateway.connect() as client:
@@ -204,7 +202,7 @@ def test_a_browser_that_uses_the_proxy_gets_the_pages_too(
 
 
 def test_the_table_is_the_same_in_both_places(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(), origin(origins.echo, "127.0.0.3")
     with http_wire.tunnel(gateway, server) as client, http_wire.tunnel(gateway, server):
@@ -226,7 +224,7 @@ def test_the_table_is_the_same_in_both_places(
 
 
 def test_the_figures_are_those_of_the_master(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=3", "max_workers=9")
     server = origin(origins.echo, "127.0.0.3")
@@ -292,9 +290,7 @@ def chromium(folder: Path, *words: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def defaced(
-    natwork: Callable[..., running.Gateway], origin: Start
-) -> Iterator[running.Gateway]:
+def defaced(natwork: running.Start, origin: origins.Start) -> Iterator[running.Gateway]:
     """Return a gateway with tunnels whose rows hold hostile words."""
     gateway, server = natwork("name=gate.test"), origin(origins.echo, "127.0.0.3")
     with contextlib.ExitStack() as stack:
@@ -383,7 +379,7 @@ def mix(gateway: running.Gateway, server: origins.Origin, web: origins.Origin) -
 
 
 def test_the_metrics_add_up_with_the_log(
-    natwork: Callable[..., running.Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=4", "rules=deny port 9;allow to 127.0.0.0/8")
     server, web = (
@@ -514,7 +510,7 @@ def test_the_pac_file_offers_the_name_that_was_asked(gateway: running.Gateway) -
         assert f"PROXY {host}:{port}" in body
 
 
-def test_gateways_share_their_clients(natwork: Callable[..., running.Gateway]) -> None:
+def test_gateways_share_their_clients(natwork: running.Start) -> None:
     gateway = natwork(f"gateways={' '.join(OTHERS)}")
     orders = []
     for last in range(1, 31):

@@ -34,8 +34,6 @@ from natwork import Watch
 from natwork import pack
 from natwork import user_line
 
-Start = Callable[..., origins.Origin]
-Natwork = Callable[..., running.Gateway]
 NAMED = f"name={running.NAME.decode()}"
 PASSWORD = "kQ7-pass%3Aword"  # in a URL; there is a colon in it
 LOGIN = f"alice:{PASSWORD}@"
@@ -256,7 +254,7 @@ def test_explain_says_which_parent(tmp_path: Path) -> None:
 
 
 def test_a_request_goes_to_the_parent_in_absolute_form(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     parent = origin(http_wire.Script(http_wire.sized(b"one"), http_wire.sized(b"two")))
     gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
@@ -294,7 +292,7 @@ def test_a_request_goes_to_the_parent_in_absolute_form(
 
 
 def test_a_request_goes_out_again_in_the_same_form(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     parent = origin(http_wire.Script(close=True))
     gateway = natwork(parents(f"http://{parent.authority}"))
@@ -310,7 +308,7 @@ def test_a_request_goes_out_again_in_the_same_form(
 
 
 def test_a_tunnel_leads_through_the_parents_tunnel(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     head = (
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Fine\r\nContent-Length: 9\r\n\r\n"
@@ -382,7 +380,7 @@ REFUSALS = {
 
 
 def test_a_parents_refusal_is_passed_on_with_its_name(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     challenge = b'Proxy-Authenticate: Basic realm="parent"'
     pages = [http_wire.sized(b"a page", challenge, status=said) for said in REFUSALS]
@@ -400,7 +398,7 @@ def test_a_parents_refusal_is_passed_on_with_its_name(
 
 
 def test_a_parents_407_to_a_request_is_not_for_our_client(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     challenge = b'Proxy-Authenticate: Basic realm="parent"'
     parent = origin(
@@ -443,7 +441,7 @@ ODD = {
 
 
 def test_a_parent_that_does_not_answer_well_is_said_to(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     asked = [origin(http_wire.Parent(said)) for said, _, _ in ODD.values()]
     gateway = natwork(one_each("http://", asked), "connect_timeout=1", NAMED)
@@ -467,7 +465,7 @@ def hang_up(connection: socket.socket, origin: origins.Origin) -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 def test_a_parent_that_hangs_up_is_said_to(
-    natwork: Natwork, origin: Start, scheme: str
+    natwork: running.Start, origin: origins.Start, scheme: str
 ) -> None:
     parent = origin(hang_up)
     gateway = natwork(parents(f"{scheme}://{parent.authority}"), NAMED)
@@ -485,7 +483,7 @@ def test_a_parent_that_hangs_up_is_said_to(
 
 
 def test_a_parent_that_does_not_answer_a_request_is_said_to(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     silent, odd = origin(http_wire.Parent(b"")), origin(speak_ssh)
     lines = (f"http://{silent.authority} to 127.0.0.3", f"http://{odd.authority}")
@@ -514,7 +512,7 @@ def speak_ssh(connection: socket.socket, origin: origins.Origin) -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 def test_a_parent_that_is_not_there_is_said_not_to_be(
-    natwork: Natwork, origin: Start, scheme: str
+    natwork: running.Start, origin: origins.Start, scheme: str
 ) -> None:
     closed = http_wire.CLOSED.decode()
     gateway = natwork(parents(f"{scheme}://{LOGIN}{closed}"), NAMED)
@@ -549,7 +547,7 @@ HELLO = b"\5\2\0\2"
     ],
 )
 def test_a_socks_parent_is_told_the_host_as_the_client_gave_it(
-    natwork: Natwork, origin: Start, host: bytes, told: bytes
+    natwork: running.Start, origin: origins.Start, host: bytes, told: bytes
 ) -> None:
     user = b"\1\5alice\x0dkQ7-pass:word"
     for login, parent in (("", origin(Socks())), (LOGIN, origin(Socks(user=user)))):
@@ -565,7 +563,7 @@ def test_a_socks_parent_is_told_the_host_as_the_client_gave_it(
 
 
 def test_a_request_goes_through_a_socks_parent_as_to_its_server(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     def serve(connection: socket.socket, origin: origins.Origin) -> None:
         wire.read_exactly(connection, 3)
@@ -590,7 +588,9 @@ def speak_http(connection: socket.socket, origin: origins.Origin) -> None:
     connection.recv(100)
 
 
-def test_a_socks_parents_refusal_is_passed_on(natwork: Natwork, origin: Start) -> None:
+def test_a_socks_parents_refusal_is_passed_on(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     refusals = [
         (Socks(1), 502, b"destination_unavailable", "parent-reply-1"),
         (Socks(2), 403, b"http_request_denied", "parent-reply-2"),
@@ -617,7 +617,9 @@ def test_a_socks_parents_refusal_is_passed_on(natwork: Natwork, origin: Start) -
         assert gateway.lines(number + 1)[number]["outcome"] == word
 
 
-def test_a_socks_parents_reply_is_the_clients(natwork: Natwork, origin: Start) -> None:
+def test_a_socks_parents_reply_is_the_clients(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     replies = range(2, 7)
     asked = [origin(Socks(reply)) for reply in replies]
     gateway = natwork(one_each("socks5://", asked))
@@ -634,7 +636,9 @@ def test_a_socks_parents_reply_is_the_clients(natwork: Natwork, origin: Start) -
 # --- What is asked of whom ----------------------------------------------------
 
 
-def test_the_target_is_judged_first(natwork: Natwork, origin: Start) -> None:
+def test_the_target_is_judged_first(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     parent = origin(http_wire.Script())
     rules = "rules=deny to .invalid port 81; allow to 127.0.0.3, .invalid; deny to *"
     line = parents(f"http://{parent.authority}")
@@ -670,21 +674,25 @@ def test_the_target_is_judged_first(natwork: Natwork, origin: Start) -> None:
     ],
 )
 def test_a_name_unknown_here_goes_on_if_a_rule_names_it(
-    natwork: Natwork, origin: Start, rules: str, status: int
+    natwork: running.Start, origin: origins.Start, rules: str, status: int
 ) -> None:
     line = parents(f"http://{origin(http_wire.Script()).authority}")
     gateway = natwork(line, f"rules={rules}", NAMED, loopback=False)
     assert http_wire.ask(gateway, NOWHERE).status == status
 
 
-def test_a_name_unknown_here_goes_to_no_server(natwork: Natwork, origin: Start) -> None:
+def test_a_name_unknown_here_goes_to_no_server(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     line = parents(f"http://{origin(http_wire.Script()).authority} to .example")
     gateway = natwork(line, "rules=allow to *", NAMED, loopback=False)
     assert http_wire.ask(gateway, NOWHERE).status == 502
     assert gateway.lines(1)[0]["outcome"] == "no-such-host"
 
 
-def test_what_no_parent_takes_is_dialed(natwork: Natwork, origin: Start) -> None:
+def test_what_no_parent_takes_is_dialed(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     parent, server = (
         origin(http_wire.Script(http_wire.sized(b"parent"))),
         origin(http_wire.Script(), "127.0.0.3"),
@@ -697,7 +705,7 @@ def test_what_no_parent_takes_is_dialed(natwork: Natwork, origin: Start) -> None
 
 
 def test_a_near_parent_is_not_dialed_from_the_outside(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     parent, server = origin(http_wire.Script()), origin(http_wire.Script(), "127.0.0.3")
     line = parents(f"http://{parent.authority} to 127.0.0.4/32")
@@ -716,7 +724,7 @@ def test_a_near_parent_is_not_dialed_from_the_outside(
 
 
 def test_a_body_that_never_comes_through_a_parent_swallows_no_request(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     def refuse(connection: socket.socket, origin: origins.Origin) -> None:
         origin.received.append(http_wire.read_head(connection))
@@ -736,7 +744,7 @@ def test_a_body_that_never_comes_through_a_parent_swallows_no_request(
 
 
 def test_gateways_that_are_each_others_parents_are_a_loop(
-    daemon: Callable[..., running.Gateway],
+    daemon: running.Start,
 ) -> None:
     one = daemon(name="one")
     two = daemon(name="two", parents="http://%s:%d" % one.address)
@@ -752,7 +760,7 @@ def test_gateways_that_are_each_others_parents_are_a_loop(
 
 
 def test_a_gateway_may_be_a_parent_that_wants_a_user(
-    tmp_path: Path, natwork: Natwork, origin: Start
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
     (tmp_path / "users").write_bytes(user_line(b"alice", b"kQ7-pass:word") + b"\n")
     (tmp_path / "users").chmod(0o600)
@@ -777,7 +785,7 @@ def test_a_gateway_may_be_a_parent_that_wants_a_user(
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 def test_socks_goes_through_parents_too(
-    natwork: Natwork, origin: Start, scheme: str
+    natwork: running.Start, origin: origins.Start, scheme: str
 ) -> None:
     place = (
         http_wire.Parent(b"HTTP/1.1 200 x\r\n\r\nhello")
@@ -878,7 +886,7 @@ WAYS: list[list[str]] = [[], ["--proxytunnel"]]
 
 
 def test_squid_as_a_parent_with_a_password(
-    place: Path, natwork: Natwork, origin: Start
+    place: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
     server = origin(http_wire.Script(http_wire.sized(b"a page")), "127.0.0.3")
     with squid(place, password=True) as port:
@@ -915,7 +923,7 @@ http {{
 
 
 def test_a_cache_for_all_plain_requests_is_one_line(
-    place: Path, natwork: Natwork
+    place: Path, natwork: running.Start
 ) -> None:
     """DESIGN's recipe: Squid answers the second GET, and no tunnel meets it."""
     needs.programs("nginx")
@@ -941,7 +949,7 @@ def test_a_cache_for_all_plain_requests_is_one_line(
 
 @pytest.mark.parametrize("login", ["", LOGIN])
 def test_microsocks_as_a_parent(
-    tmp_path: Path, natwork: Natwork, origin: Start, login: str
+    tmp_path: Path, natwork: running.Start, origin: origins.Start, login: str
 ) -> None:
     needs.programs("microsocks")
     server, port = (
@@ -975,7 +983,9 @@ socks pass {{ from: 0/0 to: 0/0 }}
 """
 
 
-def test_dante_as_a_parent(tmp_path: Path, natwork: Natwork, origin: Start) -> None:
+def test_dante_as_a_parent(
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
+) -> None:
     needs.programs("danted")
     if os.geteuid() != 0:
         needs.unavailable("Dante wants to be started as root")
@@ -994,7 +1004,7 @@ def test_dante_as_a_parent(tmp_path: Path, natwork: Natwork, origin: Start) -> N
 
 
 def test_ftp_goes_through_a_parent_with_its_data(
-    tmp_path: Path, natwork: Natwork, origin: Start
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
     needs.programs("microsocks")
     data = socket.create_server(("127.0.0.3", 0))

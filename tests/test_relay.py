@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterator
 
@@ -28,8 +27,6 @@ pytestmark = pytest.mark.filterwarnings(http_wire.STRICT)
 gateway = running.shared()
 hasty = running.shared("tunnel_timeout=1")
 
-Start = Callable[..., origins.Origin]
-Natwork = Callable[..., running.Gateway]
 MIB = 1 << 20
 DATA = os.urandom(MIB) * 20
 SIZES = [0, 1, 100, 64 * 1024, MIB, 20 * MIB]
@@ -107,7 +104,7 @@ def speak_and_listen(connection: socket.socket, server: origins.Origin) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("order", ["client first", "server first", "both at once"])
 def test_whoever_closes_first_every_byte_arrives(
-    gateway: running.Gateway, origin: Start, order: str, size: int
+    gateway: running.Gateway, origin: origins.Start, order: str, size: int
 ) -> None:
     handle = {
         "client first": answer_the_end,  # trap 5
@@ -137,7 +134,7 @@ def test_whoever_closes_first_every_byte_arrives(
 
 
 def test_a_half_closed_tunnel_goes_on_the_other_way(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def converse(connection: socket.socket, server: origins.Origin) -> None:
         assert wire.read_all(connection) == b"the end"
@@ -157,7 +154,9 @@ def test_a_half_closed_tunnel_goes_on_the_other_way(
         assert client.recv(1) == b""
 
 
-def test_early_data_arrives_first(gateway: running.Gateway, origin: Start) -> None:
+def test_early_data_arrives_first(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(origins.echo)
     with http_wire.tunnel(gateway, server, early=DATA[:100_000]) as client:
         client.sendall(b"later")
@@ -167,7 +166,7 @@ def test_early_data_arrives_first(gateway: running.Gateway, origin: Start) -> No
 
 
 def test_an_answer_arrives_though_the_server_takes_no_more(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def refuse(connection: socket.socket, server: origins.Origin) -> None:
         connection.shutdown(socket.SHUT_RD)
@@ -186,7 +185,7 @@ def test_an_answer_arrives_though_the_server_takes_no_more(
 
 
 def test_an_answer_that_is_followed_by_a_reset_arrives(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     def answer(connection: socket.socket, server: origins.Origin) -> None:
         assert standing.wait(20)
@@ -223,7 +222,7 @@ def dribble(connection: socket.socket, data: bytes) -> None:
 
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_megabyte_in_tiny_writes_reaches_a_slow_reader(
-    gateway: running.Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
     def speak(connection: socket.socket, server: origins.Origin) -> None:
         dribble(connection, DATA[:MIB])
@@ -249,7 +248,9 @@ def test_a_megabyte_in_tiny_writes_reaches_a_slow_reader(
     assert same(got, DATA[:MIB])
 
 
-def test_bulk_goes_both_ways_at_once(gateway: running.Gateway, origin: Start) -> None:
+def test_bulk_goes_both_ways_at_once(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     server = origin(origins.echo)
     with http_wire.tunnel(gateway, server) as client, sending(client, DATA):
         assert same(wire.read_all(client), DATA)
@@ -278,7 +279,7 @@ SEGMENTS = 64 * 16 + 3  # several times the 16 or 64 slots that a pipe has
 
 @pytest.mark.parametrize("kind", ["tunnel", "body"])
 def test_many_small_segments_fill_a_pipe_and_nothing_hangs(
-    natwork: Natwork, origin: Start, kind: str
+    natwork: running.Start, origin: origins.Start, kind: str
 ) -> None:
     # While the worker stands still the segments queue up; then it splices. The
     # rest is sent only when they have arrived: whoever waits for more input
@@ -330,7 +331,7 @@ def test_many_small_segments_fill_a_pipe_and_nothing_hangs(
 
 
 def stalled(
-    natwork: Natwork, origin: Start, way: str, piece: int
+    natwork: running.Start, origin: origins.Start, way: str, piece: int
 ) -> Generator[None, None, None]:
     """Stall a reader, and see what that cost when asked to go on."""
     pattern = DATA[:piece]
@@ -377,7 +378,7 @@ def stalled(
 
 
 def test_stalled_readers_cost_neither_cpu_nor_memory(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     cases = ("down", 100), ("down", 100_000), ("up", 100), ("body", 100_000)
     readers = [stalled(natwork, origin, way, piece) for way, piece in cases]
@@ -393,7 +394,7 @@ def test_stalled_readers_cost_neither_cpu_nor_memory(
 
 @pytest.mark.parametrize("moved", [0, 100, MIB])
 def test_a_reset_of_the_client_reaches_the_server(
-    gateway: running.Gateway, origin: Start, moved: int
+    gateway: running.Gateway, origin: origins.Start, moved: int
 ) -> None:
     def listen(connection: socket.socket, server: origins.Origin) -> None:
         try:
@@ -415,7 +416,7 @@ def test_a_reset_of_the_client_reaches_the_server(
 
 @pytest.mark.parametrize("moved", [0, 100, MIB])
 def test_a_reset_of_the_server_reaches_the_client(
-    gateway: running.Gateway, origin: Start, moved: int
+    gateway: running.Gateway, origin: origins.Start, moved: int
 ) -> None:
     def leave(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(DATA[:moved])
@@ -435,7 +436,7 @@ def test_a_reset_of_the_server_reaches_the_client(
 
 @pytest.mark.parametrize("way", ["tunnel", "endless"])
 def test_what_was_taken_from_a_server_arrives_before_his_reset(
-    gateway: running.Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
     gone = threading.Event()
 
@@ -465,7 +466,7 @@ def test_what_was_taken_from_a_server_arrives_before_his_reset(
 
 
 def test_who_sends_on_before_he_reads_gets_the_last_answer(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     page = DATA[:50_000]
 
@@ -494,7 +495,7 @@ def test_who_sends_on_before_he_reads_gets_the_last_answer(
 
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_reset_ends_a_tunnel_that_is_stalled(
-    gateway: running.Gateway, origin: Start, who: str
+    gateway: running.Gateway, origin: origins.Start, who: str
 ) -> None:
     sender, ended = Counter(), threading.Event()
 
@@ -520,7 +521,7 @@ def test_a_reset_ends_a_tunnel_that_is_stalled(
 
 
 def test_a_silent_tunnel_ends_and_its_bytes_are_counted(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     def talk(connection: socket.socket, server: origins.Origin) -> None:
         server.received.append(wire.read_exactly(connection, 1000))
@@ -538,7 +539,7 @@ def test_a_silent_tunnel_ends_and_its_bytes_are_counted(
 
 
 def test_a_tunnel_in_which_one_side_talks_is_not_silent(
-    hasty: running.Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     def talk(connection: socket.socket, server: origins.Origin) -> None:
         end = time.monotonic() + 2
@@ -557,7 +558,7 @@ def test_a_tunnel_in_which_one_side_talks_is_not_silent(
 
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_half_closed_tunnel_may_be_silent_for_less(
-    natwork: Natwork, origin: Start, who: str
+    natwork: running.Start, origin: origins.Start, who: str
 ) -> None:
     def close_half(connection: socket.socket, server: origins.Origin) -> None:
         if who == "server":
@@ -582,7 +583,9 @@ def test_a_half_closed_tunnel_may_be_silent_for_less(
 # --- Pipes --------------------------------------------------------------------
 
 
-def test_a_little_used_tunnel_opens_no_pipe(natwork: Natwork, origin: Start) -> None:
+def test_a_little_used_tunnel_opens_no_pipe(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, server = natwork(*running.ALONE), origin(origins.echo)
     pid = gateway.only_worker()
     idle = len(kernel.opened(pid, "pipe:"))
@@ -595,7 +598,7 @@ def test_a_little_used_tunnel_opens_no_pipe(natwork: Natwork, origin: Start) -> 
 
 
 def test_pipes_are_made_for_bulk_and_given_back(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     sender = Counter()
     gateway, server = natwork(*running.ALONE), origin(sender)
@@ -617,7 +620,7 @@ def test_pipes_are_made_for_bulk_and_given_back(
 
 
 def test_an_idle_tunnel_gives_back_the_pipes_of_its_bulk(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(*running.ALONE), origin(origins.echo)
     pid = gateway.only_worker()
@@ -663,7 +666,7 @@ def pipe_budget_spent(user: str) -> Iterator[None]:
 
 
 def test_bulk_flows_when_the_pipe_budget_of_the_user_is_spent(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     # Not as nobody: others on this box may be nobody too. Root has no budget.
     user = "daemon" if os.geteuid() == 0 else ""
@@ -691,7 +694,7 @@ def test_bulk_flows_when_the_pipe_budget_of_the_user_is_spent(
 
 @pytest.mark.parametrize("way", ["tunnel", "body"])
 def test_bulk_is_copied_when_no_pipe_can_be_had(
-    natwork: Natwork, origin: Start, way: str
+    natwork: running.Start, origin: origins.Start, way: str
 ) -> None:
     def answer(connection: socket.socket, server: origins.Origin) -> None:
         while http_wire.read_request(connection):
@@ -737,7 +740,7 @@ def framed(way: str, data: bytes) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
 @pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
 def test_twenty_megabytes_come_back_whole(
-    gateway: running.Gateway, origin: Start, way: str, slow: bool
+    gateway: running.Gateway, origin: origins.Start, way: str, slow: bool
 ) -> None:
     def answer(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -758,7 +761,7 @@ def test_twenty_megabytes_come_back_whole(
 @pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_twenty_megabytes_get_there_whole(
-    gateway: running.Gateway, origin: Start, way: str, slow: bool
+    gateway: running.Gateway, origin: origins.Start, way: str, slow: bool
 ) -> None:
     def store(connection: socket.socket, server: origins.Origin) -> None:
         message = http_wire.read_request(connection)
@@ -778,7 +781,7 @@ def test_twenty_megabytes_get_there_whole(
 
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_bodies_go_both_ways_at_once(
-    gateway: running.Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
     field, body = framed(way, DATA)
 
@@ -800,7 +803,7 @@ def test_bodies_go_both_ways_at_once(
 
 
 def test_who_reads_slowly_and_all_the_time_is_not_silent(
-    natwork: Callable[..., running.Gateway], origin: Callable[..., origins.Origin]
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     size = 3_000_000
 
@@ -827,7 +830,7 @@ def test_who_reads_slowly_and_all_the_time_is_not_silent(
 
 @pytest.mark.parametrize("way", ["up", "down", "tunnel"])
 def test_an_urgent_byte_neither_stops_bulk_nor_costs_cpu(
-    natwork: Natwork, origin: Start, way: str
+    natwork: running.Start, origin: origins.Start, way: str
 ) -> None:
     def urge(connection: socket.socket) -> None:
         """Send bulk with an urgent byte in it; splice(2) goes no further than that."""
@@ -872,7 +875,7 @@ def test_an_urgent_byte_neither_stops_bulk_nor_costs_cpu(
 
 @pytest.mark.parametrize("proto", ["connect", "upgrade"])
 def test_a_reset_that_meets_both_lanes_at_once_is_no_end(
-    natwork: Natwork, origin: Start, proto: str
+    natwork: running.Start, origin: origins.Start, proto: str
 ) -> None:
     go = threading.Event()
     switch = b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
@@ -905,7 +908,7 @@ def test_a_reset_that_meets_both_lanes_at_once_is_no_end(
 
 @pytest.mark.parametrize("way", ["tunnel", "answer"])
 def test_a_reset_behind_the_end_cuts_nothing(
-    gateway: running.Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
     def part(connection: socket.socket, server: origins.Origin) -> None:
         """End, and close with unread input: a FIN, and then a reset."""

@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import addresses
@@ -19,8 +18,6 @@ import running
 
 import natwork
 
-Start = Callable[..., origins.Origin]
-Natwork = Callable[..., running.Gateway]
 CLIENT = "10.0.0.7"
 
 
@@ -394,7 +391,7 @@ closed = running.shared("rules=allow to *; allow port 1-65535; allow to localhos
 @pytest.mark.parametrize(("word", "target"), addresses.TARGETS)
 def test_a_closed_address_is_refused_and_the_rule_is_named(
     closed: running.Gateway,
-    origin: Start,
+    origin: origins.Start,
     capsys: pytest.CaptureFixture[str],
     word: str,
     target: str,
@@ -422,7 +419,7 @@ def test_a_closed_address_is_refused_and_the_rule_is_named(
     assert f"refused (denied-{word}) by {rule.decode()}" in said
 
 
-def test_an_address_of_the_gateway_itself_is_refused(natwork: Natwork) -> None:
+def test_an_address_of_the_gateway_itself_is_refused(natwork: running.Start) -> None:
     # So that it is none of the others: nothing but loopback is inside.
     gateway = natwork("inside=127.0.0.0/8", loopback=False)
     with socket.socket() as server:
@@ -453,7 +450,7 @@ def test_an_address_of_the_gateway_itself_is_refused(natwork: Natwork) -> None:
     "127.1 127.0.1 0x7f.1 0x7f000001 017700000001 2130706433 0 0177.0.0.1".split(),
 )
 def test_what_only_a_resolver_takes_for_an_address_is_not_resolved(
-    closed: running.Gateway, origin: Start, target: str, method: bytes
+    closed: running.Gateway, origin: origins.Start, target: str, method: bytes
 ) -> None:
     server = origin(http_wire.Script())  # trap 12
     with closed.connect() as client:
@@ -483,7 +480,7 @@ def test_what_only_a_resolver_takes_for_an_address_is_not_resolved(
     ],
 )
 def test_who_is_not_a_client_is_closed_without_a_byte(
-    natwork: Natwork, origin: Start, option: str, peer: str
+    natwork: running.Start, origin: origins.Start, option: str, peer: str
 ) -> None:
     gateway, server = natwork(option), origin(http_wire.Script())
     with socket.socket() as client:
@@ -511,7 +508,7 @@ def test_who_is_not_a_client_is_closed_without_a_byte(
     ],
 )
 def test_who_is_a_client_is_served(
-    natwork: Natwork, origin: Start, option: str, peer: str
+    natwork: running.Start, origin: origins.Start, option: str, peer: str
 ) -> None:
     gateway, server = natwork(option), origin(http_wire.Script())
     with socket.socket() as client:
@@ -578,7 +575,7 @@ DECIDED = [
 
 
 def test_explain_says_what_the_gateway_does_and_dials_nothing(
-    natwork: Natwork, origin: Start, capsys: pytest.CaptureFixture[str]
+    natwork: running.Start, origin: origins.Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = origin(http_wire.Script(), "0.0.0.0")
     rules = "rules=" + RULES.format(port=server.port).strip()

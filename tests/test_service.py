@@ -18,7 +18,6 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,9 +32,7 @@ import wire
 
 import natwork as program
 
-Launch = Callable[..., running.Gateway]
 PLAIN = [sys.executable, "-I", "-S", str(running.ROOT / "natwork.py")]  # alone
-Start = Callable[..., origins.Origin]
 
 
 def answers(address: tuple[str, int]) -> bool:
@@ -57,7 +54,7 @@ def failed(done: subprocess.CompletedProcess[str], code: int) -> str:
 # Listeners.
 
 
-def test_every_address_is_listened_on_and_said(daemon: Launch) -> None:
+def test_every_address_is_listened_on_and_said(daemon: running.Start) -> None:
     gateway = daemon(listen="127.0.0.1:0 127.0.0.2:0\n  127.0.0.3:0")
     hosts = [host for host, _ in gateway.listening()]
     assert hosts == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
@@ -66,7 +63,7 @@ def test_every_address_is_listened_on_and_said(daemon: Launch) -> None:
 
 
 @needs.ipv6
-def test_a_star_is_both_families_at_one_port(daemon: Launch) -> None:
+def test_a_star_is_both_families_at_one_port(daemon: running.Start) -> None:
     gateway = daemon(listen="*:0")
     (first, port), (second, same) = gateway.listening()
     assert (first, second) == ("0.0.0.0", "::") and port == same != 0
@@ -81,7 +78,7 @@ def test_a_star_is_both_families_at_one_port(daemon: Launch) -> None:
 
 
 @needs.ipv6
-def test_an_ipv6_listener_stands_in_brackets(daemon: Launch) -> None:
+def test_an_ipv6_listener_stands_in_brackets(daemon: running.Start) -> None:
     gateway = daemon(listen="[::1]:0")
     assert gateway.said()[0] == "natwork: listening on [::1]:%d" % gateway.address[1]
     assert answers(("::1", gateway.address[1]))
@@ -125,7 +122,9 @@ def test_an_address_of_another_box_is_one_line_and_exit_1(tmp_path: Path) -> Non
     assert why.startswith("natwork: cannot listen on 192.0.2.7:0: cannot assign")
 
 
-def test_a_port_can_be_taken_over_at_once(daemon: Launch, origin: Start) -> None:
+def test_a_port_can_be_taken_over_at_once(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     first = daemon()
     with http_wire.tunnel(
         first, origin(origins.echo)
@@ -272,7 +271,7 @@ def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_systemd_is_told_of_readiness_reloads_and_the_end(
-    daemon: Launch, tmp_path: Path, kind: str
+    daemon: running.Start, tmp_path: Path, kind: str
 ) -> None:
     path = str(tmp_path / "notify") if kind == "path" else f"@{tmp_path}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -307,7 +306,9 @@ def test_systemd_is_told_of_readiness_reloads_and_the_end(
         assert gateway.process.wait(20) == 0
 
 
-def test_who_tells_systemd_does_not_wait_for_it(daemon: Launch, tmp_path: Path) -> None:
+def test_who_tells_systemd_does_not_wait_for_it(
+    daemon: running.Start, tmp_path: Path
+) -> None:
     def environment() -> None:
         os.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
 
@@ -496,7 +497,7 @@ def test_a_pid_file_that_is_removed_while_it_is_awaited_is_no_lock(
     os.close(second)
 
 
-def test_the_pid_file_is_there_while_the_gateway_is(daemon: Launch) -> None:
+def test_the_pid_file_is_there_while_the_gateway_is(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid")
     pidfile = gateway.folder / "natwork.pid"
     wait.until(pidfile.exists)
@@ -505,14 +506,14 @@ def test_the_pid_file_is_there_while_the_gateway_is(daemon: Launch) -> None:
     assert not pidfile.exists()
 
 
-def test_a_stale_pid_file_is_taken_over(daemon: Launch, tmp_path: Path) -> None:
+def test_a_stale_pid_file_is_taken_over(daemon: running.Start, tmp_path: Path) -> None:
     pidfile = tmp_path / "stale.pid"
     pidfile.write_text("4194304 and more of it\n")
     gateway = daemon(pidfile=str(pidfile))
     wait.until(lambda: pidfile.read_text() == f"{gateway.process.pid}\n")
 
 
-def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
+def test_a_second_gateway_with_one_pid_file_is_refused(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid")
     wait.until((gateway.folder / "natwork.pid").exists)
     done = running.command("-o", "log=-", cwd=gateway.folder)
@@ -524,7 +525,7 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
 
 
 def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
-    daemon: Launch, origin: Start, tmp_path: Path
+    daemon: running.Start, origin: origins.Start, tmp_path: Path
 ) -> None:
     pidfile = str(tmp_path / "natwork.pid")
     gateway = daemon(pidfile=pidfile, drain_timeout="3")
@@ -569,7 +570,7 @@ def test_a_log_nowhere_is_one_line_and_exit_1(tmp_path: Path) -> None:
 
 
 @needs.root
-def test_root_becomes_nobody_for_good(daemon: Launch) -> None:
+def test_root_becomes_nobody_for_good(daemon: running.Start) -> None:
     gateway = daemon(user="nobody", pidfile="natwork.pid")
     nobody = pwd.getpwnam("nobody")
     wait.until(lambda: len(gateway.idle()) == 8)
@@ -652,7 +653,7 @@ def test_an_unknown_user_is_one_line_and_exit_78(tmp_path: Path) -> None:
         assert why.startswith("natwork: option -o: user = no-such-user: ")
 
 
-def test_user_and_pid_file_need_a_restart(daemon: Launch) -> None:
+def test_user_and_pid_file_need_a_restart(daemon: running.Start) -> None:
     gateway = daemon()
     before = len(gateway.said())
     running = gateway.settings["user"]
@@ -668,7 +669,7 @@ def test_user_and_pid_file_need_a_restart(daemon: Launch) -> None:
     assert not [line for line in gateway.said()[before:] if "restart" in line]
 
 
-def test_a_reload_says_what_is_not_there(daemon: Launch) -> None:
+def test_a_reload_says_what_is_not_there(daemon: running.Start) -> None:
     gateway = daemon()
     gateway.hangup(outside="nosuch0")
     assert "natwork: outside: nosuch0 is not there now" in gateway.said()
@@ -711,7 +712,7 @@ def test_a_bad_command_line_exits_2(tmp_path: Path, words: list[str]) -> None:
 
 
 def test_a_test_of_the_configuration_opens_nothing(
-    daemon: Launch, tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     gateway = daemon(pidfile="natwork.pid")
     wait.until((gateway.folder / "natwork.pid").exists)
@@ -723,7 +724,7 @@ def test_a_test_of_the_configuration_opens_nothing(
 
 
 def test_the_exit_code_of_a_gateway_that_was_asked_to_stop_is_0(
-    daemon: Launch,
+    daemon: running.Start,
 ) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway = daemon()
@@ -731,7 +732,7 @@ def test_the_exit_code_of_a_gateway_that_was_asked_to_stop_is_0(
         assert gateway.process.wait(20) == 0
 
 
-def test_a_hangup_while_it_starts_is_no_end(daemon: Launch) -> None:
+def test_a_hangup_while_it_starts_is_no_end(daemon: running.Start) -> None:
     for _ in range(3):
         gateway = daemon()
         gateway.process.send_signal(signal.SIGHUP)
@@ -770,7 +771,7 @@ def test_a_test_by_another_user_finds_what_it_may_not_write() -> None:
 
 
 def test_without_setproctitle_it_serves_and_says_so_once(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(program=PLAIN)
     words = "natwork: setproctitle is not installed: process titles "
@@ -784,7 +785,7 @@ def test_without_setproctitle_it_serves_and_says_so_once(
     assert done.returncode == 0 and isinstance(json.loads(done.stdout), list)
 
 
-def test_nothing_is_said_of_setproctitle_where_it_is(daemon: Launch) -> None:
+def test_nothing_is_said_of_setproctitle_where_it_is(daemon: running.Start) -> None:
     gateway = daemon()
     wait.until(lambda: kernel.title(gateway.process.pid).startswith("natwork: master "))
     assert len(gateway.said()) == 1
@@ -809,7 +810,7 @@ def forbid_ipv6() -> None:
     assert libc.prctl(22, 2, rules, 0, 0) == 0  # PR_SET_SECCOMP, to filter
 
 
-def test_no_ipv6_is_no_error(daemon: Launch) -> None:
+def test_no_ipv6_is_no_error(daemon: running.Start) -> None:
     gateway = daemon(listen="*:0", before=forbid_ipv6)
     ((host, port),) = gateway.listening()
     assert host == "0.0.0.0" and answers(("127.0.0.1", port))
@@ -817,7 +818,7 @@ def test_no_ipv6_is_no_error(daemon: Launch) -> None:
 
 
 def test_a_gateway_leaves_nothing_but_what_it_was_told_to_write(
-    daemon: Launch,
+    daemon: running.Start,
 ) -> None:
     gateway: running.Gateway = daemon()
     assert answers(gateway.address)
@@ -826,7 +827,7 @@ def test_a_gateway_leaves_nothing_but_what_it_was_told_to_write(
     assert names == {"access.log", "natwork.conf", "stderr"}
 
 
-def test_a_closed_standard_output_is_not_the_scoreboard(daemon: Launch) -> None:
+def test_a_closed_standard_output_is_not_the_scoreboard(daemon: running.Start) -> None:
     gateway = daemon(before=lambda: os.close(1))
     assert answers(gateway.address)
     assert os.readlink(f"/proc/{gateway.process.pid}/fd/1") == os.devnull

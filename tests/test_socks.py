@@ -25,8 +25,6 @@ import wire
 
 import natwork
 
-Natwork = Callable[..., running.Gateway]
-Start = Callable[..., origins.Origin]
 Ask = Callable[[str, int], bytes]
 endpoint = natwork.endpoint
 
@@ -136,7 +134,7 @@ def feed(client: socket.socket, data: bytes, pieces: str) -> None:
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("name", ASKS)
 def test_a_connection_is_granted_however_the_request_arrives(
-    gateway: running.Gateway, origin: Start, name: str, pieces: str
+    gateway: running.Gateway, origin: origins.Start, name: str, pieces: str
 ) -> None:
     host, ask = ASKS[name]
     if ":" in host and needs.ipv6.args[0]:
@@ -395,7 +393,7 @@ def test_what_is_neither_socks_nor_http_is_refused(
     assert line()["outcome"] == "bad-request"
 
 
-def test_a_request_must_come_within_head_timeout(natwork: Natwork) -> None:
+def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None:
     started = natwork("head_timeout=0.5")
     cases = [
         (b"\5", b""),
@@ -418,7 +416,9 @@ def test_a_request_must_come_within_head_timeout(natwork: Natwork) -> None:
     assert outcomes == ["head-timeout"] * len(cases)
 
 
-def test_a_client_who_drips_has_no_more_time_than_others(natwork: Natwork) -> None:
+def test_a_client_who_drips_has_no_more_time_than_others(
+    natwork: running.Start,
+) -> None:
     started = natwork("head_timeout=0.5")
     with started.connect() as client:
         client.sendall(b"\4\1")
@@ -429,7 +429,7 @@ def test_a_client_who_drips_has_no_more_time_than_others(natwork: Natwork) -> No
     assert started.lines(1)[0]["outcome"] == "head-timeout"
 
 
-def test_who_says_nothing_is_closed_without_a_line(natwork: Natwork) -> None:
+def test_who_says_nothing_is_closed_without_a_line(natwork: running.Start) -> None:
     started = natwork("head_timeout=0.5")
     with started.connect() as client:
         assert client.recv(1) == b""
@@ -450,7 +450,7 @@ def test_a_client_who_leaves_inside_the_request_is_gone(
 
 @pytest.mark.parametrize("host", ["127.0.0.3", pytest.param("::1", marks=needs.ipv6)])
 def test_the_reply_has_the_outside_address(
-    natwork: Natwork, origin: Start, host: str
+    natwork: running.Start, origin: origins.Start, host: str
 ) -> None:
     started, server = natwork("outside=127.0.0.2 ::1"), origin(origins.echo, host)
     with started.connect() as client:
@@ -462,7 +462,7 @@ def test_the_reply_has_the_outside_address(
 
 
 def test_each_half_of_a_connection_ends_by_itself(
-    gateway: running.Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     def late(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"heard " + wire.read_all(connection))
@@ -514,7 +514,7 @@ def call(where: socks_wire.Address, source: str = SERVER) -> socket.socket:
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("outside", ["", "127.0.0.2"])
 def test_the_expected_host_calls_back(
-    natwork: Natwork, outside: str, version: int
+    natwork: running.Start, outside: str, version: int
 ) -> None:
     started = natwork(f"outside={outside}")
     with bound(started, version=version, more=b"early ") as (client, where):
@@ -582,7 +582,7 @@ def test_the_rules_say_who_may_be_expected(
     assert line()["outcome"] == outcome
 
 
-def test_ports_are_of_bind_ports_and_serve_again(natwork: Natwork) -> None:
+def test_ports_are_of_bind_ports_and_serve_again(natwork: running.Start) -> None:
     port = wire.free_port()
     started = natwork(f"bind_ports={port}")
     for _ in range(3):
@@ -600,7 +600,7 @@ def test_ports_are_of_bind_ports_and_serve_again(natwork: Natwork) -> None:
     assert words == {"closed", "overload"}
 
 
-def test_nobody_waits_for_ever_for_a_call(natwork: Natwork) -> None:
+def test_nobody_waits_for_ever_for_a_call(natwork: running.Start) -> None:
     started = natwork("idle_timeout=1")
     with bound(started) as (client, where):
         assert wire.read_all(client) == socks_wire.five_reply(6)
@@ -748,7 +748,7 @@ def outer_port(server: socks_wire.UdpEcho) -> socks_wire.Address:
 
 @pytest.mark.parametrize("anyone", ["no", "yes"])
 def test_a_host_that_was_not_written_to_is_heard_only_on_demand(
-    natwork: Natwork, udp: Udp, anyone: str
+    natwork: running.Start, udp: Udp, anyone: str
 ) -> None:
     rules = "rules=allow to 127.0.0.3/32, 127.0.0.4/32"
     started = natwork(f"udp_from_anyone={anyone}", rules, loopback=False)
@@ -783,7 +783,9 @@ def test_an_association_ends_with_its_control_connection(
                 sock.bind(port)
 
 
-def test_an_association_ends_when_nothing_moves(natwork: Natwork, udp: Udp) -> None:
+def test_an_association_ends_when_nothing_moves(
+    natwork: running.Start, udp: Udp
+) -> None:
     started, server = natwork("idle_timeout=1"), udp()
     where = socks_wire.addressed(server.host, server.port)
     with socks_wire.associated(started) as client:
@@ -801,7 +803,7 @@ def test_an_association_ends_when_nothing_moves(natwork: Natwork, udp: Udp) -> N
 
 
 def test_datagrams_leave_by_the_uplink_and_from_bind_ports(
-    natwork: Natwork, udp: Udp
+    natwork: running.Start, udp: Udp
 ) -> None:
     port = wire.free_port()
     started, server = natwork("outside=127.0.0.2", f"bind_ports={port}"), udp()
@@ -838,7 +840,7 @@ def test_version_4_has_no_datagrams(gateway: running.Gateway) -> None:
         assert socks_wire.read_four(client)[0] == 91
 
 
-def test_an_open_association_is_in_the_titles(natwork: Natwork, udp: Udp) -> None:
+def test_an_open_association_is_in_the_titles(natwork: running.Start, udp: Udp) -> None:
     started, server = natwork("spare_workers=1"), udp()
     with socks_wire.associated(started) as client:
         client.exchange(socks_wire.addressed(server.host, server.port), b"x")
@@ -895,7 +897,7 @@ def test_a_long_name_leaves_its_port_in_the_log(gateway: running.Gateway) -> Non
 
 
 def test_a_session_the_operator_ends_has_been_granted(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(), origin(origins.echo)
     with gateway.connect() as client:

@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,6 @@ import running
 import wait
 import wire
 
-Start = Callable[..., origins.Origin]
 UNITS = running.ROOT / "systemd"
 PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 CONF, LOG = Path("etc/natwork/natwork.conf"), Path("var/log/natwork/access.log")
@@ -265,7 +263,9 @@ def test_keepalived_takes_what_the_readme_says(tmp_path: Path) -> None:
 # On a real systemd.
 
 
-def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> None:
+def test_it_is_ready_when_systemd_says_so(
+    service: Service, origin: origins.Start
+) -> None:
     container = service.container
     server = origin(answer, "127.0.0.3")
     assert container.run("systemd-analyze verify natwork.service").stderr == ""
@@ -298,7 +298,9 @@ def test_the_readme_says_where_to_look(service: Service) -> None:
         assert words in service.container.run(command).stdout
 
 
-def test_the_journal_has_the_access_log(service: Service, origin: Start) -> None:
+def test_the_journal_has_the_access_log(
+    service: Service, origin: origins.Start
+) -> None:
     server = origin(answer, "127.0.0.3")
     service.get(server)
     line = f"proto=http method=GET target={server.url}/ "
@@ -378,7 +380,9 @@ def test_a_reload_is_tested_first(service: Service) -> None:
     assert container.show("MainPID") == master
 
 
-def test_the_log_may_be_a_file_that_is_rotated(service: Service, origin: Start) -> None:
+def test_the_log_may_be_a_file_that_is_rotated(
+    service: Service, origin: origins.Start
+) -> None:
     needs.programs("logrotate")
     container, log = service.container, service.container.root / LOG
     service.reload(f"log = /{LOG}")
@@ -402,7 +406,7 @@ def test_the_log_may_be_a_file_that_is_rotated(service: Service, origin: Start) 
 
 
 def test_no_client_is_lost_while_it_is_replaced(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
     container, server = service.container, origin(answer, "127.0.0.3")
     program = container.root / "usr/local/bin/natwork.py"
@@ -442,7 +446,7 @@ def test_no_client_is_lost_while_it_is_replaced(
 
 
 def test_a_session_ends_before_a_restart_and_who_comes_waits(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
     container, server = service.container, origin(origins.echo, "127.0.0.3")
     master = container.pid_here(int(container.show("MainPID")))
@@ -482,7 +486,7 @@ def memory_group() -> Path:
 
 
 def test_a_worker_killed_for_memory_takes_nobody_along(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
     container, server = service.container, origin(origins.echo, "127.0.0.3")
     with service.tunnel(server) as ill, service.tunnel(server) as well:
@@ -514,7 +518,7 @@ def test_a_worker_killed_for_memory_takes_nobody_along(
 
 
 def test_the_sandbox_leaves_room_for_an_uplink_by_its_name(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
     needs.programs("ip", "unshare")
     with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as outside:

@@ -32,8 +32,6 @@ import wire
 import natwork
 from natwork import printable
 
-Start = Callable[..., origins.Origin]
-Natwork = Callable[..., running.Gateway]
 NAMED = f"name={running.NAME.decode()}"
 SECRET, OTHER = b"kQ7-secret", b"vX3-secret"  # of alice, and of bob
 BUSY_HOUSE = ("max_workers=700", "spare_workers=16")
@@ -226,7 +224,7 @@ def test_the_group_may_read_it(tmp_path: Path, users: Path) -> None:
 
 
 def test_without_a_name_the_answer_is_407(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     for fields in (
@@ -258,7 +256,7 @@ def test_without_a_name_the_answer_is_407(
 
 
 def test_who_is_known_is_served_and_his_password_stays_here(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     for field in (ALICE, ALICE.replace(b"Basic", b"bAsIc")):
@@ -268,7 +266,7 @@ def test_who_is_known_is_served_and_his_password_stays_here(
 
 
 def test_the_connection_goes_on_after_a_407(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     with gateway.connect() as client:
@@ -295,7 +293,7 @@ def test_the_connection_goes_on_after_a_407(
 
 
 def test_it_closes_after_a_407_where_it_must(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     body = b"Content-Length: 3"
@@ -310,7 +308,7 @@ def test_it_closes_after_a_407_where_it_must(
 
 
 def test_a_407_to_a_body_that_waits_comes_at_once(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     fields = b"Content-Length: 3", b"Expect: 100-continue"
@@ -322,7 +320,7 @@ def test_a_407_to_a_body_that_waits_comes_at_once(
 
 
 def test_trace_and_options_are_not_for_strangers(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     for method in (b"TRACE", b"OPTIONS"):
@@ -337,7 +335,7 @@ def test_trace_and_options_are_not_for_strangers(
 
 
 def test_the_own_pages_are_for_users_and_the_pac_file_for_all(
-    natwork: Natwork, users: Path
+    natwork: running.Start, users: Path
 ) -> None:
     gateway = natwork(f"users={users}", NAMED)
     at = b"Host: %b:%d" % (gateway.address[0].encode(), gateway.address[1])
@@ -367,7 +365,7 @@ def test_the_own_pages_are_for_users_and_the_pac_file_for_all(
 
 
 def test_without_a_file_what_a_client_calls_himself_is_ignored(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork(NAMED), origin(http_wire.Script())
     for field in (ALICE, b"Proxy-Authorization: x y z"):
@@ -376,7 +374,7 @@ def test_without_a_file_what_a_client_calls_himself_is_ignored(
 
 
 def test_a_name_may_carry_what_the_client_says_of_itself(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     rules = "rules=deny user bob; allow user alice to 127.0.0.0/8"
     gateway = natwork(f"users={users}", rules, loopback=False)
@@ -402,7 +400,7 @@ def test_a_name_may_carry_what_the_client_says_of_itself(
 
 
 def test_what_a_client_says_of_itself_is_logged_whole(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}"), origin(origins.echo)
     name = b"alice;" + "\u00fc".encode() * 124  # RFC 1929 has room for 255
@@ -415,7 +413,7 @@ def test_what_a_client_says_of_itself_is_logged_whole(
 
 
 def test_a_name_need_not_be_ascii(
-    tmp_path: Path, natwork: Natwork, origin: Start
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
     name = "zo\u00eb".encode()
     path = write(tmp_path / "users", (name, SECRET))
@@ -430,7 +428,7 @@ def test_a_name_need_not_be_ascii(
 
 @pytest.mark.parametrize("way", [[], ["--proxytunnel"]])
 def test_curl_names_its_user(
-    natwork: Natwork, origin: Start, users: Path, way: list[str]
+    natwork: running.Start, origin: origins.Start, users: Path, way: list[str]
 ) -> None:
     needs.programs("curl")
     gateway, server = natwork(f"users={users}"), origin(http_wire.Script())
@@ -467,7 +465,7 @@ def socks5(origin: origins.Origin) -> bytes:
 
 @pytest.mark.parametrize("say", [wire.send, wire.drip])
 def test_socks5_asks_for_name_and_password(
-    natwork: Natwork, origin: Start, users: Path, say: Callable[..., None]
+    natwork: running.Start, origin: origins.Start, users: Path, say: Callable[..., None]
 ) -> None:
     gateway, server = natwork(f"users={users}"), origin(origins.echo)
     with gateway.connect() as client:
@@ -479,7 +477,7 @@ def test_socks5_asks_for_name_and_password(
     assert (line["user"], line["proto"]) == ("alice;app=ssh", "socks5")
 
 
-def test_socks_is_not_for_strangers(natwork: Natwork, users: Path) -> None:
+def test_socks_is_not_for_strangers(natwork: running.Start, users: Path) -> None:
     gateway = natwork(f"users={users}")
     cases = [
         (login(b"alice", b"wrong"), b"\5\2\1\1", "auth-failed"),
@@ -501,7 +499,7 @@ def test_socks_is_not_for_strangers(natwork: Natwork, users: Path) -> None:
 
 
 def test_one_table_and_one_memory_serve_socks_and_http(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     needs.programs("curl")
     gateway, server = (
@@ -518,7 +516,9 @@ def test_one_table_and_one_memory_serve_socks_and_http(
     assert [line["user"] for line in gateway.lines(3)] == ["alice"] * 3
 
 
-def test_what_is_too_many_is_reply_2(natwork: Natwork, origin: Start) -> None:
+def test_what_is_too_many_is_reply_2(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, server = natwork("max_per_client=1"), origin(origins.echo)
     with gateway.connect() as first:
         first.sendall(b"\5\1\0" + socks5(server))
@@ -547,7 +547,7 @@ def at_once(count: int, work: Callable[[int], None]) -> list[threading.Thread]:
 
 
 def test_thirty_connections_at_once_cost_one_check(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = (
         natwork(f"users={users}", "spare_workers=32"),
@@ -566,7 +566,7 @@ def test_thirty_connections_at_once_cost_one_check(
 
 
 def test_an_unknown_name_is_the_same_work(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}"), origin(http_wire.Script())
     for count, name in enumerate((b"nobody", b"", b"x" * 500, b"\xff;"), 1):
@@ -575,7 +575,7 @@ def test_an_unknown_name_is_the_same_work(
 
 
 def test_five_hundred_wrong_passwords_at_once_leave_it_serving(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     program = running.program({"natwork.PASSWORD_TIMEOUT": 2.5})
     gateway = natwork(f"users={users}", *BUSY_HOUSE, program=program)
@@ -600,7 +600,7 @@ def test_five_hundred_wrong_passwords_at_once_leave_it_serving(
             http_wire.exchange(reader, http_wire.request(server, ALICE)).status == 200
         )
         times.append(time.monotonic() - began)
-    # Neither waits behind the guesses; how fast they are is up to the box.
+    # Neither waits for the guesses; how fast they are is up to the box.
     assert sorted(times)[len(times) // 2] < 0.5, times
     answers = [http_wire.read_answer(guess) for guess in guesses]
     for client in (*guesses, reader, tunnel):
@@ -626,7 +626,7 @@ sys.stdin.read()
 
 
 def test_who_dies_with_the_lock_leaves_it(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     program = running.program({"natwork.PASSWORD_TIMEOUT": 2.5})
     gateway, server = (
@@ -678,7 +678,7 @@ def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_secrets_are_nowhere_to_be_read(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     swapped = basic(SECRET, b"alice")  # typed into the wrong field
@@ -702,7 +702,7 @@ def test_secrets_are_nowhere_to_be_read(
 
 
 def test_fail2ban_finds_the_failures_and_nothing_else(
-    tmp_path: Path, natwork: Natwork, origin: Start, users: Path
+    tmp_path: Path, natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     needs.programs("fail2ban-regex")
     gateway, server = natwork(f"users={users}"), origin(http_wire.Script())
@@ -738,7 +738,7 @@ def status_of(gateway: running.Gateway, origin: origins.Origin, field: bytes) ->
 
 
 def test_a_reload_reads_the_file_again(
-    tmp_path: Path, daemon: Callable[..., running.Gateway], origin: Start
+    tmp_path: Path, daemon: running.Start, origin: origins.Start
 ) -> None:
     path = write(tmp_path / "users", (b"alice", SECRET), (b"bob", OTHER))
     gateway, server = daemon(users=str(path)), origin(http_wire.Script())
@@ -762,7 +762,7 @@ def test_a_reload_reads_the_file_again(
 
 @needs.root
 def test_what_the_user_cannot_read_is_refused_by_a_reload(
-    tmp_path: Path, daemon: Callable[..., running.Gateway], origin: Start
+    tmp_path: Path, daemon: running.Start, origin: origins.Start
 ) -> None:
     path = write(tmp_path / "users", (b"alice", SECRET))
     gateway = daemon(users=str(path), user="nobody", log="-")  # root reads it first
@@ -795,7 +795,7 @@ def tunnels(
 
 
 def test_a_client_has_as_many_sessions_as_he_may(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("max_per_client=5", NAMED), origin(origins.echo)
     with tunnels(gateway, server, 12) as answers:
@@ -821,7 +821,7 @@ def test_a_client_has_as_many_sessions_as_he_may(
 
 
 def test_a_client_of_a_killed_worker_may_come_again(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("max_per_client=3"), origin(origins.echo)
     with contextlib.ExitStack() as opened:
@@ -840,7 +840,7 @@ def test_a_client_of_a_killed_worker_may_come_again(
 
 
 def test_who_was_refused_and_stays_holds_no_place(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("max_per_client=1"), origin(origins.echo)
     with contextlib.ExitStack() as stays:
@@ -848,12 +848,12 @@ def test_who_was_refused_and_stays_holds_no_place(
             refused = stays.enter_context(gateway.connect())
             refused.sendall(http_wire.request(server, method=b"CONNECT"))
             assert b" 503 " in http_wire.read_head(refused)
-        soon = 1.5  # he who stays is given up later
+        soon = 1.5  # a client that stays is given up later
         wait.until(lambda: http_wire.ask(gateway, server).status != 503, soon)
 
 
 def test_who_was_answered_and_says_more_holds_no_place(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("max_per_client=1"),
@@ -868,7 +868,7 @@ def test_who_was_answered_and_says_more_holds_no_place(
 
 
 def test_a_reload_counts_who_was_there_before(
-    daemon: Callable[..., running.Gateway], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = daemon(max_workers="64"), origin(origins.echo)
     with tunnels(gateway, server, 3):
@@ -880,7 +880,7 @@ def test_a_reload_counts_who_was_there_before(
 
 
 def test_who_comes_again_and_again_has_one_session(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("max_per_client=1", "clients_per_worker=1")
     server = origin(http_wire.Script(*[http_wire.sized(b"hello")] * 60))

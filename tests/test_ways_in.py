@@ -198,9 +198,7 @@ def test_the_gateway_itself_is_reached_by_no_way(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_own_address_is_reached_by_no_way(
-    natwork: Callable[..., running.Gateway], way: str
-) -> None:
+def test_an_own_address_is_reached_by_no_way(natwork: running.Start, way: str) -> None:
     address = addresses.here(socket.AF_INET, "198.51.100.1")
     if not address or address.startswith("127."):
         needs.unavailable("this box has loopback addresses only")
