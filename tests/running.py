@@ -1,49 +1,55 @@
-"""natwork.py as a command, and as a daemon with its own file; /proc; the README."""
+"""natwork.py, running: as a command to its end, or as the gateway of a test."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib
 import os
 import pwd
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import kernel
+import origins
 import pytest
-from conftest import LOOPBACK
-from conftest import PROGRAM
-from conftest import ROOT
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_head
-from wire import request
-from wire import sized
+import wait
+import wire
 
-PLAIN = [sys.executable, "-I", "-S", str(ROOT / "natwork.py")]  # nothing installed
+ROOT = Path(__file__).parent.parent
+NAME = b"gate.test"  # what shared() calls the gateway in Via and Proxy-Status
+LOOPBACK = "allow to 127.0.0.0/8, ::1"  # the tests' outside is 127/8 too
 SELF = pwd.getpwuid(os.geteuid()).pw_name  # keeps a gateway what it was started as
-ACCEPTED = b"HTTP/1.1 200 "
+# One worker, so that it is known which serves the next client, and a test may
+# change its limits.
+ALONE = ("spare_workers=1", "max_workers=1", "user=root")
 
 
-def with_limit(folder: Path, name: str, value: float) -> list[str]:
-    """Return what runs the same program with another number for one of its limits."""
-    count = 0
-    for path in ROOT.glob("natwork*.py"):  # the chapters too
-        text, found = re.subn(
-            rf"(?m)^{name} = [0-9.]+", f"{name} = {value}", path.read_text()
-        )
-        (folder / path.name).write_text(text)
-        count += found
-    assert count == 1, name
-    return [sys.executable, str(folder / "natwork.py")]
+def program(limits: Mapping[str, float] = {}) -> list[str]:
+    """Return the words that run natwork.py, with other numbers for some limits.
+
+    It is imported, so that not each of the many processes compiles it anew.  A
+    limit is named with its module: {"natwork.RETIRE_TIMEOUT": 0.5}.  The chapters
+    that take one from natwork.py do so later, and so get the other number.
+    """
+    steps = [f"import sys; sys.path[0] = {str(ROOT)!r}; import natwork"]
+    for limit, value in sorted(limits.items()):  # natwork.py's own come first
+        module, _, name = limit.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), name), (int, float))
+        steps.append(f"import {module}; {limit} = {value!r}")
+    return [sys.executable, "-c", "; ".join([*steps, "sys.exit(natwork.main())"])]
+
+
+PROGRAM = program()
 
 
 def command(
@@ -60,47 +66,107 @@ def command(
     )
 
 
+def options(*settings: str) -> list[str]:
+    """Return the words of a command line that set these: "name=value"."""
+    return [word for setting in settings for word in ("-o", setting)]
+
+
 def configuration(settings: dict[str, str]) -> str:
     """Return the text of a configuration file."""
     lines = [f"{name} = {value}\n" for name, value in settings.items()]
     return "[natwork]\n" + "".join(lines)
 
 
-class Daemon(Gateway):
-    """A running natwork.py that opens its own listeners, from ./natwork.conf."""
+def whole_lines(log: Path) -> list[str]:
+    """Return the lines of a log; one that crosses a page may be there by half."""
+    return log.read_text().rpartition("\n")[0].splitlines()
 
-    def __init__(
-        self,
+
+@contextlib.contextmanager
+def public_folder() -> Iterator[Path]:
+    """Give a folder that every user may look into, as pytest's are not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+class Gateway:
+    """A running natwork.py: where it listens, and what it has written."""
+
+    address: tuple[str, int]
+    listener: socket.socket | None = None  # of activated()
+    file: Path  # of configured(), as are the settings in it
+    settings: dict[str, str]
+
+    def __init__(self, folder: Path, command: list[str], **how: Any) -> None:
+        """Run a command in a folder, which gets the access log and standard error."""
+        self.folder, self.expected = folder, 0  # the exit code
+        self.log, self.errors = folder / "access.log", folder / "stderr"
+        self.log.touch()
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stderr=errors, cwd=folder, start_new_session=True, **how
+            )
+
+    @classmethod
+    def activated(
+        cls,
+        folder: Path,
+        *settings: str,
+        loopback: bool = True,
+        program: list[str] = PROGRAM,
+    ) -> Gateway:
+        """Start it as systemd does: the socket listens already, as descriptor 3."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        rules = [f"rules={LOOPBACK}"] if loopback else []
+        words = options(f"log={folder / 'access.log'}", *rules, *settings)
+        launch = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {shlex.join([*program, *words])}"
+        gateway = cls(
+            folder,
+            ["sh", "-c", launch],
+            preexec_fn=lambda: os.dup2(listener.fileno(), 3),
+            pass_fds=[3],
+        )
+        gateway.listener, gateway.address = listener, listener.getsockname()
+        return gateway
+
+    @classmethod
+    def configured(
+        cls,
         folder: Path,
         *options: str,
         program: list[str] = PROGRAM,
         stdout: int | None = None,
         before: Callable[[], None] | None = None,
         **settings: str,
-    ) -> None:
-        self.folder, self.expected = folder, 0  # the exit code
-        self.file, self.log = folder / "natwork.conf", folder / "access.log"
-        self.errors = folder / "stderr"
-        self.settings = {
-            "listen": "127.0.0.1:0",
-            "rules": LOOPBACK.removeprefix("rules="),
-            "log": str(self.log),
-            "user": SELF,
-            **settings,
-        }
-        self.file.write_text(configuration(self.settings))
-        self.log.touch()
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [*program, *options],
-                stdout=stdout,
-                stderr=errors,
-                cwd=folder,
-                start_new_session=True,
-                preexec_fn=before,
-            )
-        eventually(lambda: self.listening() or self.process.poll() is not None)
-        self.address = self.listening()[0]
+    ) -> Gateway:
+        """Start it with a ./natwork.conf, by which it opens its own listeners."""
+        file, log = folder / "natwork.conf", folder / "access.log"
+        defaults = {"listen": "127.0.0.1:0", "rules": LOOPBACK, "user": SELF}
+        settings = {**defaults, "log": str(log), **settings}
+        file.write_text(configuration(settings))
+        gateway = cls(folder, [*program, *options], stdout=stdout, preexec_fn=before)
+        gateway.file, gateway.settings = file, settings
+        ended = gateway.process.poll
+        wait.until(lambda: gateway.listening() or ended() is not None)
+        gateway.address = gateway.listening()[0]
+        return gateway
+
+    @property
+    def url(self) -> str:
+        return "http://%s:%d" % self.address
+
+    def connect(self, timeout: float = 10.0, buffer: int = 0) -> socket.socket:
+        """Return a new connection; buffer is the size of what it can hold."""
+        client = socket.socket(
+            socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        )
+        if buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        client.settimeout(timeout)
+        client.connect(self.address)
+        return client
 
     def said(self) -> list[str]:
         """Return the lines on standard error."""
@@ -112,6 +178,69 @@ class Daemon(Gateway):
         found = re.findall(r"^natwork: listening on (.*):([0-9]+)\n", said, re.M)
         return [(host.strip("[]"), int(port)) for host, port in found]
 
+    def lines(self, count: int = 0) -> list[dict[str, str]]:
+        """Return the access log as dictionaries, once it has count lines."""
+        wait.until(lambda: len(whole_lines(self.log)) >= count)
+        lines = whole_lines(self.log)
+        return [dict(w.split("=", 1) for w in line.split(" ")) for line in lines]
+
+    def line_about(self, server: origins.Origin) -> dict[str, str]:
+        """Return the one line of the access log about a server, once it is there."""
+
+        def lines() -> list[dict[str, str]]:
+            return [x for x in self.lines() if x["address"] == server.authority]
+
+        wait.until(lines)
+        (line,) = lines()
+        return line
+
+    def workers(self) -> list[int]:
+        """Return the process numbers of the workers that live now."""
+        return kernel.children(self.process.pid)
+
+    def idle(self) -> list[int]:
+        """Return the workers that call themselves idle."""
+        if not kernel.title(self.process.pid).startswith("natwork: master"):
+            return []  # it is rehearsing, and its child has the title of a worker
+        return [pid for pid in self.workers() if kernel.title(pid) == "natwork: idle"]
+
+    def at_rest(self) -> None:
+        """Wait until all workers are idle."""
+        wait.until(lambda: self.idle() == self.workers())
+
+    def ready(self, count: int) -> list[int]:
+        """Return the idle workers that sleep, once there are as many at least."""
+
+        def asleep() -> list[int]:
+            return [
+                pid for pid in self.idle() if kernel.status(pid, "State")[:1] == "S"
+            ]
+
+        wait.until(lambda: len(asleep()) >= count)
+        return asleep()
+
+    def worker_of(self, client: socket.socket) -> int:
+        """Return the worker whose title shows this client."""
+        start = "natwork: %s:%d " % client.getsockname()[:2]
+
+        def found() -> list[int]:
+            pids = self.workers()
+            return [pid for pid in pids if kernel.title(pid).startswith(start)]
+
+        pids = wait.until(found)
+        assert isinstance(pids, list)
+        return int(pids[0])
+
+    def only_worker(self) -> int:
+        """Return the worker, where there is but one, once it has served somebody."""
+        with self.connect() as client:
+            client.sendall(
+                b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+            )
+            assert wire.read_all(client).startswith(b"HTTP/1.1 200 ")
+        (pid,) = self.workers()
+        return pid
+
     def hangup(self, **settings: str) -> str:
         """Change settings in the file, send HUP, and return what is said of it."""
         self.settings.update(settings)
@@ -122,7 +251,7 @@ class Daemon(Gateway):
 
         before = len(answers())
         self.process.send_signal(signal.SIGHUP)
-        eventually(lambda: len(answers()) > before)
+        wait.until(lambda: len(answers()) > before)
         return answers()[-1]
 
     def stop(self) -> str:
@@ -130,158 +259,29 @@ class Daemon(Gateway):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout=40)
+        if self.listener:
+            self.listener.close()
         said = self.errors.read_text()
         assert code == self.expected and "Traceback" not in said, (code, said)
-        eventually(lambda: not group(self.process.pid))
+        if code == 0:
+            with pytest.raises(ProcessLookupError):  # nobody of the group is left
+                os.killpg(self.process.pid, 0)
+        else:
+            wait.until(lambda: not kernel.group(self.process.pid))
         return said
 
 
-def daemons() -> Callable[..., Iterator[Callable[..., Daemon]]]:
-    """Return a module's fixture: a function that starts a Daemon with settings."""
+Start = Callable[..., Gateway]  # the fixtures: start("name=value", ...)
 
-    @pytest.fixture
-    def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-        running: list[Daemon] = []
 
-        def one(*options: str, **settings: Any) -> Daemon:
-            folder = tmp_path / f"daemon{len(running)}"
-            folder.mkdir()
-            running.append(Daemon(folder, *options, **settings))
-            return running[-1]
+def shared(*settings: str) -> Callable[..., Iterator[Gateway]]:
+    """Return a module's fixture: one gateway with these settings for all its tests."""
 
-        yield one
-        for daemon in running:
-            daemon.stop()
+    @pytest.fixture(scope="module")
+    def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+        folder = tmp_path_factory.mktemp("gateway")
+        gateway = Gateway.activated(folder, f"name={NAME.decode()}", *settings)
+        yield gateway
+        gateway.stop()
 
     return start
-
-
-class Held:
-    """An origin that answers a request only when the test lets it."""
-
-    def __init__(self) -> None:
-        self.asked, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        if head := connection.recv(65536):
-            origin.received.append(head)
-            self.asked.set()
-            self.go.wait(20)
-            connection.sendall(sized(b"at last"))
-            connection.recv(1)
-
-
-def echo(connection: socket.socket, origin: Origin) -> None:
-    """Be an origin that sends back what it gets."""
-    while data := connection.recv(65536):
-        connection.sendall(data)
-
-
-def tunnel(gateway: Gateway, origin: Origin) -> socket.socket:
-    """Return a client's end of an open tunnel to an origin that echoes."""
-    client = gateway.connect()
-    client.sendall(request(origin, method=b"CONNECT"))
-    head = read_head(client)
-    assert head.startswith(ACCEPTED), head
-    return client
-
-
-def echoes(client: socket.socket, words: bytes = b"still here") -> bool:
-    """Say whether a tunnel still carries bytes there and back."""
-    client.sendall(words)
-    got = b""
-    while len(got) < len(words) and (piece := client.recv(64)):
-        got += piece
-    return got == words
-
-
-# The kernel's view.  Each of these is about a process that may end meanwhile.
-
-
-def read_proc(pid: int, name: str) -> str:
-    """Return a file of /proc/PID, "" when the process has ended."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def title(pid: int) -> str:
-    """Return the title that ps would show."""
-    return read_proc(pid, "cmdline").partition("\0")[0]
-
-
-def status(pid: int, name: str) -> str:
-    """Return a line of /proc/PID/status."""
-    match = re.search(rf"^{name}:[ \t]*(.*)$", read_proc(pid, "status"), re.M)
-    return match[1].strip() if match else ""
-
-
-def times(pid: int) -> float:
-    """Return the seconds of CPU that a process and its reaped children have used."""
-    fields = read_proc(pid, "stat").rpartition(")")[2].split()
-    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
-
-
-def descriptors(pid: int) -> list[int]:
-    """Return the descriptors that a process has open."""
-    return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
-
-
-def group(leader: int) -> list[int]:
-    """Return the processes of a process group that have not ended."""
-    found = []
-    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        fields = read_proc(pid, "stat").rpartition(")")[2].split()
-        if fields and fields[0] not in "ZX" and int(fields[2]) == leader:
-            found.append(pid)
-    return found
-
-
-def idle(gateway: Gateway) -> list[int]:
-    """Return the workers that call themselves idle."""
-    if not title(gateway.process.pid).startswith("natwork: master"):
-        return []  # it is rehearsing, and its child has the title of a worker
-    return [pid for pid in gateway.workers() if title(pid) == "natwork: idle"]
-
-
-def worker_of(gateway: Gateway, client: socket.socket) -> int:
-    """Return the worker whose title shows this client."""
-    start = "natwork: %s:%d " % client.getsockname()[:2]
-
-    def found() -> list[int]:
-        return [pid for pid in gateway.workers() if title(pid).startswith(start)]
-
-    pids = eventually(found)
-    assert isinstance(pids, list)
-    return int(pids[0])
-
-
-@contextlib.contextmanager
-def network_of(pid: int) -> Iterator[None]:
-    """Put this thread, and those it starts, into the network of another process."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/self/task/%d/ns/net" % threading.get_native_id()) as own:
-        with open(f"/proc/{pid}/ns/net") as other:
-            assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-        try:
-            yield
-        finally:
-            assert libc.setns(own.fileno(), 0) == 0
-
-
-# What the README says.
-
-
-def section(title: str) -> str:
-    """Return a section of the README."""
-    text = (ROOT / "README.md").read_text()
-    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-def block(title: str, begins: str) -> str:
-    """Return the block of code of a section that begins with these words."""
-    blocks = re.findall(r"(?:^(?:    .*)?\n)+", section(title), re.M)
-    found = [b for b in blocks if b.strip().startswith(begins)]
-    assert len(found) == 1, (title, begins, blocks)
-    return re.sub("^    ", "", found[0].strip("\n"), flags=re.M) + "\n"

@@ -6,38 +6,26 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import http_wire
+import origins
 import pytest
-from conftest import ROOT
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_head
-from running import ACCEPTED
-from running import command
-from running import daemons
-from running import echo
-from running import echoes
-from wire import exchange
-from wire import request
-from wire import sized
+import running
+import wait
+import wire
 
 import natwork as heart
 
-Start = Callable[..., Origin]
 NAMES = list(heart.CHAPTERS)
-daemon = daemons()
 
 
 def laid(folder: Path, *chapters: str) -> list[str]:
     """Lay natwork.py and some chapters into a folder; return what runs it there."""
     folder.mkdir()
     for name in ("natwork", *(f"natwork_{chapter}" for chapter in chapters)):
-        shutil.copy(ROOT / f"{name}.py", folder)
+        shutil.copy(running.ROOT / f"{name}.py", folder)
     return [sys.executable, "-I", "-S", str(folder / "natwork.py")]
 
 
@@ -48,7 +36,7 @@ def alone(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def bare(natwork: Callable[..., Gateway], alone: list[str]) -> Gateway:
+def bare(natwork: running.Start, alone: list[str]) -> running.Gateway:
     return natwork(program=alone)
 
 
@@ -62,46 +50,43 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 # The heart alone.
 
 
-def test_alone_it_serves_get_and_connect(bare: Gateway, origin: Start) -> None:
-    def answer(connection: object, origin: Origin) -> None:
-        read_head(connection)  # type: ignore[arg-type]
-        connection.sendall(sized(b"hello"))  # type: ignore[attr-defined]
-
-    with bare.connect() as client:
-        assert exchange(client, request(origin(answer))).body == b"hello"
-    with bare.connect() as client:
-        client.sendall(request(origin(echo), method=b"CONNECT"))
-        assert read_head(client).startswith(ACCEPTED) and echoes(client)
-    assert "natwork: chapters: none\n" in bare.errors.read_text()
+def test_alone_it_serves_get_and_connect(
+    bare: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script(http_wire.sized(b"hello")))
+    assert http_wire.ask(bare, server).body == b"hello"
+    with http_wire.tunnel(bare, origin(origins.echo)) as client:
+        assert wire.echoes(client)
+    assert "natwork: chapters: none" in bare.said()
 
 
 @pytest.mark.parametrize("greeting", [b"\5\1\0", b"\4\1\0\x50\x7f\0\0\1\0"])
 def test_alone_it_refuses_socks_as_it_does_garbage(
-    bare: Gateway, greeting: bytes
+    bare: running.Gateway, greeting: bytes
 ) -> None:
     with bare.connect() as client:
         client.sendall(greeting)
-        answer = read_all(client)
+        answer = wire.read_all(client)
     assert answer.startswith(b"HTTP/1.1 400 ") and b"natwork_socks.py" in answer
     assert bare.lines(1)[0]["outcome"] == "bad-request"
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "gopher"])
-def test_alone_it_names_what_a_scheme_needs(bare: Gateway, scheme: str) -> None:
+def test_alone_it_names_what_a_scheme_needs(bare: running.Gateway, scheme: str) -> None:
     with bare.connect() as client:
         line = f"GET {scheme}://127.0.0.1/0a HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-        answer = exchange(client, line.encode())
+        answer = http_wire.exchange(client, line.encode())
     assert answer.status == 501 and b"natwork_gateways.py" in answer.body
     assert b"ftp:// and gopher:// can" not in answer.body
     assert bare.lines(1)[0]["outcome"] == "not-implemented"
 
 
-def test_alone_it_has_no_pages(bare: Gateway) -> None:
+def test_alone_it_has_no_pages(bare: running.Gateway) -> None:
     host = b"%s:%d" % (bare.address[0].encode(), bare.address[1])
     for target in (b"/", b"/proxy.pac", b"http://" + host + b"/metrics"):
         with bare.connect() as client:
             lines = b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, host)
-            answer = exchange(client, lines)
+            answer = http_wire.exchange(client, lines)
         assert answer.status == 404 and b"natwork_pages.py" in answer.body
         assert b"Its pages are" not in answer.body
     assert [line["outcome"] for line in bare.lines(3)] == ["no-page"] * 3
@@ -120,7 +105,7 @@ DONE = {
 def test_alone_it_names_what_a_word_needs(
     tmp_path: Path, alone: list[str], words: tuple[str, ...]
 ) -> None:
-    said = refused(command(*words, cwd=tmp_path, program=alone))
+    said = refused(running.command(*words, cwd=tmp_path, program=alone))
     assert said.startswith(f"natwork: {words[0]} needs ")
     assert f"/natwork_{DONE[words]}.py, which is not there" in said
 
@@ -128,7 +113,7 @@ def test_alone_it_names_what_a_word_needs(
 def test_alone_it_has_no_pid_file(tmp_path: Path, alone: list[str]) -> None:
     for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
         words += ["-o", "pidfile=natwork.pid"]
-        said = refused(command(*words, cwd=tmp_path, program=alone))
+        said = refused(running.command(*words, cwd=tmp_path, program=alone))
         assert said.startswith("natwork: pidfile needs ")
         assert "/natwork_daemon.py, which is not there" in said
 
@@ -153,7 +138,7 @@ def test_a_setting_names_the_chapter_that_it_lacks(
     chapter, value = GIVEN[setting]
     for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
         words += ["-o", f"{setting}={value}"]
-        said = refused(command(*words, cwd=tmp_path, program=alone))
+        said = refused(running.command(*words, cwd=tmp_path, program=alone))
         assert said.startswith(f"natwork: option -o: {setting} = ")
         assert f"/natwork_{chapter}.py" in said
 
@@ -161,9 +146,9 @@ def test_a_setting_names_the_chapter_that_it_lacks(
 def test_what_is_given_as_it_is_by_default_lacks_nothing(
     tmp_path: Path, alone: list[str]
 ) -> None:
-    printed = command("-t", cwd=tmp_path, program=alone).stdout
+    printed = running.command("-t", cwd=tmp_path, program=alone).stdout
     (tmp_path / "natwork.conf").write_text(printed)
-    assert command("-t", cwd=tmp_path, program=alone).stdout == printed
+    assert running.command("-t", cwd=tmp_path, program=alone).stdout == printed
 
 
 @pytest.mark.parametrize(
@@ -184,17 +169,17 @@ def test_a_chapter_that_is_none_is_refused(
     path = tmp_path / "alone/natwork_socks.py"
     path.write_bytes(text.encode("latin-1"))
     for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
-        said = refused(command(*words, cwd=tmp_path, program=alone))
+        said = refused(running.command(*words, cwd=tmp_path, program=alone))
         assert said.startswith(f"natwork: {path}: ") and why in said
 
 
 def test_a_reload_names_the_chapter_that_a_setting_lacks(
-    daemon: Callable[..., Gateway], alone: list[str], tmp_path: Path
+    daemon: running.Start, alone: list[str], tmp_path: Path
 ) -> None:
     gateway = daemon(program=alone)
     # One that comes later is no chapter until a restart.
-    shutil.copy(ROOT / "natwork_socks.py", tmp_path / "alone")
-    said = gateway.hangup(bind_ports="5000")  # type: ignore[attr-defined]
+    shutil.copy(running.ROOT / "natwork_socks.py", tmp_path / "alone")
+    said = gateway.hangup(bind_ports="5000")
     assert "not reloaded" in said and "natwork_socks.py" in said
 
 
@@ -209,13 +194,11 @@ def linked(tmp_path: Path) -> Iterator[list[str]]:
     yield [sys.executable, "-I", "-S", str(tmp_path / "natwork")]
 
 
-def test_chapters_are_found_and_said(
-    natwork: Callable[..., Gateway], linked: list[str]
-) -> None:
-    words = f"natwork: chapters: {' '.join(NAMES)}\n"
+def test_chapters_are_found_and_said(natwork: running.Start, linked: list[str]) -> None:
+    words = f"natwork: chapters: {' '.join(NAMES)}"
     for program in ({}, {"program": linked}):
         gateway = natwork(**program)
-        eventually(lambda g=gateway: words in g.errors.read_text())
+        wait.until(lambda g=gateway: words in g.said())
 
 
 def test_the_heart_is_one_module(tmp_path: Path) -> None:
@@ -226,7 +209,7 @@ def test_the_heart_is_one_module(tmp_path: Path) -> None:
             "assert natwork.Worker is Worker and Worker.__module__ == '__main__'\n"
             'print("one", flush=True)\n'
         )
-    done = command("-t", cwd=tmp_path, program=program)
+    done = running.command("-t", cwd=tmp_path, program=program)
     assert done.returncode == 0 and done.stdout.startswith("one\n[natwork]\n"), done
 
 
@@ -236,5 +219,5 @@ def test_imported_the_heart_is_that_module(tmp_path: Path) -> None:
         "print(natwork_socks.Worker is natwork.Worker, '__main__' != natwork.__name__)"
     )
     laid(tmp_path / "here", "socks")
-    done = command(cwd=tmp_path / "here", program=[sys.executable, "-c", code])
+    done = running.command(cwd=tmp_path / "here", program=[sys.executable, "-c", code])
     assert done.stdout == "True True\n", done

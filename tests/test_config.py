@@ -13,30 +13,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import http_wire
+import kernel
 import pytest
-from conftest import PROGRAM
-from conftest import ROOT
-from conftest import Gateway
-from conftest import eventually
-from running import Daemon
-from running import command
-from running import daemons
-from running import descriptors
-from wire import DENIED
-from wire import exchange
-from wire import request
+import running
+import wait
 
 import natwork
 
-daemon = daemons()
-SHIPPED = ROOT / "natwork.conf"
+SHIPPED = running.ROOT / "natwork.conf"
 ONE_LINE = r"natwork: [^\n]+[^\n.!]\n"
 SETTING = re.compile(r"^#(\w+) =(?: (.*))?$", re.M)  # "#name = value", and no prose
 
 
 def printed(*arguments: str, cwd: Path) -> str:
     """Return what -t prints for a good configuration."""
-    done = command("-t", *arguments, cwd=cwd)
+    done = running.command("-t", *arguments, cwd=cwd)
     # That an uplink is away today makes no configuration bad.
     said = [x for x in done.stderr.splitlines() if not x.endswith("is not there now")]
     assert (done.returncode, said) == (0, []), done
@@ -49,7 +41,7 @@ def names(text: str) -> list[str]:
 
 def refused(*arguments: str, cwd: Path) -> str:
     """Return the one line that says why a configuration is no good."""
-    done = command(*arguments, cwd=cwd)
+    done = running.command(*arguments, cwd=cwd)
     assert (done.returncode, done.stdout) == (78, ""), done
     assert re.fullmatch(ONE_LINE, done.stderr), done.stderr
     return done.stderr
@@ -137,7 +129,7 @@ def test_what_is_printed_is_itself_a_configuration_file(
 
 def test_rules_given_as_an_option_survive_printing(tmp_path: Path) -> None:
     rules = "allow to a.example\n;deny to b.example\ndeny to c.example"
-    done = command("-t", "-o", f"rules={rules}", cwd=tmp_path)
+    done = running.command("-t", "-o", f"rules={rules}", cwd=tmp_path)
     if done.returncode == 0:  # or it may be refused
         (tmp_path / "again.conf").write_text(done.stdout)
         assert printed("-c", "again.conf", cwd=tmp_path) == done.stdout
@@ -334,39 +326,45 @@ def test_an_option_does_not_save_a_bad_file(tmp_path: Path) -> None:
     assert "spare_workers = x" in refused("-o", "spare_workers=1", cwd=tmp_path)
 
 
-def test_an_option_still_wins_after_a_reload(daemon: Callable[..., Daemon]) -> None:
+def test_an_option_still_wins_after_a_reload(
+    daemon: running.Start,
+) -> None:
     gateway = daemon("-o", "name=option", name="file")
 
     def refusal() -> bytes:
         with gateway.connect() as client:
-            answer = exchange(client, request(DENIED + b":81"))
+            answer = http_wire.exchange(
+                client, http_wire.request(http_wire.DENIED + b":81")
+            )
         return answer.values(b"Proxy-Status")[0]
 
     assert refusal().startswith(b"option; ")
     gateway.hangup(name="other", rules="deny port 81")
-    eventually(lambda: b"rule 1" in refusal())  # so it has been read again
+    wait.until(lambda: b"rule 1" in refusal())  # so it has been read again
     assert refusal().startswith(b"option; ")
 
 
 def test_a_file_made_after_the_start_is_read_by_a_reload(
-    natwork: Callable[..., Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("user=root", loopback=False)
     file = gateway.log.parent / "natwork.conf"
 
     def refusal() -> bytes:
         with gateway.connect() as client:
-            return exchange(client, request(DENIED)).values(b"Proxy-Status")[0]
+            return http_wire.exchange(
+                client, http_wire.request(http_wire.DENIED)
+            ).values(b"Proxy-Status")[0]
 
     assert b"built-in rule" in refusal() and not file.exists()
     file.write_text("[natwork]\nrules = deny to 10.0.0.0/8\n")
     gateway.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "configuration reloaded" in gateway.errors.read_text())
+    wait.until(lambda: "configuration reloaded" in gateway.errors.read_text())
     assert b"rule 1" in refusal()
 
 
 def test_a_file_that_has_gone_does_not_become_the_defaults(
-    daemon: Callable[..., Daemon],
+    daemon: running.Start,
 ) -> None:
     gateway = daemon(name="before")
     moved = gateway.file.with_suffix(".moved")
@@ -376,7 +374,7 @@ def test_a_file_that_has_gone_does_not_become_the_defaults(
             gateway.file.symlink_to("nowhere")
         before = len(gateway.said())
         gateway.process.send_signal(signal.SIGHUP)
-        eventually(lambda before=before: len(gateway.said()) > before)
+        wait.until(lambda before=before: len(gateway.said()) > before)
         assert gateway.said()[before:] == [
             "natwork: configuration not reloaded, the old one stays: "
             "natwork.conf: no such file or directory"
@@ -446,7 +444,7 @@ def test_a_full_disk_under_what_is_printed_is_one_line(
 ) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*PROGRAM, option],
+            [*running.PROGRAM, option],
             cwd=tmp_path,
             stdout=full,
             stderr=subprocess.PIPE,
@@ -457,7 +455,9 @@ def test_a_full_disk_under_what_is_printed_is_one_line(
     assert (done.returncode, done.stderr) == (1, said)
 
 
-def test_a_nul_in_the_file_changes_nothing(daemon: Callable[..., Daemon]) -> None:
+def test_a_nul_in_the_file_changes_nothing(
+    daemon: running.Start,
+) -> None:
     gateway = daemon()
     said = gateway.hangup(log="a\0b")
     assert "not reloaded" in said and said.endswith("has a NUL in it")
@@ -469,7 +469,9 @@ def test_who_does_not_read_what_is_said_stops_nobody(tmp_path: Path) -> None:
     said_out, said_in = os.pipe2(os.O_NONBLOCK)
     os.set_blocking(said_in, True)
     (tmp_path / "natwork.conf").write_text("[natwork]\nlisten = 127.0.0.1:0\n")
-    process = subprocess.Popen([*PROGRAM], cwd=tmp_path, stderr=said_in, stdout=-3)
+    process = subprocess.Popen(
+        [*running.PROGRAM], cwd=tmp_path, stderr=said_in, stdout=-3
+    )
     try:
         heard = ""
         while not (match := re.search(r"listening on 127.0.0.1:(\d+)\n", heard)):
@@ -486,7 +488,12 @@ def test_who_does_not_read_what_is_said_stops_nobody(tmp_path: Path) -> None:
                 with socket.create_connection(
                     ("127.0.0.1", int(match[1])), 10
                 ) as client:
-                    assert exchange(client, request(DENIED)).status == 403
+                    assert (
+                        http_wire.exchange(
+                            client, http_wire.request(http_wire.DENIED)
+                        ).status
+                        == 403
+                    )
         process.terminate()
         assert process.wait(20) == 0
     finally:
@@ -497,12 +504,12 @@ def test_who_does_not_read_what_is_said_stops_nobody(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_none_is_refused_and_nobody_waits_for_it(
-    daemon: Callable[..., Daemon], tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     given = "[natwork]\nlisten = 127.0.0.1:0\n"
     for file in ("fifo", "/dev/stdin", "."):  # what is read twice must say the same
-        words = [*PROGRAM, "-c", file]
+        words = [*running.PROGRAM, "-c", file]
         done = subprocess.run(
             words, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=20
         )
@@ -513,14 +520,14 @@ def test_a_file_that_is_none_is_refused_and_nobody_waits_for_it(
     gateway.file.unlink()
     os.mkfifo(gateway.file)
     gateway.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "it is not a regular file" in gateway.errors.read_text())
+    wait.until(lambda: "it is not a regular file" in gateway.errors.read_text())
     gateway.file.unlink()
     gateway.file.mkdir()
     before = len(gateway.said())
-    held = descriptors(gateway.process.pid)
+    held = kernel.descriptors(gateway.process.pid)
     gateway.process.send_signal(signal.SIGHUP)
-    eventually(lambda: len(gateway.said()) > before)
-    assert descriptors(gateway.process.pid) == held
+    wait.until(lambda: len(gateway.said()) > before)
+    assert kernel.descriptors(gateway.process.pid) == held
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])

@@ -11,40 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from conftest import ROOT
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from running import Daemon
-from running import Held
-from running import command
-from running import daemons
-from running import echo
-from running import echoes
-from running import idle
-from running import status
-from running import title
-from running import tunnel
-from running import worker_of
-from wire import OK
-from wire import Script
-from wire import at_end
-from wire import exchange
-from wire import request
-from wire import send
-
-daemon = daemons()
-Start = Callable[..., Origin]
-Run = Callable[..., Gateway]
-Launch = Callable[..., Daemon]
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts, and drops")
+import readme
+import running
+import wait
+import wire
 
 
 def is_reset(client: socket.socket) -> bool:
@@ -57,130 +34,138 @@ def is_reset(client: socket.socket) -> bool:
     return False
 
 
-def ready(gateway: Gateway, count: int) -> list[int]:
-    """Return the idle workers that sleep, once there are as many at least."""
-
-    def asleep() -> list[int]:
-        return [pid for pid in idle(gateway) if status(pid, "State")[:1] == "S"]
-
-    eventually(lambda: len(asleep()) >= count)
-    return asleep()
-
-
 # A hand on one client.
 
 
 def test_a_tunnel_that_is_ended_is_reset_and_no_other(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("spare_workers=2"), origin(echo)
-    with tunnel(gateway, server) as one, tunnel(gateway, server) as other:
-        pid = worker_of(gateway, one)
+    gateway, server = natwork("spare_workers=2"), origin(origins.echo)
+    with (
+        http_wire.tunnel(gateway, server) as one,
+        http_wire.tunnel(gateway, server) as other,
+    ):
+        pid = gateway.worker_of(one)
         os.kill(pid, signal.SIGTERM)
-        assert is_reset(one) and echoes(other)
+        assert is_reset(one) and wire.echoes(other)
         (line,) = gateway.lines(1)
         assert (line["pid"], line["outcome"]) == (str(pid), "operator")
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 100", b"Connection: close"])
 def test_half_an_answer_that_is_ended_does_not_look_whole(
-    natwork: Run, origin: Start, framing: bytes
+    natwork: running.Start, origin: origins.Start, framing: bytes
 ) -> None:
-    def half(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def half(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         connection.sendall(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\nhalf of it")
         connection.recv(1)
 
     gateway = natwork("spare_workers=2")
-    with tunnel(gateway, origin(echo)) as other, gateway.connect() as client:
-        send(client, request(origin(half)))
-        assert b" 200 " in read_head(client)
-        assert read_exactly(client, 10) == b"half of it"
-        pid = worker_of(gateway, client)
+    with (
+        http_wire.tunnel(gateway, origin(origins.echo)) as other,
+        gateway.connect() as client,
+    ):
+        wire.send(client, http_wire.request(origin(half)))
+        assert b" 200 " in http_wire.read_head(client)
+        assert wire.read_exactly(client, 10) == b"half of it"
+        pid = gateway.worker_of(client)
         os.kill(pid, signal.SIGTERM)
-        assert is_reset(client) and echoes(other)
+        assert is_reset(client) and wire.echoes(other)
         (line,) = gateway.lines(1)
         assert (line["pid"], line["outcome"]) == (str(pid), "operator")
 
 
 def test_a_request_that_waits_for_its_answer_is_ended(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, held = natwork("spare_workers=2"), Held()
+    gateway, held = natwork("spare_workers=2"), http_wire.Held()
     with gateway.connect() as client:
-        send(client, request(origin(held)))
+        wire.send(client, http_wire.request(origin(held)))
         assert held.asked.wait(10)
-        os.kill(worker_of(gateway, client), signal.SIGTERM)
-        assert read_all(client) == b""
+        os.kill(gateway.worker_of(client), signal.SIGTERM)
+        assert wire.read_all(client) == b""
         held.go.set()
     assert [line["outcome"] for line in gateway.lines(1)] == ["operator"]
 
 
 def test_an_idle_kept_alive_client_is_parted_from_in_peace(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("spare_workers=2", "keepalive_timeout=60"), origin(echo)
-    with tunnel(gateway, server) as other, gateway.connect() as client:
-        assert exchange(client, request(origin(Script()))).status == 200
+    gateway, server = (
+        natwork("spare_workers=2", "keepalive_timeout=60"),
+        origin(origins.echo),
+    )
+    with http_wire.tunnel(gateway, server) as other, gateway.connect() as client:
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
         gateway.lines(1)
-        os.kill(worker_of(gateway, client), signal.SIGTERM)
-        assert at_end(client)  # and no reset, by which he might lose his answer
-        assert echoes(other)
+        os.kill(gateway.worker_of(client), signal.SIGTERM)
+        assert wire.at_end(client)  # and no reset, by which it might lose its answer
+        assert wire.echoes(other)
     assert [line["outcome"] for line in gateway.lines(2)] == ["ok", "closed"]
 
 
-def test_an_idle_worker_that_is_ended_is_replaced(natwork: Run) -> None:
+def test_an_idle_worker_that_is_ended_is_replaced(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
-    (pid,) = ready(gateway, 1)
+    (pid,) = gateway.ready(1)
     os.kill(pid, signal.SIGTERM)
-    eventually(lambda: idle(gateway) and idle(gateway) != [pid])
+    wait.until(lambda: gateway.idle() and gateway.idle() != [pid])
     assert not gateway.lines()
 
 
-@as_root
-def test_who_waits_for_a_name_is_ended_at_once(daemon: Launch, tmp_path: Path) -> None:
+@needs.root
+def test_who_waits_for_a_name_is_ended_at_once(
+    daemon: running.Start, tmp_path: Path
+) -> None:
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.77\n")
     mounted = f"mount --bind {resolver} /etc/resolv.conf && exec {sys.executable}"
     program = ["unshare", "--mount", "sh", "-c", f'{mounted} "$@"', "sh"]
     with socket.socket(type=socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.77", 53))
-        gateway = daemon(program=[*program, str(ROOT / "natwork.py")])
+        gateway = daemon(program=[*program, str(running.ROOT / "natwork.py")])
         with gateway.connect() as client:
-            send(client, request(b"name.example:80"))
+            wire.send(client, http_wire.request(b"name.example:80"))
             silent.settimeout(10)
             silent.recv(512)
             port = client.getsockname()[1]
-            rows = json.loads(command("--table", "--json", cwd=tmp_path).stdout)
+            rows = json.loads(running.command("--table", "--json", cwd=tmp_path).stdout)
             (pid,) = [x["pid"] for x in rows if x["original_source_port"] == port]
             ended = time.monotonic()
             os.kill(pid, signal.SIGTERM)
-            assert read_all(client) == b"" and time.monotonic() < ended + 1.5
+            assert wire.read_all(client) == b"" and time.monotonic() < ended + 1.5
         assert [line["outcome"] for line in gateway.lines(1)] == ["operator"]
 
 
 def test_all_sessions_of_an_address_are_ended_as_the_readme_says(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    section = (ROOT / "README.md").read_text().partition("\n## Watching it\n")[2]
+    section = readme.section("Watching it")
     (line,) = re.findall(r"^    (python3 .*xargs.*)$", section, re.M)
     assert line.count("10.0.0.7") == 1
-    gateway, server = natwork(), origin(echo)
+    gateway, server = natwork(), origin(origins.echo)
     with contextlib.ExitStack() as stack:
         clients = []
         for host in ("127.0.0.7", "127.0.0.7", "127.0.0.8"):
             client = socket.create_connection(gateway.address, 10, (host, 0))
             clients.append(stack.enter_context(client))
-            exchange(client, request(server, method=b"CONNECT"), b"CONNECT")
-            assert echoes(client)
+            http_wire.exchange(
+                client, http_wire.request(server, method=b"CONNECT"), b"CONNECT"
+            )
+            assert wire.echoes(client)
         subprocess.run(
             line.replace("10.0.0.7", "127.0.0.7"),
             shell=True,
-            cwd=ROOT,
+            cwd=running.ROOT,
             check=True,
             timeout=30,
         )
-        assert is_reset(clients[0]) and is_reset(clients[1]) and echoes(clients[2])
+        assert is_reset(clients[0]) and is_reset(clients[1]) and wire.echoes(clients[2])
         lines = gateway.lines(2)
     assert [line["outcome"] for line in lines] == ["operator"] * 2
     assert {line["client"].partition(":")[0] for line in lines} == {"127.0.0.7"}
@@ -188,7 +173,7 @@ def test_all_sessions_of_an_address_are_ended_as_the_readme_says(
 
 # Confinement.
 
-# natwork.py, but for what it does with a client: it tells him what it can do.
+# natwork.py, but for what it does with a client: it says what it can do.
 TRIER = """
 import os, socket, sys, threading
 sys.path.insert(0, {root!r})
@@ -216,56 +201,46 @@ natwork.main()
 """
 
 
-def test_a_worker_can_neither_fork_nor_start_a_thread(daemon: Launch) -> None:
-    script = TRIER.format(root=str(ROOT))
+def test_a_worker_can_neither_fork_nor_start_a_thread(daemon: running.Start) -> None:
+    script = TRIER.format(root=str(running.ROOT))
     gateway = daemon(program=[sys.executable, "-c", script], user="nobody")
     with gateway.connect() as client:
-        fork, thread, name = read_all(client).decode().split("\n")
+        fork, thread, name = wire.read_all(client).decode().split("\n")
     assert fork.startswith("[Errno 11] ")  # EAGAIN
     assert thread == "can't start new thread" and name == "80"
     # And the master still can.
     for pid in gateway.workers():
         os.kill(pid, signal.SIGKILL)
     with gateway.connect() as client:
-        assert read_all(client)
+        assert wire.read_all(client)
 
 
-def test_a_worker_is_limited_and_the_master_is_not(natwork: Run) -> None:
+def test_a_worker_is_limited_and_the_master_is_not(natwork: running.Start) -> None:
     gateway = natwork()
-    for pid in [gateway.process.pid, *ready(gateway, 8)]:
+    for pid in [gateway.process.pid, *gateway.ready(8)]:
         limits = Path(f"/proc/{pid}/limits").read_text()
         is_none = bool(re.search(r"^Max processes +0 +0 ", limits, re.M))
         assert is_none == (pid != gateway.process.pid), limits
 
 
-def opened(pid: int) -> dict[int, str]:
-    """Return what a process has open, by number."""
-    folder = Path(f"/proc/{pid}/fd")
-    return {int(link.name): os.readlink(link) for link in folder.iterdir()}
-
-
-def sockets(pid: int) -> list[str]:
-    return [link for link in opened(pid).values() if link.startswith("socket:")]
-
-
 def test_a_worker_holds_no_descriptor_but_its_own(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(
         listen="127.0.0.1:0 127.0.0.2:0", pidfile="natwork.pid", drain_timeout="2"
     )
-    server, master = origin(echo), gateway.process.pid
-    ready(gateway, 8)
+    server, master = origin(origins.echo), gateway.process.pid
+    gateway.ready(8)
     # Clients of two generations, while a third one serves.
-    with tunnel(gateway, server), tunnel(gateway, server):
+    with http_wire.tunnel(gateway, server), http_wire.tunnel(gateway, server):
         gateway.hangup()
-        with tunnel(gateway, server):
+        with http_wire.tunnel(gateway, server):
             gateway.hangup()
-            workers = ready(gateway, 8)
-            listeners = sockets(master)
+            workers = gateway.ready(8)
+            listeners = kernel.opened(master, "socket:").values()
             assert len(listeners) == 2
             for pid in workers:
-                here = opened(pid)
+                here = kernel.opened(pid)
                 numbers = {here.pop(n) for n in (0, 1, 2)}
                 assert not any(link.startswith("socket:") for link in numbers)
                 found = sorted(re.sub(r":\[\d+\]", "", x) for x in here.values())
@@ -280,8 +255,10 @@ def test_a_worker_holds_no_descriptor_but_its_own(
                     "pipe",
                     "socket",
                     "socket",
-                ], (title(pid), here)
-                assert sorted(sockets(pid)) == sorted(listeners)
+                ], (kernel.title(pid), here)
+                assert sorted(kernel.opened(pid, "socket:").values()) == sorted(
+                    listeners
+                )
 
 
 def memory(pid: int) -> bytes:
@@ -297,31 +274,34 @@ def memory(pid: int) -> bytes:
     return b"".join(pieces)
 
 
-@as_root
+@needs.root
 @pytest.mark.parametrize("leaves", [False, True], ids=["who is there", "who was"])
 def test_no_worker_contains_bytes_of_another_ones_client(
-    natwork: Run, origin: Start, leaves: bool
+    natwork: running.Start, origin: origins.Start, leaves: bool
 ) -> None:
     gateway = natwork("clients_per_worker=1", "spare_workers=3", "log_format=json")
     secret = b"S3cr3t-of-A"  # this process's own copies are not looked at
-    server = origin(Script(OK))
-    with gateway.connect() as client, tunnel(gateway, origin(echo)) as open_one:
+    server = origin(http_wire.Script(http_wire.OK))
+    with (
+        gateway.connect() as client,
+        http_wire.tunnel(gateway, origin(origins.echo)) as open_one,
+    ):
         fields = (b"Cookie: name=" + secret, b"Content-Length: 30")
         body = (secret + bytes(30))[:30]
-        asked = request(
+        asked = http_wire.request(
             server, *fields, method=b"POST", path=b"/?q=" + secret, body=body
         )
-        assert exchange(client, asked).status == 200
-        assert echoes(open_one, secret)
-        hers = {worker_of(gateway, client), worker_of(gateway, open_one)}
+        assert http_wire.exchange(client, asked).status == 200
+        assert wire.echoes(open_one, secret)
+        hers = {gateway.worker_of(client), gateway.worker_of(open_one)}
         assert all(secret in memory(pid) for pid in hers)  # it can be found at all
         if leaves:
             client.close()
             open_one.close()
-            eventually(lambda: not hers & set(gateway.workers()))
-        with tunnel(gateway, origin(echo)) as another:
-            assert echoes(another)
-            ready(gateway, 3)
+            wait.until(lambda: not hers & set(gateway.workers()))
+        with http_wire.tunnel(gateway, origin(origins.echo)) as another:
+            assert wire.echoes(another)
+            gateway.ready(3)
             others = {gateway.process.pid, *gateway.workers()} - hers
-            assert worker_of(gateway, another) in others and len(others) >= 5
+            assert gateway.worker_of(another) in others and len(others) >= 5
             assert not [pid for pid in others if secret in memory(pid)]

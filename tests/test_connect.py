@@ -9,49 +9,32 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import boxes
+import http_wire
+import kernel
+import origins
 import pytest
-from box import Box
-from box import Gateway as BoxGateway
-from box import dual_homed_box
-from box import ip
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from proc import ALONE
-from proc import no_more_descriptors
-from proc import only_worker
-from wire import NAME
-from wire import Message
-from wire import Script
-from wire import exchange
-from wire import proxy_error
-from wire import request
-from wire import shared
-from wire import sized
+import running
+import wait
+import wire
 
 import natwork
 
-Start = Callable[..., Origin]
-Natwork = Callable[..., Gateway]
-NAMED = f"name={NAME.decode()}"
+NAMED = f"name={running.NAME.decode()}"
 
 
-def greet(connection: socket.socket, server: Origin) -> None:
+def greet(connection: socket.socket, server: origins.Origin) -> None:
     """Serve a tunnel and a request alike."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     connection.recv(65536)
 
 
-def callers(server: Origin, count: int) -> list[str]:
+def callers(server: origins.Origin, count: int) -> list[str]:
     """Return who called, once as many have."""
-    eventually(lambda: len(server.callers) >= count)
+    wait.until(lambda: len(server.callers) >= count)
     return [host for host, _ in server.callers]
 
 
@@ -154,14 +137,23 @@ def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
     ],
 )
 def test_the_server_is_called_from_the_outside_address(
-    natwork: Natwork, origin: Start, outside: str, target: str, source: str
+    natwork: running.Start,
+    origin: origins.Start,
+    outside: str,
+    target: str,
+    source: str,
 ) -> None:
     server = origin(greet, "::1" if target == "[::1]" else "0.0.0.0")
     gateway = natwork(f"outside={outside}")  # trap 15
     place = f"{target}:{server.port}".encode()
     for count, method in enumerate((b"GET", b"CONNECT"), 1):
         with gateway.connect() as client:
-            assert exchange(client, request(place, method=method), method).status == 200
+            assert (
+                http_wire.exchange(
+                    client, http_wire.request(place, method=method), method
+                ).status
+                == 200
+            )
         assert callers(server, count) == [source] * count
         line = gateway.lines(count)[-1]
         assert line["source"] == written(server.callers[-1])
@@ -169,12 +161,15 @@ def test_the_server_is_called_from_the_outside_address(
 
 
 def test_a_kept_connection_has_the_source_it_was_dialed_from(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("outside=127.0.0.2"), origin(Script(), "127.0.0.3")
+    gateway, server = (
+        natwork("outside=127.0.0.2"),
+        origin(http_wire.Script(), "127.0.0.3"),
+    )
     with gateway.connect() as client:
         for _ in range(3):
-            assert exchange(client, request(server)).status == 200
+            assert http_wire.exchange(client, http_wire.request(server)).status == 200
     assert callers(server, 1) == ["127.0.0.2"]
     sources = {line["source"] for line in gateway.lines(3)}
     assert sources == {"127.0.0.2:%d" % server.callers[0][1]}
@@ -208,7 +203,7 @@ def test_a_kept_connection_has_the_source_it_was_dialed_from(
     ],
 )
 def test_a_failure_has_its_outcome(
-    natwork: Natwork,
+    natwork: running.Start,
     outside: str,
     target: str,
     word: str,
@@ -219,51 +214,45 @@ def test_a_failure_has_its_outcome(
     dialed = target if word == "refused" else "-"  # and not where no way begins
     for count, method in enumerate((b"GET", b"CONNECT"), 1):
         with gateway.connect() as client:
-            answer = exchange(client, request(target.encode(), method=method), method)
-        assert (answer.status, proxy_error(answer)) == (status, error)
+            answer = http_wire.exchange(
+                client, http_wire.request(target.encode(), method=method), method
+            )
+        assert (answer.status, http_wire.proxy_error(answer)) == (status, error)
         line = gateway.lines(count)[-1]
         assert (line["outcome"], line["status"]) == (word, str(status))
         assert (line["address"], line["source"]) == (dialed, "-")
 
 
-@contextlib.contextmanager
-def full_listener(host: str) -> Iterator[int]:
-    """Return the port of a listener whose queue is full: it answers nobody more."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server((host, 0), backlog=0))
-        with contextlib.suppress(TimeoutError):
-            for _ in range(100):
-                waiting = stack.enter_context(socket.socket())
-                waiting.settimeout(0.3)
-                waiting.connect(listener.getsockname())
-        yield listener.getsockname()[1]
-
-
-def test_a_listener_that_does_not_answer_is_a_timeout(natwork: Natwork) -> None:
+def test_a_listener_that_does_not_answer_is_a_timeout(natwork: running.Start) -> None:
     gateway = natwork(NAMED, "connect_timeout=1")
-    with full_listener("127.0.0.3") as port:
+    with wire.full_listener("127.0.0.3") as port:
         place = b"127.0.0.3:%d" % port
         with gateway.connect() as client:
-            answer = exchange(client, request(place, method=b"CONNECT"), b"CONNECT")
-    assert (answer.status, proxy_error(answer)) == (504, b"connection_timeout")
+            answer = http_wire.exchange(
+                client, http_wire.request(place, method=b"CONNECT"), b"CONNECT"
+            )
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        504,
+        b"connection_timeout",
+    )
     assert gateway.lines(1)[0]["outcome"] == "connect-timeout"
 
 
 def test_a_client_is_told_when_descriptors_run_out_and_served_when_they_return(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(NAMED, *ALONE), origin(Script())
-    pid = only_worker(gateway)
-    options = request(b"a", method=b"OPTIONS").replace(b"http://a/", b"*")
+    gateway, server = natwork(NAMED, *running.ALONE), origin(http_wire.Script())
+    pid = gateway.only_worker()
+    options = http_wire.request(b"a", method=b"OPTIONS").replace(b"http://a/", b"*")
     with gateway.connect() as client:
-        assert exchange(client, options).status == 200
-        with no_more_descriptors(pid):  # trap 22
+        assert http_wire.exchange(client, options).status == 200
+        with kernel.no_more_descriptors(pid):  # trap 22
             for _ in range(3):
-                answer = exchange(client, request(server))
+                answer = http_wire.exchange(client, http_wire.request(server))
                 assert answer.status == 503 and not answer.closes
-                assert proxy_error(answer) == b"connection_limit_reached"
+                assert http_wire.proxy_error(answer) == b"connection_limit_reached"
                 assert answer.values(b"Retry-After")[0].isdigit()
-        assert exchange(client, request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
     assert len(server.callers) == 1
     assert gateway.workers() == [pid]
     outcomes = [x["outcome"] for x in gateway.lines(6) if x["method"] == "GET"]
@@ -272,7 +261,7 @@ def test_a_client_is_told_when_descriptors_run_out_and_served_when_they_return(
 
 # IPv6 that leads to an IPv4 address, and what is nobody's.
 STANDS_FOR = ("[::127", "[2002:", "[64:", "0.0.0.0", "[::ffff:0.")
-opened = shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
+opened = running.shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
 
 
 @pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
@@ -284,12 +273,14 @@ opened = shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
     """.split(),
 )
 def test_the_gateway_does_not_call_itself_whatever_the_rules(
-    opened: Gateway, spelling: str, method: bytes
+    opened: running.Gateway, spelling: str, method: bytes
 ) -> None:
     place = b"%b:%d" % (spelling.encode(), opened.address[1])
     count = len(opened.lines())
     with opened.connect() as client:
-        answer = exchange(client, request(place, method=method), method)
+        answer = http_wire.exchange(
+            client, http_wire.request(place, method=method), method
+        )
     (line,) = opened.lines(count + 1)[count:]
     if method == b"GET" and not spelling.startswith(STANDS_FOR):
         # An address that is ours as it stands: we answer, and dial nobody.
@@ -297,7 +288,10 @@ def test_the_gateway_does_not_call_itself_whatever_the_rules(
         assert answer.status == 200 and not answer.values(b"Via")
         return
     assert (line["outcome"], line["address"]) == ("loop", "-")
-    assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        502,
+        b"proxy_loop_detected",
+    )
 
 
 # --- A box with two lines, and a name server that may lie ---------------------
@@ -375,36 +369,36 @@ ROUTES = """
 class Lines:
     """A box between two networks, one at a time a gateway in it, and servers."""
 
-    def __init__(self, box: Box) -> None:
-        self.box, self.origins = box, list[Origin]()
+    def __init__(self, box: boxes.Box) -> None:
+        self.box, self.origins = box, list[origins.Origin]()
         folder = Path("/etc/netns", box.name("gateway"))
         (folder / "nsswitch.conf").write_text("hosts: files dns\n")
         (folder / "resolv.conf").write_text("nameserver 203.0.113.80\n")
-        ip("-n", box.name("gateway"), "-batch", "-", given=ROUTES)
+        boxes.ip("-n", box.name("gateway"), "-batch", "-", given=ROUTES)
         sock = box.within("outside", lambda: socket.socket(type=socket.SOCK_DGRAM))
         sock.bind(("203.0.113.80", 53))
         self.names = NameServer(sock, TABLE)
 
-    def origin(self, host: str, place: str = "outside") -> Origin:
+    def origin(self, host: str, place: str = "outside") -> origins.Origin:
         """Start a server that greets its callers."""
-        self.origins.append(self.box.within(place, lambda: Origin(greet, host)))
+        self.origins.append(self.box.within(place, lambda: origins.Origin(greet, host)))
         return self.origins[-1]
 
     def client(self, seconds: float = 10.0) -> socket.socket:
         """Return a client's connection to the gateway from the inside."""
         return self.box.connect("inside", ("10.9.0.1", 8080), seconds)
 
-    def ask(self, place: str, seconds: float = 10.0) -> Message:
+    def ask(self, place: str, seconds: float = 10.0) -> http_wire.Message:
         """Return the answer to a CONNECT; its body is the server's greeting."""
         with self.client(seconds) as client:
-            data = request(place.encode(), method=b"CONNECT")
-            return exchange(client, data, b"CONNECT")
+            data = http_wire.request(place.encode(), method=b"CONNECT")
+            return http_wire.exchange(client, data, b"CONNECT")
 
 
 @pytest.fixture(scope="module")
 def box() -> Iterator[Lines]:
     """Return a box with two lines to the outside."""
-    with dual_homed_box(second_uplink=True) as made:
+    with boxes.dual_homed(second_uplink=True) as made:
         lines = Lines(made)
         yield lines
         lines.names.sock.close()
@@ -416,52 +410,53 @@ def lines(box: Lines) -> Iterator[Lines]:
     box.names.asked.clear()
     yield box
     for server in box.origins:
-        server.listener.close()
+        server.close()
     box.origins.clear()
 
 
 @pytest.fixture
-def gateway(lines: Lines, tmp_path: Path) -> Iterator[Callable[..., BoxGateway]]:
+def gateway(lines: Lines, tmp_path: Path) -> Iterator[running.Start]:
     """Return a function that starts natwork.py in the box."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options: str) -> BoxGateway:
-            started = BoxGateway(lines.box, tmp_path, (NAMED, *options))
+        def start(*options: str) -> running.Gateway:
+            started = lines.box.natwork(tmp_path, NAMED, *options)
             stack.callback(started.stop)
             return started
 
         yield start
-
-
-BoxNatwork = Callable[..., BoxGateway]
+    assert lines.box.pids("gateway") == []
 
 
 @pytest.mark.parametrize("name", ["dead-first", "dead-family"])
 def test_a_dead_address_does_not_keep_the_next_one_waiting(
-    lines: Lines, gateway: BoxNatwork, name: str
+    lines: Lines, gateway: running.Start, name: str
 ) -> None:
-    running, server = gateway("connect_timeout=60"), lines.origin("203.0.113.80")
+    started, server = gateway("connect_timeout=60"), lines.origin("203.0.113.80")
     answer = lines.ask(f"{name}.example:{server.port}", seconds=5)  # not 60
     assert answer.status == 200
     assert callers(server, 1) == ["203.0.113.1"]
-    assert running.lines(1)[0]["address"] == server.authority
+    assert started.lines(1)[0]["address"] == server.authority
 
 
 def test_the_next_address_is_tried_when_one_refuses(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    running, server = gateway(), lines.origin("203.0.113.81")
+    started, server = gateway(), lines.origin("203.0.113.81")
     assert lines.ask(f"refusing-first.example:{server.port}").status == 200
-    assert running.lines(1)[0]["address"] == server.authority
+    assert started.lines(1)[0]["address"] == server.authority
 
 
 def test_the_time_to_connect_is_for_all_addresses_together(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    running = gateway("connect_timeout=1", "outside=wan wan2")
+    started = gateway("connect_timeout=1", "outside=wan wan2")
     answer = lines.ask("all-dead.example:80", seconds=4)  # not ten times one
-    assert (answer.status, proxy_error(answer)) == (504, b"connection_timeout")
-    assert running.lines(1)[0]["outcome"] == "connect-timeout"
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        504,
+        b"connection_timeout",
+    )
+    assert started.lines(1)[0]["outcome"] == "connect-timeout"
 
 
 @pytest.mark.parametrize(
@@ -479,53 +474,53 @@ def test_the_time_to_connect_is_for_all_addresses_together(
 )
 def test_a_failure_on_the_way_has_its_outcome(
     lines: Lines,
-    gateway: BoxNatwork,
+    gateway: running.Start,
     target: str,
     word: str,
     status: int,
     error: bytes,
 ) -> None:
-    running = gateway()
+    started = gateway()
     answer = lines.ask(target, seconds=20)
-    (line,) = running.lines(1)
-    assert (answer.status, proxy_error(answer)) == (status, error)
+    (line,) = started.lines(1)
+    assert (answer.status, http_wire.proxy_error(answer)) == (status, error)
     dialed = target if target[:1].isdigit() else "-"
     assert (line["outcome"], line["address"]) == (word, dialed)
 
 
 def test_a_name_is_resolved_once_and_the_judged_address_is_dialed(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    running, server = gateway(), lines.origin("203.0.113.80")
+    started, server = gateway(), lines.origin("203.0.113.80")
     victim = lines.origin("10.9.0.2", "inside")
     place = f"rebinding.example:{server.port}"
     assert lines.ask(place).status == 200  # trap 13
     assert lines.names.asked.count(("rebinding.example", A)) == 1
-    assert running.lines(1)[0]["address"] == server.authority
+    assert started.lines(1)[0]["address"] == server.authority
     assert lines.ask(f"rebinding.example:{victim.port}").status == 403  # judged anew
     assert lines.names.asked.count(("rebinding.example", A)) == 2
     assert victim.callers == []
 
 
 def test_of_the_addresses_of_a_name_only_the_allowed_are_dialed(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    running, server = gateway(), lines.origin("203.0.113.80")
+    started, server = gateway(), lines.origin("203.0.113.80")
     assert lines.ask(f"mixed.example:{server.port}").status == 200  # trap 13
     victim = lines.origin("10.9.0.2", "inside")
     assert lines.ask(f"mixed.example:{victim.port}").status == 502  # and no other
     assert victim.callers == []
     dialed = {server.authority, f"203.0.113.80:{victim.port}"}
-    assert {x["address"] for x in running.lines(2)} == dialed
+    assert {x["address"] for x in started.lines(2)} == dialed
 
 
 def test_a_host_rule_holds_however_the_name_is_written(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    running, server = gateway("rules=deny to .denied.example"), lines.origin("0.0.0.0")
+    started, server = gateway("rules=deny to .denied.example"), lines.origin("0.0.0.0")
     for name in ("a.denied.example", "A.Denied.Example", "a.denied.example."):
         assert lines.ask(f"{name}:{server.port}").status == 403
-    assert [x["outcome"] for x in running.lines(3)] == ["denied-rule-1"] * 3
+    assert [x["outcome"] for x in started.lines(3)] == ["denied-rule-1"] * 3
     assert server.callers == []
 
 
@@ -540,23 +535,23 @@ def test_a_host_rule_holds_however_the_name_is_written(
 )
 @pytest.mark.parametrize("user", ["nobody", "root"])
 def test_a_device_is_an_uplink_without_any_privilege(
-    lines: Lines, gateway: BoxNatwork, outside: str, source: str, user: str
+    lines: Lines, gateway: running.Start, outside: str, source: str, user: str
 ) -> None:
-    running = gateway(f"outside={outside}", f"user={user}")
+    started = gateway(f"outside={outside}", f"user={user}")
     server = lines.origin("192.0.2.80")
     assert lines.ask(server.authority).status == 200
     assert callers(server, 1) == [source]  # trap 15
-    assert running.lines(1)[0]["source"] == written(server.callers[0])
+    assert started.lines(1)[0]["source"] == written(server.callers[0])
 
 
 def test_an_uplink_that_failed_goes_last_for_a_while(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan wan2")
     server = lines.origin("192.0.2.80")
     assert lines.ask(server.authority).status == 200
     lines.box.link("outside", "wan", "arp", "off")
-    ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
+    boxes.ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
     try:
         assert lines.ask(server.authority).status == 200
     finally:
@@ -568,13 +563,13 @@ def test_an_uplink_that_failed_goes_last_for_a_while(
 
 
 def test_uplinks_that_are_not_there_cost_no_time(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     """Three that are gone, one that is silent: a second, and not four."""
     gateway("outside=gone0 gone1 gone2 wan wan2", "connect_timeout=2.5")
     server = lines.origin("192.0.2.80")
     lines.box.link("outside", "wan", "arp", "off")
-    ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
+    boxes.ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
     try:
         assert lines.ask(server.authority).status == 200
     finally:
@@ -583,14 +578,14 @@ def test_uplinks_that_are_not_there_cost_no_time(
 
 
 def test_an_answer_to_a_head_that_is_still_on_its_way(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    def early(connection: socket.socket, server: Origin) -> None:
-        connection.sendall(sized(b"no", status=b"431 Too Large"))
-        server.received.append(read_all(connection))
+    def early(connection: socket.socket, server: origins.Origin) -> None:
+        connection.sendall(http_wire.sized(b"no", status=b"431 Too Large"))
+        server.received.append(wire.read_all(connection))
 
-    running = gateway()
-    server = lines.box.within("outside", lambda: Origin(early, "192.0.2.80"))
+    started = gateway()
+    server = lines.box.within("outside", lambda: origins.Origin(early, "192.0.2.80"))
     lines.origins.append(server)
     server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
     fields = [b"X-%d: %b" % (n, b"y" * 1000) for n in range(62)]
@@ -598,15 +593,15 @@ def test_an_answer_to_a_head_that_is_still_on_its_way(
     lines.box.set("gateway", "ipv4/tcp_wmem", "4096 4096 4096")
     try:
         with lines.client() as client:
-            answer = exchange(client, request(server, *fields))
+            answer = http_wire.exchange(client, http_wire.request(server, *fields))
             assert (answer.status, answer.body) == (431, b"no")
     finally:
         lines.box.set("gateway", "ipv4/tcp_wmem", before)
-    assert running.lines(1)[0]["status"] == "431"
+    assert started.lines(1)[0]["status"] == "431"
 
 
 def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan", "rules=allow to 10.9.0.0/24")
     near = lines.origin("10.9.0.2", "inside")
@@ -614,20 +609,20 @@ def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
     with lines.client() as client:
         port = near.port.to_bytes(2, "big")
         client.sendall(b"\5\1\0\5\2\0\1" + bytes([10, 9, 0, 2]) + port)
-        assert read_exactly(client, 2) == b"\5\0"
-        reply = read_exactly(client, 10)
+        assert wire.read_exactly(client, 2) == b"\5\0"
+        reply = wire.read_exactly(client, 10)
         assert reply[:8] == b"\5\0\0\1" + bytes([10, 9, 0, 1])
         where = "10.9.0.1", int.from_bytes(reply[8:], "big")
         with lines.box.connect("inside", where, 10):  # a BIND is called back
-            assert read_exactly(client, 8) == b"\5\0\0\1" + bytes([10, 9, 0, 2])
+            assert wire.read_exactly(client, 8) == b"\5\0\0\1" + bytes([10, 9, 0, 2])
     listener = lines.box.within("inside", lambda: socket.socket(type=socket.SOCK_DGRAM))
     asking = lines.box.within("inside", lambda: socket.socket(type=socket.SOCK_DGRAM))
     with listener, asking, lines.client() as client:
         listener.settimeout(10)
         listener.bind(("10.9.0.2", 0))
         client.sendall(b"\5\1\0\5\3\0\1" + bytes(6))
-        assert read_exactly(client, 2) == b"\5\0"
-        reply = read_exactly(client, 10)
+        assert wire.read_exactly(client, 2) == b"\5\0"
+        reply = wire.read_exactly(client, 10)
         to = bytes([10, 9, 0, 2]) + listener.getsockname()[1].to_bytes(2, "big")
         where = "10.9.0.1", int.from_bytes(reply[8:], "big")
         asking.sendto(b"\0\0\0\1" + to + b"hello", where)
@@ -636,7 +631,7 @@ def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
 
 
 def test_a_bind_is_where_its_caller_knows_the_client(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan wan2", "bind_ports=41000")
     server = lines.origin("192.0.2.80")
@@ -647,14 +642,14 @@ def test_a_bind_is_where_its_caller_knows_the_client(
         """Return the reply to a request, and keep its connection."""
         client = stack.enter_context(lines.client())
         client.sendall(ask % command + port)
-        assert read_exactly(client, 2) == b"\5\0"
-        return read_exactly(client, 10)
+        assert wire.read_exactly(client, 2) == b"\5\0"
+        return wire.read_exactly(client, 10)
 
     first = bytes([203, 0, 113, 1])
     with contextlib.ExitStack() as stack:
         assert socks(stack, 1)[4:8] == first  # CONNECT, as of an FTP client
         lines.box.link("outside", "wan", "arp", "off")
-        ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
+        boxes.ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
         try:
             assert lines.ask(server.authority).status == 200  # by the second line
         finally:
@@ -689,8 +684,10 @@ def test_a_failure_brings_the_next_attempt_of_its_uplink_forward(
     assert got == found
 
 
-def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(origin: Start) -> None:
-    server, board = origin(Script()), natwork.Scoreboard()
+def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
+    origin: origins.Start,
+) -> None:
+    server, board = origin(http_wire.Script()), natwork.Scoreboard()
     packed = natwork.pack("127.0.0.1")
     # The first source address is not of this box: its attempt ends as it begins.
     ways = [natwork.parse_uplink("192.0.2.1"), natwork.parse_uplink("127.0.0.2")]
@@ -722,9 +719,9 @@ def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
 
 
 def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
-    origin: Start,
+    origin: origins.Start,
 ) -> None:
-    server = origin(Script(), "127.0.1.9")
+    server = origin(http_wire.Script(), "127.0.1.9")
     hosts = [f"127.0.1.{n}" for n in range(1, 6)]
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
     addresses = [natwork.pack(host) for host in [*hosts, "127.0.1.9"]]
@@ -737,8 +734,10 @@ def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
     assert not board.is_tired(0) and not board.is_tired(1)
 
 
-def test_an_address_that_refuses_does_not_hurry_the_next_uplink(origin: Start) -> None:
-    server = origin(Script(), "127.0.1.9")
+def test_an_address_that_refuses_does_not_hurry_the_next_uplink(
+    origin: origins.Start,
+) -> None:
+    server = origin(http_wire.Script(), "127.0.1.9")
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
     hosts = ["127.0.1.1", "127.0.1.3", "127.0.1.2"]  # nobody listens at the third
     addresses = [natwork.pack(host) for host in hosts]
@@ -778,19 +777,19 @@ def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
 
 
 def test_an_answer_of_the_target_is_not_the_uplinks_failure(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
     gateway("outside=wan wan2")
     server = lines.origin("192.0.2.80")
     answer = lines.ask("192.0.2.80:1")
-    assert proxy_error(answer) == b"connection_refused"
+    assert http_wire.proxy_error(answer) == b"connection_refused"
     assert lines.ask(server.authority).status == 200
     assert callers(server, 1) == ["203.0.113.1"]  # wan is preferred as before
 
 
 @pytest.mark.parametrize("outside", ["203.0.113.1", "wan", ""])
 def test_the_ports_of_a_source_address_serve_every_target_anew(
-    lines: Lines, gateway: BoxNatwork, outside: str
+    lines: Lines, gateway: running.Start, outside: str
 ) -> None:
     ports = "ipv4/ip_local_port_range"
     before = lines.box.get("gateway", ports)
@@ -802,48 +801,48 @@ def test_the_ports_of_a_source_address_serve_every_target_anew(
             for server in servers:  # six at once, by two ports
                 client = stack.enter_context(lines.client())
                 place = server.authority.encode()
-                client.sendall(request(place, method=b"CONNECT"))
-                assert read_head(client).startswith(b"HTTP/1.1 200 ")
-                assert read_exactly(client, 15) == b"HTTP/1.1 200 OK"
+                client.sendall(http_wire.request(place, method=b"CONNECT"))
+                assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
+                assert wire.read_exactly(client, 15) == b"HTTP/1.1 200 OK"
     finally:
         lines.box.set("gateway", ports, before)
 
 
 @pytest.mark.parametrize("outside", ["203.0.113.1", ""])
 def test_a_box_without_a_free_port_is_overloaded(
-    lines: Lines, gateway: BoxNatwork, outside: str
+    lines: Lines, gateway: running.Start, outside: str
 ) -> None:
     ports = "ipv4/ip_local_port_range"
     before = lines.box.get("gateway", ports)
-    running, server = gateway(f"outside={outside}"), lines.origin("203.0.113.80")
+    started, server = gateway(f"outside={outside}"), lines.origin("203.0.113.80")
     place = server.authority.encode()
     lines.box.set("gateway", ports, "40000 40001")
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(2):
                 client = stack.enter_context(lines.client())
-                client.sendall(request(place, method=b"CONNECT"))
-                assert read_head(client).startswith(b"HTTP/1.1 200 ")
+                client.sendall(http_wire.request(place, method=b"CONNECT"))
+                assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
             answer = lines.ask(server.authority)
-            assert running.lines(1)[0]["outcome"] == "overload"  # trap 22
+            assert started.lines(1)[0]["outcome"] == "overload"  # trap 22
             assert (answer.status, len(answer.values(b"Retry-After"))) == (503, 1)
     finally:
         lines.box.set("gateway", ports, before)
 
 
 def test_a_device_has_the_address_that_it_has_when_it_is_used(
-    lines: Lines, gateway: BoxNatwork
+    lines: Lines, gateway: running.Start
 ) -> None:
-    running = gateway("outside=wan2")
+    started = gateway("outside=wan2")
     server, here = lines.origin("198.51.100.80"), lines.box.name("gateway")
     assert lines.ask(server.authority).status == 200
-    running.lines(1)  # it is over before its address goes, or would never end
+    started.lines(1)  # it is over before its address goes, or would never end
     old, new = (f"198.51.100.{n}/24 dev wan2".split() for n in (1, 2))
-    ip("-n", here, "addr", "del", *old)
+    boxes.ip("-n", here, "addr", "del", *old)
     with contextlib.ExitStack() as stack:
-        stack.callback(ip, "-n", here, "addr", "add", *old)
-        ip("-n", here, "addr", "add", *new)
-        stack.callback(ip, "-n", here, "addr", "del", *new)
+        stack.callback(boxes.ip, "-n", here, "addr", "add", *old)
+        boxes.ip("-n", here, "addr", "add", *new)
+        stack.callback(boxes.ip, "-n", here, "addr", "del", *new)
         assert lines.ask(server.authority).status == 200  # trap 15
-        running.lines(2)
+        started.lines(2)
     assert callers(server, 2) == ["198.51.100.1", "198.51.100.2"]

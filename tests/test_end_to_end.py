@@ -1,6 +1,6 @@
 """Real clients on one side, real servers on the other, natwork.py between them.
 
-Each test has a box of its own: see box.py. After each, the servers have seen no
+Each test has a box of its own: see boxes.py. After each, the servers have seen no
 address but the gateway's outside ones, and the gateway has ended well.
 """
 
@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import random
 import shutil
 import socket
 import struct
@@ -22,28 +21,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boxes
+import http_wire
+import needs
+import origins
 import pytest
-from box import CHROMIUM
-from box import OUTSIDE_ADDRESSES
-from box import Box
-from box import Gateway
-from box import Web
-from box import dual_homed_box
-from box import ip
-from box import make_certificates
-from box import needs
-from box import unavailable
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
+import running
+import wait
+import web
+import wire
 
 import natwork
 
 pytestmark = pytest.mark.end_to_end
 
-PROXY = "http://10.9.0.1:8080"
 OTHER = "http://10.9.0.1:8079/proxy.pac"
 PROXY6 = "http://[fd00:9::1]:8080"
 LISTENER = ("10.9.0.1", 8080)
@@ -73,69 +64,27 @@ FORBIDDEN = {  # what the gateway does not reach for a client, by what it answer
 }
 
 
-def some_bytes(size: int) -> bytes:
-    """Return bytes that compress badly and are the same in every run."""
-    return random.Random(size).randbytes(size)
-
-
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a certificate for every name, and who vouches for it."""
-    needs("openssl")
+    needs.programs("openssl")
     folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder)
+    web.certificates(folder)
     return folder
 
 
-class Rig:
-    """A box, with nginx outside and gateways as the test starts them."""
-
-    def __init__(self, box: Box, folder: Path, certificates: Path) -> None:
-        self.box, self.folder, self.gateways = box, folder, list[Gateway]()
-        shutil.copytree(certificates, folder / "web")
-        self.web = Web(box, folder / "web")
-        self.ca = str(self.web.authority)
-
-    def natwork(self, *options: str) -> Gateway:
-        """Start natwork.py with these settings."""
-        folder = self.folder / f"gateway{len(self.gateways)}"
-        folder.mkdir()
-        self.gateways.append(Gateway(self.box, folder, options))
-        return self.gateways[-1]
-
-    def curl(self, *words: str, proxy: str = PROXY, place: str = "inside") -> str:
-        """Run curl through the gateway; return what it prints."""
-        always = ["--silent", "--show-error", "--max-time", "40", "--cacert", self.ca]
-        done = self.box.run(place, "curl", *always, "--proxy", proxy, *words)
-        assert done.returncode == 0, (done.returncode, done.stderr, done.stdout)
-        return done.stdout
-
-    def check(self) -> None:
-        """Stop the gateways; the servers must have seen nobody else."""
-        for gateway in self.gateways:
-            gateway.stop()
-        callers = {entry["client"] for entry in self.web.entries()}
-        assert callers <= OUTSIDE_ADDRESSES, callers
-
-
-def set_up(folder: Path, certificates: Path, second_uplink: bool) -> Iterator[Rig]:
-    needs("nginx", "curl")
-    with dual_homed_box(second_uplink) as box:
-        rig = Rig(box, folder, certificates)
-        yield rig
-        rig.check()
-
-
 @pytest.fixture
-def rig(tmp_path: Path, certificates: Path) -> Iterator[Rig]:
+def rig(tmp_path: Path, certificates: Path) -> Iterator[web.Rig]:
     """Return a rig with one line to the outside."""
-    yield from set_up(tmp_path, certificates, second_uplink=False)
+    with web.set_up(tmp_path, certificates, second_uplink=False) as rig:
+        yield rig
 
 
 @pytest.fixture
-def rig2(tmp_path: Path, certificates: Path) -> Iterator[Rig]:
+def rig2(tmp_path: Path, certificates: Path) -> Iterator[web.Rig]:
     """Return a rig with two lines to the outside."""
-    yield from set_up(tmp_path, certificates, second_uplink=True)
+    with web.set_up(tmp_path, certificates, second_uplink=True) as rig:
+        yield rig
 
 
 # The box itself
@@ -153,7 +102,7 @@ def test_only_the_gateway_keeps_the_two_networks_apart(
 ) -> None:
     """The inside reaches the gateway, and with a router there it would go on."""
     family = socket.AF_INET6 if ":" in near else socket.AF_INET
-    with dual_homed_box() as box, contextlib.ExitStack() as servers:
+    with boxes.dual_homed() as box, contextlib.ExitStack() as servers:
         for place, host in (("gateway", near), ("outside", far)):
             listen = functools.partial(socket.create_server, (host, 80), family=family)
             servers.enter_context(box.within(place, listen))
@@ -165,7 +114,7 @@ def test_only_the_gateway_keeps_the_two_networks_apart(
         box.connect("inside", (far, 80)).close()
 
 
-def test_the_inside_reaches_nothing_when_the_gateway_does_not_run(rig: Rig) -> None:
+def test_the_inside_reaches_nothing_when_the_gateway_does_not_run(rig: web.Rig) -> None:
     rig.web.write("page", b"a page")
     for host in ("203.0.113.80", "[2001:db8:9::80]"):
         words = ["--silent", "--connect-timeout", "1", f"http://{host}/page"]
@@ -176,7 +125,7 @@ def test_the_inside_reaches_nothing_when_the_gateway_does_not_run(rig: Rig) -> N
 # curl
 
 
-def test_curl_gets_a_page_by_http(rig: Rig) -> None:
+def test_curl_gets_a_page_by_http(rig: web.Rig) -> None:
     gateway = rig.natwork()
     path = rig.web.write("page", b"a page of the outside")
     url = f"http://www.example.com{path}?query=not-logged"
@@ -195,7 +144,7 @@ def test_curl_gets_a_page_by_http(rig: Rig) -> None:
     assert line["status"] == "200" and line["outcome"] == "ok"
 
 
-def test_curl_gets_a_page_by_https(rig: Rig) -> None:
+def test_curl_gets_a_page_by_https(rig: web.Rig) -> None:
     gateway = rig.natwork()
     path = rig.web.write("page", b"a page of the outside")
     assert rig.curl(f"https://www.example.com{path}") == "a page of the outside"
@@ -212,9 +161,9 @@ def test_curl_gets_a_page_by_https(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_curl_gets_a_big_file_byte_for_byte(rig: Rig, scheme: str) -> None:
+def test_curl_gets_a_big_file_byte_for_byte(rig: web.Rig, scheme: str) -> None:
     gateway = rig.natwork()
-    content = some_bytes(50_000_000)
+    content = web.some_bytes(50_000_000)
     path = rig.web.write("big", content)
     got = rig.folder / "got"
     rig.curl("--output", str(got), f"{scheme}://www.example.com{path}")
@@ -224,10 +173,10 @@ def test_curl_gets_a_big_file_byte_for_byte(rig: Rig, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_curl_puts_a_file_byte_for_byte(rig: Rig, scheme: str) -> None:
+def test_curl_puts_a_file_byte_for_byte(rig: web.Rig, scheme: str) -> None:
     """With an expectation: curl sends nothing before the server's 100."""
     rig.natwork()
-    content = some_bytes(5_000_000)
+    content = web.some_bytes(5_000_000)
     (rig.folder / "file").write_bytes(content)
     wait = ["--expect100-timeout", "60", "--header", "Expect: 100-continue"]
     url = f"{scheme}://www.example.com/files/put"
@@ -236,9 +185,9 @@ def test_curl_puts_a_file_byte_for_byte(rig: Rig, scheme: str) -> None:
     assert rig.web.entries(1)[0]["status"] == "201"
 
 
-def test_curl_puts_a_stream_of_unknown_length(rig: Rig) -> None:
+def test_curl_puts_a_stream_of_unknown_length(rig: web.Rig) -> None:
     rig.natwork()
-    content = some_bytes(3_000_000)
+    content = web.some_bytes(3_000_000)
     (rig.folder / "file").write_bytes(content)
     chunked = ["--header", "Transfer-Encoding: chunked", "--header", "Expect:"]
     url = "http://www.example.com/files/put"
@@ -247,7 +196,7 @@ def test_curl_puts_a_stream_of_unknown_length(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_curl_posts_a_form(rig: Rig, scheme: str) -> None:
+def test_curl_posts_a_form(rig: web.Rig, scheme: str) -> None:
     rig.natwork()
     url = f"{scheme}://www.example.com/post/form"
     rig.curl("--fail", "--data", "one=1&two=2", url)
@@ -256,15 +205,17 @@ def test_curl_posts_a_form(rig: Rig, scheme: str) -> None:
     assert seen["method"] == "POST" and seen["client"] == "203.0.113.1"
 
 
-def test_curl_asks_for_the_head_only(rig: Rig) -> None:
+def test_curl_asks_for_the_head_only(rig: web.Rig) -> None:
     rig.natwork()
-    path = rig.web.write("page", some_bytes(12_345))
+    path = rig.web.write("page", web.some_bytes(12_345))
     head = rig.curl("--head", f"http://www.example.com{path}").lower()
     assert "content-length: 12345" in head and "via: " in head
     assert rig.web.entries(1)[0]["method"] == "HEAD"
 
 
-def test_one_connection_of_a_client_carries_requests_to_two_servers(rig: Rig) -> None:
+def test_one_connection_of_a_client_carries_requests_to_two_servers(
+    rig: web.Rig,
+) -> None:
     gateway = rig.natwork()
     rig.web.write("page", b"a page")
     hosts = ["www.example.com", "www.example.net"] * 3
@@ -282,14 +233,16 @@ def test_one_connection_of_a_client_carries_requests_to_two_servers(rig: Rig) ->
     assert len({line["client"] for line in lines}) == 1
 
 
-def test_the_server_connection_is_kept_while_the_client_asks_the_same(rig: Rig) -> None:
+def test_the_server_connection_is_kept_while_the_client_asks_the_same(
+    rig: web.Rig,
+) -> None:
     rig.natwork()
     rig.web.write("page", b"a page")
     rig.curl(*["http://www.example.com/page"] * 5)
     assert len({entry["connection"] for entry in rig.web.entries(5)}) == 1
 
 
-def test_curl_speaks_http_1_0(rig: Rig) -> None:
+def test_curl_speaks_http_1_0(rig: web.Rig) -> None:
     rig.natwork()
     path = rig.web.write("page", b"a page of the outside")
     for words in (["--http1.0"], ["--proxy1.0", "10.9.0.1:8080"]):
@@ -298,29 +251,29 @@ def test_curl_speaks_http_1_0(rig: Rig) -> None:
             assert page == "a page of the outside"
 
 
-def test_many_clients_at_once_each_get_their_own(rig: Rig) -> None:
+def test_many_clients_at_once_each_get_their_own(rig: web.Rig) -> None:
     gateway = rig.natwork()
     names = [f"file{number}" for number in range(40)]
     words = ["--parallel", "--parallel-immediate", "--parallel-max", "40"]
     for number, name in enumerate(names):
-        rig.web.write(name, some_bytes(300_000 + number))
+        rig.web.write(name, web.some_bytes(300_000 + number))
         scheme = "https" if number % 2 else "http"
         words += ["--output", str(rig.folder / name)]
         words += [f"{scheme}://www.example.com/{name}"]
     rig.curl(*words)
     for number, name in enumerate(names):
-        assert (rig.folder / name).read_bytes() == some_bytes(300_000 + number)
+        assert (rig.folder / name).read_bytes() == web.some_bytes(300_000 + number)
     assert len(gateway.lines(40)) == 40
 
 
-def test_a_name_that_does_not_resolve_is_said_to_be_one(rig: Rig) -> None:
+def test_a_name_that_does_not_resolve_is_said_to_be_one(rig: web.Rig) -> None:
     gateway = rig.natwork()
     answer = rig.curl("--include", "http://nowhere.example.com/")
     assert answer.startswith("HTTP/1.1 502 ") and "proxy-status: " in answer.lower()
     assert gateway.lines(1)[0]["status"] == "502"
 
 
-def test_a_server_that_refuses_is_said_to_refuse(rig: Rig) -> None:
+def test_a_server_that_refuses_is_said_to_refuse(rig: web.Rig) -> None:
     rig.natwork()
     answer = rig.curl("--include", "http://www.example.com:81/")
     assert answer.startswith("HTTP/1.1 502 ") and "connection_refused" in answer
@@ -337,10 +290,12 @@ def test_a_server_that_refuses_is_said_to_refuse(rig: Rig) -> None:
         ("www.example.com", "203.0.113.1"),
     ],
 )
-def test_either_family_reaches_either_family(rig: Rig, host: str, source: str) -> None:
+def test_either_family_reaches_either_family(
+    rig: web.Rig, host: str, source: str
+) -> None:
     gateway = rig.natwork()
     path = rig.web.write("page", b"a page")
-    cases = itertools.product((PROXY, PROXY6), ("http", "https"))
+    cases = itertools.product((web.PROXY, PROXY6), ("http", "https"))
     for count, (proxy, scheme) in enumerate(cases, 1):
         assert rig.curl(f"{scheme}://{host}{path}", proxy=proxy) == "a page"
         assert rig.web.entries(count)[-1]["client"] == source
@@ -349,7 +304,7 @@ def test_either_family_reaches_either_family(rig: Rig, host: str, source: str) -
         assert line["client"].startswith("[" if proxy == PROXY6 else "10.9.0.2:")
 
 
-def test_an_ipv6_address_is_reached_without_a_name(rig: Rig) -> None:
+def test_an_ipv6_address_is_reached_without_a_name(rig: web.Rig) -> None:
     rig.natwork()
     path = rig.web.write("page", b"a page")
     assert rig.curl("--globoff", f"http://[2001:db8:9::80]{path}") == "a page"
@@ -357,7 +312,7 @@ def test_an_ipv6_address_is_reached_without_a_name(rig: Rig) -> None:
     assert seen["host"] == "[2001:db8:9::80]" and seen["client"] == "2001:db8:9::1"
 
 
-def test_a_dead_ipv6_address_costs_little(rig: Rig) -> None:
+def test_a_dead_ipv6_address_costs_little(rig: web.Rig) -> None:
     """RFC 8305: the next address is tried 250 ms after the first."""
     rig.natwork()
     path = rig.web.write("page", b"a page")
@@ -371,10 +326,10 @@ def test_a_dead_ipv6_address_costs_little(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_wget_gets_a_file(rig: Rig, scheme: str) -> None:
-    needs("wget")
+def test_wget_gets_a_file(rig: web.Rig, scheme: str) -> None:
+    needs.programs("wget")
     rig.natwork()
-    content = some_bytes(2_000_000)
+    content = web.some_bytes(2_000_000)
     path = rig.web.write("file", content)
     got = rig.folder / "got"
     done = rig.box.run(
@@ -382,8 +337,8 @@ def test_wget_gets_a_file(rig: Rig, scheme: str) -> None:
         *("wget", "--no-hsts", "--tries=1", "--timeout=20", "--output-document"),
         *(str(got), f"--ca-certificate={rig.ca}"),
         f"{scheme}://www.example.com{path}",
-        http_proxy=PROXY,
-        https_proxy=PROXY,
+        http_proxy=web.PROXY,
+        https_proxy=web.PROXY,
     )
     assert done.returncode == 0, done.stderr
     assert got.read_bytes() == content
@@ -421,9 +376,9 @@ onload = run;
 """
 
 
-def start_echo(box: Box, folder: Path) -> None:
+def start_echo(box: boxes.Box, folder: Path) -> None:
     """Start a WebSocket server that sends each message back, and wait for it."""
-    needs("websocketd")
+    needs.programs("websocketd")
     words = ["websocketd", "--address=203.0.113.80", "--port=8000", "cat"]
     box.start("outside", *words, folder=folder)
 
@@ -434,13 +389,13 @@ def start_echo(box: Box, folder: Path) -> None:
             return False
         return True
 
-    eventually(answers)
+    wait.until(answers)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_chromium_shows_a_page(rig: Rig, scheme: str) -> None:
+def test_chromium_shows_a_page(rig: web.Rig, scheme: str) -> None:
     """A page with pictures, a POST and a WebSocket, each of them by the gateway."""
-    needs("chromium")
+    needs.programs("chromium")
     gateway = rig.natwork()
     start_echo(rig.box, rig.folder)
     page = "<!doctype html><title>A page</title>"
@@ -456,10 +411,10 @@ def test_chromium_shows_a_page(rig: Rig, scheme: str) -> None:
     with (rig.folder / "chromium").open("w") as said:
         browser = rig.box.start(
             "inside",
-            *CHROMIUM,
+            *web.CHROMIUM,
             f"--user-data-dir={home / 'profile'}",
             f"--ignore-certificate-errors-spki-list={rig.web.fingerprint()}",
-            f"--proxy-server={PROXY}",
+            f"--proxy-server={web.PROXY}",
             f"{scheme}://www.example.com/page.html",
             folder=home,
             output=said,
@@ -467,7 +422,7 @@ def test_chromium_shows_a_page(rig: Rig, scheme: str) -> None:
             HOME=str(home),
         )
     result = rig.web.site / "files/result"
-    eventually(lambda: result.exists() or browser.poll() is not None, 60)
+    wait.until(lambda: result.exists() or browser.poll() is not None, 60)
     assert result.exists(), (rig.folder / "chromium").read_text()
     rig.box.stop(browser)
     answer = "a message" if scheme == "http" else "none"
@@ -478,14 +433,14 @@ def test_chromium_shows_a_page(rig: Rig, scheme: str) -> None:
     assert gateway.lines()
 
 
-def browse(rig: Rig, home: Path, url: str) -> str:
+def browse(rig: web.Rig, home: Path, url: str) -> str:
     """Return the page as Chromium shows it that goes by the gateway's PAC file."""
     home.mkdir()
     done = rig.box.run(
         "inside",
-        *CHROMIUM,
+        *web.CHROMIUM,
         f"--user-data-dir={home}",
-        f"--proxy-pac-url={PROXY}/proxy.pac",
+        f"--proxy-pac-url={web.PROXY}/proxy.pac",
         "--dump-dom",
         url,
         HOME=str(home),
@@ -493,13 +448,13 @@ def browse(rig: Rig, home: Path, url: str) -> str:
     return done.stdout
 
 
-def test_chromium_passes_over_a_gateway_that_is_gone(rig: Rig) -> None:
-    needs("chromium")
+def test_chromium_passes_over_a_gateway_that_is_gone(rig: web.Rig) -> None:
+    needs.programs("chromium")
     gateway = rig.natwork("gateways=10.9.0.1:8079")
-    words = [*gateway.program, "-o", "listen=10.9.0.1:8079"]
+    words = [*running.PROGRAM, "-o", "listen=10.9.0.1:8079"]
     with (rig.folder / "other").open("w") as log:
         other = rig.box.start("gateway", *words, folder=rig.folder, output=log)
-    eventually(lambda: not rig.box.run("inside", "curl", "-s", OTHER).returncode)
+    wait.until(lambda: not rig.box.run("inside", "curl", "-s", OTHER).returncode)
     rig.web.write("page.html", b"<!doctype html><p>A page")
     page, used = "http://www.example.com/page.html", rig.folder / "other"
     assert "A page" in browse(rig, rig.folder / "home1", page)
@@ -515,7 +470,7 @@ def make_repository(folder: Path, count: int) -> dict[str, bytes]:
     for number in range(count):
         package = folder / f"tree{number}"
         (package / "DEBIAN").mkdir(parents=True)
-        (package / "content").write_bytes(some_bytes(20_000 + number))
+        (package / "content").write_bytes(web.some_bytes(20_000 + number))
         control = f"""\
             Package: natwork-test-{number}
             Version: 1.0
@@ -546,9 +501,9 @@ def make_repository(folder: Path, count: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_apt_updates_and_fetches_packages(rig: Rig, scheme: str) -> None:
-    """apt sends its requests one behind the other, ten at a time."""
-    needs("apt-get", "dpkg-deb", "apt-ftparchive")
+def test_apt_updates_and_fetches_packages(rig: web.Rig, scheme: str) -> None:
+    """apt sends its requests one after the other, ten at a time."""
+    needs.programs("apt-get", "dpkg-deb", "apt-ftparchive")
     gateway = rig.natwork()
     (rig.web.site / "debian").mkdir()
     files = make_repository(rig.web.site / "debian", 12)
@@ -582,15 +537,15 @@ def test_apt_updates_and_fetches_packages(rig: Rig, scheme: str) -> None:
         "inside",
         *("apt-get", "update"),
         APT_CONFIG=config,
-        http_proxy=PROXY,
-        https_proxy=PROXY,
+        http_proxy=web.PROXY,
+        https_proxy=web.PROXY,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     packages = [name.split("_")[0] for name in files]
     done = rig.box.run(
         "inside",
         *("apt-get", "--yes", "--download-only", "install", *packages),
-        *("-o", f"Acquire::{scheme}::Proxy={PROXY}"),
+        *("-o", f"Acquire::{scheme}::Proxy={web.PROXY}"),
         APT_CONFIG=config,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -619,42 +574,42 @@ def text_frame(text: bytes, mask: bytes) -> bytes:
     return struct.pack("!BB", 0x81, 0x80 | len(text)) + mask + masked
 
 
-def test_a_websocket_becomes_a_tunnel(rig: Rig) -> None:
+def test_a_websocket_becomes_a_tunnel(rig: web.Rig) -> None:
     gateway = rig.natwork()
     start_echo(rig.box, rig.folder)
-    key = base64.b64encode(some_bytes(16)).decode()
+    key = base64.b64encode(web.some_bytes(16)).decode()
     with rig.box.connect("inside", LISTENER) as client:
         client.sendall(upgrade_request("www.example.com:8000", "/", key))
-        head = read_head(client).decode()
+        head = http_wire.read_head(client).decode()
         assert head.startswith("HTTP/1.1 101 "), head
         magic = key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         accept = base64.b64encode(hashlib.sha1(magic.encode()).digest()).decode()
         assert f"sec-websocket-accept: {accept.lower()}" in head.lower()
         for text in (b"a message", b"and another"):
             client.sendall(text_frame(text, b"mask"))
-            assert read_exactly(client, 2) == bytes([0x81, len(text)])
-            assert read_exactly(client, len(text)) == text
+            assert wire.read_exactly(client, 2) == bytes([0x81, len(text)])
+            assert wire.read_exactly(client, len(text)) == text
     [line] = gateway.lines(1)
     assert line["proto"] == "upgrade" and line["status"] == "101"
     assert line["address"] == "203.0.113.80:8000"
     assert line["source"].startswith("203.0.113.1:")
 
 
-def test_a_refused_upgrade_stays_http(rig: Rig) -> None:
+def test_a_refused_upgrade_stays_http(rig: web.Rig) -> None:
     rig.natwork()
     path = rig.web.write("page", b"a page")
     with rig.box.connect("inside", LISTENER) as client:
         for _ in range(2):
             client.sendall(upgrade_request("www.example.com", path, "a" * 22 + "=="))
-            assert read_head(client).startswith(b"HTTP/1.1 200 ")
-            assert read_exactly(client, 6) == b"a page"
+            assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
+            assert wire.read_exactly(client, 6) == b"a page"
 
 
-# Who is a client, and what is reached
+# Which machine is a client, and what is reached
 
 
 @pytest.mark.parametrize("address", ["203.0.113.1", "2001:db8:9::1"])
-def test_the_outside_is_closed_without_a_byte(rig: Rig, address: str) -> None:
+def test_the_outside_is_closed_without_a_byte(rig: web.Rig, address: str) -> None:
     gateway = rig.natwork()
     path = rig.web.write("page", b"a page")
     for count, said in enumerate(
@@ -670,14 +625,14 @@ def test_the_outside_is_closed_without_a_byte(rig: Rig, address: str) -> None:
                 stranger.sendall(said)
             except ConnectionError:
                 pass  # closed already, which is right
-            assert read_all(stranger) == b""
+            assert wire.read_all(stranger) == b""
         line = gateway.lines(count + 1)[count]
         assert line["client"].strip("[").startswith(address[:-1])
     assert rig.web.entries() == []
     assert rig.curl(f"http://www.example.com{path}") == "a page"  # others are served
 
 
-def test_an_outside_address_serves_nobody_where_outside_is_set(rig: Rig) -> None:
+def test_an_outside_address_serves_nobody_where_outside_is_set(rig: web.Rig) -> None:
     rig.natwork("outside=203.0.113.1")
     request = b"GET / HTTP/1.1\r\nHost: 203.0.113.1:8080\r\n\r\n"
     with rig.box.connect("inside", ("203.0.113.1", 8080)) as client:
@@ -685,20 +640,20 @@ def test_an_outside_address_serves_nobody_where_outside_is_set(rig: Rig) -> None
             client.sendall(request)
         except ConnectionError:
             pass
-        assert read_all(client) == b""
+        assert wire.read_all(client) == b""
 
 
-def ignore(connection: socket.socket, origin: Origin) -> None:
+def ignore(connection: socket.socket, origin: origins.Origin) -> None:
     """Close a connection without a word."""
 
 
 @pytest.mark.parametrize("method", ["GET", "CONNECT"])
 def test_the_inside_and_the_gateway_itself_are_not_reached(
-    rig: Rig, method: str
+    rig: web.Rig, method: str
 ) -> None:
     gateway = rig.natwork()
     victims = [
-        rig.box.within(place, functools.partial(Origin, ignore, host))
+        rig.box.within(place, functools.partial(origins.Origin, ignore, host))
         for place, host in (("inside", "10.9.0.2"), ("gateway", "127.0.0.1"))
     ]
     targets = dict(FORBIDDEN)
@@ -709,7 +664,7 @@ def test_the_inside_and_the_gateway_itself_are_not_reached(
         words = ["--proxytunnel"] if method == "CONNECT" else []
         url = f"http://{target}/"
         always = ["--silent", "--globoff", "--output", "/dev/null", "--max-time", "20"]
-        always += ["--proxy", PROXY, "--write-out", code]
+        always += ["--proxy", web.PROXY, "--write-out", code]
         done = rig.box.run("inside", "curl", *always, *words, url)
         answers[target] = int(done.stdout)
     if method == "GET":  # the gateway answers itself, and dials nobody
@@ -723,12 +678,12 @@ def test_the_inside_and_the_gateway_itself_are_not_reached(
     assert rig.web.entries() == []
 
 
-def test_a_rule_opens_an_address_inside(rig: Rig) -> None:
-    def handle(connection: socket.socket, origin: Origin) -> None:
-        read_head(connection)
+def test_a_rule_opens_an_address_inside(rig: web.Rig) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
+        http_wire.read_head(connection)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\ninside")
 
-    server = rig.box.within("inside", lambda: Origin(handle, "10.9.0.2"))
+    server = rig.box.within("inside", lambda: origins.Origin(handle, "10.9.0.2"))
     rig.natwork("rules=allow to 10.9.0.2/32")
     assert rig.curl(server.url + "/") == "inside"
     assert [caller[0] for caller in server.callers] == ["10.9.0.1"]
@@ -739,7 +694,9 @@ def test_a_rule_opens_an_address_inside(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("outside", ["203.0.113.1", "wan"])
-def test_the_outside_is_reached_from_where_outside_says(rig: Rig, outside: str) -> None:
+def test_the_outside_is_reached_from_where_outside_says(
+    rig: web.Rig, outside: str
+) -> None:
     gateway = rig.natwork(f"outside={outside}")
     path = rig.web.write("page", b"a page")
     for url in (
@@ -756,7 +713,7 @@ def test_the_outside_is_reached_from_where_outside_says(rig: Rig, outside: str) 
 
 
 @pytest.mark.parametrize("outside", ["2001:db8:9::1", "wan"])
-def test_the_outside_is_reached_by_ipv6_too(rig: Rig, outside: str) -> None:
+def test_the_outside_is_reached_by_ipv6_too(rig: web.Rig, outside: str) -> None:
     rig.natwork(f"outside={outside}")
     path = rig.web.write("page", b"a page")
     assert rig.curl(f"http://six.example.com{path}") == "a page"
@@ -774,7 +731,7 @@ def test_the_outside_is_reached_by_ipv6_too(rig: Rig, outside: str) -> None:
         ("wan2", "198.51.100.1"),
     ],
 )
-def test_the_first_uplink_is_preferred(rig2: Rig, outside: str, first: str) -> None:
+def test_the_first_uplink_is_preferred(rig2: web.Rig, outside: str, first: str) -> None:
     gateway = rig2.natwork(f"outside={outside}")
     path = rig2.web.write("page", b"a page")
     for scheme in ("http", "https"):
@@ -785,7 +742,7 @@ def test_the_first_uplink_is_preferred(rig2: Rig, outside: str, first: str) -> N
 
 @pytest.mark.parametrize("outside", ["203.0.113.1 198.51.100.1", "wan wan2"])
 def test_the_second_uplink_serves_when_the_first_is_down(
-    rig2: Rig, outside: str
+    rig2: web.Rig, outside: str
 ) -> None:
     rig2.natwork(f"outside={outside}")
     path = rig2.web.write("page", b"a page")
@@ -800,7 +757,7 @@ def test_the_second_uplink_serves_when_the_first_is_down(
 
 @pytest.mark.parametrize("outside", ["203.0.113.1 198.51.100.1", "wan wan2"])
 def test_an_uplink_that_swallows_everything_costs_a_second(
-    rig2: Rig, outside: str
+    rig2: web.Rig, outside: str
 ) -> None:
     """The line is up, but what is sent on it is answered by nobody."""
     rig2.natwork(f"outside={outside}")
@@ -820,9 +777,9 @@ def test_an_uplink_that_swallows_everything_costs_a_second(
 # What an operator sees
 
 
-def test_the_gateway_runs_as_nobody(rig: Rig) -> None:
+def test_the_gateway_runs_as_nobody(rig: web.Rig) -> None:
     rig.natwork()
-    eventually(lambda: len(rig.box.pids("gateway")) == 1 + 8)
+    wait.until(lambda: len(rig.box.pids("gateway")) == 1 + 8)
     for pid in rig.box.pids("gateway"):
         status = Path(f"/proc/{pid}/status").read_text()
         fields = dict(
@@ -834,35 +791,35 @@ def test_the_gateway_runs_as_nobody(rig: Rig) -> None:
         assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
 
 
-def test_a_gateway_behind_another_nat_says_who_its_clients_are(rig: Rig) -> None:
+def test_a_gateway_behind_another_nat_says_who_its_clients_are(rig: web.Rig) -> None:
     """All that such a gateway sees of the outside has an address of the inside."""
     for words in (
         "addr del 203.0.113.1/24 dev wan",
         "addr add 192.168.1.2/24 dev wan",
         "route add default via 192.168.1.1",
     ):
-        ip("-n", rig.box.name("gateway"), *words.split())
+        boxes.ip("-n", rig.box.name("gateway"), *words.split())
     gateway = rig.natwork()
     words = "192.168.1.2, an inside address"
-    eventually(lambda: words in gateway.errors.read_text())
+    wait.until(lambda: words in gateway.errors.read_text())
 
 
-def open_tunnel(rig: Rig) -> socket.socket:
+def open_tunnel(rig: web.Rig) -> socket.socket:
     """Return a client's end of a tunnel to nginx."""
     client = rig.box.connect("inside", LISTENER)
     client.sendall(
         b"CONNECT www.example.com:443 HTTP/1.1\r\nHost: www.example.com\r\n\r\n"
     )
-    assert read_head(client).startswith(b"HTTP/1.1 200 ")
+    assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
     return client
 
 
-def test_the_table_shows_an_open_tunnel(rig: Rig) -> None:
+def test_the_table_shows_an_open_tunnel(rig: web.Rig) -> None:
     """By a port of its own: another gateway of this machine may have rows too."""
     gateway = rig.natwork()
 
     def rows() -> list[list[str]]:
-        done = rig.box.run("gateway", *gateway.program, "--table")
+        done = rig.box.run("gateway", *running.PROGRAM, "--table")
         assert done.returncode == 0, done.stderr
         cells = [row.split() for row in done.stdout.splitlines()]
         return [row for row in cells if row[:2] == ["10.9.0.2", port]]
@@ -871,19 +828,19 @@ def test_the_table_shows_an_open_tunnel(rig: Rig) -> None:
         port = str(client.getsockname()[1])
         [row] = rows()
         assert row[3:6] == ["203.0.113.80:443", "connect", "www.example.com"]
-        done = rig.box.run("gateway", *gateway.program, "--table", "--json")
+        done = rig.box.run("gateway", *running.PROGRAM, "--table", "--json")
         assert done.returncode == 0, done.stderr
         entries = [map(str, entry.values()) for entry in json.loads(done.stdout)]
         assert row[:6] in [list(entry)[:6] for entry in entries]
     [line] = gateway.lines(1)
     assert line["source"] == f"203.0.113.1:{row[2]}"
-    eventually(lambda: not rows())  # the client left, and its row with it
+    wait.until(lambda: not rows())  # the client left, and its row with it
 
 
-def test_ps_shows_who_serves_whom(rig: Rig) -> None:
-    needs("ps")
+def test_ps_shows_who_serves_whom(rig: web.Rig) -> None:
+    needs.programs("ps")
     if importlib.util.find_spec("setproctitle") is None:
-        unavailable("setproctitle is not installed")
+        needs.unavailable("setproctitle is not installed")
     gateway = rig.natwork()
     master = str(gateway.process.pid)
 
@@ -893,7 +850,7 @@ def test_ps_shows_who_serves_whom(rig: Rig) -> None:
 
     with open_tunnel(rig) as client:
         port = client.getsockname()[1]
-        eventually(lambda: "natwork: master 8 idle 1 busy" in titles())
+        wait.until(lambda: "natwork: master 8 idle 1 busy" in titles())
         shown = titles()
     assert shown.count("natwork: idle") == 8, shown
     [busy] = [t for t in shown if t.startswith(f"natwork: 10.9.0.2:{port} > ")]
@@ -901,10 +858,10 @@ def test_ps_shows_who_serves_whom(rig: Rig) -> None:
     target, protocol, host = target_and_more.split(" ")
     assert source.startswith("203.0.113.1:") and target == "203.0.113.80:443"
     assert (protocol, host) == ("connect", "www.example.com")
-    eventually(lambda: not any(f":{port} " in title for title in titles()))
+    wait.until(lambda: not any(f":{port} " in title for title in titles()))
 
 
-def test_the_gateway_uses_no_packet_forwarding_of_the_kernel(rig: Rig) -> None:
+def test_the_gateway_uses_no_packet_forwarding_of_the_kernel(rig: web.Rig) -> None:
     rig.natwork()
     path = rig.web.write("page", b"a page")
     assert rig.curl(f"http://www.example.com{path}") == "a page"
@@ -915,20 +872,14 @@ def test_the_gateway_uses_no_packet_forwarding_of_the_kernel(rig: Rig) -> None:
     assert dict(zip(names, values, strict=True))["ForwDatagrams"] == "0"
 
 
-def link_local(rig: Rig, place: str, device: str) -> str:
-    """Return the link-local address of a device."""
-    shown = ip("-n", rig.box.name(place), "-6", "-o", "addr", "show", "dev", device)
-    return next(w for w in shown.split() if w.startswith("fe80")).split("/")[0]
-
-
 @pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1"])
-def test_a_link_local_neighbor_inside_is_a_client(rig: Rig, outside: str) -> None:
+def test_a_link_local_neighbor_inside_is_a_client(rig: web.Rig, outside: str) -> None:
     rig.natwork(f"outside={outside}")
     path = rig.web.write("page", b"a page")
     # Each device has a route to them all; the one outside is to be the first.
     route = ("-6", "route", "replace", "fe80::/64", "dev", "wan", "metric", "1")
-    ip("-n", rig.box.name("gateway"), *route)
-    near = link_local(rig, "gateway", "lan")
+    boxes.ip("-n", rig.box.name("gateway"), *route)
+    near = rig.box.link_local("gateway", "lan")
     assert rig.curl(
         f"http://www.example.com{path}", proxy=f"http://[{near}%25lan]:8080"
     )
@@ -938,7 +889,7 @@ def test_a_link_local_neighbor_inside_is_a_client(rig: Rig, outside: str) -> Non
         with socket.socket(socket.AF_INET6) as client:
             client.settimeout(10)
             device = socket.if_nametoindex("lan")
-            client.bind((link_local(rig, "inside", "lan"), 0, 0, device))
+            client.bind((rig.box.link_local("inside", "lan"), 0, 0, device))
             client.connect(("fd00:9::1", 8080))
             client.sendall(b"GET http://10.1.2.3/ HTTP/1.1\r\nHost: 10.1.2.3\r\n\r\n")
             return client.recv(12)
@@ -946,17 +897,17 @@ def test_a_link_local_neighbor_inside_is_a_client(rig: Rig, outside: str) -> Non
     assert rig.box.within("inside", ask) == b"HTTP/1.1 403"
 
 
-def test_the_anycast_address_of_a_network_is_our_own(rig: Rig) -> None:
+def test_the_anycast_address_of_a_network_is_our_own(rig: web.Rig) -> None:
     rig.box.set("gateway", "ipv6/conf/all/forwarding", "1")  # a router has them
     network = natwork.pack("2001:db8:9::")
     route = rig.box.within("gateway", lambda: natwork.route_to(network))
     assert route and route.local
 
 
-def test_a_link_local_neighbor_outside_is_no_client(rig: Rig) -> None:
+def test_a_link_local_neighbor_outside_is_no_client(rig: web.Rig) -> None:
     rig.natwork()
     path = rig.web.write("page", b"a page")
-    address = link_local(rig, "gateway", "wan")
+    address = rig.box.link_local("gateway", "wan")
     proxy, url = f"http://[{address}%25wan]:8080", f"http://www.example.com{path}"
     words = "curl", "--silent", "--max-time", "5", "--proxy", proxy, url
     done = rig.box.run("outside", *words)

@@ -20,20 +20,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import http_wire
+import origins
 import pytest
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from running import Daemon
-from running import echo
-from running import idle
-from wire import OK
-from wire import chunks
-from wire import exchange
-from wire import read_request
-from wire import request
-from wire import sized
+import running
+import wait
+import wire
 
 BIG = bytes(400_000)  # more than BULK_SIZE: spliced
 STRACE_TIMEOUT = 10
@@ -67,7 +59,7 @@ OF_A_WORKER = [
     ("openat", "EMFILE ENFILE EACCES ENOMEM", 2),  # of the resolver
 ]
 # Of the master, in reap_and_reload(); not write(), by which Python's own signal
-# handler wakes him, and into a pipe that cannot fail.
+# handler wakes it, and into a pipe that cannot fail.
 OF_THE_MASTER = [
     ("clone", "EAGAIN ENOMEM", 2),
     ("wait4", "EINTR ECHILD", 2),
@@ -103,10 +95,12 @@ def calls(table: list[tuple[str, str, int]]) -> list[str]:
     return list(dict.fromkeys(call for call, _, _ in table))
 
 
-def anything(connection: socket.socket, origin: Origin) -> None:
+def anything(connection: socket.socket, origin: origins.Origin) -> None:
     """Be an origin that answers a little, or at /big a lot."""
-    while asked := read_request(connection):
-        connection.sendall(sized(BIG) if asked.target == b"/big" else OK)
+    while asked := http_wire.read_request(connection):
+        connection.sendall(
+            http_wire.sized(BIG) if asked.target == b"/big" else http_wire.OK
+        )
 
 
 class Faulty:
@@ -114,56 +108,60 @@ class Faulty:
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
-        self.gateway = Daemon(folder, **settings)
-        self.http, self.echo = Origin(anything), Origin(echo)
+        self.gateway = running.Gateway.configured(folder, **settings)
+        self.http, self.echo = origins.Origin(anything), origins.Origin(origins.echo)
 
     def connect(self, timeout: float = 3.0) -> socket.socket:
         return socket.create_connection(self.gateway.address, timeout)
 
     def idle(self, count: int) -> list[int]:
         """Return the idle workers, once there are as many at least."""
-        eventually(lambda: len(idle(self.gateway)) >= count)
-        return idle(self.gateway)
+        wait.until(lambda: len(self.gateway.idle()) >= count)
+        return self.gateway.idle()
 
     def fresh(self) -> int:
         """Return a new worker, who keeps nothing of an earlier talk."""
         (old,) = self.idle(1)
         os.kill(old, signal.SIGKILL)
-        eventually(lambda: self.idle(1) != [old])
+        wait.until(lambda: self.idle(1) != [old])
         return self.idle(1)[0]
 
     def served(self) -> bool:
         """Say whether a client who comes now is served."""
         with self.connect(10) as client:
-            answer = exchange(client, request(self.http, b"Connection: close"))
+            answer = http_wire.exchange(
+                client, http_wire.request(self.http, b"Connection: close")
+            )
             return answer.status == 200
 
     def talk(self) -> None:
         """Ask in each way there is; who is let down leaves it at that."""
         for way in (self.ask_twice, self.ask_for_bulk, self.put, self.tunnel):
-            # wire.py's strict readers assert that an answer is whole.
+            # http_wire.py's strict readers assert that an answer is whole.
             with contextlib.suppress(OSError, AssertionError), self.connect() as client:
                 way(client)
 
     def ask_twice(self, client: socket.socket) -> None:
-        exchange(client, request(self.http))
-        exchange(client, request(self.http))
+        http_wire.exchange(client, http_wire.request(self.http))
+        http_wire.exchange(client, http_wire.request(self.http))
 
     def ask_for_bulk(self, client: socket.socket) -> None:
-        exchange(client, request(self.http, path=b"/big"))
+        http_wire.exchange(client, http_wire.request(self.http, path=b"/big"))
 
     def put(self, client: socket.socket) -> None:
-        body = chunks(bytes(1000), bytes(100_000))
+        body = http_wire.chunks(bytes(1000), bytes(100_000))
         fields = b"Transfer-Encoding: chunked"
-        exchange(client, request(self.http, fields, method=b"PUT", body=body))
+        http_wire.exchange(
+            client, http_wire.request(self.http, fields, method=b"PUT", body=body)
+        )
 
     def tunnel(self, client: socket.socket) -> None:
         at = b"localhost:%d" % self.echo.port
-        exchange(client, request(at, method=b"CONNECT"), b"CONNECT")
+        http_wire.exchange(client, http_wire.request(at, method=b"CONNECT"), b"CONNECT")
         client.sendall(BIG[:1000])
-        read_exactly(client, 1000)
+        wire.read_exactly(client, 1000)
         client.shutdown(socket.SHUT_WR)
-        read_all(client)
+        wire.read_all(client)
 
     def failing(
         self, pid: int, call: str, error: str, number: int, *options: str
@@ -203,9 +201,7 @@ class Faulty:
     def stop(self) -> None:
         said = self.gateway.stop()
         for origin in (self.http, self.echo):
-            with contextlib.suppress(OSError):
-                origin.listener.shutdown(socket.SHUT_RDWR)
-            origin.listener.close()
+            origin.close()
         # A line that a full disk has cut is no line; see test_log.py.
         for line in self.gateway.log.read_text().splitlines():
             assert [word.partition("=")[0] for word in line.split(" ")] == NAMES, said
@@ -218,9 +214,9 @@ def start(**settings: str) -> Callable[..., Iterator[Faulty]]:
     def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
         if not can_strace():
             pytest.skip("needs strace, and the right to attach to a process")
-        running = Faulty(tmp_path_factory.mktemp("faults"), **settings)
-        yield running
-        running.stop()
+        faulty = Faulty(tmp_path_factory.mktemp("faults"), **settings)
+        yield faulty
+        faulty.stop()
 
     return faulty
 
@@ -292,7 +288,7 @@ def test_a_call_of_a_worker_that_fails_harms_nobody_else(
                 alone.talk()
                 return failed()
 
-            eventually(has_failed)
+            wait.until(has_failed)
         alone.is_well()
 
     crew(OF_A_WORKER, call, inject)
@@ -303,10 +299,10 @@ def test_an_answer_is_whole_though_its_client_speaks_meanwhile(first: Faulty) ->
     with first.tampered(worker, "recvfrom", "delay_exit=20000"):  # microseconds
         for _ in range(5):
             with first.connect() as client:
-                client.sendall(request(first.http, b"Connection: close"))
+                client.sendall(http_wire.request(first.http, b"Connection: close"))
                 time.sleep(0.032)  # now the answer is being read
                 client.sendall(b"\r\n")
-                assert read_all(client).endswith(b"ok")
+                assert wire.read_all(client).endswith(b"ok")
 
 
 def reap_and_reload(faulty: Faulty, goes: list[bool]) -> None:
@@ -334,7 +330,7 @@ def test_a_call_of_the_master_that_fails_does_not_end_him(
                 reap_and_reload(pair, goes)
                 return failed()
 
-            eventually(has_failed)
+            wait.until(has_failed)
         pair.is_well()
         assert pair.gateway.hangup().endswith("configuration reloaded")
         pair.idle(2)
@@ -354,7 +350,7 @@ def test_a_worker_that_cannot_start_is_tried_again(
                     os.kill(pid, signal.SIGKILL)
                 return failed()
 
-            eventually(has_failed)
+            wait.until(has_failed)
         alone.is_well()
         alone.idle(1)
 
@@ -371,7 +367,7 @@ def test_a_client_that_cannot_be_taken_is_no_busy_loop(first: Faulty) -> None:
             assert strace.stderr and "attached" in strace.stderr.readline()
             with first.connect() as client:
                 client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                eventually(lambda: words in first.gateway.errors.read_text())
+                wait.until(lambda: words in first.gateway.errors.read_text())
                 time.sleep(1)  # the observation itself
                 assert trace.read_text().count("INJECTED") < 5
         finally:

@@ -6,46 +6,27 @@ import base64
 import contextlib
 import os
 import re
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import addresses
+import http_wire
+import needs
+import origins
 import pytest
-from box import needs
-from box import unavailable
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from proc import at_rest
-from running import with_limit
-from running import worker_of
-from test_rules import TARGETS
-from wire import Message
-from wire import Script
-from wire import at_end
-from wire import chunks
-from wire import drip
-from wire import exchange
-from wire import needs_ipv6
-from wire import proxy_error
-from wire import read_answer
-from wire import shared
-from wire import uncalled
+import running
+import wait
+import wire
 
 import natwork_gateways
 
-Natwork = Callable[..., Gateway]
-Start = Callable[..., Origin]
-
-gateway = shared()
-closed = shared("rules=")
+gateway = running.shared()
+closed = running.shared("rules=")
 
 SECRET = "s3cret word"
 HOSTILE = "<b>&\"'% ?#;\u00e4.txt"
@@ -93,7 +74,7 @@ class Inetd:
     def __init__(self, *words: str, folder: Path) -> None:
         self.words, self.folder = words, folder
 
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
         connection.setblocking(True)
         with (self.folder / "stderr").open("a") as errors:
             subprocess.run(
@@ -109,10 +90,8 @@ class Inetd:
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """Return a folder that every user may look into, as pytest's are not."""
-    path = Path(tempfile.mkdtemp(prefix="natwork-gateways-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with running.public_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +111,11 @@ def site(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vsftpd(site: Path) -> Callable[[str], Origin]:
+def vsftpd(site: Path) -> Callable[[str], origins.Origin]:
     """Return a function that starts vsftpd on an address; it knows a user, Ann."""
-    needs("vsftpd", "unshare", "openssl")
+    needs.programs("vsftpd", "unshare", "openssl")
     if os.geteuid() != 0:
-        unavailable("vsftpd's users need root")
+        needs.unavailable("vsftpd's users need root")
     hashed = subprocess.run(
         ["openssl", "passwd", "-6", SECRET], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -154,25 +133,27 @@ def vsftpd(site: Path) -> Callable[[str], Origin]:
         for n in ("passwd", "shadow", "pam.d/vsftpd")
     )
     script = f"{mounts} && exec vsftpd {site}/vsftpd.conf"
-    started: dict[str, Origin] = {}
+    started: dict[str, origins.Origin] = {}
 
-    def start(host: str = "127.0.0.3") -> Origin:
+    def start(host: str = "127.0.0.3") -> origins.Origin:
         if host not in started:
             words = ("unshare", "--mount", "sh", "-c", script)
-            started[host] = Origin(Inetd(*words, folder=site), host)
+            started[host] = origins.Origin(Inetd(*words, folder=site), host)
         return started[host]
 
     return start
 
 
 @pytest.fixture(scope="module")
-def gophernicus(folder: Path) -> Origin:
+def gophernicus(folder: Path) -> origins.Origin:
     """Start a Gopher server, with a menu, a text and a binary."""
-    needs("gophernicus")
+    needs.programs("gophernicus")
     root = folder / "gopher"
     (root / "below").mkdir(parents=True)
     words: list[str] = []
-    server = Origin(lambda c, o: Inetd(*words, folder=folder)(c, o), "127.0.0.3")
+    server = origins.Origin(
+        lambda c, o: Inetd(*words, folder=folder)(c, o), "127.0.0.3"
+    )
     place = ("-h", server.host, "-p", str(server.port))
     words += ["gophernicus", *place, "-r", str(root), "-nm", "-nr", "-ns"]
     (root / "text.txt").write_bytes(b"one line\n.hidden\nlast line\n")
@@ -181,16 +162,24 @@ def gophernicus(folder: Path) -> Origin:
     return server
 
 
-def url(server: Origin, path: str = "/", scheme: str = "ftp", login: str = "") -> bytes:
+def url(
+    server: origins.Origin, path: str = "/", scheme: str = "ftp", login: str = ""
+) -> bytes:
     return f"{scheme}://{login}{server.authority}{path}".encode()
 
 
 def ask(
-    gateway: Gateway, target: bytes, *fields: bytes, method: bytes = b"GET", body=b""
-) -> Message:
+    gateway: running.Gateway,
+    target: bytes,
+    *fields: bytes,
+    method: bytes = b"GET",
+    body=b"",
+) -> http_wire.Message:
     """Ask the gateway for a URL on a new connection."""
     with gateway.connect() as client:
-        return exchange(client, asking(target, *fields, method=method) + body, method)
+        return http_wire.exchange(
+            client, asking(target, *fields, method=method) + body, method
+        )
 
 
 def asking(
@@ -200,12 +189,12 @@ def asking(
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def settled(gateway: Gateway) -> int:
+def settled(gateway: running.Gateway) -> int:
     """Return the number of lines in the access log, once no more come of themselves."""
-    return at_rest(lambda: len(gateway.lines()), 0.1)
+    return wait.at_rest(lambda: len(gateway.lines()), 0.1)
 
 
-def line_of(gateway: Gateway, count: int) -> dict[str, str]:
+def line_of(gateway: running.Gateway, count: int) -> dict[str, str]:
     """Return the line of the access log that follows on count others."""
     return gateway.lines(count + 1)[count]
 
@@ -233,7 +222,7 @@ def test_a_file_is_streamed_and_the_connection_goes_on(gateway, vsftpd) -> None:
     server, count = vsftpd(), settled(gateway)
     with gateway.connect() as client:
         for path, body in (("/hello.txt", b"hello, ftp\n"), ("/big.bin", BIG)) * 2:
-            answer = exchange(client, asking(url(server, path)))
+            answer = http_wire.exchange(client, asking(url(server, path)))
             assert (answer.status, answer.body) == (200, body)
             assert answer.values(b"Content-Length") == [b"%d" % len(body)]
             assert not answer.closes
@@ -268,7 +257,7 @@ def test_what_is_not_there_is_404(gateway, vsftpd) -> None:
     for path in ("/nothing", "/nothing/", "/dir/nothing.txt"):
         answer = ask(gateway, url(vsftpd(), path))
         assert answer.status == 404 and b"550" in answer.body
-        assert proxy_error(answer) == b"http_request_error"
+        assert http_wire.proxy_error(answer) == b"http_request_error"
         assert not answer.closes
     assert ask(gateway, url(vsftpd(), "/nothing"), method=b"HEAD").status == 404
     assert line_of(gateway, count)["outcome"] == "not-found"
@@ -277,7 +266,7 @@ def test_what_is_not_there_is_404(gateway, vsftpd) -> None:
 # --- FTP: directories ---------------------------------------------------------
 
 
-def links(answer: Message) -> dict[str, str]:
+def links(answer: http_wire.Message) -> dict[str, str]:
     """Return the links of a page, by what they are called."""
     found = re.findall(r'<a href="([^"]*)">(.*?)</a>', answer.body.decode())
     return {name: link for link, name in found}
@@ -297,7 +286,7 @@ def test_a_directory_is_a_page_whose_links_lead_on(gateway, vsftpd, path: str) -
     assert set(found) == {"../", "below/", "link", named}
     base = f"http://{server.authority}{path}"  # urljoin() does not know every scheme
 
-    def lead(name: str) -> Message:
+    def lead(name: str) -> http_wire.Message:
         on = urljoin(base, found[name]).replace("http:", "ftp:", 1)
         return ask(gateway, on.encode())
 
@@ -362,11 +351,11 @@ def test_a_login_refused_is_401_and_nobody_is_told_the_password(
     assert "wrongword" not in text and "ann" not in text and SECRET not in text
 
 
-def test_the_title_has_no_user_in_it(gateway, origin: Start) -> None:
+def test_the_title_has_no_user_in_it(gateway, origin: origins.Start) -> None:
     pytest.importorskip("setproctitle")
     asked, seen = threading.Event(), threading.Event()
 
-    def silent(connection: socket.socket, origin: Origin) -> None:
+    def silent(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"220 hello\r\n")
         connection.recv(64)
         asked.set()
@@ -376,7 +365,7 @@ def test_the_title_has_no_user_in_it(gateway, origin: Start) -> None:
     with gateway.connect() as client:
         client.sendall(asking(url(server, "/a/b", login="ann:word@")))
         assert asked.wait(10)
-        pid = worker_of(gateway, client)
+        pid = gateway.worker_of(client)
         title = Path(f"/proc/{pid}/cmdline").read_text()
         assert " ftp 127.0.0.3" in title
         assert "ann" not in title and "word" not in title and "/a" not in title
@@ -393,10 +382,15 @@ def test_an_upload_is_stored(gateway, vsftpd, site: Path, framing: str) -> None:
     with gateway.connect() as client:
         for status in (201, 200):  # the second takes the place of the first
             if framing == "chunked":
-                field, sent = b"Transfer-Encoding: chunked", chunks(body[:9], body[9:])
+                field, sent = (
+                    b"Transfer-Encoding: chunked",
+                    http_wire.chunks(body[:9], body[9:]),
+                )
             else:
                 field, sent = b"Content-Length: %d" % len(body), body
-            answer = exchange(client, asking(target, field, method=b"PUT") + sent)
+            answer = http_wire.exchange(
+                client, asking(target, field, method=b"PUT") + sent
+            )
             assert answer.status == status and not answer.closes
             assert (site / "ann" / f"{framing}.up").read_bytes() == body
     assert int(gateway.lines()[-1]["up"]) >= len(body)
@@ -407,8 +401,8 @@ def test_an_upload_that_is_announced_is_let_in(gateway, vsftpd, site: Path) -> N
     fields = b"Content-Length: 5", b"Expect: 100-continue"
     with gateway.connect() as client:
         client.sendall(asking(target, *fields, method=b"PUT"))
-        assert read_answer(client).status == 100
-        assert exchange(client, b"hello").status == 201
+        assert http_wire.read_answer(client).status == 100
+        assert http_wire.exchange(client, b"hello").status == 201
     assert (site / "ann/announced").read_bytes() == b"hello"
 
 
@@ -429,7 +423,7 @@ def test_a_half_sent_upload_is_not_called_stored(gateway, vsftpd, site: Path) ->
     target = url(vsftpd(), "/half", login=f"ann:{SECRET.replace(' ', '%20')}@")
     with gateway.connect() as client:
         client.sendall(asking(target, b"Content-Length: 100", method=b"PUT") + b"abc")
-        eventually(lambda: (site / "ann/half").exists())
+        wait.until(lambda: (site / "ann/half").exists())
     assert line_of(gateway, count)["outcome"] == "client-gone"
 
 
@@ -461,12 +455,12 @@ def test_a_half_sent_upload_is_not_called_stored(gateway, vsftpd, site: Path) ->
     ],
 )
 def test_what_is_wrong_is_refused_before_anybody_is_dialed(
-    gateway, origin: Start, target: bytes, method: bytes, status: int
+    gateway, origin: origins.Start, target: bytes, method: bytes, status: int
 ) -> None:
-    server = origin(Script(), "127.0.0.3")
+    server = origin(http_wire.Script(), "127.0.0.3")
     answer = ask(gateway, target % server.authority.encode(), method=method)
     assert answer.status == status
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 def test_a_control_byte_in_the_field_is_refused(gateway, vsftpd) -> None:
@@ -474,11 +468,11 @@ def test_a_control_byte_in_the_field_is_refused(gateway, vsftpd) -> None:
 
 
 def ftpd(
-    *data_port: Callable[[Origin], bytes], **replies: bytes
+    *data_port: Callable[[origins.Origin], bytes], **replies: bytes
 ) -> Callable[..., None]:
     """Return an FTP server's part that says what it is told, and 200 to the rest."""
 
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"220 hello\r\n")
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -489,8 +483,10 @@ def ftpd(
     return handle
 
 
-def test_the_data_come_from_the_host_that_was_asked(gateway, origin: Start) -> None:
-    def give(connection: socket.socket, origin: Origin) -> None:
+def test_the_data_come_from_the_host_that_was_asked(
+    gateway, origin: origins.Start
+) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"from the right host")
 
     data = origin(give, "127.0.0.3")
@@ -518,13 +514,17 @@ def test_the_data_come_from_the_host_that_was_asked(gateway, origin: Start) -> N
         b"x" * 10_000,
     ],
 )
-def test_nonsense_from_a_server_is_502(gateway, origin: Start, passive: bytes) -> None:
+def test_nonsense_from_a_server_is_502(
+    gateway, origin: origins.Start, passive: bytes
+) -> None:
     server = origin(ftpd(PASV=passive, SIZE=b"213 5"), "127.0.0.3")
     assert ask(gateway, url(server, "/file")).status == 502
 
 
-def test_the_data_port_is_judged_too(natwork: Natwork, origin: Start) -> None:
-    def give(connection: socket.socket, origin: Origin) -> None:
+def test_the_data_port_is_judged_too(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"data")
 
     data = origin(give, "127.0.0.3")
@@ -539,8 +539,10 @@ def test_the_data_port_is_judged_too(natwork: Natwork, origin: Start) -> None:
     assert len(data.callers) == 1
 
 
-def test_a_transfer_that_fails_is_cut_and_not_ended(gateway, origin: Start) -> None:
-    def give(connection: socket.socket, origin: Origin) -> None:
+def test_a_transfer_that_fails_is_cut_and_not_ended(
+    gateway, origin: origins.Start
+) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"half of it")
 
     data = origin(give, "127.0.0.3")
@@ -554,8 +556,8 @@ def test_a_transfer_that_fails_is_cut_and_not_ended(gateway, origin: Start) -> N
         assert (answer.status, answer.complete) == (200, complete)
 
 
-def test_no_step_waits_for_ever(natwork: Natwork, origin: Start) -> None:
-    def give(connection: socket.socket, origin: Origin) -> None:
+def test_no_step_waits_for_ever(natwork: running.Start, origin: origins.Start) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.recv(1)
 
     data = origin(give, "127.0.0.3")
@@ -563,7 +565,7 @@ def test_no_step_waits_for_ever(natwork: Natwork, origin: Start) -> None:
     replies = {b"PASV": b"227 (%b)" % comma, b"RETR": b"150", b"SIZE": b"213 5"}
 
     def silent_at(step: bytes) -> Callable[..., None]:
-        def handle(connection: socket.socket, origin: Origin) -> None:
+        def handle(connection: socket.socket, origin: origins.Origin) -> None:
             if step != b"hello":
                 connection.sendall(b"220 hello\r\n")
             with connection.makefile("rb") as lines:
@@ -583,17 +585,17 @@ def test_no_step_waits_for_ever(natwork: Natwork, origin: Start) -> None:
             target = url(origin(silent_at(step), "127.0.0.3"), "/file")
             client.sendall(asking(target))
         for step, client in zip(steps, clients):
-            answer = read_answer(client)
+            answer = http_wire.read_answer(client)
             assert answer.status == 504 or step == b"data" and not answer.complete
         assert time.monotonic() - began < 5
 
 
 def test_a_slow_directory_leaves_its_server_time_to_end(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     listed = threading.Event()
 
-    def give(connection: socket.socket, origin: Origin) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         for _ in range(3):  # each in time, and all together not
             connection.sendall(b"-rw-r--r-- 1 0 0 12 Nov 21 13:00 a\r\n")
             time.sleep(0.4)
@@ -602,7 +604,7 @@ def test_a_slow_directory_leaves_its_server_time_to_end(
     data = origin(give, "127.0.0.3")
     comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
 
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"220 hello\r\n")
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -620,35 +622,37 @@ def test_a_slow_directory_leaves_its_server_time_to_end(
 
 @pytest.mark.parametrize("reply", [b"450 busy", b"550 none", b"213 what", b"999 hm"])
 def test_an_upload_goes_on_whatever_is_said_of_the_size(
-    gateway, origin: Start, reply: bytes
+    gateway, origin: origins.Start, reply: bytes
 ) -> None:
-    def take(connection: socket.socket, origin: Origin) -> None:
-        origin.received.append(read_all(connection))
+    def take(connection: socket.socket, origin: origins.Origin) -> None:
+        origin.received.append(wire.read_all(connection))
 
     data = origin(take, "127.0.0.3")
     comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
     replies = {b"PASV": b"227 (%b)" % comma, b"STOR": b"150", b"SIZE": reply}
 
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"220 hello\r\n")
         with connection.makefile("rb") as lines:
             for line in lines:
                 word = line.split()[0]
                 connection.sendall(replies.get(word, b"200 well") + b"\r\n")
                 if word == b"STOR":
-                    eventually(lambda: data.received)
+                    wait.until(lambda: data.received)
                     connection.sendall(b"226 done\r\n")
 
     target = url(origin(handle, "127.0.0.3"), "/file")
     with gateway.connect() as client:
         sent = asking(target, b"Content-Length: 5", method=b"PUT") + b"hello"
-        assert exchange(client, sent).status == 201
+        assert http_wire.exchange(client, sent).status == 201
     assert data.received == [b"hello"]
 
 
-def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -> None:
-    def handle(connection: socket.socket, origin: Origin) -> None:
-        drip(connection, b"220-hello\r\n")
+def test_a_server_that_drips_for_ever_is_left(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
+        wire.drip(connection, b"220-hello\r\n")
         while True:
             connection.sendall(b"220-and\r\n")
             time.sleep(0.05)
@@ -659,10 +663,12 @@ def test_a_server_that_drips_for_ever_is_left(natwork: Natwork, origin: Start) -
     assert time.monotonic() - began < 5
 
 
-def test_a_client_who_leaves_ends_it(natwork: Natwork, origin: Start) -> None:
+def test_a_client_who_leaves_ends_it(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway, said = natwork(), threading.Event()
 
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         said.set()
         assert not connection.recv(1)
 
@@ -670,13 +676,11 @@ def test_a_client_who_leaves_ends_it(natwork: Natwork, origin: Start) -> None:
     client = gateway.connect()
     client.sendall(asking(url(server)))
     assert said.wait(10)
-    from wire import reset
-
-    reset(client)
+    wire.reset(client)
     assert line_of(gateway, 0)["outcome"] == "client-gone"
 
 
-@needs_ipv6
+@needs.ipv6
 def test_an_ipv6_server_is_asked_by_epsv(gateway, vsftpd) -> None:
     answer = ask(gateway, url(vsftpd("::1"), "/hello.txt"))
     assert (answer.status, answer.body) == (200, b"hello, ftp\n")
@@ -687,22 +691,22 @@ def test_a_request_with_a_body_that_is_not_read_closes(gateway, vsftpd) -> None:
     with gateway.connect() as client:
         data = asking(url(vsftpd(), "/hello.txt"), b"Content-Length: 40")
         smuggled = b"GET http://smuggled.invalid/ HTTP/1.1\r\n\r\n"
-        answer = exchange(client, data + smuggled)
+        answer = http_wire.exchange(client, data + smuggled)
         assert answer.status == 200 and answer.closes
-        assert at_end(client)
+        assert wire.at_end(client)
 
 
 # --- Gopher -------------------------------------------------------------------
 
 
-def menu(connection: socket.socket, origin: Origin) -> None:
+def menu(connection: socket.socket, origin: origins.Origin) -> None:
     """Be a Gopher server with one menu, and note the selectors."""
     origin.received.append(connection.makefile("rb").readline())
     text = MENU.format(host=origin.host, port=origin.port)
     connection.sendall(text.encode())
 
 
-def test_a_menu_is_a_page(gateway, origin: Start) -> None:
+def test_a_menu_is_a_page(gateway, origin: origins.Start) -> None:
     server, count = origin(menu, "127.0.0.3"), settled(gateway)
     for path in ("", "/", "/1", "/1/"):
         answer = ask(gateway, url(server, path, "gopher"))
@@ -727,7 +731,7 @@ def test_a_menu_is_a_page(gateway, origin: Start) -> None:
     assert line["target"] == f"gopher://{server.authority}/"
 
 
-def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
+def test_a_search_asks_and_then_searches(gateway, origin: origins.Start) -> None:
     server, count = origin(menu, "127.0.0.3"), settled(gateway)
     answer = ask(gateway, url(server, "/7/find%3Fa", "gopher"))
     assert b'<input name="q">' in answer.body and server.received == []
@@ -740,7 +744,7 @@ def test_a_search_asks_and_then_searches(gateway, origin: Start) -> None:
 
 
 @pytest.mark.parametrize("path", ["/0/cgi?x=1", "/1/menu?a&b", "/g/pic?", "/0/a%3Fb"])
-def test_only_a_search_has_a_query(gateway, origin: Start, path: str) -> None:
+def test_only_a_search_has_a_query(gateway, origin: origins.Start, path: str) -> None:
     server = origin(menu, "127.0.0.3")  # RFC 4266 section 2.1
     assert ask(gateway, url(server, path, "gopher")).status == 200
     selector = path[2:].replace("%3F", "?").encode()
@@ -763,31 +767,29 @@ def test_only_a_search_has_a_query(gateway, origin: Start, path: str) -> None:
     ],
 )
 def test_a_text_ends_before_its_dot(
-    gateway, origin: Start, sent: bytes, got: bytes
+    gateway, origin: origins.Start, sent: bytes, got: bytes
 ) -> None:
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.makefile("rb").readline()
-        drip(connection, sent) if len(sent) < 99 else connection.sendall(sent)
+        wire.drip(connection, sent) if len(sent) < 99 else connection.sendall(sent)
 
     answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/0/text", "gopher"))
     assert answer.body == got and answer.closes and answer.complete
     assert answer.values(b"Content-Type") == [b"text/plain; charset=utf-8"]
 
 
-def test_a_broken_stream_is_cut(gateway, origin: Start) -> None:
-    from wire import reset
-
-    def handle(connection: socket.socket, origin: Origin) -> None:
+def test_a_broken_stream_is_cut(gateway, origin: origins.Start) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.makefile("rb").readline()
         connection.sendall(b"begun")
         time.sleep(0.2)
-        reset(connection)
+        wire.reset(connection)
 
     answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/9/file", "gopher"))
     assert answer.status == 200 and not answer.complete
 
 
-def test_gophernicus_is_read(gateway, gophernicus: Origin) -> None:
+def test_gophernicus_is_read(gateway, gophernicus: origins.Origin) -> None:
     found = links(ask(gateway, url(gophernicus, "/", "gopher")))
     assert any("text.txt" in name for name in found), found
     text = ask(gateway, url(gophernicus, "/0/text.txt", "gopher"))
@@ -802,7 +804,7 @@ def test_gophernicus_is_read(gateway, gophernicus: Origin) -> None:
 
 
 def test_curl_gets_and_puts(gateway, vsftpd, site: Path, tmp_path: Path) -> None:
-    needs("curl")
+    needs.programs("curl")
     server = vsftpd()
     curl = "curl", "-sS", "--max-time", "30", "--noproxy", "", "-x", gateway.url
     assert (
@@ -820,7 +822,7 @@ def test_curl_gets_and_puts(gateway, vsftpd, site: Path, tmp_path: Path) -> None
 
 
 def test_wget_gets(gateway, vsftpd, tmp_path: Path) -> None:
-    needs("wget")
+    needs.programs("wget")
     at = url(vsftpd(), "/dir/below/").decode()
     proxy = {"ftp_proxy": gateway.url, "no_proxy": ""}
     run(
@@ -843,8 +845,10 @@ def test_wget_gets(gateway, vsftpd, tmp_path: Path) -> None:
     assert "deep.html" in page
 
 
-def test_lynx_reads_both(gateway, vsftpd, gophernicus: Origin, tmp_path: Path) -> None:
-    needs("lynx")
+def test_lynx_reads_both(
+    gateway, vsftpd, gophernicus: origins.Origin, tmp_path: Path
+) -> None:
+    needs.programs("lynx")
     proxies = {"ftp_proxy": gateway.url + "/", "gopher_proxy": gateway.url + "/"}
     count = settled(gateway)
     for target, words in (
@@ -863,41 +867,47 @@ def test_lynx_reads_both(gateway, vsftpd, gophernicus: Origin, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "gopher"])
-@pytest.mark.parametrize(("word", "target"), TARGETS)
+@pytest.mark.parametrize(("word", "target"), addresses.TARGETS)
 def test_a_closed_address_is_refused_by_every_scheme(
-    closed, origin: Start, word: str, target: str, scheme: str
+    closed, origin: origins.Start, word: str, target: str, scheme: str
 ) -> None:
-    server = origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
-    number = TARGETS.index((word, target))
+    server = origin(http_wire.Script(), "::1" if target == "[::1]" else "127.0.0.1")
+    number = addresses.TARGETS.index((word, target))
     end = f":{server.port}/{'17'[number % 2]}{number}"  # a menu, or a search's form
     url = f"{scheme}://{target}{end}"  # traps 12, 13
     answer = ask(closed, url.encode())
-    assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        403,
+        b"http_request_denied",
+    )
 
     def lines() -> list[dict[str, str]]:
         return [x for x in closed.lines() if x["target"].endswith(end)]
 
-    eventually(lambda: [x for x in lines() if x["proto"] == scheme])
+    wait.until(lambda: [x for x in lines() if x["proto"] == scheme])
     assert {line["outcome"] for line in lines()} == {f"denied-{word}"}
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize("scheme", [b"ftp", b"gopher"])
 @pytest.mark.parametrize("target", "127.1 0x7f.1 017700000001 2130706433 0".split())
 def test_only_an_address_is_an_address(
-    closed, origin: Start, target: str, scheme: bytes
+    closed, origin: origins.Start, target: str, scheme: bytes
 ) -> None:
-    server = origin(Script())
+    server = origin(http_wire.Script())
     place = f"{target}:{server.port}".encode()
     assert ask(closed, b"%b://%b/" % (scheme, place)).status == 400
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize("scheme", [b"ftp", b"gopher"])
 def test_the_gateway_itself_and_mail_are_refused(gateway, scheme: bytes) -> None:
     port = gateway.address[1]
     answer = ask(gateway, b"%b://127.0.0.1:%d/" % (scheme, port))
-    assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        502,
+        b"proxy_loop_detected",
+    )
     answer = ask(gateway, b"%b://198.51.100.1:25/" % scheme)
     assert answer.status == 403 and b"port 25" in answer.body
 
@@ -929,25 +939,28 @@ def test_a_listing_is_read_as_ls_and_as_dir_write_it(line: str, name: str) -> No
     ],
 )
 def test_what_ftp_cannot_do_is_not_done_to_the_whole_file(
-    gateway, origin: Start, field: bytes, status: int
+    gateway, origin: origins.Start, field: bytes, status: int
 ) -> None:
-    server = origin(Script(), "127.0.0.3")
+    server = origin(http_wire.Script(), "127.0.0.3")
     fields = field, b"Content-Length: 5"
     answer = ask(gateway, url(server, "/f"), *fields, method=b"PUT", body=b"hello")
     assert answer.status == status and answer.closes
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
-def test_a_malformed_body_empties_no_file(gateway, origin: Start) -> None:
-    server, field = origin(Script(), "127.0.0.3"), b"Transfer-Encoding: chunked"
+def test_a_malformed_body_empties_no_file(gateway, origin: origins.Start) -> None:
+    server, field = (
+        origin(http_wire.Script(), "127.0.0.3"),
+        b"Transfer-Encoding: chunked",
+    )
     target = url(server, "/f")
     answer = ask(gateway, target, field, method=b"PUT", body=b"zz\r\n")
     assert answer.status == 400 and answer.closes
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
-    gateway, origin: Start
+    gateway, origin: origins.Start
 ) -> None:
     server = origin(ftpd(PASV=b"550 no", SIZE=b"213 5"), "127.0.0.3")
     count = settled(gateway)
@@ -966,9 +979,9 @@ def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
     ],
 )
 def test_what_a_gopher_says_instead_of_a_menu_is_shown(
-    gateway, origin: Start, said: bytes, shown: bytes, outcome: str
+    gateway, origin: origins.Start, said: bytes, shown: bytes, outcome: str
 ) -> None:
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.makefile("rb").readline()
         connection.sendall(said)
 
@@ -1001,13 +1014,13 @@ def test_a_password_in_the_wrong_place_is_told_to_nobody(gateway, target: str) -
 
 
 def test_a_page_that_is_cut_short_ends_the_connection(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     listing = b"".join(
         b"-rw-r--r-- 1 a b 3 Jan 1 10:00 f%06d\r\n" % n for n in range(60000)
     )
 
-    def give(connection: socket.socket, origin: Origin) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(listing)
 
     data = origin(give, "127.0.0.3")
@@ -1028,8 +1041,10 @@ def test_a_page_that_is_cut_short_ends_the_connection(
     assert (line["outcome"], line["status"]) == ("idle-timeout", "200")
 
 
-def test_a_server_may_ask_to_wait_before_it_greets(gateway, origin: Start) -> None:
-    def give(connection: socket.socket, origin: Origin) -> None:
+def test_a_server_may_ask_to_wait_before_it_greets(
+    gateway, origin: origins.Start
+) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"here")
 
     data = origin(give, "127.0.0.3")
@@ -1041,7 +1056,7 @@ def test_a_server_may_ask_to_wait_before_it_greets(gateway, origin: Start) -> No
         SIZE=b"500",
     )
 
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"120 wait a moment\r\n")
         talk(connection, origin)
 
@@ -1051,9 +1066,9 @@ def test_a_server_may_ask_to_wait_before_it_greets(gateway, origin: Start) -> No
 
 @pytest.mark.parametrize("knows", ["PASV", "EPSV"])
 def test_behind_a_parent_either_passive_mode_will_do(
-    natwork: Natwork, origin: Start, knows: str
+    natwork: running.Start, origin: origins.Start, knows: str
 ) -> None:
-    def give(connection: socket.socket, origin: Origin) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"data")
 
     data = origin(give, "127.0.0.3")
@@ -1071,14 +1086,14 @@ def test_behind_a_parent_either_passive_mode_will_do(
 
 
 def test_a_page_that_comes_for_ever_is_given_up(
-    natwork: Natwork, origin: Start, tmp_path: Path
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    def drip(connection: socket.socket, origin: Origin) -> None:
+    def drip(connection: socket.socket, origin: origins.Origin) -> None:
         while True:
             connection.sendall(b"i")
             time.sleep(0.02)
 
-    gateway = natwork(program=with_limit(tmp_path, "PAGE_TIMEOUT", 0.5))
+    gateway = natwork(program=running.program({"natwork_gateways.PAGE_TIMEOUT": 0.5}))
     target = b"gopher://%b/1/" % origin(drip, "127.0.0.3").authority.encode()
     assert ask(gateway, target).status == 504
     assert gateway.lines(1)[0]["outcome"] == "answer-timeout"

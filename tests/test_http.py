@@ -10,59 +10,35 @@ import contextlib
 import re
 import select
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+import addresses
+import http_wire
+import needs
+import origins
 import pytest
-from conftest import LOOPBACK
-from conftest import PROGRAM
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from wire import CLOSED
-from wire import DENIED
-from wire import NAME
-from wire import OK
-from wire import STRICT
-from wire import Message
-from wire import Script
-from wire import at_end
-from wire import chunks
-from wire import drip
-from wire import exchange
-from wire import forwarded
-from wire import needs_ipv6
-from wire import proxy_error
-from wire import read_answer
-from wire import request
-from wire import response
-from wire import returned
-from wire import send
-from wire import shared
-from wire import sized
-from wire import uncalled
+import running
+import wait
+import wire
 
-pytestmark = pytest.mark.filterwarnings(STRICT)
-gateway = shared()
-hasty = shared("head_timeout=0.5", "connect_timeout=0.5", "idle_timeout=0.5")
+pytestmark = pytest.mark.filterwarnings(http_wire.STRICT)
+gateway = running.shared()
+hasty = running.shared("head_timeout=0.5", "connect_timeout=0.5", "idle_timeout=0.5")
 
 HEADS = Path(__file__).parent / "heads"
 SECOND = b"/second"
-Start = Callable[..., Origin]
 
 
 @pytest.fixture(scope="module")
-def witness() -> Iterator[Origin]:
+def witness() -> Iterator[origins.Origin]:
     """An origin for all the data files; each test starts it from nothing."""
-    server = Origin(Script())
+    server = origins.Origin(http_wire.Script())
     yield server
-    server.listener.shutdown(socket.SHUT_RDWR)
-    server.listener.close()
+    server.close()
 
 
 def cases(kind: str) -> list[object]:
@@ -71,7 +47,7 @@ def cases(kind: str) -> list[object]:
     return [pytest.param(path, id=path.stem) for path in paths]
 
 
-def filled(path: Path, origin: Origin) -> bytes:
+def filled(path: Path, origin: origins.Origin) -> bytes:
     """Return a data file with the origin's address in it."""
     origin.callers.clear()
     origin.handle.requests.clear()
@@ -89,15 +65,18 @@ def authority(data: bytes) -> bytes:
 # --- Heads as data ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feed", [send, drip])
+@pytest.mark.parametrize("feed", [wire.send, wire.drip])
 @pytest.mark.parametrize("path", cases("accept"))
 def test_a_good_request_is_served(
-    gateway: Gateway, witness: Origin, path: Path, feed: Callable[..., None]
+    gateway: running.Gateway,
+    witness: origins.Origin,
+    path: Path,
+    feed: Callable[..., None],
 ) -> None:
     data = filled(path, witness)
     with gateway.connect() as client:
         feed(client, data)
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.body) == (200, b"ok")
         assert answer.closes == path.name.startswith("accept-close")
     (got,) = witness.handle.requests
@@ -105,93 +84,113 @@ def test_a_good_request_is_served(
     assert got.target == b"*" or got.target.startswith(b"/")  # R19
     assert got.values(b"Host")[0].lower() == authority(data)  # R18
     version = re.search(rb"HTTP/(1\.\d)\r\n", data)[1]
-    assert got.via in (version + b" " + NAME, b"1.1 " + NAME)  # R34
+    assert got.via in (version + b" " + running.NAME, b"1.1 " + running.NAME)  # R34
     assert got.body == (b"hello" if b"hello" in data else b"")
 
 
 @pytest.mark.parametrize("path", cases("accept"))
 def test_what_follows_a_good_request_is_the_next_one(
-    gateway: Gateway, witness: Origin, path: Path
+    gateway: running.Gateway, witness: origins.Origin, path: Path
 ) -> None:
     data = filled(path, witness)
     with gateway.connect() as client:
-        send(client, data + request(witness, path=SECOND))
-        assert read_answer(client).status == 200
+        wire.send(client, data + http_wire.request(witness, path=SECOND))
+        assert http_wire.read_answer(client).status == 200
         if path.name.startswith("accept-close"):
-            assert at_end(client)
+            assert wire.at_end(client)
         else:
-            assert read_answer(client).status == 200
+            assert http_wire.read_answer(client).status == 200
     targets = [got.target for got in witness.handle.requests]
     assert targets[1:] == ([] if path.name.startswith("accept-close") else [SECOND])
 
 
-@pytest.mark.parametrize("feed", [send, drip])
+@pytest.mark.parametrize("feed", [wire.send, wire.drip])
 @pytest.mark.parametrize("path", cases("reject"))
 def test_a_bad_request_is_refused_and_reaches_nobody(
-    gateway: Gateway, witness: Origin, path: Path, feed: Callable[..., None]
+    gateway: running.Gateway,
+    witness: origins.Origin,
+    path: Path,
+    feed: Callable[..., None],
 ) -> None:
     with gateway.connect() as client:
         feed(client, filled(path, witness))
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert b"%d" % answer.status == path.name.split("-")[1].encode(), answer
-        assert answer.closes and at_end(client)
-    assert uncalled(witness)
+        assert answer.closes and wire.at_end(client)
+    assert http_wire.uncalled(witness)
 
 
 @pytest.mark.parametrize("path", cases("reject"))
 def test_what_follows_a_bad_request_is_never_a_request(
-    gateway: Gateway, witness: Origin, path: Path
+    gateway: running.Gateway, witness: origins.Origin, path: Path
 ) -> None:
     with gateway.connect() as client:
-        send(client, filled(path, witness) + request(witness, path=SECOND))
-        assert b"%d" % read_answer(client).status == path.name.split("-")[1].encode()
-        assert at_end(client)
-    assert uncalled(witness)
+        wire.send(
+            client, filled(path, witness) + http_wire.request(witness, path=SECOND)
+        )
+        assert (
+            b"%d" % http_wire.read_answer(client).status
+            == path.name.split("-")[1].encode()
+        )
+        assert wire.at_end(client)
+    assert http_wire.uncalled(witness)
 
 
 # --- Octets, lines, fields ----------------------------------------------------
 
 
-def test_octets_above_ascii_pass_unchanged(gateway: Gateway, origin: Start) -> None:
+def test_octets_above_ascii_pass_unchanged(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     value = bytes(range(0x80, 0x100)) + b'\t!"' + bytes(range(0x23, 0x7F))  # R1
-    server = origin(Script(sized(b"ok", b"X-Back: " + value, status=b"200 \xe4\xff")))
-    answer = returned(gateway, server, b"X-There: " + value)
+    server = origin(
+        http_wire.Script(
+            http_wire.sized(b"ok", b"X-Back: " + value, status=b"200 \xe4\xff")
+        )
+    )
+    answer = http_wire.ask(gateway, server, b"X-There: " + value)
     assert server.handle.requests[0].values(b"X-There") == [value]
     assert answer.values(b"X-Back") == [value]
     assert answer.start == b"HTTP/1.1 200 \xe4\xff"
 
 
-def test_ten_thousand_empty_lines_are_not_waited_out(gateway: Gateway) -> None:
+def test_ten_thousand_empty_lines_are_not_waited_out(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R4
-        send(client, b"\r\n" * 10_000)
-        assert read_answer(client).status == 400
-        assert at_end(client)
+        wire.send(client, b"\r\n" * 10_000)
+        assert http_wire.read_answer(client).status == 400
+        assert wire.at_end(client)
 
 
-def test_an_empty_line_after_a_body_is_ignored(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R4: as very old browsers sent after a POST
-    post = request(server, b"Content-Length: 2", method=b"POST", body=b"hi\r\n")
+def test_an_empty_line_after_a_body_is_ignored(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R4: as very old browsers sent after a POST
+    post = http_wire.request(
+        server, b"Content-Length: 2", method=b"POST", body=b"hi\r\n"
+    )
     with gateway.connect() as client:
-        assert exchange(client, post).status == 200
-        assert exchange(client, request(server)).status == 200
+        assert http_wire.exchange(client, post).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
     assert [got.body for got in server.handle.requests] == [b"hi", b""]
 
 
-def test_the_http2_preface_is_refused(gateway: Gateway) -> None:
+def test_the_http2_preface_is_refused(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R6, R16: two rules, either answer is right
-        send(client, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        assert read_answer(client).status in (400, 505)
-        assert at_end(client)
+        wire.send(client, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert http_wire.read_answer(client).status in (400, 505)
+        assert wire.at_end(client)
 
 
 @pytest.mark.parametrize(
     "start",
     [b"GET / HTTP/1.1 x\r\n", b"HELO\r\n", b"GET http://a/ HTTP/3.0\r\n", b"\x16\x03"],
 )
-def test_a_bad_first_line_is_refused_at_once(hasty: Gateway, start: bytes) -> None:
+def test_a_bad_first_line_is_refused_at_once(
+    hasty: running.Gateway, start: bytes
+) -> None:
     with hasty.connect() as client:  # R6: at head_timeout it would be a 408
-        send(client, start)
-        assert read_answer(client).status in (400, 505)
+        wire.send(client, start)
+        assert http_wire.read_answer(client).status in (400, 505)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +204,10 @@ def test_a_bad_first_line_is_refused_at_once(hasty: Gateway, start: bytes) -> No
 )
 @pytest.mark.parametrize("name", [b"X-A", b"Connection", b"Via", b"Accept"])
 def test_long_runs_of_blanks_cost_no_time(
-    gateway: Gateway, origin: Start, name: bytes, value: bytes
+    gateway: running.Gateway, origin: origins.Start, name: bytes, value: bytes
 ) -> None:
     began = time.monotonic()  # R11; a quadratic pattern needs minutes for this
-    forwarded(gateway, origin(Script()), name + b":" + value)
+    http_wire.forwarded(gateway, origin(http_wire.Script()), name + b":" + value)
     assert time.monotonic() - began < 3
 
 
@@ -223,41 +222,50 @@ def test_long_runs_of_blanks_cost_no_time(
     ],
 )
 def test_long_runs_of_blanks_are_refused_in_no_time(
-    gateway: Gateway, origin: Start, field: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes
 ) -> None:
     began = time.monotonic()  # R8, R11, R43, R48
-    assert returned(gateway, origin(Script()), field).status == 400
+    assert http_wire.ask(gateway, origin(http_wire.Script()), field).status == 400
     assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("size", [8_000, 15_000])
-def test_a_long_target_is_served(gateway: Gateway, origin: Start, size: int) -> None:
+def test_a_long_target_is_served(
+    gateway: running.Gateway, origin: origins.Start, size: int
+) -> None:
     path = b"/" + b"u" * size  # R11
-    assert forwarded(gateway, origin(Script()), path=path).target == path
+    assert (
+        http_wire.forwarded(gateway, origin(http_wire.Script()), path=path).target
+        == path
+    )
 
 
 def test_a_request_line_over_16_kib_is_too_long(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R11
+    server = origin(http_wire.Script())  # R11
     with gateway.connect() as client:
-        send(client, request(server, path=b"/" + b"u" * 17_000))
-        answer = read_answer(client)
+        wire.send(client, http_wire.request(server, path=b"/" + b"u" * 17_000))
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (414, True)
-        assert at_end(client)
-    assert uncalled(server)
+        assert wire.at_end(client)
+    assert http_wire.uncalled(server)
 
 
-def test_a_request_line_without_end_is_not_waited_out(gateway: Gateway) -> None:
+def test_a_request_line_without_end_is_not_waited_out(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R11
-        send(client, b"GET http://a/" + b"u" * 17_000)
-        assert read_answer(client).status == 414
-        assert at_end(client)
+        wire.send(client, b"GET http://a/" + b"u" * 17_000)
+        assert http_wire.read_answer(client).status == 414
+        assert wire.at_end(client)
 
 
-def test_a_large_head_is_served(gateway: Gateway, origin: Start) -> None:
+def test_a_large_head_is_served(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     fields = [b"X-%d: %b" % (i, b"v" * 1000) for i in range(60)]  # R11
-    got = forwarded(gateway, origin(Script()), *fields, b"X-Long: " + b"v" * 2000)
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), *fields, b"X-Long: " + b"v" * 2000
+    )
     assert [got.values(b"X-%d" % i) for i in range(60)] == [[b"v" * 1000]] * 60
 
 
@@ -270,72 +278,82 @@ def test_a_large_head_is_served(gateway: Gateway, origin: Start) -> None:
     ],
 )
 def test_a_head_over_64_kib_is_too_large(
-    gateway: Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
-    server = origin(Script())  # R11
+    server = origin(http_wire.Script())  # R11
     with gateway.connect() as client:
-        send(client, request(server, *fields))
-        answer = read_answer(client)
+        wire.send(client, http_wire.request(server, *fields))
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (431, True)
-        assert at_end(client)
-    assert uncalled(server)
+        assert wire.at_end(client)
+    assert http_wire.uncalled(server)
 
 
-def test_a_head_without_end_is_not_waited_out(gateway: Gateway) -> None:
+def test_a_head_without_end_is_not_waited_out(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R11
-        send(client, b"GET http://a/ HTTP/1.1\r\nX-A: " + b"v" * 70_000)
-        assert read_answer(client).status == 431
-        assert at_end(client)
+        wire.send(client, b"GET http://a/ HTTP/1.1\r\nX-A: " + b"v" * 70_000)
+        assert http_wire.read_answer(client).status == 431
+        assert wire.at_end(client)
 
 
-def test_nothing_happens_before_the_blank_line(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R12: the last octet is the line feed that ends the head
-    data = request(server, b"X-A: 1")
+def test_nothing_happens_before_the_blank_line(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(
+        http_wire.Script()
+    )  # R12: the last octet is the line feed that ends the head
+    data = http_wire.request(server, b"X-A: 1")
     with gateway.connect() as client:
-        send(client, data[:-1])
+        wire.send(client, data[:-1])
         assert not select.select([server.listener], [], [], 0.3)[0]
         assert not server.callers
-        send(client, data[-1:])
-        assert read_answer(client).status == 200
+        wire.send(client, data[-1:])
+        assert http_wire.read_answer(client).status == 200
 
 
-def test_a_host_that_comes_last_is_waited_for(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R12
+def test_a_host_that_comes_last_is_waited_for(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R12
     at = server.authority.encode()
     with gateway.connect() as client:
-        send(client, b"GET http://%b/ HTTP/1.1\r\nX-A: 1\r\nHost: " % at)
+        wire.send(client, b"GET http://%b/ HTTP/1.1\r\nX-A: 1\r\nHost: " % at)
         assert not select.select([client], [], [], 0.3)[0]
         assert not server.callers
-        send(client, at + b"\r\n\r\n")
-        assert read_answer(client).status == 200
+        wire.send(client, at + b"\r\n\r\n")
+        assert http_wire.read_answer(client).status == 200
 
 
 @pytest.mark.parametrize(
     "part", [b"", b"GET http://a/ HT", b"GET http://a/ HTTP/1.1\r\n"]
 )
-def test_a_head_that_does_not_arrive_is_timed_out(hasty: Gateway, part: bytes) -> None:
+def test_a_head_that_does_not_arrive_is_timed_out(
+    hasty: running.Gateway, part: bytes
+) -> None:
     with hasty.connect() as client:  # R12
-        send(client, part)
+        wire.send(client, part)
         if part:
-            answer = read_answer(client)
+            answer = http_wire.read_answer(client)
             assert (answer.status, answer.closes) == (408, True)
-        assert at_end(client)
+        assert wire.at_end(client)
 
 
-def test_a_head_that_drips_for_ever_is_timed_out(hasty: Gateway) -> None:
+def test_a_head_that_drips_for_ever_is_timed_out(hasty: running.Gateway) -> None:
     with hasty.connect() as client:  # R12: the deadline is the head's, not the octet's
         began = time.monotonic()
-        send(client, b"GET http://a/ HTTP/1.1\r\nX-A: ")
+        wire.send(client, b"GET http://a/ HTTP/1.1\r\nX-A: ")
         while not select.select([client], [], [], 0.2)[0]:
             assert time.monotonic() - began < 5
-            send(client, b"x")
-        assert read_answer(client).status == 408
+            wire.send(client, b"x")
+        assert http_wire.read_answer(client).status == 408
 
 
-def test_unknown_fields_pass_in_their_order(gateway: Gateway, origin: Start) -> None:
+def test_unknown_fields_pass_in_their_order(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     fields = [b"X-B: 2", b"X-A: 1", b"x-b: 3", b"DNT: 1", b"X-B: 2", b"X-E:", b"X-A: 4"]
-    server = origin(Script(sized(b"ok", *fields)))  # R13
-    answer = returned(gateway, server, *fields)
+    server = origin(http_wire.Script(http_wire.sized(b"ok", *fields)))  # R13
+    answer = http_wire.ask(gateway, server, *fields)
     for message in (server.handle.requests[0], answer):
         assert message.values(b"X-A") == [b"1", b"4"]
         assert message.values(b"X-B") == [b"2", b"3", b"2"]
@@ -343,89 +361,117 @@ def test_unknown_fields_pass_in_their_order(gateway: Gateway, origin: Start) -> 
         assert message.values(b"DNT") == [b"1"]
 
 
-def test_cookies_stay_on_their_lines(gateway: Gateway, origin: Start) -> None:
+def test_cookies_stay_on_their_lines(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     dated = b"Set-Cookie: b=2; Expires=Wed, 21 Oct 2026 07:28:00 GMT"  # R13
-    server = origin(Script(sized(b"", b"Set-Cookie: a=1", dated, b"Set-Cookie: a=1")))
-    answer = returned(gateway, server)
+    server = origin(
+        http_wire.Script(
+            http_wire.sized(b"", b"Set-Cookie: a=1", dated, b"Set-Cookie: a=1")
+        )
+    )
+    answer = http_wire.ask(gateway, server)
     cookies = [b"Set-Cookie: " + value for value in answer.values(b"Set-Cookie")]
     assert cookies == [b"Set-Cookie: a=1", dated, b"Set-Cookie: a=1"]
 
 
 @pytest.mark.parametrize("value", [b",close,,", b" , ,CLOSE", b"\t,x, ,close\t,"])
 def test_empty_members_are_accepted(
-    gateway: Gateway, origin: Start, value: bytes
+    gateway: running.Gateway, origin: origins.Start, value: bytes
 ) -> None:
-    server = origin(Script(sized(b"ok", b"Connection: " + value, b"X: 1")))  # R14
+    server = origin(
+        http_wire.Script(http_wire.sized(b"ok", b"Connection: " + value, b"X: 1"))
+    )  # R14
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        assert exchange(client, request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
     assert len(server.callers) == 2  # each answer said that it was the last
 
 
 # --- Response heads -----------------------------------------------------------
 
 BAD_RESPONSES = {
-    "cr-in-value": response(b"X-A: 1\r2", b"Content-Length: 0"),  # R2
-    "cr-in-name": response(b"X-\rA: 1", b"Content-Length: 0"),  # R2
-    "cr-after-value": response(b"X-A: 1\r", b"Content-Length: 0"),  # R2
-    "cr-in-reason": response(b"Content-Length: 0", status=b"200 O\rK"),  # R2
-    "nul-in-value": response(b"X-A: 1\0", b"Content-Length: 0"),  # R7
-    "control-in-value": response(b"X-A: \x0b1", b"Content-Length: 0"),  # R7
-    "nul-in-reason": response(b"Content-Length: 0", status=b"200 O\0K"),  # R7
-    "lf-in-value": response(b"X-A: 1\n2: 3", b"Content-Length: 0"),  # R3
-    "fold-with-space": response(b"X-A: 1\r\n 2", b"Content-Length: 0"),  # R9
-    "fold-with-tab": response(b"X-A: 1\r\n\t2", b"Content-Length: 0"),  # R9
-    "fold-of-length": response(b"Content-Length:\r\n 0"),  # R9
-    "space-before-first-field": response(b" X-A: 1", b"Content-Length: 0"),  # R5
-    "no-colon": response(b"X-A", b"Content-Length: 0"),  # R10
-    "empty-name": response(b": 1", b"Content-Length: 0"),  # R10
-    "space-in-name": response(b"X A: 1", b"Content-Length: 0"),  # R10
-    "obs-text-in-name": response(b"X\xe9: 1", b"Content-Length: 0"),  # R10
-    "parenthesis-in-name": response(b"X(A: 1", b"Content-Length: 0"),  # R10
+    "cr-in-value": http_wire.response(b"X-A: 1\r2", b"Content-Length: 0"),  # R2
+    "cr-in-name": http_wire.response(b"X-\rA: 1", b"Content-Length: 0"),  # R2
+    "cr-after-value": http_wire.response(b"X-A: 1\r", b"Content-Length: 0"),  # R2
+    "cr-in-reason": http_wire.response(b"Content-Length: 0", status=b"200 O\rK"),  # R2
+    "nul-in-value": http_wire.response(b"X-A: 1\0", b"Content-Length: 0"),  # R7
+    "control-in-value": http_wire.response(b"X-A: \x0b1", b"Content-Length: 0"),  # R7
+    "nul-in-reason": http_wire.response(b"Content-Length: 0", status=b"200 O\0K"),  # R7
+    "lf-in-value": http_wire.response(b"X-A: 1\n2: 3", b"Content-Length: 0"),  # R3
+    "fold-with-space": http_wire.response(b"X-A: 1\r\n 2", b"Content-Length: 0"),  # R9
+    "fold-with-tab": http_wire.response(b"X-A: 1\r\n\t2", b"Content-Length: 0"),  # R9
+    "fold-of-length": http_wire.response(b"Content-Length:\r\n 0"),  # R9
+    "space-before-first-field": http_wire.response(
+        b" X-A: 1", b"Content-Length: 0"
+    ),  # R5
+    "no-colon": http_wire.response(b"X-A", b"Content-Length: 0"),  # R10
+    "empty-name": http_wire.response(b": 1", b"Content-Length: 0"),  # R10
+    "space-in-name": http_wire.response(b"X A: 1", b"Content-Length: 0"),  # R10
+    "obs-text-in-name": http_wire.response(b"X\xe9: 1", b"Content-Length: 0"),  # R10
+    "parenthesis-in-name": http_wire.response(b"X(A: 1", b"Content-Length: 0"),  # R10
     "version-2": b"HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n",  # R16
     "version-0.9": b"HTTP/0.9 200 OK\r\nContent-Length: 0\r\n\r\n",  # R16
     "version-in-lower-case": b"http/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",  # R15
     "version-with-two-digits": b"HTTP/1.10 200 OK\r\nContent-Length: 0\r\n\r\n",  # R15
     "other-protocol": b"ICY 200 OK\r\nContent-Length: 0\r\n\r\n",  # R15
     "no-version": b"hello, this is no HTTP at all\r\n\r\n",  # R16: 0.9 style
-    "status-with-two-digits": response(b"Content-Length: 0", status=b"20 OK"),  # R10
-    "status-with-four-digits": response(b"Content-Length: 0", status=b"2000 OK"),  # R10
-    "status-with-plus": response(b"Content-Length: 0", status=b"+20 OK"),  # R10
-    "status-with-underscore": response(b"Content-Length: 0", status=b"2_0 OK"),  # R10
-    "status-superscript": response(b"Content-Length: 0", status=b"20\xb2 OK"),  # R10
-    "status-zero": response(b"Content-Length: 0", status=b"000 OK"),  # R10
-    "status-099": response(b"Content-Length: 0", status=b"099 OK"),  # R10
+    "status-with-two-digits": http_wire.response(
+        b"Content-Length: 0", status=b"20 OK"
+    ),  # R10
+    "status-with-four-digits": http_wire.response(
+        b"Content-Length: 0", status=b"2000 OK"
+    ),  # R10
+    "status-with-plus": http_wire.response(
+        b"Content-Length: 0", status=b"+20 OK"
+    ),  # R10
+    "status-with-underscore": http_wire.response(
+        b"Content-Length: 0", status=b"2_0 OK"
+    ),  # R10
+    "status-superscript": http_wire.response(
+        b"Content-Length: 0", status=b"20\xb2 OK"
+    ),  # R10
+    "status-zero": http_wire.response(b"Content-Length: 0", status=b"000 OK"),  # R10
+    "status-099": http_wire.response(b"Content-Length: 0", status=b"099 OK"),  # R10
     "two-spaces": b"HTTP/1.1  200 OK\r\nContent-Length: 0\r\n\r\n",  # R10
     "tls-alert": b"\x15\x03\x01\x00\x02\x02\x46\r\n\r\n",  # R6
     "ssh-banner": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",  # R6
-    "huge-field": response(b"X-A: " + b"v" * 300_000, b"Content-Length: 0"),  # R11
+    "huge-field": http_wire.response(
+        b"X-A: " + b"v" * 300_000, b"Content-Length: 0"
+    ),  # R11
 }
 
 
 @pytest.mark.parametrize("answer", BAD_RESPONSES.values(), ids=BAD_RESPONSES)
 def test_a_bad_response_becomes_502(
-    gateway: Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
-    bad, good = origin(Script(answer, close=True)), origin(Script())  # R70
+    bad, good = (
+        origin(http_wire.Script(answer, close=True)),
+        origin(http_wire.Script()),
+    )  # R70
     with gateway.connect() as client:
-        refused = exchange(client, request(bad))
-        assert (refused.status, proxy_error(refused)) == (502, b"http_protocol_error")
-        assert exchange(client, request(good)).status == 200
+        refused = http_wire.exchange(client, http_wire.request(bad))
+        assert (refused.status, http_wire.proxy_error(refused)) == (
+            502,
+            b"http_protocol_error",
+        )
+        assert http_wire.exchange(client, http_wire.request(good)).status == 200
     assert len(bad.callers) == 1
 
 
 def test_a_bad_response_ends_the_server_connection(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     ends: list[bytes] = []
 
-    def handle(connection: socket.socket, server: Origin) -> None:
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
         connection.recv(65536)
-        connection.sendall(response(b"X-A: 1\r2", b"Content-Length: 0"))
-        ends.append(read_all(connection))
+        connection.sendall(http_wire.response(b"X-A: 1\r2", b"Content-Length: 0"))
+        ends.append(wire.read_all(connection))
 
-    assert returned(gateway, origin(handle)).status == 502  # R2
-    eventually(lambda: ends == [b""])
+    assert http_wire.ask(gateway, origin(handle)).status == 502  # R2
+    wait.until(lambda: ends == [b""])
 
 
 @pytest.mark.parametrize(
@@ -439,30 +485,34 @@ def test_a_bad_response_ends_the_server_connection(
     ],
 )
 def test_a_bad_response_is_not_waited_out(
-    gateway: Gateway, origin: Start, start: bytes
+    gateway: running.Gateway, origin: origins.Start, start: bytes
 ) -> None:
-    def handle(connection: socket.socket, server: Origin) -> None:
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
         connection.recv(65536)
         connection.sendall(start)
-        read_all(connection)
+        wire.read_all(connection)
 
-    assert returned(gateway, origin(handle)).status == 502  # R3, R10, R70
+    assert http_wire.ask(gateway, origin(handle)).status == 502  # R3, R10, R70
 
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t ", b" " * 10_000])
 def test_space_before_a_response_colon_is_stripped(
-    gateway: Gateway, origin: Start, space: bytes
+    gateway: running.Gateway, origin: origins.Start, space: bytes
 ) -> None:
     fields = [b"X-A%b: 1" % space, b"Content-Length%b: 2" % space]  # R8
-    answer = returned(gateway, origin(Script(response(*fields, body=b"ok"))))
+    answer = http_wire.ask(
+        gateway, origin(http_wire.Script(http_wire.response(*fields, body=b"ok")))
+    )
     assert (answer.values(b"X-A"), answer.body) == ([b"1"], b"ok")
 
 
 @pytest.mark.parametrize("status", [b"200 ", b"200 All is well", b"299 \x80", b"599 x"])
 def test_status_and_reason_pass_unchanged(
-    gateway: Gateway, origin: Start, status: bytes
+    gateway: running.Gateway, origin: origins.Start, status: bytes
 ) -> None:
-    answer = returned(gateway, origin(Script(sized(b"ok", status=status))))  # R1, R28
+    answer = http_wire.ask(
+        gateway, origin(http_wire.Script(http_wire.sized(b"ok", status=status)))
+    )  # R1, R28
     assert (answer.start, answer.body) == (b"HTTP/1.1 " + status, b"ok")
 
 
@@ -471,38 +521,45 @@ def test_status_and_reason_pass_unchanged(
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.3"])
 def test_the_origin_sees_our_version(
-    gateway: Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
-    got = forwarded(gateway, origin(Script()), version=version)  # R16: see wire.py
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), version=version
+    )  # R16: see http_wire.py
     assert got.start == b"GET / HTTP/1.1"
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.3"])
 def test_the_client_sees_our_version(
-    gateway: Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     answer = version + b" 200 Fine\r\nContent-Length: 2\r\n\r\nok"  # R16
-    answer = returned(gateway, origin(Script(answer, close=True)))
+    answer = http_wire.ask(gateway, origin(http_wire.Script(answer, close=True)))
     assert (answer.start, answer.body) == (b"HTTP/1.1 200 Fine", b"ok")
 
 
-def test_a_simple_request_of_http_0_9_is_refused(gateway: Gateway) -> None:
+def test_a_simple_request_of_http_0_9_is_refused(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R16: and answered with a head, not bare text
-        send(client, b"GET http://127.0.0.1/\r\n")
-        assert read_answer(client).status == 400
+        wire.send(client, b"GET http://127.0.0.1/\r\n")
+        assert http_wire.read_answer(client).status == 400
 
 
 # --- Targets ------------------------------------------------------------------
 
 
-def test_the_target_decides_and_not_the_host(gateway: Gateway, origin: Start) -> None:
-    right, wrong = origin(Script()), origin(Script())  # R18, R28: and no 421
+def test_the_target_decides_and_not_the_host(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    right, wrong = (
+        origin(http_wire.Script()),
+        origin(http_wire.Script()),
+    )  # R18, R28: and no 421
     at = right.authority.encode(), wrong.authority.encode()
     with gateway.connect() as client:
         data = b"GET http://%b/x HTTP/1.1\r\nHost: %b\r\n\r\n" % at
-        assert exchange(client, data).status == 200
+        assert http_wire.exchange(client, data).status == 200
     assert right.handle.requests[0].values(b"Host") == [at[0]]
-    assert uncalled(wrong)
+    assert http_wire.uncalled(wrong)
 
 
 TARGETS = {
@@ -529,9 +586,11 @@ TARGETS = {
 @pytest.mark.parametrize("path", TARGETS)
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
 def test_path_and_query_pass_unchanged(
-    gateway: Gateway, origin: Start, method: bytes, path: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes, path: bytes
 ) -> None:
-    got = forwarded(gateway, origin(Script()), method=method, path=path)
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), method=method, path=path
+    )
     assert got.target == TARGETS[path]
 
 
@@ -539,61 +598,74 @@ def test_path_and_query_pass_unchanged(
     ("path", "target"), [(b"", b"*"), (b"/", b"/"), (b"?q", b"/?q"), (b"/*", b"/*")]
 )
 def test_options_without_path_means_the_server(
-    gateway: Gateway, origin: Start, path: bytes, target: bytes
+    gateway: running.Gateway, origin: origins.Start, path: bytes, target: bytes
 ) -> None:
-    got = forwarded(gateway, origin(Script()), method=b"OPTIONS", path=path)  # R20
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), method=b"OPTIONS", path=path
+    )  # R20
     assert got.target == target
 
 
 def test_options_for_everything_is_answered_by_the_gateway(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R21
+    server = origin(http_wire.Script())  # R21
     host = server.authority.encode()
     with gateway.connect() as client:
-        answer = exchange(client, b"OPTIONS * HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+        answer = http_wire.exchange(
+            client, b"OPTIONS * HTTP/1.1\r\nHost: %b\r\n\r\n" % host
+        )
         assert (answer.status, answer.body) == (200, b"")
         assert answer.values(b"Content-Length") == [b"0"]
         assert b"get" in answer.members(b"Allow")
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS"])
 @pytest.mark.parametrize("path", [b"/", b"/x?y", b"//example.com/"])
 def test_origin_form_is_never_forwarded_by_its_host(
-    gateway: Gateway, origin: Start, method: bytes, path: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes, path: bytes
 ) -> None:
-    server = origin(Script())  # R21
+    server = origin(http_wire.Script())  # R21
     at = server.authority.encode()
     with gateway.connect() as client:
         data = b"%b %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (method, path, at)
-        assert exchange(client, data, method).status < 500
-    assert uncalled(server)
+        assert http_wire.exchange(client, data, method).status < 500
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize("scheme", [b"https", b"ws", b"foo", b"httpx", b"HTTPS"])
 def test_other_schemes_are_not_implemented(
-    gateway: Gateway, origin: Start, scheme: bytes
+    gateway: running.Gateway, origin: origins.Start, scheme: bytes
 ) -> None:
-    server = origin(Script())  # R22
+    server = origin(http_wire.Script())  # R22
     at = server.authority.encode()
     with gateway.connect() as client:
         line = b"GET %b://%b/ HTTP/1.1\r\nHost: %b\r\n\r\n" % (scheme, at, at)
-        assert exchange(client, line).status == 501
-    assert uncalled(server)
+        assert http_wire.exchange(client, line).status == 501
+    assert http_wire.uncalled(server)
 
 
-@needs_ipv6
-def test_an_ipv6_literal_is_dialed(gateway: Gateway, origin: Start) -> None:
-    got = forwarded(gateway, server := origin(Script(), "::1"))  # R24
+@needs.ipv6
+def test_an_ipv6_literal_is_dialed(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    got = http_wire.forwarded(
+        gateway, server := origin(http_wire.Script(), "::1")
+    )  # R24
     assert got.values(b"Host") == [b"[::1]:%d" % server.port]
 
 
-def test_an_empty_port_is_the_default_port(gateway: Gateway) -> None:
+def test_an_empty_port_is_the_default_port(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R24: denied, and so understood
         at = b"10.1.2.3:"
-        assert exchange(client, request(at, path=b"/empty-port")).status == 403
-    targets = eventually(
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(at, path=b"/empty-port")
+            ).status
+            == 403
+        )
+    targets = wait.until(
         lambda: [t for one in gateway.lines() if "empty-port" in (t := one["target"])]
     )
     assert targets[0].replace(":80/", "/") == "http://10.1.2.3/empty-port"
@@ -601,13 +673,15 @@ def test_an_empty_port_is_the_default_port(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("host", [b"%6cocalhost", b"localhost%00", b"localhost%2f"])
 def test_an_encoded_host_is_never_decoded(
-    gateway: Gateway, origin: Start, host: bytes
+    gateway: running.Gateway, origin: origins.Start, host: bytes
 ) -> None:
-    server = origin(Script())  # R23, R24: no such name, or no name at all
+    server = origin(http_wire.Script())  # R23, R24: no such name, or no name at all
     with gateway.connect() as client:
-        answer = exchange(client, request(host + b":%d" % server.port))
+        answer = http_wire.exchange(
+            client, http_wire.request(host + b":%d" % server.port)
+        )
         assert answer.status in (400, 502)
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 # --- Loops --------------------------------------------------------------------
@@ -618,110 +692,88 @@ def test_an_encoded_host_is_never_decoded(
     "host", [b"127.0.0.1", b"localhost", b"LocalHost", b"[::ffff:127.0.0.1]"]
 )
 def test_the_gateway_does_not_call_itself(
-    natwork: Callable[..., Gateway], host: bytes, method: bytes
+    natwork: running.Start, host: bytes, method: bytes
 ) -> None:
-    gateway = natwork(f"name={NAME.decode()}")  # R27
+    gateway = natwork(f"name={running.NAME.decode()}")  # R27
     with gateway.connect() as client:
         at = b"%b:%d" % (host, gateway.address[1])
-        answer = exchange(client, request(at, method=method))
+        answer = http_wire.exchange(client, http_wire.request(at, method=method))
         if method == b"GET":  # answered here: see test_pages.py
             assert (answer.status, answer.values(b"Via")) == (200, [])
         else:
             assert answer.status == 502
-            assert proxy_error(answer) == b"proxy_loop_detected"
+            assert http_wire.proxy_error(answer) == b"proxy_loop_detected"
     assert len(gateway.lines(1)) == 1
 
 
-@contextlib.contextmanager
-def listening_everywhere(folder: Path, *options: str) -> Iterator[int]:
-    """Run a gateway on every address of the box; give its port."""
-    settings = [
-        "listen=*:0",
-        f"log={folder / 'log'}",
-        f"name={NAME.decode()}",
-        *options,
-    ]
-    words = [word for setting in settings for word in ("-o", setting)]
-    said = folder / "stderr"
-    with (
-        said.open("w") as errors,
-        subprocess.Popen([*PROGRAM, *words], stderr=errors, cwd=folder) as process,
-    ):
-        try:
-            found = eventually(
-                lambda: re.findall(r"listening on .*:([1-9]\d*)\n", said.read_text())
-            )
-            yield int(found[0])
-        finally:
-            process.terminate()
-            assert process.wait(40) == 0
-
-
-def own_addresses() -> list[str]:
-    """Return addresses of this box that are not loopback, as far as routes tell."""
-    found = []
-    for family, far in (
-        (socket.AF_INET, "198.51.100.1"),
-        (socket.AF_INET6, "2001:db8::1"),
-    ):
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(family, socket.SOCK_DGRAM) as s,
-        ):
-            s.connect((far, 9))
-            found.append(s.getsockname()[0])
-    return found
-
-
-@needs_ipv6
-def test_the_gateway_knows_all_its_addresses(tmp_path: Path) -> None:
-    own = own_addresses()  # R27
+@needs.ipv6
+def test_the_gateway_knows_all_its_addresses(daemon: running.Start) -> None:
+    far = {socket.AF_INET: "198.51.100.1", socket.AF_INET6: "2001:db8::1"}
+    own = [addresses.here(*one) for one in far.items() if addresses.here(*one)]  # R27
     hosts = ["127.0.0.1", "127.9.8.7", "localhost", "[::1]", "[::ffff:127.0.0.2]"]
     hosts += [f"[{address}]" if ":" in address else address for address in own]
-    rules = "rules=allow to " + ", ".join(["127.0.0.0/8", "::1", *own])
-    with listening_everywhere(tmp_path, rules) as port:
-        for host in hosts:
-            with socket.create_connection(("127.0.0.1", port), 10) as client:
-                at = b"%b:%d" % (host.encode(), port)
-                answer = exchange(client, request(at, path=b"/metrics"))
-                assert b"natwork_workers" in answer.body, (host, answer)
-                answer = exchange(client, request(at, method=b"CONNECT"))
-                assert answer.status == 502, (host, answer)
-                assert proxy_error(answer) == b"proxy_loop_detected"
-        for host in (b"0.0.0.0", b"[::]"):
-            with socket.create_connection(("127.0.0.1", port), 10) as client:
-                answer = exchange(client, request(b"%b:%d" % (host, port)))
-                assert answer.status in (200, 403, 502), (host, answer)
-    lines = (tmp_path / "log").read_text().splitlines()
+    rules = "allow to " + ", ".join(["127.0.0.0/8", "::1", *own])
+    everywhere = daemon(listen="*:0", name=running.NAME.decode(), rules=rules)
+    port = everywhere.address[1]
+    for host in hosts:
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            at = b"%b:%d" % (host.encode(), port)
+            answer = http_wire.exchange(client, http_wire.request(at, path=b"/metrics"))
+            assert b"natwork_workers" in answer.body, (host, answer)
+            answer = http_wire.exchange(
+                client, http_wire.request(at, method=b"CONNECT")
+            )
+            assert answer.status == 502, (host, answer)
+            assert http_wire.proxy_error(answer) == b"proxy_loop_detected"
+    for host in (b"0.0.0.0", b"[::]"):
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            answer = http_wire.exchange(
+                client, http_wire.request(b"%b:%d" % (host, port))
+            )
+            assert answer.status in (200, 403, 502), (host, answer)
+    everywhere.stop()
+    lines = everywhere.lines()
     assert len(lines) == 2 * len(hosts) + 2  # nobody came a second time
 
 
 @pytest.mark.parametrize(
     "via",
     [
-        [b"1.1 " + NAME],
-        [b"1.0 fred, 1.1 " + NAME],
-        [b"1.0 fred", b"1.1 " + NAME + b" (comment, and more)", b"1.1 other"],
+        [b"1.1 " + running.NAME],
+        [b"1.0 fred, 1.1 " + running.NAME],
+        [b"1.0 fred", b"1.1 " + running.NAME + b" (comment, and more)", b"1.1 other"],
         [b"1.1 GATE.test"],
-        [b"HTTP/1.1 \t" + NAME],
-        [b",, 1.1 " + NAME + b" ,"],
+        [b"HTTP/1.1 \t" + running.NAME],
+        [b",, 1.1 " + running.NAME + b" ,"],
     ],
 )
 def test_a_request_that_was_here_before_is_a_loop(
-    gateway: Gateway, origin: Start, via: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, via: list[bytes]
 ) -> None:
-    server = origin(Script())  # R27
-    answer = returned(gateway, server, *(b"Via: " + value for value in via))
-    assert (answer.status, proxy_error(answer)) == (502, b"proxy_loop_detected")
-    assert uncalled(server)
+    server = origin(http_wire.Script())  # R27
+    answer = http_wire.ask(gateway, server, *(b"Via: " + value for value in via))
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        502,
+        b"proxy_loop_detected",
+    )
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize(
-    "via", [b"1.1 x" + NAME, b"1.1 " + NAME + b"x", b"1.1 a (1.1 " + NAME + b")"]
+    "via",
+    [
+        b"1.1 x" + running.NAME,
+        b"1.1 " + running.NAME + b"x",
+        b"1.1 a (1.1 " + running.NAME + b")",
+    ],
 )
-def test_a_similar_via_is_no_loop(gateway: Gateway, origin: Start, via: bytes) -> None:
-    got = forwarded(gateway, origin(Script()), b"Via: " + via)  # R27, R34
-    assert b", ".join(got.values(b"Via")) == via + b", 1.1 " + NAME
+def test_a_similar_via_is_no_loop(
+    gateway: running.Gateway, origin: origins.Start, via: bytes
+) -> None:
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), b"Via: " + via
+    )  # R27, R34
+    assert b", ".join(got.values(b"Via")) == via + b", 1.1 " + running.NAME
 
 
 # --- Hop by hop ---------------------------------------------------------------
@@ -734,7 +786,7 @@ HOP_BY_HOP = [
 ]
 
 
-def connection_members(message: Message) -> set[bytes]:
+def connection_members(message: http_wire.Message) -> set[bytes]:
     return set(message.members(b"Connection")) - {b"close", b"keep-alive"}
 
 
@@ -748,12 +800,12 @@ def connection_members(message: Message) -> set[bytes]:
     ],
 )
 def test_what_connection_names_is_removed(
-    gateway: Gateway, origin: Start, lines: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, lines: list[bytes]
 ) -> None:
     fields = [b"Connection: " + value for value in lines]  # R29
     fields += [b"X-A: 1", b"X-B: 2", b"X-D: 4", b"x-c: 3", b"X-A: 5"]
-    server = origin(Script(sized(b"ok", *fields)))
-    answer = returned(gateway, server, *fields)
+    server = origin(http_wire.Script(http_wire.sized(b"ok", *fields)))
+    answer = http_wire.ask(gateway, server, *fields)
     for message in (server.handle.requests[0], answer):
         assert not connection_members(message)
         assert [message.values(b"X-" + letter) for letter in (b"A", b"B", b"C")] == [
@@ -763,19 +815,21 @@ def test_what_connection_names_is_removed(
 
 
 def test_connection_is_read_before_anything_is_sent(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    got = forwarded(gateway, origin(Script()), b"X-A: 1", b"Connection: x-a")  # R29
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), b"X-A: 1", b"Connection: x-a"
+    )  # R29
     assert not got.values(b"X-A")
 
 
 def test_trailers_that_connection_names_are_removed(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     fields = b"Connection: x-a", b"Transfer-Encoding: chunked"  # R29, R52
-    body = chunks(b"hello", trailers=[b"X-A: 1", b"X-B: 2"])
-    server = origin(Script(response(*fields, body=body)))
-    answer = returned(gateway, server, *fields, method=b"POST", body=body)
+    body = http_wire.chunks(b"hello", trailers=[b"X-A: 1", b"X-B: 2"])
+    server = origin(http_wire.Script(http_wire.response(*fields, body=body)))
+    answer = http_wire.ask(gateway, server, *fields, method=b"POST", body=body)
     for message in (server.handle.requests[0], answer):
         names = [name.lower() for name, _ in message.fields + message.trailers]
         assert message.body == b"hello" and b"x-a" not in names
@@ -788,25 +842,27 @@ def test_trailers_that_connection_names_are_removed(
     + [[line, b"Connection: " + line.partition(b":")[0]] for line in HOP_BY_HOP[:-1]],
 )
 def test_hop_by_hop_fields_stay_on_their_hop(
-    gateway: Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
     name = fields[0].partition(b":")[0]  # R30
-    server = origin(Script(sized(b"ok", *fields)))
-    answer = returned(gateway, server, *fields)
+    server = origin(http_wire.Script(http_wire.sized(b"ok", *fields)))
+    answer = http_wire.ask(gateway, server, *fields)
     for message in (server.handle.requests[0], answer):
         assert not message.values(name) and not connection_members(message)
 
 
 def test_a_server_is_told_that_nobody_will_ask_again(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server, leave = origin(Script(OK)), b"Connection: close"  # R58
-    assert not forwarded(gateway, server).closes
-    assert forwarded(gateway, server, leave).closes
-    assert forwarded(gateway, server, version=b"HTTP/1.0").closes
-    # Who has a body to read may answer first, and then does not leave.
+    server, leave = origin(http_wire.Script(http_wire.OK)), b"Connection: close"  # R58
+    assert not http_wire.forwarded(gateway, server).closes
+    assert http_wire.forwarded(gateway, server, leave).closes
+    assert http_wire.forwarded(gateway, server, version=b"HTTP/1.0").closes
+    # A server with a body to read may answer first, and then does not leave.
     body = {"method": b"POST", "body": b"ok"}
-    assert not forwarded(gateway, server, leave, b"Content-Length: 2", **body).closes
+    assert not http_wire.forwarded(
+        gateway, server, leave, b"Content-Length: 2", **body
+    ).closes
 
 
 KEPT = [
@@ -820,11 +876,13 @@ KEPT = [
 
 @pytest.mark.parametrize("line", KEPT)
 def test_connection_cannot_strip_what_others_rely_on(
-    gateway: Gateway, origin: Start, line: bytes
+    gateway: running.Gateway, origin: origins.Start, line: bytes
 ) -> None:
     name, _, value = line.partition(b": ")  # R31
-    server = origin(Script(sized(b"ok", b"Connection: " + name, line)))
-    answer = returned(gateway, server, b"Connection: close, " + name, line)
+    server = origin(
+        http_wire.Script(http_wire.sized(b"ok", b"Connection: " + name, line))
+    )
+    answer = http_wire.ask(gateway, server, b"Connection: close, " + name, line)
     assert value in b", ".join(server.handle.requests[0].values(name))
     assert value in b", ".join(answer.values(name))
 
@@ -835,17 +893,17 @@ def test_connection_cannot_strip_what_others_rely_on(
         ([b"Connection: Content-Length, host", b"Content-Length: 5"], b"hello"),
         (
             [b"Connection: Transfer-Encoding", b"Transfer-Encoding: chunked"],
-            chunks(b"hello"),
+            http_wire.chunks(b"hello"),
         ),
     ],
 )
 def test_connection_cannot_alter_the_framing(
-    gateway: Gateway, origin: Start, fields: list[bytes], body: bytes
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes], body: bytes
 ) -> None:
-    server = origin(Script(response(*fields, body=body)))  # R31
+    server = origin(http_wire.Script(http_wire.response(*fields, body=body)))  # R31
     with gateway.connect() as client:
-        post = request(server, *fields, method=b"POST", body=body)
-        answers = [exchange(client, post), exchange(client, post)]
+        post = http_wire.request(server, *fields, method=b"POST", body=body)
+        answers = [http_wire.exchange(client, post), http_wire.exchange(client, post)]
     assert [answer.body for answer in answers] == [b"hello"] * 2
     assert [got.body for got in server.handle.requests] == [b"hello"] * 2
 
@@ -858,67 +916,77 @@ def test_connection_cannot_alter_the_framing(
     ("value", "left"), [(b"1", 0), (b"007", 6), (b"70", 69), (b"0000000010", 9)]
 )
 def test_max_forwards_counts_down(
-    gateway: Gateway, origin: Start, method: bytes, value: bytes, left: int
+    gateway: running.Gateway,
+    origin: origins.Start,
+    method: bytes,
+    value: bytes,
+    left: int,
 ) -> None:
     field = b"Max-Forwards: " + value  # R32
-    got = forwarded(gateway, origin(Script()), field, method=method)
+    got = http_wire.forwarded(gateway, origin(http_wire.Script()), field, method=method)
     assert [int(value) for value in got.values(b"Max-Forwards")] == [left]
 
 
-def test_a_huge_max_forwards_does_not_overflow(gateway: Gateway, origin: Start) -> None:
+def test_a_huge_max_forwards_does_not_overflow(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     field = b"Max-Forwards: %d" % 2**64  # R32: any smaller number will do
-    got = forwarded(gateway, origin(Script()), field, method=b"OPTIONS")
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), field, method=b"OPTIONS"
+    )
     assert 0 < int(got.values(b"Max-Forwards")[0]) < 2**64
 
 
 @pytest.mark.parametrize("method", [b"OPTIONS", b"TRACE"])
 def test_max_forwards_is_not_added(
-    gateway: Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
-    got = forwarded(gateway, origin(Script()), method=method)  # R32
+    got = http_wire.forwarded(gateway, origin(http_wire.Script()), method=method)  # R32
     assert not got.values(b"Max-Forwards")
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"PUT", b"BREW"])
 def test_other_methods_do_not_count(
-    gateway: Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
-    got = forwarded(gateway, origin(Script()), b"Max-Forwards: 0", method=method)  # R32
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), b"Max-Forwards: 0", method=method
+    )  # R32
     assert got.values(b"Max-Forwards") == [b"0"]
 
 
 @pytest.mark.parametrize("value", [b"0", b"000"])
 def test_the_last_hop_answers_options(
-    gateway: Gateway, origin: Start, value: bytes
+    gateway: running.Gateway, origin: origins.Start, value: bytes
 ) -> None:
-    server = origin(Script())  # R32
+    server = origin(http_wire.Script())  # R32
     field = b"Max-Forwards: " + value
-    answer = returned(gateway, server, field, method=b"OPTIONS")
+    answer = http_wire.ask(gateway, server, field, method=b"OPTIONS")
     assert answer.status == 200 and b"get" in answer.members(b"Allow")
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 def test_the_last_hop_echoes_a_trace_without_secrets(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     secrets = [  # R33
         b"Authorization: Basic c2VjcmV0",
         b"proxy-authorization: Basic c2VjcmV0",
         b"COOKIE: c2VjcmV0",
     ]
-    server = origin(Script())
-    data = request(
+    server = origin(http_wire.Script())
+    data = http_wire.request(
         server, b"Max-Forwards: 0", *secrets, b"X-A: \xe9", method=b"TRACE", path=b"/t"
     )
     with gateway.connect() as client:
-        answer = exchange(client, data)
+        answer = http_wire.exchange(client, data)
     assert answer.status == 200
     assert answer.values(b"Content-Type") == [b"message/http"]
     lines = answer.body.split(b"\r\n")
     assert lines[0].startswith(b"TRACE ") and lines[0].endswith(b"/t HTTP/1.1")
     assert b"Max-Forwards: 0" in lines and b"X-A: \xe9" in lines
     assert b"c2VjcmV0" not in answer.body
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 # --- Identity -----------------------------------------------------------------
@@ -927,32 +995,40 @@ def test_the_last_hop_echoes_a_trace_without_secrets(
 @pytest.mark.parametrize(
     ("version", "earlier", "expected"),
     [
-        (b"HTTP/1.1", [], b"1.1 " + NAME),
-        (b"HTTP/1.0", [], b"1.0 " + NAME),
-        (b"HTTP/1.1", [b"1.0 fred, 1.1 p (x)"], b"1.0 fred, 1.1 p (x), 1.1 " + NAME),
-        (b"HTTP/1.0", [b"1.1 a", b"1.1 b"], b"1.1 a, 1.1 b, 1.0 " + NAME),
+        (b"HTTP/1.1", [], b"1.1 " + running.NAME),
+        (b"HTTP/1.0", [], b"1.0 " + running.NAME),
+        (
+            b"HTTP/1.1",
+            [b"1.0 fred, 1.1 p (x)"],
+            b"1.0 fred, 1.1 p (x), 1.1 " + running.NAME,
+        ),
+        (b"HTTP/1.0", [b"1.1 a", b"1.1 b"], b"1.1 a, 1.1 b, 1.0 " + running.NAME),
     ],
 )
 def test_via_is_appended_both_ways(
-    gateway: Gateway,
-    origin: Start,
+    gateway: running.Gateway,
+    origin: origins.Start,
     version: bytes,
     earlier: list[bytes],
     expected: bytes,
 ) -> None:
     fields = [b"Via: " + value for value in earlier]  # R34
-    answer = sized(b"ok", *fields).replace(b"HTTP/1.1", version, 1)
-    server = origin(Script(answer, close=True))
-    back = returned(gateway, server, *fields, version=version)
+    answer = http_wire.sized(b"ok", *fields).replace(b"HTTP/1.1", version, 1)
+    server = origin(http_wire.Script(answer, close=True))
+    back = http_wire.ask(gateway, server, *fields, version=version)
     for message in (server.handle.requests[0], back):
         assert b", ".join(message.values(b"Via")) == expected
 
 
-def test_the_inner_names_do_not_leak(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R34, R40: no Forwarded of our own, in any form
+def test_the_inner_names_do_not_leak(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(
+        http_wire.Script()
+    )  # R34, R40: no Forwarded of our own, in any form
     with gateway.connect() as client:
         inner = client.getsockname()
-        exchange(client, request(server))
+        http_wire.exchange(client, http_wire.request(server))
     everything = repr(server.handle.requests[0])
     assert str(inner[1]) not in everything
     for name in (b"Forwarded", b"X-Forwarded-For", b"X-Real-IP", b"Client-IP"):
@@ -987,32 +1063,38 @@ def test_the_inner_names_do_not_leak(gateway: Gateway, origin: Start) -> None:
     ],
 )  # fmt: skip
 def test_end_to_end_fields_pass_unchanged(
-    gateway: Gateway, origin: Start, line: bytes
+    gateway: running.Gateway, origin: origins.Start, line: bytes
 ) -> None:
     name, _, value = line.partition(b": ")
-    server = origin(Script(sized(b"\x1f\x8b\0x", line)))
-    answer = returned(gateway, server, line)
+    server = origin(http_wire.Script(http_wire.sized(b"\x1f\x8b\0x", line)))
+    answer = http_wire.ask(gateway, server, line)
     assert server.handle.requests[0].values(name) == [value]
     assert answer.values(name)[0] == value and answer.body == b"\x1f\x8b\0x"
 
 
 @pytest.mark.parametrize("status", [b"401 Who", b"405 No", b"407 Who", b"421 Not here"])
 def test_an_origin_says_what_it_likes(
-    gateway: Gateway, origin: Start, status: bytes
+    gateway: running.Gateway, origin: origins.Start, status: bytes
 ) -> None:
-    answer = returned(gateway, origin(Script(sized(b"no", status=status))))  # R28, R36
+    answer = http_wire.ask(
+        gateway, origin(http_wire.Script(http_wire.sized(b"no", status=status)))
+    )  # R28, R36
     assert answer.start == b"HTTP/1.1 " + status
 
 
-def test_proxy_credentials_end_here(gateway: Gateway, origin: Start) -> None:
+def test_proxy_credentials_end_here(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     secret = b"Proxy-Authorization: Basic c2VjcmV0"  # R37
-    got = forwarded(gateway, origin(Script()), secret, b"PROXY-AUTHORIZATION: x")
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), secret, b"PROXY-AUTHORIZATION: x"
+    )
     assert (
         not got.values(b"Proxy-Authorization") and b"c2VjcmV0" not in repr(got).encode()
     )
-    for where in (DENIED, CLOSED):
+    for where in (http_wire.DENIED, http_wire.CLOSED):
         with gateway.connect() as client:
-            answer = exchange(client, request(where, secret))
+            answer = http_wire.exchange(client, http_wire.request(where, secret))
             assert b"c2VjcmV0" not in repr(answer).encode()
 
 
@@ -1023,140 +1105,164 @@ def is_now(date: bytes) -> bool:
     return bool(re.fullmatch(form, date)) and abs(time.time() - then) < 60
 
 
-def test_a_missing_date_is_added(gateway: Gateway, origin: Start) -> None:
-    (date,) = returned(gateway, origin(Script())).values(b"Date")  # R38
+def test_a_missing_date_is_added(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    (date,) = http_wire.ask(gateway, origin(http_wire.Script())).values(b"Date")  # R38
     assert is_now(date)
 
 
-def test_a_date_is_not_replaced(gateway: Gateway, origin: Start) -> None:
+def test_a_date_is_not_replaced(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     then = b"Sun, 06 Nov 1994 08:49:37 GMT"  # R38
-    server = origin(Script(sized(b"ok", b"date: " + then)))
-    assert returned(gateway, server).values(b"Date") == [then]
+    server = origin(http_wire.Script(http_wire.sized(b"ok", b"date: " + then)))
+    assert http_wire.ask(gateway, server).values(b"Date") == [then]
 
 
-@pytest.mark.parametrize("where", [DENIED, CLOSED])
-def test_our_own_answers_are_dated(gateway: Gateway, where: bytes) -> None:
+@pytest.mark.parametrize("where", [http_wire.DENIED, http_wire.CLOSED])
+def test_our_own_answers_are_dated(gateway: running.Gateway, where: bytes) -> None:
     with gateway.connect() as client:  # R38
-        (date,) = exchange(client, request(where)).values(b"Date")
+        (date,) = http_wire.exchange(client, http_wire.request(where)).values(b"Date")
         assert is_now(date)
 
 
 # --- Refusals and failures ----------------------------------------------------
 
 
-@contextlib.contextmanager
-def deaf_port() -> Iterator[bytes]:
-    """Give a port whose queue is full: the kernel drops every further SYN."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(
-            socket.create_server(("127.0.0.1", 0), backlog=0)
-        )
-        where = listener.getsockname()
-        with contextlib.suppress(TimeoutError):
-            for _ in range(10):
-                stack.enter_context(socket.create_connection(where, 0.3))
-            pytest.fail("the queue is never full")
-        yield b"127.0.0.1:%d" % where[1]
-
-
-def test_a_denied_target_is_explained(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R41
+def test_a_denied_target_is_explained(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R41
     with gateway.connect() as client:
-        answer = exchange(client, request(DENIED))
-        assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
+        answer = http_wire.exchange(client, http_wire.request(http_wire.DENIED))
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            403,
+            b"http_request_denied",
+        )
         assert answer.values(b"Content-Type")[0].startswith(b"text/plain")
         assert answer.body.strip() and not answer.closes
-        assert exchange(client, request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
 
 
 def test_the_rule_that_denies_is_named(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R41
+    server = origin(http_wire.Script())  # R41
     rule = f"deny port {server.port}"
-    gateway = natwork(f"rules={rule}; {LOOPBACK.partition('=')[2]}", loopback=False)
-    answer = returned(gateway, server)
+    gateway = natwork(f"rules={rule}; {running.LOOPBACK}", loopback=False)
+    answer = http_wire.ask(gateway, server)
     assert answer.status == 403
     assert rule.encode() in answer.body
     assert rule.encode() in answer.values(b"Proxy-Status")[0]
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
-def test_a_refused_connection_is_502(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R41, R70
+def test_a_refused_connection_is_502(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R41, R70
     with gateway.connect() as client:
-        answer = exchange(client, request(CLOSED))
-        assert (answer.status, proxy_error(answer)) == (502, b"connection_refused")
-        assert exchange(client, request(server)).status == 200
+        answer = http_wire.exchange(client, http_wire.request(http_wire.CLOSED))
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            502,
+            b"connection_refused",
+        )
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
 
 
-def test_a_name_that_does_not_exist_is_502(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R41, R70: without a resolver it is a time-out
+def test_a_name_that_does_not_exist_is_502(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R41, R70: without a resolver it is a time-out
     with gateway.connect() as client:
         client.settimeout(20)
-        answer = exchange(client, request(b"no-such-name.invalid"))
-        failure = answer.status, proxy_error(answer)
+        answer = http_wire.exchange(client, http_wire.request(b"no-such-name.invalid"))
+        failure = answer.status, http_wire.proxy_error(answer)
         assert failure in ((502, b"dns_error"), (504, b"dns_timeout"))
-        assert exchange(client, request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
 
 
-def test_a_server_that_never_accepts_is_504(hasty: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R41, R70
-    with deaf_port() as deaf, hasty.connect() as client:
-        answer = exchange(client, request(deaf))
-        assert (answer.status, proxy_error(answer)) == (504, b"connection_timeout")
-        assert exchange(client, request(server)).status == 200
-
-
-def test_a_server_that_never_answers_is_504(hasty: Gateway, origin: Start) -> None:
-    def mute(connection: socket.socket, server: Origin) -> None:
-        read_all(connection)
-
-    server = origin(Script())  # R41, R70
-    with hasty.connect() as client:
-        answer = exchange(client, request(origin(mute)))
-        assert (answer.status, proxy_error(answer)) == (504, b"http_response_timeout")
-        assert exchange(client, request(server)).status == 200
-
-
-@pytest.mark.parametrize("part", [b"", b"HTTP/1.1 2", OK[:30], OK[:-4]])
-def test_a_server_that_leaves_before_its_answer_is_502(
-    gateway: Gateway, origin: Start, part: bytes
+def test_a_server_that_never_accepts_is_504(
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script(part, close=True))  # R41, R70
+    server = origin(http_wire.Script())  # R41, R70
+    with wire.full_listener("127.0.0.1") as port, hasty.connect() as client:
+        answer = http_wire.exchange(client, http_wire.request(b"127.0.0.1:%d" % port))
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            504,
+            b"connection_timeout",
+        )
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+
+
+def test_a_server_that_never_answers_is_504(
+    hasty: running.Gateway, origin: origins.Start
+) -> None:
+    def mute(connection: socket.socket, server: origins.Origin) -> None:
+        wire.read_all(connection)
+
+    server = origin(http_wire.Script())  # R41, R70
+    with hasty.connect() as client:
+        answer = http_wire.exchange(client, http_wire.request(origin(mute)))
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            504,
+            b"http_response_timeout",
+        )
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+
+
+@pytest.mark.parametrize(
+    "part", [b"", b"HTTP/1.1 2", http_wire.OK[:30], http_wire.OK[:-4]]
+)
+def test_a_server_that_leaves_before_its_answer_is_502(
+    gateway: running.Gateway, origin: origins.Start, part: bytes
+) -> None:
+    server = origin(http_wire.Script(part, close=True))  # R41, R70
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert answer.status == 502
-        assert proxy_error(answer) in (
+        assert http_wire.proxy_error(answer) in (
             b"connection_terminated",
             b"http_response_incomplete",
         )
-        assert exchange(client, request(origin(Script()))).status == 200
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
     assert len(server.callers) == 1
 
 
 def test_head_requests_get_errors_without_a_body(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R53: the next answer starts right behind the head
+    server = origin(
+        http_wire.Script()
+    )  # R53: the next answer starts right after the head
     with gateway.connect() as client:
-        for where in (DENIED, CLOSED):
-            answer = exchange(client, request(where, method=b"HEAD"), b"HEAD")
+        for where in (http_wire.DENIED, http_wire.CLOSED):
+            answer = http_wire.exchange(
+                client, http_wire.request(where, method=b"HEAD"), b"HEAD"
+            )
             assert answer.status in (403, 502)
-        assert exchange(client, request(server)).body == b"ok"
+        assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
 
 
-def test_an_exchange_is_one_log_line(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script(sized(b"hello")))
+def test_an_exchange_is_one_log_line(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script(http_wire.sized(b"hello")))
     path = b"/logged?secret"
     with gateway.connect() as client:
         for _ in range(2):
-            exchange(client, request(server, path=path))
+            http_wire.exchange(client, http_wire.request(server, path=path))
 
     def mine() -> list[dict[str, str]]:
         return [one for one in gateway.lines() if "/logged" in one["target"]]
 
-    eventually(lambda: len(mine()) == 2)
+    wait.until(lambda: len(mine()) == 2)
     for line in mine():
         assert line["target"] == server.url + "/logged"
         assert [line["proto"], line["method"], line["status"]] == ["http", "GET", "200"]
@@ -1164,9 +1270,11 @@ def test_an_exchange_is_one_log_line(gateway: Gateway, origin: Start) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20])
-def test_it_is_no_matter_where_a_head_is_cut(gateway: Gateway, cut: int) -> None:
-    head = request(DENIED)
-    line = b"GET http://%b/" % DENIED  # R11, R81
+def test_it_is_no_matter_where_a_head_is_cut(
+    gateway: running.Gateway, cut: int
+) -> None:
+    head = http_wire.request(http_wire.DENIED)
+    line = b"GET http://%b/" % http_wire.DENIED  # R11, R81
     longest = line + b"a" * (16384 - len(line) - 9) + b" HTTP/1.1"
     for data, status in (
         (b"-" + head, 400),
@@ -1181,14 +1289,16 @@ def test_it_is_no_matter_where_a_head_is_cut(gateway: Gateway, cut: int) -> None
                 time.sleep(0.02)
                 with contextlib.suppress(ConnectionError):  # it is refused already
                     client.sendall(data[at:])
-                assert read_answer(client).status == status, (at, data[:40])
+                assert http_wire.read_answer(client).status == status, (at, data[:40])
 
 
 @pytest.mark.parametrize("fault", ["field", "hosts", "late"])
-def test_head_has_no_page_even_if_it_is_malformed(hasty: Gateway, fault: str) -> None:
-    head = request(DENIED, method=b"HEAD")
+def test_head_has_no_page_even_if_it_is_malformed(
+    hasty: running.Gateway, fault: str
+) -> None:
+    head = http_wire.request(http_wire.DENIED, method=b"HEAD")
     fields = {"field": b"a b: c\r\n", "hosts": b"Host: b\r\n", "late": b""}[fault]
     with hasty.connect() as client:
         client.sendall(head[:-2] + fields + (b"" if fault == "late" else b"\r\n"))
-        answered = read_all(client)  # RFC 9110 section 9.3.2
+        answered = wire.read_all(client)  # RFC 9110 section 9.3.2
     assert answered.startswith(b"HTTP/1.1 40") and answered.endswith(b"\r\n\r\n")

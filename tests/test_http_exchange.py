@@ -3,74 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
 
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from proc import stopped
-from wire import CLOSED
-from wire import DENIED
-from wire import NAME
-from wire import OK
-from wire import STRICT
-from wire import Script
-from wire import at_end
-from wire import chunks
-from wire import drip
-from wire import exchange
-from wire import forwarded
-from wire import needs_ipv6
-from wire import proxy_error
-from wire import read_answer
-from wire import read_request
-from wire import request
-from wire import reset
-from wire import response
-from wire import returned
-from wire import send
-from wire import shared
-from wire import sized
-from wire import uncalled
+import running
+import wait
+import wire
 
-pytestmark = pytest.mark.filterwarnings(STRICT)
-gateway = shared()
+pytestmark = pytest.mark.filterwarnings(http_wire.STRICT)
+gateway = running.shared()
 HASTE = ("head_timeout=0.5", "idle_timeout=0.5", "tunnel_timeout=0.5")
-hasty = shared("keepalive_timeout=1", *HASTE)
+hasty = running.shared("keepalive_timeout=1", *HASTE)
 
-Start = Callable[..., Origin]
 CHUNKED = b"Transfer-Encoding: chunked"
 EXPECT = b"Expect: 100-continue"
 BULK = os.urandom(1 << 20) * 4
 
 
-def post(server: Origin, *fields: bytes, body: bytes = b"") -> bytes:
-    return request(server, *fields, method=b"POST", body=body)
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 # --- Keeping connections ------------------------------------------------------
 
 
-def test_both_connections_are_kept(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R58
+def test_both_connections_are_kept(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R58
     with gateway.connect() as client:
         for _ in range(5):
-            answer = exchange(client, request(server))
+            answer = http_wire.exchange(client, http_wire.request(server))
             assert answer.status == 200 and not answer.closes
     assert len(server.callers) == 1
 
@@ -78,99 +46,124 @@ def test_both_connections_are_kept(gateway: Gateway, origin: Start) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        sized(b"hello"),
-        sized(b""),
-        response(CHUNKED, body=chunks(b"hello")),
-        response(status=b"204 None"),
-        response(status=b"304 Same"),
-        sized(b"no", status=b"404 None"),
-        sized(b"no", status=b"500 Oh"),
+        http_wire.sized(b"hello"),
+        http_wire.sized(b""),
+        http_wire.response(CHUNKED, body=http_wire.chunks(b"hello")),
+        http_wire.response(status=b"204 None"),
+        http_wire.response(status=b"304 Same"),
+        http_wire.sized(b"no", status=b"404 None"),
+        http_wire.sized(b"no", status=b"500 Oh"),
     ],
 )
 def test_every_delimited_answer_keeps_the_connections(
-    gateway: Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
-    server = origin(Script(answer))  # R58
+    server = origin(http_wire.Script(answer))  # R58
     with gateway.connect() as client:
         for _ in range(2):
-            assert not exchange(client, request(server)).closes
+            assert not http_wire.exchange(client, http_wire.request(server)).closes
     assert len(server.callers) == 1
 
 
-def test_each_request_goes_to_its_own_server(gateway: Gateway, origin: Start) -> None:
-    servers = [origin(Script(sized(b"%d" % i))) for i in range(3)]  # R18, R62
+def test_each_request_goes_to_its_own_server(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    servers = [
+        origin(http_wire.Script(http_wire.sized(b"%d" % i))) for i in range(3)
+    ]  # R18, R62
     with gateway.connect() as client:
         for i in (0, 1, 0, 2, 2, 1, 0):
-            assert exchange(client, request(servers[i])).body == b"%d" % i
-        send(client, b"".join(request(servers[i]) for i in (2, 0, 1)))
-        assert [read_answer(client).body for _ in range(3)] == [b"2", b"0", b"1"]
+            assert (
+                http_wire.exchange(client, http_wire.request(servers[i])).body
+                == b"%d" % i
+            )
+        wire.send(client, b"".join(http_wire.request(servers[i]) for i in (2, 0, 1)))
+        assert [http_wire.read_answer(client).body for _ in range(3)] == [
+            b"2",
+            b"0",
+            b"1",
+        ]
 
 
-def test_each_request_is_judged(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R62: the last request's permission is not this one's
+def test_each_request_is_judged(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(
+        http_wire.Script()
+    )  # R62: the last request's permission is not this one's
     with gateway.connect() as client:
         statuses = [
-            exchange(client, request(where)).status
-            for where in (server, DENIED, server, DENIED, server)
+            http_wire.exchange(client, http_wire.request(where)).status
+            for where in (server, http_wire.DENIED, server, http_wire.DENIED, server)
         ]
     assert statuses == [200, 403, 200, 403, 200]
 
 
 def test_a_server_connection_serves_one_client_only(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
+    gateway, server = (
+        natwork("spare_workers=1", "max_workers=1"),
+        origin(http_wire.Script()),
+    )
     for _ in range(3):  # R62: the same worker, one client after another
         with gateway.connect() as client:
-            assert exchange(client, request(server)).status == 200
+            assert http_wire.exchange(client, http_wire.request(server)).status == 200
     assert len(server.callers) == 3
 
 
 def test_a_client_does_not_make_room_for_itself(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
+    gateway, server = (
+        natwork("spare_workers=1", "max_workers=1"),
+        origin(http_wire.Script()),
+    )
     first = gateway.connect()  # R61: one leaves and one comes, and nobody waits
-    assert exchange(first, request(server)).status == 200
+    assert http_wire.exchange(first, http_wire.request(server)).status == 200
     for _ in range(200):
         second = gateway.connect()
         first.close()
         assert not select.select([second], [], [], 0.01)[0]  # still welcome
-        assert exchange(second, request(server)).status == 200
+        assert http_wire.exchange(second, http_wire.request(server)).status == 200
         first = second
     first.close()
 
 
 def test_a_server_that_closes_does_not_close_the_client(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script(sized(b"ok", b"Connection: close"), close=True))  # R58
+    server = origin(
+        http_wire.Script(http_wire.sized(b"ok", b"Connection: close"), close=True)
+    )  # R58
     with gateway.connect() as client:
         for _ in range(3):
-            answer = exchange(client, request(server))
+            answer = http_wire.exchange(client, http_wire.request(server))
             assert answer.status == 200 and not answer.closes
     assert len(server.callers) == 3
 
 
 def test_an_http_1_0_server_does_not_close_the_client(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    answer = OK.replace(b"HTTP/1.1", b"HTTP/1.0")  # R58
-    server = origin(Script(answer, close=True))
+    answer = http_wire.OK.replace(b"HTTP/1.1", b"HTTP/1.0")  # R58
+    server = origin(http_wire.Script(answer, close=True))
     with gateway.connect() as client:
         for _ in range(3):
-            answer = exchange(client, request(server))
+            answer = http_wire.exchange(client, http_wire.request(server))
             assert answer.status == 200 and not answer.closes
     assert len(server.callers) == 3
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
-def test_the_end_is_announced(gateway: Gateway, origin: Start, version: bytes) -> None:
+def test_the_end_is_announced(
+    gateway: running.Gateway, origin: origins.Start, version: bytes
+) -> None:
     field = b"Connection: close" if version == b"HTTP/1.1" else b"X-A: 1"  # R58, R60
     with gateway.connect() as client:
-        data = request(origin(Script()), field, version=version)
-        assert exchange(client, data).closes
-        assert at_end(client)
+        data = http_wire.request(origin(http_wire.Script()), field, version=version)
+        assert http_wire.exchange(client, data).closes
+        assert wire.at_end(client)
 
 
 @pytest.mark.parametrize(
@@ -183,313 +176,351 @@ def test_the_end_is_announced(gateway: Gateway, origin: Start, version: bytes) -
     ],
 )
 def test_an_http_1_0_client_is_never_kept(
-    gateway: Gateway, origin: Start, field: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes
 ) -> None:
-    server = origin(Script())  # R59
-    data = request(server, field, version=b"HTTP/1.0")
+    server = origin(http_wire.Script())  # R59
+    data = http_wire.request(server, field, version=b"HTTP/1.0")
     with gateway.connect() as client:
-        answer = exchange(client, data + data)
+        answer = http_wire.exchange(client, data + data)
         assert answer.closes and b"keep-alive" not in answer.members(b"Connection")
-        assert at_end(client)
+        assert wire.at_end(client)
     assert len(server.handle.requests) == 1
 
 
-@pytest.mark.parametrize("where", [DENIED, CLOSED])
+@pytest.mark.parametrize("where", [http_wire.DENIED, http_wire.CLOSED])
 def test_an_http_1_0_client_is_not_kept_after_an_error(
-    gateway: Gateway, where: bytes
+    gateway: running.Gateway, where: bytes
 ) -> None:
     with gateway.connect() as client:  # R59
-        data = request(where, b"Connection: keep-alive", version=b"HTTP/1.0")
-        assert exchange(client, data).closes
-        assert at_end(client)
+        data = http_wire.request(where, b"Connection: keep-alive", version=b"HTTP/1.0")
+        assert http_wire.exchange(client, data).closes
+        assert wire.at_end(client)
 
 
 # --- Pipelining and the last answer -------------------------------------------
 
 
-def test_pipelined_answers_come_in_order(gateway: Gateway, origin: Start) -> None:
-    def slow(connection: socket.socket, server: Origin) -> None:
-        while read_request(connection):
+def test_pipelined_answers_come_in_order(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def slow(connection: socket.socket, server: origins.Origin) -> None:
+        while http_wire.read_request(connection):
             select.select([connection], [], [], 0.2)  # the quick one is ready long ago
-            connection.sendall(sized(b"slow"))
+            connection.sendall(http_wire.sized(b"slow"))
 
-    first, second = origin(slow), origin(Script(sized(b"quick")))  # R60
-    where = [first, second, second, DENIED, first]
+    first, second = (
+        origin(slow),
+        origin(http_wire.Script(http_wire.sized(b"quick"))),
+    )  # R60
+    where = [first, second, second, http_wire.DENIED, first]
     with gateway.connect() as client:
-        send(client, b"".join(request(one) for one in where))
-        answers = [read_answer(client) for _ in where]
+        wire.send(client, b"".join(http_wire.request(one) for one in where))
+        answers = [http_wire.read_answer(client) for _ in where]
     assert [answer.status for answer in answers] == [200, 200, 200, 403, 200]
     bodies = [answer.body for answer in answers if answer.status == 200]
     assert bodies == [b"slow", b"quick", b"quick", b"slow"]
 
 
 def test_a_hundred_pipelined_requests_are_answered(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R60
-    data = [request(server, path=b"/%d" % i) for i in range(100)]
-    data[30] = request(
-        server, CHUNKED, method=b"POST", path=b"/30", body=chunks(b"hello")
+    server = origin(http_wire.Script())  # R60
+    data = [http_wire.request(server, path=b"/%d" % i) for i in range(100)]
+    data[30] = http_wire.request(
+        server, CHUNKED, method=b"POST", path=b"/30", body=http_wire.chunks(b"hello")
     )
     with gateway.connect() as client:
-        send(client, b"".join(data))
-        assert [read_answer(client).status for _ in data] == [200] * 100
+        wire.send(client, b"".join(data))
+        assert [http_wire.read_answer(client).status for _ in data] == [200] * 100
     targets = [got.target for got in server.handle.requests]
     assert targets == [b"/%d" % i for i in range(100)]
 
 
 @pytest.mark.parametrize("size", [5, 300_000], ids=["small", "spliced"])
 def test_what_a_server_says_behind_an_answer_answers_nothing(
-    gateway: Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
-    def handle(connection: socket.socket, server: Origin) -> None:
-        while got := read_request(connection):
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        while got := http_wire.read_request(connection):
             server.received.append(got.target)
-            trap = response(b"Content-Length: 4") + b"EVIL"
+            trap = http_wire.response(b"Content-Length: 4") + b"EVIL"
             connection.sendall(
-                sized(b"x" * size) + (trap if got.target == b"/a" else b"")
+                http_wire.sized(b"x" * size) + (trap if got.target == b"/a" else b"")
             )
 
     server = origin(handle)  # R55
-    pair = request(server, path=b"/a") + request(server, path=b"/b")
+    pair = http_wire.request(server, path=b"/a") + http_wire.request(server, path=b"/b")
     with gateway.connect() as client:
-        send(client, pair)
-        assert [read_answer(client).body for _ in "ab"] == [b"x" * size] * 2
+        wire.send(client, pair)
+        assert [http_wire.read_answer(client).body for _ in "ab"] == [b"x" * size] * 2
     assert server.received == [b"/a", b"/b"] and len(server.callers) == 2
 
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_what_a_server_says_during_a_slow_head_answers_nothing(
-    gateway: Gateway, origin: Start, ends: bool
+    gateway: running.Gateway, origin: origins.Start, ends: bool
 ) -> None:
     speak = threading.Event()
 
-    def handle(connection: socket.socket, server: Origin) -> None:
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
         """Answer; on the first connection, speak again when nobody asks, or leave."""
-        server.received.append(read_request(connection).target)
-        connection.sendall(sized(b"good"))
+        server.received.append(http_wire.read_request(connection).target)
+        connection.sendall(http_wire.sized(b"good"))
         if len(server.callers) == 1:
             speak.wait(10)
             if ends:
                 return
-            connection.sendall(sized(b"evil"))
-        while got := read_request(connection):
+            connection.sendall(http_wire.sized(b"evil"))
+        while got := http_wire.read_request(connection):
             server.received.append(got.target)
-            connection.sendall(sized(b"good"))
+            connection.sendall(http_wire.sized(b"good"))
 
     server = origin(handle)  # R55
     with gateway.connect() as client:
-        assert exchange(client, request(server, path=b"/a")).body == b"good"
-        data = post(server, b"Content-Length: 2", body=b"hi")
-        send(client, data[:6])
+        assert (
+            http_wire.exchange(client, http_wire.request(server, path=b"/a")).body
+            == b"good"
+        )
+        data = http_wire.post(server, b"Content-Length: 2", body=b"hi")
+        wire.send(client, data[:6])
         time.sleep(0.2)  # it knows that a request has begun
         speak.set()
         time.sleep(0.2)
-        send(client, data[6:])
-        answer = read_answer(client)
+        wire.send(client, data[6:])
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.body) == (200, b"good")
     assert len(server.callers) == 2
 
 
 def test_a_server_that_closes_between_pipelined_requests_is_seen(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def handle(connection: socket.socket, server: Origin) -> None:
-        while got := read_request(connection):
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        while got := http_wire.read_request(connection):
             server.received.append(got.target)
             last = got.target == b"/last"
             if last:  # the end is in the same segment as the answer
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-            connection.sendall(OK)
+            connection.sendall(http_wire.OK)
             if last:
                 connection.shutdown(socket.SHUT_WR)
 
     server = origin(handle)
-    pair = request(server, path=b"/last")
-    pair += post(server, b"Content-Length: 2", body=b"hi")
+    pair = http_wire.request(server, path=b"/last")
+    pair += http_wire.post(server, b"Content-Length: 2", body=b"hi")
     for _ in range(5):
         with gateway.connect() as client:
-            assert exchange(client, request(server, path=b"/a")).status == 200
+            assert (
+                http_wire.exchange(client, http_wire.request(server, path=b"/a")).status
+                == 200
+            )
             time.sleep(0.01)
             client.sendall(pair)
-            assert [read_answer(client).status for _ in "ab"] == [200, 200]
+            assert [http_wire.read_answer(client).status for _ in "ab"] == [200, 200]
 
 
 def test_a_pipelined_post_does_not_go_to_a_server_that_has_closed(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def handle(connection: socket.socket, server: Origin) -> None:
-        server.received.append(read_request(connection).target)
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(http_wire.read_request(connection).target)
         # The end is in the same segment as the last octets: none sees them before it.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-        connection.sendall(sized(b"x" * 300_000))
+        connection.sendall(http_wire.sized(b"x" * 300_000))
         connection.shutdown(socket.SHUT_WR)
         connection.recv(4096)
 
     server = origin(handle)
-    data = request(server, path=b"/a") + post(server, b"Content-Length: 2", body=b"hi")
+    data = http_wire.request(server, path=b"/a") + http_wire.post(
+        server, b"Content-Length: 2", body=b"hi"
+    )
     with gateway.connect() as client:
         client.sendall(data)
-        assert [read_answer(client).status for _ in "ab"] == [200, 200]
+        assert [http_wire.read_answer(client).status for _ in "ab"] == [200, 200]
     assert server.received[0] == b"/a" and len(server.callers) == 2
 
 
 def test_pipelined_requests_in_single_octets_are_answered(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R60
-    body = post(server, b"Content-Length: 5", body=b"hello")
+    server = origin(http_wire.Script())  # R60
+    body = http_wire.post(server, b"Content-Length: 5", body=b"hello")
     with gateway.connect() as client:
-        drip(client, (request(server) + body) * 2)
-        assert [read_answer(client).status for _ in range(4)] == [200] * 4
+        wire.drip(client, (http_wire.request(server) + body) * 2)
+        assert [http_wire.read_answer(client).status for _ in range(4)] == [200] * 4
     got = [(one.method, one.body) for one in server.handle.requests]
     assert got == [(b"GET", b""), (b"POST", b"hello")] * 2
 
 
-def test_nothing_after_close_is_processed(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R60
+def test_nothing_after_close_is_processed(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R60
     with gateway.connect() as client:
-        last = request(server, b"Connection: close", path=b"/last")
-        send(client, request(server) + last + request(server, path=b"/after"))
-        assert not read_answer(client).closes
-        assert read_answer(client).closes
-        assert at_end(client)
+        last = http_wire.request(server, b"Connection: close", path=b"/last")
+        wire.send(
+            client,
+            http_wire.request(server)
+            + last
+            + http_wire.request(server, path=b"/after"),
+        )
+        assert not http_wire.read_answer(client).closes
+        assert http_wire.read_answer(client).closes
+        assert wire.at_end(client)
     assert [got.target for got in server.handle.requests] == [b"/", b"/last"]
 
 
 @pytest.mark.parametrize("more", [b"", b"x" * 300_000], ids=["silent", "talkative"])
 def test_the_last_answer_survives_what_is_not_read(
-    gateway: Gateway, origin: Start, more: bytes
+    gateway: running.Gateway, origin: origins.Start, more: bytes
 ) -> None:
-    server = origin(Script(sized(BULK)))  # R60: a plain close would reset it away
-    data = request(server, b"Connection: close") + more
+    server = origin(
+        http_wire.Script(http_wire.sized(BULK))
+    )  # R60: a plain close would reset it away
+    data = http_wire.request(server, b"Connection: close") + more
     with gateway.connect() as client:
-        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender = threading.Thread(target=wire.send, args=[client, data], daemon=True)
         sender.start()
-        answer = read_answer(client)
-        assert (digest(answer.body), answer.complete) == (digest(BULK), True)
-        assert at_end(client)
+        answer = http_wire.read_answer(client)
+        assert (wire.digest(answer.body), answer.complete) == (wire.digest(BULK), True)
+        assert wire.at_end(client)
         sender.join(10)
 
 
 def test_a_line_end_too_many_does_not_cost_the_answer(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     seen = threading.Event()  # R4, R60: as very old browsers sent after a POST
 
-    def slow(connection: socket.socket, server: Origin) -> None:
-        assert read_request(connection)
+    def slow(connection: socket.socket, server: origins.Origin) -> None:
+        assert http_wire.read_request(connection)
         seen.set()
-        connection.sendall(sized(BULK))
+        connection.sendall(http_wire.sized(BULK))
 
     fields = b"Content-Length: 5", b"Connection: close"
     with gateway.connect() as client:
-        send(client, post(origin(slow), *fields, body=b"hello"))
+        wire.send(client, http_wire.post(origin(slow), *fields, body=b"hello"))
         assert seen.wait(10)
-        send(client, b"\r\n")
-        assert digest(read_answer(client).body) == digest(BULK)
-        assert at_end(client)
+        wire.send(client, b"\r\n")
+        assert wire.digest(http_wire.read_answer(client).body) == wire.digest(BULK)
+        assert wire.at_end(client)
 
 
 @pytest.mark.parametrize("target", [b"*", b"http://a/"])
 def test_an_answer_of_our_own_survives_a_body_nobody_reads(
-    gateway: Gateway, target: bytes
+    gateway: running.Gateway, target: bytes
 ) -> None:
     with gateway.connect() as client:  # R56, R60
         head = b"OPTIONS %b HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n" % target
         body = b"x" * 300_000
-        send(client, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        answer = read_answer(client)
+        wire.send(client, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (200, True)
-        assert at_end(client)
+        assert wire.at_end(client)
 
 
 def test_a_half_closed_client_still_gets_its_answer(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def slow(connection: socket.socket, server: Origin) -> None:
-        assert read_request(connection)
+    def slow(connection: socket.socket, server: origins.Origin) -> None:
+        assert http_wire.read_request(connection)
         select.select([connection], [], [], 0.3)
-        connection.sendall(OK)
+        connection.sendall(http_wire.OK)
 
     with gateway.connect() as client:  # R61, R68
-        send(client, request(origin(slow)))
+        wire.send(client, http_wire.request(origin(slow)))
         client.shutdown(socket.SHUT_WR)
-        assert read_answer(client).body == b"ok"
-        assert at_end(client)
+        assert http_wire.read_answer(client).body == b"ok"
+        assert wire.at_end(client)
 
 
 def test_a_half_closed_client_gets_all_its_pipelined_answers(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R60
+    server = origin(http_wire.Script())  # R60
     with gateway.connect() as client:
-        send(client, request(server) * 5)
+        wire.send(client, http_wire.request(server) * 5)
         client.shutdown(socket.SHUT_WR)
-        assert [read_answer(client).status for _ in range(5)] == [200] * 5
-        assert at_end(client)
+        assert [http_wire.read_answer(client).status for _ in range(5)] == [200] * 5
+        assert wire.at_end(client)
 
 
 # --- Idle connections ---------------------------------------------------------
 
 
-def test_an_idle_client_is_let_go_gracefully(hasty: Gateway, origin: Start) -> None:
+def test_an_idle_client_is_let_go_gracefully(
+    hasty: running.Gateway, origin: origins.Start
+) -> None:
     with hasty.connect() as client:  # R61: no 408 that a next request might take
-        assert exchange(client, request(origin(Script()))).status == 200
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
         began = time.monotonic()
-        assert at_end(client)
+        assert wire.at_end(client)
         assert time.monotonic() - began > 0.5
 
 
 def test_a_next_head_that_does_not_arrive_is_timed_out(
-    hasty: Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     with hasty.connect() as client:  # R12, R61
-        assert exchange(client, request(origin(Script()))).status == 200
-        send(client, b"GET http://a/ HT")
-        assert read_answer(client).status == 408
-        assert at_end(client)
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
+        wire.send(client, b"GET http://a/ HT")
+        assert http_wire.read_answer(client).status == 408
+        assert wire.at_end(client)
 
 
 def test_the_server_connection_goes_with_the_client(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     ends: list[bytes] = []  # R61
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(OK)
-        ends.append(read_all(connection))
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.OK)
+        ends.append(wire.read_all(connection))
 
     with gateway.connect() as client:
-        assert exchange(client, request(origin(handle))).status == 200
+        assert (
+            http_wire.exchange(client, http_wire.request(origin(handle))).status == 200
+        )
         assert not ends
-    eventually(lambda: ends == [b""], 5)
+    wait.until(lambda: ends == [b""], 5)
 
 
-def test_a_reset_client_is_not_worked_for(gateway: Gateway, origin: Start) -> None:
+def test_a_reset_client_is_not_worked_for(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     asked, left = threading.Event(), threading.Event()  # R61
 
-    def mute(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def mute(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         asked.set()
-        read_all(connection)
+        wire.read_all(connection)
         left.set()
 
     client = gateway.connect()
-    send(client, request(origin(mute)))
+    wire.send(client, http_wire.request(origin(mute)))
     assert asked.wait(10)
-    reset(client)
+    wire.reset(client)
     assert left.wait(5)
 
 
 def leaves_when_idle(left: threading.Event) -> Callable[..., None]:
     """Return an origin that closes after each answer without having said so."""
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        if request := read_request(connection):
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        if request := http_wire.read_request(connection):
             server.received.append(request.method)
-            connection.sendall(OK)
+            connection.sendall(http_wire.OK)
         connection.close()
         left.set()
 
@@ -498,16 +529,16 @@ def leaves_when_idle(left: threading.Event) -> Callable[..., None]:
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 def test_a_server_that_left_while_idle_is_called_again(
-    gateway: Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
     server = origin(
         leaves_when_idle(left := threading.Event())
     )  # R61: seen, not sent to
-    data = request(server, b"Content-Length: 5", method=method, body=b"hello")
+    data = http_wire.request(server, b"Content-Length: 5", method=method, body=b"hello")
     with gateway.connect() as client:
         for _ in range(3):
             left.clear()
-            assert exchange(client, data).status == 200
+            assert http_wire.exchange(client, data).status == 200
             assert left.wait(10)
     assert server.received == [method] * 3
 
@@ -515,44 +546,47 @@ def test_a_server_that_left_while_idle_is_called_again(
 # --- Retries ------------------------------------------------------------------
 
 
-class Leaving(Script):
+class Leaving(http_wire.Script):
     """An origin whose first connection ends at its second request."""
 
     def __init__(
-        self, last_words: bytes = b"", end: Callable[..., None] = reset
+        self, last_words: bytes = b"", end: Callable[..., None] = wire.reset
     ) -> None:
         super().__init__()
         self.last_words, self.end = last_words, end
 
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        while request := read_request(connection):
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        while request := http_wire.read_request(connection):
             self.requests.append(request)
             if len(self.requests) == 2:
                 connection.sendall(self.last_words)
                 self.end(connection)
                 return
-            connection.sendall(OK)
+            connection.sendall(http_wire.OK)
 
 
 def close(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("end", [reset, close])
+@pytest.mark.parametrize("end", [wire.reset, close])
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"DELETE", b"PUT"])
 def test_an_idempotent_request_is_tried_again_once(
-    gateway: Gateway, origin: Start, method: bytes, end: Callable[..., None]
+    gateway: running.Gateway,
+    origin: origins.Start,
+    method: bytes,
+    end: Callable[..., None],
 ) -> None:
     server = origin(Leaving(end=end))  # R39
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        data = request(server, method=method)
-        assert exchange(client, data, method).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        data = http_wire.request(server, method=method)
+        assert http_wire.exchange(client, data, method).status == 200
     methods = [got.method for got in server.handle.requests]
     assert methods == [b"GET", method, method]
 
 
-@pytest.mark.parametrize("end", [reset, close])
+@pytest.mark.parametrize("end", [wire.reset, close])
 @pytest.mark.parametrize(
     ("method", "field", "body"),
     [
@@ -563,12 +597,12 @@ def test_an_idempotent_request_is_tried_again_once(
         (b"BREW", b"X-A: 1", b""),
         (b"get", b"X-A: 1", b""),
         (b"PUT", b"Content-Length: 5", b"hello"),
-        (b"PUT", CHUNKED, chunks(b"hello")),
+        (b"PUT", CHUNKED, http_wire.chunks(b"hello")),
     ],
 )
 def test_other_requests_are_not_tried_again(
-    gateway: Gateway,
-    origin: Start,
+    gateway: running.Gateway,
+    origin: origins.Start,
     method: bytes,
     field: bytes,
     body: bytes,
@@ -576,336 +610,387 @@ def test_other_requests_are_not_tried_again(
 ) -> None:
     server = origin(Leaving(end=end))  # R39
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        answer = exchange(client, request(server, field, method=method, body=body))
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        answer = http_wire.exchange(
+            client, http_wire.request(server, field, method=method, body=body)
+        )
         assert answer.status == 502
     assert [got.method for got in server.handle.requests] == [b"GET", method]
 
 
 def test_an_answer_that_has_begun_is_not_tried_again(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Leaving(b"H", close))  # R39
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        assert exchange(client, request(server)).status == 502
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 502
     assert len(server.handle.requests) == 2
 
 
-@pytest.mark.parametrize("end", [reset, close])
+@pytest.mark.parametrize("end", [wire.reset, close])
 def test_a_new_connection_is_not_tried_again(
-    gateway: Gateway, origin: Start, end: Callable[..., None]
+    gateway: running.Gateway, origin: origins.Start, end: Callable[..., None]
 ) -> None:
-    def leave(connection: socket.socket, server: Origin) -> None:
-        read_request(connection)
+    def leave(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_request(connection)
         end(connection)
 
     server = origin(leave)  # R39
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert answer.status == 502
-        assert proxy_error(answer) == b"connection_terminated"
-        assert exchange(client, request(origin(Script()))).status == 200
+        assert http_wire.proxy_error(answer) == b"connection_terminated"
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
     assert len(server.callers) == 1
 
 
 def falls_silent(asked: threading.Event) -> Callable[..., None]:
     """Return an origin that answers one request a connection, and no more."""
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        server.received.append(read_head(connection))
-        connection.sendall(OK)
-        if second := read_head(connection):
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(http_wire.read_head(connection))
+        connection.sendall(http_wire.OK)
+        if second := http_wire.read_head(connection):
             server.received.append(second)
             asked.set()
-            read_all(connection)
+            wire.read_all(connection)
 
     return handle
 
 
 def test_a_kept_server_that_falls_silent_is_not_asked_again(
-    hasty: Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(falls_silent(threading.Event()))  # R39: it may be at work on it
     with hasty.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        answer = exchange(client, request(server))
-        assert (answer.status, proxy_error(answer)) == (504, b"http_response_timeout")
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        answer = http_wire.exchange(client, http_wire.request(server))
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            504,
+            b"http_response_timeout",
+        )
     assert len(server.received) == 2
 
 
 def test_nobody_is_asked_again_for_a_client_that_left(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(falls_silent(asked := threading.Event()))  # R39, R61
     client = gateway.connect()
-    assert exchange(client, request(server)).status == 200
-    send(client, request(server, path=b"/left"))
+    assert http_wire.exchange(client, http_wire.request(server)).status == 200
+    wire.send(client, http_wire.request(server, path=b"/left"))
     assert asked.wait(10)
-    reset(client)
-    eventually(lambda: [one for one in gateway.lines() if "/left" in one["target"]])
+    wire.reset(client)
+    wait.until(lambda: [one for one in gateway.lines() if "/left" in one["target"]])
     with socket.create_connection((server.host, server.port)) as probe:
-        eventually(lambda: probe.getsockname() in server.callers)
+        wait.until(lambda: probe.getsockname() in server.callers)
     assert len(server.callers) == 2  # the gateway once, and the probe
 
 
 # --- Expect and interim answers -----------------------------------------------
 
 
-class Continuing(Script):
+class Continuing(http_wire.Script):
     """An origin that sends interim answers between a head and its body."""
 
-    def __init__(self, *interim: bytes, final: bytes = OK) -> None:
+    def __init__(self, *interim: bytes, final: bytes = http_wire.OK) -> None:
         super().__init__(final)
         self.interim = interim
 
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
         while connection.recv(1, socket.MSG_PEEK):
             for one in self.interim:
-                connection.sendall(response(status=one))
-            if request := read_request(connection):
+                connection.sendall(http_wire.response(status=one))
+            if request := http_wire.read_request(connection):
                 self.requests.append(request)
                 connection.sendall(self.answers[0])
 
 
 def test_an_expecting_client_is_told_to_continue(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Continuing(b"100 Continue"))  # R63: nobody sends the body unasked
     with gateway.connect() as client:
-        head = post(server, EXPECT, b"Content-Length: 5")
-        assert exchange(client, head).status == 100
-        assert exchange(client, b"hello").status == 200
-        assert exchange(client, head).status == 100
-        assert exchange(client, b"hello").status == 200
+        head = http_wire.post(server, EXPECT, b"Content-Length: 5")
+        assert http_wire.exchange(client, head).status == 100
+        assert http_wire.exchange(client, b"hello").status == 200
+        assert http_wire.exchange(client, head).status == 100
+        assert http_wire.exchange(client, b"hello").status == 200
     got = server.handle.requests[0]
     assert (got.body, got.members(b"Expect")) == (b"hello", [b"100-continue"])
 
 
 @pytest.mark.parametrize("expect", [[b"100-Continue"], [b"100-continue"] * 2])
 def test_expect_may_be_written_otherwise(
-    gateway: Gateway, origin: Start, expect: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, expect: list[bytes]
 ) -> None:
     server = origin(Continuing(b"100 Continue"))  # R63
     fields = [b"Expect: " + value for value in expect]
     with gateway.connect() as client:
-        head = post(server, b"Content-Length: 5", *fields)
-        assert exchange(client, head).status == 100
-        assert exchange(client, b"hello").status == 200
+        head = http_wire.post(server, b"Content-Length: 5", *fields)
+        assert http_wire.exchange(client, head).status == 100
+        assert http_wire.exchange(client, b"hello").status == 200
 
 
-def test_an_expecting_client_may_lose_patience(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R63: this origin says nothing until it has the body
+def test_an_expecting_client_may_lose_patience(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(
+        http_wire.Script()
+    )  # R63: this origin says nothing until it has the body
     with gateway.connect() as client:
-        send(client, post(server, EXPECT, b"Content-Length: 5"))
+        wire.send(client, http_wire.post(server, EXPECT, b"Content-Length: 5"))
         if select.select([client], [], [], 0.3)[0]:
-            assert read_answer(client).status == 100
-        send(client, b"hello")
-        answer = read_answer(client)
-        assert (answer if answer.status >= 200 else read_answer(client)).status == 200
+            assert http_wire.read_answer(client).status == 100
+        wire.send(client, b"hello")
+        answer = http_wire.read_answer(client)
+        assert (
+            answer if answer.status >= 200 else http_wire.read_answer(client)
+        ).status == 200
     assert server.handle.requests[0].body == b"hello"
 
 
 @pytest.mark.parametrize(
-    ("field", "body"), [(b"Content-Length: 5", b"hello"), (CHUNKED, chunks(b"hello"))]
+    ("field", "body"),
+    [(b"Content-Length: 5", b"hello"), (CHUNKED, http_wire.chunks(b"hello"))],
 )
 def test_an_expecting_client_may_send_at_once(
-    gateway: Gateway, origin: Start, field: bytes, body: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
     server = origin(Continuing(b"100 Continue"))  # R63
     with gateway.connect() as client:
-        answer = exchange(client, post(server, EXPECT, field, body=body))
-        assert (answer if answer.status >= 200 else read_answer(client)).status == 200
-        assert exchange(client, request(server)).status == 100  # and in step
-        assert read_answer(client).status == 200
+        answer = http_wire.exchange(
+            client, http_wire.post(server, EXPECT, field, body=body)
+        )
+        assert (
+            answer if answer.status >= 200 else http_wire.read_answer(client)
+        ).status == 200
+        assert (
+            http_wire.exchange(client, http_wire.request(server)).status == 100
+        )  # and in step
+        assert http_wire.read_answer(client).status == 200
     assert server.handle.requests[0].body == b"hello"
 
 
 @pytest.mark.parametrize("minor", [0, 1])
 def test_a_body_that_has_begun_is_not_given_up_for_want_of_a_continue(
-    gateway: Gateway, origin: Start, minor: int
+    gateway: running.Gateway, origin: origins.Start, minor: int
 ) -> None:
-    def early(connection: socket.socket, server: Origin) -> None:
+    def early(connection: socket.socket, server: origins.Origin) -> None:
         """Answer at the first octet of the body, and go on reading it."""
-        read_head(connection)
+        http_wire.read_head(connection)
         first = connection.recv(1)
-        connection.sendall(sized(b"early"))
-        rest = read_exactly(connection, len(BULK) - 1)
+        connection.sendall(http_wire.sized(b"early"))
+        rest = wire.read_exactly(connection, len(BULK) - 1)
         server.received.append(first + rest)
 
     server = origin(early)
     fields = EXPECT, b"Content-Length: %d" % len(BULK)
-    data = post(server, *fields)  # R63
+    data = http_wire.post(server, *fields)  # R63
     if not minor:
         data = data.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
     with gateway.connect() as client:
-        send(client, data)
-        send(client, BULK[:100_000])
-        assert read_answer(client).body == b"early"
-        send(client, BULK[100_000:])
-        eventually(lambda: server.received)
+        wire.send(client, data)
+        wire.send(client, BULK[:100_000])
+        assert http_wire.read_answer(client).body == b"early"
+        wire.send(client, BULK[100_000:])
+        wait.until(lambda: server.received)
     assert server.received == [BULK]
 
 
 def test_a_final_answer_instead_of_continue_ends_the_upload(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def refuse(connection: socket.socket, server: Origin) -> None:
-        server.received.append(read_head(connection))
-        connection.sendall(sized(b"no", status=b"401 Who"))
-        server.received.append(read_all(connection))
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(http_wire.read_head(connection))
+        connection.sendall(http_wire.sized(b"no", status=b"401 Who"))
+        server.received.append(wire.read_all(connection))
 
     server = origin(refuse)  # R63
     with gateway.connect() as client:
-        head = post(server, EXPECT, b"Content-Length: 5")
-        answer = exchange(client, head)
+        head = http_wire.post(server, EXPECT, b"Content-Length: 5")
+        answer = http_wire.exchange(client, head)
         assert (answer.status, answer.body) == (401, b"no")
         assert answer.closes  # the body may or may not follow: no way to tell
-        assert at_end(client)
-    eventually(lambda: server.received[1:] == [b""])
+        assert wire.at_end(client)
+    wait.until(lambda: server.received[1:] == [b""])
 
 
-def test_a_denied_target_is_told_before_the_body(gateway: Gateway) -> None:
+def test_a_denied_target_is_told_before_the_body(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R63
-        head = request(DENIED, EXPECT, b"Content-Length: 5", method=b"POST")
-        answer = exchange(client, head)
+        head = http_wire.request(
+            http_wire.DENIED, EXPECT, b"Content-Length: 5", method=b"POST"
+        )
+        answer = http_wire.exchange(client, head)
         assert (answer.status, answer.closes) == (403, True)
-        assert at_end(client)
+        assert wire.at_end(client)
 
 
 @pytest.mark.parametrize(
     "value", [b"the-unexpected", b"100-continued", b"100-continue, x"]
 )
-def test_other_expectations_fail(gateway: Gateway, origin: Start, value: bytes) -> None:
-    server = origin(Script())  # R63
-    data = post(server, b"Expect: " + value, b"Content-Length: 5", body=b"hello")
+def test_other_expectations_fail(
+    gateway: running.Gateway, origin: origins.Start, value: bytes
+) -> None:
+    server = origin(http_wire.Script())  # R63
+    data = http_wire.post(
+        server, b"Expect: " + value, b"Content-Length: 5", body=b"hello"
+    )
     assert_refused(gateway, data, 417)
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
-def assert_refused(gateway: Gateway, data: bytes, status: int) -> None:
+def assert_refused(gateway: running.Gateway, data: bytes, status: int) -> None:
     with gateway.connect() as client:
-        answer = exchange(client, data)
+        answer = http_wire.exchange(client, data)
         assert (answer.status, answer.closes) == (status, True)
-        assert at_end(client)
+        assert wire.at_end(client)
 
 
-def test_expect_without_a_body_goes_no_further(gateway: Gateway, origin: Start) -> None:
+def test_expect_without_a_body_goes_no_further(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     for length in (b"X-A: 1", b"Content-Length: 0"):  # R63
-        got = forwarded(gateway, origin(Script()), EXPECT, length)
+        got = http_wire.forwarded(gateway, origin(http_wire.Script()), EXPECT, length)
         assert not got.values(b"Expect")
 
 
 def test_expect_of_an_http_1_0_client_is_ignored(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Continuing(b"100 Continue", b"103 Hints"))  # R63, R64
     fields = EXPECT, b"Content-Length: 5"
     with gateway.connect() as client:
-        data = request(
+        data = http_wire.request(
             server, *fields, method=b"POST", version=b"HTTP/1.0", body=b"hello"
         )
-        assert exchange(client, data).status == 200  # the first thing it reads
-        assert at_end(client)
+        assert (
+            http_wire.exchange(client, data).status == 200
+        )  # the first thing it reads
+        assert wire.at_end(client)
     assert not server.handle.requests[0].values(b"Expect")
 
 
-def test_interim_answers_pass_in_order(gateway: Gateway, origin: Start) -> None:
+def test_interim_answers_pass_in_order(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     interim = b"100 Continue", b"102 Wait", b"103 Hints", b"103 More", b"199 Odd"  # R64
     server = origin(Continuing(*interim))
     with gateway.connect() as client:
-        send(client, request(server))
-        starts = [read_answer(client).start for _ in range(6)]
+        wire.send(client, http_wire.request(server))
+        starts = [http_wire.read_answer(client).start for _ in range(6)]
         assert starts == [b"HTTP/1.1 " + one for one in (*interim, b"200 OK")]
 
 
-def test_interim_answers_keep_their_fields(gateway: Gateway, origin: Start) -> None:
+def test_interim_answers_keep_their_fields(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     link = b"Link: </style.css>; rel=preload"  # R64
-    hints = response(link, b"Connection: x-a", b"X-A: 1", status=b"103 Early Hints")
-    server = origin(Script(hints + OK))
+    hints = http_wire.response(
+        link, b"Connection: x-a", b"X-A: 1", status=b"103 Early Hints"
+    )
+    server = origin(http_wire.Script(hints + http_wire.OK))
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert (answer.status, answer.values(b"Link")) == (103, [link[6:]])
         assert not answer.values(b"X-A")
-        assert read_answer(client).status == 200
+        assert http_wire.read_answer(client).status == 200
 
 
-def test_interim_answers_have_no_body(gateway: Gateway, origin: Start) -> None:
-    for field in (b"Content-Length: 2", CHUNKED):  # R46, R53: wire.py wants neither
-        server = origin(Script(response(field, status=b"103 Hints") + OK))
+def test_interim_answers_have_no_body(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    for field in (
+        b"Content-Length: 2",
+        CHUNKED,
+    ):  # R46, R53: http_wire.py wants neither
+        server = origin(
+            http_wire.Script(
+                http_wire.response(field, status=b"103 Hints") + http_wire.OK
+            )
+        )
         with gateway.connect() as client:
-            assert exchange(client, request(server)).status == 103
-            assert read_answer(client).body == b"ok"
+            assert http_wire.exchange(client, http_wire.request(server)).status == 103
+            assert http_wire.read_answer(client).body == b"ok"
 
 
-def test_interim_answers_travel_at_once(gateway: Gateway, origin: Start) -> None:
+def test_interim_answers_travel_at_once(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     seen = threading.Event()  # R64
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response(status=b"103 Hints"))
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.response(status=b"103 Hints"))
         if seen.wait(10):
-            connection.sendall(OK)
+            connection.sendall(http_wire.OK)
 
     with gateway.connect() as client:
-        assert exchange(client, request(origin(handle))).status == 103
+        assert (
+            http_wire.exchange(client, http_wire.request(origin(handle))).status == 103
+        )
         seen.set()
-        assert read_answer(client).status == 200
+        assert http_wire.read_answer(client).status == 200
 
 
 def test_an_http_1_0_client_gets_no_interim_answer(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(Continuing(b"100 Continue", b"103 Hints"))  # R64
-    assert returned(gateway, server, version=b"HTTP/1.0").status == 200
+    assert http_wire.ask(gateway, server, version=b"HTTP/1.0").status == 200
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
 def test_interim_answers_are_bounded(
-    gateway: Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
-    def babble(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response(status=b"103 Hints") * 10_000 + OK)
-        read_all(connection)
+    def babble(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(
+            http_wire.response(status=b"103 Hints") * 10_000 + http_wire.OK
+        )
+        wire.read_all(connection)
 
     with gateway.connect() as client:  # R64
-        answer = exchange(client, request(origin(babble), version=version))
+        answer = http_wire.exchange(
+            client, http_wire.request(origin(babble), version=version)
+        )
         count = 0
         while answer.status < 200:
-            answer, count = read_answer(client), count + 1
+            answer, count = http_wire.read_answer(client), count + 1
         assert answer.status == 502 and count <= 64
 
 
-def test_sixty_interim_answers_are_fine(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script(response(status=b"103 Hints") * 60 + OK))  # R64
+def test_sixty_interim_answers_are_fine(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(
+        http_wire.Script(http_wire.response(status=b"103 Hints") * 60 + http_wire.OK)
+    )  # R64
     with gateway.connect() as client:
-        send(client, request(server))
-        assert [read_answer(client).status for _ in range(61)] == [103] * 60 + [200]
-
-
-def logged(gateway: Gateway, server: Origin) -> dict[str, str]:
-    """Return the one line that the access log has about this server."""
-
-    def lines() -> list[dict[str, str]]:
-        return [one for one in gateway.lines() if one["address"] == server.authority]
-
-    eventually(lines)
-    (line,) = lines()
-    return line
+        wire.send(client, http_wire.request(server))
+        assert [http_wire.read_answer(client).status for _ in range(61)] == [
+            103
+        ] * 60 + [200]
 
 
 # --- Upgrade ------------------------------------------------------------------
 
 UPGRADE = b"Connection: Upgrade", b"Upgrade: websocket"
-SWITCH = response(*UPGRADE, status=b"101 Switching Protocols")
+SWITCH = http_wire.response(*UPGRADE, status=b"101 Switching Protocols")
 
 
 def switching(early: bytes = b"", answer: bytes = SWITCH) -> Callable[..., None]:
     """Return an origin that switches protocols and then echoes until the end."""
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        server.received.append(read_head(connection))
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(http_wire.read_head(connection))
         connection.sendall(answer + early)
         while piece := connection.recv(65536):
             connection.sendall(piece)
@@ -916,60 +1001,74 @@ def switching(early: bytes = b"", answer: bytes = SWITCH) -> Callable[..., None]
 
 @pytest.mark.parametrize("early", [b"", b"\x81\x05hello"])
 def test_an_upgrade_becomes_a_tunnel(
-    gateway: Gateway, origin: Start, early: bytes
+    gateway: running.Gateway, origin: origins.Start, early: bytes
 ) -> None:
     server = origin(switching(early))  # R65: a frame may follow in the same segment
     with gateway.connect() as client:
-        answer = exchange(client, request(server, *UPGRADE))
+        answer = http_wire.exchange(client, http_wire.request(server, *UPGRADE))
         assert (answer.status, answer.members(b"Upgrade")) == (101, [b"websocket"])
         assert answer.members(b"Connection") == [b"upgrade"]
-        assert answer.via == b"1.1 " + NAME
-        assert read_exactly(client, len(early)) == early
+        assert answer.via == b"1.1 " + running.NAME
+        assert wire.read_exactly(client, len(early)) == early
         for piece in (b"GET http://a/ HTTP/1.1\r\n\r\n", b"\0\xff", b"x" * 200_000):
-            send(client, piece)
-            assert read_exactly(client, len(piece)) == piece
+            wire.send(client, piece)
+            assert wire.read_exactly(client, len(piece)) == piece
         client.shutdown(socket.SHUT_WR)
-        assert at_end(client)
+        assert wire.at_end(client)
     head = server.received[0].lower()
     assert b"\r\nupgrade: websocket\r\n" in head and b"\r\nconnection: upgrade" in head
-    line = logged(gateway, server)
+    line = gateway.line_about(server)
     assert (line["proto"], line["status"]) == ("upgrade", "101")
 
 
 def test_what_the_client_says_too_early_reaches_the_server(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with gateway.connect() as client:  # R65
-        data = request(origin(switching()), *UPGRADE) + b"early"
-        assert exchange(client, data).status == 101
-        assert read_exactly(client, 5) == b"early"
+        data = http_wire.request(origin(switching()), *UPGRADE) + b"early"
+        assert http_wire.exchange(client, data).status == 101
+        assert wire.read_exactly(client, 5) == b"early"
 
 
-def test_a_refused_upgrade_stays_http(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R65
+def test_a_refused_upgrade_stays_http(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R65
     with gateway.connect() as client:
-        send(client, request(server, *UPGRADE) + request(server, path=b"/next"))
-        assert [read_answer(client).status for _ in range(2)] == [200, 200]
+        wire.send(
+            client,
+            http_wire.request(server, *UPGRADE)
+            + http_wire.request(server, path=b"/next"),
+        )
+        assert [http_wire.read_answer(client).status for _ in range(2)] == [200, 200]
     assert [got.target for got in server.handle.requests] == [b"/", b"/next"]
 
 
-def test_a_demand_to_upgrade_says_to_what(gateway: Gateway, origin: Start) -> None:
-    answer = response(*UPGRADE, b"Content-Length: 0", status=b"426 Upgrade Required")
+def test_a_demand_to_upgrade_says_to_what(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    answer = http_wire.response(
+        *UPGRADE, b"Content-Length: 0", status=b"426 Upgrade Required"
+    )
     for sent, named in ((answer, [b"websocket"]), (answer.replace(b"Up", b"X-"), [])):
-        got = returned(gateway, origin(Script(sent)))  # RFC 9110 section 15.5.22
+        got = http_wire.ask(
+            gateway, origin(http_wire.Script(sent))
+        )  # RFC 9110 section 15.5.22
         assert (got.status, got.members(b"Upgrade")) == (426, named)
         assert (b"upgrade" in got.members(b"Connection")) == bool(named)
 
 
 def test_one_of_several_protocols_may_be_chosen(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(switching(answer=SWITCH.replace(b"websocket", b"WebSocket")))  # R65
     fields = b"Connection: x, upgrade", b"Upgrade: h2c, foo/1", b"Upgrade: websocket"
     with gateway.connect() as client:
-        assert exchange(client, request(server, *fields)).status == 101
-        send(client, b"hello")
-        assert read_exactly(client, 5) == b"hello"
+        assert (
+            http_wire.exchange(client, http_wire.request(server, *fields)).status == 101
+        )
+        wire.send(client, b"hello")
+        assert wire.read_exactly(client, 5) == b"hello"
 
 
 @pytest.mark.parametrize(
@@ -980,20 +1079,26 @@ def test_one_of_several_protocols_may_be_chosen(
             SWITCH.replace(b"websocket", b"websocket, h2c"), id="one-too-many"
         ),
         pytest.param(SWITCH.replace(b"websocket", b"websocket/2"), id="other-version"),
-        pytest.param(response(status=b"101 Switching Protocols"), id="not-named"),
         pytest.param(
-            response(b"Upgrade:", status=b"101 Switching Protocols"), id="empty"
+            http_wire.response(status=b"101 Switching Protocols"), id="not-named"
+        ),
+        pytest.param(
+            http_wire.response(b"Upgrade:", status=b"101 Switching Protocols"),
+            id="empty",
         ),
     ],
 )
 def test_a_switch_to_what_was_not_offered_is_502(
-    gateway: Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
     server = origin(switching(b"evil", answer))  # R65, R70
     with gateway.connect() as client:
-        answer = exchange(client, request(server, *UPGRADE))
+        answer = http_wire.exchange(client, http_wire.request(server, *UPGRADE))
         assert answer.status == 502
-        assert proxy_error(answer) in (b"http_upgrade_failed", b"http_protocol_error")
+        assert http_wire.proxy_error(answer) in (
+            b"http_upgrade_failed",
+            b"http_protocol_error",
+        )
 
 
 @pytest.mark.parametrize(
@@ -1005,265 +1110,290 @@ def test_a_switch_to_what_was_not_offered_is_502(
     ],
 )
 def test_an_upgrade_nobody_asked_for_is_502(
-    gateway: Gateway, origin: Start, fields: list[bytes], version: bytes
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes], version: bytes
 ) -> None:
     server = origin(switching(b"evil"))  # R65
-    answer = returned(gateway, server, *fields, version=version)
+    answer = http_wire.ask(gateway, server, *fields, version=version)
     assert answer.status == 502
     assert b"upgrade" not in server.received[0].lower()
 
 
-def test_continue_comes_before_the_switch(gateway: Gateway, origin: Start) -> None:
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response(status=b"100 Continue"))
-        server.received.append(read_exactly(connection, 5))
+def test_continue_comes_before_the_switch(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.response(status=b"100 Continue"))
+        server.received.append(wire.read_exactly(connection, 5))
         connection.sendall(SWITCH + b"after")
 
     server = origin(handle)  # R65
     with gateway.connect() as client:
         fields = *UPGRADE, EXPECT, b"Content-Length: 5"
-        assert exchange(client, post(server, *fields)).status == 100
-        assert exchange(client, b"hello").status == 101
-        assert read_exactly(client, 6) == b"after"
+        assert http_wire.exchange(client, http_wire.post(server, *fields)).status == 100
+        assert http_wire.exchange(client, b"hello").status == 101
+        assert wire.read_exactly(client, 6) == b"after"
     assert server.received == [b"hello"]
 
 
 # --- CONNECT ------------------------------------------------------------------
 
 
-def echo(connection: socket.socket, server: Origin) -> None:
-    """Send everything back, and the end too."""
-    while piece := connection.recv(65536):
-        connection.sendall(piece)
-    connection.shutdown(socket.SHUT_WR)
+def test_connect_is_answered_without_framing(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    with http_wire.tunnel(
+        gateway, origin(origins.echo)
+    ) as client:  # R46, R67: read_answer() looks
+        wire.send(client, b"hello")
+        assert wire.read_exactly(client, 5) == b"hello"
 
 
-@contextlib.contextmanager
-def tunnel(
-    gateway: Gateway, server: Origin, early: bytes = b""
-) -> Iterator[socket.socket]:
-    """Give a client socket that CONNECT has joined to the server."""
-    with gateway.connect() as client:
-        answer = exchange(
-            client, request(server, method=b"CONNECT") + early, b"CONNECT"
-        )
-        assert answer.status == 200
-        yield client
-
-
-def test_connect_is_answered_without_framing(gateway: Gateway, origin: Start) -> None:
-    with tunnel(gateway, origin(echo)) as client:  # R46, R67: read_answer() looks
-        send(client, b"hello")
-        assert read_exactly(client, 5) == b"hello"
-
-
-@pytest.mark.parametrize("feed", [send, drip])
+@pytest.mark.parametrize("feed", [wire.send, wire.drip])
 @pytest.mark.parametrize("size", [1, 5, 70_000])
 def test_early_data_goes_first(
-    gateway: Gateway, origin: Start, size: int, feed: Callable[..., None]
+    gateway: running.Gateway,
+    origin: origins.Start,
+    size: int,
+    feed: Callable[..., None],
 ) -> None:
-    early = BULK[: size if feed is send else min(size, 500)]  # R67
+    early = BULK[: size if feed is wire.send else min(size, 500)]  # R67
     with gateway.connect() as client:
-        feed(client, request(origin(echo), method=b"CONNECT") + early)
-        assert read_answer(client, b"CONNECT").status == 200
-        send(client, b"later")
-        assert read_exactly(client, len(early) + 5) == early + b"later"
+        feed(client, http_wire.request(origin(origins.echo), method=b"CONNECT") + early)
+        assert http_wire.read_answer(client, b"CONNECT").status == 200
+        wire.send(client, b"later")
+        assert wire.read_exactly(client, len(early) + 5) == early + b"later"
 
 
-def test_a_server_may_speak_first(gateway: Gateway, origin: Start) -> None:
-    def greet(connection: socket.socket, server: Origin) -> None:
+def test_a_server_may_speak_first(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def greet(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(b"220 ready\r\n")
-        echo(connection, server)
+        origins.echo(connection, server)
 
-    with tunnel(gateway, origin(greet)) as client:  # R67
-        assert read_exactly(client, 11) == b"220 ready\r\n"
+    with http_wire.tunnel(gateway, origin(greet)) as client:  # R67
+        assert wire.read_exactly(client, 11) == b"220 ready\r\n"
 
 
 def test_what_goes_through_a_tunnel_is_nobodys_business(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    with tunnel(gateway, origin(echo)) as client:  # R67
-        for piece in (request(DENIED), b"\r\n" * 100, b"\0\x04\x05\x16", SWITCH):
-            send(client, piece)
-            assert read_exactly(client, len(piece)) == piece
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:  # R67
+        for piece in (
+            http_wire.request(http_wire.DENIED),
+            b"\r\n" * 100,
+            b"\0\x04\x05\x16",
+            SWITCH,
+        ):
+            wire.send(client, piece)
+            assert wire.read_exactly(client, len(piece)) == piece
 
 
 def test_a_tunnel_carries_bulk_both_ways_at_once(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    with tunnel(gateway, origin(echo)) as client:  # R68
-        sender = threading.Thread(target=send, args=[client, BULK], daemon=True)
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:  # R68
+        sender = threading.Thread(target=wire.send, args=[client, BULK], daemon=True)
         sender.start()
-        assert digest(read_exactly(client, len(BULK))) == digest(BULK)
+        assert wire.digest(wire.read_exactly(client, len(BULK))) == wire.digest(BULK)
         sender.join(10)
         client.shutdown(socket.SHUT_WR)
-        assert at_end(client)
+        assert wire.at_end(client)
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, len(BULK)])
 def test_a_client_may_close_its_half_first(
-    gateway: Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
-    def answer_at_the_end(connection: socket.socket, server: Origin) -> None:
-        connection.sendall(digest(read_all(connection)).encode() + BULK[:size])
+    def answer_at_the_end(connection: socket.socket, server: origins.Origin) -> None:
+        connection.sendall(
+            wire.digest(wire.read_all(connection)).encode() + BULK[:size]
+        )
 
-    with tunnel(gateway, origin(answer_at_the_end)) as client:  # R68
-        send(client, BULK[:size])
+    with http_wire.tunnel(gateway, origin(answer_at_the_end)) as client:  # R68
+        wire.send(client, BULK[:size])
         client.shutdown(socket.SHUT_WR)
-        expected = digest(BULK[:size]).encode() + BULK[:size]
-        assert digest(read_all(client)) == digest(expected)
+        expected = wire.digest(BULK[:size]).encode() + BULK[:size]
+        assert wire.digest(wire.read_all(client)) == wire.digest(expected)
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, len(BULK)])
 def test_a_server_may_close_its_half_first(
-    gateway: Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
-    def speak_and_listen(connection: socket.socket, server: Origin) -> None:
+    def speak_and_listen(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(BULK[:size])
         connection.shutdown(socket.SHUT_WR)
-        server.received.append(read_all(connection))
+        server.received.append(wire.read_all(connection))
 
     server = origin(speak_and_listen)  # R68
-    with tunnel(gateway, server) as client:
-        assert digest(read_all(client)) == digest(BULK[:size])
-        send(client, BULK)
-    eventually(lambda: server.received)
-    assert digest(server.received[0]) == digest(BULK)
+    with http_wire.tunnel(gateway, server) as client:
+        assert wire.digest(wire.read_all(client)) == wire.digest(BULK[:size])
+        wire.send(client, BULK)
+    wait.until(lambda: server.received)
+    assert wire.digest(server.received[0]) == wire.digest(BULK)
 
 
 def test_early_data_and_half_close_together_are_answered(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     with gateway.connect() as client:  # R67, R68
-        send(client, request(origin(echo), method=b"CONNECT") + b"hello")
+        wire.send(
+            client,
+            http_wire.request(origin(origins.echo), method=b"CONNECT") + b"hello",
+        )
         client.shutdown(socket.SHUT_WR)
-        assert read_answer(client, b"CONNECT").status == 200
-        assert read_all(client) == b"hello"
+        assert http_wire.read_answer(client, b"CONNECT").status == 200
+        assert wire.read_all(client) == b"hello"
 
 
-def test_a_reset_goes_through_the_tunnel(gateway: Gateway, origin: Start) -> None:
+def test_a_reset_goes_through_the_tunnel(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     left = threading.Event()  # R68
 
-    def wait(connection: socket.socket, server: Origin) -> None:
-        read_all(connection)
+    def wait(connection: socket.socket, server: origins.Origin) -> None:
+        wire.read_all(connection)
         left.set()
 
-    with tunnel(gateway, origin(wait)) as client:
-        reset(client)
+    with http_wire.tunnel(gateway, origin(wait)) as client:
+        wire.reset(client)
         assert left.wait(5)
 
 
-def test_a_server_reset_ends_the_tunnel(gateway: Gateway, origin: Start) -> None:
-    def leave(connection: socket.socket, server: Origin) -> None:
+def test_a_server_reset_ends_the_tunnel(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def leave(connection: socket.socket, server: origins.Origin) -> None:
         connection.recv(1)
-        reset(connection)
+        wire.reset(connection)
 
-    with tunnel(gateway, origin(leave)) as client:  # R68
+    with http_wire.tunnel(gateway, origin(leave)) as client:  # R68
         client.settimeout(5)
-        send(client, b"x")
-        assert read_all(client) == b""
+        wire.send(client, b"x")
+        assert wire.read_all(client) == b""
 
 
-def test_a_silent_tunnel_ends(hasty: Gateway, origin: Start) -> None:
+def test_a_silent_tunnel_ends(hasty: running.Gateway, origin: origins.Start) -> None:
     left = threading.Event()  # R61, R68
 
-    def wait(connection: socket.socket, server: Origin) -> None:
-        read_all(connection)
+    def wait(connection: socket.socket, server: origins.Origin) -> None:
+        wire.read_all(connection)
         left.set()
 
-    with tunnel(hasty, origin(wait)) as client:
-        assert read_all(client) == b""
+    with http_wire.tunnel(hasty, origin(wait)) as client:
+        assert wire.read_all(client) == b""
         assert left.wait(5)
 
 
-def test_a_tunnel_is_one_log_line(gateway: Gateway, origin: Start) -> None:
-    server = origin(echo)
-    with tunnel(gateway, server) as client:
-        send(client, b"hello")
-        assert read_exactly(client, 5) == b"hello"
+def test_a_tunnel_is_one_log_line(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(origins.echo)
+    with http_wire.tunnel(gateway, server) as client:
+        wire.send(client, b"hello")
+        assert wire.read_exactly(client, 5) == b"hello"
         client.shutdown(socket.SHUT_WR)
-        assert at_end(client)
+        assert wire.at_end(client)
 
-    line = logged(gateway, server)
+    line = gateway.line_about(server)
     assert (line["proto"], line["method"]) == ("connect", "CONNECT")
     assert (line["status"], line["outcome"]) == ("200", "closed")
     assert int(line["up"]) >= 5 and int(line["down"]) >= 5
 
 
 REFUSED = {
-    "denied": (DENIED + b":443", 403, b"http_request_denied"),
+    "denied": (http_wire.DENIED + b":443", 403, b"http_request_denied"),
     "port-25": (b"127.0.0.1:25", 403, b"http_request_denied"),
-    "closed-port": (CLOSED, 502, b"connection_refused"),
+    "closed-port": (http_wire.CLOSED, 502, b"connection_refused"),
 }
 
 
 @pytest.mark.parametrize(("where", "status", "error"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_connect_ends_the_connection(
-    gateway: Gateway, origin: Start, where: bytes, status: int, error: bytes
+    gateway: running.Gateway,
+    origin: origins.Start,
+    where: bytes,
+    status: int,
+    error: bytes,
 ) -> None:
-    server = origin(Script())  # R66, R69: RFC 9931, early data is never a request
+    server = origin(
+        http_wire.Script()
+    )  # R66, R69: RFC 9931, early data is never a request
     with gateway.connect() as client:
-        early = request(server, path=b"/smuggled")
-        answer = exchange(client, request(where, method=b"CONNECT") + early)
-        assert (answer.status, proxy_error(answer)) == (status, error)
-        assert answer.closes and at_end(client)
-    assert uncalled(server)
+        early = http_wire.request(server, path=b"/smuggled")
+        answer = http_wire.exchange(
+            client, http_wire.request(where, method=b"CONNECT") + early
+        )
+        assert (answer.status, http_wire.proxy_error(answer)) == (status, error)
+        assert answer.closes and wire.at_end(client)
+    assert http_wire.uncalled(server)
 
 
 def test_a_refused_connect_ends_a_kept_connection(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R69
+    server = origin(http_wire.Script())  # R69
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        send(client, request(DENIED + b":443", method=b"CONNECT"))
-        assert read_answer(client).status == 403
-        send(client, request(server, path=b"/smuggled"))
-        assert read_all(client) == b""
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        wire.send(
+            client, http_wire.request(http_wire.DENIED + b":443", method=b"CONNECT")
+        )
+        assert http_wire.read_answer(client).status == 403
+        wire.send(client, http_wire.request(server, path=b"/smuggled"))
+        assert wire.read_all(client) == b""
     assert [got.target for got in server.handle.requests] == [b"/"]
 
 
-def test_connect_may_follow_other_requests(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R67
+def test_connect_may_follow_other_requests(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script())  # R67
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 200
-        data = request(origin(echo), method=b"CONNECT") + b"hello"
-        assert exchange(client, data, b"CONNECT").status == 200
-        assert read_exactly(client, 5) == b"hello"
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        data = http_wire.request(origin(origins.echo), method=b"CONNECT") + b"hello"
+        assert http_wire.exchange(client, data, b"CONNECT").status == 200
+        assert wire.read_exactly(client, 5) == b"hello"
 
 
-@needs_ipv6
-def test_connect_reaches_ipv6(gateway: Gateway, origin: Start) -> None:
-    with tunnel(gateway, origin(echo, "::1")) as client:  # R24, R66
-        send(client, b"hello")
-        assert read_exactly(client, 5) == b"hello"
+@needs.ipv6
+def test_connect_reaches_ipv6(gateway: running.Gateway, origin: origins.Start) -> None:
+    with http_wire.tunnel(gateway, origin(origins.echo, "::1")) as client:  # R24, R66
+        wire.send(client, b"hello")
+        assert wire.read_exactly(client, 5) == b"hello"
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2"])
 def test_connect_comes_in_any_version(
-    gateway: Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
-    data = request(origin(echo), method=b"CONNECT", version=version)  # R67
+    data = http_wire.request(
+        origin(origins.echo), method=b"CONNECT", version=version
+    )  # R67
     with gateway.connect() as client:
-        assert exchange(client, data, b"CONNECT").status == 200
-        send(client, b"hello")
-        assert read_exactly(client, 5) == b"hello"
+        assert http_wire.exchange(client, data, b"CONNECT").status == 200
+        wire.send(client, b"hello")
+        assert wire.read_exactly(client, 5) == b"hello"
 
 
-def test_connect_ignores_the_host_field(gateway: Gateway, origin: Start) -> None:
-    data = request(origin(echo), method=b"CONNECT")  # R18
+def test_connect_ignores_the_host_field(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    data = http_wire.request(origin(origins.echo), method=b"CONNECT")  # R18
     data = data.replace(b"Host: ", b"Host: example.com\r\nX-Was: ")
     with gateway.connect() as client:
-        assert exchange(client, data, b"CONNECT").status == 200
+        assert http_wire.exchange(client, data, b"CONNECT").status == 200
 
 
 # --- Overload -----------------------------------------------------------------
 
 
-def test_an_overloaded_server_may_say_when(gateway: Gateway, origin: Start) -> None:
-    busy = sized(b"busy", b"Retry-After: 120", status=b"503 Busy")  # R70
-    answer = returned(gateway, origin(Script(busy)))
+def test_an_overloaded_server_may_say_when(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    busy = http_wire.sized(b"busy", b"Retry-After: 120", status=b"503 Busy")  # R70
+    answer = http_wire.ask(gateway, origin(http_wire.Script(busy)))
     assert (answer.status, answer.values(b"Retry-After")) == (503, [b"120"])
 
 
@@ -1280,20 +1410,20 @@ FINAL = [
 @pytest.mark.parametrize("minor", [0, 1])
 @pytest.mark.parametrize("answer", FINAL, ids=["close", "1.0", "chunked"])
 def test_an_early_answer_that_ends_by_close_ends_well(
-    gateway: Gateway, origin: Start, answer: bytes, minor: int
+    gateway: running.Gateway, origin: origins.Start, answer: bytes, minor: int
 ) -> None:
-    def refuse(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         connection.sendall(answer)
         connection.shutdown(socket.SHUT_WR)
-        read_all(connection)
+        wire.read_all(connection)
 
-    data = post(origin(refuse), b"Content-Length: 1000000", body=b"x" * 1000)
+    data = http_wire.post(origin(refuse), b"Content-Length: 1000000", body=b"x" * 1000)
     if not minor:
         data = data.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
     count = len(gateway.lines())
     with gateway.connect() as client:
-        send(client, data)
+        wire.send(client, data)
         answered = b""
         while piece := client.recv(65536):  # to the end: no reset
             answered += piece
@@ -1305,12 +1435,12 @@ def test_an_early_answer_that_ends_by_close_ends_well(
 
 @pytest.mark.parametrize("fault", ["half-close", "malformed"])
 def test_a_client_who_breaks_off_his_body_has_the_answer_that_has_begun(
-    gateway: Gateway, origin: Start, fault: str
+    gateway: running.Gateway, origin: origins.Start, fault: str
 ) -> None:
     whole, ended = threading.Event(), threading.Event()
 
-    def refuse(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         head = b"HTTP/1.1 413 No\r\nContent-Length: %d\r\n\r\n" % len(BULK)
         connection.sendall(head + BULK[:1000])
         whole.wait(10)
@@ -1320,58 +1450,62 @@ def test_a_client_who_breaks_off_his_body_has_the_answer_that_has_begun(
         ended.set()  # of a body that is not whole
         connection.sendall(BULK[1000:])
 
-    head = post(origin(refuse), CHUNKED) + b"5\r\nhello\r\n"
+    head = http_wire.post(origin(refuse), CHUNKED) + b"5\r\nhello\r\n"
     with gateway.connect(20) as client:
-        send(client, head)
+        wire.send(client, head)
         assert client.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 413"
         if fault == "half-close":
             client.shutdown(socket.SHUT_WR)
         else:
             client.sendall(b"zz\r\n")
         whole.set()
-        answer = read_answer(client)
-        assert answer.complete and digest(answer.body) == digest(BULK)
-        assert at_end(client)
+        answer = http_wire.read_answer(client)
+        assert answer.complete and wire.digest(answer.body) == wire.digest(BULK)
+        assert wire.at_end(client)
     assert ended.wait(10)
 
 
 def test_the_time_of_a_silent_client_does_not_begin_anew_when_his_server_leaves(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     leave = threading.Event()
 
-    def serve(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(OK)
+    def serve(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.OK)
         leave.wait(10)
 
     gateway = natwork("keepalive_timeout=2")
     with gateway.connect() as client:
-        assert exchange(client, request(origin(serve))).status == 200
+        assert (
+            http_wire.exchange(client, http_wire.request(origin(serve))).status == 200
+        )
         began = time.monotonic()
         time.sleep(1)
         leave.set()
-        assert at_end(client)
+        assert wire.at_end(client)
         assert time.monotonic() - began < 2.9  # not 3
 
 
 def test_an_end_behind_a_reset_is_not_the_end_of_an_answer(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     go = threading.Event()
 
-    def serve(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def serve(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhalf")
         go.wait(10)
-        reset(connection)
+        wire.reset(connection)
 
     gateway = natwork("spare_workers=1", "max_workers=1", "user=root")
     with gateway.connect() as client:
-        send(client, post(origin(serve), b"Content-Length: 9", body=b"1234"))
-        assert read_head(client) and read_exactly(client, 4) == b"half"
+        wire.send(
+            client, http_wire.post(origin(serve), b"Content-Length: 9", body=b"1234")
+        )
+        assert http_wire.read_head(client) and wire.read_exactly(client, 4) == b"half"
         (worker,) = gateway.workers()
-        with stopped(worker):
+        with kernel.stopped(worker):
             go.set()
             time.sleep(0.2)
             client.sendall(b"5")
@@ -1381,10 +1515,10 @@ def test_an_end_behind_a_reset_is_not_the_end_of_an_answer(
 
 
 def test_nothing_of_ours_is_said_within_an_interim_answer(
-    hasty: Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
-    def hint(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def hint(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         with contextlib.suppress(OSError):
             for _ in range(60):
                 link = b"Link: " + b"a" * 60_000
@@ -1396,36 +1530,46 @@ def test_nothing_of_ours_is_said_within_an_interim_answer(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(20)
         client.connect(hasty.address)
-        send(client, request(origin(hint)))
-        line = hasty.lines(count + 1)[count]  # he has read nothing until then
+        wire.send(client, http_wire.request(origin(hint)))
+        line = hasty.lines(count + 1)[count]  # it has read nothing until then
         assert line["outcome"] in ("answer-timeout", "idle-timeout")
-        assert b"Gateway Timeout" not in read_all(client)
+        assert b"Gateway Timeout" not in wire.read_all(client)
 
 
 def test_an_empty_line_behind_a_body_begins_no_request(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("head_timeout=0.5", "keepalive_timeout=1.5")
-    server = origin(Script())
+    server = origin(http_wire.Script())
     with gateway.connect() as client:  # R4, R61
-        assert exchange(client, post(server, body=b"") + b"\r\n").status == 200
-        assert at_end(client)  # and no 408
+        assert (
+            http_wire.exchange(
+                client, http_wire.post(server, body=b"") + b"\r\n"
+            ).status
+            == 200
+        )
+        assert wire.at_end(client)  # and no 408
     with gateway.connect() as client:
-        data = post(server, b"Content-Length: 2", body=b"ab") + b"\r\n"
-        assert exchange(client, data).status == 200
-        assert exchange(client, request(server)).status == 200
+        data = http_wire.post(server, b"Content-Length: 2", body=b"ab") + b"\r\n"
+        assert http_wire.exchange(client, data).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
     assert [line["method"] for line in gateway.lines(3)] == ["POST", "POST", "GET"]
 
 
 def test_an_empty_line_first_keeps_a_fresh_client_what_he_was_promised(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("head_timeout=1", "keepalive_timeout=0.2")
     with gateway.connect() as client:
         client.sendall(b"\r\n")  # R4
         time.sleep(0.5)
-        assert exchange(client, request(origin(Script()))).status == 200
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
     with gateway.connect() as client:
         client.sendall(b"\r\n")
-        assert read_answer(client).status == 408
+        assert http_wire.read_answer(client).status == 408
     assert gateway.lines(2)[1]["outcome"] == "head-timeout"

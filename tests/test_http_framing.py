@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import select
 import socket
@@ -11,61 +10,32 @@ import threading
 import time
 from collections.abc import Callable
 
+import http_wire
+import origins
 import pytest
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from wire import DENIED
-from wire import OK
-from wire import STRICT
-from wire import Message
-from wire import Script
-from wire import at_end
-from wire import chunks
-from wire import drip
-from wire import exchange
-from wire import forwarded
-from wire import proxy_error
-from wire import read_answer
-from wire import read_request
-from wire import request
-from wire import reset
-from wire import response
-from wire import returned
-from wire import send
-from wire import shared
-from wire import sized
-from wire import uncalled
+import running
+import wait
+import wire
 
-pytestmark = pytest.mark.filterwarnings(STRICT)
-gateway = shared()
-hasty = shared("head_timeout=0.5", "idle_timeout=0.5")
+pytestmark = pytest.mark.filterwarnings(http_wire.STRICT)
+gateway = running.shared()
+hasty = running.shared("head_timeout=0.5", "idle_timeout=0.5")
 
-Start = Callable[..., Origin]
 CHUNKED = b"Transfer-Encoding: chunked"
 BULK = os.urandom(1 << 20) * 4  # more than the sockets and the pipes between hold
 
 
-def post(
-    server: Origin, *fields: bytes, body: bytes = b"", path: bytes = b"/"
-) -> bytes:
-    return request(server, *fields, method=b"POST", body=body, path=path)
-
-
-class Partial(Script):
+class Partial(http_wire.Script):
     """An origin that tells when a request has begun to arrive, and when it ended."""
 
-    def __init__(self, answer: bytes = OK) -> None:
+    def __init__(self, answer: bytes = http_wire.OK) -> None:
         super().__init__(answer)
         self.started, self.ended = threading.Event(), threading.Event()
 
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
         connection.recv(1, socket.MSG_PEEK)
         self.started.set()
-        request = read_request(connection)
+        request = http_wire.read_request(connection)
         assert request
         self.requests.append(request)
         if request.complete:
@@ -89,25 +59,33 @@ GOOD_CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("feed", [send, drip])
+@pytest.mark.parametrize("feed", [wire.send, wire.drip])
 @pytest.mark.parametrize("body", GOOD_CHUNKS.values(), ids=GOOD_CHUNKS)
 def test_good_chunks_arrive_without_extensions(
-    gateway: Gateway, origin: Start, body: bytes, feed: Callable[..., None]
+    gateway: running.Gateway,
+    origin: origins.Start,
+    body: bytes,
+    feed: Callable[..., None],
 ) -> None:
-    server = origin(Script())  # R50, R51: wire.py knows no extension
+    server = origin(http_wire.Script())  # R50, R51: http_wire.py knows no extension
     with gateway.connect() as client:
-        feed(client, post(server, CHUNKED, body=body) + request(server))
-        assert [read_answer(client).status for _ in range(2)] == [200, 200]
+        feed(
+            client,
+            http_wire.post(server, CHUNKED, body=body) + http_wire.request(server),
+        )
+        assert [http_wire.read_answer(client).status for _ in range(2)] == [200, 200]
     got, after = server.handle.requests
     assert (got.body, got.complete, after.method) == (b"hello", True, b"GET")
 
 
 @pytest.mark.parametrize("size", [b"a", b"A", b"0A", b"000000000000000A"])
 def test_a_chunk_size_is_hexadecimal(
-    gateway: Gateway, origin: Start, size: bytes
+    gateway: running.Gateway, origin: origins.Start, size: bytes
 ) -> None:
     body = size + b"\r\n0123456789\r\n0\r\n\r\n"  # R50
-    got = forwarded(gateway, origin(Script()), CHUNKED, method=b"POST", body=body)
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), CHUNKED, method=b"POST", body=body
+    )
     assert got.body == b"0123456789"
 
 
@@ -171,29 +149,32 @@ BAD_CHUNKS = {
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_at_once_reach_nobody(
-    gateway: Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
-    server = origin(Script())  # R50
+    server = origin(http_wire.Script())  # R50
     with gateway.connect() as client:
-        send(client, post(server, CHUNKED, body=body) + request(server))
-        answer = read_answer(client)
+        wire.send(
+            client,
+            http_wire.post(server, CHUNKED, body=body) + http_wire.request(server),
+        )
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (400, True)
-        assert at_end(client)
-    assert uncalled(server)
+        assert wire.at_end(client)
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_later_are_never_a_whole_body(
-    gateway: Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     server, arrived = origin(partial := Partial()), b"3\r\nfor\r\n"  # R50, R54
     with gateway.connect() as client:
-        send(client, post(server, CHUNKED, body=arrived))
+        wire.send(client, http_wire.post(server, CHUNKED, body=arrived))
         assert partial.started.wait(10)
-        send(client, body + request(server))
-        answer = read_answer(client)
+        wire.send(client, body + http_wire.request(server))
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (400, True)
-        assert at_end(client)
+        assert wire.at_end(client)
     assert partial.ended.wait(10)
     (got,) = partial.requests
     assert not got.complete
@@ -201,13 +182,13 @@ def test_bad_chunks_later_are_never_a_whole_body(
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_in_single_octets_are_never_a_whole_body(
-    gateway: Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
-    server = origin(Script())  # R50, R54
+    server = origin(http_wire.Script())  # R50, R54
     with gateway.connect() as client:
-        drip(client, post(server, CHUNKED, body=body))
-        assert read_answer(client).status == 400
-        assert at_end(client)
+        wire.drip(client, http_wire.post(server, CHUNKED, body=body))
+        assert http_wire.read_answer(client).status == 400
+        assert wire.at_end(client)
     assert not any(got.complete for got in server.handle.requests)
 
 
@@ -222,46 +203,55 @@ def test_bad_chunks_in_single_octets_are_never_a_whole_body(
     ],
 )
 def test_the_chunk_line_is_bounded(
-    gateway: Gateway, origin: Start, size: bytes
+    gateway: running.Gateway, origin: origins.Start, size: bytes
 ) -> None:
-    server = origin(Script())  # R51
+    server = origin(http_wire.Script())  # R51
     began = time.monotonic()
     with gateway.connect() as client:
-        send(client, post(server, CHUNKED, body=size + b"\r\nhello\r\n0\r\n\r\n"))
-        assert read_answer(client).status == 400
-        assert at_end(client)
+        wire.send(
+            client,
+            http_wire.post(server, CHUNKED, body=size + b"\r\nhello\r\n0\r\n\r\n"),
+        )
+        assert http_wire.read_answer(client).status == 400
+        assert wire.at_end(client)
     assert not any(got.complete for got in server.handle.requests)
     assert time.monotonic() - began < 3
 
 
 def test_many_extensions_in_many_chunks_are_bounded_in_time(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     body = b"1;a=b\r\nx\r\n" * 10_000 + b"0\r\n\r\n"  # R51
-    got = forwarded(gateway, origin(Script()), CHUNKED, method=b"POST", body=body)
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), CHUNKED, method=b"POST", body=body
+    )
     assert got.body == b"x" * 10_000
 
 
-def test_trailers_are_bounded(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script())  # R11, R52
+def test_trailers_are_bounded(gateway: running.Gateway, origin: origins.Start) -> None:
+    server = origin(http_wire.Script())  # R11, R52
     trailers = [b"X-%d: %b" % (i, b"v" * 1000) for i in range(100)]
     with gateway.connect() as client:
-        body = chunks(b"hello", trailers=trailers)
-        send(client, post(server, CHUNKED, body=body))
-        assert 400 <= read_answer(client).status < 500
-        assert at_end(client)
+        body = http_wire.chunks(b"hello", trailers=trailers)
+        wire.send(client, http_wire.post(server, CHUNKED, body=body))
+        assert 400 <= http_wire.read_answer(client).status < 500
+        assert wire.at_end(client)
     assert not any(got.complete for got in server.handle.requests)
 
 
 # --- Trailers -----------------------------------------------------------------
 
 
-def test_trailers_stay_trailers(gateway: Gateway, origin: Start) -> None:
+def test_trailers_stay_trailers(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     lines = [b"X-Sum: 1", b"X-Empty:", b"X-Sum: \xe9"]  # R52
     trailers = [(b"X-Sum", b"1"), (b"X-Empty", b""), (b"X-Sum", b"\xe9")]
-    body = chunks(b"hello", trailers=lines)
-    server = origin(Script(response(CHUNKED, b"Trailer: X-Sum", body=body)))
-    answer = returned(gateway, server, CHUNKED, method=b"POST", body=body)
+    body = http_wire.chunks(b"hello", trailers=lines)
+    server = origin(
+        http_wire.Script(http_wire.response(CHUNKED, b"Trailer: X-Sum", body=body))
+    )
+    answer = http_wire.ask(gateway, server, CHUNKED, method=b"POST", body=body)
     for message in (server.handle.requests[0], answer):
         assert (message.body, message.trailers) == (b"hello", trailers)
         assert not message.values(b"X-Sum")
@@ -282,13 +272,13 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("line", FORBIDDEN)
 def test_trailers_cannot_frame_route_or_identify(
-    gateway: Gateway, origin: Start, line: bytes
+    gateway: running.Gateway, origin: origins.Start, line: bytes
 ) -> None:
-    body = chunks(b"hello", trailers=[line, b"X-A: 1"])  # R52
-    server = origin(Script(response(CHUNKED, body=body)))
+    body = http_wire.chunks(b"hello", trailers=[line, b"X-A: 1"])  # R52
+    server = origin(http_wire.Script(http_wire.response(CHUNKED, body=body)))
     with gateway.connect() as client:
-        data = post(server, CHUNKED, body=body)
-        answers = [exchange(client, data) for _ in range(2)]
+        data = http_wire.post(server, CHUNKED, body=body)
+        answers = [http_wire.exchange(client, data) for _ in range(2)]
     for message in (*answers, *server.handle.requests):
         assert message.body == b"hello"
         assert message.trailers in ([], [(b"X-A", b"1")])
@@ -301,16 +291,18 @@ def test_trailers_cannot_frame_route_or_identify(
 
 @pytest.mark.parametrize("size", [2**31, 2**32 + 5, 2**48, 2**62, 2**63 - 1])
 def test_a_huge_length_does_not_wrap(
-    gateway: Gateway, origin: Start, size: int
+    gateway: running.Gateway, origin: origins.Start, size: int
 ) -> None:
     server = origin(partial := Partial())  # R49: carried as it is, or refused
     with gateway.connect() as client:
-        send(client, post(server, b"Content-Length: %d" % size, body=b"hello"))
-        eventually(
+        wire.send(
+            client, http_wire.post(server, b"Content-Length: %d" % size, body=b"hello")
+        )
+        wait.until(
             lambda: partial.started.is_set() or select.select([client], [], [], 0)[0]
         )
         if not partial.started.is_set():
-            assert size > 2**48 and read_answer(client).status == 400
+            assert size > 2**48 and http_wire.read_answer(client).status == 400
             return
         client.shutdown(socket.SHUT_WR)
         assert partial.ended.wait(10)
@@ -324,10 +316,10 @@ def test_a_huge_length_does_not_wrap(
     "form", [b"Content-Length: %d\r\n\r\n", CHUNKED + b"\r\n\r\n%x\r\n"]
 )
 def test_a_huge_response_does_not_wrap(
-    gateway: Gateway, origin: Start, form: bytes, size: int
+    gateway: running.Gateway, origin: origins.Start, form: bytes, size: int
 ) -> None:
     answer = b"HTTP/1.1 200 OK\r\n" + form % size + b"hello"  # R49, R54
-    answer = returned(gateway, origin(Script(answer, close=True)))
+    answer = http_wire.ask(gateway, origin(http_wire.Script(answer, close=True)))
     if size > 2**48 and answer.status == 502:
         return  # refused
     assert (answer.status, answer.complete) == (200, False)
@@ -354,34 +346,44 @@ BAD_LENGTHS = {
 
 @pytest.mark.parametrize("lengths", BAD_LENGTHS.values(), ids=BAD_LENGTHS)
 def test_a_response_with_a_bad_length_becomes_502(
-    gateway: Gateway, origin: Start, lengths: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, lengths: list[bytes]
 ) -> None:
     ends: list[bytes] = []  # R48
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         fields = [b"Content-Length: " + length for length in lengths]
-        connection.sendall(response(*fields, body=b"hello"))
-        ends.append(read_all(connection))
+        connection.sendall(http_wire.response(*fields, body=b"hello"))
+        ends.append(wire.read_all(connection))
 
     server = origin(handle)
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
-        assert (answer.status, proxy_error(answer)) == (502, b"http_protocol_error")
-        eventually(lambda: ends == [b""])
-        assert exchange(client, request(origin(Script()))).status == 200
+        answer = http_wire.exchange(client, http_wire.request(server))
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            502,
+            b"http_protocol_error",
+        )
+        wait.until(lambda: ends == [b""])
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
 
 
 @pytest.mark.parametrize(
     "fields", [[b"Content-Length: 3", CHUNKED], [CHUNKED, b"Content-Length: 99"]]
 )
 def test_a_response_with_length_and_coding_is_not_trusted(
-    gateway: Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
-    server = origin(Script(response(*fields, body=chunks(b"hello"))))  # R42, R47
+    server = origin(
+        http_wire.Script(http_wire.response(*fields, body=http_wire.chunks(b"hello")))
+    )  # R42, R47
     with gateway.connect() as client:
         for _ in range(2):
-            answer = exchange(client, request(server))
+            answer = http_wire.exchange(client, http_wire.request(server))
             assert answer.status == 502 or answer.body == b"hello"
     assert len(server.callers) == 2  # whoever sent that is not asked again
 
@@ -402,39 +404,55 @@ BAD_CODINGS = {
 
 @pytest.mark.parametrize("codings", BAD_CODINGS.values(), ids=BAD_CODINGS)
 def test_a_response_with_a_bad_coding_becomes_502(
-    gateway: Gateway, origin: Start, codings: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, codings: list[bytes]
 ) -> None:
     fields = [b"Transfer-Encoding: " + coding for coding in codings]
-    server = origin(Script(response(*fields, body=chunks(b"hello")), close=True))
+    server = origin(
+        http_wire.Script(
+            http_wire.response(*fields, body=http_wire.chunks(b"hello")), close=True
+        )
+    )
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert answer.status == 502
-        assert proxy_error(answer) in (
+        assert http_wire.proxy_error(answer) in (
             b"http_protocol_error",
             b"http_response_transfer_coding",
         )
-        assert exchange(client, request(origin(Script()))).status == 200
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(origin(http_wire.Script()))
+            ).status
+            == 200
+        )
 
 
 @pytest.mark.parametrize(
     "coding", [b"Chunked", b"CHUNKED", b"chunked,", b", chunked\t"]
 )
 def test_a_response_may_write_chunked_as_it_likes(
-    gateway: Gateway, origin: Start, coding: bytes
+    gateway: running.Gateway, origin: origins.Start, coding: bytes
 ) -> None:
-    field = b"Transfer-Encoding: " + coding  # R14, R43: wire.py wants it plain
-    answer = returned(gateway, origin(Script(response(field, body=chunks(b"hello")))))
+    field = b"Transfer-Encoding: " + coding  # R14, R43: http_wire.py wants it plain
+    answer = http_wire.ask(
+        gateway,
+        origin(
+            http_wire.Script(http_wire.response(field, body=http_wire.chunks(b"hello")))
+        ),
+    )
     assert (answer.body, answer.complete) == (b"hello", True)
 
 
 def test_a_coding_in_an_http_1_0_response_is_not_trusted(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    answer = response(CHUNKED, b"Connection: keep-alive", body=chunks(b"hello"))  # R45
-    server = origin(Script(answer.replace(b"HTTP/1.1", b"HTTP/1.0")))
+    answer = http_wire.response(
+        CHUNKED, b"Connection: keep-alive", body=http_wire.chunks(b"hello")
+    )  # R45
+    server = origin(http_wire.Script(answer.replace(b"HTTP/1.1", b"HTTP/1.0")))
     with gateway.connect() as client:
         for _ in range(2):
-            got = exchange(client, request(server))
+            got = http_wire.exchange(client, http_wire.request(server))
             assert got.status == 502 or got.body == b"hello"
             if got.closes:
                 break
@@ -453,53 +471,65 @@ BODILESS = {
 @pytest.mark.parametrize("fields", BODILESS.values(), ids=BODILESS)
 @pytest.mark.parametrize("status", [b"204 None", b"304 Same"])
 def test_204_and_304_have_no_body(
-    gateway: Gateway, origin: Start, status: bytes, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, status: bytes, fields: list[bytes]
 ) -> None:
-    server = origin(Script(response(*fields, status=status), OK))  # R46, R53
+    server = origin(
+        http_wire.Script(http_wire.response(*fields, status=status), http_wire.OK)
+    )  # R46, R53
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert answer.start == b"HTTP/1.1 " + status and not answer.closes
-        assert exchange(client, request(server)).body == b"ok"
+        assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
 
 
 @pytest.mark.parametrize("fields", BODILESS.values(), ids=BODILESS)
 def test_a_head_answer_has_no_body(
-    gateway: Gateway, origin: Start, fields: list[bytes]
+    gateway: running.Gateway, origin: origins.Start, fields: list[bytes]
 ) -> None:
-    server = origin(Script(response(*fields), OK))  # R53
+    server = origin(http_wire.Script(http_wire.response(*fields), http_wire.OK))  # R53
     with gateway.connect() as client:
-        answer = exchange(client, request(server, method=b"HEAD"), b"HEAD")
+        answer = http_wire.exchange(
+            client, http_wire.request(server, method=b"HEAD"), b"HEAD"
+        )
         assert answer.status == 200 and not answer.closes
-        assert exchange(client, request(server)).body == b"ok"
+        assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
 
 
 @pytest.mark.parametrize("status", [b"200 OK", b"304 Same"])
 def test_the_length_of_what_is_not_sent_passes(
-    gateway: Gateway, origin: Start, status: bytes
+    gateway: running.Gateway, origin: origins.Start, status: bytes
 ) -> None:
-    server = origin(Script(response(b"Content-Length: 12345", status=status)))  # R53
+    server = origin(
+        http_wire.Script(http_wire.response(b"Content-Length: 12345", status=status))
+    )  # R53
     method = b"HEAD" if status.startswith(b"200") else b"GET"
-    answer = returned(gateway, server, method=method)
+    answer = http_wire.ask(gateway, server, method=method)
     assert answer.values(b"Content-Length") == [b"12345"]
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE", b"BREW"])
 def test_a_request_without_framing_has_no_body(
-    gateway: Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
-    server = origin(Script())  # R53
+    server = origin(http_wire.Script())  # R53
     with gateway.connect() as client:
-        send(client, request(server, method=method) + request(server))
-        assert [read_answer(client).status for _ in range(2)] == [200, 200]
+        wire.send(
+            client, http_wire.request(server, method=method) + http_wire.request(server)
+        )
+        assert [http_wire.read_answer(client).status for _ in range(2)] == [200, 200]
     assert [got.method for got in server.handle.requests] == [method, b"GET"]
 
 
 @pytest.mark.parametrize("method", [b"GET", b"DELETE", b"OPTIONS", b"BREW"])
 def test_any_method_may_have_a_body(
-    gateway: Gateway, origin: Start, method: bytes
+    gateway: running.Gateway, origin: origins.Start, method: bytes
 ) -> None:
-    got = forwarded(
-        gateway, origin(Script()), b"Content-Length: 5", method=method, body=b"hello"
+    got = http_wire.forwarded(
+        gateway,
+        origin(http_wire.Script()),
+        b"Content-Length: 5",
+        method=method,
+        body=b"hello",
     )  # R53
     assert got.body == b"hello"
 
@@ -507,131 +537,149 @@ def test_any_method_may_have_a_body(
 # --- Bodies, whole ------------------------------------------------------------
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 @pytest.mark.parametrize("size", [0, 1, 2, 1459, 65_535, 65_536, 65_537, 300_001])
 @pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
 def test_bodies_of_all_sizes_come_back_whole(
-    gateway: Gateway, origin: Start, way: str, size: int
+    gateway: running.Gateway, origin: origins.Start, way: str, size: int
 ) -> None:
     body = BULK[:size]  # R53
     answer = {
-        "sized": sized(body),
-        "chunked": response(CHUNKED, body=chunks(*([body] if body else []))),
-        "closed": response(body=body),
+        "sized": http_wire.sized(body),
+        "chunked": http_wire.response(
+            CHUNKED, body=http_wire.chunks(*([body] if body else []))
+        ),
+        "closed": http_wire.response(body=body),
     }[way]
-    server = origin(Script(answer, close=way == "closed"))
-    answer = returned(gateway, server)
-    assert (digest(answer.body), answer.complete) == (digest(body), True)
+    server = origin(http_wire.Script(answer, close=way == "closed"))
+    answer = http_wire.ask(gateway, server)
+    assert (wire.digest(answer.body), answer.complete) == (wire.digest(body), True)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1459, 65_535, 65_536, 65_537, 300_001])
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_bodies_of_all_sizes_go_there_whole(
-    gateway: Gateway, origin: Start, way: str, size: int
+    gateway: running.Gateway, origin: origins.Start, way: str, size: int
 ) -> None:
     body = BULK[:size]  # R53
     field, data = {
         "sized": (b"Content-Length: %d" % size, body),
-        "chunked": (CHUNKED, chunks(*([body] if body else []))),
+        "chunked": (CHUNKED, http_wire.chunks(*([body] if body else []))),
     }[way]
-    got = forwarded(gateway, origin(Script()), field, method=b"POST", body=data)
-    assert (digest(got.body), got.complete) == (digest(body), True)
+    got = http_wire.forwarded(
+        gateway, origin(http_wire.Script()), field, method=b"POST", body=data
+    )
+    assert (wire.digest(got.body), got.complete) == (wire.digest(body), True)
 
 
 @pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
-def test_bulk_comes_back_whole(gateway: Gateway, origin: Start, way: str) -> None:
+def test_bulk_comes_back_whole(
+    gateway: running.Gateway, origin: origins.Start, way: str
+) -> None:
     pieces = [BULK[i : i + 100_000] for i in range(0, len(BULK), 100_000)]
     answer = {
-        "sized": sized(BULK),
-        "chunked": response(CHUNKED, body=chunks(*pieces)),
-        "closed": response(body=BULK),
+        "sized": http_wire.sized(BULK),
+        "chunked": http_wire.response(CHUNKED, body=http_wire.chunks(*pieces)),
+        "closed": http_wire.response(body=BULK),
     }[way]
-    answer = returned(gateway, origin(Script(answer, close=way == "closed")))
-    assert digest(answer.body) == digest(BULK)
+    answer = http_wire.ask(
+        gateway, origin(http_wire.Script(answer, close=way == "closed"))
+    )
+    assert wire.digest(answer.body) == wire.digest(BULK)
 
 
-def test_bulk_goes_both_ways_at_once(gateway: Gateway, origin: Start) -> None:
-    def echo(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response(b"Content-Length: %d" % len(BULK)))
+def test_bulk_goes_both_ways_at_once(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def echo(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.response(b"Content-Length: %d" % len(BULK)))
         left = len(BULK)
         while left and (piece := connection.recv(65536)):
             connection.sendall(piece)
             left -= len(piece)
 
     server = origin(echo)
-    data = post(server, b"Content-Length: %d" % len(BULK), body=BULK)
+    data = http_wire.post(server, b"Content-Length: %d" % len(BULK), body=BULK)
     with gateway.connect() as client:
-        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender = threading.Thread(target=wire.send, args=[client, data], daemon=True)
         sender.start()
-        assert digest(read_answer(client).body) == digest(BULK)
+        assert wire.digest(http_wire.read_answer(client).body) == wire.digest(BULK)
         sender.join(10)
 
 
-def test_each_piece_travels_when_it_is_sent(gateway: Gateway, origin: Start) -> None:
-    def echo(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response(CHUNKED))
+def test_each_piece_travels_when_it_is_sent(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def echo(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.response(CHUNKED))
         for _ in range(3):
-            piece = read_exactly(connection, len(b"5\r\nhello\r\n"))
+            piece = wire.read_exactly(connection, len(b"5\r\nhello\r\n"))
             connection.sendall(piece)
-        connection.sendall(read_exactly(connection, len(b"0\r\n\r\n")))
+        connection.sendall(wire.read_exactly(connection, len(b"0\r\n\r\n")))
 
     with gateway.connect() as client:  # nobody may wait for the end, or for more
-        send(client, post(origin(echo), CHUNKED))
-        head = read_head(client)
+        wire.send(client, http_wire.post(origin(echo), CHUNKED))
+        head = http_wire.read_head(client)
         assert CHUNKED.lower() in head.lower()
         for _ in range(3):
-            send(client, b"5\r\nhello\r\n")
-            assert read_exactly(client, 10) == b"5\r\nhello\r\n"
-        send(client, b"0\r\n\r\n")
-        assert read_exactly(client, 5) == b"0\r\n\r\n"
+            wire.send(client, b"5\r\nhello\r\n")
+            assert wire.read_exactly(client, 10) == b"5\r\nhello\r\n"
+        wire.send(client, b"0\r\n\r\n")
+        assert wire.read_exactly(client, 5) == b"0\r\n\r\n"
 
 
 @pytest.mark.parametrize("count", [1, 2000])
 def test_chunks_of_one_octet_come_back_whole(
-    gateway: Gateway, origin: Start, count: int
+    gateway: running.Gateway, origin: origins.Start, count: int
 ) -> None:
-    body = chunks(*[b"x"] * count)  # R50
-    answer = returned(gateway, origin(Script(response(CHUNKED, body=body))))
+    body = http_wire.chunks(*[b"x"] * count)  # R50
+    answer = http_wire.ask(
+        gateway, origin(http_wire.Script(http_wire.response(CHUNKED, body=body)))
+    )
     assert (answer.body, answer.complete) == (b"x" * count, True)
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(sized(b"hello"), id="sized"),
-        pytest.param(response(body=b"hello"), id="closed"),
+        pytest.param(http_wire.sized(b"hello"), id="sized"),
+        pytest.param(http_wire.response(body=b"hello"), id="closed"),
         pytest.param(
-            response(CHUNKED, body=chunks(b"hel", b"lo", trailers=[b"X-A: 1"])),
+            http_wire.response(
+                CHUNKED, body=http_wire.chunks(b"hel", b"lo", trailers=[b"X-A: 1"])
+            ),
             id="chunked",
         ),
         pytest.param(
-            response(b"Link: x", status=b"103 Hints") + sized(b"hello"), id="interim"
+            http_wire.response(b"Link: x", status=b"103 Hints")
+            + http_wire.sized(b"hello"),
+            id="interim",
         ),
     ],
 )
 def test_answers_in_single_octets_come_back_whole(
-    gateway: Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        drip(connection, answer)
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        wire.drip(connection, answer)
 
     with gateway.connect() as client:  # R12, R53
-        got = exchange(client, request(origin(handle)))
+        got = http_wire.exchange(client, http_wire.request(origin(handle)))
         if got.status == 103:
-            got = read_answer(client)
+            got = http_wire.read_answer(client)
     assert (got.status, got.body, got.complete) == (200, b"hello", True)
     assert bool(got.trailers) == (b"X-A" in answer)
 
 
-def test_response_extensions_are_dropped(gateway: Gateway, origin: Start) -> None:
-    body = b'5;a="b;c"\r\nhello\r\n0;x\r\n\r\n'  # R51: wire.py knows none
-    answer = returned(gateway, origin(Script(response(CHUNKED, body=body))))
+def test_response_extensions_are_dropped(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    body = b'5;a="b;c"\r\nhello\r\n0;x\r\n\r\n'  # R51: http_wire.py knows none
+    answer = http_wire.ask(
+        gateway, origin(http_wire.Script(http_wire.response(CHUNKED, body=body)))
+    )
     assert (answer.body, answer.complete) == (b"hello", True)
 
 
@@ -640,13 +688,15 @@ def test_response_extensions_are_dropped(gateway: Gateway, origin: Start) -> Non
 
 @pytest.mark.parametrize("body", [b"", b"hello", BULK], ids=["none", "short", "long"])
 def test_an_http_1_0_client_gets_no_chunks(
-    gateway: Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
-    coded = chunks(*([body] if body else []), trailers=[b"X-A: 1"])  # R46
-    server = origin(Script(response(CHUNKED, body=coded)))
-    answer = returned(gateway, server, b"Connection: keep-alive", version=b"HTTP/1.0")
+    coded = http_wire.chunks(*([body] if body else []), trailers=[b"X-A: 1"])  # R46
+    server = origin(http_wire.Script(http_wire.response(CHUNKED, body=coded)))
+    answer = http_wire.ask(
+        gateway, server, b"Connection: keep-alive", version=b"HTTP/1.0"
+    )
     assert not answer.values(b"Transfer-Encoding") and answer.closes
-    assert (digest(answer.body), answer.complete) == (digest(body), True)
+    assert (wire.digest(answer.body), answer.complete) == (wire.digest(body), True)
 
 
 @pytest.mark.parametrize(
@@ -658,84 +708,88 @@ def test_an_http_1_0_client_gets_no_chunks(
     ],
 )
 def test_an_http_1_0_client_sees_a_missing_end(
-    gateway: Gateway, origin: Start, rest: bytes
+    gateway: running.Gateway, origin: origins.Start, rest: bytes
 ) -> None:
     body = b"5\r\nhello\r\n" + rest  # R54: a plain close would look like the end
-    server = origin(Script(response(CHUNKED, body=body), close=True))
-    answer = returned(gateway, server, version=b"HTTP/1.0")
+    server = origin(
+        http_wire.Script(http_wire.response(CHUNKED, body=body), close=True)
+    )
+    answer = http_wire.ask(gateway, server, version=b"HTTP/1.0")
     assert answer.status == 502 or not answer.complete
 
 
 # --- What is cut off ----------------------------------------------------------
 
 CUT = {
-    "sized": response(b"Content-Length: 10", body=b"hello"),
-    "sized-by-one": response(b"Content-Length: 6", body=b"hello"),
-    "sized-at-start": response(b"Content-Length: 10"),
-    "sized-bulk": response(b"Content-Length: 4000000", body=BULK[:3_000_000]),
-    "in-a-chunk": response(CHUNKED, body=b"a\r\nhello"),
-    "after-a-chunk": response(CHUNKED, body=b"5\r\nhello\r\n"),
-    "in-a-line-end": response(CHUNKED, body=b"5\r\nhello\r"),
-    "in-the-last-size": response(CHUNKED, body=b"5\r\nhello\r\n0"),
-    "in-the-last-line": response(CHUNKED, body=b"5\r\nhello\r\n0\r\n"),
-    "in-a-trailer": response(CHUNKED, body=b"5\r\nhello\r\n0\r\nX-A: 1\r\n"),
-    "before-chunks": response(CHUNKED),
+    "sized": http_wire.response(b"Content-Length: 10", body=b"hello"),
+    "sized-by-one": http_wire.response(b"Content-Length: 6", body=b"hello"),
+    "sized-at-start": http_wire.response(b"Content-Length: 10"),
+    "sized-bulk": http_wire.response(b"Content-Length: 4000000", body=BULK[:3_000_000]),
+    "in-a-chunk": http_wire.response(CHUNKED, body=b"a\r\nhello"),
+    "after-a-chunk": http_wire.response(CHUNKED, body=b"5\r\nhello\r\n"),
+    "in-a-line-end": http_wire.response(CHUNKED, body=b"5\r\nhello\r"),
+    "in-the-last-size": http_wire.response(CHUNKED, body=b"5\r\nhello\r\n0"),
+    "in-the-last-line": http_wire.response(CHUNKED, body=b"5\r\nhello\r\n0\r\n"),
+    "in-a-trailer": http_wire.response(CHUNKED, body=b"5\r\nhello\r\n0\r\nX-A: 1\r\n"),
+    "before-chunks": http_wire.response(CHUNKED),
 }
 
 
 @pytest.mark.parametrize("answer", CUT.values(), ids=CUT)
 def test_a_cut_response_looks_cut(
-    gateway: Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
-    server = origin(Script(answer, close=True))  # R54
+    server = origin(http_wire.Script(answer, close=True))  # R54
     with gateway.connect() as client:
-        got = exchange(client, request(server))
+        got = http_wire.exchange(client, http_wire.request(server))
         assert (got.status, got.complete) == (200, False)
-        assert read_all(client) == b""
+        assert wire.read_all(client) == b""
     assert len(server.callers) == 1  # R39
 
 
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_a_response_with_bad_chunks_looks_cut(
-    gateway: Gateway, origin: Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, body: bytes
 ) -> None:
     body = b"3\r\nfor\r\n" + body  # R2, R3, R50
-    server = origin(Script(response(CHUNKED, body=body), close=True))
-    answer = returned(gateway, server)
+    server = origin(
+        http_wire.Script(http_wire.response(CHUNKED, body=body), close=True)
+    )
+    answer = http_wire.ask(gateway, server)
     assert answer.status == 502 or not answer.complete
 
 
 @pytest.mark.parametrize("size", [5, 100_000, len(BULK)])
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_what_came_before_the_cut_is_delivered(
-    gateway: Gateway, origin: Start, way: str, size: int
+    gateway: running.Gateway, origin: origins.Start, way: str, size: int
 ) -> None:
     body = BULK[:size]  # R54: a download that can be resumed begins with this
     answer = {
-        "sized": response(b"Content-Length: %d" % (size + 1), body=body),
-        "chunked": response(CHUNKED, body=b"%x\r\n%b\r\n" % (size, body)),
+        "sized": http_wire.response(b"Content-Length: %d" % (size + 1), body=body),
+        "chunked": http_wire.response(CHUNKED, body=b"%x\r\n%b\r\n" % (size, body)),
     }[way]
-    got = returned(gateway, origin(Script(answer, close=True)))
+    got = http_wire.ask(gateway, origin(http_wire.Script(answer, close=True)))
     assert (got.status, got.complete) == (200, False)
-    assert digest(got.body) == digest(body)
+    assert wire.digest(got.body) == wire.digest(body)
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
 def test_a_reset_before_the_close_looks_cut(
-    gateway: Gateway, origin: Start, version: bytes
+    gateway: running.Gateway, origin: origins.Start, version: bytes
 ) -> None:
     seen = threading.Event()  # R54
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response(body=b"hello"))
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.response(body=b"hello"))
         seen.wait(10)
-        reset(connection)
+        wire.reset(connection)
 
     with gateway.connect() as client:
-        send(client, request(origin(handle), version=version))
-        assert b"close" in read_head(client).lower()
-        assert read_exactly(client, 5) == b"hello"
+        wire.send(client, http_wire.request(origin(handle), version=version))
+        assert b"close" in http_wire.read_head(client).lower()
+        assert wire.read_exactly(client, 5) == b"hello"
         seen.set()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
@@ -744,17 +798,17 @@ def test_a_reset_before_the_close_looks_cut(
 @pytest.mark.parametrize(
     ("field", "body"), [(b"Content-Length: 10", b"hello"), (CHUNKED, b"5\r\nhello\r\n")]
 )
-@pytest.mark.parametrize("end", [lambda c: c.shutdown(socket.SHUT_WR), reset])
+@pytest.mark.parametrize("end", [lambda c: c.shutdown(socket.SHUT_WR), wire.reset])
 def test_a_cut_request_looks_cut(
-    gateway: Gateway,
-    origin: Start,
+    gateway: running.Gateway,
+    origin: origins.Start,
     field: bytes,
     body: bytes,
     end: Callable[[socket.socket], None],
 ) -> None:
     server = origin(partial := Partial())  # R54
     with gateway.connect() as client:
-        send(client, post(server, field, body=body))
+        wire.send(client, http_wire.post(server, field, body=body))
         assert partial.started.wait(10)
         end(client)
         assert partial.ended.wait(10)
@@ -762,17 +816,21 @@ def test_a_cut_request_looks_cut(
 
 
 @pytest.mark.parametrize(
-    "answer", [response(b"Content-Length: 10", body=b"hello"), response(CHUNKED)]
+    "answer",
+    [
+        http_wire.response(b"Content-Length: 10", body=b"hello"),
+        http_wire.response(CHUNKED),
+    ],
 )
 def test_a_response_that_stalls_looks_cut(
-    hasty: Gateway, origin: Start, answer: bytes
+    hasty: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
-    def stall(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def stall(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         connection.sendall(answer)
-        read_all(connection)
+        wire.read_all(connection)
 
-    got = returned(hasty, origin(stall))  # R54
+    got = http_wire.ask(hasty, origin(stall))  # R54
     assert (got.status, got.complete) == (200, False)
 
 
@@ -780,135 +838,149 @@ def test_a_response_that_stalls_looks_cut(
     ("field", "body"), [(b"Content-Length: 10", b"hello"), (CHUNKED, b"5\r\nhello\r\n")]
 )
 def test_a_request_that_stalls_looks_cut(
-    hasty: Gateway, origin: Start, field: bytes, body: bytes
+    hasty: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
     server = origin(partial := Partial())  # R54
     with hasty.connect() as client:
-        answer = exchange(client, post(server, field, body=body))
+        answer = http_wire.exchange(client, http_wire.post(server, field, body=body))
         assert (answer.status in (408, 504), answer.closes) == (True, True)
-        assert at_end(client)
+        assert wire.at_end(client)
     assert partial.ended.wait(10)
     assert [got.complete for got in partial.requests] == [False]
 
 
-def test_a_client_that_does_not_read_is_let_go(hasty: Gateway, origin: Start) -> None:
+def test_a_client_that_does_not_read_is_let_go(
+    hasty: running.Gateway, origin: origins.Start
+) -> None:
     left = threading.Event()  # R54: no state without a deadline
 
-    def pour(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def pour(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         with contextlib.suppress(OSError):
-            connection.sendall(response(b"Content-Length: %d" % 2**40))
+            connection.sendall(http_wire.response(b"Content-Length: %d" % 2**40))
             while True:
                 connection.sendall(BULK)
         left.set()
 
     with hasty.connect() as client:
-        send(client, request(origin(pour)))
+        wire.send(client, http_wire.request(origin(pour)))
         assert left.wait(10)
         with contextlib.suppress(ConnectionResetError):
             while client.recv(1 << 20):
                 pass
 
 
-def test_a_server_that_does_not_read_is_let_go(hasty: Gateway, origin: Start) -> None:
+def test_a_server_that_does_not_read_is_let_go(
+    hasty: running.Gateway, origin: origins.Start
+) -> None:
     free = threading.Event()  # R54
 
-    def stall(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def stall(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         free.wait(20)
 
     with hasty.connect() as client:
-        data = post(origin(stall), b"Content-Length: %d" % 2**40, body=BULK * 4)
-        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        data = http_wire.post(
+            origin(stall), b"Content-Length: %d" % 2**40, body=BULK * 4
+        )
+        sender = threading.Thread(target=wire.send, args=[client, data], daemon=True)
         sender.start()
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (504, True)
         sender.join(10)
         free.set()
 
 
 def test_a_client_that_leaves_ends_the_download(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     left = threading.Event()  # R61
 
-    def pour(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def pour(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         with contextlib.suppress(OSError):
-            connection.sendall(response(b"Content-Length: %d" % 2**40))
+            connection.sendall(http_wire.response(b"Content-Length: %d" % 2**40))
             while True:
                 connection.sendall(BULK)
         left.set()
 
     with gateway.connect() as client:
-        send(client, request(origin(pour)))
-        assert read_exactly(client, 1_000_000)
+        wire.send(client, http_wire.request(origin(pour)))
+        assert wire.read_exactly(client, 1_000_000)
     assert left.wait(10)
 
 
 # --- Surplus ------------------------------------------------------------------
 
-EVIL = sized(b"evil", b"X-Evil: 1")
+EVIL = http_wire.sized(b"evil", b"X-Evil: 1")
 SURPLUS = {
-    "after-length": OK + EVIL,
-    "after-length-zero": sized(b"") + EVIL,
-    "after-chunks": response(CHUNKED, body=chunks(b"ok")) + EVIL,
-    "after-204": response(status=b"204 None") + EVIL,
-    "after-304": response(status=b"304 Same") + EVIL,
-    "one-octet": OK + b"X",
-    "line-end": OK + b"\r\n",
-    "body-of-204": response(b"Content-Length: 4", status=b"204 None") + b"evil",
+    "after-length": http_wire.OK + EVIL,
+    "after-length-zero": http_wire.sized(b"") + EVIL,
+    "after-chunks": http_wire.response(CHUNKED, body=http_wire.chunks(b"ok")) + EVIL,
+    "after-204": http_wire.response(status=b"204 None") + EVIL,
+    "after-304": http_wire.response(status=b"304 Same") + EVIL,
+    "one-octet": http_wire.OK + b"X",
+    "line-end": http_wire.OK + b"\r\n",
+    "body-of-204": http_wire.response(b"Content-Length: 4", status=b"204 None")
+    + b"evil",
 }
 
 
-def clean(answer: Message) -> bool:
+def clean(answer: http_wire.Message) -> bool:
     return b"evil" not in repr(answer).lower().encode()
 
 
 @pytest.mark.parametrize("answer", SURPLUS.values(), ids=SURPLUS)
 def test_what_follows_a_response_is_no_response(
-    gateway: Gateway, origin: Start, answer: bytes
+    gateway: running.Gateway, origin: origins.Start, answer: bytes
 ) -> None:
-    server = origin(Script(answer, OK))  # R55
+    server = origin(http_wire.Script(answer, http_wire.OK))  # R55
     with gateway.connect() as client:
-        first = exchange(client, request(server))
+        first = http_wire.exchange(client, http_wire.request(server))
         assert clean(first) and not first.closes
-        second = exchange(client, request(server))
+        second = http_wire.exchange(client, http_wire.request(server))
         assert clean(second) and second.body == b"ok"
     assert len(server.callers) == 2
 
 
 def test_what_follows_a_head_answer_is_no_response(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script(EVIL.replace(b"X-Evil: 1\r\n", b""), OK))  # R53, R55
+    server = origin(
+        http_wire.Script(EVIL.replace(b"X-Evil: 1\r\n", b""), http_wire.OK)
+    )  # R53, R55
     with gateway.connect() as client:
-        assert exchange(client, request(server, method=b"HEAD"), b"HEAD").status == 200
-        assert exchange(client, request(server)).body == b"ok"
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(server, method=b"HEAD"), b"HEAD"
+            ).status
+            == 200
+        )
+        assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
     assert len(server.callers) == 2
 
 
-@pytest.mark.parametrize("surplus", [EVIL, b"X", OK])
+@pytest.mark.parametrize("surplus", [EVIL, b"X", http_wire.OK])
 def test_what_comes_between_exchanges_is_no_response(
-    gateway: Gateway, origin: Start, surplus: bytes
+    gateway: running.Gateway, origin: origins.Start, surplus: bytes
 ) -> None:
     answered, sent = threading.Event(), threading.Event()  # R55
 
-    def handle(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(OK)
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.OK)
         if len(server.callers) == 1:
             answered.wait(10)
             connection.sendall(surplus)
             sent.set()
-        read_all(connection)
+        wire.read_all(connection)
 
     server = origin(handle)
     with gateway.connect() as client:
-        assert exchange(client, request(server)).body == b"ok"
+        assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
         answered.set()
         assert sent.wait(10)
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert clean(answer) and answer.body == b"ok"
     assert len(server.callers) == 2
 
@@ -917,21 +989,25 @@ def test_what_comes_between_exchanges_is_no_response(
 
 
 def test_the_body_of_a_denied_request_is_never_a_request(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    server = origin(Script())  # R56
+    server = origin(http_wire.Script())  # R56
     size = 10_000_000
-    evil = request(server, path=b"/evil")
+    evil = http_wire.request(server, path=b"/evil")
     body = (evil * (size // len(evil) + 1))[:size]
-    data = request(DENIED, b"Content-Length: %d" % size, method=b"POST", body=body)
+    data = http_wire.request(
+        http_wire.DENIED, b"Content-Length: %d" % size, method=b"POST", body=body
+    )
     with gateway.connect() as client:
-        sender = threading.Thread(target=send, args=[client, data + evil], daemon=True)
+        sender = threading.Thread(
+            target=wire.send, args=[client, data + evil], daemon=True
+        )
         sender.start()
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.closes) == (403, True)
-        assert read_all(client) == b""
+        assert wire.read_all(client) == b""
         sender.join(10)
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize(
@@ -939,58 +1015,68 @@ def test_the_body_of_a_denied_request_is_never_a_request(
     [(b"Content-Length: 5", b"hello"), (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n")],
 )
 def test_a_request_behind_a_denied_body_is_harmless(
-    gateway: Gateway, origin: Start, field: bytes, body: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
-    server = origin(Script())  # R56: kept open only by who has read the whole body
-    data = request(DENIED, field, method=b"POST", body=body)
+    server = origin(
+        http_wire.Script()
+    )  # R56: kept open only by who has read the whole body
+    data = http_wire.request(http_wire.DENIED, field, method=b"POST", body=body)
     with gateway.connect() as client:
-        send(client, data + request(server, path=b"/next"))
-        assert read_answer(client).status == 403
-        rest = read_all(client)
+        wire.send(client, data + http_wire.request(server, path=b"/next"))
+        assert http_wire.read_answer(client).status == 403
+        rest = wire.read_all(client)
     if rest:
         assert [got.target for got in server.handle.requests] == [b"/next"]
     else:
-        assert uncalled(server)
+        assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_early_answer_ends_the_upload(
-    gateway: Gateway, origin: Start, keeps: bool
+    gateway: running.Gateway, origin: origins.Start, keeps: bool
 ) -> None:
-    def refuse(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        read_exactly(connection, 65_536)
-        connection.sendall(sized(b"no", b"Connection: close", status=b"413 Big"))
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        wire.read_exactly(connection, 65_536)
+        connection.sendall(
+            http_wire.sized(b"no", b"Connection: close", status=b"413 Big")
+        )
         if keeps:
-            read_all(connection)
+            wire.read_all(connection)
 
     server = origin(refuse)  # R56, R60
-    data = post(server, b"Content-Length: 50000000", body=BULK * 2)
+    data = http_wire.post(server, b"Content-Length: 50000000", body=BULK * 2)
     with gateway.connect() as client:
-        sender = threading.Thread(target=send, args=[client, data], daemon=True)
+        sender = threading.Thread(target=wire.send, args=[client, data], daemon=True)
         sender.start()
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert (answer.status, answer.body, answer.closes) == (413, b"no", True)
-        read_all(client)
+        wire.read_all(client)
         sender.join(10)
         assert not sender.is_alive()
 
 
 @pytest.mark.parametrize(
-    ("field", "body"), [(b"Content-Length: 5", b"hello"), (CHUNKED, chunks(b"hello"))]
+    ("field", "body"),
+    [(b"Content-Length: 5", b"hello"), (CHUNKED, http_wire.chunks(b"hello"))],
 )
 def test_an_early_answer_need_not_end_the_upload(
-    gateway: Gateway, origin: Start, field: bytes, body: bytes
+    gateway: running.Gateway, origin: origins.Start, field: bytes, body: bytes
 ) -> None:
-    def early(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(OK)
-        server.received.append(read_exactly(connection, len(body)))
-        Script()(connection, server)
+    def early(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.OK)
+        server.received.append(wire.read_exactly(connection, len(body)))
+        http_wire.Script()(connection, server)
 
     server = origin(early)  # R58: who answers early and keeps the connection reads on
     with gateway.connect() as client:
-        answer = exchange(client, post(server, field, body=body[:-3]))
+        answer = http_wire.exchange(
+            client, http_wire.post(server, field, body=body[:-3])
+        )
         assert answer.status == 200 and not answer.closes
-        assert exchange(client, body[-3:] + request(server)).status == 200
+        assert (
+            http_wire.exchange(client, body[-3:] + http_wire.request(server)).status
+            == 200
+        )
     assert server.received == [body] and len(server.callers) == 1

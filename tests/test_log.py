@@ -13,42 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from box import needs
-from box import unavailable
-from conftest import PROGRAM
-from conftest import ROOT
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from running import Daemon
-from running import Held
-from running import block
-from running import command
-from running import daemons
-from running import echo
-from running import echoes
-from running import idle
-from running import title
-from running import tunnel
-from running import worker_of
-from wire import DENIED
-from wire import Script
-from wire import exchange
-from wire import read_answer
-from wire import request
-from wire import send
-from wire import shared
-from wire import sized
+import readme
+import running
+import wait
+import wire
 
 import natwork
 
-daemon = daemons()
-gateway = shared()
-Start = Callable[..., Origin]
+gateway = running.shared()
 FIELDS = (  # a contract, and this is their order
     "time pid client user proto method target address source status outcome "
     "up down secs"
@@ -69,28 +48,30 @@ COLUMNS = (
 )
 
 
-def table(*arguments: str, cwd: Path = ROOT) -> str:
+def table(*arguments: str, cwd: Path = running.ROOT) -> str:
     """Return what --table prints of all gateways of this box, ours among them."""
-    done = command("--table", *arguments, cwd=cwd)
+    done = running.command("--table", *arguments, cwd=cwd)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
-def rows(gateway: Gateway) -> list[dict[str, object]]:
+def rows(gateway: running.Gateway) -> list[dict[str, object]]:
     """Return the rows of --table --json that are this gateway's."""
     ours = gateway.workers()
     return [row for row in json.loads(table("--json")) if row["pid"] in ours]
 
 
 def test_each_request_is_one_line_with_its_fields_in_order(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(), origin(Script(sized(b"hello")))
+    gateway, server = natwork(), origin(http_wire.Script(http_wire.sized(b"hello")))
     with gateway.connect() as client:
         name = "%s:%d" % client.getsockname()
-        exchange(client, request(server, path=b"/a/b?c"))
-        exchange(client, request(DENIED))
-        exchange(client, request(server, path=b"/post", method=b"POST"))
+        http_wire.exchange(client, http_wire.request(server, path=b"/a/b?c"))
+        http_wire.exchange(client, http_wire.request(http_wire.DENIED))
+        http_wire.exchange(
+            client, http_wire.request(server, path=b"/post", method=b"POST")
+        )
     lines = gateway.lines(3)
     assert [list(line) for line in lines] == [FIELDS] * 3
     assert [line["status"] for line in lines] == ["200", "403", "200"]
@@ -110,11 +91,11 @@ def test_each_request_is_one_line_with_its_fields_in_order(
 
 
 def test_a_tunnel_is_one_line_when_it_ends(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(), origin(echo)
-    with tunnel(gateway, server) as client:
-        assert echoes(client, b"x" * 1000)
+    gateway, server = natwork(), origin(origins.echo)
+    with http_wire.tunnel(gateway, server) as client:
+        assert wire.echoes(client, b"x" * 1000)
         assert gateway.log.read_text() == ""
     (line,) = gateway.lines(1)
     assert (line["proto"], line["method"]) == ("connect", "CONNECT")
@@ -124,63 +105,70 @@ def test_a_tunnel_is_one_line_when_it_ends(
 
 
 def test_a_client_who_asks_nothing_has_no_line(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
     with gateway.connect():
         pass
     with gateway.connect() as client:
-        exchange(client, request(DENIED))
+        http_wire.exchange(client, http_wire.request(http_wire.DENIED))
     assert len(gateway.lines(1)) == 1
 
 
 EVERY_BYTE = bytes(set(range(1, 256)) - set(b"\r\n"))
 HOSTILE = {
-    "every byte in the path": b"GET http://%b/%b HTTP/1.1\r\n" % (DENIED, EVERY_BYTE),
-    "escapes in the path": b"GET http://%b/\x1b[2J\x1b]0;x\x07 HTTP/1.1\r\n" % DENIED,
-    "high bytes in the path": b"GET http://%b/\xe9\xff\x80 HTTP/1.1\r\n" % DENIED,
-    "quotes in the path": b'GET http://%b/"\\"\\x HTTP/1.1\r\n' % DENIED,
-    "a forged field": b"GET http://%b/a_outcome=ok HTTP/1.1\r\n" % DENIED,
-    "a forged line": b"GET http://%b/a\ntime=x HTTP/1.1\r\n" % DENIED,
-    "a bare CR": b"GET http://%b/a\rtime=x HTTP/1.1\r\n" % DENIED,
-    "a long path": b"GET http://%b/%b HTTP/1.1\r\n" % (DENIED, b"a" * 15000),
-    "a long path of quotes": b"GET http://%b/%b HTTP/1.1\r\n" % (DENIED, b'"' * 15000),
+    "every byte in the path": b"GET http://%b/%b HTTP/1.1\r\n"
+    % (http_wire.DENIED, EVERY_BYTE),
+    "escapes in the path": b"GET http://%b/\x1b[2J\x1b]0;x\x07 HTTP/1.1\r\n"
+    % http_wire.DENIED,
+    "high bytes in the path": b"GET http://%b/\xe9\xff\x80 HTTP/1.1\r\n"
+    % http_wire.DENIED,
+    "quotes in the path": b'GET http://%b/"\\"\\x HTTP/1.1\r\n' % http_wire.DENIED,
+    "a forged field": b"GET http://%b/a_outcome=ok HTTP/1.1\r\n" % http_wire.DENIED,
+    "a forged line": b"GET http://%b/a\ntime=x HTTP/1.1\r\n" % http_wire.DENIED,
+    "a bare CR": b"GET http://%b/a\rtime=x HTTP/1.1\r\n" % http_wire.DENIED,
+    "a long path": b"GET http://%b/%b HTTP/1.1\r\n" % (http_wire.DENIED, b"a" * 15000),
+    "a long path of quotes": b"GET http://%b/%b HTTP/1.1\r\n"
+    % (http_wire.DENIED, b'"' * 15000),
     "a long path of high bytes": b"GET http://%b/%b HTTP/1.1\r\n"
-    % (DENIED, b"\xff" * 15000),
-    "a hostile method": b"G\x1bET http://%b/ HTTP/1.1\r\n" % DENIED,
-    "a method of all marks": b"!#$%%&'*+-.^_`|~ http://%b/ HTTP/1.1\r\n" % DENIED,
-    "a long method": b"%b http://%b/ HTTP/1.1\r\n" % (b"M" * 5000, DENIED),
+    % (http_wire.DENIED, b"\xff" * 15000),
+    "a hostile method": b"G\x1bET http://%b/ HTTP/1.1\r\n" % http_wire.DENIED,
+    "a method of all marks": b"!#$%%&'*+-.^_`|~ http://%b/ HTTP/1.1\r\n"
+    % http_wire.DENIED,
+    "a long method": b"%b http://%b/ HTTP/1.1\r\n" % (b"M" * 5000, http_wire.DENIED),
     "a hostile host to connect": b"CONNECT a\x07\xff\\:443 HTTP/1.1\r\n",
     "a long host to connect": b"CONNECT %b:443 HTTP/1.1\r\n" % (b"h" * 15000),
     "a long host": b"GET http://%b/ HTTP/1.1\r\n" % (b"\xe9" * 9000),
-    "a hostile scheme": b"GET x\x1b://%b/ HTTP/1.1\r\n" % DENIED,
-    "a hostile version": b"GET http://%b/ HTTP/\x1b.1\r\n" % DENIED,
+    "a hostile scheme": b"GET x\x1b://%b/ HTTP/1.1\r\n" % http_wire.DENIED,
+    "a hostile version": b"GET http://%b/ HTTP/\x1b.1\r\n" % http_wire.DENIED,
     "no HTTP": b"\x16\x03\x01\xff\x00\n\n\x1b[2J\r\n",
 }
 
 
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
-@pytest.mark.parametrize("host", [DENIED, b'\x1b\xff"\\'], ids=["host", "bad host"])
+@pytest.mark.parametrize(
+    "host", [http_wire.DENIED, b'\x1b\xff"\\'], ids=["host", "bad host"]
+)
 def test_hostile_bytes_stay_one_short_line_of_printable_ascii(
-    gateway: Gateway, line: bytes, host: bytes
+    gateway: running.Gateway, line: bytes, host: bytes
 ) -> None:
     before = gateway.log.read_bytes()
     with gateway.connect() as client:
-        send(client, line + b"Host: " + host + b"\r\nConnection: close\r\n\r\n")
-        read_answer(client)
-    eventually(lambda: gateway.log.read_bytes() != before)
+        wire.send(client, line + b"Host: " + host + b"\r\nConnection: close\r\n\r\n")
+        http_wire.read_answer(client)
+    wait.until(lambda: gateway.log.read_bytes() != before)
     written = gateway.log.read_bytes()[len(before) :]
     assert len(written) <= 4096 and written.endswith(b"\n")
     assert LINE.fullmatch(written[:-1].decode("ascii"))
 
 
 def test_a_stranger_is_one_line_without_an_answer(
-    natwork: Callable[..., Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("inside=10.0.0.0/8")
     with gateway.connect() as client:
         name = "%s:%d" % client.getsockname()
-        send(client, request(DENIED))
+        wire.send(client, http_wire.request(http_wire.DENIED))
         try:
             assert client.recv(1) == b""
         except ConnectionResetError:  # closed with our request unread
@@ -191,22 +179,24 @@ def test_a_stranger_is_one_line_without_an_answer(
 
 
 def test_path_query_and_password_are_not_in_the_title(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    held, before = Held(), len(gateway.log.read_text().splitlines())
+    held, before = http_wire.Held(), len(gateway.log.read_text().splitlines())
     server = origin(held, "127.0.0.3")
     secrets = [b"Authorization: Basic c2VjcmV0", b"Proxy-Authorization: Basic cHc="]
     with gateway.connect() as client:
-        send(client, request(server, *secrets, path=b"/path?token=query"))
+        wire.send(
+            client, http_wire.request(server, *secrets, path=b"/path?token=query")
+        )
         assert held.asked.wait(10)
         source = "%s:%d" % server.callers[0]
         shown = "%s:%d" % client.getsockname()
         expected = f"natwork: {shown} > {source} > {server.authority} http 127.0.0.3"
-        assert title(worker_of(gateway, client)) == expected  # trap 27
+        assert kernel.title(gateway.worker_of(client)) == expected  # trap 27
         (row,) = [r for r in rows(gateway) if r["destination"] == server.authority]
         assert not {"query", "token", "/path"} & set(re.findall(r"\W?\w+", str(row)))
         held.go.set()
-        assert read_answer(client).body == b"at last"
+        assert http_wire.read_answer(client).body == b"at last"
     shown = gateway.lines(before + 1)[-1]["target"]
     assert shown == f"{server.url}/path"
     assert not re.search("token|query|c2VjcmV0|cHc=", gateway.log.read_text())
@@ -229,31 +219,36 @@ def test_the_host_is_not_taken_from_the_path(target: str, host: str) -> None:
     assert session.host() == host
 
 
-def test_user_and_password_in_a_target_are_written_nowhere(gateway: Gateway) -> None:
+def test_user_and_password_in_a_target_are_written_nowhere(
+    gateway: running.Gateway,
+) -> None:
     targets = [b"http://me:secret@10.1.2.3/", b"http://me:secret@10.1.2.3/?secret"]
     before = len(gateway.lines())
     for target in targets:
         with gateway.connect() as client:
             head = b"GET %b HTTP/1.1\r\nHost: 10.1.2.3\r\n\r\n" % target
-            assert exchange(client, head).status in (400, 403)
+            assert http_wire.exchange(client, head).status in (400, 403)
     with gateway.connect() as client:
         head = b"CONNECT me:secret@10.1.2.3:443 HTTP/1.1\r\nHost: x\r\n\r\n"
-        assert exchange(client, head).status in (400, 403)
+        assert http_wire.exchange(client, head).status in (400, 403)
     gateway.lines(before + 3)
     assert "secret" not in gateway.log.read_text()
 
 
 def test_json_lines_have_the_same_fields(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("log_format=json"), origin(Script(sized(b"hello")))
+    gateway, server = (
+        natwork("log_format=json"),
+        origin(http_wire.Script(http_wire.sized(b"hello"))),
+    )
     with gateway.connect() as client:  # refused, and closed
-        exchange(client, request(server, path=b'/"\\\x1b\xff'))
-    eventually(lambda: gateway.log.read_bytes().count(b"\n") == 1)
+        http_wire.exchange(client, http_wire.request(server, path=b'/"\\\x1b\xff'))
+    wait.until(lambda: gateway.log.read_bytes().count(b"\n") == 1)
     with gateway.connect() as client:
-        exchange(client, request(server, path=b"/plain"))
-        exchange(client, request(DENIED))
-    eventually(lambda: gateway.log.read_bytes().count(b"\n") == 3)
+        http_wire.exchange(client, http_wire.request(server, path=b"/plain"))
+        http_wire.exchange(client, http_wire.request(http_wire.DENIED))
+    wait.until(lambda: gateway.log.read_bytes().count(b"\n") == 3)
     text = gateway.log.read_bytes().decode("ascii")
     lines = [json.loads(line) for line in text.splitlines()]
     assert [list(line) for line in lines] == [FIELDS] * 3
@@ -265,12 +260,14 @@ def test_json_lines_have_the_same_fields(
 
 
 def test_a_long_json_line_is_short_enough_for_a_pipe(
-    natwork: Callable[..., Gateway],
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("log_format=json")
     with gateway.connect() as client:
-        exchange(client, request(DENIED, path=b"/" + b'"' * 15000))
-    eventually(lambda: gateway.log.read_bytes().endswith(b"\n"))
+        http_wire.exchange(
+            client, http_wire.request(http_wire.DENIED, path=b"/" + b'"' * 15000)
+        )
+    wait.until(lambda: gateway.log.read_bytes().endswith(b"\n"))
     assert len(gateway.log.read_bytes()) <= 4096
     assert json.loads(gateway.log.read_text())["method"] == "GET"
 
@@ -285,22 +282,25 @@ def fill(pipe: int) -> None:
 
 
 def test_a_full_pipe_loses_lines_and_stops_nobody(
-    daemon: Callable[..., Daemon], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     out, into = os.pipe()
     fill(into)
     gateway = daemon(log="-", stdout=into, spare_workers="1")
-    server = origin(Script())
+    server = origin(http_wire.Script())
     for _ in range(5):
         with gateway.connect() as client:
-            assert exchange(client, request(server)).status == 200
-    eventually(lambda: len(idle(gateway)) == len(gateway.workers()))
+            assert http_wire.exchange(client, http_wire.request(server)).status == 200
+    gateway.at_rest()
     os.set_blocking(out, False)
     with pytest.raises(BlockingIOError):
         while True:
             assert set(os.read(out, 4096)) == set(b".")  # all five are lost
     with gateway.connect() as client:
-        assert exchange(client, request(server, path=b"/heard")).status == 200
+        assert (
+            http_wire.exchange(client, http_wire.request(server, path=b"/heard")).status
+            == 200
+        )
     os.set_blocking(out, True)
     line = read_line(out)
     if b"/heard" not in line:  # the fifth came late: an answer is before its line
@@ -318,7 +318,7 @@ def read_line(pipe: int) -> bytes:
 
 
 def test_a_reader_who_has_gone_stops_nobody(
-    daemon: Callable[..., Daemon], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     out, into = os.pipe()
     gateway = daemon(log="-", stdout=into, spare_workers="1")
@@ -326,12 +326,15 @@ def test_a_reader_who_has_gone_stops_nobody(
     os.close(out)  # EPIPE from here on, and perhaps SIGPIPE
     for _ in range(3):
         with gateway.connect() as client:
-            assert exchange(client, request(DENIED)).status == 403
+            assert (
+                http_wire.exchange(client, http_wire.request(http_wire.DENIED)).status
+                == 403
+            )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "file"])
 def test_standard_output_may_be_anything(
-    daemon: Callable[..., Daemon], tmp_path: Path, kind: str
+    daemon: running.Start, tmp_path: Path, kind: str
 ) -> None:
     if kind == "socket":  # as journald has it: it cannot be opened a second time
         ours, theirs = socket.socketpair()
@@ -345,7 +348,7 @@ def test_standard_output_may_be_anything(
     os.close(into)
     for _ in range(2):
         with gateway.connect() as client:
-            exchange(client, request(DENIED))
+            http_wire.exchange(client, http_wire.request(http_wire.DENIED))
     lines = b""
 
     def two() -> bool:
@@ -353,15 +356,13 @@ def test_standard_output_may_be_anything(
         lines += os.read(out, 4096)
         return lines.count(b"\n") == 2
 
-    eventually(two)
+    wait.until(two)
     assert all(LINE.fullmatch(line) for line in lines.decode().splitlines())
     os.close(out)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_lines_of_many_workers_never_mix(
-    daemon: Callable[..., Daemon], form: str
-) -> None:
+def test_lines_of_many_workers_never_mix(daemon: running.Start, form: str) -> None:
     out, into = os.pipe()
     gateway = daemon(log="-", stdout=into, log_format=form, spare_workers="8")
     os.close(into)
@@ -374,7 +375,9 @@ def test_lines_of_many_workers_never_mix(
     def ask() -> None:
         with gateway.connect(20) as client:
             for _ in range(25):
-                exchange(client, request(DENIED, path=b"/" + b"x" * 3000))
+                http_wire.exchange(
+                    client, http_wire.request(http_wire.DENIED, path=b"/" + b"x" * 3000)
+                )
 
     reader = threading.Thread(target=read)
     askers = [threading.Thread(target=ask) for _ in range(8)]
@@ -392,32 +395,32 @@ def test_lines_of_many_workers_never_mix(
 
 
 def test_titles_tell_master_idle_and_busy_apart(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("spare_workers=3"), origin(echo, "127.0.0.3")
+    gateway, server = natwork("spare_workers=3"), origin(origins.echo, "127.0.0.3")
     master = gateway.process.pid
-    eventually(lambda: title(master) == "natwork: master 3 idle 0 busy")
-    eventually(lambda: len(idle(gateway)) == 3)
-    with tunnel(gateway, server) as client:
-        assert echoes(client)
+    wait.until(lambda: kernel.title(master) == "natwork: master 3 idle 0 busy")
+    wait.until(lambda: len(gateway.idle()) == 3)
+    with http_wire.tunnel(gateway, server) as client:
+        assert wire.echoes(client)
         ends = "%s:%d" % client.getsockname(), "%s:%d" % server.callers[0]
-        shown = title(worker_of(gateway, client))
+        shown = kernel.title(gateway.worker_of(client))
         assert shown == f"natwork: {ends[0]} > {ends[1]} > {server.authority} " + (
             "connect 127.0.0.3"
         )
-        eventually(lambda: title(master) == "natwork: master 3 idle 1 busy")
-    eventually(lambda: title(master).endswith(" idle 0 busy"))
-    eventually(lambda: len(idle(gateway)) == len(gateway.workers()))
+        wait.until(lambda: kernel.title(master) == "natwork: master 3 idle 1 busy")
+    wait.until(lambda: kernel.title(master).endswith(" idle 0 busy"))
+    gateway.at_rest()
 
 
 def test_the_table_shows_an_open_tunnel_and_its_bytes(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(), origin(echo, "127.0.0.3")
-    with tunnel(gateway, server) as client:
-        assert echoes(client, b"x" * 50000)
-        worker = worker_of(gateway, client)
-        eventually(lambda: rows(gateway)[0]["up"] == 50000)
+    gateway, server = natwork(), origin(origins.echo, "127.0.0.3")
+    with http_wire.tunnel(gateway, server) as client:
+        assert wire.echoes(client, b"x" * 50000)
+        worker = gateway.worker_of(client)
+        wait.until(lambda: rows(gateway)[0]["up"] == 50000)
         (row,) = rows(gateway)
         assert isinstance(row.pop("age"), float)
         assert isinstance(down := row.pop("down"), int) and down >= 50000
@@ -446,7 +449,7 @@ def test_the_table_shows_an_open_tunnel_and_its_bytes(
             "-",
         ]
         assert cells[8:] == ["50000", str(down), str(worker)]
-    eventually(lambda: not rows(gateway))
+    wait.until(lambda: not rows(gateway))
 
 
 @pytest.mark.parametrize("limit", range(9))
@@ -478,25 +481,35 @@ time.sleep(60)
 
 
 def test_the_table_of_another_names_no_process_that_is_not_his(tmp_path: Path) -> None:
-    words = [sys.executable, "-B", "-c", FORGER, str(ROOT), "1", str(os.getpid())]
+    words = [
+        sys.executable,
+        "-B",
+        "-c",
+        FORGER,
+        str(running.ROOT),
+        "1",
+        str(os.getpid()),
+    ]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as forger:
         try:
             assert forger.stdout
             child = int(forger.stdout.readline().split()[1])
-            done = command("--table", "--json", cwd=tmp_path)
+            done = running.command("--table", "--json", cwd=tmp_path)
             found = [r for r in json.loads(done.stdout) if r["source_ip"] == "10.9.9.9"]
             assert [row["pid"] for row in found] == [child]
-            shown = command("--table", cwd=tmp_path).stdout
+            shown = running.command("--table", cwd=tmp_path).stdout
             assert "?[31mred" in shown and "\x1b" not in shown
         finally:
             os.killpg(forger.pid, signal.SIGKILL)
 
 
-def test_an_idle_gateway_has_an_empty_table(natwork: Callable[..., Gateway]) -> None:
+def test_an_idle_gateway_has_an_empty_table(
+    natwork: running.Start,
+) -> None:
     gateway = natwork()
-    eventually(lambda: idle(gateway))
+    wait.until(lambda: gateway.idle())
     assert rows(gateway) == []
     assert tuple(re.split("  +", table().splitlines()[0])) == COLUMNS
 
@@ -506,34 +519,36 @@ def test_no_table_without_a_gateway(tmp_path: Path, form: list[str]) -> None:
     # In a /proc of its own: other gateways may run on this box.
     alone = ["unshare", "--pid", "--fork", "--mount-proc"]
     alone += ["--user", "--map-root-user"] if os.geteuid() else []
-    done = command("--table", *form, cwd=tmp_path, program=[*alone, *PROGRAM])
+    done = running.command(
+        "--table", *form, cwd=tmp_path, program=[*alone, *running.PROGRAM]
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch("natwork: cannot show the table: [^\n]+\n", done.stderr)
 
 
 def test_a_dead_gateway_is_not_in_the_table(
-    daemon: Callable[..., Daemon], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon()
-    with tunnel(gateway, origin(echo)) as client:
-        worker = worker_of(gateway, client)
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
+        worker = gateway.worker_of(client)
         gateway.expected = -signal.SIGKILL
         gateway.process.kill()
         gateway.process.wait(10)
-        done = command("--table", "--json", cwd=ROOT)
+        done = running.command("--table", "--json", cwd=running.ROOT)
         assert done.returncode == 1 or worker not in [
             row["pid"] for row in json.loads(done.stdout)
         ]
 
 
 def test_log_and_table_agree_after_kill_9(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(), origin(echo)
-    clients = [tunnel(gateway, server) for _ in range(6)]
-    pids = [worker_of(gateway, client) for client in clients]
-    assert all(echoes(client, b"12345") for client in clients)
-    eventually(lambda: [row["up"] for row in rows(gateway)] == [5] * 6)
+    gateway, server = natwork(), origin(origins.echo)
+    clients = [http_wire.tunnel(gateway, server) for _ in range(6)]
+    pids = [gateway.worker_of(client) for client in clients]
+    assert all(wire.echoes(client, b"12345") for client in clients)
+    wait.until(lambda: [row["up"] for row in rows(gateway)] == [5] * 6)
     for pid in pids[:3]:
         os.kill(pid, signal.SIGKILL)
     lines = gateway.lines(3)
@@ -543,7 +558,7 @@ def test_log_and_table_agree_after_kill_9(
         "%s:%d" % client.getsockname() for client in clients[:3]
     }
     assert {row["pid"] for row in rows(gateway)} == set(pids[3:])
-    assert all(echoes(client) for client in clients[3:])
+    assert all(wire.echoes(client) for client in clients[3:])
     for client in clients:
         client.close()
     lines = gateway.lines(6)
@@ -552,20 +567,20 @@ def test_log_and_table_agree_after_kill_9(
 
 
 def test_a_session_is_in_one_table_only_once_its_slot_is_used_again(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
-    server = origin(echo)
+    server = origin(origins.echo)
     for _ in range(3):
-        with tunnel(gateway, server) as client:
+        with http_wire.tunnel(gateway, server) as client:
             assert len(rows(gateway)) == 1
-            os.kill(worker_of(gateway, client), signal.SIGKILL)
-        eventually(lambda: idle(gateway))
+            os.kill(gateway.worker_of(client), signal.SIGKILL)
+        wait.until(lambda: gateway.idle())
         assert rows(gateway) == []
     assert [line["outcome"] for line in gateway.lines(3)] == ["killed"] * 3
 
 
-def served(gateway: Daemon) -> bool:
+def served(gateway: running.Gateway) -> bool:
     """Say whether a gateway answers a request, which it denies."""
     with socket.create_connection(gateway.address, 10) as client:
         client.sendall(b"GET http://10.1.2.3/ HTTP/1.1\r\nHost: 10.1.2.3\r\n\r\n")
@@ -573,7 +588,7 @@ def served(gateway: Daemon) -> bool:
 
 
 def test_a_reload_does_not_write_over_what_the_shell_opened(
-    daemon: Callable[..., Daemon], tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     user = "root" if os.geteuid() else "nobody"  # who may not open it again
     with (tmp_path / "out").open("wb") as out:  # by ">", without O_APPEND
@@ -581,14 +596,14 @@ def test_a_reload_does_not_write_over_what_the_shell_opened(
     assert served(gateway) and served(gateway)
     gateway.hangup()
     assert served(gateway)
-    lines = eventually(lambda: (tmp_path / "out").read_text().splitlines()[2:] and 1)
+    lines = wait.until(lambda: (tmp_path / "out").read_text().splitlines()[2:] and 1)
     lines = (tmp_path / "out").read_text().splitlines()
     assert len(lines) == 3 and all(line.startswith("time=") for line in lines)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_half_a_line_is_not_joined_by_the_next(
-    daemon: Callable[..., Daemon], rotated: bool
+    daemon: running.Start, rotated: bool
 ) -> None:
     gateway = daemon()
 
@@ -600,40 +615,40 @@ def test_half_a_line_is_not_joined_by_the_next(
     limit(1000)
     for _ in range(12):
         assert served(gateway)  # a lost line stops no session
-    eventually(lambda: any("lines are lost" in line for line in gateway.said()))
+    wait.until(lambda: any("lines are lost" in line for line in gateway.said()))
     limit(resource.RLIM_INFINITY)
     if rotated:
         gateway.log.rename(gateway.log.with_suffix(".old"))
         gateway.hangup()
     assert served(gateway)
-    eventually(gateway.log.read_text)
-    eventually(lambda: " secs=" in gateway.log.read_text().splitlines()[-1])
+    wait.until(gateway.log.read_text)
+    wait.until(lambda: " secs=" in gateway.log.read_text().splitlines()[-1])
     lines = gateway.log.read_text().splitlines()
     assert all(line.startswith("time=") for line in lines)
     assert all(line.count("time=") == 1 for line in lines) and len(lines) < 13
 
 
 def test_a_full_disk_loses_lines_and_no_session(
-    daemon: Callable[..., Daemon], tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
-        unavailable("a disk that is full needs a mount, and that root")
+        needs.unavailable("a disk that is full needs a mount, and that root")
     disk, small = tmp_path / "disk", ["-t", "tmpfs", "-o", "size=64k", "natwork"]
     disk.mkdir()
     subprocess.run(["mount", *small, disk], check=True)
     try:
         gateway = daemon(log=str(disk / "log"), spare_workers="2")
         assert served(gateway)
-        eventually((disk / "log").read_text)
+        wait.until((disk / "log").read_text)
         with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
             while filler.write(b"." * 1024):
                 filler.flush()
         for _ in range(40):  # the page that the log has may take a few
             assert served(gateway)
-        eventually(lambda: any("lines are lost" in line for line in gateway.said()))
+        wait.until(lambda: any("lines are lost" in line for line in gateway.said()))
         (disk / "filler").unlink()
         assert served(gateway) and served(gateway)
-        eventually(lambda: (disk / "log").read_text().count("\n") >= 3)
+        wait.until(lambda: (disk / "log").read_text().count("\n") >= 3)
         lines = (disk / "log").read_text().splitlines()
         assert len(lines) < 43 and LINE.fullmatch(lines[-1])
         gateway.stop()
@@ -645,9 +660,9 @@ def test_a_full_disk_loses_lines_and_no_session(
 
 
 def test_fail2ban_finds_who_knocks_from_outside(
-    natwork: Callable[..., Gateway], tmp_path: Path
+    natwork: running.Start, tmp_path: Path
 ) -> None:
-    needs("fail2ban-regex")
+    needs.programs("fail2ban-regex")
     gateway = natwork("inside=10.0.0.0/8", loopback=False)
     with gateway.connect() as client:
         assert not client.recv(1)
@@ -661,7 +676,7 @@ def test_fail2ban_finds_who_knocks_from_outside(
     text = real + ipv6.replace("=not-inside", "=auth-failed") + good
     gateway.log.write_text(text)
     filters = tmp_path / "natwork.conf"
-    filters.write_text(block("Reading the log", "[Definition]"))
+    filters.write_text(readme.block("Reading the log", "[Definition]"))
     for zone in ("UTC", "America/New_York"):
         done = subprocess.run(
             ["fail2ban-regex", "--out", "<ip> <time>", gateway.log, filters],
@@ -699,12 +714,12 @@ log.write(natwork.Session("10.0.0.7:1", "1"), "ok", slot)
 os.write(2, reader.recv(4096))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=running.ROOT, capture_output=True, text=True
     )
     assert re.fullmatch(r"time=.* client=10.0.0.7:1 .* outcome=ok .*\n", done.stderr)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@needs.root
 def test_root_follows_no_link_where_the_log_was(tmp_path: Path) -> None:
     config = natwork.Config(log=str(tmp_path / "log"))
     log, secret = natwork.AccessLog(config), tmp_path / "secret"

@@ -9,56 +9,28 @@ import select
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import http_wire
+import kernel
+import origins
 import pytest
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_head
-from running import Daemon
-from running import Held
-from running import daemons
-from running import descriptors
-from running import echo
-from running import echoes
-from running import group
-from running import idle
-from running import status
-from running import times
-from running import title
-from running import tunnel
-from running import with_limit
-from running import worker_of
-from wire import CLOSED
-from wire import DENIED
-from wire import OK
-from wire import Script
-from wire import at_end
-from wire import exchange
-from wire import read_answer
-from wire import read_request
-from wire import request
-from wire import send
+import running
+import wait
+import wire
 
-daemon = daemons()
-Start = Callable[..., Origin]
-Run = Callable[..., Gateway]
-Launch = Callable[..., Daemon]
 PATIENT = ("keepalive_timeout=60", "head_timeout=60")  # no timeout makes room
 
 
-def get(gateway: Gateway, origin: Origin | bytes = DENIED) -> int:
+def get(
+    gateway: running.Gateway, origin: origins.Origin | bytes = http_wire.DENIED
+) -> int:
     """Ask by a connection of its own; return the status."""
     with gateway.connect() as client:
-        return exchange(client, request(origin)).status
+        return http_wire.exchange(client, http_wire.request(origin)).status
 
 
 def refuses(address: tuple[str, int]) -> bool:
@@ -75,85 +47,90 @@ def silent(client: socket.socket) -> bool:
     return not select.select([client], [], [], 0)[0]
 
 
-def ready(gateway: Gateway, count: int) -> list[int]:
-    """Return the idle workers that sleep, once there are as many at least."""
-
-    def asleep() -> list[int]:
-        return [pid for pid in idle(gateway) if status(pid, "State")[:1] == "S"]
-
-    eventually(lambda: len(asleep()) >= count)
-    return asleep()
-
-
 # Spares and the limit.
 
 
-def test_spares_are_kept_ahead_of_the_clients(natwork: Run, origin: Start) -> None:
-    gateway, server = natwork("spare_workers=3"), origin(echo)
-    ready(gateway, 3)
+def test_spares_are_kept_ahead_of_the_clients(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = natwork("spare_workers=3"), origin(origins.echo)
+    gateway.ready(3)
     with contextlib.ExitStack() as clients:
         for busy in range(1, 5):
-            clients.enter_context(tunnel(gateway, server))
-            eventually(lambda want=busy + 3: len(gateway.workers()) == want)
-            ready(gateway, 3)
+            clients.enter_context(http_wire.tunnel(gateway, server))
+            wait.until(lambda want=busy + 3: len(gateway.workers()) == want)
+            gateway.ready(3)
 
 
 def test_the_policy_of_the_scheduler_is_batch_or_somebodys_choice(
-    natwork: Run,
+    natwork: running.Start,
 ) -> None:
     gateway = natwork("spare_workers=2")
-    for pid in (gateway.process.pid, *ready(gateway, 2)):
+    for pid in (gateway.process.pid, *gateway.ready(2)):
         assert os.sched_getscheduler(pid) == os.SCHED_BATCH
     gateway.stop()
     before = os.sched_getscheduler(0)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
         chosen = natwork("spare_workers=2")
-        for pid in (chosen.process.pid, *ready(chosen, 2)):
+        for pid in (chosen.process.pid, *chosen.ready(2)):
             assert os.sched_getscheduler(pid) == os.SCHED_IDLE
     finally:
         os.sched_setscheduler(0, before, os.sched_param(0))
 
 
-def test_all_missing_spares_are_forked_at_once(natwork: Run) -> None:
+def test_all_missing_spares_are_forked_at_once(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=40")  # trap 23: one a second would take 40 s
-    pids = ready(gateway, 40)
+    pids = gateway.ready(40)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: len(set(idle(gateway)) - set(pids)) == 40)
+    wait.until(lambda: len(set(gateway.idle()) - set(pids)) == 40)
 
 
 def test_beyond_max_workers_clients_wait_and_are_served_later(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("spare_workers=1", "max_workers=2"), origin(echo)
-    with tunnel(gateway, server) as first, tunnel(gateway, server) as second:
+    gateway, server = natwork("spare_workers=1", "max_workers=2"), origin(origins.echo)
+    with (
+        http_wire.tunnel(gateway, server) as first,
+        http_wire.tunnel(gateway, server) as second,
+    ):
         with gateway.connect() as third, gateway.connect() as fourth:
             for client in (third, fourth):
-                send(client, request(DENIED, b"Connection: close"))
-            eventually(lambda: "all 2 workers are busy" in gateway.errors.read_text())
+                wire.send(
+                    client, http_wire.request(http_wire.DENIED, b"Connection: close")
+                )
+            wait.until(lambda: "all 2 workers are busy" in gateway.errors.read_text())
             assert len(gateway.workers()) == 2
             assert silent(third) and silent(fourth)
             first.close()
-            assert read_answer(third).status == 403
+            assert http_wire.read_answer(third).status == 403
             third.close()  # or it would be lingered for
-            assert read_answer(fourth).status == 403
-        assert echoes(second)
+            assert http_wire.read_answer(fourth).status == 403
+        assert wire.echoes(second)
 
 
 @pytest.mark.parametrize("kind", ["kept alive", "never said a word"])
 def test_a_full_house_of_silent_clients_lets_the_next_one_in(
-    natwork: Run, kind: str
+    natwork: running.Start, kind: str
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=3", *PATIENT)
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             client = stack.enter_context(gateway.connect())
             if kind == "kept alive":
-                assert exchange(client, request(DENIED)).status == 403
+                assert (
+                    http_wire.exchange(
+                        client, http_wire.request(http_wire.DENIED)
+                    ).status
+                    == 403
+                )
         for _ in range(6):
             newcomer = stack.enter_context(gateway.connect(timeout=5))
-            assert exchange(newcomer, request(DENIED)).status == 403
+            assert (
+                http_wire.exchange(newcomer, http_wire.request(http_wire.DENIED)).status
+                == 403
+            )
             assert len(gateway.workers()) <= 3
     said = gateway.errors.read_text()
     assert said.count("\nnatwork: all 3 workers are busy and clients wait") <= 1
@@ -161,38 +138,45 @@ def test_a_full_house_of_silent_clients_lets_the_next_one_in(
 
 
 def test_a_full_house_does_not_disturb_who_is_served(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=2", *PATIENT)
-    with tunnel(gateway, origin(echo)) as busy, gateway.connect() as quiet:
-        assert exchange(quiet, request(DENIED)).status == 403
+    with (
+        http_wire.tunnel(gateway, origin(origins.echo)) as busy,
+        gateway.connect() as quiet,
+    ):
+        assert (
+            http_wire.exchange(quiet, http_wire.request(http_wire.DENIED)).status == 403
+        )
         for _ in range(3):
             assert get(gateway) == 403
-            assert echoes(busy)
-        assert at_end(quiet)  # it was the one to make room, and gracefully
+            assert wire.echoes(busy)
+        assert wire.at_end(quiet)  # it was the one to make room, and gracefully
 
 
-def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
-    gateway, server = natwork("spare_workers=6"), origin(echo)  # trap 21
+def test_a_client_wakes_one_worker(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = natwork("spare_workers=6"), origin(origins.echo)  # trap 21
 
     def sleeps(pids: list[int]) -> list[str]:
         """How often each has gone to sleep, once they all stay asleep."""
         seen: list[list[str]] = [[]]
 
         def quiet() -> bool:
-            seen.append([status(pid, "voluntary_ctxt_switches") for pid in pids])
+            seen.append([kernel.status(pid, "voluntary_ctxt_switches") for pid in pids])
             return seen[-1] == seen[-2]
 
-        eventually(quiet)
+        wait.until(quiet)
         return seen[-1]
 
     with contextlib.ExitStack() as clients:
         for _ in range(4):
-            pids = ready(gateway, 6)
+            pids = gateway.ready(6)
             before = sleeps(pids)
-            client = clients.enter_context(tunnel(gateway, server))
-            busy = worker_of(gateway, client)
-            ready(gateway, 6)
+            client = clients.enter_context(http_wire.tunnel(gateway, server))
+            busy = gateway.worker_of(client)
+            gateway.ready(6)
             after = sleeps(pids)
             woken = [p for p, was, now in zip(pids, before, after) if was != now]
             assert woken == [busy]
@@ -201,22 +185,22 @@ def test_a_client_wakes_one_worker(natwork: Run, origin: Start) -> None:
 CLIENTS = 10 * len(os.sched_getaffinity(0))
 
 
-def test_idle_workers_that_are_killed_are_replaced(natwork: Run) -> None:
+def test_idle_workers_that_are_killed_are_replaced(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=8")
     for _ in range(3):
-        for pid in ready(gateway, 8):
+        for pid in gateway.ready(8):
             os.kill(pid, signal.SIGKILL)
         assert get(gateway) == 403
 
 
 def test_clients_of_a_slow_server_do_not_wait_for_each_other(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     come = threading.Barrier(CLIENTS, timeout=10)
 
-    def slow(connection: socket.socket, _: Origin) -> None:
+    def slow(connection: socket.socket, _: origins.Origin) -> None:
         """Answer once all have asked."""
-        read_head(connection)
+        http_wire.read_head(connection)
         come.wait()
         connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
 
@@ -224,30 +208,36 @@ def test_clients_of_a_slow_server_do_not_wait_for_each_other(
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(gateway.connect()) for _ in range(CLIENTS)]
         for client in clients:
-            client.sendall(request(server))
-        assert [read_answer(client).status for client in clients] == [204] * len(
-            clients
-        )
+            client.sendall(http_wire.request(server))
+        assert [http_wire.read_answer(client).status for client in clients] == [
+            204
+        ] * len(clients)
 
 
-def test_a_session_has_a_title_once_it_lasts(natwork: Run, origin: Start) -> None:
-    gateway, script = natwork("spare_workers=1", "max_workers=1"), Held()
+def test_a_session_has_a_title_once_it_lasts(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, script = natwork("spare_workers=1", "max_workers=1"), http_wire.Held()
     server = origin(script)
-    (worker,) = ready(gateway, 1)
+    (worker,) = gateway.ready(1)
     with gateway.connect() as client:
-        client.sendall(request(server))
-        eventually(lambda: title(worker).endswith(" http 127.0.0.1"))
+        client.sendall(http_wire.request(server))
+        wait.until(lambda: kernel.title(worker).endswith(" http 127.0.0.1"))
         script.go.set()
-        assert read_answer(client).status == 200
+        assert http_wire.read_answer(client).status == 200
 
 
-def test_clients_per_worker_of_one_gives_each_client_a_process(natwork: Run) -> None:
+def test_clients_per_worker_of_one_gives_each_client_a_process(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("clients_per_worker=1", "spare_workers=2")
     assert [get(gateway) for _ in range(10)] == [403] * 10
     assert len({line["pid"] for line in gateway.lines(10)}) == 10
 
 
-def test_a_worker_serves_no_more_than_clients_per_worker(natwork: Run) -> None:
+def test_a_worker_serves_no_more_than_clients_per_worker(
+    natwork: running.Start,
+) -> None:
     settings = ("clients_per_worker=3", "spare_workers=1", "max_workers=1")
     gateway = natwork(*settings)
     assert [get(gateway) for _ in range(9)] == [403] * 9
@@ -256,73 +246,84 @@ def test_a_worker_serves_no_more_than_clients_per_worker(natwork: Run) -> None:
 
 
 def test_two_hundred_clients_leave_no_descriptor_and_no_zombie(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("clients_per_worker=1", "spare_workers=4"),
-        origin(Script()),
+        origin(http_wire.Script()),
     )
     master = gateway.process.pid
-    ready(gateway, 4)
-    before = descriptors(master)
+    gateway.ready(4)
+    before = kernel.descriptors(master)
     for _ in range(200):
         assert get(gateway, server) == 200
-    ready(gateway, 4)
-    assert descriptors(master) == before
-    eventually(lambda: len(gateway.workers()) == 4)  # zombies would be among them
+    gateway.ready(4)
+    assert kernel.descriptors(master) == before
+    wait.until(lambda: len(gateway.workers()) == 4)  # zombies would be among them
 
 
-def test_a_worker_leaks_no_descriptor(natwork: Run, origin: Start) -> None:
+def test_a_worker_leaks_no_descriptor(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
-    server = origin(Script())
-    (worker,) = ready(gateway, 1)
-    before = descriptors(worker)
+    server = origin(http_wire.Script())
+    (worker,) = gateway.ready(1)
+    before = kernel.descriptors(worker)
     for _ in range(50):
         assert get(gateway, server) == 200
-        with tunnel(gateway, origin(echo)) as client:
-            assert echoes(client)
-    ready(gateway, 1)
+        with http_wire.tunnel(gateway, origin(origins.echo)) as client:
+            assert wire.echoes(client)
+    gateway.ready(1)
     # A kept pipe may be among them for a moment.
-    eventually(lambda: descriptors(worker) == before)
+    wait.until(lambda: kernel.descriptors(worker) == before)
 
 
 # Leaving.
 
 
-def test_term_drains(daemon: Launch, origin: Start) -> None:
-    gateway, server = daemon(spare_workers="3"), origin(echo)
+def test_term_drains(daemon: running.Start, origin: origins.Start) -> None:
+    gateway, server = daemon(spare_workers="3"), origin(origins.echo)
     with (
-        tunnel(gateway, server) as client,
+        http_wire.tunnel(gateway, server) as client,
         gateway.connect() as kept,
         gateway.connect() as mute,
     ):
-        assert exchange(kept, request(DENIED)).status == 403
-        busy = worker_of(gateway, client)
-        eventually(lambda: title(gateway.process.pid).endswith(" 3 busy"))
+        assert (
+            http_wire.exchange(kept, http_wire.request(http_wire.DENIED)).status == 403
+        )
+        busy = gateway.worker_of(client)
+        wait.until(lambda: kernel.title(gateway.process.pid).endswith(" 3 busy"))
         gateway.process.terminate()
-        assert at_end(kept) and at_end(mute)
-        eventually(lambda: gateway.workers() == [busy])
-        eventually(lambda: title(gateway.process.pid).endswith(" 0 idle 1 busy"))
+        assert wire.at_end(kept) and wire.at_end(mute)
+        wait.until(lambda: gateway.workers() == [busy])
+        wait.until(lambda: kernel.title(gateway.process.pid).endswith(" 0 idle 1 busy"))
         assert refuses(gateway.address)
-        assert echoes(client) and gateway.process.poll() is None
+        assert wire.echoes(client) and gateway.process.poll() is None
     assert gateway.process.wait(10) == 0
     assert [line["outcome"] for line in gateway.lines(2)][1:] == ["closed"]
 
 
-def test_drain_timeout_ends_the_rest(natwork: Run, origin: Start) -> None:
-    gateway, held = natwork("drain_timeout=1"), Held()
-    with tunnel(gateway, origin(echo)) as client, gateway.connect() as asking:
-        send(asking, request(origin(held)))
+def test_drain_timeout_ends_the_rest(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, held = natwork("drain_timeout=1"), http_wire.Held()
+    with (
+        http_wire.tunnel(gateway, origin(origins.echo)) as client,
+        gateway.connect() as asking,
+    ):
+        wire.send(asking, http_wire.request(origin(held)))
         assert held.asked.wait(10)
         gateway.process.terminate()
         assert gateway.process.wait(20) == 0
-        assert read_all(client) == b"" and b" 200 " not in read_all(asking)
+        assert wire.read_all(client) == b"" and b" 200 " not in wire.read_all(asking)
     assert [line["outcome"] for line in gateway.lines(2)] == ["drained"] * 2
 
 
-def test_two_signals_that_come_together_are_two(daemon: Launch, origin: Start) -> None:
+def test_two_signals_that_come_together_are_two(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway = daemon()
-    with tunnel(gateway, origin(echo)):
+    with http_wire.tunnel(gateway, origin(origins.echo)):
         os.kill(gateway.process.pid, signal.SIGSTOP)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
             os.kill(gateway.process.pid, number)
@@ -332,59 +333,65 @@ def test_two_signals_that_come_together_are_two(daemon: Launch, origin: Start) -
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(
-    natwork: Run, origin: Start, second: signal.Signals
+    natwork: running.Start, origin: origins.Start, second: signal.Signals
 ) -> None:
     gateway = natwork("drain_timeout=300")
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         gateway.process.terminate()
-        eventually(lambda: len(gateway.workers()) == 1)
-        assert echoes(client)
+        wait.until(lambda: len(gateway.workers()) == 1)
+        assert wire.echoes(client)
         gateway.process.send_signal(second)
         assert gateway.process.wait(10) == 0
     (line,) = gateway.lines(1)
     assert line["outcome"] == "operator"
 
 
-def test_ctrl_c_in_a_terminal_drains(natwork: Run, origin: Start) -> None:
+def test_ctrl_c_in_a_terminal_drains(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork()
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         os.killpg(gateway.process.pid, signal.SIGINT)  # the whole group, as a tty does
-        eventually(lambda: len(gateway.workers()) == 1)
-        assert echoes(client)
+        wait.until(lambda: len(gateway.workers()) == 1)
+        assert wire.echoes(client)
     assert gateway.process.wait(10) == 0
     assert [line["outcome"] for line in gateway.lines(1)] == ["closed"]
 
 
-def test_a_hangup_of_the_terminal_ends_no_session(natwork: Run, origin: Start) -> None:
+def test_a_hangup_of_the_terminal_ends_no_session(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork("user=root")
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         os.killpg(gateway.process.pid, signal.SIGHUP)
-        eventually(lambda: "reloaded" in gateway.errors.read_text())
-        assert echoes(client)
+        wait.until(lambda: "reloaded" in gateway.errors.read_text())
+        assert wire.echoes(client)
 
 
-def test_an_answer_in_progress_at_term_says_close(natwork: Run, origin: Start) -> None:
-    gateway, held = natwork(), Held()
+def test_an_answer_in_progress_at_term_says_close(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, held = natwork(), http_wire.Held()
     with gateway.connect() as client:
-        send(client, request(origin(held)))
+        wire.send(client, http_wire.request(origin(held)))
         assert held.asked.wait(10)
         gateway.process.terminate()
-        eventually(lambda: len(gateway.workers()) == 1)
+        wait.until(lambda: len(gateway.workers()) == 1)
         held.go.set()
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert answer.body == b"at last" and answer.closes
-        assert at_end(client)
+        assert wire.at_end(client)
     assert gateway.process.wait(10) == 0
 
 
 def test_who_was_in_the_queue_at_term_is_not_lost_to_a_passed_socket(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
-    with tunnel(gateway, origin(echo)), gateway.connect() as queued:
-        send(queued, request(DENIED))
+    with http_wire.tunnel(gateway, origin(origins.echo)), gateway.connect() as queued:
+        wire.send(queued, http_wire.request(http_wire.DENIED))
         gateway.process.terminate()
-        eventually(lambda: title(gateway.process.pid).endswith(" 0 idle 1 busy"))
+        wait.until(lambda: kernel.title(gateway.process.pid).endswith(" 0 idle 1 busy"))
         assert silent(queued)  # whoever takes the socket over serves it
     assert gateway.process.wait(10) == 0
     gateway.listener.accept()[0].close()
@@ -394,59 +401,65 @@ def test_who_was_in_the_queue_at_term_is_not_lost_to_a_passed_socket(
 
 
 def test_after_hup_new_requests_are_under_the_new_rules(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server, held = daemon(), origin(echo), Held()
+    gateway, server, held = daemon(), origin(origins.echo), http_wire.Held()
     slow = origin(held)
     with (
-        tunnel(gateway, server) as old,
+        http_wire.tunnel(gateway, server) as old,
         gateway.connect() as kept,
         gateway.connect() as asking,
     ):
-        assert exchange(kept, request(DENIED)).status == 403
-        send(asking, request(slow))
+        assert (
+            http_wire.exchange(kept, http_wire.request(http_wire.DENIED)).status == 403
+        )
+        wire.send(asking, http_wire.request(slow))
         assert held.asked.wait(10)
         assert gateway.hangup(rules="deny to *").endswith("configuration reloaded")
-        assert at_end(kept)
-        eventually(lambda: get(gateway, server) == 403)
+        assert wire.at_end(kept)
+        wait.until(lambda: get(gateway, server) == 403)
         assert [get(gateway, server) for _ in range(10)] == [403] * 10
-        assert echoes(old)  # under the rules it began with
+        assert wire.echoes(old)  # under the rules it began with
         held.go.set()
-        answer = read_answer(asking)
-        assert answer.body == b"at last" and answer.closes and at_end(asking)
+        answer = http_wire.read_answer(asking)
+        assert answer.body == b"at last" and answer.closes and wire.at_end(asking)
         assert gateway.listening() == [gateway.address]  # said once, never closed
 
 
-def test_a_client_who_has_not_spoken_yet_survives_a_reload(daemon: Launch) -> None:
+def test_a_client_who_has_not_spoken_yet_survives_a_reload(
+    daemon: running.Start,
+) -> None:
     gateway = daemon()
     master = gateway.process.pid
-    eventually(lambda: title(master).endswith(" 0 busy"))
+    wait.until(lambda: kernel.title(master).endswith(" 0 busy"))
     with gateway.connect() as client:
-        eventually(lambda: title(master).endswith(" 1 busy"))
+        wait.until(lambda: kernel.title(master).endswith(" 1 busy"))
         gateway.hangup()
-        eventually(lambda: len(gateway.workers()) <= 9)
-        send(client, request(DENIED))
-        assert read_answer(client).status == 403
+        wait.until(lambda: len(gateway.workers()) <= 9)
+        wire.send(client, http_wire.request(http_wire.DENIED))
+        assert http_wire.read_answer(client).status == 403
 
 
-def answering(connection: socket.socket, origin: Origin) -> None:
-    while read_request(connection):
-        connection.sendall(OK)
+def answering(connection: socket.socket, origin: origins.Origin) -> None:
+    while http_wire.read_request(connection):
+        connection.sendall(http_wire.OK)
 
 
 def test_a_reload_loses_no_request_of_who_asks_on(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway, server, over = daemon(), origin(answering), threading.Event()
-    post = request(server, b"Content-Length: 5", method=b"POST", body=b"hello")
+    post = http_wire.request(
+        server, b"Content-Length: 5", method=b"POST", body=b"hello"
+    )
     ends: list[str] = []
 
     def ask_on() -> None:
         while not over.is_set():
             with gateway.connect() as client:
-                answer = exchange(client, post)
+                answer = http_wire.exchange(client, post)
                 while not answer.closes and not over.is_set():
-                    answer = exchange(client, post)
+                    answer = http_wire.exchange(client, post)
                 ends.append("closes" if answer.closes else "over")
 
     with ThreadPoolExecutor(8) as pool:
@@ -459,54 +472,64 @@ def test_a_reload_loses_no_request_of_who_asks_on(
     assert ends.count("closes") >= 12
 
 
-def test_no_page_of_ours_keeps_a_connection_over_a_reload(daemon: Launch) -> None:
-    gateway, held = daemon(), Held()
+def test_no_page_of_ours_keeps_a_connection_over_a_reload(
+    daemon: running.Start,
+) -> None:
+    gateway, held = daemon(), http_wire.Held()
     page = b"GET /proxy.pac HTTP/1.1\r\nHost: a\r\n\r\n"
-    others = page, b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", request(DENIED)
+    others = (
+        page,
+        b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
+        http_wire.request(http_wire.DENIED),
+    )
     for number, asked in enumerate(others):
-        with Origin(held).listener as listener, gateway.connect() as client:
+        with origins.Origin(held).listener as listener, gateway.connect() as client:
             server = b"127.0.0.1:%d" % listener.getsockname()[1]
-            send(client, request(server) + asked * 2)  # while the first is answered
+            wire.send(
+                client, http_wire.request(server) + asked * 2
+            )  # while the first is answered
             assert held.asked.wait(10)
             assert gateway.hangup(rules=f"deny port {number + 1}").endswith("reloaded")
             held.go.set()
-            assert read_answer(client).closes and at_end(client)
-        held = Held()
+            assert http_wire.read_answer(client).closes and wire.at_end(client)
+        held = http_wire.Held()
         gateway.hangup(rules="allow to 127.0.0.0/8")
 
 
-def test_who_pipelines_pages_meets_the_new_rules(daemon: Launch) -> None:
+def test_who_pipelines_pages_meets_the_new_rules(daemon: running.Start) -> None:
     gateway = daemon()
     page = b"GET /proxy.pac HTTP/1.1\r\nHost: a\r\n\r\n"
     with gateway.connect() as client:
-        assert exchange(client, page).status == 200
-        sender = threading.Thread(target=lambda: send(client, page * 20_000))
+        assert http_wire.exchange(client, page).status == 200
+        sender = threading.Thread(target=lambda: wire.send(client, page * 20_000))
         sender.start()
-        assert read_answer(client).status == 200
+        assert http_wire.read_answer(client).status == 200
         gateway.hangup(rules="deny to *")
-        while not read_answer(client).closes:
+        while not http_wire.read_answer(client).closes:
             pass
         sender.join(20)
 
 
 def test_the_port_is_free_soon_after_the_master_was_killed(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(drain_timeout="20", spare_workers="2")
     gateway.expected = -signal.SIGKILL
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         gateway.process.kill()
         gateway.process.wait(10)
-        eventually(lambda: refuses(gateway.address))
-        assert echoes(client)  # which goes on for a while
+        wait.until(lambda: refuses(gateway.address))
+        assert wire.echoes(client)  # which goes on for a while
 
 
-def test_reloaded_is_said_when_the_new_rules_hold(daemon: Launch) -> None:
+def test_reloaded_is_said_when_the_new_rules_hold(daemon: running.Start) -> None:
     gateway = daemon(spare_workers="8", rules="deny port 79")
     for port in range(80, 90):
         gateway.hangup(rules=f"deny port {port}")
         with gateway.connect() as client:
-            answer = exchange(client, request(DENIED + b":%d" % port))
+            answer = http_wire.exchange(
+                client, http_wire.request(http_wire.DENIED + b":%d" % port)
+            )
         assert b"rule 1" in answer.values(b"Proxy-Status")[0], port
 
 
@@ -522,35 +545,41 @@ def test_reloaded_is_said_when_the_new_rules_hold(daemon: Launch) -> None:
     ],
 )
 def test_a_bad_reload_changes_nothing(
-    daemon: Launch, origin: Start, name: str, value: str, why: str
+    daemon: running.Start, origin: origins.Start, name: str, value: str, why: str
 ) -> None:
-    gateway, server = daemon(), origin(echo)
-    ready(gateway, 8)
-    with tunnel(gateway, server) as client, gateway.connect() as kept:
-        assert exchange(kept, request(DENIED)).status == 403
-        files = descriptors(gateway.process.pid)
+    gateway, server = daemon(), origin(origins.echo)
+    gateway.ready(8)
+    with http_wire.tunnel(gateway, server) as client, gateway.connect() as kept:
+        assert (
+            http_wire.exchange(kept, http_wire.request(http_wire.DENIED)).status == 403
+        )
+        files = kernel.descriptors(gateway.process.pid)
         before, pids = len(gateway.said()), set(gateway.workers())
         answer = gateway.hangup(**{"spare_workers": "3", name: value})
         assert answer.startswith("natwork: configuration not reloaded, ")
         assert why in answer and len(gateway.said()) == before + 1
         assert pids <= set(gateway.workers())
-        assert echoes(client)
-        assert exchange(kept, request(DENIED)).status == 403
+        assert wire.echoes(client)
+        assert (
+            http_wire.exchange(kept, http_wire.request(http_wire.DENIED)).status == 403
+        )
         assert get(gateway) == 403
-        assert descriptors(gateway.process.pid) == files
+        assert kernel.descriptors(gateway.process.pid) == files
 
 
-def test_a_bad_reload_can_be_mended(daemon: Launch) -> None:
+def test_a_bad_reload_can_be_mended(daemon: running.Start) -> None:
     gateway = daemon(spare_workers="2")
     assert "not reloaded" in gateway.hangup(spare_workers="x")
     assert gateway.hangup(spare_workers="4").endswith("configuration reloaded")
-    ready(gateway, 4)
+    gateway.ready(4)
 
 
-def test_reloads_under_load_lose_no_client(daemon: Launch, origin: Start) -> None:
-    gateway, server = daemon(spare_workers="4"), origin(Script())
-    ready(gateway, 4)
-    before = descriptors(gateway.process.pid)
+def test_reloads_under_load_lose_no_client(
+    daemon: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = daemon(spare_workers="4"), origin(http_wire.Script())
+    gateway.ready(4)
+    before = kernel.descriptors(gateway.process.pid)
     failures: list[object] = []
     served, over = [0, 0, 0], threading.Event()
 
@@ -568,20 +597,20 @@ def test_reloads_under_load_lose_no_client(daemon: Launch, origin: Start) -> Non
     for _ in range(10):
         count = sum(served)
         assert gateway.hangup().endswith("configuration reloaded")
-        eventually(lambda: failures or sum(served) > count + 5)  # noqa: B023
+        wait.until(lambda: failures or sum(served) > count + 5)  # noqa: B023
     over.set()
     for thread in askers:
         thread.join()
     assert not failures, failures
     assert len(gateway.lines(sum(served))) == sum(served)
-    eventually(lambda: len(descriptors(gateway.process.pid)) == len(before))
+    wait.until(lambda: len(kernel.descriptors(gateway.process.pid)) == len(before))
 
 
 def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(listen="127.0.0.1:0 127.0.0.2:0", spare_workers="4")
-    server, goes = origin(Script()), gateway.listening()[1]
+    server, goes = origin(http_wire.Script()), gateway.listening()[1]
     began, over = time.monotonic(), threading.Event()
     wrong: list[object] = []
     served = [0, 0, 0, 0]
@@ -607,9 +636,14 @@ def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
                 gateway.settings["spare_workers"] = "4"
             elif number == 12:
                 gateway.hangup(listen="127.0.0.1:0 127.0.0.3:0")
-                eventually(lambda: refuses(goes))
+                wait.until(lambda: refuses(goes))
                 with socket.create_connection(gateway.listening()[-1], 10) as client:
-                    assert exchange(client, request(DENIED)).status == 403
+                    assert (
+                        http_wire.exchange(
+                            client, http_wire.request(http_wire.DENIED)
+                        ).status
+                        == 403
+                    )
             else:
                 assert gateway.hangup().endswith("configuration reloaded")
             assert gateway.log.exists() or number == 7
@@ -625,122 +659,142 @@ def test_twenty_reloads_at_100_requests_a_second_fail_nobody(
     def lines() -> int:
         return sum(log.read_text().count("\n") for log in logs)
 
-    eventually(lambda: lines() == sum(served) + 1)  # and the one at the new listener
+    wait.until(lambda: lines() == sum(served) + 1)  # and the one at the new listener
     assert sum(served) > 60 * (time.monotonic() - began), "too slow to be a test"
 
 
-def test_listeners_come_and_go_with_a_reload(daemon: Launch, origin: Start) -> None:
-    gateway, server = daemon(listen="127.0.0.1:0 127.0.0.2:0"), origin(echo)
+def test_listeners_come_and_go_with_a_reload(
+    daemon: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = daemon(listen="127.0.0.1:0 127.0.0.2:0"), origin(origins.echo)
     stays, goes = gateway.listening()
     gateway.address = goes
-    with tunnel(gateway, server) as client:
+    with http_wire.tunnel(gateway, server) as client:
         gateway.hangup(listen="127.0.0.3:0 127.0.0.1:0")
         comes = gateway.listening()[-1]
-        eventually(lambda: refuses(goes))
+        wait.until(lambda: refuses(goes))
         for gateway.address in (stays, comes):
             assert get(gateway) == 403
         assert len(gateway.listening()) == 3 and comes[0] == "127.0.0.3"
-        assert echoes(client)  # it came by the listener that is gone
+        assert wire.echoes(client)  # it came by the listener that is gone
     with socket.create_server(goes):  # and its port is free again
         pass
 
 
 def test_who_waits_at_a_listener_that_goes_is_served(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(
         listen="127.0.0.1:0 127.0.0.2:0", spare_workers="1", max_workers="1"
     )
     stays, goes = gateway.listening()
-    with tunnel(gateway, origin(echo)) as busy:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as busy:
         queued = [socket.create_connection(goes, 10) for _ in range(3)]
         gateway.hangup(listen="127.0.0.1:0", max_workers="2")
         for client in queued:
-            send(client, request(DENIED, b"Connection: close"))
-            assert read_answer(client).status == 403
+            wire.send(client, http_wire.request(http_wire.DENIED, b"Connection: close"))
+            assert http_wire.read_answer(client).status == 403
             client.close()
-        eventually(lambda: refuses(goes))
-        assert echoes(busy)
-        for pid in ready(gateway, 1):
+        wait.until(lambda: refuses(goes))
+        assert wire.echoes(busy)
+        for pid in gateway.ready(1):
             os.kill(pid, signal.SIGKILL)
         assert get(gateway) == 403  # who is forked later knows nothing of it
 
 
 def test_a_listener_may_come_back_while_clients_wait_at_it(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         second = "127.0.0.1:%d" % free.getsockname()[1]
     gateway = daemon(listen=f"127.0.0.1:0 {second}", max_workers="1")
     host, _, port = second.partition(":")
-    with tunnel(gateway, origin(echo)):
+    with http_wire.tunnel(gateway, origin(origins.echo)):
         with socket.create_connection((host, int(port)), 20) as waiting:
-            waiting.sendall(request(DENIED))
+            waiting.sendall(http_wire.request(http_wire.DENIED))
             for listen in ("127.0.0.1:0", f"127.0.0.1:0 {second}"):
                 said = gateway.hangup(listen=listen)
                 assert said.endswith("configuration reloaded")
     with socket.create_connection((host, int(port)), 20) as client:
-        assert exchange(client, request(DENIED)).status == 403
+        assert (
+            http_wire.exchange(client, http_wire.request(http_wire.DENIED)).status
+            == 403
+        )
 
 
-def test_the_limits_follow_a_reload(daemon: Launch, origin: Start) -> None:
-    gateway, server = daemon(spare_workers="4", max_workers="8"), origin(echo)
-    ready(gateway, 4)
-    with tunnel(gateway, server) as first, tunnel(gateway, server) as second:
+def test_the_limits_follow_a_reload(
+    daemon: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = daemon(spare_workers="4", max_workers="8"), origin(origins.echo)
+    gateway.ready(4)
+    with (
+        http_wire.tunnel(gateway, server) as first,
+        http_wire.tunnel(gateway, server) as second,
+    ):
         gateway.hangup(spare_workers="1", max_workers="2")
-        eventually(lambda: len(gateway.workers()) <= 3)
+        wait.until(lambda: len(gateway.workers()) <= 3)
         first.close()
         assert get(gateway) == 403
-        assert echoes(second)
+        assert wire.echoes(second)
         gateway.hangup(spare_workers="6", max_workers="2048")
-        ready(gateway, 6)
-        assert echoes(second)
+        gateway.ready(6)
+        assert wire.echoes(second)
 
 
-def test_a_lowered_limit_counts_those_above_it(daemon: Launch, origin: Start) -> None:
-    gateway, server = daemon(spare_workers="2", max_workers="8"), origin(echo)
+def test_a_lowered_limit_counts_those_above_it(
+    daemon: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = daemon(spare_workers="2", max_workers="8"), origin(origins.echo)
     with contextlib.ExitStack() as opened:
-        clients = [opened.enter_context(tunnel(gateway, server)) for _ in range(6)]
+        clients = [
+            opened.enter_context(http_wire.tunnel(gateway, server)) for _ in range(6)
+        ]
         gateway.hangup(spare_workers="2", max_workers="3")
-        eventually(lambda: title(gateway.process.pid).endswith("master 0 idle 6 busy"))
+        wait.until(
+            lambda: kernel.title(gateway.process.pid).endswith("master 0 idle 6 busy")
+        )
         for client in clients[:3]:
             client.close()
-        eventually(lambda: title(gateway.process.pid).endswith("master 0 idle 3 busy"))
+        wait.until(
+            lambda: kernel.title(gateway.process.pid).endswith("master 0 idle 3 busy")
+        )
         with gateway.connect() as waiting:  # three are served, and no fourth
-            waiting.sendall(request(DENIED))
+            waiting.sendall(http_wire.request(http_wire.DENIED))
             assert not select.select([waiting], [], [], 1.5)[0]
             clients[5].close()
-            assert read_answer(waiting).status == 403
-        assert all(echoes(client) for client in clients[3:5])
+            assert http_wire.read_answer(waiting).status == 403
+        assert all(wire.echoes(client) for client in clients[3:5])
 
 
 def test_a_tunnel_that_outlives_two_rotations_is_in_the_newest_log(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon()
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         for number in range(2):
             gateway.log.rename(gateway.folder / f"rotated.{number}")
             gateway.hangup()
-        assert echoes(client)
+        assert wire.echoes(client)
     (line,) = gateway.lines(1)
     assert line["proto"] == "connect"
 
 
-def test_hup_opens_a_rotated_log_anew(daemon: Launch, origin: Start) -> None:
+def test_hup_opens_a_rotated_log_anew(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway = daemon()
-    with tunnel(gateway, origin(echo)):
+    with http_wire.tunnel(gateway, origin(origins.echo)):
         assert get(gateway) == 403
         old = gateway.lines(1)
         rotated = gateway.log.rename(gateway.log.with_suffix(".1"))
         gateway.hangup()
-        eventually(gateway.log.exists)
+        wait.until(gateway.log.exists)
 
         def arrives() -> bool:
             assert get(gateway) == 403
             return bool(gateway.log.read_text())
 
-        eventually(arrives)
+        wait.until(arrives)
         assert len(gateway.lines(1)) >= 1
     assert rotated.read_text().startswith(f"time={old[0]['time']} pid={old[0]['pid']} ")
 
@@ -748,112 +802,126 @@ def test_hup_opens_a_rotated_log_anew(daemon: Launch, origin: Start) -> None:
 # Dying.
 
 
-def test_term_to_a_worker_ends_that_session_only(natwork: Run, origin: Start) -> None:
-    gateway, server = natwork("spare_workers=2"), origin(echo)
-    with tunnel(gateway, server) as one, tunnel(gateway, server) as other:
-        assert echoes(one, b"12345")
-        pid = worker_of(gateway, one)
+def test_term_to_a_worker_ends_that_session_only(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = natwork("spare_workers=2"), origin(origins.echo)
+    with (
+        http_wire.tunnel(gateway, server) as one,
+        http_wire.tunnel(gateway, server) as other,
+    ):
+        assert wire.echoes(one, b"12345")
+        pid = gateway.worker_of(one)
         os.kill(pid, signal.SIGTERM)
         (line,) = gateway.lines(1)
         assert (line["pid"], line["outcome"]) == (str(pid), "operator")
         assert (line["up"], line["status"]) == ("5", "200")
-        assert echoes(other)
-        ready(gateway, 2)
+        assert wire.echoes(other)
+        gateway.ready(2)
 
 
 def test_a_session_that_is_ended_in_mid_answer_keeps_its_status(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    def handle(connection: socket.socket, origin: Origin) -> None:
+    def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.recv(4096)
         connection.sendall(b"HTTP/1.1 203 Well\r\nContent-Length: 100\r\n\r\nhalf")
         connection.recv(1)
 
     gateway = natwork()
     with gateway.connect() as client:
-        client.sendall(request(origin(handle)))
-        eventually(lambda: client.recv(4096, socket.MSG_PEEK).endswith(b"half"))
-        os.kill(worker_of(gateway, client), signal.SIGTERM)
+        client.sendall(http_wire.request(origin(handle)))
+        wait.until(lambda: client.recv(4096, socket.MSG_PEEK).endswith(b"half"))
+        os.kill(gateway.worker_of(client), signal.SIGTERM)
         (line,) = gateway.lines(1)
     assert (line["outcome"], line["status"]) == ("operator", "203")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_killed_worker_harms_nobody_else(
-    natwork: Run, origin: Start, how: signal.Signals
+    natwork: running.Start, origin: origins.Start, how: signal.Signals
 ) -> None:
-    gateway, server = natwork("spare_workers=2"), origin(echo)
-    with tunnel(gateway, server) as one, tunnel(gateway, server) as other:
-        pid = worker_of(gateway, one)
+    gateway, server = natwork("spare_workers=2"), origin(origins.echo)
+    with (
+        http_wire.tunnel(gateway, server) as one,
+        http_wire.tunnel(gateway, server) as other,
+    ):
+        pid = gateway.worker_of(one)
         os.kill(pid, how)
         (line,) = gateway.lines(1)
         assert (line["pid"], line["outcome"]) == (str(pid), "killed")
-        assert echoes(other) and get(gateway) == 403
-        ready(gateway, 2)
+        assert wire.echoes(other) and get(gateway) == 403
+        gateway.ready(2)
         assert pid not in gateway.workers()
 
 
 def test_who_is_killed_while_the_server_thinks_has_sent_what_he_sent(
-    natwork: Run, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, held = natwork(), Held()
+    gateway, held = natwork(), http_wire.Held()
     server = origin(held)
     with gateway.connect() as client:
-        client.sendall(request(server))
-        eventually(lambda: server.received)
-        sent, pid = sum(map(len, server.received)), worker_of(gateway, client)
-        eventually(lambda: status(pid, "State")[:1] == "S")  # and has noted it
+        client.sendall(http_wire.request(server))
+        wait.until(lambda: server.received)
+        sent, pid = sum(map(len, server.received)), gateway.worker_of(client)
+        wait.until(lambda: kernel.status(pid, "State")[:1] == "S")  # and has noted it
         os.kill(pid, signal.SIGKILL)
         (line,) = gateway.lines(1)
     assert (line["outcome"], int(line["up"]), line["down"]) == ("killed", sent, "0")
 
 
-def test_killed_idle_workers_are_replaced_and_leave_no_line(natwork: Run) -> None:
+def test_killed_idle_workers_are_replaced_and_leave_no_line(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("spare_workers=3")
-    for count, pid in enumerate(ready(gateway, 3), 1):
+    for count, pid in enumerate(gateway.ready(3), 1):
         os.kill(pid, signal.SIGKILL)
         assert get(gateway) == 403
         gateway.lines(count)  # that worker is idle again, or will be
-    ready(gateway, 3)
+    gateway.ready(3)
     assert [line["outcome"] for line in gateway.lines(3)] == ["denied-inside"] * 3
 
 
-def test_no_worker_outlives_a_killed_master(daemon: Launch, origin: Start) -> None:
+def test_no_worker_outlives_a_killed_master(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     gateway = daemon(drain_timeout="1")
     gateway.expected = -signal.SIGKILL
     with (
-        tunnel(gateway, origin(echo)) as client,
+        http_wire.tunnel(gateway, origin(origins.echo)) as client,
         gateway.connect() as kept,
     ):
-        assert exchange(kept, request(DENIED)).status == 403
-        busy = worker_of(gateway, client)
+        assert (
+            http_wire.exchange(kept, http_wire.request(http_wire.DENIED)).status == 403
+        )
+        busy = gateway.worker_of(client)
         gateway.process.kill()
         gateway.process.wait(10)
-        assert at_end(kept)
-        eventually(lambda: alive(gateway) in ([busy], []))
-        eventually(lambda: not alive(gateway))
-        assert read_all(client) == b""
+        assert wire.at_end(kept)
+        wait.until(lambda: alive(gateway) in ([busy], []))
+        wait.until(lambda: not alive(gateway))
+        assert wire.read_all(client) == b""
     assert gateway.lines(2)[-1]["outcome"] == "drained"
     with socket.create_server(gateway.address):  # free for the next one
         pass
 
 
-def alive(gateway: Gateway) -> list[int]:
+def alive(gateway: running.Gateway) -> list[int]:
     """Return the processes of a gateway, also after the master's death."""
-    return group(gateway.process.pid)
+    return kernel.group(gateway.process.pid)
 
 
 def test_a_busy_worker_finishes_after_its_master_died(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon()
     gateway.expected = -signal.SIGKILL
-    with tunnel(gateway, origin(echo)) as client:
-        busy = worker_of(gateway, client)
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
+        busy = gateway.worker_of(client)
         gateway.process.kill()
-        eventually(lambda: alive(gateway) == [busy])  # the idle ones leave at once
-        assert echoes(client)
-    eventually(lambda: not alive(gateway))
+        wait.until(lambda: alive(gateway) == [busy])  # the idle ones leave at once
+        assert wire.echoes(client)
+    wait.until(lambda: not alive(gateway))
     assert [line["outcome"] for line in gateway.lines(1)] == ["closed"]
 
 
@@ -862,7 +930,7 @@ def test_a_busy_worker_finishes_after_its_master_died(
 
 def limit(pid: int, kind: str, soft: int | str) -> None:
     """Set a soft limit of a running process, as the user that it runs as."""
-    user, group = (int(status(pid, name).split()[0]) for name in ("Uid", "Gid"))
+    user, group = (kernel.number(pid, name) for name in ("Uid", "Gid"))
     ids = {"user": user, "group": group} if os.geteuid() == 0 else {}
     command = ["prlimit", f"--pid={pid}", f"--{kind}={soft}:"]
     subprocess.run(command, check=True, timeout=10, **ids)
@@ -870,69 +938,76 @@ def limit(pid: int, kind: str, soft: int | str) -> None:
 
 def calm(*pids: int) -> bool:
     """Watch processes for a second; say whether they use little CPU."""
-    before = sum(times(pid) for pid in pids)
+    before = sum(kernel.ticks(pid) for pid in pids)
     time.sleep(1)  # the observation itself
-    return sum(times(pid) for pid in pids) - before < 0.25
+    return sum(kernel.ticks(pid) for pid in pids) - before < 0.25 * kernel.TICK
 
 
-def test_a_worker_without_descriptors_serves_when_they_return(natwork: Run) -> None:
+def test_a_worker_without_descriptors_serves_when_they_return(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("spare_workers=1", "max_workers=1")
-    (worker,) = ready(gateway, 1)
+    (worker,) = gateway.ready(1)
     limit(worker, "nofile", 3)
     with gateway.connect() as client:
-        send(client, request(DENIED))
+        wire.send(client, http_wire.request(http_wire.DENIED))
         words = "natwork: cannot accept a client: too many open files\n"
-        eventually(lambda: words in gateway.errors.read_text())
+        wait.until(lambda: words in gateway.errors.read_text())
         assert calm(worker, gateway.process.pid)
         assert silent(client)
         assert gateway.errors.read_text().count(words) <= 5  # one a second
         limit(worker, "nofile", 1024)
-        assert read_answer(client).status == 403
+        assert http_wire.read_answer(client).status == 403
     assert gateway.workers() == [worker]
 
 
-def test_no_descriptor_for_the_server_is_an_answer(natwork: Run, origin: Start) -> None:
-    gateway, server = natwork("spare_workers=1", "max_workers=1"), origin(Script())
-    (worker,) = ready(gateway, 1)
-    free = min(set(range(64)) - set(descriptors(worker)))
+def test_no_descriptor_for_the_server_is_an_answer(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = (
+        natwork("spare_workers=1", "max_workers=1"),
+        origin(http_wire.Script()),
+    )
+    (worker,) = gateway.ready(1)
+    free = min(set(range(64)) - set(kernel.descriptors(worker)))
     limit(worker, "nofile", free + 1)  # one for the client, and no more
     with gateway.connect() as client:
-        answer = exchange(client, request(server))
+        answer = http_wire.exchange(client, http_wire.request(server))
         assert answer.status == 503 and answer.values(b"Retry-After")
     limit(worker, "nofile", 1024)
     assert get(gateway, server) == 200
     assert [line["outcome"] for line in gateway.lines(2)] == ["overload", "ok"]
 
 
-def test_a_failing_fork_is_said_once_and_tried_again(daemon: Launch) -> None:
+def test_a_failing_fork_is_said_once_and_tried_again(daemon: running.Start) -> None:
     # The limit is for ordinary users only.
     gateway = daemon(spare_workers="2", user="nobody")
     master, words = gateway.process.pid, "natwork: cannot fork a worker: "
-    pids = ready(gateway, 2)
+    pids = gateway.ready(2)
     limit(master, "nproc", 1)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     with gateway.connect() as client:
-        send(client, request(DENIED))
-        eventually(lambda: words in gateway.errors.read_text())
+        wire.send(client, http_wire.request(http_wire.DENIED))
+        wait.until(lambda: words in gateway.errors.read_text())
         assert calm(master) and silent(client)
         assert gateway.errors.read_text().count(words) == 1
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         limit(master, "nproc", "unlimited" if hard < 0 else hard)
-        assert read_answer(client).status == 403
-    ready(gateway, 2)
+        assert http_wire.read_answer(client).status == 403
+    gateway.ready(2)
 
 
 @contextlib.contextmanager
-def ordinary(user: str, retire_after: float) -> Iterator[Daemon]:
+def ordinary(user: str, retire_after: float) -> Iterator[running.Gateway]:
     """Run a gateway with four spares as a user whose processes are limited."""
     if os.geteuid():
         pytest.skip("needs root, and a user that is not")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        program = with_limit(folder, "RETIRE_TIMEOUT", retire_after)
-        gateway = Daemon(folder, spare_workers="4", user=user, program=program)
+    with running.public_folder() as folder:
+        program = running.program({"natwork.RETIRE_TIMEOUT": retire_after})
+        gateway = running.Gateway.configured(
+            folder, spare_workers="4", user=user, program=program
+        )
         try:
             yield gateway
         finally:
@@ -941,61 +1016,63 @@ def ordinary(user: str, retire_after: float) -> Iterator[Daemon]:
 
 def test_a_reload_that_cannot_fork_sends_nobody_away() -> None:
     with ordinary("nobody", 5.0) as gateway:
-        master, old = gateway.process.pid, ready(gateway, 4)
+        master, old = gateway.process.pid, gateway.ready(4)
         limit(master, "nproc", 1)
         gateway.process.send_signal(signal.SIGHUP)
-        eventually(lambda: any("cannot fork" in line for line in gateway.said()))
+        wait.until(lambda: any("cannot fork" in line for line in gateway.said()))
         time.sleep(1.5)  # it tries again, in vain
         assert set(old) <= set(gateway.workers())
         assert [get(gateway) for _ in range(20)] == [403] * 20
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         limit(master, "nproc", "unlimited" if hard < 0 else hard)
-        eventually(lambda: any("reloaded" in line for line in gateway.said()))
-        eventually(lambda: not set(old) & set(gateway.workers()))
+        wait.until(lambda: any("reloaded" in line for line in gateway.said()))
+        wait.until(lambda: not set(old) & set(gateway.workers()))
         assert get(gateway) == 403
 
 
 def test_a_reload_takes_effect_where_the_old_workers_hold_all_the_room() -> None:
     with ordinary("daemon", 1.0) as gateway:
-        ready(gateway, 4)
+        gateway.ready(4)
         limit(gateway.process.pid, "nproc", 5)
-        assert get(gateway, CLOSED) == 502
+        assert get(gateway, http_wire.CLOSED) == 502
         assert "configuration reloaded" in gateway.hangup(rules="")
-        assert get(gateway, CLOSED) == 403
-        ready(gateway, 4)
+        assert get(gateway, http_wire.CLOSED) == 403
+        gateway.ready(4)
 
 
 def test_a_reload_in_a_full_house_leaves_nothing_open(
-    daemon: Callable[..., Daemon], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = daemon(spare_workers="1", max_workers="2"), origin(echo)
+    gateway, server = daemon(spare_workers="1", max_workers="2"), origin(origins.echo)
     master = gateway.process.pid
     assert get(gateway) == 403  # it has done warming up
-    before = len(descriptors(master))
-    with tunnel(gateway, server), tunnel(gateway, server):
+    before = len(kernel.descriptors(master))
+    with http_wire.tunnel(gateway, server), http_wire.tunnel(gateway, server):
         for number in range(6):
             gateway.log.rename(gateway.folder / f"log.{number}")
             gateway.process.send_signal(signal.SIGHUP)
-            eventually(gateway.log.exists)
-        eventually(lambda: len(descriptors(master)) <= before + 6)  # two generations
-    eventually(lambda: len(descriptors(master)) == before)
+            wait.until(gateway.log.exists)
+        wait.until(
+            lambda: len(kernel.descriptors(master)) <= before + 6
+        )  # two generations
+    wait.until(lambda: len(kernel.descriptors(master)) == before)
 
 
 def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
-    natwork: Run, monkeypatch: pytest.MonkeyPatch
+    natwork: running.Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     gateway = natwork("spare_workers=1")
-    ready(gateway, 1)
-    assert int(status(gateway.process.pid, "VmRSS").split()[0]) < 100_000  # KiB
+    gateway.ready(1)
+    assert kernel.number(gateway.process.pid, "VmRSS") < 100_000  # KiB
 
 
-def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:
+def test_a_signal_is_not_lost_among_pokes(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=1")
-    (worker,) = ready(gateway, 1)
+    (worker,) = gateway.ready(1)
     os.kill(gateway.process.pid, signal.SIGSTOP)
     filled, pipes = 0, []
-    for fd in descriptors(worker):  # all that it may write to without a client
+    for fd in kernel.descriptors(worker):  # all that it may write to without a client
         place = f"/proc/{worker}/fd/{fd}"
         if os.readlink(place).startswith("pipe:"):
             with contextlib.suppress(OSError):
@@ -1010,27 +1087,29 @@ def test_a_signal_is_not_lost_among_pokes(natwork: Run) -> None:
     assert gateway.process.wait(20) == 0
 
 
-def test_workers_that_cannot_start_are_no_fork_storm(natwork: Run) -> None:
+def test_workers_that_cannot_start_are_no_fork_storm(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=8")
     master = gateway.process.pid
-    pids = ready(gateway, 8)
+    pids = gateway.ready(8)
     limit(master, "nofile", 4)  # inherited: no epoll for them
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not set(pids) & set(gateway.workers()))
+    wait.until(lambda: not set(pids) & set(gateway.workers()))
     before = len(gateway.errors.read_text())
     assert calm(master)
     assert gateway.errors.read_text()[before:].count("\n") <= 10
     limit(master, "nofile", 1024)
-    ready(gateway, 8)
+    gateway.ready(8)
     assert get(gateway) == 403
 
 
-def test_descriptors_that_run_out_at_a_reload_change_nothing(daemon: Launch) -> None:
+def test_descriptors_that_run_out_at_a_reload_change_nothing(
+    daemon: running.Start,
+) -> None:
     gateway = daemon(listen="127.0.0.1:0")
     master = gateway.process.pid
-    ready(gateway, 8)
-    before = descriptors(master)
+    gateway.ready(8)
+    before = kernel.descriptors(master)
     free = min(set(range(64)) - set(before))
     for count in range(5):  # the file, a listener, the log, a pipe: fewer than these
         limit(master, "nofile", free + count)
@@ -1039,26 +1118,28 @@ def test_descriptors_that_run_out_at_a_reload_change_nothing(daemon: Launch) -> 
         if said.endswith("configuration reloaded"):
             break
         assert "too many open files" in said
-        assert descriptors(master) == before and get(gateway) == 403
+        assert kernel.descriptors(master) == before and get(gateway) == 403
     assert gateway.hangup().endswith("configuration reloaded")
-    eventually(lambda: get(gateway) == 403)
+    wait.until(lambda: get(gateway) == 403)
 
 
-def test_the_pid_file_is_the_masters_alone(daemon: Launch) -> None:
+def test_the_pid_file_is_the_masters_alone(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid", clients_per_worker="1")  # trap 20
     pidfile = gateway.folder / "natwork.pid"
     for _ in range(5):
         assert get(gateway) == 403
-    os.kill(ready(gateway, 8)[0], signal.SIGTERM)
-    ready(gateway, 8)
+    os.kill(gateway.ready(8)[0], signal.SIGTERM)
+    gateway.ready(8)
     assert pidfile.read_text() == f"{gateway.process.pid}\n"
     gateway.stop()
     assert not pidfile.exists()
 
 
-def test_a_burst_of_signals_kills_nobody(natwork: Run, origin: Start) -> None:
+def test_a_burst_of_signals_kills_nobody(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     gateway = natwork("clients_per_worker=1", "user=root")  # traps 17, 18 and 19
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         for _ in range(50):
             gateway.process.send_signal(signal.SIGCHLD)
             gateway.process.send_signal(signal.SIGHUP)
@@ -1066,4 +1147,4 @@ def test_a_burst_of_signals_kills_nobody(natwork: Run, origin: Start) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGHUP)
         assert get(gateway) == 403
-        assert echoes(client)
+        assert wire.echoes(client)

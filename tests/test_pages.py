@@ -15,36 +15,22 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import http_wire
+import needs
+import origins
 import pytest
-from box import CHROMIUM
-from box import needs
-from box import unavailable
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from running import command
-from running import echo
-from running import echoes
-from running import tunnel
-from running import worker_of
-from wire import CLOSED
-from wire import DENIED
-from wire import Script
-from wire import exchange
-from wire import request
-from wire import reset
-from wire import send
-from wire import shared
+import running
+import wait
+import web
+import wire
 
 import natwork as program
 
-Start = Callable[..., Origin]
 OTHERS = ["[fd00:9::9]:8080", "second.example:3128"]
-gateway = shared(f"gateways={' '.join(OTHERS)}")
+gateway = running.shared(f"gateways={' '.join(OTHERS)}")
 PAGES = {
     "/": "text/html; charset=utf-8",
     "/table.json": "application/json",
@@ -72,7 +58,7 @@ print(json.dumps([pacparser.find_proxy(f"http://{h}/", h) for h in hosts]))
 
 def curl(*words: str) -> tuple[int, dict[str, str], str]:
     """Run curl without a proxy; return status, fields and body of the answer."""
-    needs("curl")
+    needs.programs("curl")
     done = subprocess.run(
         ["curl", "-si", "--noproxy", "*", "--max-time", "20", *words],
         capture_output=True,
@@ -85,7 +71,7 @@ def curl(*words: str) -> tuple[int, dict[str, str], str]:
     return int(line.split()[1]), fields, body
 
 
-def table(gateway: Gateway) -> list[dict[str, object]]:
+def table(gateway: running.Gateway) -> list[dict[str, object]]:
     """Return the sessions that /table.json shows."""
     sessions = json.loads(curl(gateway.url + "/table.json")[2])["sessions"]
     assert isinstance(sessions, list)
@@ -94,7 +80,7 @@ def table(gateway: Gateway) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("path", PAGES)
 def test_each_page_comes_as_what_it_is_and_is_logged(
-    gateway: Gateway, path: str
+    gateway: running.Gateway, path: str
 ) -> None:
     before = len(gateway.lines())
     status, fields, body = curl(gateway.url + path)
@@ -114,7 +100,7 @@ def test_each_page_comes_as_what_it_is_and_is_logged(
     assert int(first["down"]) > len(body)
 
 
-def test_a_nonce_is_used_once(gateway: Gateway) -> None:
+def test_a_nonce_is_used_once(gateway: running.Gateway) -> None:
     seen = set()
     for _ in range(2):
         _, fields, body = curl(gateway.url)
@@ -126,7 +112,9 @@ def test_a_nonce_is_used_once(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST:1", "gate.test"])
 @pytest.mark.parametrize("path", SHOWN)
-def test_an_own_name_is_answered(gateway: Gateway, path: str, host: str) -> None:
+def test_an_own_name_is_answered(
+    gateway: running.Gateway, path: str, host: str
+) -> None:
     assert curl("-H", f"Host: {host}", gateway.url + path)[0] == 200
 
 
@@ -136,7 +124,7 @@ def test_an_own_name_is_answered(gateway: Gateway, path: str, host: str) -> None
 )
 @pytest.mark.parametrize("path", [*SHOWN, "/nothing"])
 def test_a_name_that_was_rebound_is_refused(
-    gateway: Gateway, path: str, host: str
+    gateway: running.Gateway, path: str, host: str
 ) -> None:
     field = f"Host: {host}" if host else "Host;"
     status, fields, body = curl("-H", field, gateway.url + path)
@@ -147,7 +135,7 @@ def test_a_name_that_was_rebound_is_refused(
 @pytest.mark.parametrize("path", PAC)
 @pytest.mark.parametrize("host", ["wpad", "wpad.evil.example", '"+alert(1)+"', "0"])
 def test_the_pac_file_answers_any_host_and_never_quotes_it(
-    gateway: Gateway, path: str, host: str
+    gateway: running.Gateway, path: str, host: str
 ) -> None:
     status, _, body = curl("-H", f"Host: {host}", gateway.url + path)
     port = gateway.address[1]
@@ -155,63 +143,72 @@ def test_the_pac_file_answers_any_host_and_never_quotes_it(
     assert status == 400 or f"PROXY 127.0.0.1:{port}" in body
 
 
-def test_an_outsider_gets_none_of_it(natwork: Callable[..., Gateway]) -> None:
+def test_an_outsider_gets_none_of_it(natwork: running.Start) -> None:
     gateway = natwork("inside=10.0.0.0/8")
     for path in PAGES:
         with gateway.connect() as client:
-            send(client, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            wire.send(
+                client, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+            )
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(1) == b""
 
 
 @pytest.mark.parametrize("path", [*PAGES, "/nothing"])
 @pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS", "TRACE"])
-def test_only_get_and_head(gateway: Gateway, path: str, method: str) -> None:
+def test_only_get_and_head(gateway: running.Gateway, path: str, method: str) -> None:
     for more in ([], ["-H", "Max-Forwards: 0"]):  # and no page asks for less
         status, fields, _ = curl("-X", method, *more, gateway.url + path)
         assert status == (405 if path in PAGES else 404)
         assert path not in PAGES or fields["Allow"] == "GET, HEAD"
 
 
-def test_a_page_asked_for_with_a_body_closes(gateway: Gateway) -> None:
+def test_a_page_asked_for_with_a_body_closes(gateway: running.Gateway) -> None:
     with gateway.connect() as client:
         data = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
-        answer = exchange(client, data + b"GET /")
+        answer = http_wire.exchange(client, data + b"GET /")
         assert (answer.status, answer.closes) == (200, True)
 
 
-def test_a_connection_goes_on_after_a_page(gateway: Gateway, origin: Start) -> None:
-    server = origin(Script(), "127.0.0.3")
+def test_a_connection_goes_on_after_a_page(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(http_wire.Script(), "127.0.0.3")
     with gateway.connect() as client:
         for _ in range(2):
             page = b"GET /table.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            assert exchange(client, page).status == 200
-            assert exchange(client, request(server)).body == b"ok"
+            assert http_wire.exchange(client, page).status == 200
+            assert http_wire.exchange(client, http_wire.request(server)).body == b"ok"
 
 
-def test_a_browser_that_uses_the_proxy_gets_the_pages_too(gateway: Gateway) -> None:
+def test_a_browser_that_uses_the_proxy_gets_the_pages_too(
+    gateway: running.Gateway,
+) -> None:
     for host in (b"127.0.0.1", b"localhost", b"gate.test"):
         with gateway.connect() as client:
             at = b"%b:%d" % (host, gateway.address[1])
-            answer = exchange(client, request(at, path=b"/metrics"))
+            answer = http_wire.exchange(client, http_wire.request(at, path=b"/metrics"))
             assert answer.status == 200 and b"natwork_workers" in answer.body
-            assert exchange(client, request(at, path=b"/no")).status == 404
+            assert (
+                http_wire.exchange(client, http_wire.request(at, path=b"/no")).status
+                == 404
+            )
     with gateway.connect() as client:  # what the Host field says is ignored
         data = b"GET http://gate.test:%d/ HTTP/1.1\r\nHost: evil.example\r\n\r\n"
-        assert exchange(client, data % gateway.address[1]).status == 200
+        assert http_wire.exchange(client, data % gateway.address[1]).status == 200
 
 
 # --- The table ----------------------------------------------------------------
 
 
 def test_the_table_is_the_same_in_both_places(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(), origin(echo, "127.0.0.3")
-    with tunnel(gateway, server) as client, tunnel(gateway, server):
-        assert echoes(client, b"x" * 5000)
-        eventually(lambda: 5000 in [row["up"] for row in table(gateway)])
-        done = command("--table", "--json", cwd=gateway.log.parent)
+    gateway, server = natwork(), origin(origins.echo, "127.0.0.3")
+    with http_wire.tunnel(gateway, server) as client, http_wire.tunnel(gateway, server):
+        assert wire.echoes(client, b"x" * 5000)
+        wait.until(lambda: 5000 in [row["up"] for row in table(gateway)])
+        done = running.command("--table", "--json", cwd=gateway.log.parent)
         ours = gateway.workers()
         told = [row for row in json.loads(done.stdout) if row["pid"] in ours]
         shown = table(gateway)
@@ -223,19 +220,25 @@ def test_the_table_is_the_same_in_both_places(
         cells = re.findall('<td data-head="(.*?)">([^<]*)', page)
         assert [head for head, _ in cells] == program.COLUMNS * 2
         assert ("Up", "5,000") in cells
-    eventually(lambda: not table(gateway))
+    wait.until(lambda: not table(gateway))
 
 
 def test_the_figures_are_those_of_the_master(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=3", "max_workers=9")
-    server = origin(echo, "127.0.0.3")
+    server = origin(origins.echo, "127.0.0.3")
     with gateway.connect() as client:
-        assert exchange(client, request(DENIED)).status == 403
-        assert exchange(client, request(CLOSED)).status == 502
+        assert (
+            http_wire.exchange(client, http_wire.request(http_wire.DENIED)).status
+            == 403
+        )
+        assert (
+            http_wire.exchange(client, http_wire.request(http_wire.CLOSED)).status
+            == 502
+        )
     asked = 0
-    with tunnel(gateway, server):
+    with http_wire.tunnel(gateway, server):
 
         def found() -> dict[str, object]:
             nonlocal asked
@@ -245,7 +248,7 @@ def test_the_figures_are_those_of_the_master(
             return answer
 
         # While we ask, one of the three is not idle.
-        figures = eventually(lambda: (f := found())["idle"] in (2, 3) and f)
+        figures = wait.until(lambda: (f := found())["idle"] in (2, 3) and f)
         assert isinstance(figures, dict)
         assert (figures["limit"], figures["busy"]) == (9, 2)  # the tunnel, and we
         assert (figures["refused"], figures["failed"]) == (1, 1)
@@ -253,7 +256,7 @@ def test_the_figures_are_those_of_the_master(
         assert figures["served"] == asked - 1 and 0 <= figures["uptime"] < 60
 
 
-def deface(gateway: Gateway, pids: list[int]) -> None:
+def deface(gateway: running.Gateway, pids: list[int]) -> None:
     """Write hostile words into the rows of some workers, as no client could."""
     folder = Path(f"/proc/{gateway.process.pid}/fd")
     links = {os.readlink(link): link for link in folder.iterdir()}
@@ -274,9 +277,9 @@ def deface(gateway: Gateway, pids: list[int]) -> None:
 
 def chromium(folder: Path, *words: str) -> tuple[str, str]:
     """Run Chromium without a head; return what it prints and what it says."""
-    needs("chromium")
+    needs.programs("chromium")
     done = subprocess.run(
-        [*CHROMIUM, f"--user-data-dir={folder / 'profile'}", *words],
+        [*web.CHROMIUM, f"--user-data-dir={folder / 'profile'}", *words],
         env={"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"},
         capture_output=True,
         text=True,
@@ -287,16 +290,18 @@ def chromium(folder: Path, *words: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def defaced(natwork: Callable[..., Gateway], origin: Start) -> Iterator[Gateway]:
+def defaced(natwork: running.Start, origin: origins.Start) -> Iterator[running.Gateway]:
     """Return a gateway with tunnels whose rows hold hostile words."""
-    gateway, server = natwork("name=gate.test"), origin(echo, "127.0.0.3")
+    gateway, server = natwork("name=gate.test"), origin(origins.echo, "127.0.0.3")
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(tunnel(gateway, server)) for _ in HOSTILE]
-        deface(gateway, [worker_of(gateway, client) for client in clients])
+        clients = [
+            stack.enter_context(http_wire.tunnel(gateway, server)) for _ in HOSTILE
+        ]
+        deface(gateway, [gateway.worker_of(client) for client in clients])
         yield gateway
 
 
-def test_hostile_words_are_words(defaced: Gateway) -> None:
+def test_hostile_words_are_words(defaced: running.Gateway) -> None:
     page = curl(defaced.url)[2]
     cells = [html.unescape(text) for text in re.findall("<td[^>]*>([^<]*)", page)]
     assert set(HOSTILE) <= set(cells)
@@ -306,7 +311,7 @@ def test_hostile_words_are_words(defaced: Gateway) -> None:
 
 
 def test_a_browser_refreshes_the_table_in_place(
-    defaced: Gateway, tmp_path: Path
+    defaced: running.Gateway, tmp_path: Path
 ) -> None:
     found, said = chromium(
         tmp_path,
@@ -328,7 +333,9 @@ def test_a_browser_refreshes_the_table_in_place(
 
 
 @pytest.mark.parametrize("size", ["1400,800", "390,1600"])
-def test_a_browser_shows_the_table(defaced: Gateway, tmp_path: Path, size: str) -> None:
+def test_a_browser_shows_the_table(
+    defaced: running.Gateway, tmp_path: Path, size: str
+) -> None:
     picture = tmp_path / "table.png"
     chromium(tmp_path, f"--screenshot={picture}", f"--window-size={size}", defaced.url)
     data = picture.read_bytes()
@@ -339,15 +346,15 @@ def test_a_browser_shows_the_table(defaced: Gateway, tmp_path: Path, size: str) 
 # --- Metrics ------------------------------------------------------------------
 
 
-def measured(gateway: Gateway) -> dict[str, float]:
+def measured(gateway: running.Gateway) -> dict[str, float]:
     """Return the metrics by name and labels."""
     lines = curl(gateway.url + "/metrics")[2].splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
     return {name: float(value) for name, value in pairs}
 
 
-def test_promtool_finds_no_fault_with_the_metrics(gateway: Gateway) -> None:
-    needs("promtool")
+def test_promtool_finds_no_fault_with_the_metrics(gateway: running.Gateway) -> None:
+    needs.programs("promtool")
     curl("-H", "Host: evil.example", gateway.url)
     done = subprocess.run(
         ["promtool", "check", "metrics"],
@@ -359,31 +366,36 @@ def test_promtool_finds_no_fault_with_the_metrics(gateway: Gateway) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def mix(gateway: Gateway, server: Origin, web: Origin) -> None:
+def mix(gateway: running.Gateway, server: origins.Origin, web: origins.Origin) -> None:
     """Be a client of every kind, one after another."""
-    for target in (web, web, DENIED, CLOSED, b"nowhere.invalid"):
+    for target in (web, web, http_wire.DENIED, http_wire.CLOSED, b"nowhere.invalid"):
         with gateway.connect() as client:
-            exchange(client, request(target))
+            http_wire.exchange(client, http_wire.request(target))
     with gateway.connect() as client:
-        exchange(client, b"nonsense\r\n\r\n")
-    with tunnel(gateway, server) as client:
-        assert echoes(client, b"x" * 70000)
-    reset(tunnel(gateway, server))
+        http_wire.exchange(client, b"nonsense\r\n\r\n")
+    with http_wire.tunnel(gateway, server) as client:
+        assert wire.echoes(client, b"x" * 70000)
+    wire.reset(http_wire.tunnel(gateway, server))
 
 
 def test_the_metrics_add_up_with_the_log(
-    natwork: Callable[..., Gateway], origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("spare_workers=4", "rules=deny port 9;allow to 127.0.0.0/8")
-    server, web = origin(echo, "127.0.0.3"), origin(Script(), "127.0.0.3")
+    server, web = (
+        origin(origins.echo, "127.0.0.3"),
+        origin(http_wire.Script(), "127.0.0.3"),
+    )
     for _ in range(5):
         mix(gateway, server, web)
         with gateway.connect() as client:
-            exchange(client, request(b"127.0.0.3:9"))
+            http_wire.exchange(client, http_wire.request(b"127.0.0.3:9"))
         with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(tunnel(gateway, server)) for _ in range(6)]
-            assert all(echoes(client) for client in clients)
-            pids = [worker_of(gateway, client) for client in clients]
+            clients = [
+                stack.enter_context(http_wire.tunnel(gateway, server)) for _ in range(6)
+            ]
+            assert all(wire.echoes(client) for client in clients)
+            pids = [gateway.worker_of(client) for client in clients]
             time.sleep(0.05)  # for the workers to write down what has moved
             for pid in pids[:4]:
                 os.kill(pid, signal.SIGKILL)
@@ -399,7 +411,7 @@ def test_the_metrics_add_up_with_the_log(
         ended = sum(n for name, n in metrics.items() if "sessions" in name)
         return (metrics, lines) if ended == len(lines) else None
 
-    found = eventually(agreed)
+    found = wait.until(agreed)
     assert isinstance(found, tuple)
     metrics, lines = found
     kinds = Counter(
@@ -442,7 +454,7 @@ def evaluate(path: Path, hosts: list[str]) -> list[str]:
     python = "/usr/bin/python3"
     probe = [python, "-c", "import pacparser"]
     if subprocess.run(probe, capture_output=True, timeout=30).returncode:
-        unavailable("not installed: python3-pacparser")
+        needs.unavailable("not installed: python3-pacparser")
     done = subprocess.run(
         [python, "-c", PACPARSER, str(path)],
         input=json.dumps(hosts),
@@ -472,7 +484,7 @@ def some_addresses(count: int) -> list[str]:
 
 
 def test_the_pac_file_knows_inside_from_outside(
-    gateway: Gateway, tmp_path: Path
+    gateway: running.Gateway, tmp_path: Path
 ) -> None:
     path = tmp_path / "proxy.pac"
     path.write_text(curl(gateway.url + "/proxy.pac")[2])
@@ -491,14 +503,14 @@ def test_the_pac_file_knows_inside_from_outside(
     assert "DIRECT" not in evaluate(path, [*names, "1.2.3", "10.0.0.1:x"])
 
 
-def test_the_pac_file_offers_the_name_that_was_asked(gateway: Gateway) -> None:
+def test_the_pac_file_offers_the_name_that_was_asked(gateway: running.Gateway) -> None:
     port = gateway.address[1]
     for host in ("localhost", "gate.test", "127.0.0.1"):
         body = curl("-H", f"Host: {host}:{port}", gateway.url + "/proxy.pac")[2]
         assert f"PROXY {host}:{port}" in body
 
 
-def test_gateways_share_their_clients(natwork: Callable[..., Gateway]) -> None:
+def test_gateways_share_their_clients(natwork: running.Start) -> None:
     gateway = natwork(f"gateways={' '.join(OTHERS)}")
     orders = []
     for last in range(1, 31):
@@ -506,8 +518,8 @@ def test_gateways_share_their_clients(natwork: Callable[..., Gateway]) -> None:
             gateway.address, 10, source_address=(f"127.0.0.{last}", 0)
         ) as client:
             data = b"GET /proxy.pac HTTP/1.1\r\nHost: wpad\r\n\r\n"
-            body = exchange(client, data).body.decode()
-            assert exchange(client, data).body.decode() == body
+            body = http_wire.exchange(client, data).body.decode()
+            assert http_wire.exchange(client, data).body.decode() == body
         orders.append(tuple(re.findall('PROXY ([^;"]+)', body)))
     assert all(len(set(order)) == 3 for order in orders)
     assert sorted(Counter(order[0] for order in orders).values()) == [10, 10, 10]
@@ -519,6 +531,8 @@ def test_gateways_share_their_clients(natwork: Callable[..., Gateway]) -> None:
 )
 def test_a_gateway_that_is_none_is_refused(word: str, tmp_path: Path) -> None:
     for how in (["-t"], ["-o", "listen=127.0.0.1:0"]):
-        done = command(*how, "-o", f"gateways=a.example:80 {word}", cwd=tmp_path)
+        done = running.command(
+            *how, "-o", f"gateways=a.example:80 {word}", cwd=tmp_path
+        )
         assert done.returncode == 78 and "gateways" in done.stderr, done
         assert repr(word) in done.stderr

@@ -9,43 +9,21 @@ import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import http_wire
+import needs
+import origins
 import pytest
-from box import needs
-from box import unavailable
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from running import Daemon
-from running import command
-from running import daemons
-from running import echo
-from running import echoes
-from sockswire import AGREED
-from sockswire import addressed
-from sockswire import five
-from sockswire import read_five
-from wire import CLOSED
-from wire import NAME
-from wire import Message
-from wire import Script
-from wire import at_end
-from wire import drip
-from wire import exchange
-from wire import proxy_error
-from wire import read_answer
-from wire import request
-from wire import response
-from wire import sized
+import running
+import socks_wire
+import wait
+import web
+import wire
 
 import natwork
 from natwork import Chapters
@@ -59,10 +37,7 @@ from natwork_parents import Parents
 from natwork_parents import join
 from natwork_users import user_line
 
-daemon = daemons()
-Start = Callable[..., Origin]
-Natwork = Callable[..., Gateway]
-NAMED = f"name={NAME.decode()}"
+NAMED = f"name={running.NAME.decode()}"
 PASSWORD = "kQ7-pass%3Aword"  # in a URL; there is a colon in it
 LOGIN = f"alice:{PASSWORD}@"
 BASIC = base64.b64encode(b"alice:kQ7-pass:word")
@@ -74,37 +49,20 @@ def parents(*lines: str) -> str:
     return "parents=" + ";".join(lines)
 
 
-def one_each(opening: str, asked: list[Origin]) -> str:
+def one_each(opening: str, asked: list[origins.Origin]) -> str:
     """Return the setting by which parent N takes the target 127.0.1.N."""
     return parents(
         *(f"{opening}{p.authority} to 127.0.1.{n}" for n, p in enumerate(asked))
     )
 
 
-def ask(gateway: Gateway, where: Origin | bytes, *fields: bytes) -> Message:
-    """Return the answer to a GET on a connection of its own."""
-    with gateway.connect(30) as client:
-        return exchange(client, request(where, *fields))
-
-
-def connected(gateway: Gateway, where: Origin | bytes) -> tuple[Message, socket.socket]:
+def connected(
+    gateway: running.Gateway, where: origins.Origin | bytes
+) -> tuple[http_wire.Message, socket.socket]:
     """Return the answer to a CONNECT, and the client's socket."""
     client = gateway.connect(30)
-    client.sendall(request(where, method=b"CONNECT"))
-    return read_answer(client, b"CONNECT"), client
-
-
-class Tunnel:
-    """A parent that says what it is told to a CONNECT, and then echoes."""
-
-    def __init__(self, answer: bytes, dripping: bool = False) -> None:
-        self.answer, self.dripping = answer, dripping
-        self.heads: list[bytes] = []
-
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        self.heads.append(read_head(connection))
-        (drip if self.dripping else socket.socket.sendall)(connection, self.answer)
-        echo(connection, origin)
+    client.sendall(http_wire.request(where, method=b"CONNECT"))
+    return http_wire.read_answer(client, b"CONNECT"), client
 
 
 class Liar:
@@ -113,10 +71,10 @@ class Liar:
     def __init__(self, reply: bytes) -> None:
         self.reply = reply
 
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        read_exactly(connection, read_exactly(connection, 2)[1])
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        wire.read_exactly(connection, wire.read_exactly(connection, 2)[1])
         connection.sendall(b"\5\0")
-        read_five(connection)
+        socks_wire.read_five(connection)
         connection.sendall(self.reply)
         connection.recv(1)
 
@@ -129,26 +87,26 @@ class Socks:
         self.method = method if method is not None else 2 if user else 0
         self.heard: list[bytes] = []
 
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        methods = read_exactly(connection, 2)
-        self.heard.append(methods + read_exactly(connection, methods[1]))
-        drip(connection, bytes([5, self.method]))
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        methods = wire.read_exactly(connection, 2)
+        self.heard.append(methods + wire.read_exactly(connection, methods[1]))
+        wire.drip(connection, bytes([5, self.method]))
         if self.method == 255:
             return
         if self.method == 2:
-            name = read_exactly(connection, 2)
-            name += read_exactly(connection, name[1] + 1)
-            self.heard.append(name + read_exactly(connection, name[-1]))
+            name = wire.read_exactly(connection, 2)
+            name += wire.read_exactly(connection, name[1] + 1)
+            self.heard.append(name + wire.read_exactly(connection, name[-1]))
             good = self.heard[-1] == self.user
-            drip(connection, bytes([1, not good]))
+            wire.drip(connection, bytes([1, not good]))
             if not good:
                 return
-        start = read_exactly(connection, 5)
+        start = wire.read_exactly(connection, 5)
         rest = {1: 3, 3: start[4], 4: 15}[start[3]]
-        self.heard.append(start + read_exactly(connection, rest + 2))
+        self.heard.append(start + wire.read_exactly(connection, rest + 2))
         address = b"\3\7a.local" if self.reply == 0 else b"\1\0\0\0\0"
-        drip(connection, bytes([5, self.reply, 0]) + address + b"\0\0" + b"hello")
-        echo(connection, origin)
+        wire.drip(connection, bytes([5, self.reply, 0]) + address + b"\0\0" + b"hello")
+        origins.echo(connection, origin)
 
 
 # --- The lines ----------------------------------------------------------------
@@ -232,7 +190,7 @@ def test_an_error_does_not_quote_the_password(
 
 
 def test_an_error_says_what_a_url_is(tmp_path: Path) -> None:
-    done = command("-t", "-o", parents("http://h"), cwd=tmp_path)
+    done = running.command("-t", "-o", parents("http://h"), cwd=tmp_path)
     assert done.returncode == 78 and "a host, a colon and a port" in done.stderr
 
 
@@ -242,12 +200,12 @@ def test_passwords_are_masked_where_settings_are_printed(tmp_path: Path) -> None
         f"socks5://{LOGIN}[fd00::1]:1080 to b.example",
         "socks5://c.example:1080",
     )
-    done = command("-t", "-o", parents(*given), cwd=tmp_path)
+    done = running.command("-t", "-o", parents(*given), cwd=tmp_path)
     assert done.returncode == 0 and "kQ7" not in done.stdout
     for line in given:
         assert f"    {line.replace(PASSWORD, '***')}\n" in done.stdout
     (tmp_path / "natwork.conf").write_text(done.stdout)
-    assert command("-t", cwd=tmp_path).stdout == done.stdout
+    assert running.command("-t", cwd=tmp_path).stdout == done.stdout
 
 
 @pytest.mark.parametrize("text", ["kQ7", "9kQ7", "*kQ7", "80kQ7", "80:kQ7"])
@@ -294,7 +252,7 @@ def test_explain_says_which_parent(tmp_path: Path) -> None:
 
     def explain(target: str) -> str:
         words = ("--explain", "10.0.0.7", target)
-        return command(*options, *words, cwd=tmp_path).stdout
+        return running.command(*options, *words, cwd=tmp_path).stdout
 
     said = "would ask the parent http://127.0.0.1:3128\n"
     assert explain("192.0.2.1:443").endswith(said)
@@ -306,19 +264,25 @@ def test_explain_says_which_parent(tmp_path: Path) -> None:
 
 
 def test_a_request_goes_to_the_parent_in_absolute_form(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    parent = origin(Script(sized(b"one"), sized(b"two")))
+    parent = origin(http_wire.Script(http_wire.sized(b"one"), http_wire.sized(b"two")))
     gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
     body, at = b"Content-Length: 3", b"127.0.0.3:81"
     with gateway.connect() as client:
-        sent = request(at, body, b"X: y", method=b"PUT", path=b"/p?q", body=b"abc")
-        assert exchange(client, sent).body == b"one"
-        assert exchange(client, request(at, path=b"?q")).body == b"two"
-        sent = request(at, method=b"OPTIONS", path=b"")
-        assert exchange(client, sent).body == b"two"
+        sent = http_wire.request(
+            at, body, b"X: y", method=b"PUT", path=b"/p?q", body=b"abc"
+        )
+        assert http_wire.exchange(client, sent).body == b"one"
+        assert (
+            http_wire.exchange(client, http_wire.request(at, path=b"?q")).body == b"two"
+        )
+        sent = http_wire.request(at, method=b"OPTIONS", path=b"")
+        assert http_wire.exchange(client, sent).body == b"two"
         # Another target is judged and dialed anew.
-        assert exchange(client, request(b"127.0.0.4")).body == b"two"
+        assert (
+            http_wire.exchange(client, http_wire.request(b"127.0.0.4")).body == b"two"
+        )
     got = parent.handle.requests
     assert [r.start for r in got] == [
         b"PUT http://127.0.0.3:81/p?q HTTP/1.1",
@@ -338,32 +302,35 @@ def test_a_request_goes_to_the_parent_in_absolute_form(
 
 
 def test_a_request_goes_out_again_in_the_same_form(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    parent = origin(Script(close=True))
+    parent = origin(http_wire.Script(close=True))
     gateway = natwork(parents(f"http://{parent.authority}"))
     with gateway.connect() as client:
         for _ in range(5):
-            assert exchange(client, request(b"127.0.0.3")).status == 200
+            assert (
+                http_wire.exchange(client, http_wire.request(b"127.0.0.3")).status
+                == 200
+            )
     assert len(parent.callers) == 5
     starts = {one.start for one in parent.handle.requests}
     assert starts == {b"GET http://127.0.0.3/ HTTP/1.1"}
 
 
 def test_a_tunnel_leads_through_the_parents_tunnel(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     head = (
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Fine\r\nContent-Length: 9\r\n\r\n"
     )
     for dripping in (False, True):
         # What the server says first comes with the parent's answer.
-        parent = origin(Tunnel(head + b"220 hello", dripping))
+        parent = origin(http_wire.Parent(head + b"220 hello", dripping))
         gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"), NAMED)
         answer, client = connected(gateway, b"127.0.0.3:25000")
         with client:
             assert answer.start == b"HTTP/1.1 200 Connection established"
-            assert read_exactly(client, 9) == b"220 hello" and echoes(client)
+            assert wire.read_exactly(client, 9) == b"220 hello" and wire.echoes(client)
         (head_sent,) = parent.handle.heads
         assert head_sent.split(b"\r\n") == [
             b"CONNECT 127.0.0.3:25000 HTTP/1.1",
@@ -423,39 +390,44 @@ REFUSALS = {
 
 
 def test_a_parents_refusal_is_passed_on_with_its_name(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     challenge = b'Proxy-Authenticate: Basic realm="parent"'
-    pages = [sized(b"a page", challenge, status=said) for said in REFUSALS]
-    asked = [origin(Tunnel(page)) for page in pages]
+    pages = [http_wire.sized(b"a page", challenge, status=said) for said in REFUSALS]
+    asked = [origin(http_wire.Parent(page)) for page in pages]
     gateway = natwork(one_each(f"http://{LOGIN}", asked), NAMED)
     for number, (said, expected) in enumerate(REFUSALS.items()):
         status, error, word = expected
         answer, client = connected(gateway, b"127.0.1.%d:443" % number)
         with client:
-            assert (answer.status, proxy_error(answer)) == (status, error)
-            assert at_end(client) and not answer.values(b"Proxy-Authenticate")
+            assert (answer.status, http_wire.proxy_error(answer)) == (status, error)
+            assert wire.at_end(client) and not answer.values(b"Proxy-Authenticate")
         why = f"parent http://{asked[number].authority}: {said.decode()}"
         assert why.encode() in answer.body and b"kQ7" not in answer.body
         assert gateway.lines(number + 1)[number]["outcome"] == word
 
 
 def test_a_parents_407_to_a_request_is_not_for_our_client(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     challenge = b'Proxy-Authenticate: Basic realm="parent"'
-    parent = origin(Script(sized(b"page", challenge, status=b"407 Who"), sized(b"ok")))
+    parent = origin(
+        http_wire.Script(
+            http_wire.sized(b"page", challenge, status=b"407 Who"),
+            http_wire.sized(b"ok"),
+        )
+    )
     gateway = natwork(parents(f"http://{parent.authority}"), NAMED)
     with gateway.connect() as client:
-        answer = exchange(client, request(b"127.0.0.3"))
+        answer = http_wire.exchange(client, http_wire.request(b"127.0.0.3"))
         assert answer.status == 502 and not answer.values(b"Proxy-Authenticate")
         assert parent.authority.encode() in answer.body
         # Its page does not answer the next request.
-        assert exchange(client, request(b"127.0.0.3")).body == b"ok"
+        assert http_wire.exchange(client, http_wire.request(b"127.0.0.3")).body == b"ok"
     assert gateway.lines(1)[0]["outcome"] == "parent-407"
     # Any other answer is an answer.
-    parent.handle.answers = [sized(b"no", status=b"403 Forbidden")]
-    assert ask(gateway, b"127.0.0.3").status == 403
+    parent.handle.answers = [http_wire.sized(b"no", status=b"403 Forbidden")]
+    assert http_wire.ask(gateway, b"127.0.0.3").status == 403
     assert gateway.lines(3)[2]["outcome"] == "ok"
 
 
@@ -470,21 +442,25 @@ ODD = {
         "parent-bad-response",
     ),
     "no end": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000, 502, "parent-bad-response"),
-    "only interim": (response(status=b"102 x") * 3, 504, "parent-connect-timeout"),
+    "only interim": (
+        http_wire.response(status=b"102 x") * 3,
+        504,
+        "parent-connect-timeout",
+    ),
 }
 
 
 def test_a_parent_that_does_not_answer_well_is_said_to(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    asked = [origin(Tunnel(said)) for said, _, _ in ODD.values()]
+    asked = [origin(http_wire.Parent(said)) for said, _, _ in ODD.values()]
     gateway = natwork(one_each("http://", asked), "connect_timeout=1", NAMED)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(gateway.connect()) for _ in ODD]
         for number, client in enumerate(clients):  # who is silent is so to all at once
             where = b"127.0.1.%d:443" % number
-            client.sendall(request(where, method=b"CONNECT"))
-        answers = [read_answer(client, b"CONNECT") for client in clients]
+            client.sendall(http_wire.request(where, method=b"CONNECT"))
+        answers = [http_wire.read_answer(client, b"CONNECT") for client in clients]
     words = {line["target"]: line["outcome"] for line in gateway.lines(len(ODD))}
     for number, (_, status, word) in enumerate(ODD.values()):
         assert answers[number].status == status
@@ -493,43 +469,52 @@ def test_a_parent_that_does_not_answer_well_is_said_to(
         assert words[f"127.0.1.{number}:443"] == word
 
 
-def hang_up(connection: socket.socket, origin: Origin) -> None:
+def hang_up(connection: socket.socket, origin: origins.Origin) -> None:
     connection.recv(100)
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 def test_a_parent_that_hangs_up_is_said_to(
-    natwork: Natwork, origin: Start, scheme: str
+    natwork: running.Start, origin: origins.Start, scheme: str
 ) -> None:
     parent = origin(hang_up)
     gateway = natwork(parents(f"{scheme}://{parent.authority}"), NAMED)
     answer, client = connected(gateway, b"127.0.0.3:443")
     client.close()
-    answers = [answer, ask(gateway, b"127.0.0.3")]
+    answers = [answer, http_wire.ask(gateway, b"127.0.0.3")]
     for answer in answers:
-        assert (answer.status, proxy_error(answer)) == (502, b"connection_terminated")
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            502,
+            b"connection_terminated",
+        )
         assert f"parent {scheme}://{parent.authority}: ".encode() in answer.body
     outcomes = [line["outcome"] for line in gateway.lines(2)]
     assert outcomes == ["parent-server-gone"] * 2
 
 
 def test_a_parent_that_does_not_answer_a_request_is_said_to(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    silent, odd = origin(Tunnel(b"")), origin(speak_ssh)
+    silent, odd = origin(http_wire.Parent(b"")), origin(speak_ssh)
     lines = (f"http://{silent.authority} to 127.0.0.3", f"http://{odd.authority}")
     gateway = natwork(parents(*lines), "idle_timeout=1", NAMED)
-    answer = ask(gateway, b"127.0.0.3")
-    assert (answer.status, proxy_error(answer)) == (504, b"http_response_timeout")
+    answer = http_wire.ask(gateway, b"127.0.0.3")
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        504,
+        b"http_response_timeout",
+    )
     assert silent.authority.encode() in answer.body
-    answer = ask(gateway, b"127.0.0.4")
-    assert (answer.status, proxy_error(answer)) == (502, b"http_protocol_error")
+    answer = http_wire.ask(gateway, b"127.0.0.4")
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        502,
+        b"http_protocol_error",
+    )
     assert odd.authority.encode() in answer.body
     outcomes = [line["outcome"] for line in gateway.lines(2)]
     assert outcomes == ["parent-answer-timeout", "parent-bad-response"]
 
 
-def speak_ssh(connection: socket.socket, origin: Origin) -> None:
+def speak_ssh(connection: socket.socket, origin: origins.Origin) -> None:
     connection.recv(1000)
     connection.sendall(b"SSH-2.0-x\r\n\r\n")
     connection.recv(1)
@@ -537,17 +522,23 @@ def speak_ssh(connection: socket.socket, origin: Origin) -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 def test_a_parent_that_is_not_there_is_said_not_to_be(
-    natwork: Natwork, origin: Start, scheme: str
+    natwork: running.Start, origin: origins.Start, scheme: str
 ) -> None:
-    closed = CLOSED.decode()
+    closed = http_wire.CLOSED.decode()
     gateway = natwork(parents(f"{scheme}://{LOGIN}{closed}"), NAMED)
-    answer = ask(gateway, b"127.0.0.3")
-    assert (answer.status, proxy_error(answer)) == (502, b"connection_refused")
+    answer = http_wire.ask(gateway, b"127.0.0.3")
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        502,
+        b"connection_refused",
+    )
     assert f"parent {scheme}://{closed}: ".encode() in answer.body
     assert b"kQ7" not in answer.body + repr(answer.fields).encode()
     assert gateway.lines(1)[0]["outcome"] == "parent-refused"
     gateway = natwork(parents("http://parent.invalid:80"), NAMED)
-    assert b"parent http://parent.invalid:80: " in ask(gateway, b"127.0.0.3").body
+    assert (
+        b"parent http://parent.invalid:80: "
+        in http_wire.ask(gateway, b"127.0.0.3").body
+    )
     assert gateway.lines(1)[0]["outcome"] == "parent-no-such-host"
 
 
@@ -566,7 +557,7 @@ HELLO = b"\5\2\0\2"
     ],
 )
 def test_a_socks_parent_is_told_the_host_as_the_client_gave_it(
-    natwork: Natwork, origin: Start, host: bytes, told: bytes
+    natwork: running.Start, origin: origins.Start, host: bytes, told: bytes
 ) -> None:
     user = b"\1\5alice\x0dkQ7-pass:word"
     for login, parent in (("", origin(Socks())), (LOGIN, origin(Socks(user=user)))):
@@ -575,36 +566,41 @@ def test_a_socks_parent_is_told_the_host_as_the_client_gave_it(
         answer, client = connected(gateway, host)
         with client:
             assert answer.status == 200
-            assert read_exactly(client, 5) == b"hello" and echoes(client)
+            assert wire.read_exactly(client, 5) == b"hello" and wire.echoes(client)
         spoken = [HELLO, user] if login else [b"\5\1\0"]
         assert parent.handle.heard == [*spoken, b"\5\1\0" + told]
         assert gateway.lines(1)[0]["address"] == parent.authority
 
 
 def test_a_request_goes_through_a_socks_parent_as_to_its_server(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    def serve(connection: socket.socket, origin: Origin) -> None:
-        read_exactly(connection, 3)
+    def serve(connection: socket.socket, origin: origins.Origin) -> None:
+        wire.read_exactly(connection, 3)
         connection.sendall(b"\5\0")
-        read_exactly(connection, 10)
+        wire.read_exactly(connection, 10)
         connection.sendall(b"\5\0\0\1\0\0\0\0\0\0")
         script(connection, origin)
 
-    script = Script(sized(b"ok"))
+    script = http_wire.Script(http_wire.sized(b"ok"))
     gateway = natwork(parents(f"socks5://{origin(serve).authority}"))
     with gateway.connect() as client:
         for _ in range(2):
-            assert exchange(client, request(b"127.0.0.3:81")).body == b"ok"
+            assert (
+                http_wire.exchange(client, http_wire.request(b"127.0.0.3:81")).body
+                == b"ok"
+            )
     assert [one.start for one in script.requests] == [b"GET / HTTP/1.1"] * 2
 
 
-def speak_http(connection: socket.socket, origin: Origin) -> None:
+def speak_http(connection: socket.socket, origin: origins.Origin) -> None:
     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     connection.recv(100)
 
 
-def test_a_socks_parents_refusal_is_passed_on(natwork: Natwork, origin: Start) -> None:
+def test_a_socks_parents_refusal_is_passed_on(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     refusals = [
         (Socks(1), 502, b"destination_unavailable", "parent-reply-1"),
         (Socks(2), 403, b"http_request_denied", "parent-reply-2"),
@@ -626,27 +622,34 @@ def test_a_socks_parents_refusal_is_passed_on(natwork: Natwork, origin: Start) -
     for number, (_, status, error, word) in enumerate(refusals):
         answer, client = connected(gateway, b"127.0.1.%d:81" % number)
         with client:
-            assert (answer.status, proxy_error(answer)) == (status, error)
+            assert (answer.status, http_wire.proxy_error(answer)) == (status, error)
         assert f"parent socks5://{asked[number].authority}".encode() in answer.body
         assert gateway.lines(number + 1)[number]["outcome"] == word
 
 
-def test_a_socks_parents_reply_is_the_clients(natwork: Natwork, origin: Start) -> None:
+def test_a_socks_parents_reply_is_the_clients(
+    natwork: running.Start, origin: origins.Start
+) -> None:
     replies = range(2, 7)
     asked = [origin(Socks(reply)) for reply in replies]
     gateway = natwork(one_each("socks5://", asked))
     for number, reply in enumerate(replies):
         with gateway.connect() as client:
-            client.sendall(b"\5\1\0" + five(addressed(f"127.0.1.{number}", 81)))
-            assert read_exactly(client, 2) == AGREED
-            assert read_five(client)[0] == reply
+            client.sendall(
+                b"\5\1\0"
+                + socks_wire.five(socks_wire.addressed(f"127.0.1.{number}", 81))
+            )
+            assert wire.read_exactly(client, 2) == socks_wire.AGREED
+            assert socks_wire.read_five(client)[0] == reply
 
 
 # --- What is asked of whom ----------------------------------------------------
 
 
-def test_the_target_is_judged_first(natwork: Natwork, origin: Start) -> None:
-    parent = origin(Script())
+def test_the_target_is_judged_first(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    parent = origin(http_wire.Script())
     rules = "rules=deny to .invalid port 81; allow to 127.0.0.3, .invalid; deny to *"
     line = parents(f"http://{parent.authority}")
     gateway = natwork(line, rules, NAMED, loopback=False)
@@ -661,7 +664,7 @@ def test_the_target_is_judged_first(natwork: Natwork, origin: Start) -> None:
         NOWHERE + b":81": 502,
         b"no-such-name.test": 502,
     }.items():
-        assert ask(gateway, where).status == status, where
+        assert http_wire.ask(gateway, where).status == status, where
     assert len(parent.handle.requests) == 3
 
 
@@ -681,36 +684,47 @@ def test_the_target_is_judged_first(natwork: Natwork, origin: Start) -> None:
     ],
 )
 def test_a_name_unknown_here_goes_on_if_a_rule_names_it(
-    natwork: Natwork, origin: Start, rules: str, status: int
+    natwork: running.Start, origin: origins.Start, rules: str, status: int
 ) -> None:
-    line = parents(f"http://{origin(Script()).authority}")
+    line = parents(f"http://{origin(http_wire.Script()).authority}")
     gateway = natwork(line, f"rules={rules}", NAMED, loopback=False)
-    assert ask(gateway, NOWHERE).status == status
+    assert http_wire.ask(gateway, NOWHERE).status == status
 
 
-def test_a_name_unknown_here_goes_to_no_server(natwork: Natwork, origin: Start) -> None:
-    line = parents(f"http://{origin(Script()).authority} to .example")
+def test_a_name_unknown_here_goes_to_no_server(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    line = parents(f"http://{origin(http_wire.Script()).authority} to .example")
     gateway = natwork(line, "rules=allow to *", NAMED, loopback=False)
-    assert ask(gateway, NOWHERE).status == 502
+    assert http_wire.ask(gateway, NOWHERE).status == 502
     assert gateway.lines(1)[0]["outcome"] == "no-such-host"
 
 
-def test_what_no_parent_takes_is_dialed(natwork: Natwork, origin: Start) -> None:
-    parent, server = origin(Script(sized(b"parent"))), origin(Script(), "127.0.0.3")
+def test_what_no_parent_takes_is_dialed(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    parent, server = (
+        origin(http_wire.Script(http_wire.sized(b"parent"))),
+        origin(http_wire.Script(), "127.0.0.3"),
+    )
     gateway = natwork(parents(f"http://{parent.authority} to 127.0.0.4/32"))
-    assert ask(gateway, server).body == b"ok"
-    assert ask(gateway, b"127.0.0.4").body == b"parent"
+    assert http_wire.ask(gateway, server).body == b"ok"
+    assert http_wire.ask(gateway, b"127.0.0.4").body == b"parent"
     addresses = [line["address"] for line in gateway.lines(2)]
     assert addresses == [server.authority, parent.authority]
 
 
 def test_a_near_parent_is_not_dialed_from_the_outside(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    parent, server = origin(Script()), origin(Script(), "127.0.0.3")
+    parent, server = origin(http_wire.Script()), origin(http_wire.Script(), "127.0.0.3")
     line = parents(f"http://{parent.authority} to 127.0.0.4/32")
     gateway = natwork(line, "outside=127.0.0.2")
-    assert ask(gateway, b"127.0.0.4").status == ask(gateway, server).status == 200
+    assert (
+        http_wire.ask(gateway, b"127.0.0.4").status
+        == http_wire.ask(gateway, server).status
+        == 200
+    )
     assert [host for host, _ in parent.callers + server.callers] == [
         "127.0.0.1",
         "127.0.0.2",
@@ -720,32 +734,32 @@ def test_a_near_parent_is_not_dialed_from_the_outside(
 
 
 def test_a_body_that_never_comes_through_a_parent_swallows_no_request(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    def refuse(connection: socket.socket, origin: Origin) -> None:
-        origin.received.append(read_head(connection))
-        connection.sendall(sized(b"no", status=b"401 Unauthorized"))
-        origin.received.append(read_all(connection))
+    def refuse(connection: socket.socket, origin: origins.Origin) -> None:
+        origin.received.append(http_wire.read_head(connection))
+        connection.sendall(http_wire.sized(b"no", status=b"401 Unauthorized"))
+        origin.received.append(wire.read_all(connection))
 
     parent = origin(refuse)
     gateway = natwork(parents("http://%s scheme http" % parent.authority))
     fields = b"Expect: 100-continue", b"Content-Length: 200"
     with gateway.connect() as client:  # RFC 9110 section 10.1.1
-        data = request(b"127.0.0.3", *fields, method=b"PUT")
-        assert exchange(client, data).status == 401
-        client.sendall(request(b"127.0.0.3"))
-        assert read_all(client) == b""
-    eventually(lambda: len(parent.received) == 2)
+        data = http_wire.request(b"127.0.0.3", *fields, method=b"PUT")
+        assert http_wire.exchange(client, data).status == 401
+        client.sendall(http_wire.request(b"127.0.0.3"))
+        assert wire.read_all(client) == b""
+    wait.until(lambda: len(parent.received) == 2)
     assert parent.received[1] == b""
 
 
 def test_gateways_that_are_each_others_parents_are_a_loop(
-    daemon: Callable[..., Daemon],
+    daemon: running.Start,
 ) -> None:
     one = daemon(name="one")
     two = daemon(name="two", parents="http://%s:%d" % one.address)
     one.hangup(parents="http://%s:%d" % two.address)
-    answer = ask(one, b"127.0.0.3")
+    answer = http_wire.ask(one, b"127.0.0.3")
     assert answer.status == 502 and b"has been here before" in answer.body
     answer, client = connected(one, b"127.0.0.3:443")
     client.close()
@@ -756,20 +770,23 @@ def test_gateways_that_are_each_others_parents_are_a_loop(
 
 
 def test_a_gateway_may_be_a_parent_that_wants_a_user(
-    tmp_path: Path, natwork: Natwork, origin: Start
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
     (tmp_path / "users").write_bytes(user_line(b"alice", b"kQ7-pass:word") + b"\n")
     (tmp_path / "users").chmod(0o600)
     parent = natwork(f"users={tmp_path / 'users'}", "name=two")
     gateway = natwork(parents("http://%s%s:%d" % (LOGIN, *parent.address)), "name=one")
-    server, speaker = origin(Script(), "127.0.0.3"), origin(echo, "127.0.0.3")
+    server, speaker = (
+        origin(http_wire.Script(), "127.0.0.3"),
+        origin(origins.echo, "127.0.0.3"),
+    )
     with gateway.connect() as client:
         # What our client calls himself is not for the parent.
         mine = b"Proxy-Authorization: Basic eDp5"
-        assert exchange(client, request(server, mine)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server, mine)).status == 200
     answer, client = connected(gateway, speaker)
     with client:
-        assert answer.status == 200 and echoes(client)
+        assert answer.status == 200 and wire.echoes(client)
     assert [line["user"] for line in parent.lines(2)] == ["alice", "alice"]
     assert server.handle.requests[0].values(b"Via") == [b"1.1 one, 1.1 two"] or (
         server.handle.requests[0].values(b"Via") == [b"1.1 one", b"1.1 two"]
@@ -778,28 +795,27 @@ def test_a_gateway_may_be_a_parent_that_wants_a_user(
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 def test_socks_goes_through_parents_too(
-    natwork: Natwork, origin: Start, scheme: str
+    natwork: running.Start, origin: origins.Start, scheme: str
 ) -> None:
-    place = Tunnel(b"HTTP/1.1 200 x\r\n\r\nhello") if scheme == "http" else Socks()
+    place = (
+        http_wire.Parent(b"HTTP/1.1 200 x\r\n\r\nhello")
+        if scheme == "http"
+        else Socks()
+    )
     parent = origin(place)
     gateway = natwork(parents(f"{scheme}://{parent.authority}"))
     with gateway.connect() as client:
         client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\3\0\x51")
-        assert read_exactly(client, 12)[:4] == b"\5\0\5\0"
-        assert read_exactly(client, 5) == b"hello" and echoes(client)
-    gateway = natwork(parents(f"{scheme}://{CLOSED.decode()}"))
+        assert wire.read_exactly(client, 12)[:4] == b"\5\0\5\0"
+        assert wire.read_exactly(client, 5) == b"hello" and wire.echoes(client)
+    gateway = natwork(parents(f"{scheme}://{http_wire.CLOSED.decode()}"))
     with gateway.connect() as client:
         client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\3\0\x51")
-        assert read_exactly(client, 12)[2:4] == b"\5\5"
+        assert wire.read_exactly(client, 12)[2:4] == b"\5\5"
     assert gateway.lines(1)[0]["outcome"] == "parent-refused"
 
 
 # --- Real ones ----------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -818,7 +834,7 @@ def serving(words: list[str], port: int, folder: Path) -> Iterator[None]:
             return False
 
         try:
-            eventually(ready, 30)
+            wait.until(ready, 30)
             yield
         finally:
             process.terminate()
@@ -832,29 +848,10 @@ def serving(words: list[str], port: int, folder: Path) -> Iterator[None]:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """Return a folder that programs which change their user can read."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
+    with running.public_folder() as folder:
+        yield folder
 
 
-SQUID = """
-http_port 127.0.0.1:{port}
-{auth}
-http_access {access}
-http_access deny all
-acl CONNECT method CONNECT
-cache_mem 8 MB
-access_log none
-cache_log {folder}/cache.log
-pid_filename none
-netdb_filename none
-coredump_dir {folder}
-cache_effective_user proxy
-shutdown_lifetime 0 seconds
-visible_hostname squid.test
-via on
-"""
 SQUID_AUTH = """
 auth_param basic program /usr/lib/squid/basic_ncsa_auth {folder}/passwords
 auth_param basic children 1
@@ -865,15 +862,15 @@ acl known proxy_auth REQUIRED
 @contextlib.contextmanager
 def squid(folder: Path, password: bool = False) -> Iterator[int]:
     """Run Squid; yield its port."""
-    needs("squid", "openssl")
-    port = free_port()
+    needs.programs("squid", "openssl")
+    port = wire.free_port()
     words = ["openssl", "passwd", "-apr1", "kQ7-pass:word"]
     made = subprocess.run(words, capture_output=True, text=True, check=True)
     (folder / "passwords").write_text(f"alice:{made.stdout}")
     (folder / "cache.log").touch()
     if os.geteuid() == 0:
         shutil.chown(folder / "cache.log", "proxy")
-    text = SQUID.format(
+    text = web.SQUID.format(
         port=port,
         folder=folder,
         auth=SQUID_AUTH.format(folder=folder) if password else "",
@@ -885,9 +882,9 @@ def squid(folder: Path, password: bool = False) -> Iterator[int]:
         yield port
 
 
-def curl(gateway: Gateway, *words: str) -> str:
+def curl(gateway: running.Gateway, *words: str) -> str:
     """Run curl through the gateway; return what it prints."""
-    needs("curl")
+    needs.programs("curl")
     always = ["--silent", "--show-error", "--noproxy", "", "--proxy", gateway.url]
     done = subprocess.run(
         ["curl", *always, *words], capture_output=True, text=True, timeout=30
@@ -899,9 +896,9 @@ WAYS: list[list[str]] = [[], ["--proxytunnel"]]
 
 
 def test_squid_as_a_parent_with_a_password(
-    place: Path, natwork: Natwork, origin: Start
+    place: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
-    server = origin(Script(sized(b"a page")), "127.0.0.3")
+    server = origin(http_wire.Script(http_wire.sized(b"a page")), "127.0.0.3")
     with squid(place, password=True) as port:
         for way in WAYS:
             gateway = natwork(parents(f"http://{LOGIN}127.0.0.1:{port}"), NAMED)
@@ -936,13 +933,13 @@ http {{
 
 
 def test_a_cache_for_all_plain_requests_is_one_line(
-    place: Path, natwork: Natwork
+    place: Path, natwork: running.Start
 ) -> None:
     """DESIGN's recipe: Squid answers the second GET, and no tunnel meets it."""
-    needs("nginx")
+    needs.programs("nginx")
     (place / "site").mkdir()
     (place / "site" / "page").write_text("to be kept")
-    web = free_port()
+    web = wire.free_port()
     (place / "nginx.conf").write_text(NGINX.format(folder=place, port=web))
     nginx = ["nginx", "-e", f"{place}/error.log", "-c", f"{place}/nginx.conf"]
     with serving(nginx, web, place), squid(place) as port:
@@ -962,17 +959,20 @@ def test_a_cache_for_all_plain_requests_is_one_line(
 
 @pytest.mark.parametrize("login", ["", LOGIN])
 def test_microsocks_as_a_parent(
-    tmp_path: Path, natwork: Natwork, origin: Start, login: str
+    tmp_path: Path, natwork: running.Start, origin: origins.Start, login: str
 ) -> None:
-    needs("microsocks")
-    server, port = origin(Script(sized(b"a page")), "127.0.0.3"), free_port()
+    needs.programs("microsocks")
+    server, port = (
+        origin(http_wire.Script(http_wire.sized(b"a page")), "127.0.0.3"),
+        wire.free_port(),
+    )
     words = ["microsocks", "-i", "127.0.0.1", "-p", str(port)]
     words += ["-u", "alice", "-P", "kQ7-pass:word"] if login else []
     with serving(words, port, tmp_path):
         gateway = natwork(parents(f"socks5://{login}127.0.0.1:{port}"), NAMED)
         for way in WAYS:
             assert curl(gateway, *way, server.url) == "a page"
-        said = curl(gateway, "--include", f"http://{CLOSED.decode()}/")
+        said = curl(gateway, "--include", f"http://{http_wire.CLOSED.decode()}/")
         assert "502 Bad Gateway" in said and "parent-reply-5" in str(gateway.lines(3))
         if login:
             wrong = natwork(parents(f"socks5://a:b@127.0.0.1:{port}"), NAMED)
@@ -993,11 +993,16 @@ socks pass {{ from: 0/0 to: 0/0 }}
 """
 
 
-def test_dante_as_a_parent(tmp_path: Path, natwork: Natwork, origin: Start) -> None:
-    needs("danted")
+def test_dante_as_a_parent(
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
+) -> None:
+    needs.programs("danted")
     if os.geteuid() != 0:
-        unavailable("Dante wants to be started as root")
-    server, port = origin(Script(sized(b"a page")), "127.0.0.1"), free_port()
+        needs.unavailable("Dante wants to be started as root")
+    server, port = (
+        origin(http_wire.Script(http_wire.sized(b"a page")), "127.0.0.1"),
+        wire.free_port(),
+    )
     (tmp_path / "danted.conf").write_text(DANTE.format(port=port))
     words = ["danted", "-f", "danted.conf", "-p", str(tmp_path / "danted.pid")]
     with serving(words, port, tmp_path):
@@ -1009,13 +1014,13 @@ def test_dante_as_a_parent(tmp_path: Path, natwork: Natwork, origin: Start) -> N
 
 
 def test_ftp_goes_through_a_parent_with_its_data(
-    tmp_path: Path, natwork: Natwork, origin: Start
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
-    needs("microsocks")
+    needs.programs("microsocks")
     data = socket.create_server(("127.0.0.3", 0))
     port = data.getsockname()[1]
 
-    def ftpd(connection: socket.socket, origin: Origin) -> None:
+    def ftpd(connection: socket.socket, origin: origins.Origin) -> None:
         """Serve one file, from a data port that the parent is to reach."""
         connection.sendall(b"220 ready\r\n")
         lines = connection.makefile("rb")
@@ -1038,7 +1043,7 @@ def test_ftp_goes_through_a_parent_with_its_data(
                 stream.close()
                 connection.sendall(b"226 done\r\n")
 
-    server, socks = origin(ftpd, "127.0.0.3"), free_port()
+    server, socks = origin(ftpd, "127.0.0.3"), wire.free_port()
     words = ["microsocks", "-i", "127.0.0.1", "-p", str(socks), "-b", "127.0.0.8"]
     with data, serving(words, socks, tmp_path):
         line = parents(f"socks5://127.0.0.1:{socks}")

@@ -11,31 +11,21 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import boxes
+import http_wire
+import needs
 import pip
 import pytest
-from box import CHROMIUM
-from box import ENVIRONMENT
-from box import LOCALHOST
-from box import Box
-from box import Entry
-from box import Web
-from box import dual_homed_box
-from box import ip
-from box import make_certificates
-from box import needs
-from box import unavailable
-from conftest import ROOT
-from conftest import eventually
-from conftest import read_head
-from test_parents import SQUID
+import readme
+import running
+import wait
+import web
 
 pytestmark = pytest.mark.end_to_end
 
-README = (ROOT / "README.md").read_text()
 
 # What the README has for a shell, by how it begins, under the test that runs it; and
 # what looks like it, under the reason why none does.
@@ -128,10 +118,12 @@ FORM = re.compile(r"\b[A-Z]{3,}\b")  # it has a word to be replaced
 
 def pieces() -> Iterator[str]:
     """Generate the commands and blocks of the README."""
-    for found in re.findall(r"(?:^    .*\n)+", README, re.M):
+    for found in re.findall(r"(?:^    .*\n)+", readme.TEXT, re.M):
         block = re.sub("^    ", "", found, flags=re.M).strip()
         yield from [block] if block.startswith(WHOLE) else block.splitlines()
-    for span in re.findall("`([^`]+)`", re.sub(r"^    .*\n", "", README, flags=re.M)):
+    for span in re.findall(
+        "`([^`]+)`", re.sub(r"^    .*\n", "", readme.TEXT, flags=re.M)
+    ):
         if PROGRAM.fullmatch(span) and not FORM.search(span):
             yield span
 
@@ -154,7 +146,7 @@ def test_every_command_has_its_test() -> None:
     for where, keys in RUNS.items():
         if where.startswith("test_"):
             file, _, name = where.partition(".")
-            text = (ROOT / "tests" / f"{file}.py").read_text()
+            text = (running.ROOT / "tests" / f"{file}.py").read_text()
             assert f"\ndef {name}(" in text, where
             body = text.partition(f"\ndef {name}(")[2].partition("\ndef ")[0]
             if file == "test_readme":
@@ -225,46 +217,46 @@ FILES = {
             method: none
         }}
     """,
-    "chromium.d/flags": f'CHROMIUM_FLAGS="{" ".join(CHROMIUM[1:])} --dump-dom"',
+    "chromium.d/flags": f'CHROMIUM_FLAGS="{" ".join(web.CHROMIUM[1:])} --dump-dom"',
 }
 
 
 class Town:
     """The box with its servers, and the gateway that a test has started."""
 
-    def __init__(self, box: Box, folder: Path) -> None:
+    def __init__(self, box: boxes.Box, folder: Path) -> None:
         self.box, self.folder = box, folder
         self.gateway: subprocess.Popen[str] | None = None
-        here = f"{folder}:{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+        here = f"{folder}:{Path(sys.executable).parent}:{boxes.ENVIRONMENT['PATH']}"
         self.environment = {"PATH": here, "HOME": str(folder), "TERM": "xterm"}
         for place, addresses in NETWORK.items():
             batch = "".join(f"addr add {address}\n" for address in addresses)
-            ip("-n", box.name(place), "-batch", "-", given=batch)
-        self.etc("gateway", "hosts", LOCALHOST + HOSTS)
+            boxes.ip("-n", box.name(place), "-batch", "-", given=batch)
+        self.etc("gateway", "hosts", boxes.LOCALHOST + HOSTS)
         for name, text in FILES.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             lines = text.format(folder=folder).strip().splitlines()
             (folder / name).write_text("".join(x.strip() + "\n" for x in lines))
-        for path in ROOT.glob("natwork*.py"):
+        for path in running.ROOT.glob("natwork*.py"):
             shutil.copy(path, folder)
         self.people()
         for name in ("ssh", "dante.conf", "chromium.d"):
             (folder / name).rename(Path("/etc/netns", box.name("inside"), name))
         (folder / "web").mkdir()
-        make_certificates(folder / "web")
-        self.web = Web(box, folder / "web")
+        web.certificates(folder / "web")
+        self.web = web.Nginx(box, folder / "web")
         self.web.write("index.html", (folder / "site/index.html").read_bytes())
         for at, command in SERVERS.items():
             words = command.format(folder=folder).split()
             process = box.start("outside", *words, folder=folder)
-            eventually(lambda p=process, a=at: self.listens(p, a))
+            wait.until(lambda p=process, a=at: self.listens(p, a))
 
     def etc(self, place: str, name: str, text: str) -> None:
         """Write a file that is in /etc at this place only."""
         Path("/etc/netns", self.box.name(place), name).write_text(text)
 
     def people(self) -> None:
-        """Let Ann log in outside by her password, and root from inside by his key."""
+        """Let Ann log in outside by her password, and root from inside by a key."""
         for name in ("empty", "ann"):
             (self.folder / name).mkdir()
         shutil.chown(self.folder / "ann", 12345)
@@ -293,7 +285,7 @@ class Town:
             text=True,
             timeout=60,
             cwd=self.folder,
-            env={**ENVIRONMENT, **self.environment},
+            env={**boxes.ENVIRONMENT, **self.environment},
             start_new_session=True,  # no terminal: what is typed comes from there
         )
         assert done.returncode == 0, (command, done)
@@ -316,15 +308,15 @@ class Town:
             assert process.poll() is None, said.read_text()
             return said.read_text().count("natwork: listening on ") == 2
 
-        eventually(ready)
+        wait.until(ready)
 
     def lines(self, count: int = 1) -> list[str]:
         """Return the access log, once it has so many lines."""
         log = self.folder / "log"
-        eventually(lambda: log.read_text().count("\n") >= count)
+        wait.until(lambda: log.read_text().count("\n") >= count)
         return log.read_text().splitlines()
 
-    def entry(self) -> Entry:
+    def entry(self) -> boxes.Entry:
         """Return the fields of the only line."""
         (line,) = self.lines()
         return dict(word.split("=", 1) for word in line.split(" "))
@@ -339,11 +331,12 @@ class Town:
 
 @pytest.fixture(scope="module")
 def whole_town() -> Iterator[Town]:
-    needs("nginx", "openssl", "sshd", "ssh-keygen", "vsftpd", "dnsmasq", "ss", "bash")
-    needs("systemd-socket-activate", "gophernicus")
-    with dual_homed_box() as box, tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)  # the servers have users of their own
-        yield Town(box, Path(name))
+    needs.programs(
+        "nginx", "openssl", "sshd", "ssh-keygen", "vsftpd", "dnsmasq", "ss", "bash"
+    )
+    needs.programs("systemd-socket-activate", "gophernicus")
+    with boxes.dual_homed() as box, running.public_folder() as folder:
+        yield Town(box, folder)  # whose servers have users of their own
 
 
 @pytest.fixture
@@ -367,7 +360,7 @@ def form(line: str) -> str:
 
 
 def test_the_first_screen(idle_town: Town) -> None:
-    needs("curl", "ps")
+    needs.programs("curl", "ps")
     town = idle_town
     town.start(the("python3 natwork.py"))
     page = town.run("inside", the("curl -x http://10.0.0.1:8080 http:"))
@@ -378,23 +371,23 @@ def test_the_first_screen(idle_town: Town) -> None:
     assert digits[0] == digits[1]  # a time has the form of a time
     with town.box.connect("inside", ("10.0.0.1", 8080)) as client:
         client.sendall(b"CONNECT www.example.com:80 HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert read_head(client).startswith(b"HTTP/1.1 200 ")
+        assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
         samples = {form(title) for title in the("natwork: master").splitlines()}
 
         def titles() -> set[str]:
             shown = town.run("gateway", the("ps -ef"))
             return {form(x) for x in re.findall("natwork: .*", shown)}
 
-        eventually(lambda: samples <= titles())
+        wait.until(lambda: samples <= titles())
         port = client.getsockname()[1]
         table = town.run("gateway", the("natwork.py --table"))
         assert re.search(rf"^10\.0\.0\.7 +{port} ", table, re.M), table
 
 
 def test_pip_installs_it(tmp_path: Path) -> None:
-    copied = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
-    for path in [*ROOT.glob("natwork*.py"), *copied]:
-        shutil.copy(path, tmp_path)
+    for name in ("natwork*.py", "pyproject.toml", "README.md", "LICENSE"):
+        for path in running.ROOT.glob(name):
+            shutil.copy(path, tmp_path)
     # With a copy of our pip: to unpack and compile its own takes five seconds.
     words = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
     subprocess.run(words, check=True)
@@ -416,7 +409,7 @@ def test_pip_installs_it(tmp_path: Path) -> None:
             timeout=300,
         )
         if "NewConnectionError" in done.stderr:
-            unavailable("pip reaches no index")
+            needs.unavailable("pip reaches no index")
         assert done.returncode == 0, (command, done)
 
 
@@ -433,24 +426,24 @@ def test_the_rules_are_explained(idle_town: Town) -> None:
 
 
 def test_it_detaches(idle_town: Town) -> None:
-    needs("curl")
+    needs.programs("curl")
     folder = idle_town.folder
     (folder / "nobody").mkdir()
     shutil.chown(folder / "nobody", "nobody")
     own = f"user=nobody\nlog={folder}/nobody/log\npidfile={folder}/nobody/pid\n"
-    (folder / "own.conf").write_text((ROOT / "natwork.conf").read_text() + own)
+    (folder / "own.conf").write_text((running.ROOT / "natwork.conf").read_text() + own)
     # /etc/natwork is there in this one only.
     etc = "cp -a /etc . && install -D own.conf etc/natwork/natwork.conf"
     command = f"{etc} && mount --bind etc /etc && {the('natwork.py -c')}"
     idle_town.run("gateway", command)
     idle_town.run("inside", the("curl -x http://10.0.0.1:8080 http:"))
     idle_town.run("gateway", "kill $(cat nobody/pid)")
-    eventually(lambda: not idle_town.box.pids("gateway"))
+    wait.until(lambda: not idle_town.box.pids("gateway"))
     assert " status=200 outcome=ok " in (folder / "nobody/log").read_text()
 
 
 def test_a_user_is_asked_for_her_password(idle_town: Town) -> None:
-    needs("curl")
+    needs.programs("curl")
     town = idle_town
     town.run("gateway", the("natwork.py --passwd"), "open sesame\n" * 2)
     town.start(the("natwork.py -o users"))
@@ -461,22 +454,22 @@ def test_a_user_is_asked_for_her_password(idle_town: Town) -> None:
 
 
 def test_a_limit(idle_town: Town) -> None:
-    needs("curl")
+    needs.programs("curl")
     idle_town.start(the("natwork.py -o max"))
     idle_town.run("inside", the("curl -x http://10.0.0.1:8080 http:"))
     assert idle_town.entry()["outcome"] == "ok"
 
 
 def test_squid_is_the_parent(idle_town: Town) -> None:
-    needs("squid", "curl")
+    needs.programs("squid", "curl")
     town, folder = idle_town, idle_town.folder
-    text = SQUID.format(port=3128, folder=folder, auth="", access="allow all")
+    text = web.SQUID.format(port=3128, folder=folder, auth="", access="allow all")
     (folder / "squid.conf").write_text(text)
     (folder / "cache.log").touch()
     shutil.chown(folder / "cache.log", "proxy")
     words = ["squid", "-N", "-f", str(folder / "squid.conf")]
     squid = town.box.start("gateway", *words, folder=folder)
-    eventually(lambda: ":3128 " in town.box.run("gateway", "ss", "-Hltn").stdout)
+    wait.until(lambda: ":3128 " in town.box.run("gateway", "ss", "-Hltn").stdout)
     town.start(the('natwork.py -o "parents'))
     page = town.run("inside", the("curl -x http://10.0.0.1:8080 http:"))
     assert "hello, web" in page and town.entry()["address"] == "127.0.0.1:3128"
@@ -484,34 +477,34 @@ def test_squid_is_the_parent(idle_town: Town) -> None:
 
 
 def test_socks_by_curl(town: Town) -> None:
-    needs("curl")
+    needs.programs("curl")
     assert "hello, web" in town.run("inside", the("curl --socks5-hostname"))
     assert town.entry()["proto"] == "socks5"
 
 
 def test_socks_by_ssh(town: Town) -> None:
-    needs("ssh", "nc")
+    needs.programs("ssh", "nc")
     said = town.run("inside", the("ssh"), "echo from $SSH_CLIENT\n")
     assert "from 192.0.2.10 " in said
     assert town.entry()["target"] == "host.example:22"
 
 
 def test_an_ftp_server_calls_back(town: Town) -> None:
-    needs("socksify", "tnftp")
+    needs.programs("socksify", "tnftp")
     said = town.run("inside", the("socksify tnftp"), "ls pub\nquit\n")
     assert "hello.txt" in said
     assert "method=BIND" in "".join(town.lines(2))
 
 
 def test_a_name_server_is_asked(town: Town) -> None:
-    needs("socksify", "drill")
+    needs.programs("socksify", "drill")
     said = town.run("inside", the("socksify drill"))
     assert re.search(r"^www\.example\.com\.\s.*\s192\.0\.2\.80$", said, re.M), said
     assert town.entry()["proto"] == "udp"
 
 
 def test_ftp(town: Town) -> None:
-    needs("curl")
+    needs.programs("curl")
     page = town.run("inside", the("curl -x http://10.0.0.1:8080 ftp:"))
     assert 'href="hello.txt"' in page
     town.run("inside", the("curl -x http://10.0.0.1:8080 -T"))
@@ -519,7 +512,7 @@ def test_ftp(town: Town) -> None:
 
 
 def test_gopher(town: Town) -> None:
-    needs("lynx")
+    needs.programs("lynx")
     # Its keyboard is silent until the page is there, and then gone.
     keyboard = "until grep -qs hello.txt screen; do sleep 0.1; done"
     town.run("inside", f"{keyboard} | {the('gopher_proxy')} >screen")
@@ -527,7 +520,7 @@ def test_gopher(town: Town) -> None:
 
 
 def test_own_pages(town: Town) -> None:
-    needs("curl")
+    needs.programs("curl")
     table = json.loads(town.run("inside", the("curl http://10.0.0.1:8080/table")))
     assert table["gateway"]["busy"] == 1  # with this very request
     metrics = town.run("inside", the("curl http://10.0.0.1:8080/metrics"))
@@ -535,7 +528,7 @@ def test_own_pages(town: Town) -> None:
 
 
 def test_chromium_finds_its_way(town: Town) -> None:
-    needs("chromium")
+    needs.programs("chromium")
     assert "hello, web" in town.run("inside", the("chromium"))
     lines = "".join(town.lines(2))
     assert "/proxy.pac" in lines and "target=http://www.example.com:80/ " in lines

@@ -8,36 +8,27 @@ import re
 import smtplib
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import addresses
+import boxes
+import http_wire
+import needs
+import origins
 import pytest
-from box import OUTSIDE_ADDRESSES
-from box import Box
-from box import Gateway
-from box import Web
-from box import dual_homed_box
-from box import make_certificates
-from box import needs
-from conftest import ROOT
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from test_parents import Tunnel
-from test_rules import TARGETS
-from wire import drip
-from wire import read_answer
-from wire import reset
+import readme
+import running
+import wait
+import web
+import wire
 
 import natwork
 import natwork_redirect
 import natwork_users
 
-PROXY = "http://10.9.0.1:8080"
 BANNER = b"220 mail.example.com ESMTP\r\n"
 
 # --- What a client claims -----------------------------------------------------
@@ -145,7 +136,7 @@ def test_garbage_is_looked_at_quickly(garbage: bytes) -> None:
     assert time.monotonic() - began < 0.5  # trap 9
 
 
-@pytest.mark.parametrize(("word", "target"), TARGETS)
+@pytest.mark.parametrize(("word", "target"), addresses.TARGETS)
 def test_a_closed_address_is_refused_to_the_redirected_too(
     word: str, target: str
 ) -> None:
@@ -184,19 +175,19 @@ def test_mail_is_open_and_a_name_opens_nothing(
 class Rig:
     """A box whose gateway redirects, with nginx and whatever a test adds outside."""
 
-    def __init__(self, box: Box, folder: Path) -> None:
+    def __init__(self, box: boxes.Box, folder: Path) -> None:
         self.box, self.folder, self.started = box, folder, 0
         (folder / "web").mkdir()
-        make_certificates(folder / "web")
-        self.web = Web(box, folder / "web")
+        web.certificates(folder / "web")
+        self.web = web.Nginx(box, folder / "web")
         self.web.write("index.html", b"hello from the outside")
-        self.gateway: Gateway
+        self.gateway: running.Gateway
 
-    def natwork(self, *options: str) -> Gateway:
+    def natwork(self, *options: str) -> running.Gateway:
         self.started += 1
         folder = self.folder / f"gateway{self.started}"
         folder.mkdir()
-        self.gateway = Gateway(self.box, folder, options)
+        self.gateway = self.box.natwork(folder, *options)
         return self.gateway
 
     def nft(self, text: str) -> None:
@@ -216,24 +207,14 @@ class Rig:
         assert done.returncode == 0, (done.returncode, done.stderr, done.stdout)
         return done.stdout
 
-    def server(self, handle: Callable[..., None], host: str, port: int = 0) -> Origin:
+    def server(
+        self, handle: Callable[..., None], host: str, port: int = 0
+    ) -> origins.Origin:
         """Start a server outside, at a port of its own choice or at this one."""
-
-        def start() -> Origin:
-            origin = Origin(handle, host)
-            if port:
-                family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                with contextlib.suppress(OSError):
-                    origin.listener.shutdown(socket.SHUT_RDWR)
-                origin.listener = socket.create_server((host, port), family=family)
-                origin.port = port
-                threading.Thread(target=origin.run, daemon=True).start()
-            return origin
-
-        return self.box.within("outside", start)
+        return self.box.within("outside", lambda: origins.Origin(handle, host, port))
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """Return a client's connection to an address outside, so he thinks."""
+        """Return a client's connection to an address outside, as it thinks."""
         return self.box.connect("inside", (host, port))
 
     def line(self, number: int = 0) -> dict[str, str]:
@@ -242,20 +223,20 @@ class Rig:
 
 def readme_lines() -> str:
     """Return the nftables lines of the README, exactly."""
-    text = (ROOT / "README.md").read_text()
-    match = re.search(r"^    nft -f - <<'END'\n(.*?)^    END$", text, re.M | re.S)
+    lines = r"^    nft -f - <<'END'\n(.*?)^    END$"
+    match = re.search(lines, readme.TEXT, re.M | re.S)
     assert match
     return match[1]
 
 
 @pytest.fixture(scope="module")
 def whole_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    needs("nginx", "curl", "openssl", "nft")
-    with dual_homed_box() as box:
+    needs.programs("nginx", "curl", "openssl", "nft")
+    with boxes.dual_homed() as box:
         rig = Rig(box, tmp_path_factory.mktemp("redirect"))
         yield rig
         callers = {entry["client"] for entry in rig.web.entries()}
-        assert callers <= OUTSIDE_ADDRESSES, callers
+        assert callers <= boxes.OUTSIDE_ADDRESSES, callers
 
 
 @pytest.fixture
@@ -263,6 +244,7 @@ def rig(whole_rig: Rig) -> Iterator[Rig]:
     whole_rig.nft(readme_lines())
     yield whole_rig
     whole_rig.gateway.stop()
+    assert whole_rig.box.pids("gateway") == []
 
 
 FOUR, SIX = "203.0.113.80", "2001:db8:9::80"
@@ -313,7 +295,7 @@ def test_openssl_shakes_hands(rig: Rig, host: str) -> None:
     assert done.returncode == 0 and rig.line(1)["target"] == at
 
 
-def mail(connection: socket.socket, origin: Origin) -> None:
+def mail(connection: socket.socket, origin: origins.Origin) -> None:
     """Be an SMTP server, who speaks first."""
     connection.sendall(BANNER)
     with connection.makefile("rb") as lines:
@@ -334,7 +316,7 @@ def test_a_server_that_speaks_first_is_heard_at_once(rig: Rig, host: str) -> Non
     server = rig.server(mail, host, 25)  # and port 25 is open here
     with rig.connect(host, 25) as client:
         began = time.monotonic()
-        assert read_exactly(client, len(BANNER)) == BANNER
+        assert wire.read_exactly(client, len(BANNER)) == BANNER
         assert time.monotonic() - began < 0.2
 
     def talk() -> bytes:
@@ -343,7 +325,7 @@ def test_a_server_that_speaks_first_is_heard_at_once(rig: Rig, host: str) -> Non
 
     assert rig.box.within("inside", talk) == b"well"
     assert server.received[0].lower().startswith(b"noop")
-    eventually(lambda: len(rig.gateway.lines()) == 2)
+    wait.until(lambda: len(rig.gateway.lines()) == 2)
     assert {line["outcome"] for line in rig.gateway.lines()} == {"closed"}
     where = f"[{host}]:25" if ":" in host else f"{host}:25"
     assert rig.line()["target"] == rig.line()["address"] == where
@@ -352,7 +334,7 @@ def test_a_server_that_speaks_first_is_heard_at_once(rig: Rig, host: str) -> Non
 @pytest.mark.end_to_end
 def test_who_asks_the_gateway_itself_is_served_as_ever(rig: Rig) -> None:
     gateway = rig.natwork()
-    body = rig.curl("--proxy", PROXY, f"http://{FOUR}/")
+    body = rig.curl("--proxy", web.PROXY, f"http://{FOUR}/")
     assert body == "hello from the outside" and rig.line()["proto"] == "http"
     proxy = ["--proxy", "http://[fd00:9::1]:8080", "--proxytunnel"]
     assert rig.curl(*proxy, f"http://{FOUR}/") == body
@@ -387,8 +369,8 @@ def test_quic_is_rejected_at_once(rig: Rig, host: str) -> None:
 
 @pytest.mark.end_to_end
 def test_dnsmasq_is_the_resolver(rig: Rig) -> None:
-    needs("dnsmasq")
-    match = re.search(r"`(dnsmasq [^`]+)`", (ROOT / "README.md").read_text())
+    needs.programs("dnsmasq")
+    match = re.search(r"`(dnsmasq [^`]+)`", readme.TEXT)
     assert match
     rig.natwork()
     keep = "--keep-in-foreground", "--no-resolv", "--pid-file="
@@ -412,7 +394,7 @@ def test_dnsmasq_is_the_resolver(rig: Rig) -> None:
 # Claims
 
 
-def note(connection: socket.socket, origin: Origin) -> None:
+def note(connection: socket.socket, origin: origins.Origin) -> None:
     """Keep what comes, and say so; like a web server, not of empty lines before it."""
     while data := connection.recv(65536):
         if not origin.received and not data.strip():
@@ -449,7 +431,7 @@ CLAIMS = [
 def test_a_denied_claim_ends_it_before_the_server_hears(rig: Rig, host: str) -> None:
     rig.natwork("rules=allow to a.example; deny to .ads.example")
     server = rig.server(note, host)
-    ways = itertools.product(CLAIMS, (socket.socket.sendall, drip))
+    ways = itertools.product(CLAIMS, (socket.socket.sendall, wire.drip))
     for number, (words, send) in enumerate(ways):
         with rig.connect(host, server.port) as client:
             send(client, words)
@@ -458,7 +440,7 @@ def test_a_denied_claim_ends_it_before_the_server_hears(rig: Rig, host: str) -> 
         line = rig.line(number)
         assert line["outcome"] == "denied-rule-2", words
         assert "ads.example" in line["target"] and line["address"] == server.authority
-    eventually(lambda: len(server.callers) == 2 * len(CLAIMS))
+    wait.until(lambda: len(server.callers) == 2 * len(CLAIMS))
     assert b"".join(server.received).strip() == b""
 
 
@@ -492,7 +474,7 @@ def test_half_a_sentence_waits_only_where_a_rule_wants_the_rest(rig: Rig) -> Non
     with rig.connect(FOUR, server.port) as client:  # the last words, though cut off
         client.sendall(b"PING")
         client.shutdown(socket.SHUT_WR)
-        assert read_all(client) == b"got it"
+        assert wire.read_all(client) == b"got it"
     with rig.connect(FOUR, server.port) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: ads.example")
         client.shutdown(socket.SHUT_WR)
@@ -505,7 +487,7 @@ def test_half_a_sentence_waits_only_where_a_rule_wants_the_rest(rig: Rig) -> Non
     gateway.lines(4)
     with rig.connect(FOUR, server.port) as client:
         client.sendall(b"G")
-        reset(client)
+        wire.reset(client)
     assert gateway.lines(5)[4]["outcome"] == "client-gone"
     assert server.received[1:] == [b"PING", b"\r\n"]
 
@@ -559,7 +541,7 @@ def test_another_port_of_the_same_address_is_the_gateway_itself(rig: Rig) -> Non
     rig.natwork()
     with rig.connect("10.9.0.1", 3128) as client:
         client.sendall(b"GET http://%b/ HTTP/1.1\r\nHost: a\r\n\r\n" % FOUR.encode())
-        assert read_answer(client).status == 200
+        assert http_wire.read_answer(client).status == 200
     assert rig.line()["proto"] == "http"
 
 
@@ -592,7 +574,7 @@ def test_who_cannot_say_his_name_is_refused_where_there_are_users(rig: Rig) -> N
     rig.natwork(f"users={users}")
     before = len(rig.web.entries())
     with contextlib.suppress(ConnectionError), rig.connect(FOUR, 80) as client:
-        assert read_all(client) == b""
+        assert wire.read_all(client) == b""
     assert rig.line()["outcome"] == "auth-required"
     assert len(rig.web.entries()) == before
 
@@ -604,21 +586,23 @@ def test_the_redirected_have_their_share_and_no_more(rig: Rig) -> None:
     with contextlib.ExitStack() as opened:
         for _ in range(2):
             client = opened.enter_context(rig.connect(FOUR, server.port))
-            assert read_exactly(client, len(BANNER)) == BANNER
+            assert wire.read_exactly(client, len(BANNER)) == BANNER
         address = FOUR, server.port
         with contextlib.suppress(ConnectionError), rig.connect(*address) as third:
-            assert read_all(third) == b""
+            assert wire.read_all(third) == b""
         assert rig.line()["outcome"] == "too-many"
 
 
 @pytest.mark.end_to_end
 def test_a_parent_takes_the_redirected_by_a_tunnel(rig: Rig) -> None:
-    parent = rig.server(Tunnel(b"HTTP/1.1 200 x\r\n\r\nhello"), "203.0.113.81")
+    parent = rig.server(
+        http_wire.Parent(b"HTTP/1.1 200 x\r\n\r\nhello"), "203.0.113.81"
+    )
     rig.natwork(f"parents=http://{parent.authority}")
     with rig.connect(FOUR, 2525) as client:
-        assert read_exactly(client, 5) == b"hello"
+        assert wire.read_exactly(client, 5) == b"hello"
         client.sendall(b"there")
-        assert read_exactly(client, 5) == b"there"
+        assert wire.read_exactly(client, 5) == b"there"
     assert rig.line()["address"] == parent.authority
     (head,) = parent.handle.heads
     assert head.startswith(b"CONNECT 203.0.113.80:2525 HTTP/1.1\r\n")

@@ -12,66 +12,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterator
-from pathlib import Path
 
+import http_wire
+import kernel
+import origins
 import pytest
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from proc import ALONE
-from proc import at_rest
-from proc import links
-from proc import no_more_descriptors
-from proc import only_worker
-from proc import status
-from proc import stopped
-from proc import ticks
-from running import with_limit
-from wire import STRICT
-from wire import chunks
-from wire import read_answer
-from wire import read_request
-from wire import request
-from wire import reset
-from wire import response
-from wire import send
-from wire import shared
-from wire import sized
+import running
+import wait
+import wire
 
-pytestmark = pytest.mark.filterwarnings(STRICT)
-gateway = shared()
-hasty = shared("tunnel_timeout=1")
+pytestmark = pytest.mark.filterwarnings(http_wire.STRICT)
+gateway = running.shared()
+hasty = running.shared("tunnel_timeout=1")
 
-Start = Callable[..., Origin]
-Natwork = Callable[..., Gateway]
 MIB = 1 << 20
 DATA = os.urandom(MIB) * 20
 SIZES = [0, 1, 100, 64 * 1024, MIB, 20 * MIB]
-HEAD = b"HTTP/1.1 200 Connection established\r\n\r\n"
-TICK = os.sysconf("SC_CLK_TCK")
 F_SETPIPE_SZ = 1031  # named in the fcntl module since Python 3.10
-
-
-@contextlib.contextmanager
-def tunnel(
-    gateway: Gateway, server: Origin, early: bytes = b"", buffer: int = 0
-) -> Iterator[socket.socket]:
-    """Return a client's end of a tunnel; buffer is the size of what it can hold."""
-    with socket.socket() as client:
-        if buffer:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        client.settimeout(20)
-        client.connect(gateway.address)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.sendall(request(server, method=b"CONNECT") + early)
-        assert read_head(client) == HEAD
-        yield client
 
 
 @contextlib.contextmanager
@@ -79,7 +38,7 @@ def sending(connection: socket.socket, data: bytes, end: bool = True) -> Iterato
     """Send from a thread for as long as the block lasts, then close that half."""
 
     def run() -> None:
-        send(connection, data)
+        wire.send(connection, data)
         if end:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
@@ -96,24 +55,15 @@ def same(one: bytes | bytearray, other: bytes) -> bool:
     return one == other
 
 
-def logged(gateway: Gateway, server: Origin) -> dict[str, str]:
-    """Return the access log's line of the session with a server, once it is there."""
-
-    def find() -> list[dict[str, str]]:
-        return [x for x in gateway.lines() if server.authority in x["target"]]
-
-    eventually(find)
-    (line,) = find()
-    return line
-
-
 class Counter:
     """An origin that sends without end until told to stop, and counts what it sent."""
 
     def __init__(self, piece: bytes = b"x" * 10_000) -> None:
         self.piece, self.sent, self.stop = piece, 0, threading.Event()
 
-    def __call__(self, connection: socket.socket, server: Origin | None) -> None:
+    def __call__(
+        self, connection: socket.socket, server: origins.Origin | None
+    ) -> None:
         with connection.dup() as sock:  # its time-out is not the reader's
             sock.settimeout(0.1)
             while not self.stop.is_set():
@@ -127,39 +77,34 @@ class Counter:
         return thread
 
 
-def echo(connection: socket.socket, server: Origin) -> None:
-    while piece := connection.recv(65536):
-        connection.sendall(piece)
-
-
 # --- Close orders -------------------------------------------------------------
 
 
-def answer_the_end(connection: socket.socket, server: Origin) -> None:
+def answer_the_end(connection: socket.socket, server: origins.Origin) -> None:
     """Read to the client's end, and only then speak."""
-    server.received.append(data := read_all(connection))
+    server.received.append(data := wire.read_all(connection))
     connection.sendall(data[::-1])
 
 
-def speak_first(connection: socket.socket, server: Origin) -> None:
+def speak_first(connection: socket.socket, server: origins.Origin) -> None:
     """Speak, close this half, and then listen."""
-    size = int(read_exactly(connection, 8))
+    size = int(wire.read_exactly(connection, 8))
     connection.sendall(DATA[:size][::-1])
     connection.shutdown(socket.SHUT_WR)
-    server.received.append(b"%08d" % size + read_all(connection))
+    server.received.append(b"%08d" % size + wire.read_all(connection))
 
 
-def speak_and_listen(connection: socket.socket, server: Origin) -> None:
+def speak_and_listen(connection: socket.socket, server: origins.Origin) -> None:
     """Do both at once."""
-    size = int(read_exactly(connection, 8))
+    size = int(wire.read_exactly(connection, 8))
     with sending(connection, DATA[:size][::-1]):
-        server.received.append(b"%08d" % size + read_all(connection))
+        server.received.append(b"%08d" % size + wire.read_all(connection))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("order", ["client first", "server first", "both at once"])
 def test_whoever_closes_first_every_byte_arrives(
-    gateway: Gateway, origin: Start, order: str, size: int
+    gateway: running.Gateway, origin: origins.Start, order: str, size: int
 ) -> None:
     handle = {
         "client first": answer_the_end,  # trap 5
@@ -168,87 +113,89 @@ def test_whoever_closes_first_every_byte_arrives(
     }[order]
     server, data = origin(handle), b"%08d" % size + DATA[:size]
     answer = data[::-1] if order == "client first" else DATA[:size][::-1]
-    with tunnel(gateway, server) as client:
+    with http_wire.tunnel(gateway, server) as client:
         if order == "client first":
             client.sendall(data)
             client.shutdown(socket.SHUT_WR)
-            assert same(read_all(client), answer)
+            assert same(wire.read_all(client), answer)
         elif order == "server first":
             client.sendall(data[:8])
-            assert same(read_all(client), answer)
+            assert same(wire.read_all(client), answer)
             client.sendall(data[8:])
         else:
             with sending(client, data):
-                assert same(read_all(client), answer)
-    line = logged(gateway, server)  # trap 6
-    eventually(lambda: server.received)
+                assert same(wire.read_all(client), answer)
+    line = gateway.line_about(server)  # trap 6
+    wait.until(lambda: server.received)
     assert same(server.received[0], data)
     assert line["outcome"] == "closed"
     assert int(line["up"]) == len(data)
-    assert int(line["down"]) == len(HEAD) + len(answer)
+    assert int(line["down"]) == len(http_wire.ACCEPTED) + len(answer)
 
 
 def test_a_half_closed_tunnel_goes_on_the_other_way(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def converse(connection: socket.socket, server: Origin) -> None:
-        assert read_all(connection) == b"the end"
+    def converse(connection: socket.socket, server: origins.Origin) -> None:
+        assert wire.read_all(connection) == b"the end"
         for piece in (b"one", b"two"):
             connection.sendall(piece)
             server.received.append(piece)
-            eventually(lambda: not server.received)
+            wait.until(lambda: not server.received)
 
     server = origin(converse)
-    with tunnel(gateway, server) as client:  # trap 5
+    with http_wire.tunnel(gateway, server) as client:  # trap 5
         client.sendall(b"the end")
         client.shutdown(socket.SHUT_WR)
         for piece in (b"one", b"two"):
-            assert read_exactly(client, 3) == piece
-            eventually(lambda: server.received)
+            assert wire.read_exactly(client, 3) == piece
+            wait.until(lambda: server.received)
             server.received.clear()
         assert client.recv(1) == b""
 
 
-def test_early_data_arrives_first(gateway: Gateway, origin: Start) -> None:
-    server = origin(echo)
-    with tunnel(gateway, server, early=DATA[:100_000]) as client:
+def test_early_data_arrives_first(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(origins.echo)
+    with http_wire.tunnel(gateway, server, early=DATA[:100_000]) as client:
         client.sendall(b"later")
         client.shutdown(socket.SHUT_WR)
-        assert same(read_all(client), DATA[:100_000] + b"later")
-    assert int(logged(gateway, server)["up"]) == 100_005
+        assert same(wire.read_all(client), DATA[:100_000] + b"later")
+    assert int(gateway.line_about(server)["up"]) == 100_005
 
 
 def test_an_answer_arrives_though_the_server_takes_no_more(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def refuse(connection: socket.socket, server: Origin) -> None:
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
         connection.shutdown(socket.SHUT_RD)
-        at_rest(lambda: sender.sent)
+        wait.at_rest(lambda: sender.sent)
         connection.sendall(DATA)
         assert read.wait(20)  # to close with input unread resets
 
     sender, read, server = Counter(), threading.Event(), origin(refuse)
-    with tunnel(gateway, server) as client:  # trap 5
+    with http_wire.tunnel(gateway, server) as client:  # trap 5
         thread = sender.start(client)
-        assert same(read_exactly(client, len(DATA)), DATA)
+        assert same(wire.read_exactly(client, len(DATA)), DATA)
         sender.stop.set()
         thread.join(20)
         read.set()
-        assert read_all(client) == b""
+        assert wire.read_all(client) == b""
 
 
 def test_an_answer_that_is_followed_by_a_reset_arrives(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    def answer(connection: socket.socket, server: Origin) -> None:
+    def answer(connection: socket.socket, server: origins.Origin) -> None:
         assert standing.wait(20)
         connection.sendall(DATA[:10_000])
-        reset(connection)
+        wire.reset(connection)
         left.set()
 
-    gateway, server = natwork(*ALONE), origin(answer)
-    standing, left, pid = threading.Event(), threading.Event(), only_worker(gateway)
-    with tunnel(gateway, server) as client:  # trap 6
+    gateway, server = natwork(*running.ALONE), origin(answer)
+    standing, left, pid = threading.Event(), threading.Event(), gateway.only_worker()
+    with http_wire.tunnel(gateway, server) as client:  # trap 6
         os.kill(pid, signal.SIGSTOP)
         try:
             standing.set()
@@ -256,9 +203,9 @@ def test_an_answer_that_is_followed_by_a_reset_arrives(
             assert left.wait(20)
         finally:
             os.kill(pid, signal.SIGCONT)
-        assert same(read_exactly(client, 10_000), DATA[:10_000])
-        assert read_all(client) == b""
-    assert logged(gateway, server)["outcome"] == "server-gone"
+        assert same(wire.read_exactly(client, 10_000), DATA[:10_000])
+        assert wire.read_all(client) == b""
+    assert gateway.line_about(server)["outcome"] == "server-gone"
 
 
 # --- Little and much ----------------------------------------------------------
@@ -275,18 +222,20 @@ def dribble(connection: socket.socket, data: bytes) -> None:
 
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_megabyte_in_tiny_writes_reaches_a_slow_reader(
-    gateway: Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
-    def speak(connection: socket.socket, server: Origin) -> None:
+    def speak(connection: socket.socket, server: origins.Origin) -> None:
         dribble(connection, DATA[:MIB])
 
-    def listen(connection: socket.socket, server: Origin) -> None:
-        server.received.append(read_all(connection))
+    def listen(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(wire.read_all(connection))
 
     server = origin(speak if way == "down" else listen)  # trap 2
     if way == "up":  # what is accepted inherits it
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
-    with tunnel(gateway, server, buffer=16384 if way == "down" else 0) as client:
+    with http_wire.tunnel(
+        gateway, server, buffer=16384 if way == "down" else 0
+    ) as client:
         if way == "down":
             got = bytearray()
             while piece := client.recv(1000):
@@ -299,10 +248,12 @@ def test_a_megabyte_in_tiny_writes_reaches_a_slow_reader(
     assert same(got, DATA[:MIB])
 
 
-def test_bulk_goes_both_ways_at_once(gateway: Gateway, origin: Start) -> None:
-    server = origin(echo)
-    with tunnel(gateway, server) as client, sending(client, DATA):
-        assert same(read_all(client), DATA)
+def test_bulk_goes_both_ways_at_once(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(origins.echo)
+    with http_wire.tunnel(gateway, server) as client, sending(client, DATA):
+        assert same(wire.read_all(client), DATA)
 
 
 @contextlib.contextmanager
@@ -315,7 +266,7 @@ def beside() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as one:
             other, _ = listener.accept()
-            reader = threading.Thread(target=read_all, args=[other], daemon=True)
+            reader = threading.Thread(target=wire.read_all, args=[other], daemon=True)
             reader.start()
             yield one
             one.shutdown(socket.SHUT_WR)
@@ -328,24 +279,24 @@ SEGMENTS = 64 * 16 + 3  # several times the 16 or 64 slots that a pipe has
 
 @pytest.mark.parametrize("kind", ["tunnel", "body"])
 def test_many_small_segments_fill_a_pipe_and_nothing_hangs(
-    natwork: Natwork, origin: Start, kind: str
+    natwork: running.Start, origin: origins.Start, kind: str
 ) -> None:
     # While the worker stands still the segments queue up; then it splices. The
     # rest is sent only when they have arrived: whoever waits for more input
-    # while his pipe holds bytes waits for ever.
+    # while its pipe holds bytes waits for ever.
     before = 65536 if kind == "tunnel" else 0
     first, total = before + 100 * SEGMENTS, MIB
     standing, arrived = threading.Event(), threading.Event()
     sent = 0
 
-    def speak(connection: socket.socket, server: Origin) -> None:
+    def speak(connection: socket.socket, server: origins.Origin) -> None:
         nonlocal sent
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if kind == "body":
-            read_head(connection)
+            http_wire.read_head(connection)
         assert standing.wait(20)
         if kind == "body":
-            connection.sendall(response(b"Content-Length: %d" % total))
+            connection.sendall(http_wire.response(b"Content-Length: %d" % total))
         connection.sendall(DATA[:before])
         with beside() as other:
             for sent in range(before, first, 100):
@@ -354,80 +305,80 @@ def test_many_small_segments_fill_a_pipe_and_nothing_hangs(
         assert arrived.wait(20)
         connection.sendall(DATA[first:total])
 
-    gateway, server = natwork(*ALONE), origin(speak)
-    pid = only_worker(gateway)  # trap 2
+    gateway, server = natwork(*running.ALONE), origin(speak)
+    pid = gateway.only_worker()  # trap 2
     with contextlib.ExitStack() as stack:
         if kind == "tunnel":
-            client = stack.enter_context(tunnel(gateway, server))
+            client = stack.enter_context(http_wire.tunnel(gateway, server))
         else:
             client = stack.enter_context(gateway.connect(20))
-            client.sendall(request(server))
-        eventually(lambda: server.callers)
+            client.sendall(http_wire.request(server))
+        wait.until(lambda: server.callers)
         os.kill(pid, signal.SIGSTOP)
         try:
             standing.set()
-            at_rest(lambda: sent)
+            wait.at_rest(lambda: sent)
         finally:
             os.kill(pid, signal.SIGCONT)
         if kind == "body":
-            assert b"Content-Length: %d\r\n" % total in read_head(client)
-        assert same(read_exactly(client, first), DATA[:first])
+            assert b"Content-Length: %d\r\n" % total in http_wire.read_head(client)
+        assert same(wire.read_exactly(client, first), DATA[:first])
         arrived.set()
-        assert same(read_exactly(client, total - first), DATA[first:total])
+        assert same(wire.read_exactly(client, total - first), DATA[first:total])
 
 
 # --- Stalls -------------------------------------------------------------------
 
 
 def stalled(
-    natwork: Natwork, origin: Start, way: str, piece: int
+    natwork: running.Start, origin: origins.Start, way: str, piece: int
 ) -> Generator[None, None, None]:
     """Stall a reader, and see what that cost when asked to go on."""
     pattern = DATA[:piece]
     read_on, sender = threading.Event(), Counter(pattern)
 
-    def stall(connection: socket.socket, server: Origin) -> None:
+    def stall(connection: socket.socket, server: origins.Origin) -> None:
         assert read_on.wait(60)
-        server.received.append(read_all(connection))
+        server.received.append(wire.read_all(connection))
 
-    def body(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(response())
+    def body(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.response())
         sender(connection, server)
 
     handle = {"down": sender, "up": stall, "body": body}[way]
-    gateway, server = natwork(*ALONE), origin(handle)
-    pid = only_worker(gateway)
+    gateway, server = natwork(*running.ALONE), origin(handle)
+    pid = gateway.only_worker()
     with contextlib.ExitStack() as stack:
         if way == "body":
             client = stack.enter_context(gateway.connect(20))
-            client.sendall(request(server))
-            assert read_head(client).startswith(b"HTTP/1.1 200 ")
+            client.sendall(http_wire.request(server))
+            assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
         else:
-            client = stack.enter_context(tunnel(gateway, server))
-        memory = status(pid, "VmRSS")
+            client = stack.enter_context(http_wire.tunnel(gateway, server))
+        memory = kernel.number(pid, "VmRSS")
         if way == "up":
             sender.start(client)
-        at_rest(lambda: sender.sent)
-        used = ticks(pid)
+        wait.at_rest(lambda: sender.sent)
+        used = kernel.ticks(pid)
         yield
-        assert ticks(pid) - used <= TICK // 10  # trap 2
-        assert status(pid, "VmRSS") - memory < 4096  # kB: it holds nothing back
+        assert kernel.ticks(pid) - used <= kernel.TICK // 10  # trap 2
+        assert kernel.number(pid, "VmRSS") - memory < 4096  # kB: it holds nothing back
         sender.stop.set()
         if way == "up":
             read_on.set()
-            at_rest(lambda: sender.sent)
+            wait.at_rest(lambda: sender.sent)
             client.shutdown(socket.SHUT_WR)
-            eventually(lambda: server.received)
+            wait.until(lambda: server.received)
             got = server.received[0]
         else:
-            got = read_all(client)
+            got = wire.read_all(client)
     expected = pattern * (sender.sent // piece + 1)
     assert same(got, expected[: sender.sent])
 
 
 def test_stalled_readers_cost_neither_cpu_nor_memory(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     cases = ("down", 100), ("down", 100_000), ("up", 100), ("body", 100_000)
     readers = [stalled(natwork, origin, way, piece) for way, piece in cases]
@@ -443,9 +394,9 @@ def test_stalled_readers_cost_neither_cpu_nor_memory(
 
 @pytest.mark.parametrize("moved", [0, 100, MIB])
 def test_a_reset_of_the_client_reaches_the_server(
-    gateway: Gateway, origin: Start, moved: int
+    gateway: running.Gateway, origin: origins.Start, moved: int
 ) -> None:
-    def wait(connection: socket.socket, server: Origin) -> None:
+    def listen(connection: socket.socket, server: origins.Origin) -> None:
         try:
             while piece := connection.recv(65536):
                 server.received.append(piece)
@@ -453,136 +404,144 @@ def test_a_reset_of_the_client_reaches_the_server(
         except ConnectionResetError:
             server.received.append(b"reset")
 
-    server = origin(wait)
-    with tunnel(gateway, server) as client:
+    server = origin(listen)
+    with http_wire.tunnel(gateway, server) as client:
         client.sendall(DATA[:moved])
-        eventually(lambda: len(b"".join(server.received)) == moved)
-        reset(client)
-    eventually(lambda: server.received[-1:] == [b"reset"])
-    line = logged(gateway, server)
+        wait.until(lambda: len(b"".join(server.received)) == moved)
+        wire.reset(client)
+    wait.until(lambda: server.received[-1:] == [b"reset"])
+    line = gateway.line_about(server)
     assert (line["outcome"], line["up"]) == ("client-gone", str(moved))
 
 
 @pytest.mark.parametrize("moved", [0, 100, MIB])
 def test_a_reset_of_the_server_reaches_the_client(
-    gateway: Gateway, origin: Start, moved: int
+    gateway: running.Gateway, origin: origins.Start, moved: int
 ) -> None:
-    def leave(connection: socket.socket, server: Origin) -> None:
+    def leave(connection: socket.socket, server: origins.Origin) -> None:
         connection.sendall(DATA[:moved])
         connection.recv(1)
-        reset(connection)
+        wire.reset(connection)
 
     server = origin(leave)
-    with tunnel(gateway, server) as client:
-        assert same(read_exactly(client, moved), DATA[:moved])
+    with http_wire.tunnel(gateway, server) as client:
+        assert same(wire.read_exactly(client, moved), DATA[:moved])
         client.sendall(b"x")
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    line = logged(gateway, server)
+    line = gateway.line_about(server)
     assert (line["outcome"], line["up"]) == ("server-gone", "1")
-    assert int(line["down"]) == len(HEAD) + moved
+    assert int(line["down"]) == len(http_wire.ACCEPTED) + moved
 
 
 @pytest.mark.parametrize("way", ["tunnel", "endless"])
 def test_what_was_taken_from_a_server_arrives_before_his_reset(
-    gateway: Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
     gone = threading.Event()
 
-    def handle(connection: socket.socket, server: Origin) -> None:
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
         """Say a piece, and reset when it has been taken."""
         if way == "endless":
-            read_request(connection)
+            http_wire.read_request(connection)
             connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         connection.sendall(DATA[:50_000])
         time.sleep(0.5)
-        reset(connection)
+        wire.reset(connection)
         gone.set()
 
     server = origin(handle)  # R68
     with gateway.connect() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        send(client, request(server, method=b"CONNECT" if way == "tunnel" else b"GET"))
-        assert b" 200 " in read_head(client)
+        wire.send(
+            client,
+            http_wire.request(server, method=b"CONNECT" if way == "tunnel" else b"GET"),
+        )
+        assert b" 200 " in http_wire.read_head(client)
         assert gone.wait(10)
-        time.sleep(0.5)  # he is slow, and does not wait forever
-        assert same(read_exactly(client, 50_000), DATA[:50_000])
+        time.sleep(0.5)  # it is slow, and does not wait forever
+        assert same(wire.read_exactly(client, 50_000), DATA[:50_000])
         with pytest.raises(ConnectionResetError):  # and it does not look whole
             client.recv(1)
 
 
 def test_who_sends_on_before_he_reads_gets_the_last_answer(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
     page = DATA[:50_000]
 
-    def refuse(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
-        connection.sendall(sized(page, b"Connection: close", status=b"413 Too Large"))
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(
+            http_wire.sized(page, b"Connection: close", status=b"413 Too Large")
+        )
         with contextlib.suppress(OSError):
-            read_all(connection)
+            wire.read_all(connection)
 
     server = origin(refuse)
     with gateway.connect() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        send(client, request(server, b"Content-Length: 100000000", method=b"POST"))
+        wire.send(
+            client,
+            http_wire.request(server, b"Content-Length: 100000000", method=b"POST"),
+        )
         end = time.monotonic() + 2.6  # longer than a silent one would be waited for
         while time.monotonic() < end:
-            send(client, bytes(1000))
+            wire.send(client, bytes(1000))
             time.sleep(0.05)
-        answer = read_answer(client)
+        answer = http_wire.read_answer(client)
         assert answer.status == 413 and same(answer.body, page)
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_reset_ends_a_tunnel_that_is_stalled(
-    gateway: Gateway, origin: Start, who: str
+    gateway: running.Gateway, origin: origins.Start, who: str
 ) -> None:
     sender, ended = Counter(), threading.Event()
 
-    def flood(connection: socket.socket, server: Origin) -> None:
+    def flood(connection: socket.socket, server: origins.Origin) -> None:
         try:
             sender(connection, server)
-            reset(connection)
+            wire.reset(connection)
         finally:
             ended.set()
 
     server = origin(flood)
-    with tunnel(gateway, server) as client:
-        at_rest(lambda: sender.sent)
+    with http_wire.tunnel(gateway, server) as client:
+        wait.at_rest(lambda: sender.sent)
         if who == "client":
-            reset(client)
+            wire.reset(client)
             assert ended.wait(10)
         else:
             sender.stop.set()
             with pytest.raises(ConnectionResetError):
                 while client.recv(65536):
                     pass
-    assert logged(gateway, server)["outcome"] == f"{who}-gone"
+    assert gateway.line_about(server)["outcome"] == f"{who}-gone"
 
 
 def test_a_silent_tunnel_ends_and_its_bytes_are_counted(
-    hasty: Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
-    def talk(connection: socket.socket, server: Origin) -> None:
-        server.received.append(read_exactly(connection, 1000))
+    def talk(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(wire.read_exactly(connection, 1000))
         connection.sendall(DATA[:3000])
         with contextlib.suppress(ConnectionResetError):
             server.received.append(connection.recv(1))
 
     server = origin(talk)
-    with tunnel(hasty, server) as client:  # trap 7
+    with http_wire.tunnel(hasty, server) as client:  # trap 7
         client.sendall(DATA[:1000])
-        assert read_all(client) == DATA[:3000]
-    line = logged(hasty, server)
+        assert wire.read_all(client) == DATA[:3000]
+    line = hasty.line_about(server)
     assert line["outcome"] == "idle-timeout"
-    assert (line["up"], line["down"]) == ("1000", str(len(HEAD) + 3000))
+    assert (line["up"], line["down"]) == ("1000", str(len(http_wire.ACCEPTED) + 3000))
 
 
 def test_a_tunnel_in_which_one_side_talks_is_not_silent(
-    hasty: Gateway, origin: Start
+    hasty: running.Gateway, origin: origins.Start
 ) -> None:
-    def talk(connection: socket.socket, server: Origin) -> None:
+    def talk(connection: socket.socket, server: origins.Origin) -> None:
         end = time.monotonic() + 2
         while time.monotonic() < end:
             connection.sendall(b".")
@@ -590,30 +549,33 @@ def test_a_tunnel_in_which_one_side_talks_is_not_silent(
             select.select([], [], [], 0.1)
 
     server = origin(talk)
-    with tunnel(hasty, server) as client:
+    with http_wire.tunnel(hasty, server) as client:
         client.settimeout(5)
-        got = read_all(client)
+        got = wire.read_all(client)
     assert got == b"".join(server.received)
-    assert logged(hasty, server)["outcome"] == "closed"
+    assert hasty.line_about(server)["outcome"] == "closed"
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_half_closed_tunnel_may_be_silent_for_less(
-    natwork: Natwork, origin: Start, tmp_path: Path, who: str
+    natwork: running.Start, origin: origins.Start, who: str
 ) -> None:
-    def close_half(connection: socket.socket, server: Origin) -> None:
+    def close_half(connection: socket.socket, server: origins.Origin) -> None:
         if who == "server":
             connection.shutdown(socket.SHUT_WR)
-        server.received.append(read_all(connection))
+        server.received.append(wire.read_all(connection))
         assert who == "server" or ended.wait(10)
 
-    ended, program = threading.Event(), with_limit(tmp_path, "HALF_CLOSED_TIMEOUT", 0.5)
-    gateway, server = natwork(*ALONE, program=program), origin(close_half)
-    with tunnel(gateway, server) as client:  # trap 7
+    ended, program = (
+        threading.Event(),
+        running.program({"natwork.HALF_CLOSED_TIMEOUT": 0.5}),
+    )
+    gateway, server = natwork(*running.ALONE, program=program), origin(close_half)
+    with http_wire.tunnel(gateway, server) as client:  # trap 7
         if who == "client":
             client.shutdown(socket.SHUT_WR)
-        assert read_all(client) == b""
-        line = logged(gateway, server)
+        assert wire.read_all(client) == b""
+        line = gateway.line_about(server)
         ended.set()
     assert line["outcome"] == "idle-timeout"
 
@@ -621,28 +583,30 @@ def test_a_half_closed_tunnel_may_be_silent_for_less(
 # --- Pipes --------------------------------------------------------------------
 
 
-def test_a_little_used_tunnel_opens_no_pipe(natwork: Natwork, origin: Start) -> None:
-    gateway, server = natwork(*ALONE), origin(echo)
-    pid = only_worker(gateway)
-    idle = links(pid, "pipe:")
-    with tunnel(gateway, server) as client:
-        assert links(pid, "pipe:") == idle
+def test_a_little_used_tunnel_opens_no_pipe(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = natwork(*running.ALONE), origin(origins.echo)
+    pid = gateway.only_worker()
+    idle = len(kernel.opened(pid, "pipe:"))
+    with http_wire.tunnel(gateway, server) as client:
+        assert len(kernel.opened(pid, "pipe:")) == idle
         for size in (1, 1000, 10_000):
             client.sendall(DATA[:size])
-            assert same(read_exactly(client, size), DATA[:size])
-            assert links(pid, "pipe:") == idle  # trap 4
+            assert same(wire.read_exactly(client, size), DATA[:size])
+            assert len(kernel.opened(pid, "pipe:")) == idle  # trap 4
 
 
 def test_pipes_are_made_for_bulk_and_given_back(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     sender = Counter()
-    gateway, server = natwork(*ALONE), origin(sender)
-    pid = only_worker(gateway)
-    idle = links(pid, "pipe:")
-    with tunnel(gateway, server) as client:  # trap 3
-        at_rest(lambda: sender.sent)
-        assert links(pid, "pipe:") > idle  # it is in there that bytes wait
+    gateway, server = natwork(*running.ALONE), origin(sender)
+    pid = gateway.only_worker()
+    idle = len(kernel.opened(pid, "pipe:"))
+    with http_wire.tunnel(gateway, server) as client:  # trap 3
+        wait.at_rest(lambda: sender.sent)
+        assert len(kernel.opened(pid, "pipe:")) > idle  # it is in there that bytes wait
         got = 0
         while got < max(sender.sent, 4 * MIB):
             got += len(client.recv(65536))
@@ -651,22 +615,22 @@ def test_pipes_are_made_for_bulk_and_given_back(
         with contextlib.suppress(TimeoutError):
             while client.recv(65536):
                 sender.stop.set()
-        eventually(lambda: links(pid, "pipe:") == idle)
+        wait.until(lambda: len(kernel.opened(pid, "pipe:")) == idle)
     assert pid in gateway.workers()
 
 
 def test_an_idle_tunnel_gives_back_the_pipes_of_its_bulk(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(*ALONE), origin(echo)
-    pid = only_worker(gateway)
-    idle = links(pid, "pipe:")
-    with tunnel(gateway, server) as client:  # trap 3
+    gateway, server = natwork(*running.ALONE), origin(origins.echo)
+    pid = gateway.only_worker()
+    idle = len(kernel.opened(pid, "pipe:"))
+    with http_wire.tunnel(gateway, server) as client:  # trap 3
         for _ in range(2):
             with sending(client, DATA[:MIB], end=False):
-                assert same(read_exactly(client, MIB), DATA[:MIB])
-            eventually(lambda: links(pid, "pipe:") == idle)
-    assert int(logged(gateway, server)["up"]) == 2 * MIB
+                assert same(wire.read_exactly(client, MIB), DATA[:MIB])
+            wait.until(lambda: len(kernel.opened(pid, "pipe:")) == idle)
+    assert int(gateway.line_about(server)["up"]) == 2 * MIB
 
 
 SPEND = f"""
@@ -702,7 +666,7 @@ def pipe_budget_spent(user: str) -> Iterator[None]:
 
 
 def test_bulk_flows_when_the_pipe_budget_of_the_user_is_spent(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     # Not as nobody: others on this box may be nobody too. Root has no budget.
     user = "daemon" if os.geteuid() == 0 else ""
@@ -712,17 +676,17 @@ def test_bulk_flows_when_the_pipe_budget_of_the_user_is_spent(
         stack.enter_context(pipe_budget_spent(user))
         clients = []
         for sender in senders:  # each holds a full pipe, as it is not read from
-            one = tunnel(gateway, origin(sender), buffer=16384)
+            one = http_wire.tunnel(gateway, origin(sender), buffer=16384)
             clients.append(stack.enter_context(one))
         for sender in senders:
-            at_rest(functools.partial(getattr, sender, "sent"), 0.05)
-        assert all(status(pid, "Uid") != 0 for pid in gateway.workers())
-        client = stack.enter_context(tunnel(gateway, origin(echo)))
+            wait.at_rest(functools.partial(getattr, sender, "sent"), 0.05)
+        assert all(kernel.number(pid, "Uid") != 0 for pid in gateway.workers())
+        client = stack.enter_context(http_wire.tunnel(gateway, origin(origins.echo)))
         with sending(client, DATA):
-            assert same(read_all(client), DATA)
+            assert same(wire.read_all(client), DATA)
         for client, sender in zip(clients, senders):
             sender.stop.set()
-            got = read_all(client)
+            got = wire.read_all(client)
             expected = DATA[:MIB] * (len(got) // MIB + 1)
             assert same(got, expected[: len(got)])
             assert len(got) == sender.sent
@@ -730,30 +694,35 @@ def test_bulk_flows_when_the_pipe_budget_of_the_user_is_spent(
 
 @pytest.mark.parametrize("way", ["tunnel", "body"])
 def test_bulk_is_copied_when_no_pipe_can_be_had(
-    natwork: Natwork, origin: Start, way: str
+    natwork: running.Start, origin: origins.Start, way: str
 ) -> None:
-    def answer(connection: socket.socket, server: Origin) -> None:
-        while read_request(connection):
-            connection.sendall(sized(DATA))
+    def answer(connection: socket.socket, server: origins.Origin) -> None:
+        while http_wire.read_request(connection):
+            connection.sendall(http_wire.sized(DATA))
 
-    handle = echo if way == "tunnel" else answer
-    gateway, server = natwork(*ALONE), origin(handle)
-    pid = only_worker(gateway)
-    idle = links(pid, "pipe:")
+    handle = origins.echo if way == "tunnel" else answer
+    gateway, server = natwork(*running.ALONE), origin(handle)
+    pid = gateway.only_worker()
+    idle = len(kernel.opened(pid, "pipe:"))
     if way == "tunnel":
-        with tunnel(gateway, server) as client, no_more_descriptors(pid):  # trap 22
+        with (
+            http_wire.tunnel(gateway, server) as client,
+            kernel.no_more_descriptors(pid),
+        ):  # trap 22
             with sending(client, DATA):
-                assert same(read_all(client), DATA)
-            assert links(pid, "pipe:") == idle
+                assert same(wire.read_all(client), DATA)
+            assert len(kernel.opened(pid, "pipe:")) == idle
         return
     with gateway.connect(20) as client:
-        client.sendall(request(server))
-        assert same(read_answer(client).body, DATA)
-        eventually(lambda: links(pid, "pipe:") == idle)  # trap 3: silent, too
-        with no_more_descriptors(pid):
-            client.sendall(request(server))
-            assert same(read_answer(client).body, DATA)
-            assert links(pid, "pipe:") == idle
+        client.sendall(http_wire.request(server))
+        assert same(http_wire.read_answer(client).body, DATA)
+        wait.until(
+            lambda: len(kernel.opened(pid, "pipe:")) == idle
+        )  # trap 3: silent, too
+        with kernel.no_more_descriptors(pid):
+            client.sendall(http_wire.request(server))
+            assert same(http_wire.read_answer(client).body, DATA)
+            assert len(kernel.opened(pid, "pipe:")) == idle
     assert len(server.callers) == 1
 
 
@@ -765,18 +734,18 @@ def framed(way: str, data: bytes) -> tuple[bytes, bytes]:
     if way == "sized":
         return b"Content-Length: %d" % len(data), data
     pieces = [data[i : i + MIB] for i in range(0, len(data), MIB)]
-    return b"Transfer-Encoding: chunked", chunks(*pieces)
+    return b"Transfer-Encoding: chunked", http_wire.chunks(*pieces)
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
 @pytest.mark.parametrize("way", ["sized", "chunked", "closed"])
 def test_twenty_megabytes_come_back_whole(
-    gateway: Gateway, origin: Start, way: str, slow: bool
+    gateway: running.Gateway, origin: origins.Start, way: str, slow: bool
 ) -> None:
-    def answer(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def answer(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         field, body = (b"", DATA) if way == "closed" else framed(way, DATA)
-        connection.sendall(response(*([field] if field else []), body=body))
+        connection.sendall(http_wire.response(*([field] if field else []), body=body))
 
     server = origin(answer)
     with socket.socket() as client:
@@ -784,59 +753,61 @@ def test_twenty_megabytes_come_back_whole(
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
         client.settimeout(20)
         client.connect(gateway.address)
-        client.sendall(request(server))
-        got = read_answer(client)
+        client.sendall(http_wire.request(server))
+        got = http_wire.read_answer(client)
     assert (same(got.body, DATA), got.complete) == (True, True)
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
 @pytest.mark.parametrize("way", ["sized", "chunked"])
 def test_twenty_megabytes_get_there_whole(
-    gateway: Gateway, origin: Start, way: str, slow: bool
+    gateway: running.Gateway, origin: origins.Start, way: str, slow: bool
 ) -> None:
-    def store(connection: socket.socket, server: Origin) -> None:
-        message = read_request(connection)
+    def store(connection: socket.socket, server: origins.Origin) -> None:
+        message = http_wire.read_request(connection)
         assert message and message.complete
         server.received.append(message.body)
-        connection.sendall(sized(b"stored"))
+        connection.sendall(http_wire.sized(b"stored"))
 
     server = origin(store)
     if slow:  # what is accepted inherits it
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
     field, body = framed(way, DATA)
-    data = request(server, field, method=b"POST", body=body)
+    data = http_wire.request(server, field, method=b"POST", body=body)
     with gateway.connect(20) as client, sending(client, data, end=False):
-        assert read_answer(client).body == b"stored"
+        assert http_wire.read_answer(client).body == b"stored"
     assert same(server.received[0], DATA)
 
 
 @pytest.mark.parametrize("way", ["sized", "chunked"])
-def test_bodies_go_both_ways_at_once(gateway: Gateway, origin: Start, way: str) -> None:
+def test_bodies_go_both_ways_at_once(
+    gateway: running.Gateway, origin: origins.Start, way: str
+) -> None:
     field, body = framed(way, DATA)
 
-    def answer(connection: socket.socket, server: Origin) -> None:
+    def answer(connection: socket.socket, server: origins.Origin) -> None:
         connection.recv(1, socket.MSG_PEEK)
-        with sending(connection, response(field, body=body), end=False):
-            message = read_request(connection)
+        with sending(connection, http_wire.response(field, body=body), end=False):
+            message = http_wire.read_request(connection)
         assert message and message.complete
         server.received.append(message.body)
 
     server = origin(answer)
     with gateway.connect(20) as client:
-        data = request(server, field, method=b"POST", body=body)
+        data = http_wire.request(server, field, method=b"POST", body=body)
         with sending(client, data, end=False):
-            got = read_answer(client)
+            got = http_wire.read_answer(client)
     assert (same(got.body, DATA), got.complete) == (True, True)
-    eventually(lambda: server.received)
+    wait.until(lambda: server.received)
     assert same(server.received[0], DATA)
 
 
 def test_who_reads_slowly_and_all_the_time_is_not_silent(
-    natwork: Callable[..., Gateway], origin: Callable[..., Origin]
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     size = 3_000_000
 
-    def give(connection: socket.socket, origin: Origin) -> None:
+    def give(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"x" * size)
         connection.shutdown(socket.SHUT_WR)
         connection.recv(1)
@@ -859,87 +830,90 @@ def test_who_reads_slowly_and_all_the_time_is_not_silent(
 
 @pytest.mark.parametrize("way", ["up", "down", "tunnel"])
 def test_an_urgent_byte_neither_stops_bulk_nor_costs_cpu(
-    natwork: Natwork, origin: Start, way: str
+    natwork: running.Start, origin: origins.Start, way: str
 ) -> None:
     def urge(connection: socket.socket) -> None:
         """Send bulk with an urgent byte in it; splice(2) goes no further than that."""
-        send(connection, DATA[:MIB])
+        wire.send(connection, DATA[:MIB])
         time.sleep(0.2)
         connection.send(b"!", socket.MSG_OOB)
-        send(connection, DATA[MIB:])
+        wire.send(connection, DATA[MIB:])
 
-    def serve(connection: socket.socket, server: Origin) -> None:
-        read_head(connection)
+    def serve(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
         if way == "up":
-            server.received.append(read_exactly(connection, len(DATA)))
-            return connection.sendall(sized(b"got it"))
+            server.received.append(wire.read_exactly(connection, len(DATA)))
+            return connection.sendall(http_wire.sized(b"got it"))
         if way == "down":
             connection.sendall(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % length)
         urge(connection)
-        read_all(connection)
+        wire.read_all(connection)
 
     length = b"Content-Length: %d" % len(DATA)
-    gateway, server = natwork(*ALONE, "idle_timeout=5"), origin(serve)
-    worker = only_worker(gateway)
+    gateway, server = natwork(*running.ALONE, "idle_timeout=5"), origin(serve)
+    worker = gateway.only_worker()
     with contextlib.ExitStack() as stack:
         if way == "tunnel":
-            client = stack.enter_context(tunnel(gateway, server, b"\r\n\r\n"))
-            assert same(read_exactly(client, len(DATA)), DATA)
+            client = stack.enter_context(http_wire.tunnel(gateway, server, b"\r\n\r\n"))
+            assert same(wire.read_exactly(client, len(DATA)), DATA)
         else:
             client = stack.enter_context(gateway.connect(20))
-            send(client, request(server, *[length] * (way == "up"), method=b"PUT"))
+            wire.send(
+                client,
+                http_wire.request(server, *[length] * (way == "up"), method=b"PUT"),
+            )
             if way == "up":
                 urge(client)
-                assert read_answer(client).body == b"got it"
+                assert http_wire.read_answer(client).body == b"got it"
                 assert same(server.received[0], DATA)
             else:
-                assert same(read_answer(client).body, DATA)
-        before = ticks(worker)
+                assert same(http_wire.read_answer(client).body, DATA)
+        before = kernel.ticks(worker)
         time.sleep(0.3)
-        assert ticks(worker) - before < 0.2 * TICK
+        assert kernel.ticks(worker) - before < 0.2 * kernel.TICK
 
 
 @pytest.mark.parametrize("proto", ["connect", "upgrade"])
 def test_a_reset_that_meets_both_lanes_at_once_is_no_end(
-    natwork: Natwork, origin: Start, proto: str
+    natwork: running.Start, origin: origins.Start, proto: str
 ) -> None:
     go = threading.Event()
     switch = b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
 
-    def serve(connection: socket.socket, server: Origin) -> None:
+    def serve(connection: socket.socket, server: origins.Origin) -> None:
         if proto == "upgrade":
-            read_head(connection)
+            http_wire.read_head(connection)
             connection.sendall(switch)
         go.wait(10)
         connection.sendall(b"half of what I had to")
         time.sleep(0.1)
-        reset(connection)
+        wire.reset(connection)
 
-    gateway, server = natwork(*ALONE), origin(serve)
-    worker = only_worker(gateway)
+    gateway, server = natwork(*running.ALONE), origin(serve)
+    worker = gateway.only_worker()
     fields = [] if proto == "connect" else [b"Connection: upgrade", b"Upgrade: x"]
     method = b"CONNECT" if proto == "connect" else b"GET"
     with gateway.connect() as client:
-        client.sendall(request(server, *fields, method=method))
-        assert read_head(client)
-        with stopped(worker):
+        client.sendall(http_wire.request(server, *fields, method=method))
+        assert http_wire.read_head(client)
+        with kernel.stopped(worker):
             go.set()
             time.sleep(0.3)
             client.sendall(b"what the server no longer takes")
         with pytest.raises(ConnectionResetError):
             while client.recv(64):
                 pass
-    assert logged(gateway, server)["outcome"] == "server-gone"
+    assert gateway.line_about(server)["outcome"] == "server-gone"
 
 
 @pytest.mark.parametrize("way", ["tunnel", "answer"])
 def test_a_reset_behind_the_end_cuts_nothing(
-    gateway: Gateway, origin: Start, way: str
+    gateway: running.Gateway, origin: origins.Start, way: str
 ) -> None:
-    def part(connection: socket.socket, server: Origin) -> None:
+    def part(connection: socket.socket, server: origins.Origin) -> None:
         """End, and close with unread input: a FIN, and then a reset."""
         if way == "answer":
-            read_head(connection)
+            http_wire.read_head(connection)
             connection.sendall(b"HTTP/1.0 413 No\r\n\r\n")
         connection.recv(1)
         connection.sendall(b"all of it")
@@ -950,9 +924,9 @@ def test_a_reset_behind_the_end_cuts_nothing(
         fields = [b"Content-Length: 100000000"] if way == "answer" else []
         method = b"POST" if way == "answer" else b"CONNECT"
         with gateway.connect(20) as client:
-            client.sendall(request(server, *fields, method=method))
+            client.sendall(http_wire.request(server, *fields, method=method))
             if way == "tunnel":
-                assert read_head(client) == HEAD
+                assert http_wire.read_head(client) == http_wire.ACCEPTED
             with sending(client, DATA, False):
                 said = b""
                 while piece := client.recv(65536):  # to the end, and no reset

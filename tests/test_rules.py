@@ -1,4 +1,4 @@
-"""Rules: who is a client, and what may be dialed for him, by name or by address."""
+"""Rules: who is a client, and what may be dialed for it, by name or by address."""
 
 from __future__ import annotations
 
@@ -8,26 +8,16 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import addresses
+import http_wire
+import origins
 import pytest
-from conftest import PROGRAM
-from conftest import ROOT
-from conftest import Gateway
-from conftest import Origin
-from wire import NAME
-from wire import Script
-from wire import exchange
-from wire import proxy_error
-from wire import request
-from wire import shared
-from wire import uncalled
+import running
 
 import natwork
 
-Start = Callable[..., Origin]
-Natwork = Callable[..., Gateway]
 CLIENT = "10.0.0.7"
 
 
@@ -394,78 +384,49 @@ def test_the_unspecified_address_is_loopback_to_who_dials_it(
 
 # --- Live: closed addresses ---------------------------------------------------
 
-closed = shared("rules=allow to *; allow port 1-65535; allow to localhost")
-
-
-def here(family: int, address: str) -> str:
-    """Return the source address that the box would use to an address, "" for none."""
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        with contextlib.suppress(OSError):
-            sock.connect((address, 53))  # no packet is sent
-            return str(sock.getsockname()[0])
-    return ""
-
-
-CLOSED = {
-    "loopback": """
-        127.0.0.1 127.0.0.3 127.255.255.254 localhost LocalHost [::1]
-        [0:0:0:0:0:0:0:1] [::ffff:127.0.0.1] [::FFFF:7F00:1] [::127.0.0.1] [::7f00:1]
-        [2002:7f00:1::] [2002:7f00:0001:0:0:0:0:1] [64:ff9b::7f00:1]
-        [64:ff9b::127.0.0.1] [64:ff9b:1::7f00:1] [2001:0:c000:201::80ff:fffe]
-        [2001::7f00:1:0:0:0:0]
-        """,
-    "unspecified": "0.0.0.0 0.1.2.3 [::] [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0]",
-    "link-local": """
-        169.254.169.254 [fe80::1] [febf::1] [::ffff:169.254.169.254]
-        [64:ff9b::a9fe:a9fe] [2002:a9fe:a9fe::]
-        """,
-    "multicast": """
-        224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 [ff02::1] [ff0e::1]
-        [::ffff:224.0.0.1] [64:ff9b::e000:1]
-        """,
-    "inside": """
-        10.1.2.3 172.16.0.1 192.168.255.255 [fd00::1] [::ffff:10.1.2.3]
-        [64:ff9b::10.1.2.3] [2002:a01:203::]
-        """,
-}
-TARGETS = [(word, target) for word in CLOSED for target in CLOSED[word].split()]
+closed = running.shared("rules=allow to *; allow port 1-65535; allow to localhost")
 
 
 @pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
-@pytest.mark.parametrize(("word", "target"), TARGETS)
+@pytest.mark.parametrize(("word", "target"), addresses.TARGETS)
 def test_a_closed_address_is_refused_and_the_rule_is_named(
-    closed: Gateway,
-    origin: Start,
+    closed: running.Gateway,
+    origin: origins.Start,
     capsys: pytest.CaptureFixture[str],
     word: str,
     target: str,
     method: bytes,
 ) -> None:
-    server = origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
+    server = origin(http_wire.Script(), "::1" if target == "[::1]" else "127.0.0.1")
     place = f"{target}:{server.port}"  # traps 12, 13
     count = len(closed.lines())
     with closed.connect() as client:
-        answer = exchange(client, request(place.encode(), method=method), method)
-        assert (answer.status, proxy_error(answer)) == (403, b"http_request_denied")
+        answer = http_wire.exchange(
+            client, http_wire.request(place.encode(), method=method), method
+        )
+        assert (answer.status, http_wire.proxy_error(answer)) == (
+            403,
+            b"http_request_denied",
+        )
     rule = f"built-in rule: {word} addresses are not reached".encode()
     assert rule in answer.body and rule in answer.values(b"Proxy-Status")[0]
     line = closed.lines(count + 1)[count]
     assert (line["status"], line["outcome"]) == ("403", f"denied-{word}")
     assert (line["address"], line["source"]) == ("-", "-")
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
     rules = "rules=allow to *; allow port 1-65535; allow to localhost"
     said = explained(capsys, closed, "127.0.0.1", place, "-o", rules)
     assert f"refused (denied-{word}) by {rule.decode()}" in said
 
 
-def test_an_address_of_the_gateway_itself_is_refused(natwork: Natwork) -> None:
+def test_an_address_of_the_gateway_itself_is_refused(natwork: running.Start) -> None:
     # So that it is none of the others: nothing but loopback is inside.
     gateway = natwork("inside=127.0.0.0/8", loopback=False)
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
         server.settimeout(0)
-        address = here(socket.AF_INET, "198.51.100.1")
+        address = addresses.here(socket.AF_INET, "198.51.100.1")
         if not address or address.startswith("127."):
             if os.environ.get("CI") == "true":
                 pytest.fail("this box has loopback addresses only")
@@ -473,7 +434,9 @@ def test_an_address_of_the_gateway_itself_is_refused(natwork: Natwork) -> None:
         place = f"{address}:{server.getsockname()[1]}".encode()
         for method in (b"GET", b"CONNECT"):
             with gateway.connect() as client:
-                answer = exchange(client, request(place, method=method), method)
+                answer = http_wire.exchange(
+                    client, http_wire.request(place, method=method), method
+                )
                 assert answer.status == 403
                 assert b"built-in rule: own addresses" in answer.body
         with pytest.raises(BlockingIOError):
@@ -487,13 +450,18 @@ def test_an_address_of_the_gateway_itself_is_refused(natwork: Natwork) -> None:
     "127.1 127.0.1 0x7f.1 0x7f000001 017700000001 2130706433 0 0177.0.0.1".split(),
 )
 def test_what_only_a_resolver_takes_for_an_address_is_not_resolved(
-    closed: Gateway, origin: Start, target: str, method: bytes
+    closed: running.Gateway, origin: origins.Start, target: str, method: bytes
 ) -> None:
-    server = origin(Script())  # trap 12
+    server = origin(http_wire.Script())  # trap 12
     with closed.connect() as client:
         place = f"{target}:{server.port}".encode()
-        assert exchange(client, request(place, method=method), method).status == 400
-    assert uncalled(server)
+        assert (
+            http_wire.exchange(
+                client, http_wire.request(place, method=method), method
+            ).status
+            == 400
+        )
+    assert http_wire.uncalled(server)
 
 
 # --- Live: who is a client ----------------------------------------------------
@@ -512,9 +480,9 @@ def test_what_only_a_resolver_takes_for_an_address_is_not_resolved(
     ],
 )
 def test_who_is_not_a_client_is_closed_without_a_byte(
-    natwork: Natwork, origin: Start, option: str, peer: str
+    natwork: running.Start, origin: origins.Start, option: str, peer: str
 ) -> None:
-    gateway, server = natwork(option), origin(Script())
+    gateway, server = natwork(option), origin(http_wire.Script())
     with socket.socket() as client:
         client.settimeout(10)
         client.bind((peer, 0))
@@ -522,12 +490,12 @@ def test_who_is_not_a_client_is_closed_without_a_byte(
         assert client.recv(1) == b""
         name = "%s:%d" % client.getsockname()
         with contextlib.suppress(ConnectionError):
-            client.sendall(request(server))  # nor is anything done for him
+            client.sendall(http_wire.request(server))  # nor is anything done for it
     (line,) = gateway.lines(1)
     assert line["client"] == name
     assert (line["outcome"], line["status"]) == ("not-inside", "-")
     assert (line["up"], line["down"]) == ("0", "0")
-    assert uncalled(server)
+    assert http_wire.uncalled(server)
 
 
 @pytest.mark.parametrize(
@@ -540,21 +508,24 @@ def test_who_is_not_a_client_is_closed_without_a_byte(
     ],
 )
 def test_who_is_a_client_is_served(
-    natwork: Natwork, origin: Start, option: str, peer: str
+    natwork: running.Start, origin: origins.Start, option: str, peer: str
 ) -> None:
-    gateway, server = natwork(option), origin(Script())
+    gateway, server = natwork(option), origin(http_wire.Script())
     with socket.socket() as client:
         client.settimeout(10)
         client.bind((peer, 0))
         client.connect(gateway.address)
-        assert exchange(client, request(server)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
 
 
 # --- Live: rules, and --explain -----------------------------------------------
 
 
 def explained(
-    capsys: pytest.CaptureFixture[str], gateway: Gateway, client: str, *words: str
+    capsys: pytest.CaptureFixture[str],
+    gateway: running.Gateway,
+    client: str,
+    *words: str,
 ) -> str:
     """Return what --explain prints of TARGET, then options, then perhaps a user."""
     (target, *options) = words
@@ -604,11 +575,11 @@ DECIDED = [
 
 
 def test_explain_says_what_the_gateway_does_and_dials_nothing(
-    natwork: Natwork, origin: Start, capsys: pytest.CaptureFixture[str]
+    natwork: running.Start, origin: origins.Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = origin(Script(), "0.0.0.0")
+    server = origin(http_wire.Script(), "0.0.0.0")
     rules = "rules=" + RULES.format(port=server.port).strip()
-    gateway = natwork(rules, f"name={NAME.decode()}", loopback=False)
+    gateway = natwork(rules, f"name={running.NAME.decode()}", loopback=False)
     reached = 0
     for number, (peer, target, verdict) in enumerate(DECIDED):
         target = target.replace("PORT", str(server.port))
@@ -623,7 +594,9 @@ def test_explain_says_what_the_gateway_does_and_dials_nothing(
             client.connect(gateway.address)
             # What GET asks of a listener of ours is answered, not dialed.
             method = b"CONNECT" if "loop" in verdict else b"GET"
-            answer = exchange(client, request(target.encode(), method=method))
+            answer = http_wire.exchange(
+                client, http_wire.request(target.encode(), method=method)
+            )
         line = gateway.lines(number + 1)[number]
         if verdict.startswith("allowed"):
             assert answer.status in (200, 502), target  # 502: nobody listens at 25
@@ -641,7 +614,7 @@ def test_explain_says_what_the_gateway_does_and_dials_nothing(
 
 @pytest.mark.parametrize(("rules", "host", "port", "address", "word"), VERDICTS)
 def test_explain_says_what_the_rules_say(
-    closed: Gateway,
+    closed: running.Gateway,
     capsys: pytest.CaptureFixture[str],
     rules: str,
     host: str,
@@ -661,7 +634,7 @@ def test_explain_says_what_the_rules_say(
 
 
 def test_explain_knows_the_user_and_who_is_no_client(
-    closed: Gateway, capsys: pytest.CaptureFixture[str]
+    closed: running.Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rules = "rules=deny user ann"
     for words, decision in ((["ann"], "refused (denied-rule-1)"), ([], "allowed by")):
@@ -672,7 +645,7 @@ def test_explain_knows_the_user_and_who_is_no_client(
 
 
 def test_explain_knows_a_user_who_is_not_ascii(
-    closed: Gateway, capsys: pytest.CaptureFixture[str]
+    closed: running.Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for user in ("zo\u00eb", "a\\b"):
         words = f"{OUTSIDE}:80", "-o", f"rules=deny user {user}", user
@@ -680,7 +653,7 @@ def test_explain_knows_a_user_who_is_not_ascii(
 
 
 def test_explain_knows_the_link_local_as_the_gateway_does(
-    closed: Gateway,
+    closed: running.Gateway,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -705,7 +678,7 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail("not installed: strace")
         pytest.skip("not installed: strace")
-    program = [*PROGRAM, "-o", "outside=192.0.2.1"]
+    program = [*running.PROGRAM, "-o", "outside=192.0.2.1"]
     trace = ["strace", "-f", "-e", "trace=%network", "-o", str(tmp_path / "trace")]
     for target in ("127.0.0.1:80", "localhost:80", f"{OUTSIDE}:443"):
         done = subprocess.run(
@@ -723,17 +696,19 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("port", ["0008443", "8443", "00000000000000000008443"])
-def test_a_port_is_all_of_its_digits(closed: Gateway, port: str) -> None:
+def test_a_port_is_all_of_its_digits(closed: running.Gateway, port: str) -> None:
     answer, count = b"", len(closed.lines())
     with closed.connect() as client:
-        answer = exchange(client, request(f"127.0.0.1:{port}".encode())).body
+        answer = http_wire.exchange(
+            client, http_wire.request(f"127.0.0.1:{port}".encode())
+        ).body
     assert b"denied" in answer or b"refused" in answer
     assert closed.lines(count + 1)[count]["target"] == "http://127.0.0.1:8443/"
     assert natwork.parse_authority(f"h:{port}".encode(), 0) == ("h", 8443)
 
 
 def test_explain_takes_what_a_browser_takes(
-    closed: Gateway, capsys: pytest.CaptureFixture[str]
+    closed: running.Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for target, place in (
         (f"https://{OUTSIDE}/path", f"{OUTSIDE}:443"),
@@ -747,7 +722,7 @@ def test_explain_takes_what_a_browser_takes(
 
 
 def test_explain_says_what_keeps_an_uplink_from_it(
-    closed: Gateway, capsys: pytest.CaptureFixture[str]
+    closed: running.Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(client: str, outside: str, target: str) -> str:
         return explained(capsys, closed, client, target, "-o", f"outside={outside}")
@@ -763,7 +738,7 @@ def test_explain_says_what_keeps_an_uplink_from_it(
 
 
 def test_explain_says_that_users_are_asked_first(
-    closed: Gateway, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    closed: running.Gateway, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "users"
     file.touch(mode=0o600)
@@ -793,7 +768,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_kernel_that_tells_no_routes_is_told_at_the_start(tmp_path: Path) -> None:
     # Which addresses are this box's own could not be known.
     done = subprocess.run(
-        [sys.executable, "-c", NO_ROUTES, ROOT / "natwork.py"],
+        [sys.executable, "-c", NO_ROUTES, running.ROOT / "natwork.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -815,6 +790,6 @@ except OSError as error:
     print(os.strerror(error.errno))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=running.ROOT, capture_output=True, text=True
     )
     assert done.stdout == "Too many open files\n", done

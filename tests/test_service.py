@@ -17,49 +17,32 @@ import signal
 import socket
 import struct
 import subprocess
-import tempfile
-from collections.abc import Callable
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from box import unavailable
-from conftest import PROGRAM
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from running import PLAIN
-from running import SELF
-from running import Daemon
-from running import command
-from running import configuration
-from running import daemons
-from running import echo
-from running import echoes
-from running import group
-from running import idle
-from running import network_of
-from running import read_proc
-from running import status
-from running import title
-from running import tunnel
-from wire import DENIED
-from wire import exchange
-from wire import request
+import running
+import wait
+import wire
 
 import natwork as program
 import natwork_daemon
 
-daemon = daemons()
-Launch = Callable[..., Daemon]
-Start = Callable[..., Origin]
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="drops what only root has")
+PLAIN = [sys.executable, "-I", "-S", str(running.ROOT / "natwork.py")]  # alone
 
 
 def answers(address: tuple[str, int]) -> bool:
     """Say whether a gateway serves at an address."""
     with socket.create_connection(address, 10) as client:
-        return exchange(client, request(DENIED)).status == 403
+        return (
+            http_wire.exchange(client, http_wire.request(http_wire.DENIED)).status
+            == 403
+        )
 
 
 def failed(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -72,7 +55,7 @@ def failed(done: subprocess.CompletedProcess[str], code: int) -> str:
 # Listeners.
 
 
-def test_every_address_is_listened_on_and_said(daemon: Launch) -> None:
+def test_every_address_is_listened_on_and_said(daemon: running.Start) -> None:
     gateway = daemon(listen="127.0.0.1:0 127.0.0.2:0\n  127.0.0.3:0")
     hosts = [host for host, _ in gateway.listening()]
     assert hosts == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
@@ -80,22 +63,14 @@ def test_every_address_is_listened_on_and_said(daemon: Launch) -> None:
     assert len(gateway.said()) == 4  # and the chapters
 
 
-@pytest.fixture
-def ipv6() -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("this box has no IPv6")
-
-
-@pytest.mark.usefixtures("ipv6")
-def test_a_star_is_both_families_at_one_port(daemon: Launch) -> None:
+@needs.ipv6
+def test_a_star_is_both_families_at_one_port(daemon: running.Start) -> None:
     gateway = daemon(listen="*:0")
     (first, port), (second, same) = gateway.listening()
     assert (first, second) == ("0.0.0.0", "::") and port == same != 0
     assert answers(("127.0.0.1", port)) and answers(("::1", port))
     with socket.create_connection(("::1", port), 10) as client:
-        exchange(client, request(DENIED))
+        http_wire.exchange(client, http_wire.request(http_wire.DENIED))
         name = "[%s]:%d" % client.getsockname()[:2]
     assert name in [line["client"] for line in gateway.lines(3)]
     said = gateway.hangup()  # the pair is kept, port 0 or not
@@ -103,8 +78,8 @@ def test_a_star_is_both_families_at_one_port(daemon: Launch) -> None:
     assert answers(("127.0.0.1", port)) and answers(("::1", port))
 
 
-@pytest.mark.usefixtures("ipv6")
-def test_an_ipv6_listener_stands_in_brackets(daemon: Launch) -> None:
+@needs.ipv6
+def test_an_ipv6_listener_stands_in_brackets(daemon: running.Start) -> None:
     gateway = daemon(listen="[::1]:0")
     place = "natwork: listening on [::1]:%d" % gateway.address[1]
     assert gateway.said()[1:] == [place]
@@ -114,18 +89,18 @@ def test_an_ipv6_listener_stands_in_brackets(daemon: Launch) -> None:
 def test_an_address_in_use_is_one_line_and_exit_1(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = "127.0.0.1:%d" % taken.getsockname()[1]
-        why = failed(command("-o", f"listen={where}", cwd=tmp_path), 1)
+        why = failed(running.command("-o", f"listen={where}", cwd=tmp_path), 1)
         assert why == f"natwork: cannot listen on {where}: address already in use\n"
         # Also when it is the second, and then nothing is said of the first.
         both = f"listen=127.0.0.2:0 {where}"
-        assert failed(command("-o", both, cwd=tmp_path), 1) == why
+        assert failed(running.command("-o", both, cwd=tmp_path), 1) == why
 
 
-@pytest.mark.usefixtures("ipv6")
+@needs.ipv6
 def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
         port = taken.getsockname()[1]
-        why = failed(command("-o", f"listen=*:{port}", cwd=tmp_path), 1)
+        why = failed(running.command("-o", f"listen=*:{port}", cwd=tmp_path), 1)
         words = f"natwork: cannot listen on [::]:{port}: address already in use\n"
         assert why == words
 
@@ -134,7 +109,7 @@ def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
 def test_too_few_descriptors_are_one_line_and_exit_1(
     tmp_path: Path, limit: int
 ) -> None:
-    few = ["prlimit", f"--nofile={limit}", *PROGRAM, "-o", "listen=127.0.0.1:0"]
+    few = ["prlimit", f"--nofile={limit}", *running.PROGRAM, "-o", "listen=127.0.0.1:0"]
     done = subprocess.run(few, cwd=tmp_path, capture_output=True, text=True, timeout=30)
     said = done.stderr.splitlines()
     assert (done.returncode, said[-1]) == (
@@ -145,15 +120,19 @@ def test_too_few_descriptors_are_one_line_and_exit_1(
 
 
 def test_an_address_of_another_box_is_one_line_and_exit_1(tmp_path: Path) -> None:
-    why = failed(command("-o", "listen=192.0.2.7:0", cwd=tmp_path), 1)
+    why = failed(running.command("-o", "listen=192.0.2.7:0", cwd=tmp_path), 1)
     assert why.startswith("natwork: cannot listen on 192.0.2.7:0: cannot assign")
 
 
-def test_a_port_can_be_taken_over_at_once(daemon: Launch, origin: Start) -> None:
+def test_a_port_can_be_taken_over_at_once(
+    daemon: running.Start, origin: origins.Start
+) -> None:
     first = daemon()
-    with tunnel(first, origin(echo)):  # leaves a socket in FIN_WAIT or TIME_WAIT
+    with http_wire.tunnel(
+        first, origin(origins.echo)
+    ):  # leaves a socket in FIN_WAIT or TIME_WAIT
         first.process.terminate()
-        eventually(lambda: title(first.process.pid).endswith(" 0 idle 1 busy"))
+        wait.until(lambda: kernel.title(first.process.pid).endswith(" 0 idle 1 busy"))
         second = daemon(listen="127.0.0.1:%d" % first.address[1])
         assert answers(second.address)
 
@@ -169,10 +148,15 @@ def activated(
     listen: str = "listen=127.0.0.1:0",
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a gateway with listening sockets as descriptors 3 and up."""
-    settings = [f"log={folder / 'log'}", listen, "drain_timeout=5", f"user={SELF}"]
-    words = [word for setting in settings if setting for word in ("-o", setting)]
+    settings = [
+        f"log={folder / 'log'}",
+        listen,
+        "drain_timeout=5",
+        f"user={running.SELF}",
+    ]
+    words = running.options(*filter(None, settings))
     launch = f"LISTEN_FDS={len(sockets)} LISTEN_PID={pid} exec " + shlex.join(
-        [*PROGRAM, *words]
+        [*running.PROGRAM, *words]
     )
 
     def hand_over() -> None:
@@ -225,7 +209,7 @@ def test_passed_sockets_are_left_open_for_the_next_one(
         assert answers(where)
         process.send_signal(signal.SIGHUP)
         said = tmp_path / "said"
-        eventually(lambda: "reloaded" in said.read_text())
+        wait.until(lambda: "reloaded" in said.read_text())
         assert answers(where)
     with socket.create_connection(where, 10) as client:
         (accepted, name) = passed[0].accept()  # it still listens
@@ -238,7 +222,7 @@ def test_sockets_meant_for_another_process_are_not_taken(
 ) -> None:
     with activated(tmp_path, passed[:1], pid="1"):
         said = tmp_path / "said"
-        eventually(lambda: "listening" in said.read_text())
+        wait.until(lambda: "listening" in said.read_text())
         assert "%s:%d" % passed[0].getsockname() not in said.read_text()
 
 
@@ -248,10 +232,10 @@ def test_a_setting_that_passed_sockets_replace_is_said_to_be_idle(
     (tmp_path / "natwork.conf").write_text("[natwork]\nlisten = 127.0.0.1:0\n")
     with activated(tmp_path, passed[:1], listen="") as process:
         said = tmp_path / "said"
-        eventually(lambda: "listening" in said.read_text())
+        wait.until(lambda: "listening" in said.read_text())
         (tmp_path / "natwork.conf").write_text("[natwork]\nlisten = 127.0.0.4:0\n")
         process.send_signal(signal.SIGHUP)
-        eventually(lambda: "configuration reloaded" in said.read_text())
+        wait.until(lambda: "configuration reloaded" in said.read_text())
         assert "natwork: listen is not used: systemd passes " in said.read_text()
         assert answers(passed[0].getsockname())
 
@@ -260,14 +244,14 @@ def test_a_setting_that_passed_sockets_replace_is_said_to_be_idle(
 def test_a_number_of_sockets_that_is_none_is_one_line(
     tmp_path: Path, count: str
 ) -> None:
-    shell = f"LISTEN_PID=$$ LISTEN_FDS={count} exec {shlex.join(PROGRAM)}"
-    done = command(cwd=tmp_path, program=["sh", "-c", shell])
+    shell = f"LISTEN_PID=$$ LISTEN_FDS={count} exec {shlex.join(running.PROGRAM)}"
+    done = running.command(cwd=tmp_path, program=["sh", "-c", shell])
     why = f"natwork: cannot take LISTEN_FDS={count}: it is not a number of sockets"
     assert failed(done, 1).strip() == why
 
 
 def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
-    shell = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {shlex.join(PROGRAM)}"
+    shell = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {shlex.join(running.PROGRAM)}"
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(tmp_path / "door"))
         door.listen()
@@ -289,7 +273,7 @@ def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_systemd_is_told_of_readiness_reloads_and_the_end(
-    daemon: Launch, tmp_path: Path, kind: str
+    daemon: running.Start, tmp_path: Path, kind: str
 ) -> None:
     path = str(tmp_path / "notify") if kind == "path" else f"@{tmp_path}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -324,7 +308,9 @@ def test_systemd_is_told_of_readiness_reloads_and_the_end(
         assert gateway.process.wait(20) == 0
 
 
-def test_who_tells_systemd_does_not_wait_for_it(daemon: Launch, tmp_path: Path) -> None:
+def test_who_tells_systemd_does_not_wait_for_it(
+    daemon: running.Start, tmp_path: Path
+) -> None:
     def environment() -> None:
         os.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
 
@@ -336,7 +322,7 @@ def test_who_tells_systemd_does_not_wait_for_it(daemon: Launch, tmp_path: Path) 
 
 def gone(pid: int) -> bool:
     """Say whether a process has ended, though process 1 may not have noticed yet."""
-    return status(pid, "State")[:1] in ("", "Z")
+    return kernel.status(pid, "State")[:1] in ("", "Z")
 
 
 @contextlib.contextmanager
@@ -352,10 +338,10 @@ def detached(
         "pidfile": "natwork.pid",
         **settings,
     }
-    (folder / "natwork.conf").write_text(configuration(settings))
+    (folder / "natwork.conf").write_text(running.configuration(settings))
     with (folder / "said").open("w") as errors:
         done = subprocess.run(
-            [*PROGRAM, "-d", *options],
+            [*running.PROGRAM, "-d", *options],
             cwd=folder,
             stderr=errors,
             timeout=30,
@@ -367,7 +353,7 @@ def detached(
     finally:
         if pid:
             os.kill(pid, signal.SIGTERM)
-            eventually(lambda: gone(pid))
+            wait.until(lambda: gone(pid))
 
 
 def test_a_daemon_serves_when_its_launcher_has_ended(tmp_path: Path) -> None:
@@ -375,18 +361,18 @@ def test_a_daemon_serves_when_its_launcher_has_ended(tmp_path: Path) -> None:
         assert done.returncode == 0  # trap 24: and the listener was preserved
         _, said = (tmp_path / "said").read_text().splitlines()
         assert answers(("127.0.0.1", int(said.rpartition(":")[2])))
-        session = read_proc(pid, "stat").rpartition(")")[2].split()[3]
+        session = kernel.read(pid, "stat").rpartition(")")[2].split()[3]
         assert int(session) != os.getsid(0)  # no terminal can hang it up
-        assert status(pid, "Umask") == "0027"
+        assert kernel.status(pid, "Umask") == "0027"
         assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
-        eventually(lambda: title(pid).startswith("natwork: master "))
+        wait.until(lambda: kernel.title(pid).startswith("natwork: master "))
         log = tmp_path / "access.log"
-        eventually(lambda: log.read_text().count("\n") == 1)
+        wait.until(lambda: log.read_text().count("\n") == 1)
         os.kill(pid, signal.SIGHUP)
-        eventually(lambda: "reloaded" in (tmp_path / "said").read_text())
+        wait.until(lambda: "reloaded" in (tmp_path / "said").read_text())
         assert "configuration reloaded" in (tmp_path / "said").read_text()
     assert not (tmp_path / "natwork.pid").exists()
-    eventually(lambda: not group(int(session)))
+    wait.until(lambda: not kernel.group(int(session)))
 
 
 def test_a_daemon_keeps_no_descriptor_of_its_launcher(tmp_path: Path) -> None:
@@ -424,7 +410,9 @@ def test_a_badly_configured_daemon_is_told_by_its_launcher(tmp_path: Path) -> No
 
 
 def test_a_daemon_needs_python_daemon(tmp_path: Path) -> None:
-    done = command("-d", "-o", "listen=127.0.0.1:0", cwd=tmp_path, program=PLAIN)
+    done = running.command(
+        "-d", "-o", "listen=127.0.0.1:0", cwd=tmp_path, program=PLAIN
+    )
     assert "pip install python-daemon" in failed(done, 1)
 
 
@@ -432,7 +420,7 @@ def test_a_second_daemon_is_refused_by_its_launcher(tmp_path: Path) -> None:
     (tmp_path / "natwork.pid").write_text("4194304\n")  # stale: nobody has it locked
     with detached(tmp_path) as (done, pid):
         assert done.returncode == 0 and pid != 4194304
-        second = command("-d", "-o", "log=-", cwd=tmp_path)
+        second = running.command("-d", "-o", "log=-", cwd=tmp_path)
         why = "natwork: another natwork holds the pid file natwork.pid\n"
         assert (second.returncode, second.stderr) == (1, why)
         assert int((tmp_path / "natwork.pid").read_text()) == pid
@@ -441,41 +429,49 @@ def test_a_second_daemon_is_refused_by_its_launcher(tmp_path: Path) -> None:
 
 def test_a_daemon_detaches_whatever_its_standard_input_is(tmp_path: Path) -> None:
     # python-daemon takes a socket there for inetd's, and would stay in the session.
-    settings = {"listen": "127.0.0.1:0", "log": "log", "pidfile": "pid", "user": SELF}
-    (tmp_path / "natwork.conf").write_text(configuration(settings))
+    settings = {
+        "listen": "127.0.0.1:0",
+        "log": "log",
+        "pidfile": "pid",
+        "user": running.SELF,
+    }
+    (tmp_path / "natwork.conf").write_text(running.configuration(settings))
     with socket.create_server(("127.0.0.1", 0)) as terminal:
         done = subprocess.run(
-            [*PROGRAM, "-d"], cwd=tmp_path, stdin=terminal, stderr=-3, timeout=30
+            [*running.PROGRAM, "-d"],
+            cwd=tmp_path,
+            stdin=terminal,
+            stderr=-3,
+            timeout=30,
         )
     pid = int((tmp_path / "pid").read_text())
     assert done.returncode == 0 and os.getsid(pid) != os.getsid(0)
     os.kill(pid, signal.SIGTERM)
-    eventually(lambda: gone(pid))
+    wait.until(lambda: gone(pid))
 
 
-@as_root
+@needs.root
 def test_a_daemon_of_nobody_has_port_80_and_removes_its_pid_file() -> None:
     if not (unshare := shutil.which("unshare")):
-        unavailable("not installed: unshare")
+        needs.unavailable("not installed: unshare")
     with contextlib.ExitStack() as undo:
-        folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
-        folder.chmod(0o755)
+        folder = undo.enter_context(running.public_folder())
         pidfile = folder / "run" / "natwork.pid"  # its directory is made
         settings = {"listen": "*:80", "log": "log", "pidfile": str(pidfile)}
-        (folder / "natwork.conf").write_text(configuration(settings))
-        launch = "ip link set lo up; exec " + shlex.join([*PROGRAM, "-d"])
+        (folder / "natwork.conf").write_text(running.configuration(settings))
+        launch = "ip link set lo up; exec " + shlex.join([*running.PROGRAM, "-d"])
         done = subprocess.run(
             [unshare, "--net", "sh", "-ec", launch], cwd=folder, timeout=30
         )
         assert done.returncode == 0
         pid = int(pidfile.read_text())
         undo.callback(lambda: gone(pid) or os.kill(pid, signal.SIGKILL))
-        with network_of(pid):
+        with kernel.network_of(pid):
             assert answers(("127.0.0.1", 80))
         nobody = str(pwd.getpwnam("nobody").pw_uid)
-        assert status(pid, "Uid").split() == [nobody] * 4
+        assert kernel.status(pid, "Uid").split() == [nobody] * 4
         os.kill(pid, signal.SIGTERM)
-        eventually(lambda: gone(pid))
+        wait.until(lambda: gone(pid))
         assert not pidfile.exists() and pidfile.parent.exists()
         assert (folder / "log").stat().st_mode & 0o777 == 0o640
 
@@ -503,26 +499,26 @@ def test_a_pid_file_that_is_removed_while_it_is_awaited_is_no_lock(
     os.close(second)
 
 
-def test_the_pid_file_is_there_while_the_gateway_is(daemon: Launch) -> None:
+def test_the_pid_file_is_there_while_the_gateway_is(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid")
     pidfile = gateway.folder / "natwork.pid"
-    eventually(pidfile.exists)
+    wait.until(pidfile.exists)
     assert pidfile.read_text() == f"{gateway.process.pid}\n"
     gateway.stop()
     assert not pidfile.exists()
 
 
-def test_a_stale_pid_file_is_taken_over(daemon: Launch, tmp_path: Path) -> None:
+def test_a_stale_pid_file_is_taken_over(daemon: running.Start, tmp_path: Path) -> None:
     pidfile = tmp_path / "stale.pid"
     pidfile.write_text("4194304 and more of it\n")
     gateway = daemon(pidfile=str(pidfile))
-    eventually(lambda: pidfile.read_text() == f"{gateway.process.pid}\n")
+    wait.until(lambda: pidfile.read_text() == f"{gateway.process.pid}\n")
 
 
-def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
+def test_a_second_gateway_with_one_pid_file_is_refused(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid")
-    eventually((gateway.folder / "natwork.pid").exists)
-    done = command("-o", "log=-", cwd=gateway.folder)
+    wait.until((gateway.folder / "natwork.pid").exists)
+    done = running.command("-o", "log=-", cwd=gateway.folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last == "natwork: another natwork holds the pid file natwork.pid"
@@ -531,15 +527,15 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: Launch) -> None:
 
 
 def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
-    daemon: Launch, origin: Start, tmp_path: Path
+    daemon: running.Start, origin: origins.Start, tmp_path: Path
 ) -> None:
     pidfile = str(tmp_path / "natwork.pid")
     gateway = daemon(pidfile=pidfile, drain_timeout="3")
-    with tunnel(gateway, origin(echo)) as client:
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
         gateway.expected = -signal.SIGKILL
         gateway.process.kill()
         gateway.process.wait(10)
-        assert echoes(client) and answers(daemon(pidfile=pidfile).address)
+        assert wire.echoes(client) and answers(daemon(pidfile=pidfile).address)
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
@@ -553,14 +549,14 @@ def test_a_pid_file_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> Non
     else:
         pidfile.mkdir()
     options = ("-o", "listen=127.0.0.1:0", "-o", f"pidfile={pidfile}")
-    why = failed(command(*options, cwd=tmp_path), 1)
+    why = failed(running.command(*options, cwd=tmp_path), 1)
     assert f"the pid file {pidfile}: " in why
     assert target.read_text() == "not a number of ours"
 
 
 def test_a_pid_file_nowhere_is_one_reason_and_exit_1(tmp_path: Path) -> None:
     options = ("-o", "listen=127.0.0.1:0", "-o", "pidfile=/nowhere/at/all.pid")
-    done = command(*options, cwd=tmp_path)
+    done = running.command(*options, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert "/nowhere/at/all.pid" in last and last.endswith("no such file or directory")
@@ -568,23 +564,27 @@ def test_a_pid_file_nowhere_is_one_reason_and_exit_1(tmp_path: Path) -> None:
 
 def test_a_log_nowhere_is_one_line_and_exit_1(tmp_path: Path) -> None:
     options = ("-o", "listen=127.0.0.1:0", "-o", "log=/nowhere/log")
-    why = failed(command(*options, cwd=tmp_path), 1)
+    why = failed(running.command(*options, cwd=tmp_path), 1)
     assert why.startswith("natwork: cannot open the access log /nowhere/log: no such")
 
 
 # Privileges.
 
 
-@as_root
-def test_root_becomes_nobody_for_good(daemon: Launch) -> None:
+@needs.root
+def test_root_becomes_nobody_for_good(daemon: running.Start) -> None:
     gateway = daemon(user="nobody", pidfile="natwork.pid")
     nobody = pwd.getpwnam("nobody")
-    eventually(lambda: len(idle(gateway)) == 8)
+    wait.until(lambda: len(gateway.idle()) == 8)
     for pid in [gateway.process.pid, *gateway.workers()]:
-        assert set(status(pid, "Uid").split()) == {str(nobody.pw_uid)}
-        assert set(status(pid, "Gid").split()) == {str(nobody.pw_gid)}
-        assert status(pid, "Groups") == ""
-        assert int(status(pid, "CapEff"), 16) == int(status(pid, "CapPrm"), 16) == 0
+        assert set(kernel.status(pid, "Uid").split()) == {str(nobody.pw_uid)}
+        assert set(kernel.status(pid, "Gid").split()) == {str(nobody.pw_gid)}
+        assert kernel.status(pid, "Groups") == ""
+        assert (
+            int(kernel.status(pid, "CapEff"), 16)
+            == int(kernel.status(pid, "CapPrm"), 16)
+            == 0
+        )
     assert answers(gateway.address)
     assert gateway.lines(1)  # opened while it could
     gateway.stop()
@@ -593,16 +593,14 @@ def test_root_becomes_nobody_for_good(daemon: Launch) -> None:
     assert not pidfile.exists() or not pidfile.read_text()
 
 
-@as_root
+@needs.root
 def test_a_reload_that_asks_for_lost_privileges_is_refused_whole() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        gateway = Daemon(folder, user="nobody", spare_workers="2")
+    with running.public_folder() as folder:
+        gateway = running.Gateway.configured(folder, user="nobody", spare_workers="2")
         gateway.log.chmod(0o666)
         with socket.create_server(("127.0.0.1", 0)) as free:
             new = "127.0.0.1:%d" % free.getsockname()[1]
-        eventually(lambda: len(idle(gateway)) == 2)
+        wait.until(lambda: len(gateway.idle()) == 2)
         files = os.listdir(f"/proc/{gateway.process.pid}/fd")
         for settings in (
             {"log": str(folder / "new.log")},  # in a folder of root's
@@ -622,7 +620,7 @@ def test_a_reload_that_asks_for_lost_privileges_is_refused_whole() -> None:
         gateway.stop()
 
 
-@as_root
+@needs.root
 def test_root_follows_no_link_where_the_log_should_be(tmp_path: Path) -> None:
     secret, made = tmp_path / "secret", tmp_path / "made"
     secret.write_text("root's\n")
@@ -630,31 +628,34 @@ def test_root_follows_no_link_where_the_log_should_be(tmp_path: Path) -> None:
     for target in (secret, made):
         log = tmp_path / f"{target.name}.log"
         log.symlink_to(target)
-        done = command("-o", "listen=127.0.0.1:0", "-o", f"log={log}", cwd=tmp_path)
+        done = running.command(
+            "-o", "listen=127.0.0.1:0", "-o", f"log={log}", cwd=tmp_path
+        )
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"cannot open the access log {log}: " in done.stderr
     assert secret.read_text() == "root's\n" and secret.stat().st_uid == 0
     assert not made.exists()
 
 
-@as_root
+@needs.root
 def test_a_gateway_started_by_root_can_be_reloaded() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        gateway = Daemon(folder, user="nobody")  # its log was made by root
+    with running.public_folder() as folder:
+        # Its log was made by root.
+        gateway = running.Gateway.configured(folder, user="nobody")
         assert gateway.hangup().endswith("configuration reloaded")
         gateway.stop()
 
 
-@as_root
+@needs.root
 def test_an_unknown_user_is_one_line_and_exit_78(tmp_path: Path) -> None:
     for check in ([], ["-t"]):
-        why = failed(command(*check, "-o", "user=no-such-user", cwd=tmp_path), 78)
+        why = failed(
+            running.command(*check, "-o", "user=no-such-user", cwd=tmp_path), 78
+        )
         assert why.startswith("natwork: option -o: user = no-such-user: ")
 
 
-def test_user_and_pid_file_need_a_restart(daemon: Launch) -> None:
+def test_user_and_pid_file_need_a_restart(daemon: running.Start) -> None:
     gateway = daemon()
     before = len(gateway.said())
     running = gateway.settings["user"]
@@ -670,7 +671,7 @@ def test_user_and_pid_file_need_a_restart(daemon: Launch) -> None:
     assert not [line for line in gateway.said()[before:] if "restart" in line]
 
 
-def test_a_reload_says_what_is_not_there(daemon: Launch) -> None:
+def test_a_reload_says_what_is_not_there(daemon: running.Start) -> None:
     gateway = daemon()
     gateway.hangup(outside="nosuch0")
     assert "natwork: outside: nosuch0 is not there now" in gateway.said()
@@ -680,13 +681,13 @@ def test_a_reload_says_what_is_not_there(daemon: Launch) -> None:
 
 
 def test_the_version_is_printed(tmp_path: Path) -> None:
-    done = command("--version", cwd=tmp_path)
+    done = running.command("--version", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"natwork {program.__version__}\n"
 
 
 def test_help_names_what_there_is(tmp_path: Path) -> None:
-    done = command("--help", cwd=tmp_path)
+    done = running.command("--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     for word in ("--config", "--option", "--daemon", "--test", "--table", "--explain"):
         assert word in done.stdout
@@ -707,25 +708,25 @@ def test_help_names_what_there_is(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_a_bad_command_line_exits_2(tmp_path: Path, words: list[str]) -> None:
-    done = command(*words, cwd=tmp_path)
+    done = running.command(*words, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: natwork") and "Traceback" not in done.stderr
 
 
 def test_a_test_of_the_configuration_opens_nothing(
-    daemon: Launch, tmp_path: Path
+    daemon: running.Start, tmp_path: Path
 ) -> None:
     gateway = daemon(pidfile="natwork.pid")
-    eventually((gateway.folder / "natwork.pid").exists)
+    wait.until((gateway.folder / "natwork.pid").exists)
     where = "listen=127.0.0.1:%d" % gateway.address[1]
-    done = command("-t", "-o", where, cwd=gateway.folder)  # in use, and locked
+    done = running.command("-t", "-o", where, cwd=gateway.folder)  # in use, and locked
     assert (done.returncode, done.stderr) == (0, "")
-    done = command("-t", "-o", "log=new.log", cwd=tmp_path)
+    done = running.command("-t", "-o", "log=new.log", cwd=tmp_path)
     assert done.returncode == 0 and not (tmp_path / "new.log").exists()
 
 
 def test_the_exit_code_of_a_gateway_that_was_asked_to_stop_is_0(
-    daemon: Launch,
+    daemon: running.Start,
 ) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         gateway = daemon()
@@ -733,7 +734,7 @@ def test_the_exit_code_of_a_gateway_that_was_asked_to_stop_is_0(
         assert gateway.process.wait(20) == 0
 
 
-def test_a_hangup_while_it_starts_is_no_end(daemon: Launch) -> None:
+def test_a_hangup_while_it_starts_is_no_end(daemon: running.Start) -> None:
     for _ in range(3):
         gateway = daemon()
         gateway.process.send_signal(signal.SIGHUP)
@@ -755,17 +756,16 @@ def test_a_hangup_while_it_starts_is_no_end(daemon: Launch) -> None:
 def test_a_test_finds_what_a_start_would_fail_at(
     tmp_path: Path, setting: str, why: str
 ) -> None:
-    said = failed(command("-t", "-o", setting, cwd=tmp_path), 78)
+    said = failed(running.command("-t", "-o", setting, cwd=tmp_path), 78)
     value = setting.replace("=", " = ", 1)
     assert said == f"natwork: option -o: {value}: {why}\n"
 
 
-@as_root
-def test_a_test_by_another_user_finds_what_he_may_not_write() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
-        as_nobody = ["setpriv", "--reuid=nobody", "--clear-groups", *PROGRAM]
-        done = command("-t", "-o", "log=log", cwd=Path(name), program=as_nobody)
+@needs.root
+def test_a_test_by_another_user_finds_what_it_may_not_write() -> None:
+    with running.public_folder() as folder:
+        as_nobody = ["setpriv", "--reuid=nobody", "--clear-groups", *running.PROGRAM]
+        done = running.command("-t", "-o", "log=log", cwd=folder, program=as_nobody)
         assert failed(done, 78).endswith(" log = log: it cannot be written\n")
 
 
@@ -773,23 +773,23 @@ def test_a_test_by_another_user_finds_what_he_may_not_write() -> None:
 
 
 def test_without_setproctitle_it_serves_and_says_so_once(
-    daemon: Launch, origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
     gateway = daemon(program=PLAIN)
     words = "natwork: setproctitle is not installed: process titles "
-    with tunnel(gateway, origin(echo)) as client:
-        assert echoes(client)
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
+        assert wire.echoes(client)
     assert answers(gateway.address)
     gateway.hangup()
     said = [line for line in gateway.said() if "setproctitle" in line]
     assert len(said) == 1 and said[0].startswith(words)
-    done = command("--table", "--json", cwd=gateway.folder, program=PLAIN)
+    done = running.command("--table", "--json", cwd=gateway.folder, program=PLAIN)
     assert done.returncode == 0 and isinstance(json.loads(done.stdout), list)
 
 
-def test_nothing_is_said_of_setproctitle_where_it_is(daemon: Launch) -> None:
+def test_nothing_is_said_of_setproctitle_where_it_is(daemon: running.Start) -> None:
     gateway = daemon()
-    eventually(lambda: title(gateway.process.pid).startswith("natwork: master "))
+    wait.until(lambda: kernel.title(gateway.process.pid).startswith("natwork: master "))
     assert len(gateway.said()) == 2  # with the chapters
 
 
@@ -812,7 +812,7 @@ def forbid_ipv6() -> None:
     assert libc.prctl(22, 2, rules, 0, 0) == 0  # PR_SET_SECCOMP, to filter
 
 
-def test_no_ipv6_is_no_error(daemon: Launch) -> None:
+def test_no_ipv6_is_no_error(daemon: running.Start) -> None:
     gateway = daemon(listen="*:0", before=forbid_ipv6)
     ((host, port),) = gateway.listening()
     assert host == "0.0.0.0" and answers(("127.0.0.1", port))
@@ -820,31 +820,38 @@ def test_no_ipv6_is_no_error(daemon: Launch) -> None:
 
 
 def test_a_gateway_leaves_nothing_but_what_it_was_told_to_write(
-    daemon: Launch,
+    daemon: running.Start,
 ) -> None:
-    gateway: Gateway = daemon()
+    gateway: running.Gateway = daemon()
     assert answers(gateway.address)
     gateway.stop()
     names = {path.name for path in gateway.log.parent.iterdir()}
     assert names == {"access.log", "natwork.conf", "stderr"}
 
 
-def test_a_closed_standard_output_is_not_the_scoreboard(daemon: Launch) -> None:
+def test_a_closed_standard_output_is_not_the_scoreboard(daemon: running.Start) -> None:
     gateway = daemon(before=lambda: os.close(1))
     assert answers(gateway.address)
     assert os.readlink(f"/proc/{gateway.process.pid}/fd/1") == os.devnull
 
 
 def test_a_daemon_lets_go_of_a_pipe_that_its_caller_reads(tmp_path: Path) -> None:
-    settings = {"listen": "127.0.0.1:0", "log": "log", "pidfile": "pid", "user": SELF}
-    (tmp_path / "natwork.conf").write_text(configuration(settings))
-    done = command("-d", cwd=tmp_path)  # it reads both outputs to their ends
+    settings = {
+        "listen": "127.0.0.1:0",
+        "log": "log",
+        "pidfile": "pid",
+        "user": running.SELF,
+    }
+    (tmp_path / "natwork.conf").write_text(running.configuration(settings))
+    done = running.command("-d", cwd=tmp_path)  # it reads both outputs to their ends
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, signal.SIGTERM)
     assert done.returncode == 0 and "listening on" in done.stderr
-    eventually(lambda: gone(pid))
+    wait.until(lambda: gone(pid))
 
 
 def test_bytes_that_are_no_text_are_explained_too(tmp_path: Path) -> None:
-    done = command("--explain", "10.0.0.7", "http://\udcff\udcfe/", cwd=tmp_path)
+    done = running.command(
+        "--explain", "10.0.0.7", "http://\udcff\udcfe/", cwd=tmp_path
+    )
     assert done.returncode == 0 and "bad-request" in done.stdout

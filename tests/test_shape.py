@@ -12,15 +12,17 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import ROOT
+import running
 
 import natwork as heart
 
-SOURCE = (ROOT / "natwork.py").read_text()
+SOURCE = (running.ROOT / "natwork.py").read_text()
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
-CHAPTERS = {path.stem: path.read_text() for path in sorted(ROOT.glob("natwork_*.py"))}
+CHAPTERS = {
+    path.stem: path.read_text() for path in sorted(running.ROOT.glob("natwork_*.py"))
+}
 BRITISH = re.compile(
     "diall|neighbour|behaviour|honour|colour|favour|labell|cancell|licence|centre"
     "|(?<![a-z])(?:optim|normal|serial|initial|recogn|author|organ)is(?:e|ing|ation)",
@@ -92,7 +94,7 @@ def test_importing_does_nothing() -> None:
     code = "import natwork; print(natwork.__version__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=running.ROOT,
         capture_output=True,
         text=True,
         timeout=30,
@@ -202,7 +204,7 @@ def test_the_sections_stand_in_their_order() -> None:
 
 def test_it_runs_as_a_program() -> None:
     assert LINES[0] == "#!/usr/bin/env python3"
-    assert (ROOT / "natwork.py").stat().st_mode & 0o777 == 0o755
+    assert (running.ROOT / "natwork.py").stat().st_mode & 0o777 == 0o755
     assert LINES[-2:] == ['if __name__ == "__main__":', "    sys.exit(main())"]
 
 
@@ -219,7 +221,7 @@ def test_the_heart_names_every_chapter() -> None:
 
 
 def test_a_box_that_installs_it_gets_every_chapter() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
+    text = (running.ROOT / "pyproject.toml").read_text()
     for name in CHAPTERS:
         assert text.count(f'"{name}"') == 1 == text.count(f'"{name}.py"'), name
 

@@ -13,108 +13,112 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from running import echo
-from running import echoes
-from running import idle
-from running import title
-from running import worker_of
-from sockswire import AGREED
-from sockswire import ASSOCIATE
-from sockswire import BIND
-from sockswire import HELLO
-from sockswire import Address
-from sockswire import UdpEcho
-from sockswire import addressed
-from sockswire import ask_five
-from sockswire import associated
-from sockswire import datagram
-from sockswire import five
-from sockswire import five_reply
-from sockswire import four
-from sockswire import four_reply
-from sockswire import named
-from sockswire import read_five
-from sockswire import read_four
-from wire import drip
-from wire import needs_ipv6
-from wire import send
-from wire import shared
+import running
+import socks_wire
+import wait
+import wire
 
 import natwork
 
-Natwork = Callable[..., Gateway]
-Start = Callable[..., Origin]
 Ask = Callable[[str, int], bytes]
 endpoint = natwork.endpoint
 
-the_gateway = shared()
+the_gateway = running.shared()
 SOME = bytes(range(256)) * 40
 
 
 @pytest.fixture
-def gateway(the_gateway: Gateway) -> Gateway:
+def gateway(the_gateway: running.Gateway) -> running.Gateway:
     """Return the gateway of the module, with nobody in it."""
-    eventually(lambda: idle(the_gateway) == the_gateway.workers())
+    the_gateway.at_rest()
     return the_gateway
 
 
-def caller(server: Origin) -> Address:
+def caller(server: origins.Origin) -> socks_wire.Address:
     """Return who has called a server."""
-    eventually(lambda: server.callers)
+    wait.until(lambda: server.callers)
     return server.callers[0]
 
 
-def fresh(running: Gateway) -> Callable[[], dict[str, str]]:
+def fresh(gateway: running.Gateway) -> Callable[[], dict[str, str]]:
     """Return a function that returns the log line of the next session to end."""
-    # Who went just before has no line yet while his connection is there.
+    # The client before this one has no line yet while its connection is there.
     place = re.compile(
-        rf"^ *\d+: \S+:{running.address[1]:04X} \S+ (?:01|08) ", re.MULTILINE
+        rf"^ *\d+: \S+:{gateway.address[1]:04X} \S+ (?:01|08) ", re.MULTILINE
     )
-    eventually(lambda: not place.search(Path("/proc/net/tcp").read_text()))
-    count = len(running.lines())
-    return lambda: running.lines(count + 1)[count]
+    wait.until(lambda: not place.search(Path("/proc/net/tcp").read_text()))
+    count = len(gateway.lines())
+    return lambda: gateway.lines(count + 1)[count]
 
 
 # --- CONNECT ------------------------------------------------------------------
 
 ASKS: dict[str, tuple[str, Ask]] = {
-    "4": ("127.0.0.3", lambda host, port: four(host, port)),
-    "4 without a user": ("127.0.0.3", lambda host, port: four(host, port, user=b"")),
+    "4": ("127.0.0.3", lambda host, port: socks_wire.four(host, port)),
+    "4 without a user": (
+        "127.0.0.3",
+        lambda host, port: socks_wire.four(host, port, user=b""),
+    ),
     "4, longest user": (
         "127.0.0.3",
-        lambda host, port: four(host, port, user=b"u" * 255),
+        lambda host, port: socks_wire.four(host, port, user=b"u" * 255),
     ),
-    "4a": ("127.0.0.1", lambda _, port: four("localhost", port)),
+    "4a": ("127.0.0.1", lambda _, port: socks_wire.four("localhost", port)),
     "4a, an address": (
         "127.0.0.3",
-        lambda host, port: four("x", port)[:-2] + b"127.0.0.3\0",
+        lambda host, port: socks_wire.four("x", port)[:-2] + b"127.0.0.3\0",
     ),
-    "5, address": ("127.0.0.3", lambda host, port: HELLO + five(addressed(host, port))),
-    "5, name": ("127.0.0.1", lambda _, port: HELLO + five(named("LocalHost", port))),
+    "5, address": (
+        "127.0.0.3",
+        lambda host, port: (
+            socks_wire.HELLO + socks_wire.five(socks_wire.addressed(host, port))
+        ),
+    ),
+    "5, name": (
+        "127.0.0.1",
+        lambda _, port: (
+            socks_wire.HELLO + socks_wire.five(socks_wire.named("LocalHost", port))
+        ),
+    ),
     "5, an address as name": (
         "127.0.0.3",
-        lambda host, port: HELLO + five(named(host, port)),
+        lambda host, port: (
+            socks_wire.HELLO + socks_wire.five(socks_wire.named(host, port))
+        ),
     ),
     "5, mapped": (
         "127.0.0.3",
-        lambda host, port: HELLO + five(addressed("::ffff:" + host, port)),
+        lambda host, port: (
+            socks_wire.HELLO
+            + socks_wire.five(socks_wire.addressed("::ffff:" + host, port))
+        ),
     ),
     "5, every method": (
         "127.0.0.3",
         lambda host, port: (
-            b"\5\xff" + bytes(range(254, -1, -1)) + five(addressed(host, port))
+            b"\5\xff"
+            + bytes(range(254, -1, -1))
+            + socks_wire.five(socks_wire.addressed(host, port))
         ),
     ),
-    "5, IPv6": ("::1", lambda host, port: HELLO + five(addressed(host, port))),
-    "5, IPv6 as name": ("::1", lambda host, port: HELLO + five(named(host, port))),
-    "4a, IPv6 as name": ("::1", lambda host, port: four(host, port)),
+    "5, IPv6": (
+        "::1",
+        lambda host, port: (
+            socks_wire.HELLO + socks_wire.five(socks_wire.addressed(host, port))
+        ),
+    ),
+    "5, IPv6 as name": (
+        "::1",
+        lambda host, port: (
+            socks_wire.HELLO + socks_wire.five(socks_wire.named(host, port))
+        ),
+    ),
+    "4a, IPv6 as name": ("::1", lambda host, port: socks_wire.four(host, port)),
 }
 PIECES = ["whole", "bytes", "with more behind"]
 
@@ -122,33 +126,33 @@ PIECES = ["whole", "bytes", "with more behind"]
 def feed(client: socket.socket, data: bytes, pieces: str) -> None:
     """Send a request; what comes after it, if anything, is SOME."""
     if pieces == "bytes":
-        drip(client, data)
+        wire.drip(client, data)
     else:
-        send(client, data + (SOME if pieces == "with more behind" else b""))
+        wire.send(client, data + (SOME if pieces == "with more behind" else b""))
 
 
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("name", ASKS)
 def test_a_connection_is_granted_however_the_request_arrives(
-    gateway: Gateway, origin: Start, name: str, pieces: str
+    gateway: running.Gateway, origin: origins.Start, name: str, pieces: str
 ) -> None:
     host, ask = ASKS[name]
-    if ":" in host and needs_ipv6.args[0]:
+    if ":" in host and needs.ipv6.args[0]:
         pytest.skip("this box has no ::1")
-    server, line = origin(echo, host), fresh(gateway)
+    server, line = origin(origins.echo, host), fresh(gateway)
     with gateway.connect() as client:
         feed(client, ask(host, server.port), pieces)
         if name.startswith("5"):
-            assert read_exactly(client, 2) == AGREED
-            code, source = read_five(client)
+            assert wire.read_exactly(client, 2) == socks_wire.AGREED
+            code, source = socks_wire.read_five(client)
             assert (code, source) == (0, caller(server))
         else:
-            code, source = read_four(client)
+            code, source = socks_wire.read_four(client)
             known = ("0.0.0.0", caller(server)[1]) if ":" in host else None
             assert (code, source) == (90, known or caller(server))
         if pieces == "with more behind":  # before anything else that is said
-            assert read_exactly(client, len(SOME)) == SOME
-        assert echoes(client)
+            assert wire.read_exactly(client, len(SOME)) == SOME
+        assert wire.echoes(client)
     entry = line()
     assert entry["proto"] == f"socks{name[0]}"
     assert entry["address"] == server.authority
@@ -165,39 +169,75 @@ FAILURES: dict[str, tuple[bytes, bytes, str]] = {
     "no method": (b"\5\0", b"\5\xff", "no-method"),
     "a password only": (b"\5\1\2", b"\5\xff", "no-method"),
     "GSSAPI and password": (b"\5\2\1\2", b"\5\xff", "no-method"),
-    "another version": (HELLO + b"\4\1\0\1" + ZEROS, five_reply(1), "bad-request"),
-    "reserved byte": (HELLO + b"\5\1\1\1" + ZEROS, five_reply(1), "bad-request"),
+    "another version": (
+        socks_wire.HELLO + b"\4\1\0\1" + ZEROS,
+        socks_wire.five_reply(1),
+        "bad-request",
+    ),
+    "reserved byte": (
+        socks_wire.HELLO + b"\5\1\1\1" + ZEROS,
+        socks_wire.five_reply(1),
+        "bad-request",
+    ),
     "command 0": (
-        HELLO + five(addressed("127.0.0.3", 1), 0),
-        five_reply(7),
+        socks_wire.HELLO + socks_wire.five(socks_wire.addressed("127.0.0.3", 1), 0),
+        socks_wire.five_reply(7),
         "not-implemented",
     ),
     "command 4": (
-        HELLO + five(addressed("127.0.0.3", 1), 4),
-        five_reply(7),
+        socks_wire.HELLO + socks_wire.five(socks_wire.addressed("127.0.0.3", 1), 4),
+        socks_wire.five_reply(7),
         "not-implemented",
     ),
-    "address type 0": (HELLO + b"\5\1\0\0", five_reply(8), "bad-address-type"),
-    "address type 2": (HELLO + b"\5\1\0\2", five_reply(8), "bad-address-type"),
-    "address type 255": (HELLO + b"\5\1\0\xff", five_reply(8), "bad-address-type"),
-    "port 0": (HELLO + five(named("localhost", 0)), five_reply(1), "bad-request"),
-    "denied": (HELLO + five(addressed("10.1.2.3", 80)), five_reply(2), "denied-inside"),
-    "denied name": (
-        HELLO + five(named("10.1.2.3", 80)),
-        five_reply(2),
+    "address type 0": (
+        socks_wire.HELLO + b"\5\1\0\0",
+        socks_wire.five_reply(8),
+        "bad-address-type",
+    ),
+    "address type 2": (
+        socks_wire.HELLO + b"\5\1\0\2",
+        socks_wire.five_reply(8),
+        "bad-address-type",
+    ),
+    "address type 255": (
+        socks_wire.HELLO + b"\5\1\0\xff",
+        socks_wire.five_reply(8),
+        "bad-address-type",
+    ),
+    "port 0": (
+        socks_wire.HELLO + socks_wire.five(socks_wire.named("localhost", 0)),
+        socks_wire.five_reply(1),
+        "bad-request",
+    ),
+    "denied": (
+        socks_wire.HELLO + socks_wire.five(socks_wire.addressed("10.1.2.3", 80)),
+        socks_wire.five_reply(2),
         "denied-inside",
     ),
-    "mail": (HELLO + five(named("127.0.0.3", 25)), five_reply(2), "denied-loopback"),
-    "refused": (HELLO + five(addressed("127.0.0.3", 1)), five_reply(5), "refused"),
+    "denied name": (
+        socks_wire.HELLO + socks_wire.five(socks_wire.named("10.1.2.3", 80)),
+        socks_wire.five_reply(2),
+        "denied-inside",
+    ),
+    "mail": (
+        socks_wire.HELLO + socks_wire.five(socks_wire.named("127.0.0.3", 25)),
+        socks_wire.five_reply(2),
+        "denied-loopback",
+    ),
+    "refused": (
+        socks_wire.HELLO + socks_wire.five(socks_wire.addressed("127.0.0.3", 1)),
+        socks_wire.five_reply(5),
+        "refused",
+    ),
     "no such host": (
-        HELLO + five(named("nosuch.invalid", 80)),
-        five_reply(4),
+        socks_wire.HELLO + socks_wire.five(socks_wire.named("nosuch.invalid", 80)),
+        socks_wire.five_reply(4),
         "no-such-host",
     ),
     **{
         f"the name {name!r}": (
-            HELLO + five(named(name, 80)),
-            five_reply(1),
+            socks_wire.HELLO + socks_wire.five(socks_wire.named(name, 80)),
+            socks_wire.five_reply(1),
             "bad-request",
         )
         for name in (
@@ -216,51 +256,101 @@ FAILURES: dict[str, tuple[bytes, bytes, str]] = {
             b"\xc3\xa9",
         )
     },
-    "4, refused": (four("127.0.0.3", 1), four_reply(91), "refused"),
-    "4, denied": (four("10.1.2.3", 80), four_reply(91), "denied-inside"),
-    "4, port 0": (four("127.0.0.3", 0), four_reply(91), "bad-request"),
-    "4, command 0": (four("127.0.0.3", 1, 0), four_reply(91), "not-implemented"),
-    "4, command 3": (four("127.0.0.3", 1, 3), four_reply(91), "not-implemented"),
-    "4, nowhere": (four("0.0.0.0", 80), four_reply(91), "denied-unspecified"),
-    "4, endless user": (
-        four("127.0.0.3", 80, user=b"u" * 256)[:264],
-        four_reply(91),
+    "4, refused": (
+        socks_wire.four("127.0.0.3", 1),
+        socks_wire.four_reply(91),
+        "refused",
+    ),
+    "4, denied": (
+        socks_wire.four("10.1.2.3", 80),
+        socks_wire.four_reply(91),
+        "denied-inside",
+    ),
+    "4, port 0": (
+        socks_wire.four("127.0.0.3", 0),
+        socks_wire.four_reply(91),
         "bad-request",
     ),
-    "4a, no such host": (four("nosuch.invalid", 80), four_reply(91), "no-such-host"),
-    "4a, empty name": (four("x", 80)[:-2] + b"\0", four_reply(91), "bad-request"),
-    "4a, a bad name": (four("a@b", 80), four_reply(91), "bad-request"),
-    "4a, 127.1": (four("127.1", 80), four_reply(91), "bad-request"),
-    "4a, endless name": (four("n" * 256, 80)[:-1], four_reply(91), "bad-request"),
+    "4, command 0": (
+        socks_wire.four("127.0.0.3", 1, 0),
+        socks_wire.four_reply(91),
+        "not-implemented",
+    ),
+    "4, command 3": (
+        socks_wire.four("127.0.0.3", 1, 3),
+        socks_wire.four_reply(91),
+        "not-implemented",
+    ),
+    "4, nowhere": (
+        socks_wire.four("0.0.0.0", 80),
+        socks_wire.four_reply(91),
+        "denied-unspecified",
+    ),
+    "4, endless user": (
+        socks_wire.four("127.0.0.3", 80, user=b"u" * 256)[:264],
+        socks_wire.four_reply(91),
+        "bad-request",
+    ),
+    "4a, no such host": (
+        socks_wire.four("nosuch.invalid", 80),
+        socks_wire.four_reply(91),
+        "no-such-host",
+    ),
+    "4a, empty name": (
+        socks_wire.four("x", 80)[:-2] + b"\0",
+        socks_wire.four_reply(91),
+        "bad-request",
+    ),
+    "4a, a bad name": (
+        socks_wire.four("a@b", 80),
+        socks_wire.four_reply(91),
+        "bad-request",
+    ),
+    "4a, 127.1": (
+        socks_wire.four("127.1", 80),
+        socks_wire.four_reply(91),
+        "bad-request",
+    ),
+    "4a, endless name": (
+        socks_wire.four("n" * 256, 80)[:-1],
+        socks_wire.four_reply(91),
+        "bad-request",
+    ),
 }
 
 
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_has_its_reply_and_is_closed_at_once(
-    gateway: Gateway, name: str, pieces: str
+    gateway: running.Gateway, name: str, pieces: str
 ) -> None:
     asked, told, outcome = FAILURES[name]
     if asked[0] == 5 and told[1] != 0xFF:
-        told = AGREED + told
+        told = socks_wire.AGREED + told
     line, began = fresh(gateway), time.monotonic()
     with gateway.connect() as client:
         feed(client, asked, pieces)
-        assert read_all(client) == told
+        assert wire.read_all(client) == told
         assert time.monotonic() < began + 5  # R75: within ten
     entry = line()
-    code = told[-len(five_reply(0)) + 1] if told[:2] == AGREED else told[1]
+    code = (
+        told[-len(socks_wire.five_reply(0)) + 1]
+        if told[:2] == socks_wire.AGREED
+        else told[1]
+    )
     assert (entry["status"], entry["outcome"]) == (str(code), outcome)
     dialed = "127.0.0.3:1" if outcome == "refused" else "-"
     assert (entry["address"], entry["source"]) == (dialed, "-")
     assert (entry["up"], entry["down"]) == ("0", str(len(told)))
 
 
-def test_the_gateway_itself_is_a_loop(gateway: Gateway) -> None:
+def test_the_gateway_itself_is_a_loop(gateway: running.Gateway) -> None:
     line = fresh(gateway)
     with gateway.connect() as client:
-        client.sendall(HELLO + five(addressed(*gateway.address)))
-        assert read_all(client) == AGREED + five_reply(2)
+        client.sendall(
+            socks_wire.HELLO + socks_wire.five(socks_wire.addressed(*gateway.address))
+        )
+        assert wire.read_all(client) == socks_wire.AGREED + socks_wire.five_reply(2)
     assert line()["outcome"] == "loop"
 
 
@@ -294,56 +384,63 @@ def test_every_outcome_has_a_reply_and_only_success_has_0() -> None:
     "first", [b"\0", b"\3\1\0", b"\6", b"\x16\3\1", b" GET", b"\n"]
 )
 def test_what_is_neither_socks_nor_http_is_refused(
-    gateway: Gateway, first: bytes
+    gateway: running.Gateway, first: bytes
 ) -> None:
     line = fresh(gateway)
     with gateway.connect() as client:
-        send(client, first)
-        assert read_head(client).startswith(b"HTTP/1.1 400 ")
+        wire.send(client, first)
+        assert http_wire.read_head(client).startswith(b"HTTP/1.1 400 ")
     assert line()["outcome"] == "bad-request"
 
 
-def test_a_request_must_come_within_head_timeout(natwork: Natwork) -> None:
-    running = natwork("head_timeout=0.5")
+def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None:
+    started = natwork("head_timeout=0.5")
     cases = [
         (b"\5", b""),
         (b"\5\2\0", b""),
-        (HELLO, AGREED + five_reply(1)),
-        (HELLO + five(named("localhost", 80))[:-1], AGREED + five_reply(1)),
-        (b"\4", four_reply(91)),
-        (four("localhost", 80)[:-1], four_reply(91)),
+        (socks_wire.HELLO, socks_wire.AGREED + socks_wire.five_reply(1)),
+        (
+            socks_wire.HELLO + socks_wire.five(socks_wire.named("localhost", 80))[:-1],
+            socks_wire.AGREED + socks_wire.five_reply(1),
+        ),
+        (b"\4", socks_wire.four_reply(91)),
+        (socks_wire.four("localhost", 80)[:-1], socks_wire.four_reply(91)),
     ]
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(running.connect()) for _ in cases]
+        clients = [stack.enter_context(started.connect()) for _ in cases]
         for client, (said, _) in zip(clients, cases):
-            send(client, said)
+            wire.send(client, said)
         for client, (_, told) in zip(clients, cases):
-            assert read_all(client) == told
-    outcomes = [line["outcome"] for line in running.lines(len(cases))]
+            assert wire.read_all(client) == told
+    outcomes = [line["outcome"] for line in started.lines(len(cases))]
     assert outcomes == ["head-timeout"] * len(cases)
 
 
-def test_a_client_who_drips_has_no_more_time_than_others(natwork: Natwork) -> None:
-    running = natwork("head_timeout=0.5")
-    with running.connect() as client:
+def test_a_client_who_drips_has_no_more_time_than_others(
+    natwork: running.Start,
+) -> None:
+    started = natwork("head_timeout=0.5")
+    with started.connect() as client:
         client.sendall(b"\4\1")
         with contextlib.suppress(ConnectionError):
             for _ in range(12):
                 time.sleep(0.1)
                 client.sendall(b"\1")
-    assert running.lines(1)[0]["outcome"] == "head-timeout"
+    assert started.lines(1)[0]["outcome"] == "head-timeout"
 
 
-def test_who_says_nothing_is_closed_without_a_line(natwork: Natwork) -> None:
-    running = natwork("head_timeout=0.5")
-    with running.connect() as client:
+def test_who_says_nothing_is_closed_without_a_line(natwork: running.Start) -> None:
+    started = natwork("head_timeout=0.5")
+    with started.connect() as client:
         assert client.recv(1) == b""
-    assert running.lines() == []
+    assert started.lines() == []
 
 
-@pytest.mark.parametrize("said", [b"\5", HELLO + b"\5\1", b"\4\1", four("a", 80)[:-1]])
+@pytest.mark.parametrize(
+    "said", [b"\5", socks_wire.HELLO + b"\5\1", b"\4\1", socks_wire.four("a", 80)[:-1]]
+)
 def test_a_client_who_leaves_inside_the_request_is_gone(
-    gateway: Gateway, said: bytes
+    gateway: running.Gateway, said: bytes
 ) -> None:
     line = fresh(gateway)
     with gateway.connect() as client:
@@ -351,29 +448,36 @@ def test_a_client_who_leaves_inside_the_request_is_gone(
     assert line()["outcome"] == "client-gone"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.3", pytest.param("::1", marks=needs_ipv6)])
+@pytest.mark.parametrize("host", ["127.0.0.3", pytest.param("::1", marks=needs.ipv6)])
 def test_the_reply_has_the_outside_address(
-    natwork: Natwork, origin: Start, host: str
+    natwork: running.Start, origin: origins.Start, host: str
 ) -> None:
-    running, server = natwork("outside=127.0.0.2 ::1"), origin(echo, host)
-    with running.connect() as client:
-        code, source = ask_five(client, five(addressed(host, server.port)))
+    started, server = natwork("outside=127.0.0.2 ::1"), origin(origins.echo, host)
+    with started.connect() as client:
+        code, source = socks_wire.ask_five(
+            client, socks_wire.five(socks_wire.addressed(host, server.port))
+        )
         assert (code, source) == (0, caller(server))
         assert source[0] == ("::1" if host == "::1" else "127.0.0.2")
 
 
 def test_each_half_of_a_connection_ends_by_itself(
-    gateway: Gateway, origin: Start
+    gateway: running.Gateway, origin: origins.Start
 ) -> None:
-    def late(connection: socket.socket, origin: Origin) -> None:
-        connection.sendall(b"heard " + read_all(connection))
+    def late(connection: socket.socket, origin: origins.Origin) -> None:
+        connection.sendall(b"heard " + wire.read_all(connection))
 
     server = origin(late)
     with gateway.connect() as client:
-        assert ask_five(client, five(addressed(server.host, server.port)))[0] == 0
+        assert (
+            socks_wire.ask_five(
+                client, socks_wire.five(socks_wire.addressed(server.host, server.port))
+            )[0]
+            == 0
+        )
         client.sendall(b"all of it")
         client.shutdown(socket.SHUT_WR)
-        assert read_all(client) == b"heard all of it"
+        assert wire.read_all(client) == b"heard all of it"
 
 
 # --- BIND ---------------------------------------------------------------------
@@ -383,22 +487,26 @@ SERVER = "127.0.0.3"
 
 @contextlib.contextmanager
 def bound(
-    running: Gateway, host: str = SERVER, version: int = 5, more: bytes = b""
-) -> Iterator[tuple[socket.socket, Address]]:
+    gateway: running.Gateway, host: str = SERVER, version: int = 5, more: bytes = b""
+) -> Iterator[tuple[socket.socket, socks_wire.Address]]:
     """Have a port opened for a host; yield the client's end and where it is."""
-    read = read_five if version == 5 else read_four
-    with running.connect() as client:
+    read = socks_wire.read_five if version == 5 else socks_wire.read_four
+    with gateway.connect() as client:
         if version == 5:
-            client.sendall(HELLO + five(addressed(host, 21), BIND) + more)
-            assert read_exactly(client, 2) == AGREED
+            client.sendall(
+                socks_wire.HELLO
+                + socks_wire.five(socks_wire.addressed(host, 21), socks_wire.BIND)
+                + more
+            )
+            assert wire.read_exactly(client, 2) == socks_wire.AGREED
         else:
-            client.sendall(four(host, 21, BIND) + more)
+            client.sendall(socks_wire.four(host, 21, socks_wire.BIND) + more)
         code, where = read(client)
         assert code == (0 if version == 5 else 90)
         yield client, where
 
 
-def call(where: Address, source: str = SERVER) -> socket.socket:
+def call(where: socks_wire.Address, source: str = SERVER) -> socket.socket:
     """Return a connection from a server to the port that was opened."""
     return socket.create_connection(where, 10, source_address=(source, 0))
 
@@ -406,23 +514,25 @@ def call(where: Address, source: str = SERVER) -> socket.socket:
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("outside", ["", "127.0.0.2"])
 def test_the_expected_host_calls_back(
-    natwork: Natwork, outside: str, version: int
+    natwork: running.Start, outside: str, version: int
 ) -> None:
-    running = natwork(f"outside={outside}")
-    with bound(running, version=version, more=b"early ") as (client, where):
+    started = natwork(f"outside={outside}")
+    with bound(started, version=version, more=b"early ") as (client, where):
         assert where[0] == outside or not outside
         with call(where) as server:
-            reply = (read_five if version == 5 else read_four)(client)
+            reply = (socks_wire.read_five if version == 5 else socks_wire.read_four)(
+                client
+            )
             assert reply == (0 if version == 5 else 90, server.getsockname())
             client.sendall(b"there")
-            assert read_exactly(server, 11) == b"early there"
+            assert wire.read_exactly(server, 11) == b"early there"
             server.sendall(b"and back")
-            assert read_exactly(client, 8) == b"and back"
+            assert wire.read_exactly(client, 8) == b"and back"
             with pytest.raises(ConnectionRefusedError):  # one call, no more
                 call(where)
             here = server.getsockname()
-        assert read_all(client) == b""
-    (line,) = running.lines(1)
+        assert wire.read_all(client) == b""
+    (line,) = started.lines(1)
     assert (line["method"], line["outcome"]) == ("BIND", "closed")
     assert line["source"] == endpoint(where)
     assert line["address"] == endpoint(here)
@@ -430,12 +540,12 @@ def test_the_expected_host_calls_back(
     assert line["status"] == ("0" if version == 5 else "90")
 
 
-@needs_ipv6
-def test_a_host_calls_back_by_ipv6(gateway: Gateway) -> None:
+@needs.ipv6
+def test_a_host_calls_back_by_ipv6(gateway: running.Gateway) -> None:
     with bound(gateway, "::1") as (client, where):
         assert where[0] == "::1"
         with call(where, "::1") as server:
-            assert read_five(client) == (0, server.getsockname()[:2])
+            assert socks_wire.read_five(client) == (0, server.getsockname()[:2])
             assert echoing(server, client)
 
 
@@ -446,13 +556,13 @@ def echoing(server: socket.socket, client: socket.socket) -> bool:
     return client.recv(1) == b"x"
 
 
-def test_another_host_that_calls_is_closed(gateway: Gateway) -> None:
+def test_another_host_that_calls_is_closed(gateway: running.Gateway) -> None:
     with bound(gateway) as (client, where):
         for stranger in ("127.0.0.4", "127.0.0.1"):
             with call(where, stranger) as one:
                 assert one.recv(1) == b""
         with call(where) as server:
-            assert read_five(client) == (0, server.getsockname())
+            assert socks_wire.read_five(client) == (0, server.getsockname())
             assert echoing(server, client)
 
 
@@ -461,47 +571,46 @@ def test_another_host_that_calls_is_closed(gateway: Gateway) -> None:
     [("10.1.2.3", "denied-inside"), ("0.0.0.0", "denied-unspecified")],
 )
 def test_the_rules_say_who_may_be_expected(
-    gateway: Gateway, host: str, outcome: str
+    gateway: running.Gateway, host: str, outcome: str
 ) -> None:
     line = fresh(gateway)
     with gateway.connect() as client:
-        assert ask_five(client, five(addressed(host, 0), BIND)) == (2, ("0.0.0.0", 0))
-        assert read_all(client) == b""
+        assert socks_wire.ask_five(
+            client, socks_wire.five(socks_wire.addressed(host, 0), socks_wire.BIND)
+        ) == (2, ("0.0.0.0", 0))
+        assert wire.read_all(client) == b""
     assert line()["outcome"] == outcome
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
-def test_ports_are_of_bind_ports_and_serve_again(natwork: Natwork) -> None:
-    port = free_port()
-    running = natwork(f"bind_ports={port}")
+def test_ports_are_of_bind_ports_and_serve_again(natwork: running.Start) -> None:
+    port = wire.free_port()
+    started = natwork(f"bind_ports={port}")
     for _ in range(3):
-        with bound(running) as (client, where):
+        with bound(started) as (client, where):
             assert where[1] == port
-            with running.connect() as other:  # all are taken
-                asked = five(addressed(SERVER, 21), BIND)
-                assert ask_five(other, asked) == (1, ("0.0.0.0", 0))
+            with started.connect() as other:  # all are taken
+                asked = socks_wire.five(
+                    socks_wire.addressed(SERVER, 21), socks_wire.BIND
+                )
+                assert socks_wire.ask_five(other, asked) == (1, ("0.0.0.0", 0))
             with call(where) as server:
-                assert read_five(client)[0] == 0
+                assert socks_wire.read_five(client)[0] == 0
                 assert echoing(server, client)
-    words = {line["outcome"] for line in running.lines(6)}
+    words = {line["outcome"] for line in started.lines(6)}
     assert words == {"closed", "overload"}
 
 
-def test_nobody_waits_for_ever_for_a_call(natwork: Natwork) -> None:
-    running = natwork("idle_timeout=1")
-    with bound(running) as (client, where):
-        assert read_all(client) == five_reply(6)
+def test_nobody_waits_for_ever_for_a_call(natwork: running.Start) -> None:
+    started = natwork("idle_timeout=1")
+    with bound(started) as (client, where):
+        assert wire.read_all(client) == socks_wire.five_reply(6)
         with pytest.raises(ConnectionRefusedError):
             call(where)
-    (line,) = running.lines(1)
+    (line,) = started.lines(1)
     assert (line["outcome"], line["status"]) == ("bind-timeout", "6")
 
 
-def test_a_client_who_leaves_closes_his_port(gateway: Gateway) -> None:
+def test_a_client_who_leaves_closes_his_port(gateway: running.Gateway) -> None:
     line = fresh(gateway)
     with bound(gateway, more=b"something early") as (_, where):
         pass
@@ -514,19 +623,19 @@ def test_a_client_who_leaves_closes_his_port(gateway: Gateway) -> None:
 
 
 @pytest.fixture
-def udp() -> Iterator[Callable[..., UdpEcho]]:
+def udp() -> Iterator[Callable[..., socks_wire.UdpEcho]]:
     """Return a function that starts a UDP echo server."""
     with contextlib.ExitStack() as stack:
 
-        def start(host: str = SERVER) -> UdpEcho:
-            server = UdpEcho(host)
+        def start(host: str = SERVER) -> socks_wire.UdpEcho:
+            server = socks_wire.UdpEcho(host)
             stack.callback(server.close)
             return server
 
         yield start
 
 
-Udp = Callable[..., UdpEcho]
+Udp = Callable[..., socks_wire.UdpEcho]
 
 
 @pytest.mark.parametrize(
@@ -535,15 +644,15 @@ Udp = Callable[..., UdpEcho]
         (SERVER, SERVER),
         ("127.0.0.1", "localhost"),
         (SERVER, "::ffff:" + SERVER),
-        pytest.param("::1", "::1", marks=needs_ipv6),
+        pytest.param("::1", "::1", marks=needs.ipv6),
     ],
 )
 def test_datagrams_go_there_and_back(
-    gateway: Gateway, udp: Udp, host: str, spelled: str
+    gateway: running.Gateway, udp: Udp, host: str, spelled: str
 ) -> None:
     server, line = udp(host), fresh(gateway)
-    where = addressed(spelled, server.port)
-    with associated(gateway) as client:
+    where = socks_wire.addressed(spelled, server.port)
+    with socks_wire.associated(gateway) as client:
         assert client.relay[0] == "127.0.0.1"
         for payload in (b"a question", b"", SOME):
             answer = client.exchange(where, payload)
@@ -552,39 +661,41 @@ def test_datagrams_go_there_and_back(
     assert (entry["proto"], entry["method"]) == ("udp", "ASSOCIATE")
     assert (entry["status"], entry["outcome"]) == ("0", "closed")
     size = len(b"a question" + SOME)
-    told = len(AGREED + five_reply(0))
+    told = len(socks_wire.AGREED + socks_wire.five_reply(0))
     assert (entry["up"], entry["down"]) == (str(size), str(size + told))
     assert entry["address"] == endpoint((host, server.port))
     assert entry["source"] == endpoint(server.senders[0])
     assert entry["target"].endswith(f":{server.port}")
 
 
-def test_one_association_talks_to_many_hosts(gateway: Gateway, udp: Udp) -> None:
+def test_one_association_talks_to_many_hosts(
+    gateway: running.Gateway, udp: Udp
+) -> None:
     servers = [udp(f"127.0.0.{n}") for n in range(3, 9)]
-    with associated(gateway) as client:
+    with socks_wire.associated(gateway) as client:
         for server in servers * 2:
-            where = addressed(server.host, server.port)
+            where = socks_wire.addressed(server.host, server.port)
             assert client.exchange(where, b"x") == ((server.host, server.port), b"x")
     ports = {sender for server in servers for sender in server.senders}
     assert len(ports) == 1  # one source port for all: RFC 4787 section 4.1
 
 
 def test_the_client_is_pinned_by_address_and_first_port(
-    gateway: Gateway, udp: Udp
+    gateway: running.Gateway, udp: Udp
 ) -> None:
     server = udp()
-    where = addressed(server.host, server.port)
-    with associated(gateway) as client, contextlib.ExitStack() as stack:
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
         strangers = [
             stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             for _ in range(2)
         ]
         strangers[0].bind(("127.0.0.9", 0))
-        strangers[0].sendto(datagram(where, b"first of all"), client.relay)
+        strangers[0].sendto(socks_wire.datagram(where, b"first of all"), client.relay)
         assert client.exchange(where, b"mine")[1] == b"mine"
         strangers[1].bind(("127.0.0.1", 0))
         for stranger in strangers:
-            stranger.sendto(datagram(where, b"not mine"), client.relay)
+            stranger.sendto(socks_wire.datagram(where, b"not mine"), client.relay)
         assert client.exchange(where, b"still mine")[1] == b"still mine"
         assert len(server.senders) == 2
         for stranger in strangers:
@@ -593,7 +704,7 @@ def test_the_client_is_pinned_by_address_and_first_port(
                 stranger.recv(1)
 
 
-WHERE = addressed(SERVER, 9)
+WHERE = socks_wire.addressed(SERVER, 9)
 DROPPED = {
     "a fragment": bytes([0, 0, 1]) + WHERE + b"x",
     "the last fragment": bytes([0, 0, 0x80]) + WHERE + b"x",
@@ -602,27 +713,27 @@ DROPPED = {
     "too short": bytes(3),
     "half an address": bytes(3) + WHERE[:4],
     "half a port": bytes(3) + WHERE[:6],
-    "half a name": bytes(3) + named("localhost", 9)[:6],
+    "half a name": bytes(3) + socks_wire.named("localhost", 9)[:6],
     "a name's length": bytes(3) + b"\3",
     "another address type": bytes(3) + b"\2" + WHERE[1:] + b"x",
-    "no name": bytes(3) + named("", 9) + b"x",
-    "a bad name": bytes(3) + named(b"a\0b", 9) + b"x",
-    "no such host": bytes(3) + named("nosuch.invalid", 9) + b"x",
-    "port 0": bytes(3) + addressed(SERVER, 0) + b"x",
-    "mail": bytes(3) + addressed(SERVER, 25) + b"x",
-    "inside": bytes(3) + addressed("10.1.2.3", 9) + b"x",
-    "multicast": bytes(3) + addressed("224.0.0.1", 9) + b"x",
-    "nobody there": bytes(3) + addressed("127.0.0.99", 9) + b"x",
+    "no name": bytes(3) + socks_wire.named("", 9) + b"x",
+    "a bad name": bytes(3) + socks_wire.named(b"a\0b", 9) + b"x",
+    "no such host": bytes(3) + socks_wire.named("nosuch.invalid", 9) + b"x",
+    "port 0": bytes(3) + socks_wire.addressed(SERVER, 0) + b"x",
+    "mail": bytes(3) + socks_wire.addressed(SERVER, 25) + b"x",
+    "inside": bytes(3) + socks_wire.addressed("10.1.2.3", 9) + b"x",
+    "multicast": bytes(3) + socks_wire.addressed("224.0.0.1", 9) + b"x",
+    "nobody there": bytes(3) + socks_wire.addressed("127.0.0.99", 9) + b"x",
 }
 
 
 @pytest.mark.parametrize("name", DROPPED)
 def test_what_cannot_be_sent_is_dropped_and_the_rest_goes_on(
-    gateway: Gateway, udp: Udp, name: str
+    gateway: running.Gateway, udp: Udp, name: str
 ) -> None:
     server, line = udp(), fresh(gateway)
-    where = addressed(server.host, server.port)
-    with associated(gateway) as client:
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(gateway) as client:
         for _ in range(3):
             client.sock.sendto(DROPPED[name], client.relay)
         assert client.exchange(where, b"good") == ((server.host, server.port), b"good")
@@ -630,20 +741,20 @@ def test_what_cannot_be_sent_is_dropped_and_the_rest_goes_on(
     assert line()["up"] == str(sent + 4)
 
 
-def outer_port(server: UdpEcho) -> Address:
+def outer_port(server: socks_wire.UdpEcho) -> socks_wire.Address:
     """Return where the gateway's datagrams to a server came from."""
     return server.senders[-1]
 
 
 @pytest.mark.parametrize("anyone", ["no", "yes"])
 def test_a_host_that_was_not_written_to_is_heard_only_on_demand(
-    natwork: Natwork, udp: Udp, anyone: str
+    natwork: running.Start, udp: Udp, anyone: str
 ) -> None:
     rules = "rules=allow to 127.0.0.3/32, 127.0.0.4/32"
-    running = natwork(f"udp_from_anyone={anyone}", rules, loopback=False)
+    started = natwork(f"udp_from_anyone={anyone}", rules, loopback=False)
     server, stranger, denied = udp(), udp("127.0.0.4"), udp("127.0.0.5")
-    where = addressed(server.host, server.port)
-    with associated(running) as client:
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(started) as client:
         client.exchange(where, b"open")
         denied.sock.sendto(b"denied", outer_port(server))
         stranger.sock.sendto(b"hello", outer_port(server))
@@ -658,11 +769,11 @@ def test_a_host_that_was_not_written_to_is_heard_only_on_demand(
 
 
 def test_an_association_ends_with_its_control_connection(
-    gateway: Gateway, udp: Udp
+    gateway: running.Gateway, udp: Udp
 ) -> None:
     server, line = udp(), fresh(gateway)
-    where = addressed(server.host, server.port)
-    with associated(gateway) as client:
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(gateway) as client:
         client.control.sendall(b"what is said here means nothing")
         assert client.exchange(where, b"x")[1] == b"x"
         client.control.close()
@@ -672,10 +783,12 @@ def test_an_association_ends_with_its_control_connection(
                 sock.bind(port)
 
 
-def test_an_association_ends_when_nothing_moves(natwork: Natwork, udp: Udp) -> None:
-    running, server = natwork("idle_timeout=1"), udp()
-    where = addressed(server.host, server.port)
-    with associated(running) as client:
+def test_an_association_ends_when_nothing_moves(
+    natwork: running.Start, udp: Udp
+) -> None:
+    started, server = natwork("idle_timeout=1"), udp()
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(started) as client:
         began = time.monotonic()
         for _ in range(4):
             time.sleep(0.4)
@@ -685,57 +798,61 @@ def test_an_association_ends_when_nothing_moves(natwork: Natwork, udp: Udp) -> N
             time.sleep(0.1)
         assert client.control.recv(1) == b""
         assert 2.4 < time.monotonic() - began < 5
-    (line,) = running.lines(1)
+    (line,) = started.lines(1)
     assert (line["outcome"], line["status"]) == ("idle-timeout", "0")
 
 
 def test_datagrams_leave_by_the_uplink_and_from_bind_ports(
-    natwork: Natwork, udp: Udp
+    natwork: running.Start, udp: Udp
 ) -> None:
-    port = free_port()
-    running, server = natwork("outside=127.0.0.2", f"bind_ports={port}"), udp()
-    with associated(running) as client:
-        where = addressed(server.host, server.port)
+    port = wire.free_port()
+    started, server = natwork("outside=127.0.0.2", f"bind_ports={port}"), udp()
+    with socks_wire.associated(started) as client:
+        where = socks_wire.addressed(server.host, server.port)
         client.exchange(where, b"x")
         assert outer_port(server) == ("127.0.0.2", port)
-        with associated(running) as other:  # no port is left: its datagrams drop
+        with socks_wire.associated(
+            started
+        ) as other:  # no port is left: its datagrams drop
             other.send(where, b"x")
             client.exchange(where, b"y")
         assert len(server.senders) == 2
     # He of whom no datagram went out is told apart.
-    assert {x["outcome"] for x in running.lines(2)} <= {"closed", "overload"}
+    assert {x["outcome"] for x in started.lines(2)} <= {"closed", "overload"}
 
 
 def test_the_largest_datagrams_pass_and_larger_ones_drop(
-    gateway: Gateway, udp: Udp
+    gateway: running.Gateway, udp: Udp
 ) -> None:
     server = udp()
-    where = addressed(server.host, server.port)
-    most = 65507 - len(datagram(where, b""))
-    with associated(gateway) as client:
+    where = socks_wire.addressed(server.host, server.port)
+    most = 65507 - len(socks_wire.datagram(where, b""))
+    with socks_wire.associated(gateway) as client:
         assert client.exchange(where, b"m" * most)[1] == b"m" * most
         # An answer with no room left for its header.
         server.sock.sendto(b"m" * 65507, outer_port(server))
         assert client.exchange(where, b"small")[1] == b"small"
 
 
-def test_version_4_has_no_datagrams(gateway: Gateway) -> None:
+def test_version_4_has_no_datagrams(gateway: running.Gateway) -> None:
     with gateway.connect() as client:
-        client.sendall(four(SERVER, 9, ASSOCIATE))
-        assert read_four(client)[0] == 91
+        client.sendall(socks_wire.four(SERVER, 9, socks_wire.ASSOCIATE))
+        assert socks_wire.read_four(client)[0] == 91
 
 
-def test_an_open_association_is_in_the_titles(natwork: Natwork, udp: Udp) -> None:
-    running, server = natwork("spare_workers=1"), udp()
-    with associated(running) as client:
-        client.exchange(addressed(server.host, server.port), b"x")
+def test_an_open_association_is_in_the_titles(natwork: running.Start, udp: Udp) -> None:
+    started, server = natwork("spare_workers=1"), udp()
+    with socks_wire.associated(started) as client:
+        client.exchange(socks_wire.addressed(server.host, server.port), b"x")
         name = "%s:%d" % client.control.getsockname()
         want = re.escape(f"natwork: {name} > ") + rf".* > {SERVER}:\d+ udp {SERVER}"
 
         def shown() -> bool:
-            return any(re.fullmatch(want, title(pid)) for pid in running.workers())
+            return any(
+                re.fullmatch(want, kernel.title(pid)) for pid in started.workers()
+            )
 
-        eventually(shown)
+        wait.until(shown)
 
 
 @pytest.mark.parametrize(
@@ -749,34 +866,43 @@ def test_an_open_association_is_in_the_titles(natwork: Natwork, udp: Udp) -> Non
     ],
 )
 def test_where_a_client_says_it_will_send_from_may_be_anything(
-    gateway: Gateway, where: bytes
+    gateway: running.Gateway, where: bytes
 ) -> None:
     with gateway.connect() as client:
-        code, relay = ask_five(client, five(where, ASSOCIATE))
+        code, relay = socks_wire.ask_five(
+            client, socks_wire.five(where, socks_wire.ASSOCIATE)
+        )
         assert code == 0 and relay[0] == "127.0.0.1"
 
 
-def test_a_malformed_name_is_in_the_log(gateway: Gateway) -> None:
+def test_a_malformed_name_is_in_the_log(gateway: running.Gateway) -> None:
     line = fresh(gateway)
     with gateway.connect() as client:
-        assert ask_five(client, five(named("127.1", 80)))[0] == 1
+        assert (
+            socks_wire.ask_five(client, socks_wire.five(socks_wire.named("127.1", 80)))[
+                0
+            ]
+            == 1
+        )
     assert (line()["target"], line()["outcome"]) == ("127.1", "bad-request")
 
 
-def test_a_long_name_leaves_its_port_in_the_log(gateway: Gateway) -> None:
+def test_a_long_name_leaves_its_port_in_the_log(gateway: running.Gateway) -> None:
     line, name = fresh(gateway), "a" * 255
     with gateway.connect() as client:
-        assert ask_five(client, five(named(name, 9)))[0]
+        assert socks_wire.ask_five(client, socks_wire.five(socks_wire.named(name, 9)))[
+            0
+        ]
     assert line()["target"] == f"{name}:9"
 
 
 def test_a_session_the_operator_ends_has_been_granted(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(), origin(echo)
+    gateway, server = natwork(), origin(origins.echo)
     with gateway.connect() as client:
-        asked = five(addressed("127.0.0.1", server.port))
-        assert ask_five(client, asked)[0] == 0 and echoes(client)
-        os.kill(worker_of(gateway, client), signal.SIGTERM)
+        asked = socks_wire.five(socks_wire.addressed("127.0.0.1", server.port))
+        assert socks_wire.ask_five(client, asked)[0] == 0 and wire.echoes(client)
+        os.kill(gateway.worker_of(client), signal.SIGTERM)
         (line,) = gateway.lines(1)
     assert (line["status"], line["outcome"]) == ("0", "operator")

@@ -10,18 +10,11 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
-from box import ip
-from box import make_certificates
-from box import needs
-from conftest import eventually
-from sockswire import Association
-from sockswire import UdpEcho
-from sockswire import addressed
-from sockswire import datagram
-from test_end_to_end import Rig
-from test_end_to_end import set_up
-from test_end_to_end import some_bytes
+import socks_wire
+import wait
+import web
 
 pytestmark = pytest.mark.end_to_end
 
@@ -67,23 +60,24 @@ proxy_dns
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
+def rig(tmp_path: Path) -> Iterator[web.Rig]:
     """Return a box with nginx outside and natwork running."""
-    needs("openssl")
+    needs.programs("openssl")
     made = tmp_path / "certificates"
     made.mkdir()
-    make_certificates(made)
-    yield from set_up(tmp_path, made, second_uplink=False)
+    web.certificates(made)
+    with web.set_up(tmp_path, made, second_uplink=False) as rig:
+        yield rig
 
 
-def write(rig: Rig, name: str, text: str) -> str:
+def write(rig: web.Rig, name: str, text: str) -> str:
     """Write a file; return its path."""
     path = rig.folder / name
     path.write_text(text)
     return str(path)
 
 
-def output(rig: Rig, *words: str, **environment: str) -> str:
+def output(rig: web.Rig, *words: str, **environment: str) -> str:
     """Run a program on the inside; return what it prints."""
     done = rig.box.run("inside", *words, **environment)
     assert done.returncode == 0, (words, done.stdout, done.stderr)
@@ -91,7 +85,7 @@ def output(rig: Rig, *words: str, **environment: str) -> str:
 
 
 def listens(
-    rig: Rig, process: subprocess.Popen[str], *words: str
+    rig: web.Rig, process: subprocess.Popen[str], *words: str
 ) -> Callable[[], bool]:
     """Return a function that says whether a socket of the outside is open."""
 
@@ -116,16 +110,16 @@ def listens(
     ],
 )
 def test_curl_gets_a_page(
-    rig: Rig, option: str, host: str, proto: str, told: str
+    rig: web.Rig, option: str, host: str, proto: str, told: str
 ) -> None:
     gateway = rig.natwork()
-    path = rig.web.write("page", some_bytes(100_000))
+    path = rig.web.write("page", web.some_bytes(100_000))
     always = ["--insecure", "--silent", "--show-error", "--max-time", "20"]
     always += ["--globoff", "--output", str(rig.folder / "got")]
     cases = itertools.product((DOOR, DOOR6), ("http", "https"))
     for count, (door, scheme) in enumerate(cases, 1):
         output(rig, "curl", option, door, *always, f"{scheme}://{host}{path}")
-        assert (rig.folder / "got").read_bytes() == some_bytes(100_000)
+        assert (rig.folder / "got").read_bytes() == web.some_bytes(100_000)
         (rig.folder / "got").unlink()
         line, entry = gateway.lines(count)[-1], rig.web.entries(count)[-1]
         assert (line["proto"], line["status"]) == (proto, told)
@@ -135,8 +129,8 @@ def test_curl_gets_a_page(
     assert len(gateway.lines()) == len(rig.web.entries()) == count
 
 
-def test_ssh_goes_through_netcat(rig: Rig) -> None:
-    needs("ssh", "ssh-keygen", "sshd", "nc")
+def test_ssh_goes_through_netcat(rig: web.Rig) -> None:
+    needs.programs("ssh", "ssh-keygen", "sshd", "nc")
     gateway = rig.natwork("outside=wan")
     Path("/run/sshd").mkdir(exist_ok=True)
     for key in ("host", "key"):
@@ -146,7 +140,7 @@ def test_ssh_goes_through_netcat(rig: Rig) -> None:
     server = rig.box.start(
         "outside", "/usr/sbin/sshd", "-D", "-f", config, folder=rig.folder
     )
-    eventually(listens(rig, server, "-t", "sport = :22"))
+    wait.until(listens(rig, server, "-t", "sport = :22"))
     options = {
         "ProxyCommand": f"nc -X 5 -x {DOOR} %h %p",
         "StrictHostKeyChecking": "no",
@@ -165,8 +159,8 @@ def test_ssh_goes_through_netcat(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["socks4", "socks5"])
-def test_proxychains_gets_a_page_by_name(rig: Rig, protocol: str) -> None:
-    needs("proxychains4")
+def test_proxychains_gets_a_page_by_name(rig: web.Rig, protocol: str) -> None:
+    needs.programs("proxychains4")
     gateway = rig.natwork()
     path = rig.web.write("page", b"a page")
     config = write(rig, "chains.conf", PROXYCHAINS.format(protocol=protocol))
@@ -177,14 +171,14 @@ def test_proxychains_gets_a_page_by_name(rig: Rig, protocol: str) -> None:
     assert (line["proto"], line["target"]) == (protocol, "www.example.com:80")
 
 
-def dante(rig: Rig, protocol: str = "socks_v5") -> dict[str, str]:
+def dante(rig: web.Rig, protocol: str = "socks_v5") -> dict[str, str]:
     """Return the environment that has socksify ask the gateway."""
     return {"SOCKS_CONF": write(rig, "dante.conf", DANTE.format(protocol=protocol))}
 
 
 @pytest.mark.parametrize("protocol", ["socks_v4", "socks_v5"])
-def test_socksify_gets_a_page(rig: Rig, protocol: str) -> None:
-    needs("socksify", "wget")
+def test_socksify_gets_a_page(rig: web.Rig, protocol: str) -> None:
+    needs.programs("socksify", "wget")
     gateway = rig.natwork()
     path = rig.web.write("page", b"a page")
     url = f"http://203.0.113.80{path}"
@@ -195,21 +189,21 @@ def test_socksify_gets_a_page(rig: Rig, protocol: str) -> None:
 
 
 @pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1"])
-def test_an_ftp_server_calls_back(rig: Rig, outside: str) -> None:
-    needs("socksify", "tnftp", "vsftpd")
+def test_an_ftp_server_calls_back(rig: web.Rig, outside: str) -> None:
+    needs.programs("socksify", "tnftp", "vsftpd")
     gateway = rig.natwork(f"outside={outside}", "bind_ports=41000-41003")
     folder = rig.folder
     for name in ("ftp", "empty"):
         (folder / name).mkdir()
-    (folder / "ftp" / "file").write_bytes(some_bytes(300_000))
+    (folder / "ftp" / "file").write_bytes(web.some_bytes(300_000))
     config = write(rig, "vsftpd.conf", VSFTPD.format(folder=folder))
     server = rig.box.start("outside", "vsftpd", config, folder=folder)
-    eventually(listens(rig, server, "-t", "sport = :21"))
+    wait.until(listens(rig, server, "-t", "sport = :21"))
     for count, protocol in enumerate(("socks_v4", "socks_v5")):
         got = folder / protocol
         words = ["-A", "-q", "20", "-o", str(got), "ftp://203.0.113.80/file"]
         output(rig, "socksify", "tnftp", *words, **dante(rig, protocol))
-        assert got.read_bytes() == some_bytes(300_000)
+        assert got.read_bytes() == web.some_bytes(300_000)
         found = gateway.lines(2 * count + 2)[2 * count :]
         assert {line["proto"] for line in found} == {f"socks{protocol[-1]}"}
         lines = {line["method"]: line for line in found}
@@ -221,8 +215,8 @@ def test_an_ftp_server_calls_back(rig: Rig, outside: str) -> None:
         assert int(call["down"]) >= 300_000
 
 
-def test_drill_asks_a_name_server(rig: Rig) -> None:
-    needs("socksify", "drill", "dnsmasq")
+def test_drill_asks_a_name_server(rig: web.Rig) -> None:
+    needs.programs("socksify", "drill", "dnsmasq")
     gateway = rig.natwork()
     words = [
         "--keep-in-foreground",
@@ -233,7 +227,7 @@ def test_drill_asks_a_name_server(rig: Rig) -> None:
     words += ["--listen-address=203.0.113.80", "--bind-interfaces", "--user=root"]
     words += ["--pid-file=", "--address=/name.example/198.51.100.7"]
     server = rig.box.start("outside", "dnsmasq", *words, folder=rig.folder)
-    eventually(listens(rig, server, "-u", "sport = :53"))
+    wait.until(listens(rig, server, "-u", "sport = :53"))
     words = ["-4", "@203.0.113.80", "name.example"]
     assert "198.51.100.7" in output(rig, "socksify", "drill", *words, **dante(rig))
     (line,) = gateway.lines(1)
@@ -244,33 +238,33 @@ def test_drill_asks_a_name_server(rig: Rig) -> None:
     )
 
 
-def link_local(rig: Rig, place: str) -> str:
-    """Return the link-local address of a machine on the inside's cable."""
-    listed = ip("-n", rig.box.name(place), "-o", "-6", "addr", "show", "dev", "lan")
-    return next(x for x in listed.split() if x.startswith("fe80:")).partition("/")[0]
-
-
 @pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1 2001:db8:9::1"])
-def test_datagrams_of_either_family_go_to_either_family(rig: Rig, outside: str) -> None:
+def test_datagrams_of_either_family_go_to_either_family(
+    rig: web.Rig, outside: str
+) -> None:
     gateway = rig.natwork(f"outside={outside}")
     servers = [
-        rig.box.within("outside", functools.partial(UdpEcho, host))
+        rig.box.within("outside", functools.partial(socks_wire.UdpEcho, host))
         for host in ("203.0.113.80", "2001:db8:9::80", "203.0.113.81")
     ]
-    near = link_local(rig, "gateway")
+    near = rig.box.link_local("gateway", "lan")
     doors = ("10.9.0.1", "10.9.0.2"), ("fd00:9::1", "fd00:9::2"), (near, "::")
     for count, (door, here) in enumerate(doors, 1):
         scope = "%lan" if door == near else ""
 
-        def associate(where: str = door + scope, here: str = here) -> Association:
-            return Association(socket.create_connection((where, 8080), 10), here)
+        def associate(
+            where: str = door + scope, here: str = here
+        ) -> socks_wire.Association:
+            return socks_wire.Association(
+                socket.create_connection((where, 8080), 10), here
+            )
 
         client = rig.box.within("inside", associate)
         assert client.relay[0] == door
         relay = client.relay + client.control.getpeername()[2:]  # with the scope
         for server in servers:
-            where = addressed(server.host, server.port)
-            client.sock.sendto(datagram(where, b"x"), relay)
+            where = socks_wire.addressed(server.host, server.port)
+            client.sock.sendto(socks_wire.datagram(where, b"x"), relay)
             assert client.receive() == ((server.host, server.port), b"x")
             known = "2001:db8:9::1" if ":" in server.host else "203.0.113.1"
             assert server.senders[-1][0] == known

@@ -13,38 +13,23 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import boxes
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from box import ip
-from box import needs
-from box import unavailable
-from conftest import PROGRAM
-from conftest import ROOT
-from conftest import Origin
-from conftest import eventually
-from running import block
-from running import echo
-from running import echoes
-from running import network_of
-from running import read_proc
-from running import status
-from running import title
-from wire import DENIED
-from wire import exchange
-from wire import request
-from wire import sized
+import readme
+import running
+import wait
+import wire
 
-Start = Callable[..., Origin]
-UNITS = ROOT / "systemd"
+UNITS = running.ROOT / "systemd"
 PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 CONF, LOG = Path("etc/natwork/natwork.conf"), Path("var/log/natwork/access.log")
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in read_proc(pid, f"task/{pid}/children").split()]
 
 
 class Container:
@@ -66,7 +51,7 @@ class Container:
             shutil.rmtree(wants)  # what this box would start
         options = ["--quiet", "--register=no", "--keep-unit", "--private-network"]
         options += ["--console=pipe", f"--directory={self.root}", "--boot"]
-        options += [f"--bind-ro={ROOT}:/srv/natwork"]
+        options += [f"--bind-ro={running.ROOT}:/srv/natwork"]
         self.output = (self.folder / "console").open("w+")
         self.process = subprocess.Popen(
             [
@@ -83,13 +68,13 @@ class Container:
             env=PATH,
             start_new_session=True,
         )
-        eventually(self.has_booted, 60)
+        wait.until(self.has_booted, 60)
 
     def has_booted(self) -> bool:
         assert self.process
         if self.process.poll() is not None:
             raise OSError(self.said())
-        self.leader = (children(self.process.pid) or [0])[0]
+        self.leader = (kernel.children(self.process.pid) or [0])[0]
         state = self.run("systemctl is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
 
@@ -124,7 +109,7 @@ class Container:
     def pid_here(self, pid: int) -> int:
         """Return our number of a process that has this one in the container."""
         for name in filter(str.isdigit, os.listdir("/proc")):
-            numbers = status(int(name), "NSpid").split()
+            numbers = kernel.status(int(name), "NSpid").split()
             if len(numbers) > 1 and numbers[-1] == str(pid):
                 with contextlib.suppress(OSError):
                     mine = os.readlink(f"/proc/{name}/ns/pid")
@@ -135,7 +120,7 @@ class Container:
     def halt(self) -> None:
         """End it, whatever it does, and give its files back."""
         if self.process:
-            for pid in children(self.process.pid):
+            for pid in kernel.children(self.process.pid):
                 os.kill(pid, signal.SIGKILL)  # process 1: the kernel ends the others
             self.process.kill()
             self.process.wait(20)
@@ -148,9 +133,9 @@ def mount(*words: str) -> None:
 @pytest.fixture(scope="module")
 def container() -> Iterator[Container]:
     """A container in which the unit is installed as the README says."""
-    needs("systemd-nspawn", "systemctl", "nsenter", "mount")
+    needs.programs("systemd-nspawn", "systemctl", "nsenter", "mount")
     if os.geteuid() != 0:
-        unavailable("systemd-nspawn needs root")
+        needs.unavailable("systemd-nspawn needs root")
     with contextlib.ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
         container = Container(folder)
@@ -160,9 +145,9 @@ def container() -> Iterator[Container]:
             undo.callback(container.halt)
             container.boot()
         except (OSError, AssertionError, subprocess.CalledProcessError) as error:
-            unavailable(f"systemd-nspawn does not boot here: {error}")
-        container.run(block("Install as a service", "install"))
-        undo.enter_context(network_of(container.leader))
+            needs.unavailable(f"systemd-nspawn does not boot here: {error}")
+        container.run(readme.block("Install as a service", "install"))
+        undo.enter_context(kernel.network_of(container.leader))
         yield container
 
 
@@ -182,7 +167,7 @@ class Service:
         self.conf.write_text(self.shipped + "".join(f"{line}\n" for line in lines))
         done = self.container.run("systemctl reload natwork", check=False)
         if done.returncode == 0:  # HUP was sent, and is soon obeyed
-            eventually(lambda: self.reloads() > before)
+            wait.until(lambda: self.reloads() > before)
         return done
 
     def reloads(self) -> int:
@@ -191,13 +176,13 @@ class Service:
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, 40)
 
-    def get(self, origin: Origin | bytes = DENIED) -> int:
+    def get(self, origin: origins.Origin | bytes = http_wire.DENIED) -> int:
         with self.connect() as client:
-            return exchange(client, request(origin)).status
+            return http_wire.exchange(client, http_wire.request(origin)).status
 
-    def tunnel(self, origin: Origin) -> socket.socket:
+    def tunnel(self, origin: origins.Origin) -> socket.socket:
         client = self.connect()
-        client.sendall(request(origin, method=b"CONNECT"))
+        client.sendall(http_wire.request(origin, method=b"CONNECT"))
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         return client
 
@@ -212,10 +197,10 @@ class Service:
         return self.container.pid_here(pid)
 
 
-def answer(connection: socket.socket, origin: Origin) -> None:
+def answer(connection: socket.socket, origin: origins.Origin) -> None:
     """Be an origin that answers one request."""
     if connection.recv(65536):
-        connection.sendall(sized(b"hello"))
+        connection.sendall(http_wire.sized(b"hello"))
 
 
 @pytest.fixture
@@ -232,7 +217,7 @@ def service(container: Container) -> Iterator[Service]:
 
 
 def test_the_units_are_sound_and_tight() -> None:
-    needs("systemd-analyze")
+    needs.programs("systemd-analyze")
     units = [str(path) for path in sorted(UNITS.iterdir())]
     assert [Path(unit).name for unit in units] == ["natwork.service", "natwork.socket"]
     run = {"capture_output": True, "text": True, "timeout": 60}
@@ -248,17 +233,19 @@ def test_the_limits_of_the_unit_belong_to_the_defaults() -> None:
     unit = dict(
         re.findall("^(\\w+)=(.*)$", (UNITS / "natwork.service").read_text(), re.M)
     )
-    done = subprocess.run([*PROGRAM, "-t"], cwd="/", capture_output=True, text=True)
+    done = subprocess.run(
+        [*running.PROGRAM, "-t"], cwd="/", capture_output=True, text=True
+    )
     given = dict(re.findall("^(\\w+) = (.*)$", done.stdout, re.M))
     assert int(given["max_workers"]) + 1 < int(unit["TasksMax"])
     assert float(given["drain_timeout"]) + 7 < float(unit["TimeoutStopSec"])
 
 
 def test_keepalived_takes_what_the_readme_says(tmp_path: Path) -> None:
-    needs("keepalived", "unshare", "ip")
+    needs.programs("keepalived", "unshare", "ip")
     if os.geteuid() != 0:
-        unavailable("eth0 in a network of its own needs root")
-    good = block("Outgrowing one box", "global_defs")
+        needs.unavailable("eth0 in a network of its own needs root")
+    good = readme.block("Outgrowing one box", "global_defs")
     # As process 1, since it looks whether its parent is still the one it had.
     launch = "ip link add eth0 type veth peer name eth1; exec keepalived --log-console "
     for text, code in ((good, 0), (good.replace("priority 100", "priority 300"), 5)):
@@ -276,7 +263,9 @@ def test_keepalived_takes_what_the_readme_says(tmp_path: Path) -> None:
 # On a real systemd.
 
 
-def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> None:
+def test_it_is_ready_when_systemd_says_so(
+    service: Service, origin: origins.Start
+) -> None:
     container = service.container
     server = origin(answer, "127.0.0.3")
     assert container.run("systemd-analyze verify natwork.service").stderr == ""
@@ -292,10 +281,10 @@ def test_it_is_ready_when_systemd_says_so(service: Service, origin: Start) -> No
     assert re.fullmatch("[0-9]+ idle [0-9]+ busy", container.show("StatusText"))
     master = container.pid_here(int(container.show("MainPID")))
     ids = container.run("id -u natwork; id -g natwork").stdout.split()
-    eventually(lambda: title(master).startswith("natwork: master "))
-    for pid in [master, *children(master)]:
-        assert [status(pid, name).split()[1] for name in ("Uid", "Gid")] == ids
-        assert status(pid, "CapBnd") == "0000000000000000"
+    wait.until(lambda: kernel.title(master).startswith("natwork: master "))
+    for pid in [master, *kernel.children(master)]:
+        assert [kernel.status(pid, name).split()[1] for name in ("Uid", "Gid")] == ids
+        assert kernel.status(pid, "CapBnd") == "0000000000000000"
     command = f"curl --silent --show-error --proxy http://127.0.0.1:8080 {server.url}/"
     assert container.run(command + " --noproxy ''").stdout == "hello"
 
@@ -309,11 +298,13 @@ def test_the_readme_says_where_to_look(service: Service) -> None:
         assert words in service.container.run(command).stdout
 
 
-def test_the_journal_has_the_access_log(service: Service, origin: Start) -> None:
+def test_the_journal_has_the_access_log(
+    service: Service, origin: origins.Start
+) -> None:
     server = origin(answer, "127.0.0.3")
     service.get(server)
     line = f"proto=http method=GET target={server.url}/ "
-    eventually(lambda: line in service.container.journal())
+    wait.until(lambda: line in service.container.journal())
     (found,) = (x for x in service.container.journal().splitlines() if line in x)
     assert found.startswith("time=") and " outcome=ok " in found
 
@@ -326,15 +317,17 @@ def test_a_journal_that_hangs_loses_lines_and_stops_no_session(
     journald = container.pid_here(int(number.stdout))
 
     def ask() -> None:
-        long = request(DENIED, path=b"/" + b"x" * 3000)  # and so is its line
+        long = http_wire.request(
+            http_wire.DENIED, path=b"/" + b"x" * 3000
+        )  # and so is its line
         while not over.is_set() and not wrong:
             with service.connect() as client:
-                if exchange(client, long).status != 403:
+                if http_wire.exchange(client, long).status != 403:
                     wrong.append(1)
 
     def lost() -> bool:
         with service.connect() as client:
-            page = exchange(
+            page = http_wire.exchange(
                 client, b"GET /metrics HTTP/1.1\r\nHost: localhost:8080\r\n\r\n"
             ).body
         return int(page.split(b"\nnatwork_log_lines_lost_total ")[1].split()[0]) > 100
@@ -344,14 +337,14 @@ def test_a_journal_that_hangs_loses_lines_and_stops_no_session(
     try:
         for thread in threads:
             thread.start()
-        eventually(lambda: wrong or lost(), 60)  # its buffer holds some hundred
+        wait.until(lambda: wrong or lost(), 60)  # its buffer holds some hundred
     finally:
         over.set()
         os.kill(journald, signal.SIGCONT)
     assert not wrong
     words = "natwork: the access log takes no more: lines are lost"
     # The next session says so, if there is room for that by then.
-    eventually(lambda: service.get() == 403 and words in container.journal())
+    wait.until(lambda: service.get() == 403 and words in container.journal())
 
 
 def test_the_watchdog_is_answered_but_by_a_master_that_hangs(service: Service) -> None:
@@ -365,10 +358,10 @@ def test_the_watchdog_is_answered_but_by_a_master_that_hangs(service: Service) -
     container.run("systemctl daemon-reload")
     master, stamp = container.show("MainPID"), "WatchdogTimestampMonotonic"
     before = int(container.show(stamp))
-    eventually(lambda: int(container.show(stamp)) > before + 2e6)
+    wait.until(lambda: int(container.show(stamp)) > before + 2e6)
     assert container.show("MainPID") == master and service.get() == 403
     os.kill(container.pid_here(int(master)), signal.SIGSTOP)
-    eventually(lambda: container.show("MainPID") not in (master, "0"), 30)
+    wait.until(lambda: container.show("MainPID") not in (master, "0"), 30)
     assert service.get() == 403 and container.show("NRestarts") == "1"
     dropin.unlink()
     container.run("systemctl daemon-reload")
@@ -383,35 +376,37 @@ def test_a_reload_is_tested_first(service: Service) -> None:
     assert "not reloaded" not in container.journal()  # the gateway never heard of it
     assert service.get() == 403 and container.show("ActiveState") == "active"
     assert service.reload("spare_workers = 3").returncode == 0
-    eventually(lambda: container.show("ActiveState") == "active")
+    wait.until(lambda: container.show("ActiveState") == "active")
     assert container.show("MainPID") == master
 
 
-def test_the_log_may_be_a_file_that_is_rotated(service: Service, origin: Start) -> None:
-    needs("logrotate")
+def test_the_log_may_be_a_file_that_is_rotated(
+    service: Service, origin: origins.Start
+) -> None:
+    needs.programs("logrotate")
     container, log = service.container, service.container.root / LOG
     service.reload(f"log = /{LOG}")
     service.get()
-    eventually(lambda: log.read_text().count("\n") == 1)
+    wait.until(lambda: log.read_text().count("\n") == 1)
     assert log.stat().st_mode & 0o777 == 0o640
-    snippet = block("Reading the log", "/var/log")
+    snippet = readme.block("Reading the log", "/var/log")
     (container.root / "etc/logrotate.d/natwork").write_text(snippet)
-    with service.tunnel(origin(echo, "127.0.0.3")) as client:
+    with service.tunnel(origin(origins.echo, "127.0.0.3")) as client:
         before = service.reloads()
         container.run("logrotate --force /etc/logrotate.d/natwork")
-        eventually(lambda: service.reloads() > before)
+        wait.until(lambda: service.reloads() > before)
         service.get()
-        eventually(lambda: log.read_text().count("\n") == 1)
+        wait.until(lambda: log.read_text().count("\n") == 1)
         assert log.stat().st_mode & 0o777 == 0o640
-        assert echoes(client)
+        assert wire.echoes(client)
     # It began before, and is nevertheless not written into what will be compressed.
-    eventually(lambda: " proto=connect " in log.read_text())
+    wait.until(lambda: " proto=connect " in log.read_text())
     assert log.with_suffix(".log.1").read_text().count("\n") == 1
     assert container.run("stat -c %U /var/log/natwork").stdout == "natwork\n"
 
 
 def test_no_client_is_lost_while_it_is_replaced(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
     container, server = service.container, origin(answer, "127.0.0.3")
     folder = container.root / "usr/local/bin"
@@ -444,7 +439,7 @@ def test_no_client_is_lost_while_it_is_replaced(
                 new.rename(path)
             container.run("systemctl reset-failed natwork; systemctl restart natwork")
             masters.add(container.show("MainPID"))
-            eventually(lambda: wrong or sum(served) > count + 20, 20)  # noqa: B023
+            wait.until(lambda: wrong or sum(served) > count + 20, 20)  # noqa: B023
     finally:
         over.set()
         for thread in threads:
@@ -453,23 +448,23 @@ def test_no_client_is_lost_while_it_is_replaced(
 
 
 def test_a_session_ends_before_a_restart_and_who_comes_waits(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
-    container, server = service.container, origin(echo, "127.0.0.3")
+    container, server = service.container, origin(origins.echo, "127.0.0.3")
     master = container.pid_here(int(container.show("MainPID")))
     with service.tunnel(server) as old:
         restart = threading.Thread(
             target=container.run, args=["systemctl restart natwork"]
         )
         restart.start()
-        eventually(lambda: len(children(master)) == 1)  # the idle have left
+        wait.until(lambda: len(kernel.children(master)) == 1)  # the idle have left
         assert container.show("ActiveState") == "deactivating"
         with service.connect() as new:
-            new.sendall(request(DENIED))
+            new.sendall(http_wire.request(http_wire.DENIED))
             new.settimeout(0.5)
             with pytest.raises(TimeoutError):
                 new.recv(1)
-            assert echoes(old)
+            assert wire.echoes(old)
             old.close()
             new.settimeout(20)
             assert new.recv(65536).startswith(b"HTTP/1.1 403")
@@ -489,13 +484,13 @@ def memory_group() -> Path:
                 (group / "memory.max").write_text("65536")
                 return group
             group.rmdir()
-    unavailable("no control group for memory here")
+    needs.unavailable("no control group for memory here")
 
 
 def test_a_worker_killed_for_memory_takes_nobody_along(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
-    container, server = service.container, origin(echo, "127.0.0.3")
+    container, server = service.container, origin(origins.echo, "127.0.0.3")
     with service.tunnel(server) as ill, service.tunnel(server) as well:
         worker, group = service.worker_of(ill), memory_group()
         try:
@@ -505,7 +500,7 @@ def test_a_worker_killed_for_memory_takes_nobody_along(
                     ill.sendall(bytes(65536))
                     if not ill.recv(65536):
                         break
-            eventually(lambda: not read_proc(worker, "cmdline"))
+            wait.until(lambda: not kernel.read(worker, "cmdline"))
             stat = (
                 "memory.oom_control"
                 if group.parent.name == "memory"
@@ -514,30 +509,30 @@ def test_a_worker_killed_for_memory_takes_nobody_along(
             assert re.search("^oom_kill [1-9]", (group / stat).read_text(), re.M)
         finally:
             with contextlib.suppress(OSError):
-                eventually(lambda: not (group / "cgroup.procs").read_text())
+                wait.until(lambda: not (group / "cgroup.procs").read_text())
             group.rmdir()
         client = "client=%s:%d " % ill.getsockname()[:2]
-        eventually(lambda: re.search(client + ".*outcome=killed", container.journal()))
-        assert echoes(well) and service.get() == 403
+        wait.until(lambda: re.search(client + ".*outcome=killed", container.journal()))
+        assert wire.echoes(well) and service.get() == 403
         assert container.show("ActiveState") == "active"
         assert container.show("Result") == "success"
         assert container.show("NRestarts") == "0"
 
 
 def test_the_sandbox_leaves_room_for_an_uplink_by_its_name(
-    service: Service, origin: Start
+    service: Service, origin: origins.Start
 ) -> None:
-    needs("ip", "unshare")
+    needs.programs("ip", "unshare")
     with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as outside:
         own = os.readlink("/proc/self/ns/net")
-        eventually(lambda: os.readlink(f"/proc/{outside.pid}/ns/net") != own)
+        wait.until(lambda: os.readlink(f"/proc/{outside.pid}/ns/net") != own)
         cable = f"link add wan type veth peer name lan netns {outside.pid}"
-        ip(*cable.split())
-        ip(*"addr add 192.0.2.1/24 dev wan".split())
-        ip(*"link set wan up".split())
-        with network_of(outside.pid):
-            ip(*"addr add 192.0.2.2/24 dev lan".split())
-            ip(*"link set lan up".split())
+        boxes.ip(*cable.split())
+        boxes.ip(*"addr add 192.0.2.1/24 dev wan".split())
+        boxes.ip(*"link set wan up".split())
+        with kernel.network_of(outside.pid):
+            boxes.ip(*"addr add 192.0.2.2/24 dev lan".split())
+            boxes.ip(*"link set lan up".split())
             server = origin(answer, "192.0.2.2")
         assert service.reload("outside = wan").returncode == 0
         assert service.get(server) == 200  # SO_BINDTODEVICE, and netlink besides
@@ -576,7 +571,7 @@ def test_a_bad_configuration_is_not_tried_again(service: Service) -> None:
     container = service.container
     service.conf.write_text("[natwork]\nspare_workers = many\n")
     assert container.run("systemctl restart natwork", check=False).returncode != 0
-    eventually(lambda: container.show("ActiveState") == "failed")
+    wait.until(lambda: container.show("ActiveState") == "failed")
     assert container.show("ExecMainStatus") == "78"
     assert container.show("NRestarts") == "0"
     service.conf.write_text(service.shipped)

@@ -1,4 +1,4 @@
-"""Who asks, and how much of the gateway is his: users, passwords, max_per_client."""
+"""The asking user, and the share of the gateway: users, passwords, max_per_client."""
 
 from __future__ import annotations
 
@@ -14,54 +14,27 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
+import http_wire
+import kernel
+import needs
+import origins
 import pytest
-from box import needs
-from conftest import PROGRAM
-from conftest import ROOT
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from conftest import read_exactly
-from conftest import read_head
-from running import Daemon
-from running import command
-from running import daemons
-from running import echo
-from running import echoes
-from running import idle
-from running import title
-from running import tunnel
-from running import with_limit
-from running import worker_of
-from wire import NAME
-from wire import Message
-from wire import Script
-from wire import at_end
-from wire import drip
-from wire import exchange
-from wire import proxy_error
-from wire import read_answer
-from wire import request
-from wire import reset
-from wire import send
-from wire import sized
+import readme
+import running
+import wait
+import wire
 
 import natwork
 import natwork_users
 from natwork import printable
 
-daemon = daemons()
-Start = Callable[..., Origin]
-Natwork = Callable[..., Gateway]
-NAMED = f"name={NAME.decode()}"
+NAMED = f"name={running.NAME.decode()}"
 SECRET, OTHER = b"kQ7-secret", b"vX3-secret"  # of alice, and of bob
 BUSY_HOUSE = ("max_workers=700", "spare_workers=16")
 
@@ -91,13 +64,7 @@ ALICE, BOB = basic(b"alice", SECRET), basic(b"bob", OTHER)
 WRONG = basic(b"alice", b"wrong")
 
 
-def ask(gateway: Gateway, origin: Origin, *fields: bytes) -> Message:
-    """Return the answer to one request on a connection of its own."""
-    with gateway.connect(30) as client:
-        return exchange(client, request(origin, *fields))
-
-
-def board(gateway: Gateway) -> natwork.Scoreboard:
+def board(gateway: running.Gateway) -> natwork.Scoreboard:
     """Return the scoreboard of a gateway, to read."""
     link = memory_link(gateway, "natwork")
     fd = os.open(link, os.O_RDONLY)
@@ -107,26 +74,26 @@ def board(gateway: Gateway) -> natwork.Scoreboard:
         os.close(fd)
 
 
-def memory_link(gateway: Gateway, name: str) -> str:
+def memory_link(gateway: running.Gateway, name: str) -> str:
     """Return the way to a memory of a gateway, once it has started."""
-    eventually(lambda: title(gateway.process.pid).startswith("natwork: master"))
+    wait.until(lambda: kernel.title(gateway.process.pid).startswith("natwork: master"))
     folder = f"/proc/{gateway.process.pid}/fd"
     links = [f"{folder}/{name}" for name in os.listdir(folder)]
     return next(x for x in links if os.readlink(x).startswith(f"/memfd:{name} "))
 
 
-def memory(gateway: Gateway) -> bytes:
+def memory(gateway: running.Gateway) -> bytes:
     """Return what is shared: the scoreboard as far as it is used, and the pairs."""
     size = natwork.ROWS + 64 * natwork.SLOT_SIZE
     return bytes(board(gateway).memory[:size]) + pairs(gateway)
 
 
-def pairs(gateway: Gateway) -> bytes:
+def pairs(gateway: running.Gateway) -> bytes:
     """Return the memory of the pairs of name and password that were right."""
     return Path(memory_link(gateway, "users")).read_bytes()
 
 
-def checks(gateway: Gateway) -> int:
+def checks(gateway: running.Gateway) -> int:
     """Return how many passwords have been put through scrypt."""
     return struct.unpack_from("Q", pairs(gateway), 8 * natwork_users.SCRYPTS)[0]
 
@@ -136,7 +103,7 @@ def checks(gateway: Gateway) -> int:
 
 def passwd(name: str, given: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*PROGRAM, "--passwd", name],
+        [*running.PROGRAM, "--passwd", name],
         input=given,
         capture_output=True,
         text=True,
@@ -166,7 +133,7 @@ def test_passwd_prints_a_salted_line() -> None:
 def test_passwd_asks_twice_at_a_terminal() -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [*PROGRAM, "--passwd", "alice"],
+        [*running.PROGRAM, "--passwd", "alice"],
         stdin=slave,
         stdout=subprocess.PIPE,
         stderr=slave,
@@ -239,7 +206,7 @@ def test_a_bad_file_is_one_line_without_secrets(
     path.write_text(text + "\n", newline="")
     path.chmod(mode)
     for arguments in (["-t"], []):
-        done = command(*arguments, "-o", "users=users", cwd=tmp_path)
+        done = running.command(*arguments, "-o", "users=users", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (78, "")
         assert re.fullmatch(r"natwork: option -o: users = [^\n]+\n", done.stderr)
         assert part in done.stderr
@@ -249,14 +216,14 @@ def test_a_bad_file_is_one_line_without_secrets(
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo", 0o600)
     for name, why in {"nowhere": "no such file", "fifo": "file", ".": "a"}.items():
-        done = command("-t", "-o", f"users={name}", cwd=tmp_path)
+        done = running.command("-t", "-o", f"users={name}", cwd=tmp_path)
         assert done.returncode == 78 and why in done.stderr
 
 
 def test_the_group_may_read_it(tmp_path: Path, users: Path) -> None:
     (tmp_path / "users").write_text(users.read_text())
     (tmp_path / "users").chmod(0o640)
-    done = command("-t", "-o", "users=users", cwd=tmp_path)
+    done = running.command("-t", "-o", "users=users", cwd=tmp_path)
     assert done.returncode == 0 and "\nusers = users\n" in done.stdout
 
 
@@ -264,9 +231,9 @@ def test_the_group_may_read_it(tmp_path: Path, users: Path) -> None:
 
 
 def test_without_a_name_the_answer_is_407(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     for fields in (
         [],
         [b"Proxy-Authorization: Basic"],
@@ -287,37 +254,43 @@ def test_without_a_name_the_answer_is_407(
         [basic(b"alice\0", SECRET)],
         [basic(b"-", b"")],
     ):
-        answer = ask(gateway, server, *fields)
+        answer = http_wire.ask(gateway, server, *fields)
         assert answer.status == 407, fields
         (challenge,) = answer.values(b"Proxy-Authenticate")  # R37
         assert challenge == b'Basic realm="gate.test", charset="UTF-8"'
-        assert proxy_error(answer) == b"http_request_denied"
+        assert http_wire.proxy_error(answer) == b"http_request_denied"
     assert not server.callers
 
 
 def test_who_is_known_is_served_and_his_password_stays_here(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     for field in (ALICE, ALICE.replace(b"Basic", b"bAsIc")):
-        assert ask(gateway, server, field).status == 200
+        assert http_wire.ask(gateway, server, field).status == 200
         assert not server.handle.requests[-1].values(b"Proxy-Authorization")  # R37
     assert [line["user"] for line in gateway.lines(2)] == ["alice", "alice"]
 
 
 def test_the_connection_goes_on_after_a_407(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     with gateway.connect() as client:
-        assert exchange(client, request(server)).status == 407
-        assert exchange(client, request(server, WRONG)).status == 407
-        assert exchange(client, request(server, ALICE)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 407
+        assert (
+            http_wire.exchange(client, http_wire.request(server, WRONG)).status == 407
+        )
+        assert (
+            http_wire.exchange(client, http_wire.request(server, ALICE)).status == 200
+        )
         # Each request by itself: R62.
-        assert exchange(client, request(server)).status == 407
-        assert exchange(client, request(server, BOB)).status == 200
-        assert exchange(client, request(server, WRONG)).status == 407
-        assert exchange(client, request(server, BOB)).status == 200
+        assert http_wire.exchange(client, http_wire.request(server)).status == 407
+        assert http_wire.exchange(client, http_wire.request(server, BOB)).status == 200
+        assert (
+            http_wire.exchange(client, http_wire.request(server, WRONG)).status == 407
+        )
+        assert http_wire.exchange(client, http_wire.request(server, BOB)).status == 200
     found = [(x["user"], x["outcome"]) for x in gateway.lines(7)]
     refused, failed = ("-", "auth-required"), ("-", "auth-failed")
     bob = ("bob", "ok")
@@ -327,53 +300,57 @@ def test_the_connection_goes_on_after_a_407(
 
 
 def test_it_closes_after_a_407_where_it_must(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     body = b"Content-Length: 3"
     for data in (
-        request(server, method=b"CONNECT"),  # R69
-        request(server, body, method=b"POST", body=b"abc"),  # R56
+        http_wire.request(server, method=b"CONNECT"),  # R69
+        http_wire.request(server, body, method=b"POST", body=b"abc"),  # R56
     ):
         with gateway.connect() as client:
-            answer = exchange(client, data + request(server, ALICE))
-            assert answer.status == 407 and answer.closes and at_end(client)
+            answer = http_wire.exchange(client, data + http_wire.request(server, ALICE))
+            assert answer.status == 407 and answer.closes and wire.at_end(client)
     assert not server.callers
 
 
 def test_a_407_to_a_body_that_waits_comes_at_once(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     fields = b"Content-Length: 3", b"Expect: 100-continue"
     with gateway.connect() as client:  # R63
-        answer = exchange(client, request(server, *fields, method=b"PUT"))
+        answer = http_wire.exchange(
+            client, http_wire.request(server, *fields, method=b"PUT")
+        )
         assert answer.status == 407 and answer.closes
 
 
 def test_trace_and_options_are_not_for_strangers(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     for method in (b"TRACE", b"OPTIONS"):
         for fields, status in ((), 407), ((ALICE,), 200):
             with gateway.connect() as client:
                 hops = (b"Max-Forwards: 0", *fields)
-                answer = exchange(client, request(server, *hops, method=method))
+                answer = http_wire.exchange(
+                    client, http_wire.request(server, *hops, method=method)
+                )
                 assert answer.status == status
                 assert ALICE[-20:] not in answer.body
 
 
 def test_the_own_pages_are_for_users_and_the_pac_file_for_all(
-    natwork: Natwork, users: Path
+    natwork: running.Start, users: Path
 ) -> None:
     gateway = natwork(f"users={users}", NAMED)
     at = b"Host: %b:%d" % (gateway.address[0].encode(), gateway.address[1])
 
-    def get(path: bytes, *fields: bytes) -> Message:
+    def get(path: bytes, *fields: bytes) -> http_wire.Message:
         lines = [b"GET %b HTTP/1.1" % path, at, *fields]
         with gateway.connect() as client:
-            return exchange(client, b"\r\n".join(lines) + b"\r\n\r\n")
+            return http_wire.exchange(client, b"\r\n".join(lines) + b"\r\n\r\n")
 
     mine, wrong = ALICE.replace(b"Proxy-", b""), WRONG.replace(b"Proxy-", b"")
     for path in (b"/", b"/table.json", b"/metrics"):
@@ -395,27 +372,29 @@ def test_the_own_pages_are_for_users_and_the_pac_file_for_all(
 
 
 def test_without_a_file_what_a_client_calls_himself_is_ignored(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork(NAMED), origin(Script())
+    gateway, server = natwork(NAMED), origin(http_wire.Script())
     for field in (ALICE, b"Proxy-Authorization: x y z"):
-        assert ask(gateway, server, field).status == 200
+        assert http_wire.ask(gateway, server, field).status == 200
     assert {line["user"] for line in gateway.lines(2)} == {"-"}
 
 
 def test_a_name_may_carry_what_the_client_says_of_itself(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     rules = "rules=deny user bob; allow user alice to 127.0.0.0/8"
     gateway = natwork(f"users={users}", rules, loopback=False)
-    server = origin(echo)
+    server = origin(origins.echo)
     for name in (b"alice;app=ftp;host=pc1", b'alice;a b\n"x"', b"alice;", b"alice"):
         with gateway.connect() as client:
-            client.sendall(request(server, basic(name, SECRET), method=b"CONNECT"))
-            assert b" 200 " in read_head(client)
-            assert f" {printable(name)} > " in title(worker_of(gateway, client))
-            assert echoes(client)
-    assert ask(gateway, server, basic(b"bob;alice", OTHER)).status == 403
+            client.sendall(
+                http_wire.request(server, basic(name, SECRET), method=b"CONNECT")
+            )
+            assert b" 200 " in http_wire.read_head(client)
+            assert f" {printable(name)} > " in kernel.title(gateway.worker_of(client))
+            assert wire.echoes(client)
+    assert http_wire.ask(gateway, server, basic(b"bob;alice", OTHER)).status == 403
     found = [(line["user"], line["outcome"]) for line in gateway.lines(5)]
     assert sorted(found) == [
         ("alice", "closed"),
@@ -424,39 +403,42 @@ def test_a_name_may_carry_what_the_client_says_of_itself(
         ("alice;app=ftp;host=pc1", "closed"),
         ("bob;alice", "denied-rule-1"),
     ]
-    assert checks(gateway) == 2  # one for each user, whatever he says of himself
+    assert checks(gateway) == 2  # one for each user, whatever else it says
 
 
 def test_what_a_client_says_of_itself_is_logged_whole(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}"), origin(echo)
+    gateway, server = natwork(f"users={users}"), origin(origins.echo)
     name = b"alice;" + "\u00fc".encode() * 124  # RFC 1929 has room for 255
     with gateway.connect() as client:
         client.sendall(login(name, SECRET) + socks5(server) + b"early")
-        assert read_exactly(client, 4)[:4] == b"\5\2\1\0"
-        assert read_exactly(client, 15)[10:] == b"early"
+        assert wire.read_exactly(client, 4)[:4] == b"\5\2\1\0"
+        assert wire.read_exactly(client, 15)[10:] == b"early"
     (line,) = gateway.lines(1)
     assert line["user"] == "alice;" + r"\xc3\xbc" * 124
 
 
 def test_a_name_need_not_be_ascii(
-    tmp_path: Path, natwork: Natwork, origin: Start
+    tmp_path: Path, natwork: running.Start, origin: origins.Start
 ) -> None:
     name = "zo\u00eb".encode()
     path = write(tmp_path / "users", (name, SECRET))
     rules = "rules=deny user other; allow user zo\u00eb to 127.0.0.0/8"
     gateway = natwork(f"users={path}", rules, loopback=False)
-    assert ask(gateway, origin(Script()), basic(name, SECRET)).status == 200
+    assert (
+        http_wire.ask(gateway, origin(http_wire.Script()), basic(name, SECRET)).status
+        == 200
+    )
     assert gateway.lines(1)[0]["user"] == r"zo\xc3\xab"
 
 
 @pytest.mark.parametrize("way", [[], ["--proxytunnel"]])
 def test_curl_names_its_user(
-    natwork: Natwork, origin: Start, users: Path, way: list[str]
+    natwork: running.Start, origin: origins.Start, users: Path, way: list[str]
 ) -> None:
-    needs("curl")
-    gateway, server = natwork(f"users={users}"), origin(Script())
+    needs.programs("curl")
+    gateway, server = natwork(f"users={users}"), origin(http_wire.Script())
 
     def curl(*words: str) -> str:
         always = ["--silent", "--noproxy", "", "--proxy", gateway.url, *way]
@@ -484,25 +466,25 @@ def login(name: bytes, password: bytes) -> bytes:
     return b"\5\1\2\1%c%b%c%b" % (len(name), name, len(password), password)
 
 
-def socks5(origin: Origin) -> bytes:
+def socks5(origin: origins.Origin) -> bytes:
     return b"\5\1\0\1" + socket.inet_aton(origin.host) + origin.port.to_bytes(2, "big")
 
 
-@pytest.mark.parametrize("say", [send, drip])
+@pytest.mark.parametrize("say", [wire.send, wire.drip])
 def test_socks5_asks_for_name_and_password(
-    natwork: Natwork, origin: Start, users: Path, say: Callable[..., None]
+    natwork: running.Start, origin: origins.Start, users: Path, say: Callable[..., None]
 ) -> None:
-    gateway, server = natwork(f"users={users}"), origin(echo)
+    gateway, server = natwork(f"users={users}"), origin(origins.echo)
     with gateway.connect() as client:
         say(client, login(b"alice;app=ssh", SECRET) + socks5(server) + b"early")
-        assert read_exactly(client, 4) == b"\5\2\1\0"
-        assert read_exactly(client, 10)[:2] == b"\5\0"
-        assert read_exactly(client, 5) == b"early"
+        assert wire.read_exactly(client, 4) == b"\5\2\1\0"
+        assert wire.read_exactly(client, 10)[:2] == b"\5\0"
+        assert wire.read_exactly(client, 5) == b"early"
     line = gateway.lines(1)[0]
     assert (line["user"], line["proto"]) == ("alice;app=ssh", "socks5")
 
 
-def test_socks_is_not_for_strangers(natwork: Natwork, users: Path) -> None:
+def test_socks_is_not_for_strangers(natwork: running.Start, users: Path) -> None:
     gateway = natwork(f"users={users}")
     cases = [
         (login(b"alice", b"wrong"), b"\5\2\1\1", "auth-failed"),
@@ -518,16 +500,19 @@ def test_socks_is_not_for_strangers(natwork: Natwork, users: Path) -> None:
     for count, (said, answer, word) in enumerate(cases, 1):
         with gateway.connect() as client:
             client.sendall(said)
-            assert read_all(client) == answer
+            assert wire.read_all(client) == answer
         line = gateway.lines(count)[-1]
         assert (line["outcome"], line["user"]) == (word, "-")
 
 
 def test_one_table_and_one_memory_serve_socks_and_http(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    needs("curl")
-    gateway, server = natwork(f"users={users}"), origin(Script(sized(b"a page")))
+    needs.programs("curl")
+    gateway, server = (
+        natwork(f"users={users}"),
+        origin(http_wire.Script(http_wire.sized(b"a page"))),
+    )
     host = "%s:%d" % gateway.address
     for way in ("--socks5", "--socks5-hostname", "--proxy"):
         words = ["curl", "--silent", "--noproxy", "", way, host]
@@ -538,14 +523,16 @@ def test_one_table_and_one_memory_serve_socks_and_http(
     assert [line["user"] for line in gateway.lines(3)] == ["alice"] * 3
 
 
-def test_what_is_too_many_is_reply_2(natwork: Natwork, origin: Start) -> None:
-    gateway, server = natwork("max_per_client=1"), origin(echo)
+def test_what_is_too_many_is_reply_2(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway, server = natwork("max_per_client=1"), origin(origins.echo)
     with gateway.connect() as first:
         first.sendall(b"\5\1\0" + socks5(server))
-        assert read_exactly(first, 12)[:4] == b"\5\0\5\0"
+        assert wire.read_exactly(first, 12)[:4] == b"\5\0\5\0"
         with gateway.connect() as second:
             second.sendall(b"\5\1\0" + socks5(server))
-            assert read_all(second) == b"\5\0\5\2\0\1" + bytes(6)
+            assert wire.read_all(second) == b"\5\0\5\2\0\1" + bytes(6)
     assert {line["outcome"] for line in gateway.lines(2)} == {"too-many", "closed"}
 
 
@@ -567,57 +554,62 @@ def at_once(count: int, work: Callable[[int], None]) -> list[threading.Thread]:
 
 
 def test_thirty_connections_at_once_cost_one_check(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", "spare_workers=32"), origin(Script())
+    gateway, server = (
+        natwork(f"users={users}", "spare_workers=32"),
+        origin(http_wire.Script()),
+    )
     statuses: list[int] = []
 
     def browse(number: int) -> None:
-        statuses.append(ask(gateway, server, ALICE).status)
+        statuses.append(http_wire.ask(gateway, server, ALICE).status)
 
     for thread in at_once(30, browse):
         thread.join(30)
     assert statuses == [200] * 30 and checks(gateway) == 1
-    assert ask(gateway, server, WRONG).status == 407 and checks(gateway) == 2
-    assert ask(gateway, server, ALICE).status == 200 and checks(gateway) == 2
+    assert http_wire.ask(gateway, server, WRONG).status == 407 and checks(gateway) == 2
+    assert http_wire.ask(gateway, server, ALICE).status == 200 and checks(gateway) == 2
 
 
 def test_an_unknown_name_is_the_same_work(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}"), origin(Script())
+    gateway, server = natwork(f"users={users}"), origin(http_wire.Script())
     for count, name in enumerate((b"nobody", b"", b"x" * 500, b"\xff;"), 1):
-        assert ask(gateway, server, basic(name, SECRET)).status == 407
+        assert http_wire.ask(gateway, server, basic(name, SECRET)).status == 407
         assert checks(gateway) == count
 
 
 def test_five_hundred_wrong_passwords_at_once_leave_it_serving(
-    tmp_path: Path, natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    program = with_limit(tmp_path, "PASSWORD_TIMEOUT", 2.5)
+    program = running.program({"natwork_users.PASSWORD_TIMEOUT": 2.5})
     gateway = natwork(f"users={users}", *BUSY_HOUSE, program=program)
-    server = origin(Script())
-    speaker = origin(echo)
+    server = origin(http_wire.Script())
+    speaker = origin(origins.echo)
     tunnel = gateway.connect()
-    tunnel.sendall(request(speaker, ALICE, method=b"CONNECT"))
-    assert b" 200 " in read_head(tunnel)
+    tunnel.sendall(http_wire.request(speaker, ALICE, method=b"CONNECT"))
+    assert b" 200 " in http_wire.read_head(tunnel)
     reader = gateway.connect(30)
-    assert exchange(reader, request(server, ALICE)).status == 200
+    assert http_wire.exchange(reader, http_wire.request(server, ALICE)).status == 200
     guesses = []
     for number in range(500):
         guesses.append(gateway.connect(60))
         field = basic(b"alice", b"guess %d" % number)
-        guesses[-1].sendall(request(server, field))
+        guesses[-1].sendall(http_wire.request(server, field))
     times = []
     end = time.monotonic() + 2
     while time.monotonic() < end:
         began = time.monotonic()
-        assert echoes(tunnel)
-        assert exchange(reader, request(server, ALICE)).status == 200
+        assert wire.echoes(tunnel)
+        assert (
+            http_wire.exchange(reader, http_wire.request(server, ALICE)).status == 200
+        )
         times.append(time.monotonic() - began)
-    # Neither waits behind the guesses; how fast they are is up to the box.
+    # Neither waits for the guesses; how fast they are is up to the box.
     assert sorted(times)[len(times) // 2] < 0.5, times
-    answers = [read_answer(guess) for guess in guesses]
+    answers = [http_wire.read_answer(guess) for guess in guesses]
     for client in (*guesses, reader, tunnel):
         client.close()
     found = [answer.status for answer in answers]
@@ -627,8 +619,8 @@ def test_five_hundred_wrong_passwords_at_once_leave_it_serving(
     words = [line["outcome"] for line in gateway.lines(502 + len(times))]
     assert words.count("auth-failed") == found.count(407)
     assert words.count("auth-busy") == len(late)
-    assert ask(gateway, server, ALICE).status == 200
-    assert ask(gateway, server, BOB).status == 200
+    assert http_wire.ask(gateway, server, ALICE).status == 200
+    assert http_wire.ask(gateway, server, BOB).status == 200
 
 
 HOLDER = """
@@ -641,12 +633,12 @@ sys.stdin.read()
 
 
 def test_who_dies_with_the_lock_leaves_it(
-    tmp_path: Path, natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    program = with_limit(tmp_path, "PASSWORD_TIMEOUT", 2.5)
+    program = running.program({"natwork_users.PASSWORD_TIMEOUT": 2.5})
     gateway, server = (
         natwork(f"users={users}", NAMED, program=program),
-        origin(Script()),
+        origin(http_wire.Script()),
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, memory_link(gateway, "users")],
@@ -655,18 +647,21 @@ def test_who_dies_with_the_lock_leaves_it(
     )
     assert holder.stdout and holder.stdout.readline() == b"held\n"
     began = time.monotonic()
-    answer = ask(gateway, server, ALICE)
-    assert (answer.status, proxy_error(answer)) == (503, b"connection_limit_reached")
+    answer = http_wire.ask(gateway, server, ALICE)
+    assert (answer.status, http_wire.proxy_error(answer)) == (
+        503,
+        b"connection_limit_reached",
+    )
     assert 2 < time.monotonic() - began < 12
     with gateway.connect() as client, gateway.connect() as leaver:
         for one in (client, leaver):
-            one.sendall(request(server, ALICE))
+            one.sendall(http_wire.request(server, ALICE))
         time.sleep(0.3)
-        reset(leaver)
-        eventually(lambda: gateway.lines()[-1]["outcome"] == "client-gone")
+        wire.reset(leaver)
+        wait.until(lambda: gateway.lines()[-1]["outcome"] == "client-gone")
         holder.kill()
         holder.communicate()
-        assert read_answer(client).status == 200
+        assert http_wire.read_answer(client).status == 200
     assert checks(gateway) == 1
 
 
@@ -690,15 +685,17 @@ def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_secrets_are_nowhere_to_be_read(
-    natwork: Natwork, origin: Start, users: Path
+    natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(Script())
+    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
     swapped = basic(SECRET, b"alice")  # typed into the wrong field
-    pages = [ask(gateway, server, field) for field in (ALICE, swapped, WRONG)]
+    pages = [http_wire.ask(gateway, server, field) for field in (ALICE, swapped, WRONG)]
     with gateway.connect() as client:
-        client.sendall(request(origin(echo), ALICE, method=b"CONNECT"))
-        read_head(client)
-        shown = title(worker_of(gateway, client)).encode()
+        client.sendall(
+            http_wire.request(origin(origins.echo), ALICE, method=b"CONNECT")
+        )
+        http_wire.read_head(client)
+        shown = kernel.title(gateway.worker_of(client)).encode()
     gateway.lines(4)
     everything = [
         *(page.start + page.body + repr(page.fields).encode() for page in pages),
@@ -712,23 +709,24 @@ def test_secrets_are_nowhere_to_be_read(
 
 
 def test_fail2ban_finds_the_failures_and_nothing_else(
-    tmp_path: Path, natwork: Natwork, origin: Start, users: Path
+    tmp_path: Path, natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    needs("fail2ban-regex")
-    gateway, server = natwork(f"users={users}"), origin(Script())
-    assert ask(gateway, server).status == 407  # every browser begins like this
+    needs.programs("fail2ban-regex")
+    gateway, server = natwork(f"users={users}"), origin(http_wire.Script())
+    assert (
+        http_wire.ask(gateway, server).status == 407
+    )  # every browser begins like this
     for _ in range(3):
-        assert ask(gateway, server, WRONG).status == 407
-    forged = request(
+        assert http_wire.ask(gateway, server, WRONG).status == 407
+    forged = http_wire.request(
         server, ALICE, path=b"/ outcome=auth-failed x".replace(b" ", b"%20")
     )
     with gateway.connect() as client:
-        assert exchange(client, forged).status == 200
+        assert http_wire.exchange(client, forged).status == 200
     client_said = basic(b"alice; outcome=auth-failed client=10.9.9.9 ", SECRET)
-    assert ask(gateway, server, client_said).status == 200
+    assert http_wire.ask(gateway, server, client_said).status == 200
     gateway.lines(6)
-    readme = (ROOT / "README.md").read_text()
-    match = re.search(r"^    \[Definition\]\n(?:    .+\n)+", readme, re.M)
+    match = re.search(r"^    \[Definition\]\n(?:    .+\n)+", readme.TEXT, re.M)
     assert match
     (tmp_path / "natwork.conf").write_text(match[0].replace("    ", ""))
     done = subprocess.run(
@@ -742,15 +740,15 @@ def test_fail2ban_finds_the_failures_and_nothing_else(
     assert all(abs(float(at) - time.time()) < 60 for _, at in found)
 
 
-def status_of(gateway: Gateway, origin: Origin, field: bytes) -> int:
-    return ask(gateway, origin, field).status
+def status_of(gateway: running.Gateway, origin: origins.Origin, field: bytes) -> int:
+    return http_wire.ask(gateway, origin, field).status
 
 
 def test_a_reload_reads_the_file_again(
-    tmp_path: Path, daemon: Callable[..., Daemon], origin: Start
+    tmp_path: Path, daemon: running.Start, origin: origins.Start
 ) -> None:
     path = write(tmp_path / "users", (b"alice", SECRET), (b"bob", OTHER))
-    gateway, server = daemon(users=str(path)), origin(Script())
+    gateway, server = daemon(users=str(path)), origin(http_wire.Script())
     assert status_of(gateway, server, ALICE) == 200
     assert status_of(gateway, server, BOB) == 200
     write(path, (b"alice", b"new password"))
@@ -769,13 +767,13 @@ def test_a_reload_reads_the_file_again(
     assert status_of(gateway, server, WRONG) == 200
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="to give privileges up needs root")
+@needs.root
 def test_what_the_user_cannot_read_is_refused_by_a_reload(
-    tmp_path: Path, daemon: Callable[..., Daemon], origin: Start
+    tmp_path: Path, daemon: running.Start, origin: origins.Start
 ) -> None:
     path = write(tmp_path / "users", (b"alice", SECRET))
     gateway = daemon(users=str(path), user="nobody", log="-")  # root reads it first
-    server = origin(Script())
+    server = origin(http_wire.Script())
     assert status_of(gateway, server, ALICE) == 200
     assert "the old one stays" in gateway.hangup()
     assert status_of(gateway, server, ALICE) == 200
@@ -786,127 +784,124 @@ def test_what_the_user_cannot_read_is_refused_by_a_reload(
 
 
 @contextlib.contextmanager
-def tunnels(gateway: Gateway, server: Origin, count: int) -> Iterator[list[Message]]:
+def tunnels(
+    gateway: running.Gateway, server: origins.Origin, count: int
+) -> Iterator[list[http_wire.Message]]:
     """Ask for tunnels from one address at the same time; yield what was answered."""
-    answers: list[Message] = []
+    answers: list[http_wire.Message] = []
     with contextlib.ExitStack() as opened:
 
         def one(number: int) -> None:
             client = opened.enter_context(gateway.connect())
-            client.sendall(request(server, method=b"CONNECT"))
-            answers.append(read_answer(client, b"CONNECT"))
+            client.sendall(http_wire.request(server, method=b"CONNECT"))
+            answers.append(http_wire.read_answer(client, b"CONNECT"))
 
         for thread in at_once(count, one):
             thread.join(30)
         yield answers
 
 
-def at_rest(gateway: Gateway) -> None:
-    """Wait until all workers are idle."""
-    eventually(lambda: len(idle(gateway)) == len(gateway.workers()))
-
-
 def test_a_client_has_as_many_sessions_as_he_may(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("max_per_client=5", NAMED), origin(echo)
+    gateway, server = natwork("max_per_client=5", NAMED), origin(origins.echo)
     with tunnels(gateway, server, 12) as answers:
         statuses = sorted(answer.status for answer in answers)
         assert statuses == [200] * 5 + [503] * 7
         refused = next(answer for answer in answers if answer.status == 503)
         assert refused.values(b"Retry-After") and refused.closes
-        assert proxy_error(refused) == b"connection_limit_reached"
+        assert http_wire.proxy_error(refused) == b"connection_limit_reached"
         assert b"127.0.0.1 has 5 sessions already" in refused.body
         # Another address is another client.
         with socket.create_connection(
             gateway.address, 10, source_address=("127.0.0.9", 0)
         ) as client:
-            client.sendall(request(server, method=b"CONNECT"))
-            assert read_answer(client, b"CONNECT").status == 200 and echoes(client)
+            client.sendall(http_wire.request(server, method=b"CONNECT"))
+            assert http_wire.read_answer(
+                client, b"CONNECT"
+            ).status == 200 and wire.echoes(client)
     words = [line["outcome"] for line in gateway.lines(13)]
     assert words.count("too-many") == 7
-    at_rest(gateway)
+    gateway.at_rest()
     with tunnels(gateway, server, 5) as answers:  # what is over is not counted
         assert [answer.status for answer in answers] == [200] * 5
 
 
 def test_a_client_of_a_killed_worker_may_come_again(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("max_per_client=3"), origin(echo)
+    gateway, server = natwork("max_per_client=3"), origin(origins.echo)
     with contextlib.ExitStack() as opened:
         clients = [opened.enter_context(gateway.connect()) for _ in range(3)]
         for client in clients:
-            client.sendall(request(server, method=b"CONNECT"))
-            assert b" 200 " in read_head(client)
-        assert ask(gateway, server).status == 503
+            client.sendall(http_wire.request(server, method=b"CONNECT"))
+            assert b" 200 " in http_wire.read_head(client)
+        assert http_wire.ask(gateway, server).status == 503
         for client in clients[:2]:
-            os.kill(worker_of(gateway, client), signal.SIGKILL)
+            os.kill(gateway.worker_of(client), signal.SIGKILL)
             assert client.recv(1) == b""
-        eventually(lambda: len(idle(gateway)) == len(gateway.workers()) - 1)
+        wait.until(lambda: len(gateway.idle()) == len(gateway.workers()) - 1)
         with tunnels(gateway, server, 4) as answers:
             statuses = sorted(answer.status for answer in answers)
         assert statuses == [200] * 2 + [503] * 2
 
 
 def test_who_was_refused_and_stays_holds_no_place(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = natwork("max_per_client=1"), origin(echo)
+    gateway, server = natwork("max_per_client=1"), origin(origins.echo)
     with contextlib.ExitStack() as stays:
-        with tunnel(gateway, server):
+        with http_wire.tunnel(gateway, server):
             refused = stays.enter_context(gateway.connect())
-            refused.sendall(request(server, method=b"CONNECT"))
-            assert b" 503 " in read_head(refused)
-        soon = 1.5  # he who stays is given up later
-        eventually(lambda: ask(gateway, server).status != 503, soon)
+            refused.sendall(http_wire.request(server, method=b"CONNECT"))
+            assert b" 503 " in http_wire.read_head(refused)
+        soon = 1.5  # a client that stays is given up later
+        wait.until(lambda: http_wire.ask(gateway, server).status != 503, soon)
 
 
 def test_who_was_answered_and_says_more_holds_no_place(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = (
         natwork("max_per_client=1"),
-        origin(Script(*[sized(bytes(3000))] * 9)),
+        origin(http_wire.Script(*[http_wire.sized(bytes(3000))] * 9)),
     )
     for _ in range(4):
         with gateway.connect() as first:
-            first.sendall(request(server, b"Connection: close") + b"and more")
-            assert b" 200 " in read_all(first)
+            first.sendall(http_wire.request(server, b"Connection: close") + b"and more")
+            assert b" 200 " in wire.read_all(first)
             time.sleep(0.1)
-            assert ask(gateway, server).status == 200
+            assert http_wire.ask(gateway, server).status == 200
 
 
 def test_a_reload_counts_who_was_there_before(
-    daemon: Callable[..., Daemon], origin: Start
+    daemon: running.Start, origin: origins.Start
 ) -> None:
-    gateway, server = daemon(max_workers="64"), origin(echo)
+    gateway, server = daemon(max_workers="64"), origin(origins.echo)
     with tunnels(gateway, server, 3):
         gateway.hangup(max_per_client="3", max_workers="8")
-        assert ask(gateway, server).status == 503
-    at_rest(gateway)
+        assert http_wire.ask(gateway, server).status == 503
+    gateway.at_rest()
     with tunnels(gateway, server, 3) as answers:
         assert [answer.status for answer in answers] == [200] * 3
 
 
 def test_who_comes_again_and_again_has_one_session(
-    natwork: Natwork, origin: Start
+    natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway = natwork("max_per_client=1", "clients_per_worker=1")
-    server = origin(Script(*[sized(b"hello")] * 60))
+    server = origin(http_wire.Script(*[http_wire.sized(b"hello")] * 60))
     for _ in range(60):
         with gateway.connect() as client:
-            client.sendall(request(server, b"Connection: close"))
-            assert b" 200 " in read_all(client)
+            client.sendall(http_wire.request(server, b"Connection: close"))
+            assert b" 200 " in wire.read_all(client)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@needs.root
 def test_users_that_no_reload_could_read_are_told_at_the_start(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+    with running.public_folder() as folder:
         (folder / "users").touch(mode=0o640)
-        gateway = Daemon(folder, user="nobody", users="users")
+        gateway = running.Gateway.configured(folder, user="nobody", users="users")
         assert "no reload will work" in gateway.stop()
 
 
@@ -919,13 +914,15 @@ try:
 except natwork.ConfigError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=running.ROOT, capture_output=True
+    )
     assert done.stdout.startswith(b"default: users = users: nobody cannot load ")
 
 
 def test_an_interrupted_question_is_no_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*PROGRAM, "--passwd", "ann"],
+        [*running.PROGRAM, "--passwd", "ann"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -934,6 +931,6 @@ def test_an_interrupted_question_is_no_traceback(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waits = Path(f"/proc/{process.pid}/wchan")
-    eventually(lambda: "pipe" in waits.read_text())
+    wait.until(lambda: "pipe" in waits.read_text())
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "" and process.returncode == 1

@@ -11,28 +11,15 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import addresses
+import http_wire
+import needs
+import origins
 import pytest
-from box import unavailable
-from conftest import Gateway
-from conftest import Origin
-from conftest import eventually
-from conftest import read_all
-from running import idle
-from sockswire import HELLO
-from sockswire import UdpEcho
-from sockswire import addressed
-from sockswire import associated
-from sockswire import five
-from sockswire import four
-from sockswire import named
-from sockswire import packed
-from test_rules import TARGETS
-from test_rules import here
-from wire import Script
-from wire import request
-from wire import send
-from wire import shared
-from wire import uncalled
+import running
+import socks_wire
+import wait
+import wire
 
 MARK = "127.0.0.77"  # the one loopback address that the rules open, for udp()
 RULES = f"allow to *; allow port 1-65535; allow to localhost; allow to {MARK}"
@@ -40,7 +27,7 @@ OPEN = "allow to 0.0.0.0/0, ::/0 port 1-65535"
 
 # Asks a gateway for a host and port; returns the outcome that the log is to
 # tell, "" for the rule's own.
-Ask = Callable[[Gateway, str, int], str]
+Ask = Callable[[running.Gateway, str, int], str]
 
 
 class Way(NamedTuple):
@@ -51,10 +38,10 @@ class Way(NamedTuple):
 def tcp(write: Callable[[str, int], bytes], refused: Callable[[bytes], object]) -> Ask:
     """Return a way that sends some bytes and checks that the answer is a refusal."""
 
-    def ask(gateway: Gateway, host: str, port: int) -> str:
+    def ask(gateway: running.Gateway, host: str, port: int) -> str:
         with gateway.connect() as client:
-            send(client, write(host, port))
-            answer = read_all(client)
+            wire.send(client, write(host, port))
+            answer = wire.read_all(client)
         assert refused(answer), answer
         return ""
 
@@ -66,14 +53,14 @@ def http(method: bytes) -> Ask:
 
     def write(host: str, port: int) -> bytes:
         place = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
-        return request(place, b"Connection: close", method=method)
+        return http_wire.request(place, b"Connection: close", method=method)
 
     return tcp(write, lambda answer: answer[:12] in (b"HTTP/1.1 403", b"HTTP/1.1 502"))
 
 
-def udp(gateway: Gateway, host: str, port: int) -> str:
-    """Send a datagram that is to be dropped, and one behind it that passes."""
-    mark = UdpEcho(MARK)
+def udp(gateway: running.Gateway, host: str, port: int) -> str:
+    """Send a datagram that is to be dropped, and one after it that passes."""
+    mark = socks_wire.UdpEcho(MARK)
     with contextlib.closing(mark), contextlib.ExitStack() as stack:
         victim = stack.enter_context(
             socket.socket(
@@ -82,9 +69,12 @@ def udp(gateway: Gateway, host: str, port: int) -> str:
         )
         victim.bind(("::1" if host == "::1" else "127.0.0.1", port))
         victim.settimeout(0)
-        client = stack.enter_context(associated(gateway))
-        client.send(addressed(host, port), b"to be dropped")
-        assert client.exchange(addressed(MARK, mark.port), b"mark")[1] == b"mark"
+        client = stack.enter_context(socks_wire.associated(gateway))
+        client.send(socks_wire.addressed(host, port), b"to be dropped")
+        assert (
+            client.exchange(socks_wire.addressed(MARK, mark.port), b"mark")[1]
+            == b"mark"
+        )
         with pytest.raises(BlockingIOError):
             victim.recv(1)
     return "closed"
@@ -102,37 +92,61 @@ WAYS = {
     "GET": Way(lambda host: True, http(b"GET")),
     "CONNECT": Way(lambda host: True, http(b"CONNECT")),
     "SOCKS4 address": Way(
-        lambda host: len(packed(host)) == 4 and packed(host)[:3] != bytes(3),
-        tcp(four, rejected),
+        lambda host: (
+            len(socks_wire.packed(host)) == 4
+            and socks_wire.packed(host)[:3] != bytes(3)
+        ),
+        tcp(socks_wire.four, rejected),
     ),
     "SOCKS4a name": Way(
         lambda host: True,
-        tcp(lambda host, port: four("x", port)[:-2] + host.encode() + b"\0", rejected),
+        tcp(
+            lambda host, port: socks_wire.four("x", port)[:-2] + host.encode() + b"\0",
+            rejected,
+        ),
     ),
     "SOCKS5 address": Way(
-        packed, tcp(lambda host, port: HELLO + five(addressed(host, port)), ruled_out)
+        socks_wire.packed,
+        tcp(
+            lambda host, port: (
+                socks_wire.HELLO + socks_wire.five(socks_wire.addressed(host, port))
+            ),
+            ruled_out,
+        ),
     ),
     "SOCKS5 name": Way(
         lambda host: True,
-        tcp(lambda host, port: HELLO + five(named(host, port)), ruled_out),
+        tcp(
+            lambda host, port: (
+                socks_wire.HELLO + socks_wire.five(socks_wire.named(host, port))
+            ),
+            ruled_out,
+        ),
     ),
     "SOCKS5 BIND": Way(
         lambda host: True,
-        tcp(lambda host, port: HELLO + five(named(host, port), 2), ruled_out),
+        tcp(
+            lambda host, port: (
+                socks_wire.HELLO + socks_wire.five(socks_wire.named(host, port), 2)
+            ),
+            ruled_out,
+        ),
     ),
     "UDP": Way(lambda host: True, udp),
 }
 
-closed = shared(f"rules={RULES}")
-opened = shared(f"rules={OPEN}")
+closed = running.shared(f"rules={RULES}")
+opened = running.shared(f"rules={OPEN}")
 
 
-def asked(gateway: Gateway, way: str, target: str, port: int) -> tuple[str, str]:
+def asked(
+    gateway: running.Gateway, way: str, target: str, port: int
+) -> tuple[str, str]:
     """Ask for a target by a way; return the outcome told, and the one expected."""
     host = target.strip("[]")
     if not WAYS[way].takes(host):
         return "", ""
-    eventually(lambda: idle(gateway) == gateway.workers())
+    gateway.at_rest()
     count = len(gateway.lines())
     expected = WAYS[way].ask(gateway, host, port)
     line = gateway.lines(count + 1)[count]
@@ -142,24 +156,25 @@ def asked(gateway: Gateway, way: str, target: str, port: int) -> tuple[str, str]
 
 
 @pytest.fixture
-def server() -> Iterator[Callable[[str], Origin]]:
+def server() -> Iterator[Callable[[str], origins.Origin]]:
     """Return a function that starts the server that is not to be called."""
     with contextlib.ExitStack() as stack:
 
-        def start(target: str) -> Origin:
-            one = Origin(Script(), "::1" if target == "[::1]" else "127.0.0.1")
-            stack.callback(one.listener.close)
-            stack.callback(one.listener.shutdown, socket.SHUT_RDWR)
+        def start(target: str) -> origins.Origin:
+            one = origins.Origin(
+                http_wire.Script(), "::1" if target == "[::1]" else "127.0.0.1"
+            )
+            stack.callback(one.close)
             return one
 
         yield start
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("word", "target"), TARGETS)
+@pytest.mark.parametrize(("word", "target"), addresses.TARGETS)
 def test_a_closed_address_is_reached_by_no_way(
-    closed: Gateway,
-    server: Callable[[str], Origin],
+    closed: running.Gateway,
+    server: Callable[[str], origins.Origin],
     word: str,
     target: str,
     way: str,
@@ -168,7 +183,7 @@ def test_a_closed_address_is_reached_by_no_way(
     outcome, expected = asked(closed, way, target, victim.port)  # traps 12, 13
     if outcome:
         assert outcome == (expected or f"denied-{word}")
-    assert uncalled(victim)
+    assert http_wire.uncalled(victim)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("GET", "UDP")])
@@ -176,23 +191,21 @@ def test_a_closed_address_is_reached_by_no_way(
     "target", "127.0.0.1 localhost [::ffff:127.0.0.1] [2002:7f00:1::] 0.0.0.0".split()
 )
 def test_the_gateway_itself_is_reached_by_no_way(
-    opened: Gateway, target: str, way: str
+    opened: running.Gateway, target: str, way: str
 ) -> None:  # a GET gets one of its pages, and it listens on no UDP port
     outcome, expected = asked(opened, way, target, opened.address[1])
     assert outcome in ("loop", expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_own_address_is_reached_by_no_way(
-    natwork: Callable[..., Gateway], way: str
-) -> None:
-    address = here(socket.AF_INET, "198.51.100.1")
+def test_an_own_address_is_reached_by_no_way(natwork: running.Start, way: str) -> None:
+    address = addresses.here(socket.AF_INET, "198.51.100.1")
     if not address or address.startswith("127."):
-        unavailable("this box has loopback addresses only")
-    running = natwork(f"rules=allow to {MARK}", "inside=127.0.0.0/8", loopback=False)
+        needs.unavailable("this box has loopback addresses only")
+    started = natwork(f"rules=allow to {MARK}", "inside=127.0.0.0/8", loopback=False)
     with socket.create_server((address, 0)) as victim:
         victim.settimeout(0)
-        outcome, expected = asked(running, way, address, victim.getsockname()[1])
+        outcome, expected = asked(started, way, address, victim.getsockname()[1])
         assert outcome == (expected or "denied-own")
         with pytest.raises(BlockingIOError):
             victim.accept()
@@ -204,7 +217,10 @@ def test_an_own_address_is_reached_by_no_way(
     "127.1 127.0.1 0x7f.1 0x7f000001 017700000001 2130706433 0 0177.0.0.1".split(),
 )
 def test_what_only_a_resolver_takes_for_an_address_is_no_name(
-    closed: Gateway, server: Callable[[str], Origin], host: str, way: str
+    closed: running.Gateway,
+    server: Callable[[str], origins.Origin],
+    host: str,
+    way: str,
 ) -> None:
     victim = server(host)
     if way == "UDP":
@@ -212,12 +228,14 @@ def test_what_only_a_resolver_takes_for_an_address_is_no_name(
     else:
         count = len(closed.lines())
         write = {
-            "SOCKS4a name": four,
-            "SOCKS5 name": lambda h, p: HELLO + five(named(h, p)),
+            "SOCKS4a name": socks_wire.four,
+            "SOCKS5 name": lambda h, p: (
+                socks_wire.HELLO + socks_wire.five(socks_wire.named(h, p))
+            ),
         }
         with closed.connect() as client:
             client.sendall(write[way](host, victim.port))
-            told = read_all(client)
+            told = wire.read_all(client)
         assert told[:2] == b"\0\x5b" or told[2:4] == b"\5\1"
-        eventually(lambda: closed.lines(count + 1)[-1]["outcome"] == "bad-request")
-    assert uncalled(victim)
+        wait.until(lambda: closed.lines(count + 1)[-1]["outcome"] == "bad-request")
+    assert http_wire.uncalled(victim)

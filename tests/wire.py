@@ -1,195 +1,31 @@
-"""HTTP on the wire: strict reading, scripted origins, and gateways many tests share."""
+"""Bytes on a TCP connection, whatever they mean."""
 
 from __future__ import annotations
 
 import contextlib
-import re
+import hashlib
 import socket
 import struct
-from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import field
-from pathlib import Path
-
-import pytest
-from conftest import Gateway
-from conftest import Origin
-from conftest import read_exactly
-from conftest import read_head
-
-NAME = b"gate.test"  # what the gateway calls itself in Via and Proxy-Status
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-DENIED = b"10.1.2.3"  # inside by default, so never dialed
-CLOSED = b"127.0.0.1:1"  # tcpmux: nobody has listened there for decades
-STRICT = "error::pytest.PytestUnhandledThreadExceptionWarning"  # an origin's asserts
-
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"
-STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) " + TEXT)
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^\x00- \x7f]+) HTTP/1\.1")
-FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")  # extensions are dropped: ours
-Fields = list[tuple[bytes, bytes]]
 
 
-def has_ipv6() -> bool:
-    path = Path("/proc/net/if_inet6")
-    return path.exists() and f"{1:032x}" in path.read_text()
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this box has no ::1")
-
-
-@dataclass
-class Message:
-    """One message as it was read, and whether it was whole."""
-
-    start: bytes
-    fields: Fields
-    body: bytes = b""
-    trailers: Fields = field(default_factory=list)
-    complete: bool = True
-
-    @property
-    def status(self) -> int:
-        return int(self.start.split(b" ")[1])
-
-    @property
-    def method(self) -> bytes:
-        return self.start.split(b" ")[0]
-
-    @property
-    def target(self) -> bytes:
-        return self.start.split(b" ")[1]
-
-    def values(self, name: bytes) -> list[bytes]:
-        """Return the values of the lines of this name, in order."""
-        return [value for key, value in self.fields if key.lower() == name.lower()]
-
-    def members(self, name: bytes) -> list[bytes]:
-        """Return the members of a list field, in order and in lower case."""
-        members = b",".join(self.values(name)).lower().split(b",")
-        return [member.strip(b" \t") for member in members if member.strip(b" \t")]
-
-    @property
-    def closes(self) -> bool:
-        return b"close" in self.members(b"Connection")
-
-    @property
-    def via(self) -> bytes:
-        """Return the last Via member: who forwarded the message last."""
-        return self.members(b"Via")[-1]
-
-
-def fields_of(block: bytes) -> Fields:
-    """Return the fields of a block of lines; every line must keep to the grammar."""
-    matches = [FIELD_LINE.fullmatch(line) for line in block.split(b"\r\n") if line]
-    assert all(matches), block
-    return [(m[1], m[2].strip(b" \t")) for m in matches if m]
-
-
-def head_of(connection: socket.socket, grammar: re.Pattern[bytes]) -> Message | None:
-    """Read one head that keeps to the grammar (R2, R3, R9, R10), or None at the end."""
-    if not (head := read_head(connection)):
-        return None
-    start, _, block = head.partition(b"\r\n")
-    if not head.endswith(b"\r\n\r\n"):
-        return Message(start, [], complete=False)
-    assert grammar.fullmatch(start), head
-    message = Message(start, fields_of(block))
-    lengths = message.values(b"Content-Length")
-    codings = message.values(b"Transfer-Encoding")
-    assert len(lengths) + len(codings) <= 1, head  # R42, R47, R48
-    assert all(re.fullmatch(rb"[0-9]+", length) for length in lengths), head
-    return message
-
-
-def read_line(connection: socket.socket) -> bytes:
-    """Take one line off a socket, its line end included, or what comes of it."""
-    line = bytearray()
-    while not line.endswith(b"\n") and (byte := connection.recv(1)):
-        line += byte
-    return bytes(line)
-
-
-def read_chunked(connection: socket.socket, message: Message) -> None:
-    """Read a chunked body to its end, or to where it is cut off."""
-    message.complete = False
-    while line := read_line(connection):
-        if not line.endswith(b"\n"):
-            return
-        match = CHUNK_LINE.fullmatch(line)
-        assert match, line
-        if not (size := int(match[1], 16)):
-            break
-        piece = read_exactly(connection, size)
-        message.body += piece
-        end = read_exactly(connection, 2)
-        if len(piece) < size or len(end) < 2:
-            return
-        assert end == b"\r\n", end
-    else:
-        return
-    block = b""
-    while line := read_line(connection):
-        message.complete = line == b"\r\n"
-        if message.complete or not line.endswith(b"\n"):
-            break
-        block += line
-    message.trailers = fields_of(block)
-
-
-def read_body(connection: socket.socket, message: Message) -> None:
-    """Read the body that the fields announce."""
-    try:
-        if codings := message.values(b"Transfer-Encoding"):
-            assert codings == [b"chunked"], codings
-            read_chunked(connection, message)
-        elif lengths := message.values(b"Content-Length"):
-            message.body = read_exactly(connection, int(lengths[0]))
-            message.complete = len(message.body) == int(lengths[0])
-    except ConnectionResetError:
-        message.complete = False
-
-
-def read_request(connection: socket.socket) -> Message | None:
-    """Read what the gateway sent on, or None at the end of the connection."""
-    if (request := head_of(connection, REQUEST_LINE)) and request.complete:
-        assert len(request.values(b"Host")) == 1, request
-        read_body(connection, request)
-    return request
-
-
-def read_until_close(connection: socket.socket, message: Message) -> None:
-    """Read a body that only the close delimits; a reset says it was cut off."""
+def read_exactly(connection: socket.socket, size: int) -> bytes:
+    """Take size bytes off a socket, fewer if it ends before."""
     body = bytearray()
-    try:
+    while len(body) < size and (
+        piece := connection.recv(min(size - len(body), 1 << 20))
+    ):
+        body += piece
+    return bytes(body)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Take what comes until the other side closes or resets."""
+    everything = bytearray()
+    with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
-            body += piece
-    except ConnectionResetError:
-        message.complete = False
-    message.body = bytes(body)
-
-
-def read_answer(connection: socket.socket, method: bytes = b"GET") -> Message:
-    """Read one answer, interim ones included, as a strict client would."""
-    answer = head_of(connection, STATUS_LINE)
-    assert answer and answer.complete, answer
-    framing = answer.values(b"Content-Length") + answer.values(b"Transfer-Encoding")
-    if answer.status < 200 or answer.status == 204:
-        assert not framing, answer  # R46
-    elif method == b"HEAD" or answer.status == 304:
-        pass  # R53
-    elif method == b"CONNECT" and answer.status < 300:
-        assert not framing, answer  # R67
-    elif framing:
-        read_body(connection, answer)
-    else:
-        assert answer.closes, answer
-        read_until_close(connection, answer)
-    return answer
+            everything += piece
+    return bytes(everything)
 
 
 def at_end(connection: socket.socket) -> bool:
@@ -218,121 +54,32 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def request(
-    where: Origin | bytes,
-    *fields: bytes,
-    method: bytes = b"GET",
-    path: bytes = b"/",
-    version: bytes = b"HTTP/1.1",
-    body: bytes = b"",
-) -> bytes:
-    """Return a request in absolute-form; CONNECT gets its authority-form."""
-    at = where if isinstance(where, bytes) else where.authority.encode()
-    target = at if method == b"CONNECT" else b"http://" + at + path
-    lines = [b"%b %b %b" % (method, target, version), b"Host: " + at, *fields]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+def echoes(client: socket.socket, words: bytes = b"still here") -> bool:
+    """Say whether a tunnel still carries bytes there and back."""
+    client.sendall(words)
+    return read_exactly(client, len(words)) == words
 
 
-def response(*fields: bytes, status: bytes = b"200 OK", body: bytes = b"") -> bytes:
-    """Return an HTTP/1.1 response made of just these lines."""
-    return b"\r\n".join([b"HTTP/1.1 " + status, *fields]) + b"\r\n\r\n" + body
+def digest(data: bytes) -> str:
+    """Return what says of megabytes whether they are the same."""
+    return hashlib.sha256(data).hexdigest()
 
 
-def sized(body: bytes, *fields: bytes, status: bytes = b"200 OK") -> bytes:
-    """Return a response with a Content-Length."""
-    return response(
-        b"Content-Length: %d" % len(body), *fields, status=status, body=body
-    )
+def free_port() -> int:
+    """Return a port of 127.0.0.1 where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
 
 
-def chunks(*pieces: bytes, trailers: Iterable[bytes] = ()) -> bytes:
-    """Return the pieces as a chunked body."""
-    body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
-    return body + b"0\r\n" + b"".join(line + b"\r\n" for line in trailers) + b"\r\n"
-
-
-def exchange(connection: socket.socket, data: bytes, method: bytes = b"GET") -> Message:
-    """Send a request and read its answer."""
-    send(connection, data)
-    return read_answer(connection, method)
-
-
-class Script:
-    """An origin's part: what it answers, in order, and the requests it got.
-
-    The last answer is given again and again.  A close-delimited answer, or an
-    empty one, ends the connection.
-    """
-
-    def __init__(self, *answers: bytes, close: bool = False) -> None:
-        self.answers, self.close = list(answers or (OK,)), close
-        self.requests: list[Message] = []
-
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        while request := read_request(connection):
-            self.requests.append(request)
-            answer = self.answers.pop(0) if self.answers[1:] else self.answers[0]
-            connection.sendall(answer)
-            if self.close or not answer:
-                return
-
-
-class Cut(Script):
-    """A Script that sends its answer, takes what still comes, and then resets."""
-
-    def __call__(self, connection: socket.socket, origin: Origin) -> None:
-        if request := read_request(connection):
-            self.requests.append(request)
-            connection.sendall(self.answers[0])
-            connection.recv(1)  # the reader says when
-            reset(connection)
-
-
-def forwarded(
-    gateway: Gateway, origin: Origin, *fields: bytes, **parts: bytes
-) -> Message:
-    """Send a request through the gateway; return what the scripted origin got."""
-    with gateway.connect() as client:
-        method = parts.get("method", b"GET")
-        answer = exchange(client, request(origin, *fields, **parts), method)
-        assert answer.status == 200, answer
-    return origin.handle.requests[-1]
-
-
-def returned(
-    gateway: Gateway, origin: Origin, *fields: bytes, **parts: bytes
-) -> Message:
-    """Send a request through the gateway; return the answer to it."""
-    with gateway.connect() as client:
-        method = parts.get("method", b"GET")
-        return exchange(client, request(origin, *fields, **parts), method)
-
-
-def uncalled(origin: Origin) -> bool:
-    """Say whether nobody has called a scripted origin: we do, and are the first."""
-    with socket.create_connection((origin.host, origin.port), 10) as probe:
-        exchange(probe, request(origin))
-        return origin.callers[0] == probe.getsockname()[:2]
-
-
-def proxy_error(answer: Message) -> bytes:
-    """Return the error that the gateway's own member of Proxy-Status names (R41)."""
-    (status,) = answer.values(b"Proxy-Status")
-    match = re.fullmatch(
-        re.escape(NAME) + rb'; ?error=([a-z_]+)(?:; ?details="[ -~]*")?', status
-    )
-    assert match, status
-    return match[1]
-
-
-def shared(*options: str) -> Callable[..., Iterator[Gateway]]:
-    """Return a module's fixture: one gateway with these settings for all its tests."""
-
-    @pytest.fixture(scope="module")
-    def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-        folder = tmp_path_factory.mktemp("gateway")
-        running = Gateway(folder, (f"name={NAME.decode()}", *options), loopback=True)
-        yield running
-        running.stop()
-
-    return start
+@contextlib.contextmanager
+def full_listener(host: str) -> Iterator[int]:
+    """Give the port of a listener whose queue is full: the kernel drops every SYN."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((host, 0), backlog=0))
+        with contextlib.suppress(TimeoutError):
+            for _ in range(100):
+                waiting = stack.enter_context(socket.socket())
+                waiting.settimeout(0.3)
+                waiting.connect(listener.getsockname())
+            raise AssertionError("the queue is never full")
+        yield listener.getsockname()[1]

@@ -15,36 +15,27 @@ it could clean up is removed when the next box is made.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import ctypes
-import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
-from typing import NoReturn
 from typing import TypeVar
 
-import pytest
-from conftest import PROGRAM
-from conftest import eventually
-from conftest import whole_lines
+import kernel
+import needs
+import running
+import wait
 
 T = TypeVar("T")
 Entry = dict[str, str]
-
-CLONE_NEWNET = 0x40000000  # <linux/sched.h>; os.setns is new in Python 3.12
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 PLACES = ("inside", "gateway", "outside")
 SERIAL = itertools.count(1)
@@ -120,20 +111,6 @@ NAMES = """\
 """
 LOCALHOST = "127.0.0.1 localhost\n::1 localhost\n"
 
-CHROMIUM = [
-    "chromium",
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-features=HttpsUpgrades",
-    "--no-first-run",
-]
-
 # No setting of the caller (a proxy, a language) reaches a program in the box.
 ENVIRONMENT = {
     "PATH": os.environ.get("PATH", os.defpath),
@@ -149,81 +126,19 @@ OUTSIDE_ADDRESSES = {
     "2001:db8:19::1",
 }
 
-# PUT stores what GET then returns, below /files/; POST to /post/NAME does too.
-NGINX = """
-daemon off;
-user root;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{ }}
-http {{
-    types {{
-        text/html html;
-        image/svg+xml svg;
-    }}
-    default_type application/octet-stream;
-    client_max_body_size 0;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    log_format entry escape=json '{{"client":"$remote_addr","port":"$remote_port",'
-        '"server":"$server_addr","scheme":"$scheme","protocol":"$server_protocol",'
-        '"method":"$request_method","host":"$http_host","target":"$request_uri",'
-        '"status":"$status","via":"$http_via","connection":"$connection"}}';
-    server {{
-        listen 80;
-        listen 443 ssl;
-        listen [::]:80 ipv6only=on;
-        listen [::]:443 ssl ipv6only=on;
-        ssl_certificate {folder}/server.pem;
-        ssl_certificate_key {folder}/server.key;
-        access_log {folder}/access.log entry;
-        root {folder}/site;
-        location /files/ {{ dav_methods PUT; }}
-        location /post/ {{
-            proxy_method PUT;
-            proxy_pass http://127.0.0.1:8001/files/;
-        }}
-    }}
-    server {{
-        listen 127.0.0.1:8001;
-        access_log off;
-        root {folder}/site;
-        dav_methods PUT;
-    }}
-}}
-"""
-
-
-def unavailable(why: str) -> NoReturn:
-    """Skip the test; in CI, where everything must be there, fail it."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(why)
-    pytest.skip(why)
-
-
-def needs(*programs: str) -> None:
-    """Skip the test if a program is missing here."""
-    missing = [program for program in programs if not shutil.which(program)]
-    if missing:
-        unavailable("not installed: " + ", ".join(missing))
-
 
 def needs_namespaces() -> None:
     """Skip the test where network namespaces cannot be made."""
-    needs("ip")
+    needs.programs("ip")
     if os.geteuid() != 0:
-        unavailable("network namespaces need root")
+        needs.unavailable("network namespaces need root")
     name = f"natwork-{os.getpid()}-{next(SERIAL)}-inside"
     tried = subprocess.run(
         ["ip", "netns", "add", name], capture_output=True, text=True, check=False
     )
     remove(name)
     if tried.returncode != 0:
-        unavailable("no network namespaces: " + tried.stderr.strip())
+        needs.unavailable("no network namespaces: " + tried.stderr.strip())
 
 
 def ip(*words: str, given: str | None = None) -> str:
@@ -317,25 +232,8 @@ class Box:
 
     def within(self, place: str, function: Callable[[], T]) -> T:
         """Call a function in a namespace; the sockets it makes stay there."""
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                with Path("/run/netns", self.name(place)).open("rb") as namespace:
-                    if LIBC.setns(namespace.fileno(), CLONE_NEWNET) != 0:
-                        number = ctypes.get_errno()
-                        raise OSError(number, os.strerror(number))
-                results.append(function())
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
+        with kernel.network(f"/run/netns/{self.name(place)}"):
+            return function()
 
     def get(self, place: str, setting: str) -> str:
         """Return a setting below /proc/sys/net."""
@@ -407,13 +305,37 @@ class Box:
             process.kill()
             process.wait()
 
+    def natwork(self, folder: Path, *settings: str) -> running.Gateway:
+        """Start natwork.py in the namespace between, as an operator starts it."""
+        with (folder / "access.log").open("w") as log:
+            gateway = running.Gateway(
+                folder,
+                self.command("gateway", *running.PROGRAM, *running.options(*settings)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                env=ENVIRONMENT,
+            )
+
+        def ready() -> bool:  # both listeners of `*:8080` are open
+            assert gateway.process.poll() is None, gateway.said()
+            return len(gateway.listening()) == 2
+
+        wait.until(ready)
+        return gateway
+
+    def link_local(self, place: str, device: str) -> str:
+        """Return the link-local address of a device."""
+        words = ["-6", "-o", "addr", "show", "dev", device]
+        shown = ip("-n", self.name(place), *words).split()
+        return next(w for w in shown if w.startswith("fe80")).partition("/")[0]
+
     def pids(self, place: str) -> list[int]:
         """Return the processes that live in a namespace."""
         return [int(pid) for pid in ip("netns", "pids", self.name(place)).split()]
 
 
 @contextlib.contextmanager
-def dual_homed_box(second_uplink: bool = False) -> Iterator[Box]:
+def dual_homed(second_uplink: bool = False) -> Iterator[Box]:
     """Make a box; leave nothing of it behind."""
     needs_namespaces()
     sweep()
@@ -426,116 +348,3 @@ def dual_homed_box(second_uplink: bool = False) -> Iterator[Box]:
     finally:
         box.clean()
         signal.signal(signal.SIGTERM, before)
-
-
-def make_certificates(folder: Path) -> None:
-    """Write ca.pem, which clients are to trust, server.pem and server.key."""
-    new_key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes".split()
-    names = {name for line in NAMES.splitlines() for name in line.split()[1:]}
-    for words in (
-        ["-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=NATWork test CA"],
-        ["-keyout", "server.key", "-out", "server.pem", "-subj", "/CN=www.example.com"]
-        + ["-CA", "ca.pem", "-CAkey", "ca.key"]
-        + ["-addext", "basicConstraints=critical,CA:FALSE"]
-        + ["-addext", "subjectAltName=" + ",".join(f"DNS:{n}" for n in sorted(names))],
-    ):
-        subprocess.run(
-            ["openssl", "req", "-x509", *new_key, "-days", "2", *words],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
-
-
-class Web:
-    """nginx on every address of the outside, by http and https."""
-
-    def __init__(self, box: Box, folder: Path) -> None:
-        self.folder, self.site = folder, folder / "site"
-        self.authority = folder / "ca.pem"
-        (self.site / "files").mkdir(parents=True)
-        (folder / "nginx.conf").write_text(NGINX.format(folder=folder))
-        words = ["-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
-        with (folder / "stderr").open("w") as errors:
-            self.process = box.start(
-                "outside", "nginx", *words, folder=folder, errors=errors
-            )
-        eventually(self.ready)
-
-    def ready(self) -> bool:
-        """Say whether nginx listens: it writes its pid file after that."""
-        said = (self.folder / "stderr").read_text()
-        assert self.process.poll() is None, said
-        pidfile = self.folder / "nginx.pid"
-        return pidfile.exists() and pidfile.read_text() != ""
-
-    def write(self, name: str, content: bytes) -> str:
-        """Put a file on the site; return its path."""
-        path = self.site / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        return "/" + name
-
-    def entries(self, count: int = 0) -> list[Entry]:
-        """Return the access log, once it has count entries."""
-        log = self.folder / "access.log"
-
-        def read() -> list[str]:
-            return whole_lines(log) if log.exists() else []
-
-        eventually(lambda: len(read()) >= count)
-        return [json.loads(line) for line in read()]
-
-    def fingerprint(self) -> str:
-        """Return the digest of the server's public key, as Chromium wants it."""
-        certificate = str(self.folder / "server.pem")
-        key = subprocess.run(
-            ["openssl", "x509", "-in", certificate, "-noout", "-pubkey"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        der = base64.b64decode("".join(key.splitlines()[1:-1]))
-        return base64.b64encode(hashlib.sha256(der).digest()).decode()
-
-
-class Gateway:
-    """natwork.py in the namespace between, started as an operator starts it."""
-
-    def __init__(self, box: Box, folder: Path, options: tuple[str, ...]) -> None:
-        self.box = box
-        self.log, self.errors = folder / "access.log", folder / "stderr"
-        self.program = PROGRAM
-        words = [word for option in options for word in ("-o", option)]
-        with self.log.open("w") as log, self.errors.open("w") as errors:
-            self.process = box.start(
-                "gateway",
-                *self.program,
-                *words,
-                folder=folder,
-                output=log,
-                errors=errors,
-            )
-        eventually(self.ready)
-
-    def ready(self) -> bool:
-        """Say whether both listeners of `*:8080` are open."""
-        said = self.errors.read_text()
-        assert self.process.poll() is None, said
-        return said.count("natwork: listening on ") == 2
-
-    def lines(self, count: int = 0) -> list[Entry]:
-        """Return the access log, once it has count lines."""
-
-        eventually(lambda: len(whole_lines(self.log)) >= count)
-        lines = whole_lines(self.log)
-        return [dict(w.split("=", 1) for w in line.split(" ")) for line in lines]
-
-    def stop(self) -> None:
-        """Ask the gateway to stop: it must end well and leave nobody behind."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        code = self.process.wait(timeout=40)
-        said = self.errors.read_text()
-        assert code == 0 and "Traceback" not in said, (code, said[:2000])
-        assert self.box.pids("gateway") == []

@@ -8,8 +8,8 @@ import struct
 import threading
 from collections.abc import Iterator
 
-from conftest import Gateway
-from conftest import read_exactly
+import running
+import wire
 
 CONNECT, BIND, ASSOCIATE = 1, 2, 3
 HELLO, AGREED = b"\5\1\0", b"\5\0"
@@ -61,22 +61,22 @@ def four_reply(code: int, host: str = "0.0.0.0", port: int = 0) -> bytes:
 def read_address(client: socket.socket, kind: int) -> Address:
     """Take the address of a SOCKS 5 reply off a socket."""
     assert kind in (1, 4), kind
-    raw = read_exactly(client, 4 * kind)
+    raw = wire.read_exactly(client, 4 * kind)
     family = socket.AF_INET if kind == 1 else socket.AF_INET6
-    (port,) = struct.unpack("!H", read_exactly(client, 2))
+    (port,) = struct.unpack("!H", wire.read_exactly(client, 2))
     return socket.inet_ntop(family, raw), port
 
 
 def read_five(client: socket.socket) -> tuple[int, Address]:
     """Take a SOCKS 5 reply off a socket; return its code and address."""
-    version, code, reserved, kind = read_exactly(client, 4)
+    version, code, reserved, kind = wire.read_exactly(client, 4)
     assert (version, reserved) == (5, 0)
     return code, read_address(client, kind)
 
 
 def read_four(client: socket.socket) -> tuple[int, Address]:
     """Take a SOCKS 4 reply off a socket; return its code and address."""
-    zero, code, port, address = struct.unpack("!BBH4s", read_exactly(client, 8))
+    zero, code, port, address = struct.unpack("!BBH4s", wire.read_exactly(client, 8))
     assert zero == 0
     return code, (socket.inet_ntoa(address), port)
 
@@ -84,7 +84,7 @@ def read_four(client: socket.socket) -> tuple[int, Address]:
 def ask_five(client: socket.socket, request: bytes) -> tuple[int, Address]:
     """Greet, ask, and return the code and address of the reply."""
     client.sendall(HELLO)
-    assert read_exactly(client, 2) == AGREED
+    assert wire.read_exactly(client, 2) == AGREED
     client.sendall(request)
     return read_five(client)
 
@@ -125,7 +125,7 @@ class Association:
 
 
 @contextlib.contextmanager
-def associated(gateway: Gateway) -> Iterator[Association]:
+def associated(gateway: running.Gateway) -> Iterator[Association]:
     """Open a UDP association with a gateway, and close it."""
     with gateway.connect() as control:
         association = Association(control)
