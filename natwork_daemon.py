@@ -1,7 +1,7 @@
 """Daemon, a chapter of NATWork: detach, and have a pid file, where no systemd is.
 
-What starts it waits until clients are served, and ends with 0, or with the code
-and the line of what failed.
+The process that started the gateway waits until clients are served, and ends with
+0, or with the code and the line of what failed.  python-daemon does the detaching.
 """
 # SPDX-License-Identifier: MIT
 
@@ -12,11 +12,9 @@ import fcntl
 import os
 import stat
 import sys
+from collections.abc import Iterator
 
-from natwork import guard
-from natwork import load_config
-from natwork import reason
-from natwork import run
+import natwork
 
 VERSION = "0.1.0"
 
@@ -24,8 +22,8 @@ VERSION = "0.1.0"
 def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     """Return the pid file, open and locked while we live; raise OSError.
 
-    Who gives up root can remove it at the end from a directory of its own only,
-    so one that is not there is made.
+    A process that gives up root can remove it at the end only from a directory of
+    its own, so one that is not there is made.
     """
     folder = os.path.dirname(path)
     try:
@@ -35,7 +33,8 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path, flags, 0o644)
     except OSError as error:
-        raise OSError(f"cannot open the pid file {path}: {reason(error)}") from None
+        why = natwork.reason(error)
+        raise OSError(f"cannot open the pid file {path}: {why}") from None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -50,22 +49,37 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     return lock_pidfile(path, user)  # the one before has just removed it
 
 
-def remove_pidfile(path: str, fd: int) -> None:
+@contextlib.contextmanager
+def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
+    """Hold a pid file, which becomes the user's, and remove it at the end.
+
+    Yields its descriptor, to be given to write_pid().  Raises OSError.
+    """
+    fd = lock_pidfile(path, user)
+    try:
+        yield fd
+    finally:
+        os.ftruncate(fd, 0)
+        # Without privileges the directory may refuse: then an empty file stays.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def write_pid(fd: int) -> None:
+    """Write down the process that serves, once its listeners are open."""
     os.ftruncate(fd, 0)
-    # Without privileges the directory may refuse: then an empty file stays.
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+    os.write(fd, b"%d\n" % os.getpid())
 
 
 def run_daemon(path: str, options: list[str]) -> int:
-    """Detach, run the gateway behind the launcher, and return the launcher's code."""
+    """Detach, run the gateway after the launcher, and return the launcher's code."""
     try:
         import daemon
     except ImportError:
         raise OSError(
             "cannot detach: python-daemon is not installed (pip install python-daemon)"
         ) from None
-    config = load_config(path, options)  # its faults are told before we detach
+    config = natwork.load_config(path, options)  # its faults are said before we detach
     news_out, news_in = os.pipe2(0)
     if os.fork():
         os.close(news_in)
@@ -95,7 +109,7 @@ def run_daemon(path: str, options: list[str]) -> int:
             stderr=sys.stderr,
             signal_map={},
         ).open()
-        status = guard(lambda: run(path, options, ready))
+        status = natwork.guard(lambda: natwork.run(path, options, ready))
         with contextlib.suppress(OSError):
             os.write(news_in, bytes([status]))
     finally:

@@ -1,6 +1,7 @@
 """Explain, a chapter of NATWork: which rule decides about a client and a target.
 
-It asks what the gateway would ask, and dials nothing.
+It asks what the gateway would ask, of the resolver and the routing table too, says
+which address would be dialed and from where, and dials nothing.
 """
 # SPDX-License-Identifier: MIT
 
@@ -11,81 +12,89 @@ import os
 import re
 import socket
 
-from natwork import NAME_SIZE
-from natwork import OK
-from natwork import Chapters
-from natwork import Config
-from natwork import Policy
-from natwork import Refused
-from natwork import Scoreboard
-from natwork import address_of
-from natwork import device_addresses
-from natwork import endpoint
-from natwork import endpoints
-from natwork import is_there
-from natwork import load_config
-from natwork import need_chapter
-from natwork import parse_authority
-from natwork import parse_target
-from natwork import printable
-from natwork import resolve
-from natwork import route_to
-from natwork import unpack
-from natwork import ways
+import natwork
 
 VERSION = "0.1.0"
 
 
-def explain_client(config: Config, policy: Policy, client: str, user: str) -> bool:
-    """Print whether a client is served; return whether he may be; raise OSError."""
+def explain_client(
+    config: natwork.Config, policy: natwork.Policy, client: str, user: str
+) -> bool:
+    """Print whether a client is served; return whether it may be; raise OSError."""
     try:
-        packed = address_of(client)
+        packed = natwork.address_of(client)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
-    inside, near = policy.placed(client)
-    if inside and (policy.uplinks or near):
+    inside = natwork.contains(policy.inside, packed)
+    link_local = natwork.contains(natwork.LINK_LOCAL, packed)
+    if inside and (policy.uplinks or link_local):
         scope = 0
         with contextlib.suppress(OSError):
             scope = socket.if_nametoindex(client.partition("%")[2])
-        inside = policy.comes_from_inside(client, scope, None)
-    if inside and policy.uplinks and (route := route_to(packed)):
+        inside = policy.comes_from_inside(packed, scope if link_local else 0, None)
+    if inside and policy.uplinks and (route := natwork.route_to(packed)):
         for uplink in policy.uplinks:
-            if uplink.packed in device_addresses(route.device):
-                print(f"if he comes to {uplink.name}, the outside: not inside, refused")
+            if uplink.packed in natwork.device_addresses(route.device):
+                print(f"if it comes to {uplink.name}, the outside: not inside, refused")
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     if inside and config.users and user == "-":
         print("as no user: asked for name and password first")
     return inside
 
 
+def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
+    """Return protocol, host and port of a URL, or of HOST:PORT; raise Refused."""
+    if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
+        return "connect", *natwork.parse_authority(secure[1], 443)
+    if b"://" in wanted:
+        target, _ = natwork.parse_target(b"GET", wanted)
+        return target.scheme.decode(), target.host, target.port
+    return "connect", *natwork.parse_authority(wanted, 0)
+
+
+def explain_dials(
+    policy: natwork.Policy, board: natwork.Scoreboard, allowed: list[bytes], port: int
+) -> None:
+    """Print what would be dialed for some allowed addresses, in order."""
+    attempts = natwork.ways_to(policy, allowed, port, board)
+    if allowed and not attempts:
+        print("refused: unreachable: no uplink has an address of its family")
+    for attempt in attempts:
+        route = natwork.route_to(attempt.packed)
+        if attempt.uplink:
+            there = natwork.is_there(attempt.uplink)
+            missing = "" if there else ", which is not there now"
+            way = f"from {attempt.uplink.name}{missing}"
+        elif route and route.source:
+            way = f"from {route.source}, by {route.device}, as the routing table has it"
+        else:
+            way = "but the routing table has no way there"
+        where = natwork.endpoint((natwork.unpack(attempt.packed), port))
+        print(f"would dial {where} {way}")
+
+
 def explain(path: str, options: list[str], words: list[str]) -> int:
     """Print which rule decides about a client and a target; dial nothing."""
-    config = load_config(path, options)
-    own = [("0.0.0.0" if h == "*" else h, port) for h, port in endpoints(config)]
-    policy, chapters = Policy(config, own), Chapters()
+    config, board = natwork.load_config(path, options), natwork.Scoreboard()
+    listeners = natwork.endpoints(config)
+    own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]
+    policy, chapters = natwork.Policy(config, own), natwork.Chapters()
     if config.parents:
-        need_chapter("parents", "parents").join(chapters, config, policy)
-    parents = chapters.parents
-    client, wanted = words[0], os.fsencode(words[1])
-    user = printable(os.fsencode("".join(words[2:])), NAME_SIZE)
+        found = natwork.need_chapter("parents", "parents")
+        found.join(chapters, config, policy, board)
+    parents, client = chapters.parents, words[0]
+    user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):
         return 0
     host, addresses = "", []
-    proto = "connect"
     try:
-        if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
-            host, port = parse_authority(secure[1], 443)
-        elif b"://" in wanted:
-            target, _ = parse_target(b"GET", wanted)
-            host, port, proto = target.host, target.port, target.scheme.decode()
-        else:
-            host, port = parse_authority(wanted, 0)
-        print(f"target {endpoint((host, port))}")
+        proto, host, port = parse_wanted(os.fsencode(words[1]))
+        print(f"target {natwork.endpoint((host, port))}")
         if proto == "http" and policy.means_us(host, port):
             print("answered by the gateway itself, with its own pages")
             return 0
-        addresses = resolve(host, port)
-    except Refused as refusal:
+        addresses = natwork.resolve(host, port)
+    except natwork.Refused as refusal:
         unknown = host and parents and parents.trusts(client, user, host, port)
         if not unknown or not parents.parent_for(proto, host, []):
             print(f"refused: {refusal.outcome.word}: {refusal.detail}")
@@ -94,25 +103,13 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     allowed = []
     for packed in addresses:
         outcome, rule = policy.judge(client, user, host, port, packed)
-        word = "allowed" if outcome is OK else f"refused ({outcome.word})"
-        print(f"{unpack(packed)}: {word} by {rule}")
-        if outcome is OK:
+        word = "allowed" if outcome is natwork.OK else f"refused ({outcome.word})"
+        print(f"{natwork.unpack(packed)}: {word} by {rule}")
+        if outcome is natwork.OK:
             allowed.append(packed)
     if parents and (allowed or not addresses):
         if parent := parents.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
-    attempts = ways(policy, allowed, port, Scoreboard())
-    if allowed and not attempts:
-        print("refused: unreachable: no uplink has an address of its family")
-    for attempt in attempts:
-        route = route_to(attempt.packed)
-        if attempt.uplink:
-            there = "" if is_there(attempt.uplink) else ", which is not there now"
-            way = f"from {attempt.uplink.name}{there}"
-        elif route and route.source:
-            way = f"from {route.source}, by {route.device}, as the routing table has it"
-        else:
-            way = "but the routing table has no way there"
-        print(f"would dial {endpoint((unpack(attempt.packed), port))} {way}")
+    explain_dials(policy, board, allowed, port)
     return 0

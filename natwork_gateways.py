@@ -1,8 +1,14 @@
 """Gateways, a chapter of NATWork: ftp:// and gopher:// URLs, asked for by HTTP.
 
-What a browser asks of FTP and Gopher servers, it asks by HTTP, and here it is
-translated.  Both protocols are a word or two in lines, then a stream that the
-relay carries; a directory or a menu becomes a page.
+A browser, or curl with a proxy, asks for such a URL by a request in absolute-form
+(RFC 9112 section 3.2.2) and gets an HTTP response.  Both protocols are a few lines of
+text, then a stream that the relay carries; a directory or a menu becomes a page.
+
+It is not an FTP or Gopher server, and not a relay for FTP clients: those come by SOCKS
+or CONNECT.  FTP is RFC 959 in passive mode, with EPSV of RFC 2428, SIZE of RFC 3659
+and the URLs of RFC 1738 section 3.2; Gopher is RFC 1436 with the URLs of RFC 4266.
+
+The heart calls ftp() and gopher() by the scheme of a request's target.
 """
 # SPDX-License-Identifier: MIT
 
@@ -11,144 +17,51 @@ from __future__ import annotations
 import binascii
 import contextlib
 import re
-import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from natwork import ALL
-from natwork import ANSWER_TIMEOUT
-from natwork import BAD_REQUEST
-from natwork import BAD_RESPONSE
-from natwork import CHUNKED
-from natwork import CLIENT_GONE
-from natwork import COPY_SIZE
-from natwork import INET
-from natwork import INET6
-from natwork import MARKUP
-from natwork import NO_LOGIN
-from natwork import NOT_FOUND
-from natwork import NOT_IMPLEMENTED
-from natwork import NOT_STORED
-from natwork import OK
-from natwork import POLLIN
-from natwork import SERVER_GONE
-from natwork import UNCHECKED
-from natwork import Chapters
-from natwork import Config
-from natwork import Http
-from natwork import Lane
-from natwork import Outcome
-from natwork import Policy
-from natwork import Refused
-from natwork import RequestHead
-from natwork import Script
-from natwork import Stream
-from natwork import Target
-from natwork import chunked
-from natwork import dial
-from natwork import endpoint
-from natwork import framing_lines
-from natwork import http_date
-from natwork import judged
-from natwork import members
-from natwork import reason
+import natwork
 
 VERSION = "0.1.0"
 
 PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
+REPLY_LIMIT = 64 * 1024  # a reply of an FTP server, which may be a long greeting
+
 # As ls -l has it, or as DIR does.
 FTP_ENTRY = re.compile(
     r"(?:([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
     r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +)(.+)"
 )
+PASV_REPLY = re.compile(r"227[\s\S]*?(?:[0-9]{1,3},){4}([0-9]{1,3}),([0-9]{1,3})")
+EPSV_REPLY = re.compile(r"229[\s\S]*?\((.)\1\1([0-9]{1,5})\1\)")
+SIZE_REPLY = re.compile(r"213 +([0-9]{1,18})\r?\n")
 PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
+BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
+# The end of a Gopher text, or what may become it.
+LAST_DOT = re.compile(rb"\n(?:\.\r?\n?)?\Z")
 FILE_TYPES = dict(
     word.split("=")
     for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
     "html=text/html jpeg=image/jpeg jpg=image/jpeg pdf=application/pdf png=image/png "
     "svg=image/svg+xml txt=text/plain xml=text/xml zip=application/zip".split()
 )
-BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
 GOPHER_TYPES = {
     "0": "text/plain; charset=utf-8",
     "g": "image/gif",
     "h": "text/html; charset=utf-8",
 }
-
-
-class Talk:
-    """A conversation in lines with a server; it passes for ftplib's socket and file."""
-
-    def __init__(self, http: Http, server: Stream) -> None:
-        self.http, self.server = http, server
-        self.until = 0.0  # monotonic; when the next answer must be there
-        self.heard = 0  # bytes of this answer
-
-    def expect(self) -> None:
-        """Give the server its time for an answer."""
-        self.until = time.monotonic() + self.http.config.idle_timeout
-
-    def wait(self, events: int) -> None:
-        """Wait until the server is ready; raise Refused if it takes too long."""
-        client = self.http.client.fd
-        left = self.until - time.monotonic()
-        ready = self.http.watch.wait({self.server.fd: events, client: 0}, left)
-        if not ready:
-            raise Refused(ANSWER_TIMEOUT, "the server did not answer")
-        if client in ready:
-            raise Refused(CLIENT_GONE, "connection reset")
-
-    def sendall(self, data: bytes) -> None:
-        self.expect()
-        self.heard = 0
-        lane = Lane(self.http.watch, self.server, self.server, 0)
-        lane.out += data
-        for _, events in lane.flush():
-            self.wait(events)
-        self.http.session.up += lane.moved
-
-    def getpeername(self) -> tuple[Any, ...]:
-        """Return the server's address, even if it has reset the connection."""
-        return self.http.server_ends[0].rpartition(":")[0].strip("[]"), 0
-
-    def fill(self) -> bool:
-        """Receive more; return False at the end."""
-        self.wait(POLLIN)
-        try:
-            data = self.server.sock.recv(COPY_SIZE)
-        except OSError as error:
-            raise Refused(SERVER_GONE, reason(error)) from None
-        self.server.received += data
-        self.heard += len(data)
-        if self.heard > PAGE_LIMIT:
-            raise Refused(BAD_RESPONSE, f"over {PAGE_LIMIT} bytes of talk")
-        return bool(data)
-
-    def readline(self, limit: int) -> str:
-        """Return a line of at most limit bytes, "" at the end."""
-        received = self.server.received
-        while (end := received.find(b"\n", 0, limit)) < 0 and len(received) < limit:
-            if not self.fill():
-                break
-        return self.server.take(end + 1 or limit).decode("latin-1")
-
-    def lines(self) -> list[str]:
-        """Return all lines that come until the end."""
-        end = time.monotonic() + PAGE_TIMEOUT
-        self.expect()
-        while self.fill():
-            self.expect()
-            self.until = min(self.until, end)
-        lines = self.server.take(PAGE_LIMIT).decode("latin-1").split("\n")
-        return [line.rstrip("\r") for line in lines]
+MARKUP = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
+)
 
 
 def decoded(raw: bytes) -> str:
     """Return a part of a URL decoded, its bytes as Latin-1; raise Refused."""
     part = PERCENT.sub(lambda match: bytes.fromhex(match[1].decode()), raw)
     if CONTROL.search(part):  # it would end the line, and begin another
-        raise Refused(BAD_REQUEST, "a control byte in the target")
+        raise natwork.Refused(natwork.BAD_REQUEST, "a control byte in the target")
     return part.decode("latin-1")
 
 
@@ -161,156 +74,199 @@ def content_type(name: str) -> str:
     return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
 
 
-def gopher_text(down: Lane) -> Script:
-    """Pass text on, less the dot at its end, and one before others: RFC 1436."""
-    held, begun = b"\n", False  # as if another line went before
-    while data := (yield from down.receive(COPY_SIZE)):
-        held += data
-        cut = max(0, len(held) - 5)
-        while held.endswith((b"\n", b"\n."), 0, cut):
-            cut -= 1
-        if cut:
-            down.out += held[:cut].replace(b"\n..", b"\n.")[not begun :]
-            held, begun = held[cut:], True
-    held = re.sub(rb"\n\.\r?\n?\Z", b"\n", held).replace(b"\n..", b"\n.")
-    down.out += held[not begun :]
+@contextlib.contextmanager
+def dialed(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
+    """Dial the server of a request, and leave it at the end; raise Refused."""
+    session, target = exchange.session, exchange.target
+    server = exchange.http.dial(session, target.host, target.port)
+    exchange.worker.proceed(session)
+    try:
+        yield server
+    finally:
+        session.up += server.counted()
+        session.down += exchange.client.counted()
+        exchange.http.close()
+    if exchange.then is not natwork.Then.KEEP:
+        exchange.close_client()
 
 
-def answer_page(http: Http, status: str, title: str, lines: list[str]) -> None:
+def send_line(exchange: natwork.Exchange, line: str) -> None:
+    """Send a line of Latin-1 to the server; raise Refused."""
+    server, seconds = exchange.http.server, exchange.config.idle_timeout
+    assert server
+    data = f"{line}\r\n".encode("latin-1")
+    exchange.watch.send(server, data, "the server takes no more", seconds)
+
+
+def run(exchange: natwork.Exchange, steps: natwork.Steps, seconds: float) -> Any:
+    """Run steps that read from a server, for so many seconds at most; raise Refused."""
+    idle, end = exchange.config.idle_timeout, time.monotonic() + seconds
+    late, why = natwork.ANSWER_TIMEOUT, "the server did not answer"
+    return exchange.watch.run(steps, late, why, idle, end, exchange.client)
+
+
+def until_end(source: natwork.Stream) -> natwork.Steps:
+    """Take all the lines that come until a stream ends, as Latin-1; raise Refused."""
+    while len(source.received) <= PAGE_LIMIT:
+        yield source.fd, natwork.POLLIN
+        with contextlib.suppress(BlockingIOError):
+            if not source.fill():
+                text = source.take(PAGE_LIMIT).decode("latin-1")
+                return [line.rstrip("\r") for line in text.split("\n")]
+    raise natwork.Refused(natwork.BAD_RESPONSE, f"over {PAGE_LIMIT} bytes in a page")
+
+
+def answer_page(exchange: natwork.Exchange, title: str, lines: list[str]) -> None:
     """Answer with a page of preformatted lines, which are HTML; the title is not."""
     title, text = title.translate(MARKUP), "\n".join(lines)
-    page = (
-        f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
-        f"<pre>\n{text}\n</pre>\n"
-    )
-    # As Latin-1 the text had the server's bytes, which UTF-8 may be or not.
+    page = f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
+    page += f"<pre>\n{text}\n</pre>\n"
+    # As Latin-1 the text had the server's bytes, which may be UTF-8.
     page = page.encode("latin-1").decode(errors="replace")
     kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
-    http.answer(status, kind + b"\r\n", page.encode())
+    outcome = exchange.session.outcome
+    status = "200 OK" if outcome is natwork.OK else outcome.status_text()
+    exchange.answer(status, kind + natwork.CRLF, page.encode())
 
 
-def answer_stream(
-    http: Http, source: Stream, kind: str, size: int | None, text: bool = False
+def answer_file(
+    exchange: natwork.Exchange, source: natwork.Stream, kind: str, size: int | None
 ) -> None:
-    """Answer with what comes from a server: size bytes, or None for up to its end.
+    """Answer with size bytes from a server, None for all; raise Refused."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n".encode()
+    # With a head before it, it is an HTTP response.
+    source.received[:0] = head + natwork.framing_lines(size) + natwork.CRLF
+    exchange.carry_answer(source, b"")
 
-    text: it is Gopher's, which ends with a line of a dot.  Raises Refused.
+
+def gopher_text(down: natwork.Direction) -> natwork.Steps:
+    """Pass text on, less the dot at its end, and one before others: RFC 1436.
+
+    Some servers do neither, so a dot ends the text in its last line only.
     """
-    bare = http.session.method == "HEAD"
-    http.answered, http.session.status = True, "200"
-    http.endless = size is None and not bare
-    http.keep &= not http.endless and not http.worker.leaving()
-    up = Lane(http.watch, http.client, source, http.config.idle_timeout)
-    down = Lane(http.watch, source, http.client, http.config.idle_timeout)
-    lines = b"Content-Type: %b\r\n%b" % (kind.encode(), framing_lines(size))
-    if not http.keep:
-        lines += b"Connection: close\r\n"
-    date = http_date(int(time.time()))
-    down.out += b"HTTP/1.1 200 OK\r\nDate: %b\r\n%b\r\n" % (date, lines)
-    http.worker.begin(http.session)
+    held, invented = b"\n", 1  # as if another line went before
+    source, ended = down.source, False
+    while not ended or source.received:
+        if not source.received:
+            yield from down.flush()
+            yield source.fd, natwork.POLLIN
+            with contextlib.suppress(BlockingIOError):
+                ended = not source.fill()
+        held += source.take(natwork.COPY_SIZE)
+        match = LAST_DOT.search(held)
+        if cut := match.start() if match else len(held):
+            down.out += held[:cut].replace(b"\n..", b"\n.")[invented:]
+            held, invented = held[cut:], 0
+    down.out += held[invented:1]
 
-    def pass_on() -> Script:
-        if text and not bare:
-            yield from gopher_text(down)
-        elif not bare:
-            yield from down.move(ALL if size is None else size)
-        yield from down.flush()
 
+# FTP.  A reply is text, whose first digit is its kind: 1 begun, 2 done, 3 go on, 4
+# not now, 5 no.  What follows the number may name the user, and is told to nobody.
+
+
+def read_reply(server: natwork.Stream) -> natwork.Steps:
+    """Take a reply, RFC 959 section 4.2; raise Refused."""
+    bad, lines = natwork.BAD_RESPONSE, b""
+    while len(lines) < REPLY_LIMIT:
+        line = yield from natwork.read_until(server, b"\n", REPLY_LIMIT, bad)
+        lines += line
+        if line[:3] == lines[:3] and line[3:4] != b"-":
+            if lines[:3] != b"120":  # section 5.4: later, and then 220
+                return lines.decode("latin-1")
+            lines = b""
+    raise natwork.Refused(bad, f"a reply over {REPLY_LIMIT} bytes")
+
+
+def check(exchange: natwork.Exchange, reply: str, kind: str) -> None:
+    """Raise Refused if a reply is not of a kind; 55x is about the file."""
+    if reply[0] != kind:
+        outcome = natwork.BAD_RESPONSE
+        if reply[:2] == "55":
+            put = exchange.session.method == "PUT"
+            outcome = natwork.NOT_STORED if put else natwork.NOT_FOUND
+        raise natwork.Refused(outcome, f"the server said {reply[:3]}")
+
+
+def hear(exchange: natwork.Exchange, kind: str = "") -> str:
+    """Return the next reply; raise Refused if it is not of the kind wanted."""
+    server = exchange.http.server
+    assert server
+    reply: str = run(exchange, read_reply(server), exchange.config.idle_timeout)
+    if kind:
+        check(exchange, reply, kind)
+    return reply
+
+
+def ask(exchange: natwork.Exchange, command: str, kind: str = "") -> str:
+    """Send a command, and return its reply as hear() does; raise Refused."""
+    send_line(exchange, command)
+    return hear(exchange, kind)
+
+
+def log_in(exchange: natwork.Exchange, user: str, password: str) -> None:
+    """Log a user in, "" for anybody; raise Refused."""
+    hear(exchange, "2")
+    if user in ("", "anonymous"):  # RFC 1635
+        user, password = "anonymous", password or "anonymous@"
+    reply = ask(exchange, f"USER {user}")
+    if reply[0] == "3":
+        reply = ask(exchange, f"PASS {password}")
+    if reply[0] in "35":  # 332: it wants an account, which no URL has
+        raise natwork.Refused(natwork.NO_LOGIN, "the server refused the login")
+    check(exchange, reply, "2")
+    ask(exchange, "TYPE I", "2")
+
+
+def ask_size(exchange: natwork.Exchange, path: str) -> int | None:
+    """Return a file's size, None if the server does not say: RFC 3659 section 4."""
+    match = SIZE_REPLY.fullmatch(ask(exchange, f"SIZE {path}"))
+    return int(match[1]) if match else None
+
+
+def ask_port(exchange: natwork.Exchange) -> int:
+    """Return the port where the server awaits a data connection; raise Refused."""
+    for command in ("EPSV", "PASV"):  # which is for IPv4 alone, and older
+        reply, port = ask(exchange, command), 0
+        if match := EPSV_REPLY.match(reply):
+            port = int(match[2])
+        elif match := PASV_REPLY.match(reply):
+            port = int(match[1]) * 256 + int(match[2])
+        if 0 < port < 65536:
+            return port
+    raise natwork.Refused(natwork.BAD_RESPONSE, f"no passive mode: {reply[:3]}")
+
+
+@contextlib.contextmanager
+def data_connection(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
+    """Dial a data connection for the next command; raise Refused."""
+    session, host, port = exchange.session, exchange.target.host, ask_port(exchange)
+    # To the address that we talk to: the server could name another host.
+    ends, only = exchange.http.server_ends, natwork.host_of(session.address)
+    data = natwork.dial(exchange.worker, session, host, port, only)
+    session.address, session.source = ends  # the log keeps to the control connection
     try:
-        down.script = pass_on()
-        http.join(up, down)
-    except Refused:
-        http.answered = down.moved > 0  # else it can still become another answer
+        yield data
+    except (natwork.Refused, OSError):
+        data.abort()  # a part of a file is not to be taken for the whole
         raise
-
-
-# FTP: RFC 959, RFC 2428; its URLs: RFC 1738 section 3.2.
-
-
-def ftp_login(head: RequestHead, target: Target) -> tuple[str, str]:
-    """Return user and password, the request's or the URL's; raise Refused."""
-    user, _, password = target.login.partition(b":")
-    login = decoded(user), decoded(password)
-    match = BASIC.fullmatch(b"".join(head.fields.names.get(b"authorization", [])))
-    if match:
-        with contextlib.suppress(binascii.Error):
-            user, _, password = binascii.a2b_base64(match[1]).partition(b":")
-            if CONTROL.search(user + password):
-                raise Refused(BAD_REQUEST, "a control byte in the login")
-            login = user.decode("latin-1"), password.decode("latin-1")
-    return login
-
-
-def ftp_enter(server: Any, login: tuple[str, str]) -> bool:
-    """Log in; return False if the server will not have this user and password."""
-    import ftplib
-
-    server.sock.expect()
-    while server.getresp()[:1] == "1":  # RFC 959 section 5.4: 120, and then 220
-        pass
-    try:
-        server.login(*login)
-    except ftplib.error_perm:
-        return False
-    server.voidcmd("TYPE I")
-    return True
-
-
-def ftp_failure(method: bytes, code: str) -> Refused:
-    """Return the refusal that fits an FTP server's reply."""
-    if code[:2] == "55":
-        outcome = NOT_STORED if method == b"PUT" else NOT_FOUND
-        return Refused(outcome, f"the server said {code}")
-    if code[:1] in ("4", "5"):
-        return Refused(BAD_RESPONSE, f"the server said {code}")
-    return Refused(BAD_RESPONSE, "the server spoke no FTP, or left")
-
-
-def ftp_passive(http: Http, server: Any) -> tuple[str, int]:
-    """Return where the server waits for a data connection; raise Refused.
-
-    It is asked by PASV over IPv4 and by EPSV over IPv6; where a parent may have led
-    to it nobody knows over which.
-    """
-    import ftplib
-
-    six = ":" in http.server_for[1] or server.sock.server.sock.family == INET6
-    families = [INET6, INET] if six else [INET, INET6]
-    for server.af in families if http.worker.chapters.parents else families[:1]:
-        try:
-            address, port = server.makepasv()
-            return address, port
-        except ftplib.Error as error:  # which says nothing of the file
-            why = f"no passive mode: {str(error)[:3]}"
-    raise Refused(BAD_RESPONSE, why)
-
-
-def ftp_data(http: Http, server: Any, words: str) -> Stream:
-    """Return the data connection for a command, once that is accepted; raise Refused.
-
-    It goes to the address that we talk to, whatever the server names: ftplib does
-    not trust it either.
-    """
-    session, host = http.session, http.server_for[1]
-    address, port = ftp_passive(http, server)
-    if not 0 < port < 65536:
-        raise ValueError("port")
-    sock = dial(http.worker, http.policy, session, host, port, address)
-    session.address, session.source = http.server_ends
-    data = Stream(sock, SERVER_GONE)
-    try:
-        if server.sendcmd(words)[:1] != "1":
-            raise ValueError("reply")
-    except BaseException:
+    finally:
+        session.up += data.counted()
         data.close()
-        raise
-    return data
 
 
-def ftp_end(server: Any) -> None:
-    """Hear from the server that a transfer was whole; raise ftplib's error if not."""
-    server.sock.expect()
-    server.voidresp()
+def ftp_login(head: natwork.RequestHead, login: bytes) -> tuple[str, str]:
+    """Return user and password, the request's or the URL's; raise Refused."""
+    user, _, password = login.partition(b":")
+    pair = decoded(user), decoded(password)
+    match = BASIC.fullmatch(b"".join(head.fields.values(b"authorization")))
+    with contextlib.suppress(binascii.Error):
+        given = binascii.a2b_base64(match[1]) if match else b""
+        if CONTROL.search(given):
+            raise natwork.Refused(natwork.BAD_REQUEST, "a control byte in the login")
+        user, colon, password = given.partition(b":")
+        if colon:
+            pair = user.decode("latin-1"), password.decode("latin-1")
+    return pair
 
 
 def ftp_entry(line: str, base: str) -> str:
@@ -327,136 +283,98 @@ def ftp_entry(line: str, base: str) -> str:
     return before + link + match[3][len(name) :].translate(MARKUP)
 
 
-def ftp_list(http: Http, server: Any, path: str) -> None:
-    """Answer with a directory, as a page."""
+def ftp_list(exchange: natwork.Exchange, path: str) -> None:
+    """Answer with a directory, as a page; raise Refused."""
     if path:
-        server.cwd(path)
-    with contextlib.closing(ftp_data(http, server, "LIST")) as data:
-        entries = Talk(http, data).lines()
-    ftp_end(server)
+        ask(exchange, f"CWD {path}", "2")
+    with data_connection(exchange) as data:
+        ask(exchange, "LIST", "1")
+        entries = run(exchange, until_end(data), PAGE_TIMEOUT)
+    hear(exchange, "2")
     # Relative links, which a URL without its last slash resolves one level up.
     slash = path.endswith("/") or not path
     base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
     lines = [f'<a href="{"../" if slash else "./"}">../</a>'] if path else []
     lines += [ftp_entry(line, base) for line in entries]
-    answer_page(http, "200 OK", f"{http.session.host()}/{path}", lines)
+    answer_page(exchange, f"{exchange.session.host()}/{path}", lines)
 
 
-def ftp_get(http: Http, server: Any, path: str) -> None:
-    """Answer with a file, or else with the directory of that name."""
-    import ftplib
-
-    size: int | None = None
-    with contextlib.suppress(ftplib.error_perm, ValueError):
-        size = server.size(path)
-    if size is not None and not 0 <= size < 1 << 63:
-        size = None
-    if http.session.method == "HEAD" and size is not None:
-        return answer_stream(http, server.sock.server, content_type(path), size)
-    try:
-        data = ftp_data(http, server, f"RETR {path}")
-    except ftplib.error_perm:
-        return ftp_list(http, server, path)
-    with contextlib.closing(data):
-        answer_stream(http, data, content_type(path), size)
-    if http.endless:
-        ftp_end(server)  # or what has come was not all, and must not look so
+def ftp_get(exchange: natwork.Exchange, path: str) -> None:
+    """Answer with a file, or else with the directory of that name; raise Refused."""
+    size = ask_size(exchange, path)
+    with data_connection(exchange) as data:
+        reply = ask(exchange, f"RETR {path}")
+        if reply[0] != "5":
+            check(exchange, reply, "1")
+            answer_file(exchange, data, content_type(path), size)
+    if reply[0] == "5":
+        ftp_list(exchange, path)
+    elif size is None and not exchange.head_only:
+        exchange.progress = natwork.Progress.BEGUN_UNTIL_CLOSE
+        hear(exchange, "2")  # or what came was not all, and the answer is cut
 
 
-def ftp_upload(http: Http, head: RequestHead, path: str, length: int | None) -> Lane:
-    """Return the lane of a body that is to be stored; raise Refused.
-
-    What has come of it is checked before any file is emptied for it.
-    """
-    names = head.fields.names
+def ftp_body(
+    exchange: natwork.Exchange, head: natwork.RequestHead, path: str
+) -> natwork.Direction:
+    """Return the direction of a body that is to be stored; raise Refused."""
     if not path or path.endswith("/"):
-        raise Refused(BAD_REQUEST, "PUT without the name of a file")
-    if b"content-range" in names:  # RFC 9110 section 14.5
-        raise Refused(BAD_REQUEST, "a part of a file would be stored as the whole")
-    if b"if-match" in names or b"if-none-match" in names:
-        raise Refused(UNCHECKED, "FTP cannot tell whether If-Match holds")
-    up = Lane(http.watch, http.client, None, http.config.idle_timeout)
-
-    def store() -> Script:
-        if length == CHUNKED:
-            yield from chunked(up, head, False, BAD_REQUEST)
-        elif length:
-            yield from up.move(length)
-        yield from up.flush()
-
-    up.script = store()
-    up.step()
+        raise natwork.Refused(natwork.BAD_REQUEST, "PUT without the name of a file")
+    if head.fields.values(b"content-range"):  # RFC 9110 section 14.5
+        raise natwork.Refused(natwork.BAD_REQUEST, "a part is not stored as the whole")
+    if head.fields.values(b"if-match") or head.fields.values(b"if-none-match"):
+        raise natwork.Refused(natwork.UNCHECKED, "FTP cannot tell whether it holds")
+    seconds = exchange.config.idle_timeout
+    up = natwork.Direction(exchange.client, None, seconds)
+    up.steps = exchange.send_body(up, head, False)
+    up.step()  # with what has come: a malformed body empties no file
     return up
 
 
-def ftp_put(http: Http, server: Any, path: str, up: Lane, expects: bool) -> None:
-    """Store a request's body, for which the client expects a word; raise Refused."""
-    import ftplib
-
-    done = "201 Created"
-    with contextlib.suppress(ftplib.Error, ValueError):
-        if server.size(path) is not None:  # RFC 9110 section 9.3.4: it replaces one
-            done = "200 OK"
-    up.sink = data = ftp_data(http, server, f"STOR {path}")
-    down = Lane(http.watch, data, http.client, http.config.idle_timeout)
-    if expects:
-        down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
-    try:
-        down.script = down.flush()
-        http.join(up, down)
-    except BaseException:
-        data.abort()  # or the server would take a part for the whole
-        raise
-    data.close()
-    ftp_end(server)
-    if up.abandoned:
-        raise Refused(SERVER_GONE, "the server took no more")
-    http.keep = http.wants_more and not http.worker.leaving()
-    http.answer(done, b"", b"")
+def ftp_put(exchange: natwork.Exchange, path: str, up: natwork.Direction) -> None:
+    """Store a request's body, of which up is the direction; raise Refused."""
+    head, replaces = exchange.head, ask_size(exchange, path) is not None
+    assert head
+    with data_connection(exchange) as data:
+        ask(exchange, f"STOR {path}", "1")
+        down = natwork.Direction(data, up.source, up.idle_timeout)
+        if exchange.length and head.expected:
+            down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
+        up.sink, down.steps = data, down.flush()
+        exchange.join(up, down)
+    hear(exchange, "2")
+    if up.state == natwork.CANCELED:
+        raise natwork.Refused(natwork.SERVER_GONE, "the server took no more")
+    if head.keep_alive:
+        exchange.then = natwork.Then.KEEP
+    # RFC 9110 section 9.3.4.
+    exchange.answer("200 OK" if replaces else "201 Created", b"", b"")
 
 
-def ftp(http: Http, head: RequestHead, target: Target, length: int | None) -> Outcome:
-    """Answer a request for an ftp:// URL; return the outcome, or raise Refused."""
-    import ftplib
-
-    http.session.proto = "ftp"
-    http.keep &= not length  # until its body is read
-    if head.method not in (b"GET", b"HEAD", b"PUT"):
-        raise Refused(NOT_IMPLEMENTED, "an ftp:// URL takes GET, HEAD and PUT")
+def ftp(exchange: natwork.Exchange) -> None:
+    """Answer a request for an ftp:// URL; raise Refused."""
+    head, session = exchange.head, exchange.session
+    assert head
+    session.proto = "ftp"
+    if session.method not in ("GET", "HEAD", "PUT"):
+        raise natwork.Refused(natwork.NOT_IMPLEMENTED, "ftp:// has GET, HEAD and PUT")
     path, kind = decoded(head.path[1:]), head.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
-    login, outcome = ftp_login(head, target), OK
-    if head.method == b"PUT":
-        body = ftp_upload(http, head, path, length)
-    http.worker.begin(http.session)
-    talk = Talk(http, http.dial(target.host, target.port))
-    server = ftplib.FTP(encoding="latin-1")
-    server.sock = server.file = talk  # type: ignore[assignment]
-    try:
-        http.worker.proceed(http.session)
-        if not ftp_enter(server, login):
-            outcome = NO_LOGIN
-            lines, page = http.explain(outcome, "the server refused the login")
-            realm = b'WWW-Authenticate: Basic realm="ftp://%b"\r\n' % target.authority
-            http.answer(outcome.status_text(), realm + lines, page)
-        elif head.method == b"PUT":
-            expects = members(head.fields.names, b"expect") if head.minor else []
-            ftp_put(http, server, path, body, bool(length and expects))
+    login = ftp_login(head, exchange.target.login)
+    up = ftp_body(exchange, head, path) if session.method == "PUT" else None
+    exchange.worker.begin(session)
+    with dialed(exchange):
+        log_in(exchange, *login)
+        if up:
+            ftp_put(exchange, path, up)
         elif path.endswith("/") or not path or kind == b";type=d":
-            ftp_list(http, server, path)
+            ftp_list(exchange, path)
         else:
-            ftp_get(http, server, path)
-    except (ftplib.Error, EOFError, ValueError) as error:
-        # The reply's number only: its text may name the user.
-        raise ftp_failure(head.method, str(error)[:3]) from None
-    finally:
-        http.drop_server()
-    http.lingers = not http.keep
-    return outcome
+            ftp_get(exchange, path)
 
 
-# Gopher: RFC 1436; its URLs: RFC 4266.
+# Gopher.
 
 
 def gopher_item(item: str) -> str:
@@ -468,7 +386,7 @@ def gopher_item(item: str) -> str:
     text = name.translate(MARKUP)
     if kind in ("", "i", "3") or not host:
         return text
-    place = endpoint((host, port or "70"))
+    place = natwork.endpoint((host, port or "70"))
     if kind == "h" and re.match("URL:(https?|ftp|gopher)://", selector):
         link = selector[4:]
     elif kind in "8T":
@@ -478,76 +396,55 @@ def gopher_item(item: str) -> str:
     return f'<a href="{link.translate(MARKUP)}">{text}</a>'
 
 
-def gopher_menu(http: Http, talk: Talk, title: str) -> Outcome:
-    """Answer with a menu, as a page; what begins with an error is a 404."""
-    items = talk.lines()
-    if "." in items:
-        del items[items.index(".") :]
-    missing = bool(items) and items[0].startswith("3")
-    status = NOT_FOUND.status_text() if missing else "200 OK"
-    answer_page(http, status, title, [gopher_item(item) for item in items])
-    return NOT_FOUND if missing else OK
-
-
-def gopher(
-    http: Http, head: RequestHead, target: Target, length: int | None
-) -> Outcome:
-    """Answer a request for a gopher:// URL; return the outcome, or raise Refused."""
-    http.session.proto = "gopher"
-    http.session.target = http.session.target.partition("%09")[0]  # less the query
-    http.keep &= not length  # a body is not read
-    path, _, query = head.path[1:].partition(b"?")
-    text = decoded(path) or "1"
-    if text[0] != "7":  # RFC 4266 section 2.1: there is a query in a search only
-        text, query = decoded(head.path[1:]) or "1", b""
-    if query:
+def gopher_selector(path: bytes) -> tuple[str, str]:
+    """Return type and selector of a path, less its slash; raise Refused."""
+    bare, _, query = path.partition(b"?")
+    text = decoded(bare)
+    if text[:1] != "7":  # RFC 4266 section 2.1: only a search has a query
+        text = decoded(path) or "1"
+    elif query:
         text += "\t" + decoded(query.removeprefix(b"q=").replace(b"+", b" "))
-    kind, selector = text[0], text[1:]
-    if selector.count("\t") > 1 or kind < " ":
-        raise Refused(BAD_REQUEST, "a control byte in the target")
-    if head.method not in (b"GET", b"HEAD"):
-        raise Refused(NOT_IMPLEMENTED, "a gopher:// URL takes GET and HEAD")
-    worker, session, outcome = http.worker, http.session, OK
-    worker.begin(session)
+    if text.count("\t") > 1 or text < " ":
+        raise natwork.Refused(natwork.BAD_REQUEST, "a control byte in the target")
+    return text[0], text[1:]
+
+
+def gopher(exchange: natwork.Exchange) -> None:
+    """Answer a request for a gopher:// URL; raise Refused."""
+    head, session, target = exchange.head, exchange.session, exchange.target
+    assert head
+    session.proto = "gopher"
+    if session.method not in ("GET", "HEAD"):
+        raise natwork.Refused(natwork.NOT_IMPLEMENTED, "gopher:// has GET and HEAD")
+    session.target = session.target.partition("%09")[0]  # less the query
+    kind, selector = gopher_selector(head.path[1:])
+    exchange.worker.begin(session)
     if kind == "7" and "\t" not in selector:
-        judged(worker, http.policy, session, target.host, target.port)
+        natwork.judged(exchange.worker, session, target.host, target.port)
         form = '<form>Search for: <input name="q"> <input type="submit"></form>'
-        answer_page(http, "200 OK", target.host, [form])
-    else:
-        talk = Talk(http, http.dial(target.host, target.port))
-        worker.proceed(session)
-        try:
-            talk.sendall(f"{selector}\r\n".encode("latin-1"))
-            if kind in "17":
-                outcome = gopher_menu(http, talk, f"{target.host}/{decoded(path)}")
-            else:
-                media = GOPHER_TYPES.get(kind) or content_type(selector)
-                answer_stream(http, talk.server, media, None, kind == "0")
-        finally:
-            http.drop_server()
-    http.lingers = not http.keep
-    return outcome
+        return answer_page(exchange, target.host, [form])
+    with dialed(exchange) as server:
+        send_line(exchange, selector)
+        if kind not in "17":
+            if kind == "0":
+                exchange.translate = gopher_text
+            media = GOPHER_TYPES.get(kind) or content_type(selector)
+            return answer_file(exchange, server, media, None)
+        items = run(exchange, until_end(server), PAGE_TIMEOUT)
+        if "." in items:
+            del items[items.index(".") :]
+        if items and items[0].startswith("3"):  # an error
+            session.outcome = natwork.NOT_FOUND
+        lines = [gopher_item(item) for item in items]
+        answer_page(exchange, f"{target.host}/{kind}{selector}", lines)
 
 
-def load_ftplib() -> None:
-    """Load what FTP needs while we may still read Python's library.
-
-    Without the TLS that it would load and we do not use, three megabytes in every
-    worker.
-    """
-    if "ftplib" in sys.modules:
-        return
-    ssl = sys.modules.get("ssl")
-    sys.modules["ssl"] = None  # type: ignore[assignment]
-    import ftplib  # noqa: F401
-
-    del sys.modules["ssl"]
-    if ssl:
-        sys.modules["ssl"] = ssl
-
-
-def join(chapters: Chapters, config: Config, policy: Policy) -> None:
+def join(
+    chapters: natwork.Chapters,
+    config: natwork.Config,
+    policy: natwork.Policy,
+    board: natwork.Scoreboard,
+) -> None:
     """Answer for two more schemes from now on."""
-    load_ftplib()
     chapters.schemes[b"ftp"] = ftp
     chapters.schemes[b"gopher"] = gopher

@@ -1,9 +1,17 @@
 """Own pages, a chapter of NATWork: what a client asks of the gateway itself.
 
-The live table, the same as data, figures for Prometheus, and the file that tells
-a browser when to use which gateway.  A page of another site that rebinds its
-name to our address sends that name in Host, and so is not shown the table.
-Nothing here changes anything.
+    /               the live table, for a browser
+    /table.json     the same as data
+    /metrics        figures for Prometheus, in its text format
+    /proxy.pac      which gateway a browser asks for what; also /wpad.dat
+
+It is not a web server and not a way to change anything: it reads the scoreboard
+and answers GET and HEAD.  All but the last two want a Host field that is this
+gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name to
+our address sends that name, and so is not shown the table.
+
+The heart calls own_page() for a request in origin-form (RFC 9112 section 3.2), and
+for one in absolute-form that means the gateway.
 """
 # SPDX-License-Identifier: MIT
 
@@ -14,50 +22,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from natwork import BAD_HOST
-from natwork import BAD_METHOD
-from natwork import BEGAN
-from natwork import BROKEN
-from natwork import COLUMNS
-from natwork import DOWNS
-from natwork import ENDED
-from natwork import FIRST_IDLE
-from natwork import FORKS
-from natwork import FORKS_FAILED
-from natwork import FREE
-from natwork import LOST
-from natwork import MADE
-from natwork import MADE_IN
-from natwork import MARKUP
-from natwork import MAX_WORKERS
-from natwork import NO_PAGE
-from natwork import OK
-from natwork import OURSELVES
-from natwork import OUTCOME_AT
-from natwork import OUTCOMES
-from natwork import OUTSIDER
-from natwork import PROTOCOLS
-from natwork import ROWS
-from natwork import SLOT_SIZE
-from natwork import UPS
-from natwork import USED
-from natwork import Chapters
-from natwork import Config
-from natwork import Http
-from natwork import Outcome
-from natwork import Policy
-from natwork import Refused
-from natwork import RequestHead
-from natwork import Scoreboard
-from natwork import Target
-from natwork import address_of
-from natwork import ended_by
-from natwork import endpoint
-from natwork import parse_authority
-from natwork import table_rows
+import natwork
 
 VERSION = "0.1.0"
 
+# The script fills the page, by textContent, which makes words of what is hostile.
 HTML = """\
 <!doctype html>
 <html lang="en">
@@ -66,7 +35,6 @@ HTML = """\
 <meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<noscript><meta http-equiv="refresh" content="5"></noscript>
 <style nonce="%(nonce)s">
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em }
 h1 { font-size: 1.3em; overflow-wrap: anywhere }
@@ -96,9 +64,10 @@ td:nth-child(n + 8) { white-space: nowrap }
 }
 </style>
 <h1>%(name)s</h1>
+<noscript>This page needs JavaScript; /table.json has the same as data.</noscript>
 <dl>%(figures)s</dl>
-<table><thead><tr>%(heads)s</tr></thead><tbody>%(rows)s</tbody></table>
-<p>%(count)s</p>
+<table><thead><tr>%(heads)s</tr></thead><tbody></tbody></table>
+<p></p>
 <script nonce="%(nonce)s">
 const heads = [...document.querySelectorAll("th")].map(th => th.textContent);
 const body = document.querySelector("tbody"), count = document.querySelector("p");
@@ -107,14 +76,12 @@ const two = n => String(n).padStart(2, "0"), whole = n => n.toLocaleString("en")
 const clock = s => (s = Math.floor(s), Math.floor(s / 3600) + ":" +
   two(Math.floor(s / 60) %% 60) + ":" + two(s %% 60));
 function put(place, text) {
-  if (place.textContent !== text) place.textContent = text;
+  if (place && place.textContent !== text) place.textContent = text;
 }
-function show({gateway, sessions}) {
+function show({gateway: {name, ...figures}, sessions}) {
+  for (const [id, value] of Object.entries(figures))
+    put(document.getElementById(id), id === "uptime" ? clock(value) : whole(value));
   const now = performance.now(), moved = new Map();
-  for (const [name, value] of Object.entries(gateway)) {
-    const place = document.getElementById(name);
-    if (place) put(place, name === "uptime" ? clock(value) : whole(value));
-  }
   while (body.rows.length > sessions.length) body.deleteRow(-1);
   sessions.forEach((row, n) => {
     const key = row.pid + " " + row.source_ip + " " + row.original_source_port;
@@ -184,109 +151,89 @@ function FindProxyForURL(url, host) {
 """
 
 
-def total(board: Scoreboard, word: int) -> int:
-    """Return the sum of one word of all slots that ever were used."""
-    step, end = SLOT_SIZE // 8, ROWS + board.words[USED] * SLOT_SIZE
-    return sum(board.words[ROWS // 8 + word : end // 8 : step])
-
-
-def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
+def ended(board: natwork.Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
-    kinds = [(proto, word) for proto in PROTOCOLS for word in OUTCOME_AT]
-    counts = {kind: total(board, ended_by(*kind)) for kind in kinds}
-    return {kind: count for kind, count in counts.items() if count}
+    counts = {}
+    for proto in natwork.PROTOCOLS:
+        for word in natwork.OUTCOME_WORDS:
+            if count := board.total(natwork.ended_by(proto, word)):
+                counts[proto, word] = count
+    return counts
 
 
-def figures(board: Scoreboard) -> dict[str, int]:
-    """Return the master's figures."""
+def figures(board: natwork.Scoreboard) -> dict[str, int]:
+    """Return the master's figures, by name."""
     states = board.states()
-    idle = sum(state >= FIRST_IDLE for state in states)
+    idle = states.count(natwork.IDLE_STATE)
     found = {
         "idle": idle,
-        "busy": len(states) - states.count(FREE) - idle,
-        "limit": board.words[MAX_WORKERS],
+        "busy": len(states) - states.count(natwork.FREE) - idle,
+        "limit": board.words[natwork.MAX_WORKERS],
         "served": 0,
         "refused": 0,
         "failed": 0,
-        "uptime": int(time.time()) - board.words[BEGAN],
+        "uptime": int(time.time()) - board.words[natwork.BEGAN],
     }
     for (_, word), count in ended(board).items():
-        outcome = OUTCOMES.get(word, BROKEN)
-        if outcome in (OK, ENDED):
+        outcome = natwork.OUTCOMES.get(word, natwork.BROKEN)
+        if outcome in (natwork.OK, natwork.ENDED):
             found["served"] += count
-        elif outcome is OUTSIDER or outcome.error.startswith("http_request"):
+        elif outcome is natwork.OUTSIDER or outcome.error.startswith("http_request"):
             found["refused"] += count
         else:
             found["failed"] += count
     return found
 
 
-def clock(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
-
-
-def table_page(http: Http, nonce: str) -> str:
-    """Return the live table as it is now; its script goes on from there."""
-
-    def cells(row: dict[str, Any]) -> str:
-        *words, age, up, down, pid = row.values()
-        texts = ["-" if word is None else str(word) for word in words]
-        texts += [clock(age), f"{up:,}", f"{down:,}", "-", str(pid)]
-        return "".join(
-            f'<td data-head="{head}">{text.translate(MARKUP)}'
-            for head, text in zip(COLUMNS, texts)
-        )
-
-    board = http.worker.board
-    rows, found = table_rows(board), figures(board)
-    shown = {name: f"{count:,}" for name, count in found.items()}
-    shown["uptime"] = clock(found["uptime"])
+def table_page(exchange: natwork.Exchange, nonce: str) -> str:
+    """Return the page whose script, known by its nonce, shows the table."""
+    *columns, last = natwork.COLUMNS
+    names = figures(exchange.worker.board)
     return HTML % {
-        "name": http.config.name,
+        "name": exchange.config.name,
         "nonce": nonce,
-        "figures": "".join(
-            f'<div><dt>{name}<dd id="{name}">{text}</div>'
-            for name, text in shown.items()
-        ),
-        "heads": "".join(f"<th>{head}" for head in COLUMNS),
-        "rows": "".join(f"<tr>{cells(row)}" for row in rows),
-        "count": f"Sessions: {len(rows):,}",
+        "figures": "".join(f'<div><dt>{one}<dd id="{one}">-</div>' for one in names),
+        "heads": "".join(f"<th>{one}" for one in [*columns, "Moving", last]),
     }
 
 
-def table_json(http: Http) -> str:
+def table_json(exchange: natwork.Exchange) -> str:
+    """Return the figures and the sessions that go on, as JSON (RFC 8259)."""
     import json
 
-    board = http.worker.board
-    gateway = {"name": http.config.name, **figures(board)}
-    return json.dumps({"gateway": gateway, "sessions": table_rows(board)})
+    board = exchange.worker.board
+    gateway = {"name": exchange.config.name, **figures(board)}
+    return json.dumps({"gateway": gateway, "sessions": natwork.table_rows(board)})
 
 
-def metrics(board: Scoreboard) -> str:
-    """Return the figures in the text format of Prometheus."""
+def metrics(board: natwork.Scoreboard) -> str:
+    """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, words = figures(board), board.words
     by_kind = {
         f'{{protocol="{proto}",outcome="{word}"}}': count
         for (proto, word), count in ended(board).items()
     }
     by_way = {
-        '{direction="up"}': total(board, UPS),
-        '{direction="down"}': total(board, DOWNS),
+        '{direction="up"}': board.total(natwork.UPS),
+        '{direction="down"}': board.total(natwork.DOWNS),
     }
     by_state = {f'{{state="{state}"}}': found[state] for state in ("idle", "busy")}
-    took = {"_sum": total(board, MADE_IN) / 1e6, "_count": total(board, MADE)}
-    lost = {"": total(board, LOST)}
+    took = {
+        "_sum": board.total(natwork.CONNECTING) / 1e6,
+        "_count": board.total(natwork.CONNECTIONS),
+    }
+    lost, began = board.total(natwork.LOST), words[natwork.BEGAN]
+    forks, failed = words[natwork.FORKS], words[natwork.FORKS_FAILED]
     families: list[tuple[str, str, str, dict[str, Any]]] = [
         ("sessions_total", "counter", "Sessions that have ended.", by_kind),
         ("bytes_total", "counter", "Bytes that these have moved.", by_way),
         ("connect_seconds", "summary", "From a target to a connection.", took),
         ("workers", "gauge", "Workers, by what they do.", by_state),
         ("workers_limit", "gauge", "The most that there may be.", {"": found["limit"]}),
-        ("forks_total", "counter", "Workers that began.", {"": words[FORKS]}),
-        ("forks_failed_total", "counter", "And could not.", {"": words[FORKS_FAILED]}),
-        ("log_lines_lost_total", "counter", "What the log did not take.", lost),
-        ("start_time_seconds", "gauge", "When it began.", {"": words[BEGAN]}),
+        ("forks_total", "counter", "Workers that began.", {"": forks}),
+        ("forks_failed_total", "counter", "And could not.", {"": failed}),
+        ("log_lines_lost_total", "counter", "What the log did not take.", {"": lost}),
+        ("start_time_seconds", "gauge", "When it began.", {"": began}),
     ]
     lines = []
     for name, kind, told, values in families:
@@ -295,77 +242,91 @@ def metrics(board: Scoreboard) -> str:
     return "".join(lines)
 
 
-def other_gateways(config: Config) -> list[str]:
+def other_gateways(config: natwork.Config) -> list[str]:
     """Return the words of `gateways`; raise ConfigError for what is not HOST:PORT."""
-    for word in config.gateways.split():
+    words = config.gateways.split()
+    for word in words:
         try:
-            parse_authority(os.fsencode(word), 0)
-        except Refused:
+            natwork.parse_authority(os.fsencode(word), 0)
+        except natwork.Refused:
             raise config.refuse("gateways", f"{word!r} is not HOST:PORT") from None
-    return config.gateways.split()
+    return words
 
 
-def pac(http: Http, host: str) -> str:
+def pac(exchange: natwork.Exchange) -> str:
     """Return the file that tells a browser what to ask which gateway for.
 
     The gateways stand in an order drawn from the client's address: so they share
-    the clients, and each client keeps to his.
+    the clients, and each client keeps to its own.
     """
-    here, port = http.client.sock.getsockname()[:2]
-    if not http.policy.means_us(host, port):
+    worker, host = exchange.worker, exchange.target.host
+    here, port = exchange.client.sock.getsockname()[:2]
+    if not worker.policy.means_us(host, port):
         host = here.partition("%")[0].removeprefix("::ffff:")
-    left, order = sorted({endpoint((host, port)), *other_gateways(http.config)}), []
-    number = int.from_bytes(address_of(http.worker.peer), "big")
+    own = natwork.endpoint((host, port))
+    left, order = sorted({own, *other_gateways(exchange.config)}), []
+    number = int.from_bytes(natwork.address_of(worker.client.host), "big")
     while left:
         number, place = divmod(number, len(left))
         order.append(f"PROXY {left.pop(place)}")
-    blocks = [f'["{a.hex()}", "{b.hex()}"]' for a, b in http.policy.inside]
+    blocks = [f'["{a.hex()}", "{b.hex()}"]' for a, b in worker.policy.inside]
     return PAC % (", ".join(blocks), "; ".join(order))
 
 
-def log_in(http: Http, head: RequestHead) -> None:
-    """Learn who asks for a page of ours; raise Refused."""
+def admit(exchange: natwork.Exchange, head: natwork.RequestHead) -> None:
+    """Refuse a rebound name, and a user that is not known; raise Refused.
+
+    For its own pages the gateway is an origin server: RFC 9110 section 11.6.2.  A
+    client that used it as a proxy has been identified.
+    """
+    host, port = exchange.target.host, exchange.client.sock.getsockname()[1]
+    if not exchange.worker.policy.means_us(host, port):
+        why = f"{host or 'no host'} is not this gateway"
+        raise natwork.Refused(natwork.BAD_HOST, why)
+    if exchange.session.user != "-":
+        return
     try:
-        http.identify(head.fields.names, b"authorization")
-    except Refused as refusal:
+        exchange.identify(b"authorization")
+    except natwork.Refused as refusal:
         if refusal.outcome.status != 407:
             raise
         outcome = refusal.outcome._replace(status=401)
-        raise Refused(outcome, refusal.detail) from None
+        raise natwork.Refused(outcome, refusal.detail) from None
 
 
-def own_page(
-    http: Http, head: RequestHead, target: Target, length: int | None
-) -> Outcome:
+def own_page(exchange: natwork.Exchange) -> None:
     """Answer what was asked of the gateway itself; raise Refused."""
-    board, nonce, host = http.worker.board, os.urandom(16).hex(), target.host
-    browser_file = "application/x-ns-proxy-autoconfig", lambda: pac(http, host)
+    head, nonce, board = exchange.head, os.urandom(16).hex(), exchange.worker.board
+    assert head
+    pac_file = "application/x-ns-proxy-autoconfig", lambda: pac(exchange)
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
-        b"/": ("text/html; charset=utf-8", lambda: table_page(http, nonce)),
-        b"/table.json": ("application/json", lambda: table_json(http)),
+        b"/": ("text/html; charset=utf-8", lambda: table_page(exchange, nonce)),
+        b"/table.json": ("application/json", lambda: table_json(exchange)),
         b"/metrics": ("text/plain; version=0.0.4", lambda: metrics(board)),
-        b"/proxy.pac": browser_file,
-        b"/wpad.dat": browser_file,
+        b"/proxy.pac": pac_file,
+        b"/wpad.dat": pac_file,
     }
     page = pages.get(head.path.partition(b"?")[0])
-    if page is not browser_file:
-        if not http.policy.means_us(host, http.client.sock.getsockname()[1]):
-            raise Refused(BAD_HOST, f"{host or 'no host'} is not this gateway")
-        if http.session.user == "-":
-            log_in(http, head)
+    if page is not pac_file:
+        admit(exchange, head)
     if not page:
-        raise Refused(NO_PAGE, "the gateway has no such page")
+        raise natwork.Refused(natwork.NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
-        raise Refused(BAD_METHOD, f"{head.method.decode()} of a page of the gateway")
-    http.keep &= not length  # a body is not read
-    kind, text = page[0], page[1]()
+        why = f"{head.method.decode()} of a page of the gateway"
+        raise natwork.Refused(natwork.BAD_METHOD, why)
+    kind, text = page
     lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"
-    http.answer("200 OK", lines.encode(), text.encode())
-    http.lingers = not http.keep
-    return OK
+    exchange.answer("200 OK", lines.encode(), text().encode())
 
 
-def join(chapters: Chapters, config: Config, policy: Policy) -> None:
+def join(
+    chapters: natwork.Chapters,
+    config: natwork.Config,
+    policy: natwork.Policy,
+    board: natwork.Scoreboard,
+) -> None:
     """Answer for the gateway itself from now on; raise ConfigError."""
+    import json  # noqa: F401  # later a worker may be unable to read it
+
     other_gateways(config)
-    chapters.schemes[OURSELVES] = own_page
+    chapters.schemes[natwork.OWN_PAGE] = own_page

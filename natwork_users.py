@@ -1,9 +1,15 @@
 """Users, a chapter of NATWork: who asks, where `users` or `max_per_client` is set.
 
-To check a password takes scrypt 50 ms and 16 MiB, as it is meant to; so there is
-one check at a time on the box, and a pair of name and password that was right is
-remembered in memory that all processes share, as a digest under a key that is
-never written anywhere.
+HTTP clients say who they are by Basic credentials (RFC 7617), SOCKS 5 clients by
+RFC 1929; SOCKS 4 and redirected clients cannot, and are refused where `users` is
+set.  To check a password takes scrypt 50 ms and 16 MiB, as it is meant to; so
+there is one check at a time on the box, and a pair of name and password that was
+right is remembered in memory that all processes share, as a digest under a key
+that is never written to a file.
+
+It is not an account system: there are no groups, quotas or expiry dates.  The
+heart asks identify() and authenticate() who a client is, and check_share() before
+each session.
 """
 # SPDX-License-Identifier: MIT
 
@@ -12,49 +18,36 @@ from __future__ import annotations
 import binascii
 import contextlib
 import fcntl
-import functools
-import mmap
 import os
 import re
-import select
 import time
+from collections.abc import Iterator
 
-from natwork import ARRIVALS
-from natwork import AUTH_BUSY
-from natwork import AUTH_FAILED
-from natwork import CLIENT_GONE
-from natwork import CLIENTS
-from natwork import NAME_SIZE
-from natwork import TOO_MANY
-from natwork import USED
-from natwork import Chapters
-from natwork import Config
-from natwork import Policy
-from natwork import Refused
-from natwork import Scoreboard
-from natwork import Worker
-from natwork import printable
-from natwork import read_file
-from natwork import reason
+import natwork
 
 VERSION = "0.1.0"
 
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
-TURN_TIME = 0.5  # until one who waits for a password's check looks for himself
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
-SHARE_LOOKS = 20  # at a client's sessions, 10 ms apart, before he has too many
+LOCK_PAUSE = 0.02  # until a waiting worker tries a lock again; a check takes 0.05
+SHARE_LOOKS = 20  # at a client's sessions, before it has too many
 
-SCRYPTS = 0  # of the words of the memory: passwords checked, by who holds the lock
-# Where the pairs are that were right: when, and a digest of 24 bytes.
-VERIFIED, VERIFIED_SETS, VERIFIED_WAYS = 32, 256, 4
-NOBODY = bytes(16), bytes(32)  # checked for an unknown name; no password fits
+# The shared memory: a key, how many passwords were checked, and places for pairs that
+# were right, of 32 bytes each: when, and a digest of 24 bytes.
+KEY, CHECKED, PAIRS, SETS, WAYS = slice(0, 32), slice(32, 40), 64, 256, 4
+REGION_SIZE = PAIRS + 32 * SETS * WAYS
+# Record locks, by a byte of the scoreboard: the kernel frees one when its process ends.
+PASSWORD_LOCK, SHARE_LOCK = 0, 1
+
+Line = tuple[bytes, bytes]  # salt and hash
+NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
 USER_LINE = re.compile(
     rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
 )
 
 
 def scrypt(password: bytes, salt: bytes) -> bytes:
-    """Return the hash of a password, by RFC 7914."""
+    """Return the hash of a password, 32 bytes: RFC 7914."""
     import hashlib
 
     # One cost for all: an unknown name must not be told by the time it takes.
@@ -78,187 +71,199 @@ def user_line(name: bytes, password: bytes) -> bytes:
     return b"%b:$scrypt$ln=14,r=8,p=1$%b$%b" % (name, *parts)
 
 
-def read_users(config: Config) -> dict[str, tuple[bytes, bytes]] | None:
+def parse_users(text: bytes) -> dict[str, Line]:
+    """Return salt and hash by name of a file of users; raise ValueError."""
+    users: dict[str, Line] = {}
+    for number, line in enumerate(text.split(b"\n"), 1):
+        if not line or line.startswith(b"#"):
+            continue
+        match = USER_LINE.fullmatch(line)
+        if not match:
+            raise ValueError(f"line {number} is none that --passwd has printed")
+        check_name(match[1])
+        if (name := natwork.printable(match[1])) in users:
+            raise ValueError(f"line {number} is the second for {name}")
+        salt, wanted = (binascii.a2b_base64(p + b"==") for p in match.group(2, 3))
+        users[name] = salt, wanted
+    return users
+
+
+def read_users(config: natwork.Config) -> dict[str, Line] | None:
     """Return salt and hash of each user, None if all may ask; raise ConfigError."""
     if not config.users:
         return None
     try:
         import hashlib  # here, so that it is not loaded in every worker
         import hmac
-    except ImportError:
-        why = f"{config.user} cannot load Python's hashlib now, a restart can"
-        raise config.refuse("users", why) from None
-    users: dict[str, tuple[bytes, bytes]] = {}
-    try:
+
         hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
         hmac.compare_digest(b"", b"")
-        text, mode = read_file(config.users)
+        text, mode = natwork.read_file(config.users)
         if mode & 0o007:
             raise ValueError("it must be a file that others cannot read: chmod o=")
-        for number, line in enumerate(text.split(b"\n"), 1):
-            if not line or line.startswith(b"#"):
-                continue
-            match = USER_LINE.fullmatch(line)
-            if not match:
-                raise ValueError(f"line {number} is none that --passwd has printed")
-            check_name(match[1])
-            if (name := printable(match[1])) in users:
-                raise ValueError(f"line {number} is the second for {name}")
-            salt, wanted = (binascii.a2b_base64(p + b"==") for p in match.group(2, 3))
-            users[name] = salt, wanted
+        return parse_users(text)
+    except ImportError:
+        why = f"{config.user} cannot load Python's hashlib now, a restart can"
     except OSError as error:
-        raise config.refuse("users", reason(error)) from None
+        why = natwork.reason(error)
     except (AttributeError, ValueError) as error:
-        raise config.refuse("users", str(error)) from None
-    return users
+        why = str(error)
+    raise config.refuse("users", why)
 
 
-class Verified:
-    """The pairs that were right, in memory that all processes share, and a lock."""
+def credentials(value: bytes) -> tuple[bytes, bytes] | None:
+    """Return name and password of a Basic value, RFC 7617; None for anything else."""
+    scheme, _, text = value.partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        name, _, password = binascii.a2b_base64(text).partition(b":")
+    except ValueError:
+        return None
+    return name, password
 
-    def __init__(self) -> None:
-        size = VERIFIED + 32 * VERIFIED_SETS * VERIFIED_WAYS
-        self.fd = os.memfd_create("users", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        self.memory = mmap.mmap(self.fd, size)
-        self.words = memoryview(self.memory).cast("Q")
-        self.secret = os.urandom(32)  # known to this gateway's processes alone
-        self.turn_out, self.turn_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def lock(self) -> bool:
-        """Take the lock for the one password check at a time, if nobody has it.
+def try_lock(board: natwork.Scoreboard, byte: int) -> bool:
+    """Take a record lock if no other process has it; return whether it is ours."""
+    try:
+        fcntl.lockf(board.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except OSError:
+        return False
+    return True
 
-        It is a record lock: the kernel frees it when its process ends.
+
+def unlock(board: natwork.Scoreboard, byte: int) -> None:
+    fcntl.lockf(board.fd, fcntl.LOCK_UN, 1, byte)
+
+
+class Users:
+    """The users of one configuration, and how many sessions each client may have."""
+
+    def __init__(
+        self, lines: dict[str, Line] | None, limit: int, board: natwork.Scoreboard
+    ) -> None:
+        """Take salt and hash of each user, None if all may ask; and max_per_client."""
+        self.lines, self.limit, self.board = lines, limit, board
+        self.required = lines is not None  # clients must say who they are
+        self.memory = board.region("users", REGION_SIZE) if self.required else None
+        if self.memory and not any(self.memory[KEY]):
+            self.memory[KEY] = os.urandom(32)
+
+    def identify(self, worker: natwork.Worker, values: list[bytes]) -> str:
+        """Return who a client is by the values of its Authorization field.
+
+        The user is "-" where none is required.  Raises Refused.
         """
+        if not self.required:
+            return "-"
+        pair = credentials(values[0]) if len(values) == 1 else None
+        if not pair:
+            why = "a name and a password are needed"
+            raise natwork.Refused(natwork.AUTH_REQUIRED, why)
+        return self.authenticate(worker, *pair)
+
+    def authenticate(self, worker: natwork.Worker, name: bytes, password: bytes) -> str:
+        """Return a user's name for the log, once the password is verified.
+
+        Raises Refused.  A name may go on after a ";" with what the client says of
+        itself: that is logged and not checked.
+        """
+        if self.lines is None or self.memory is None:
+            return "-"
+        import hashlib
+
+        line = self.lines.get(natwork.printable(name.partition(b";")[0]), NOBODY)
+        # The salt and the hash stand for the name: a new password is a new pair.
+        pair, key = b"".join((*line, password)), self.memory[KEY]
+        digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
+        if not self.remembers(digest):
+            with self.turn(worker):
+                if not self.remembers(digest):  # or another connection was quicker
+                    self.verify(password, line)
+                    self.remember(digest)
+        return natwork.printable(name, natwork.NAME_SIZE)
+
+    @contextlib.contextmanager
+    def turn(self, worker: natwork.Worker) -> Iterator[None]:
+        """Hold the lock for the one password check at a time; raise Refused."""
+        deadline, fd = time.monotonic() + PASSWORD_TIMEOUT, worker.client.stream.fd
+        while not try_lock(self.board, PASSWORD_LOCK):
+            if time.monotonic() >= deadline:
+                why = "too many passwords wait to be checked"
+                raise natwork.Refused(natwork.AUTH_BUSY, why)
+            if worker.watch.wait({fd: 0}, LOCK_PAUSE):
+                why = "left before the password was checked"
+                raise natwork.Refused(natwork.CLIENT_GONE, why)
         try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+            yield
+        finally:
+            unlock(self.board, PASSWORD_LOCK)
 
-    def unlock(self) -> None:
-        """Let go of the lock, and wake the one who has waited for it longest."""
-        fcntl.lockf(self.fd, fcntl.LOCK_UN)
-        with contextlib.suppress(BlockingIOError):  # there are enough wake-ups
-            os.write(self.turn_in, b"t")
+    def verify(self, password: bytes, line: Line) -> None:
+        """Check a password by its line; raise Refused."""
+        import hmac
 
-    def places(self, digest: bytes) -> list[int]:
-        """Return the offsets at which a digest may stand."""
-        first = VERIFIED + 32 * VERIFIED_WAYS * (digest[0] % VERIFIED_SETS)
-        return [first + 32 * way for way in range(VERIFIED_WAYS)]
+        assert self.memory
+        checked = int.from_bytes(self.memory[CHECKED], "big")
+        self.memory[CHECKED] = (checked + 1).to_bytes(8, "big")
+        salt, wanted = line
+        if not hmac.compare_digest(scrypt(password, salt), wanted):
+            why = "the name or the password is wrong"
+            raise natwork.Refused(natwork.AUTH_FAILED, why)
+
+    def places(self, digest: bytes) -> list[tuple[float, int]]:
+        """Return when a digest was put at each of its places, and their offsets."""
+        assert self.memory
+        first = PAIRS + 32 * WAYS * (digest[0] % SETS)
+        offsets = [first + 32 * way for way in range(WAYS)]
+        return [(int.from_bytes(self.memory[at : at + 8], "big"), at) for at in offsets]
 
     def remembers(self, digest: bytes) -> bool:
         """Return whether a digest was put here a short while ago."""
+        assert self.memory
         now = time.monotonic()
-        for place in self.places(digest):
+        for since, at in self.places(digest):
             # Written last and read first, the time never makes a digest young.
-            since = self.words[place // 8]
             if since and now - since < VERIFIED_TIME:
-                if self.memory[place + 8 : place + 32] == digest:
+                if self.memory[at + 8 : at + 32] == digest:
                     return True
         return False
 
     def remember(self, digest: bytes) -> None:
         """Put a digest in the place of the oldest; for the holder of the lock."""
-        place = min(self.places(digest), key=lambda place: self.words[place // 8])
-        self.words[place // 8] = 0
-        self.memory[place + 8 : place + 32] = digest
-        self.words[place // 8] = int(time.monotonic())
+        assert self.memory
+        _, at = min(self.places(digest))
+        self.memory[at : at + 8] = bytes(8)
+        self.memory[at + 8 : at + 32] = digest
+        self.memory[at : at + 8] = int(time.monotonic()).to_bytes(8, "big")
 
+    def check_share(self, worker: natwork.Worker) -> None:
+        """Count a session that begins; raise Refused if its client has too many.
 
-@functools.lru_cache(maxsize=1)
-def verified() -> Verified:
-    """Return the one that there is; it is made before the first fork that needs it."""
-    return Verified()
-
-
-def verify(
-    pairs: Verified, digest: bytes, password: bytes, line: tuple[bytes, bytes]
-) -> None:
-    """Check a password by its line, with the lock held; raise Refused."""
-    import hmac
-
-    if pairs.remembers(digest):  # another of his connections was quicker
-        return
-    salt, wanted = line
-    pairs.words[SCRYPTS] += 1
-    if not hmac.compare_digest(scrypt(password, salt), wanted):
-        raise Refused(AUTH_FAILED, "the name or the password is wrong")
-    pairs.remember(digest)
-
-
-def came_before(board: Scoreboard, number: int) -> int:
-    """Return how many sessions of a slot's client came before this one."""
-    clients = board.words[CLIENTS : CLIENTS + board.words[USED]].tolist()
-    same = [n for n, client in enumerate(clients) if client == clients[number]]
-    for _ in range(10):
-        came = {n: board.words[ARRIVALS + n] for n in same}
-        if all(came.values()):
-            break
-        time.sleep(0.001)  # one is just coming: is he before us?
-    return sum((came[n], n) < (came[number], number) for n in same)
-
-
-class Users:
-    """Who may ask under one configuration, and in how many sessions at once."""
-
-    def __init__(self, lines: dict[str, tuple[bytes, bytes]] | None) -> None:
-        """Take salt and hash of each user, None if all may ask."""
-        self.lines = lines
-        self.named = lines is not None  # clients must say who they are
-
-    def authenticate(self, worker: Worker, name: bytes, password: bytes) -> str:
-        """Return a user's name for the log, once the password is verified.
-
-        Raises Refused.  A name may go on behind a ";" with what the client knows
-        of itself: that is logged and not checked.
+        A client may see the end of a session before the worker has settled it, so
+        this looks again for a while.
         """
-        if self.lines is None:
-            return "-"
-        import hashlib
-
-        pairs = verified()
-        bare = printable(name.partition(b";")[0])
-        line = self.lines.get(bare, NOBODY)
-        # The salt and the hash stand for the name: a new password is a new pair.
-        pair = b"".join((*line, password))
-        digest = hashlib.blake2b(pair, key=pairs.secret, digest_size=24).digest()
-        whole = printable(name, NAME_SIZE)
-        if pairs.remembers(digest):
-            return whole
-        deadline = time.monotonic() + PASSWORD_TIMEOUT
-        with select.epoll() as turns:
-            # Exclusive: a check that ends wakes one, and the first who came.
-            turns.register(pairs.turn_out, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            while not pairs.lock():
-                if time.monotonic() >= deadline:
-                    raise Refused(AUTH_BUSY, "too many passwords wait to be checked")
-                # Not longer: who was to wake us may have been killed.
-                if turns.poll(TURN_TIME):
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(pairs.turn_out, 64)
-                if worker.watch.wait({worker.client.fileno(): 0}, 0):
-                    raise Refused(CLIENT_GONE, "left before the password was checked")
-        try:
-            verify(pairs, digest, password, line)
-        finally:
-            pairs.unlock()
-        return whole
-
-    def check_share(self, worker: Worker) -> None:
-        """Raise Refused if this client has max_per_client sessions besides this one."""
-        limit = worker.config.max_per_client
-        if not limit:
+        if not self.limit:
             return
+        own = worker.client.number
+        first, step = natwork.SLOTS // 8 + natwork.PEER, natwork.SLOT_SIZE // 8
+        words = self.board.words
         for _ in range(SHARE_LOOKS):
-            if came_before(worker.board, worker.slot.number) < limit:
-                return
-            time.sleep(0.01)  # he may have seen the end of one before its worker
-        raise Refused(TOO_MANY, f"{worker.peer} has {limit} sessions already")
+            if try_lock(self.board, SHARE_LOCK):
+                end = first + words[natwork.USED] * step
+                peers = words[first:end:step].tolist()
+                if free := peers.count(own) < self.limit:
+                    worker.slot.words[natwork.PEER] = own
+                unlock(self.board, SHARE_LOCK)
+                if free:
+                    return
+            time.sleep(0.01)
+        why = f"{worker.client.host} has {self.limit} sessions already"
+        raise natwork.Refused(natwork.TOO_MANY, why)
 
 
 def passwd(name: str) -> int:
-    """Read a password twice, and print a line for the file of users."""
+    """Read a password twice, and print a line for the file of users; return 0."""
     user = os.fsencode(name)
     try:
         check_name(user)
@@ -281,10 +286,13 @@ def passwd(name: str) -> int:
     return 0
 
 
-def join(chapters: Chapters, config: Config, policy: Policy) -> None:
+def join(
+    chapters: natwork.Chapters,
+    config: natwork.Config,
+    policy: natwork.Policy,
+    board: natwork.Scoreboard,
+) -> None:
     """Ask who a client is from now on, where that is wanted; raise ConfigError."""
     lines = read_users(config)
-    if lines is not None:
-        verified()
     if lines is not None or config.max_per_client:
-        chapters.users = Users(lines)
+        chapters.users = Users(lines, config.max_per_client, board)

@@ -90,7 +90,7 @@ def test_uplinks_go_by_preference_and_failed_ones_last(
     for number, ago in failed.items():
         board.words[natwork.UPLINKS + number] = int(time.monotonic() - ago)
     addresses = [natwork.pack(SIX[0]), natwork.pack(FOUR[0])]
-    attempts = natwork.plan(addresses, 80, policy.uplinks, board)
+    attempts = natwork.ways_to(policy, addresses, 80, board)
     found = [(a.uplink.name if a.uplink else "", a.packed) for a in attempts]
     assert [(n, natwork.unpack(p)) for n, p in found][: len(order)] == order
 
@@ -99,7 +99,7 @@ def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
     policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"), [])
     addresses = [natwork.pack(f"192.0.2.{n}") for n in range(100, 140)]
     addresses.insert(1, natwork.pack(SIX[0]))
-    attempts = natwork.plan(addresses, 80, policy.uplinks, natwork.Scoreboard())
+    attempts = natwork.ways_to(policy, addresses, 80, natwork.Scoreboard())
     begins: dict[str, list[float]] = {}
     for attempt in attempts:
         assert attempt.uplink
@@ -113,7 +113,7 @@ def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
     assert [len(times) for times in begins.values()] == [41, 41, 40, 1]
     for times in begins.values():
         for before, after in itertools.pairwise(times):
-            assert after - before == pytest.approx(natwork.RACE_DELAY)
+            assert after - before == pytest.approx(natwork.ATTEMPT_DELAY)
 
 
 # --- Source addresses ---------------------------------------------------------
@@ -633,7 +633,7 @@ def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
 def test_a_bind_is_where_its_caller_knows_the_client(
     lines: Lines, gateway: running.Start
 ) -> None:
-    gateway("outside=wan wan2", "bind_ports=41000")
+    started = gateway("outside=wan wan2", "bind_ports=41000")
     server = lines.origin("192.0.2.80")
     ask = b"\5\1\0\5%c\0\1" + bytes([192, 0, 2, 80])
     port = server.port.to_bytes(2, "big")
@@ -652,6 +652,7 @@ def test_a_bind_is_where_its_caller_knows_the_client(
         boxes.ip("-n", lines.box.name("gateway"), "neigh", "flush", "dev", "wan")
         try:
             assert lines.ask(server.authority).status == 200  # by the second line
+            started.lines(1)  # it is over, and the first session is the latest again
         finally:
             lines.box.link("outside", "wan", "arp", "on")
         assert socks(stack, 2)[4:8] == first
@@ -661,47 +662,9 @@ def test_a_bind_is_where_its_caller_knows_the_client(
     assert callers(server, 2) == list(lost)
 
 
-@pytest.mark.parametrize(
-    ("uplink", "at", "found"),
-    [
-        ("a", 0.25, [("a", 0.25), ("a", 0.5), ("b", 1.0)]),  # as it was
-        ("a", 0.1, [("a", 0.1), ("a", 0.35), ("b", 1.0)]),  # one has failed
-        ("a", 0.9, [("a", 0.9), ("b", 1.0), ("a", 1.15)]),
-        ("b", 0.3, [("a", 0.25), ("b", 0.3), ("a", 0.5)]),
-        ("c", 0.1, [("a", 0.25), ("a", 0.5), ("b", 1.0)]),
-    ],
-)
-def test_a_failure_brings_the_next_attempt_of_its_uplink_forward(
-    uplink: str, at: float, found: list[tuple[str, float]]
-) -> None:
-    ways = {name: natwork.parse_uplink(name) for name in "abc"}
-    waiting = [
-        natwork.Attempt(b"\x7f\0\0\1", 80, ways[name], begin)
-        for name, begin in (("b", 1.0), ("a", 0.5), ("a", 0.25))
-    ]
-    natwork.retime(waiting, ways[uplink], at)
-    got = [(a.uplink.name, round(a.at, 6)) for a in waiting[::-1] if a.uplink]
-    assert got == found
-
-
-def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
-    origin: origins.Start,
-) -> None:
-    server, board = origin(http_wire.Script()), natwork.Scoreboard()
-    packed = natwork.pack("127.0.0.1")
-    # The first source address is not of this box: its attempt ends as it begins.
-    ways = [natwork.parse_uplink("192.0.2.1"), natwork.parse_uplink("127.0.0.2")]
-    ways = [way._replace(number=number) for number, way in enumerate(ways)]
-    lifeline, end = os.pipe()
-    try:
-        race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
-        sock, attempt = race.run(natwork.plan([packed], server.port, ways, board), 5.0)
-        sock.close()
-        assert attempt.uplink == ways[1] and len(race.failed) == 1
-        assert not board.is_tired(0) and not board.is_tired(1)
-    finally:
-        os.close(lifeline)
-        os.close(end)
+def uplinks_of(outside: str) -> natwork.Policy:
+    """Return the policy of a gateway with some uplinks."""
+    return natwork.Policy(natwork.Config(outside=outside), [])
 
 
 @contextlib.contextmanager
@@ -715,7 +678,24 @@ def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
             full = stack.enter_context(socket.create_server((host, port)))
             full.listen(0)
             stack.enter_context(socket.create_connection((host, port)))
-        yield natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
+        race = natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
+        stack.callback(race.close)
+        yield race
+
+
+def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
+    origin: origins.Start,
+) -> None:
+    server, packed = origin(http_wire.Script()), natwork.pack("127.0.0.1")
+    # The first source address is not of this box: its attempt ends as it begins.
+    policy = uplinks_of("192.0.2.1 127.0.0.2")
+    with racing([], server.port) as race:
+        board = race.board
+        attempts = natwork.ways_to(policy, [packed], server.port, board)
+        race.run(attempts, 5.0).close()
+    assert race.last and race.last.uplink == policy.uplinks[1]
+    assert len(race.failed) == 1
+    assert not board.failed_recently(0) and not board.failed_recently(1)
 
 
 def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
@@ -723,34 +703,59 @@ def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
 ) -> None:
     server = origin(http_wire.Script(), "127.0.1.9")
     hosts = [f"127.0.1.{n}" for n in range(1, 6)]
-    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
+    policy = uplinks_of(" ".join(UPLINKS))
     addresses = [natwork.pack(host) for host in [*hosts, "127.0.1.9"]]
     with racing(hosts, server.port) as race:
         board = race.board
-        sock, attempt = race.run(natwork.plan(addresses, server.port, ways, board), 5.0)
-        sock.close()
-    assert attempt.uplink == ways[0]
-    assert set(race.asked) == set(ways)
-    assert not board.is_tired(0) and not board.is_tired(1)
+        attempts = natwork.ways_to(policy, addresses, server.port, board)
+        race.run(attempts, 5.0).close()
+    assert race.last and race.last.uplink == policy.uplinks[0]
+    assert set(race.asked) == set(policy.uplinks)
+    assert not board.failed_recently(0) and not board.failed_recently(1)
 
 
-def test_an_address_that_refuses_does_not_hurry_the_next_uplink(
-    origin: origins.Start,
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_failure_brings_all_later_attempts_forward(
+    origin: origins.Start, refusing: int
 ) -> None:
     server = origin(http_wire.Script(), "127.0.1.9")
-    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
-    hosts = ["127.0.1.1", "127.0.1.3", "127.0.1.2"]  # nobody listens at the third
-    addresses = [natwork.pack(host) for host in hosts]
-    with racing(hosts[:2], server.port) as race:
-        attempts = natwork.plan(addresses, server.port, ways, race.board)
-        with pytest.raises(natwork.Refused):
-            race.run(attempts, 1.5)
-    since, later = (race.asked[way] for way in ways)
-    assert later - since >= natwork.UPLINK_DELAY
+    first, second = uplinks_of(" ".join(UPLINKS)).uplinks
+    attempts = [
+        natwork.Attempt(natwork.pack(host), server.port, uplink, at)
+        for host, uplink, at in (
+            ("127.0.1.1", first, 0.0),
+            ("127.0.1.2", (first, second)[refusing], 0.3),  # nobody listens there
+            ("127.0.1.3", second, 60.0),  # at once then, whosever it is
+            ("127.0.1.9", first, 60.3),  # and this as much earlier
+        )
+    ]
+    with racing(["127.0.1.1", "127.0.1.3"], server.port) as race:
+        began = time.monotonic()
+        race.run(attempts, 20.0).close()
+        took = time.monotonic() - began
+    assert race.last == attempts[3]
+    assert [attempt for _, attempt in race.answered] == [attempts[1]]
+    assert 0.6 <= took < 10
+
+
+def test_a_target_that_has_refused_is_not_asked_by_the_next_uplink(
+    origin: origins.Start,
+) -> None:
+    policy, packed = uplinks_of(" ".join(UPLINKS)), natwork.pack("127.0.1.2")
+    port = origin(http_wire.Script()).port  # of another address
+    with racing([], port) as race:
+        attempts = natwork.ways_to(policy, [packed], port, race.board)
+        began = time.monotonic()
+        with pytest.raises(natwork.Refused) as refused:
+            race.run(attempts, 5.0)
+    assert refused.value.outcome.word == "refused"
+    assert [attempt.uplink for attempt in attempts] == policy.uplinks
+    assert [*race.asked] == policy.uplinks[:1]
+    assert time.monotonic() - began < natwork.UPLINK_DELAY
 
 
 @pytest.mark.parametrize(
-    ("ago", "error", "tired"),
+    ("ago", "error", "failed"),
     [
         (1.1, None, True),
         (0.3, None, False),  # its time was not over
@@ -759,7 +764,7 @@ def test_an_address_that_refuses_does_not_hurry_the_next_uplink(
     ],
 )
 def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
-    ago: float, error: OSError | None, tired: bool
+    ago: float, error: OSError | None, failed: bool
 ) -> None:
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
     board = natwork.Scoreboard()
@@ -770,10 +775,10 @@ def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
     lost, won = (natwork.Attempt(b"\x7f\0\0\1", 80, way, 0.0) for way in ways)
     race.asked = {ways[0]: time.monotonic() - ago, ways[1]: time.monotonic()}
     if error:
-        race.fail(lost, error)
+        race.fail(error, lost)
     with socket.socket() as sock:
         race.win(sock, won)
-    assert board.is_tired(0) == tired and not board.is_tired(1)
+    assert board.failed_recently(0) == failed and not board.failed_recently(1)
 
 
 def test_an_answer_of_the_target_is_not_the_uplinks_failure(

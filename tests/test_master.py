@@ -773,19 +773,6 @@ def test_a_lowered_limit_counts_those_above_it(
         assert all(wire.echoes(client) for client in clients[3:5])
 
 
-def test_a_tunnel_that_outlives_two_rotations_is_in_the_newest_log(
-    daemon: running.Start, origin: origins.Start
-) -> None:
-    gateway = daemon()
-    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
-        for number in range(2):
-            gateway.log.rename(gateway.folder / f"rotated.{number}")
-            gateway.hangup()
-        assert wire.echoes(client)
-    (line,) = gateway.lines(1)
-    assert line["proto"] == "connect"
-
-
 def test_hup_opens_a_rotated_log_anew(
     daemon: running.Start, origin: origins.Start
 ) -> None:
@@ -1011,7 +998,7 @@ def ordinary(user: str, retire_after: float) -> Iterator[running.Gateway]:
     if os.geteuid():
         pytest.skip("needs root, and a user that is not")
     with running.public_folder() as folder:
-        program = running.program({"natwork.RETIRE_TIMEOUT": retire_after})
+        program = running.program({"natwork.RELOAD_FORK_TIMEOUT": retire_after})
         gateway = running.Gateway.configured(
             folder, spare_workers="4", user=user, program=program
         )

@@ -9,11 +9,8 @@ import re
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import http_wire
 import needs
@@ -30,9 +27,8 @@ from natwork import Chapters
 from natwork import Config
 from natwork import ConfigError
 from natwork import Policy
-from natwork import Watch
+from natwork import Scoreboard
 from natwork import pack
-from natwork_parents import Handshake
 from natwork_parents import Parents
 from natwork_parents import join
 from natwork_users import user_line
@@ -136,7 +132,7 @@ BAD = [
 def joined(lines: str) -> Parents:
     """Return what the chapter makes of `parents`."""
     config, chapters = Config(parents=lines), Chapters()
-    join(chapters, config, Policy(config, []))
+    join(chapters, config, Policy(config, []), Scoreboard())
     assert isinstance(chapters.parents, Parents)
     return chapters.parents
 
@@ -341,42 +337,6 @@ def test_a_tunnel_leads_through_the_parents_tunnel(
             b"",
         ]
         assert gateway.lines(1)[0]["address"] == parent.authority
-
-
-class Between(socket.socket):
-    """A socket at which more arrives whenever it has just been looked at."""
-
-    more: Callable[[], None]
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        data = super().recv(size, flags)
-        if flags & socket.MSG_PEEK:
-            self.more()
-        return data
-
-
-def test_what_comes_after_a_look_at_an_answer_is_not_taken_with_it() -> None:
-    said = [b"HTTP/1.1 ", b"200 OK\r\n\r", b"\nfrom the target"]
-    lifeline, end = os.pipe()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        parent = socket.create_connection(server.getsockname())
-        sock = Between(fileno=server.accept()[0].detach())
-
-    def speak() -> None:
-        if said:
-            parent.sendall(said.pop(0))
-
-    sock.more = speak
-    speak()
-    try:
-        with parent, sock:
-            worker = SimpleNamespace(watch=Watch(lifeline, 1.0))
-            talk = Handshake(worker, sock, time.monotonic() + 5)
-            assert talk.hear_head() == b"HTTP/1.1 200 OK\r\n\r\n"
-            assert talk.hear(15) == b"from the target"
-    finally:
-        os.close(lifeline)
-        os.close(end)
 
 
 REFUSALS = {

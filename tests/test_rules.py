@@ -105,7 +105,7 @@ FORMS = {
 
 @pytest.mark.parametrize("address", FORMS)
 def test_an_address_is_unwrapped(address: str) -> None:
-    found = natwork.forms(natwork.pack(address))  # trap 12
+    found = natwork.embedded_addresses(natwork.pack(address))  # trap 12
     wanted = [natwork.pack(form) for form in FORMS[address]]
     if address.startswith("64:ff9b:1:"):  # every length of prefix may be looked at
         assert set(wanted) <= set(found)
@@ -732,7 +732,7 @@ def test_explain_says_what_keeps_an_uplink_from_it(
     assert "from nosuch0, which is not there now" in said(CLIENT, "nosuch0", four)
     assert "not there" not in said(CLIENT, "127.0.0.1", four)
     assert said("127.0.0.1", "lo", four) == "client 127.0.0.1: not inside, refused\n"
-    assert "if he comes to 127.0.0.1, the outside" in said(
+    assert "if it comes to 127.0.0.1, the outside" in said(
         "127.0.0.1", "127.0.0.1", four
     )
 

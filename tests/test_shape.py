@@ -102,8 +102,8 @@ def test_importing_does_nothing() -> None:
     assert re.fullmatch(r"[0-9.]+\n", done.stdout) and not done.stderr
 
 
-def test_no_function_is_over_60_lines() -> None:
-    long = [f.name for f in FUNCTIONS if f.end_lineno and f.end_lineno - f.lineno > 59]
+def test_no_function_is_over_50_lines() -> None:
+    long = [f.name for f in FUNCTIONS if f.end_lineno and f.end_lineno - f.lineno > 49]
     assert len(FUNCTIONS) > 100 and not long, long
 
 
@@ -189,12 +189,13 @@ def test_the_sections_stand_in_their_order() -> None:
         "Limits",
         "Configuration",
         "Outcomes",
-        "Scoreboard and session",
+        "Scoreboard, session and log",
         "Relay",
         "Master and workers",
         "Rules",
         "Connecting",
-        "HTTP",
+        "HTTP messages",
+        "HTTP exchanges",
         "Serving a client",
         "Service",
         "main",
@@ -250,15 +251,22 @@ def test_a_chapter_has_the_form_of_one(name: str) -> None:
     what = r"(?s)[A-Z][\w, -]+, a chapter of NATWork: .*\."
     assert re.fullmatch(what, ast.get_docstring(tree) or "")
     assert used_before(tree) == []
-    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.Assign,
+        ast.AnnAssign,
+        ast.FunctionDef,
+        ast.ClassDef,
+    )
     assert [ast.unparse(n) for n in tree.body[1:] if not isinstance(n, allowed)] == []
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     for f in functions:
         size = (f.end_lineno or 0) - f.lineno
         told = size <= 10 or f.name == "__init__" or ast.get_docstring(f)
-        assert size <= 59 and told, f.name
+        assert size <= 49 and told, f.name
     top = [f for f in tree.body if isinstance(f, ast.FunctionDef)]
-    joins = [f for f in top if f.name == "join" and len(f.args.args) == 3]
+    joins = [f for f in top if f.name == "join" and len(f.args.args) == 4]
     assert len(joins) == (name.removeprefix("natwork_") in heart.CHAPTERS)
 
 
@@ -272,3 +280,30 @@ def test_a_chapter_is_clean(name: str) -> None:
     assert not re.search(r"^\s*(import|from) (ctypes|logging|threading)\b", text, re.M)
     assert not re.search(r"^\s*(global\b|except:|except Exception\b)", text, re.M)
     assert not re.search(r"^(import|from) (json|ftplib|hashlib|daemon)\b", text, re.M)
+
+
+# The sizes are part of the design: at a limit, the simpler form is found.
+SIZES = {"natwork": 4200}
+FORBIDDEN = re.compile(
+    r"^\s*(?:import|from) _(?!_future__)|\bCodeType\b|\bopmap\b|__code__|__wrapped__"
+    r"|gc\.get_objects|sys\.setprofile|\b_accept\b",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("name", ["natwork", *CHAPTERS])
+def test_a_file_keeps_to_its_size(name: str) -> None:
+    text = CHAPTERS.get(name, SOURCE)
+    assert text.count("\n") <= SIZES.get(name, 450)
+    assert not FORBIDDEN.search(text)
+
+
+def test_a_function_is_short() -> None:
+    sizes = sorted((f.end_lineno or 0) - f.lineno + 1 for f in FUNCTIONS)
+    assert sizes[len(sizes) // 2] <= 10
+
+
+def test_the_heart_has_few_pipes_and_few_times() -> None:
+    assert SOURCE.count("os.pipe") <= 4
+    limits = SOURCE.partition("# --- Limits ")[2].partition("# --- Configuration ")[0]
+    assert len(re.findall(r"^[A-Z_]+ = [0-9.]+\.[0-9]+\b", limits, re.M)) <= 10

@@ -11,7 +11,6 @@ import pty
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -84,7 +83,7 @@ def memory_link(gateway: running.Gateway, name: str) -> str:
 
 def memory(gateway: running.Gateway) -> bytes:
     """Return what is shared: the scoreboard as far as it is used, and the pairs."""
-    size = natwork.ROWS + 64 * natwork.SLOT_SIZE
+    size = natwork.SLOTS + 64 * natwork.SLOT_SIZE
     return bytes(board(gateway).memory[:size]) + pairs(gateway)
 
 
@@ -95,7 +94,7 @@ def pairs(gateway: running.Gateway) -> bytes:
 
 def checks(gateway: running.Gateway) -> int:
     """Return how many passwords have been put through scrypt."""
-    return struct.unpack_from("Q", pairs(gateway), 8 * natwork_users.SCRYPTS)[0]
+    return int.from_bytes(pairs(gateway)[natwork_users.CHECKED], "big")
 
 
 # --- The file and --passwd ----------------------------------------------------
@@ -330,8 +329,8 @@ def test_trace_and_options_are_not_for_strangers(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
-    for method in (b"TRACE", b"OPTIONS"):
-        for fields, status in ((), 407), ((ALICE,), 200):
+    for method, known in (b"TRACE", 501), (b"OPTIONS", 200):
+        for fields, status in ((), 407), ((ALICE,), known):
             with gateway.connect() as client:
                 hops = (b"Max-Forwards: 0", *fields)
                 answer = http_wire.exchange(
@@ -641,7 +640,7 @@ def test_who_dies_with_the_lock_leaves_it(
         origin(http_wire.Script()),
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, memory_link(gateway, "users")],
+        [sys.executable, "-c", HOLDER, memory_link(gateway, "natwork")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -666,7 +665,7 @@ def test_who_dies_with_the_lock_leaves_it(
 
 
 def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = natwork_users.Verified()
+    board = natwork_users.Users({}, 0, natwork.Scoreboard())
     digests = [bytes([7]) + os.urandom(23) for _ in range(6)]
     for number, digest in enumerate(digests):
         monkeypatch.setattr(time, "monotonic", lambda now=number: 1000.0 + now)
