@@ -633,7 +633,7 @@ def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
 def test_a_bind_is_where_its_caller_knows_the_client(
     lines: Lines, gateway: running.Start
 ) -> None:
-    gateway("outside=wan wan2", "bind_ports=41000")
+    started = gateway("outside=wan wan2", "bind_ports=41000")
     server = lines.origin("192.0.2.80")
     ask = b"\5\1\0\5%c\0\1" + bytes([192, 0, 2, 80])
     port = server.port.to_bytes(2, "big")
@@ -654,6 +654,7 @@ def test_a_bind_is_where_its_caller_knows_the_client(
             assert lines.ask(server.authority).status == 200  # by the second line
         finally:
             lines.box.link("outside", "wan", "arp", "on")
+        started.lines(1)  # that session is over, and the latest one no more
         assert socks(stack, 2)[4:8] == first
         # The port is taken there, and another address would be of no use.
         assert socks(stack, 2)[1] == 1
