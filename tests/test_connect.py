@@ -655,6 +655,7 @@ def test_a_bind_is_where_its_caller_knows_the_client(
             started.lines(1)  # it is over, and the first session is the latest again
         finally:
             lines.box.link("outside", "wan", "arp", "on")
+        started.lines(1)  # that session is over, and the latest one no more
         assert socks(stack, 2)[4:8] == first
         # The port is taken there, and another address would be of no use.
         assert socks(stack, 2)[1] == 1

@@ -226,6 +226,7 @@ def test_what_only_a_resolver_takes_for_an_address_is_no_name(
     if way == "UDP":
         udp(closed, host, victim.port)
     else:
+        closed.at_rest()
         count = len(closed.lines())
         write = {
             "SOCKS4a name": socks_wire.four,
