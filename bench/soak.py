@@ -166,7 +166,7 @@ class Visitors:
 
     def worker_of(self, client: socket.socket) -> int:
         """Return the process that serves a client, as the state table has it."""
-        name = b" %s:%d " % (HOST.encode(), client.getsockname()[1])
+        name = b"client=%s:%d " % (HOST.encode(), client.getsockname()[1])
         for number in range(MAX_WORKERS):
             slot = self.program.Slot(self.board, number)
             if name in slot.row():
@@ -496,9 +496,8 @@ class Gateway:
 
     def is_quiet(self) -> bool:
         """Say whether each of its workers is idle."""
-        free, first = self.program.FREE, self.program.FIRST_IDLE
-        states = self.board.states(MAX_WORKERS)
-        return all(state == free or state >= first for state in states)
+        resting = self.program.FREE, self.program.IDLE_STATE
+        return all(state in resting for state in self.board.states(MAX_WORKERS))
 
     def reload(self) -> None:
         count = self.said.read_text().count("configuration reloaded")
@@ -520,8 +519,8 @@ class Gateway:
     def same_words(self) -> set[str]:
         """Return what the workers have open, once it is the same, if it ever is.
 
-        A worker keeps his pipes for a moment; and one who is new closes first
-        what is the master's.
+        A worker keeps its pipes for a moment; and a new one closes first what is the
+        master's.
         """
         with contextlib.suppress(BenchError):
             until(lambda: len(self.worker_words()) == 1, "workers hold the same")
@@ -681,8 +680,8 @@ def started(
         board: list[Any] = []
 
         def described() -> bool:
-            found = (b for b in program.boards())
-            board[:] = [b for b in found if b.words[program.MASTER] == process.pid]
+            found = program.boards()
+            board[:] = [found[process.pid]] if process.pid in found else []
             return bool(board)
 
         until(described, "a scoreboard of the gateway")
