@@ -64,7 +64,7 @@ import errno
 import fcntl
 import functools
 import gc
-import importlib
+import importlib.util
 import math
 import mmap
 import os
@@ -82,17 +82,13 @@ from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
 from http import HTTPStatus
+from importlib.machinery import PathFinder
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("natwork: needs Python 3.10 or later")
-
-try:
-    import setproctitle
-except ImportError:  # the bare box has no titles
-    setproctitle = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -176,10 +172,27 @@ def masked(text: str) -> str:
     )
 
 
-def set_title(title: str) -> None:
-    """Show a process title, to ps, where setproctitle is installed."""
-    if setproctitle:
-        setproctitle.setproctitle(title)
+def find_set_title() -> Callable[[str], None] | None:
+    """Return setproctitle's function; None on the bare box, which has no titles.
+
+    Its C part alone: the package around that loads logging and threading, and what
+    these do after each fork costs every worker half a megabyte.
+    """
+    package = PathFinder.find_spec("setproctitle")
+    folders = package and package.submodule_search_locations
+    spec = PathFinder.find_spec("_setproctitle", folders) if folders else None
+    if not spec or not spec.loader:
+        return None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError:  # built for another interpreter
+        return None
+    function: Callable[[str], None] = module.setproctitle
+    return function
+
+
+set_title = find_set_title() or (lambda title: None)
 
 
 class ConfigError(Exception):
@@ -1892,36 +1905,32 @@ class Network(NamedTuple):
     last: bytes
 
 
-MAPPED = bytes(10) + b"\xff\xff"
-TRANSLATED = bytes(8) + b"\xff\xff\0\0"
-NAT64, NAT64_LOCAL = bytes.fromhex("0064ff9b0000000000000000"), b"\0\x64\xff\x9b\0\1"
+MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
 def embedded_addresses(packed: bytes) -> list[bytes]:
     """Return an address and the IPv4 addresses that it stands for, if any.
 
-    IPv4-mapped and -compatible (RFC 4291), -translated (RFC 2765), 6to4 (RFC 3056),
-    Teredo (RFC 4380), NAT64 (RFC 6052, RFC 8215): each reaches an IPv4 host under
-    another name.
+    Each of these forms reaches an IPv4 host under another name.
     """
     if len(packed) == 4:
         return [packed]
-    tail = packed[12:]
-    if packed.startswith(MAPPED):
+    tail, found = packed[12:], []
+    if packed.startswith(MAPPED):  # RFC 4291
         return [tail]  # the kernel dials IPv4
-    if packed.startswith(b"\x20\x02"):
-        return [packed, packed[2:6]]
-    if packed.startswith(b"\x20\x01\0\0"):
-        return [packed, packed[4:8], bytes(byte ^ 255 for byte in tail)]
-    if packed.startswith((NAT64, TRANSLATED)):
-        return [packed, tail]
-    if packed.startswith(NAT64_LOCAL):  # whose prefix may be a /48, /56, /64 or /96
-        read = [packed[6:8] + packed[9:11], packed[7:8] + packed[9:12]]
-        read += [packed[9:13], tail]
-        return [packed, *dict.fromkeys(form for form in read if form[0])]
-    if packed.startswith(bytes(12)) and tail[:2] != b"\0\0":
-        return [packed, tail]
-    return [packed]
+    if packed.startswith(b"\x20\x02"):  # 6to4, RFC 3056
+        found = [packed[2:6]]
+    elif packed.startswith(b"\x20\x01\0\0"):  # Teredo, RFC 4380
+        found = [packed[4:8], bytes(byte ^ 255 for byte in tail)]
+    elif packed.startswith(b"\0\x64\xff\x9b\0\1"):  # NAT64, RFC 8215
+        # RFC 6052 section 2.2: the prefix may be a /48, /56, /64 or /96.
+        forms = [packed[6:8] + packed[9:11], packed[7:8] + packed[9:12]]
+        found = [form for form in [*forms, packed[9:13], tail] if form[0]]
+    elif packed[:12] in (b"\0\x64\xff\x9b" + bytes(8), bytes(8) + b"\xff\xff\0\0"):
+        found = [tail]  # NAT64, RFC 6052; translated, RFC 2765
+    elif packed[:12] == bytes(12) and tail[:2] != bytes(2):  # compatible, RFC 4291
+        found = [tail]
+    return list(dict.fromkeys([packed, *found]))
 
 
 def address_of(peer: str) -> bytes:
@@ -1965,29 +1974,26 @@ CLOSED = (
 )
 
 
+def parts_of(data: bytes, form: str) -> Iterator[tuple[int, bytes]]:
+    """Yield number and content of each part of netlink data, by its header's form."""
+    size = struct.calcsize(form)  # a length, which counts the header too, comes first
+    while len(data) >= size:
+        length, number, *_ = struct.unpack_from(form, data)
+        yield number, data[size:length]
+        data = data[(max(length, size) + 3) & ~3 :]  # parts begin at multiples of 4
+
+
 def netlink(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
     """Ask the kernel's routing table; yield the body of each answer; raise OSError."""
+    form = "=IHHII"
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
         sock.settimeout(1)
-        sock.send(struct.pack("=IHHII", 16 + len(body), kind, 1 | flags, 1, 0) + body)
+        sock.send(struct.pack(form, 16 + len(body), kind, 1 | flags, 1, 0) + body)
         while True:
-            data = sock.recv(65536)
-            while len(data) >= 16:
-                length, answer = struct.unpack_from("=IH", data)
+            for answer, content in parts_of(sock.recv(65536), form):
                 if answer in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
                     return
-                yield data[16:length]
-                data = data[(length + 3) & ~3 :]
-
-
-def attributes(data: bytes) -> dict[int, bytes]:
-    """Return the attributes of a netlink answer by their numbers."""
-    found = {}
-    while len(data) >= 4:
-        length, kind = struct.unpack_from("=HH", data)
-        found[kind] = data[4:length]
-        data = data[(max(length, 4) + 3) & ~3 :]
-    return found
+                yield content
 
 
 class Route(NamedTuple):
@@ -2003,7 +2009,7 @@ def find_route(packed: bytes) -> Route | None:
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
     for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
-        found, device = attributes(data[12:]), ""
+        found, device = dict(parts_of(data[12:], "=HH")), ""
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
         with contextlib.suppress(OSError):  # none, or it has just gone
             device = socket.if_indextoname(index)
@@ -2023,6 +2029,12 @@ def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
 route_to = remembered(1.0, find_route)
 
 
+def is_local(packed: bytes) -> bool:
+    """Return whether an address is one of this box; raise OSError."""
+    route = route_to(packed)
+    return bool(route and route.local)
+
+
 def device_addresses(device: str) -> list[bytes]:
     """Return the addresses of a network device, packed; none if it is not there.
 
@@ -2035,7 +2047,7 @@ def device_addresses(device: str) -> list[bytes]:
     found: list[bytes] = []
     for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
         if struct.unpack_from("=I", data, 4)[0] == index:
-            fields = attributes(data[8:])
+            fields = dict(parts_of(data[8:], "=HH"))
             found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
     return found
 
@@ -2059,9 +2071,7 @@ def word_pairs(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     first, *words = re.sub(r"\s*,\s*", ",", text).split()
     pairs = dict(zip(words[::2], words[1::2]))
     if 2 * len(pairs) != len(words):
-        raise ValueError(
-            "what follows the first word is not pairs of a word and a list"
-        )
+        raise ValueError("the rest is not pairs of a word and a list")
     for word in pairs:
         if word not in known:
             raise ValueError(f"{word!r} is none of {', '.join(known)}")
@@ -2071,7 +2081,7 @@ def word_pairs(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
 
 
 class Rule:
-    """One line of `rules`; None stands for a part that was not given: any."""
+    """One line of `rules`; a part that was not given is empty, and fits all."""
 
     def __init__(self, text: str, number: int) -> None:
         """Parse a line; raise ValueError."""
@@ -2090,28 +2100,24 @@ class Rule:
         self.word = f"rule-{number}"  # in the log
         self.text = " ".join([verb, *(f"{word} {pairs[word]}" for word in pairs)])
         self.allow = verb == "allow"
-        self.sources = tuple(map(parse_network, lists.get("from", ()))) or None
-        users = (printable(user.encode()) for user in lists.get("user", ()))
-        self.users = frozenset(users) or None
-        self.names = frozenset(names) if "to" in lists else None
-        self.blocks = tuple(blocks)
-        self.ports = tuple(map(parse_ports, lists.get("port", ()))) or None
+        self.sources = [parse_network(source) for source in lists.get("from", ())]
+        self.users = {printable(user.encode()) for user in lists.get("user", ())}
+        self.names, self.blocks = names, blocks
+        self.ports = [parse_ports(ports) for ports in lists.get("port", ())]
 
     def matches(
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
     ) -> bool:
         """Return whether every part of the rule that was given fits."""
-        if self.sources is not None and not contains(self.sources, client):
-            return False
-        if self.users is not None and user not in self.users:
-            return False
-        if self.ports is not None and not any(port in ports for ports in self.ports):
-            return False
-        return self.names is None or self.names_target(host, found)
+        return (
+            (not self.sources or contains(self.sources, client))
+            and (not self.users or user in self.users)
+            and (not self.ports or any(port in ports for ports in self.ports))
+            and (not self.names and not self.blocks or self.names_target(host, found))
+        )
 
     def names_target(self, host: str, found: list[bytes]) -> bool:
         """Return whether `to` names a host, or a network with one of its addresses."""
-        assert self.names is not None
         if "*" in self.names or host in self.names or contains(self.blocks, *found):
             return True
         # ".example" is example and everything below it.
@@ -2120,7 +2126,7 @@ class Rule:
 
     def names_mail(self) -> bool:
         """Return whether it names port 25 expressly."""
-        return range(25, 26) in (self.ports or ())
+        return range(25, 26) in self.ports
 
 
 class Uplink(NamedTuple):
@@ -2142,11 +2148,7 @@ def parse_uplink(text: str, number: int = 0) -> Uplink:
     return Uplink(text, b"", number)
 
 
-# What the rules say of one address: OK or another outcome, and the rule in words.
-Verdict = tuple[Outcome, str]
-
-
-def denied(word: str, rule: str) -> Verdict:
+def denied(word: str, rule: str) -> tuple[Outcome, str]:
     return DENIED._replace(word=f"denied-{word}"), rule
 
 
@@ -2189,67 +2191,63 @@ class Policy:
     def comes_from_inside(self, packed: bytes, scope: int, here: bytes | None) -> bool:
         """Return whether a peer with an inside address is not a neighbor outside.
 
-        The network of an uplink may use addresses that are in `inside`: a line behind
-        another router, or a host there that chose one.  Such a peer comes to an
-        address of the outside, here (None for one of the inside), or our answers to
-        it would leave by the uplink's device.  scope is the number of the device that
-        it came by, 0 where the kernel does not say.
+        The network of an uplink may use addresses that are in `inside`.  Such a peer
+        comes to an address of the outside, here (None for one of the inside), or our
+        answers to it would leave by the uplink's device.  scope is the number of the
+        device that it came by, 0 where the kernel does not say.
         """
-        route, link_local = route_to(packed), contains(LINK_LOCAL, packed)
-        devices = {socket.if_indextoname(scope)} if scope else set()
-        if route and not scope:
-            devices = {route.device}
+        route = route_to(packed)
+        device = route.device if route else ""
+        if scope:
+            device = socket.if_indextoname(scope)
         for uplink in self.uplinks:
-            if here == uplink.packed or not uplink.packed and uplink.name in devices:
+            if here == uplink.packed or device == uplink.name:
                 return False
             if not uplink.packed and here in device_addresses(uplink.name):
                 return False
-        return not link_local or not self.lead_outside(devices)
+        return not contains(LINK_LOCAL, packed) or not self.leads_outside(device)
 
-    def lead_outside(self, devices: set[str]) -> bool:
-        """Return whether one of some devices is the way to the outside."""
-        sources = {uplink.packed for uplink in self.uplinks}
-        if sources:
-            return any(sources.intersection(device_addresses(d)) for d in devices)
+    def leads_outside(self, device: str) -> bool:
+        """Return whether a device is the way to the outside."""
+        if self.uplinks:
+            sources = {uplink.packed for uplink in self.uplinks}
+            return not sources.isdisjoint(device_addresses(device))
         routes = [route_to(pack("192.0.2.1")), route_to(pack("2001:db8::1"))]
-        return any(route.device in devices for route in routes if route)
+        return device in [route.device for route in routes if route]
 
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
-        """Return whether a port of some address is a listener of ours: a loop."""
+        """Return whether a port of some address is a listener of ours: a loop.
+
+        The unspecified address, when dialed, is the loopback one; a listener that has
+        it listens on every address of this box.
+        """
         for address in self.listeners.get(port, ()):
-            for packed in found:
-                # The unspecified address, when dialed, is the loopback one.
-                if address == packed or not any(packed):
-                    return True
-                route = None if any(address) else route_to(packed)
-                if route and route.local:  # it listens on every address of this box
-                    return True
+            if address in found or not all(map(any, found)):
+                return True
+            if not any(address) and any(map(is_local, found)):
+                return True
         return False
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
-        if port not in self.listeners:
-            return False
-        try:
-            packed = b"" if host in self.own_names else address_of(host)
-            return not packed or any(packed) and self.is_own_listener([packed], port)
-        except ValueError:
-            return False
-
-    def is_inside_target(self, packed: bytes) -> bool:
-        """Return whether an address is one of the inside, or of this box alone."""
-        found = embedded_addresses(packed)
-        return any(contains(blocks, *found) for _, blocks in self.closed)
+        if port not in self.listeners or host in self.own_names:
+            return port in self.listeners
+        with contextlib.suppress(ValueError):  # it is another name
+            packed = address_of(host)
+            return any(packed) and self.is_own_listener([packed], port)
+        return False
 
     def closes(self, found: list[bytes]) -> str:
         """Return which built-in rule denies an address, "" if none does."""
         for word, blocks in self.closed:
             if contains(blocks, *found):
                 return word
-        for packed in found:
-            if (route := route_to(packed)) and route.local:
-                return "own"
-        return ""
+        return "own" if any(map(is_local, found)) else ""
+
+    def is_inside_target(self, packed: bytes) -> bool:
+        """Return whether an address is one of the inside, or of this box alone."""
+        found = embedded_addresses(packed)
+        return any(contains(blocks, *found) for _, blocks in self.closed)
 
     def judge(
         self,
@@ -2259,10 +2257,11 @@ class Policy:
         port: int,
         packed: bytes,
         redirected: bool = False,
-    ) -> Verdict:
-        """Return what the first rule that fits says of dialing an address.
+    ) -> tuple[Outcome, str]:
+        """Return what the first rule that fits says of dialing an address: OK or not.
 
-        host is what the client asked for, lower case; packed what it led to.
+        With it comes the rule in words.  host is what the client asked for, in lower
+        case; packed is what it led to.
         """
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
@@ -2279,11 +2278,8 @@ class Policy:
             if not rule.allow:
                 return denied(rule.word, text)
             # What an allow does not name expressly stays closed: on to the next.
-            if mail and not rule.names_mail():
-                continue
-            if all(contains(rule.blocks, one) for one in found) or not self.closes(
-                found
-            ):
+            named = all(contains(rule.blocks, one) for one in found)
+            if (not mail or rule.names_mail()) and (named or not self.closes(found)):
                 return OK, text
         if closed := self.closes(found):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
@@ -2627,31 +2623,29 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
 CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
+TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
 # By its first letter HTTP is told from SOCKS.
 REQUEST_LINE = re.compile(
     rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
 )
-STATUS_LINE = re.compile(
-    rb"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?"
-)
+STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (%b))?" % TEXT)
 BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")  # in a head not all there
 # A folded line, a bare CR or LF do not match.  RFC 9112 section 5.1: a blank before
 # the colon is an error in a request, and to be removed from a response.
-FIELDS = re.compile(rb"(?:%b:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+FIELDS = re.compile(rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT))
 BLANK_BEFORE_COLON = re.compile(rb"(?m)^(%b)[\t ]+:" % TOKEN)
-DIGITS = re.compile(rb"[0-9]{1,19}")
+# RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[\t ]*;[\t ]*%b(?:[\t ]*=[\t ]*(?:%b|%b))?)*\r\n"
     % (TOKEN, TOKEN, QUOTED)
 )
-SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*")
-AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?")
-HOST = re.compile(
-    rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)"
-    rb"(?::[0-9]*)?"
+# In brackets there is a colon, so that an IPv4 address is not taken there.
+AUTHORITY = re.compile(
+    rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
-NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
+# The log shows no password, and no query, which may hold one; a %09 ends what a
+# gopher URL selects.
 USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
 BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:\?|%09).*", re.DOTALL)
 
@@ -2662,12 +2656,6 @@ CHUNKED, UNTIL_CLOSE = -1, -2  # in place of a body's length
 HOP_BY_HOP = frozenset(
     b"connection proxy-connection proxy-authorization keep-alive te transfer-encoding "
     b"upgrade".split()
-)
-# These are read here, and written anew.
-REWRITTEN = [*sorted(HOP_BY_HOP), b"content-length", b"via"]
-READ_ASKED, READ_ANSWERED = (
-    re.compile(rb"\n(?i:(%b))[\t ]*:[\t ]*([^\r]*)\r" % b"|".join(REWRITTEN + names))
-    for names in ([b"host", b"expect", b"max-forwards"], [b"date"])
 )
 # Naming these in Connection must not strip what others rely on.
 END_TO_END = frozenset(
@@ -2681,34 +2669,20 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
     b"proxy-authenticate www-authenticate".split()
 )
 
+# These are read here, and written anew.  Most lines are not among them, which their
+# first letter tells: all first letters of these names must stand in the pattern.
+READ = rb"\n(?i:(?=[cdehkmptuv])(%b))[\t ]*:[\t ]*([^\r]*)\r"
+REWRITTEN = b"|".join([*sorted(HOP_BY_HOP), b"content-length", b"via"])
+READ_ASKED = re.compile(READ % (REWRITTEN + b"|host|expect|max-forwards"))
+READ_ANSWERED = re.compile(READ % (REWRITTEN + b"|date"))
+
 Names = dict[bytes, list[bytes]]
 
 
 def members(names: Names, name: bytes) -> list[bytes]:
     """Return the members of a list field, lower case, from all its lines."""
-    listed: list[bytes] = []
-    for line in names.get(name, ()):
-        for part in line.split(b","):
-            if member := part.strip(b" \t").lower():
-                listed.append(member)
-    return listed
-
-
-def is_host(value: bytes) -> bool:
-    """Return whether a Host field is valid: RFC 9112 section 3.2, RFC 3986."""
-    match = HOST.fullmatch(value)
-    if not match or not match[1]:
-        return bool(match)
-    try:
-        return len(pack(match[1].decode())) == 16
-    except ValueError:
-        return False
-
-
-def field_lines(section: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the lower-case name and the value of each line of a section."""
-    lines = [line.partition(b":") for line in section.split(CRLF)[:-1]]
-    return [(name.lower(), value.strip(b" \t")) for name, _, value in lines]
+    listed = b",".join(names.get(name, ())).lower().split(b",")
+    return [member for part in listed if (member := part.strip(b" \t"))]
 
 
 def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
@@ -2720,32 +2694,60 @@ def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
 class Fields:
     """The field lines of a head: some are read here, and the others travel on."""
 
-    def __init__(self, section: bytes, asked: bool) -> None:
-        """Take a section of whole lines, asked: of a request; raise ValueError."""
+    def __init__(self, section: bytes, bad: Outcome) -> None:
+        """Take a section of whole lines; raise Refused with the outcome bad."""
+        asked = bad is BAD_REQUEST  # else a server has answered
         if not FIELDS.fullmatch(section):
-            section = b"?" if asked else BLANK_BEFORE_COLON.sub(rb"\1:", section)
-            if not FIELDS.fullmatch(section):
-                raise ValueError("malformed field line")
+            section = BLANK_BEFORE_COLON.sub(rb"\1:", section)
+            if asked or not FIELDS.fullmatch(section):
+                raise Refused(bad, "malformed field line")
         # Each match takes one line out: what is between them travels on.
         pieces = (READ_ASKED if asked else READ_ANSWERED).split(b"\n" + section)
-        self.names: Names = {}  # of those read: lower case -> values, in their order
+        names: Names = {}
         for name, value in zip(pieces[1::3], pieces[2::3]):
-            self.names.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
+            names.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
         self.forwarded = b"".join(pieces[::3])[1:]
+        self.names = names  # of those read: lower case -> values, in their order
         self.options: list[bytes] = []
-        if b"connection" in self.names:
-            self.options = members(self.names, b"connection")
+        if b"connection" in names:
+            listed = b",".join(names[b"connection"]).lower()
+            self.options = listed.replace(b",", b" ").split()
             if not NOT_NAMED.issuperset(self.options):
                 # What Connection names does not travel on.
-                named = set(self.options) - NOT_NAMED
-                self.forwarded = without(self.forwarded, named)
+                dropped = set(self.options) - NOT_NAMED
+                self.forwarded = without(self.forwarded, dropped)
 
     def values(self, name: bytes) -> list[bytes]:
         """Return the values of any field, by its name in lower case."""
-        lines = field_lines(self.forwarded)
-        return self.names.get(name) or [
-            value for other, value in lines if other == name
-        ]
+        lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
+        others = [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
+        return self.names.get(name) or others
+
+
+@functools.lru_cache(maxsize=64)
+def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
+    """Return host and port of "host:port"; default 0 demands one.  Raises Refused."""
+    match = AUTHORITY.fullmatch(raw)
+    if not match:
+        raise Refused(BAD_REQUEST, "malformed host or port")
+    name, digits = match.groups()
+    if not digits and not default:
+        raise Refused(BAD_REQUEST, "no port in the target, which must be HOST:PORT")
+    # There may be any number of zeros.
+    port = int(digits.lstrip(b"0")[:6] or b"0") if digits else default
+    if not 0 < port < 65536:
+        raise Refused(BAD_REQUEST, "port not from 1 to 65535")
+    host = name.decode().lower()
+    # What ends in a number is an IPv4 address or nothing: resolvers take 127.1,
+    # 0x7f.1 and 2130706433 for 127.0.0.1.
+    last = host.removesuffix(".").rpartition(".")[2]
+    bare = host.strip("[]")
+    if bare != host or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
+        try:
+            pack(bare)
+        except ValueError as error:
+            raise Refused(BAD_REQUEST, str(error)) from None
+    return bare, port
 
 
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
@@ -2766,9 +2768,9 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
 def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
     """Return status, the line as it travels on, and minor version; raise Refused."""
     match = STATUS_LINE.fullmatch(line)
-    if not match or match[1] != b"1":
+    if not match:
         raise Refused(BAD_RESPONSE, "malformed status line")
-    _, minor, status, phrase = match.groups(b"")
+    minor, status, phrase = match.groups(b"")
     forwarded = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
     return int(status), forwarded, 0 if minor == b"0" else 1
 
@@ -2781,19 +2783,15 @@ class RequestHead:
         line, _, section = head.partition(CRLF)
         self.method, self.target, self.minor = parse_request_line(line)
         self.path = self.target  # as its server is asked for it, once that is parsed
-        try:
-            self.fields = Fields(section, True)
-        except ValueError as error:
-            raise Refused(BAD_REQUEST, str(error)) from None
-        # RFC 9112 section 3.2: one, and only one.
+        self.fields = Fields(section, BAD_REQUEST)
+        # RFC 9112 section 3.2: one, and only one; it may be empty.
         hosts = self.fields.names.get(b"host", [])
         if len(hosts) != 1 and (hosts or self.minor):
             raise Refused(BAD_REQUEST, f"{len(hosts) or 'no'} Host fields")
-        if hosts and not is_host(hosts[0]):
-            raise Refused(BAD_REQUEST, "invalid Host field")
+        if hosts and hosts[0]:
+            parse_authority(hosts[0], 80)
         # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
         self.keep_alive = self.minor == 1 and b"close" not in self.fields.options
-
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
         self.expected: set[bytes] = set()
         if self.minor and b"expect" in self.fields.names:
@@ -2811,10 +2809,7 @@ class ResponseHead:
         """Split a head, without its empty line, into its parts; raise Refused."""
         line, _, section = head.partition(CRLF)
         self.status, self.line, self.minor = parse_status_line(line)
-        try:
-            self.fields = Fields(section, False)
-        except ValueError as error:
-            raise Refused(BAD_RESPONSE, str(error)) from None
+        self.fields = Fields(section, BAD_RESPONSE)
 
 
 def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
@@ -2827,12 +2822,11 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     lengths = names.get(b"content-length")
     if b"transfer-encoding" in names:
         codings = members(names, b"transfer-encoding")
-        if lengths:
-            raise Refused(bad, "both Content-Length and Transfer-Encoding")
+        if lengths or not head.minor:
+            why = "with Content-Length" if lengths else "in HTTP/1.0"
+            raise Refused(bad, f"Transfer-Encoding {why}")
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
             raise Refused(bad, "Transfer-Encoding does not end in one chunked")
-        if not head.minor:
-            raise Refused(bad, "Transfer-Encoding in HTTP/1.0")
         if len(codings) > 1:
             # In a request such a coding is no fault, but nothing that we do.
             lacking = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
@@ -2840,11 +2834,11 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
         return CHUNKED
     if not lengths:
         return None
-    if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+    digits = lengths[0]
+    # 18 digits are more than was ever sent, and fit in 63 bits.
+    if len(lengths) > 1 or not digits.isdigit() or len(digits) > 18:
         raise Refused(bad, "invalid Content-Length")
-    if (length := int(lengths[0])) >= 1 << 63:
-        raise Refused(bad, "Content-Length beyond all measure")
-    return length
+    return int(digits)
 
 
 class Target(NamedTuple):
@@ -2866,34 +2860,6 @@ class Target(NamedTuple):
         return printable(shown, TARGET_SIZE)
 
 
-@functools.lru_cache(maxsize=64)
-def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
-    """Return host and port of "host:port"; default 0 demands one.  Raises Refused."""
-    match = AUTHORITY.fullmatch(raw)
-    if not match:
-        raise Refused(BAD_REQUEST, "malformed host or port in the target")
-    name, digits = match.groups()
-    if not digits and not default:
-        raise Refused(BAD_REQUEST, "no port in the target, which must be HOST:PORT")
-    # There may be any number of zeros.
-    port = int(digits.lstrip(b"0")[:6] or b"0") if digits else default
-    if not 0 < port < 65536:
-        raise Refused(BAD_REQUEST, "port not from 1 to 65535 in the target")
-    host = name.decode().lower()
-    # What ends in a number is an IPv4 address or nothing: resolvers take 127.1,
-    # 0x7f.1 and 2130706433 for 127.0.0.1.
-    last = host.removesuffix(".").rpartition(".")[2]
-    if host[0] == "[" or last[:1].isdigit() and NUMBER.fullmatch(last):
-        bare = host.strip("[]")
-        try:
-            if (len(pack(bare)) == 16) != (host[0] == "["):
-                raise ValueError(f"{host!r} is not an IPv6 address")
-        except ValueError as error:
-            raise Refused(BAD_REQUEST, str(error)) from None
-        host = bare
-    return host, port
-
-
 def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     """Return the target of a request in authority- or absolute-form, and its path.
 
@@ -2903,20 +2869,21 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     if method == b"CONNECT":
         return Target(*parse_authority(raw, 0), raw, b""), b""
     name, found, rest = raw.partition(b"://")
-    if not found or not SCHEME.fullmatch(name):
+    scheme = name.lower()
+    default = DEFAULT_PORTS.get(scheme, 0)
+    if not default and found and re.fullmatch(rb"[a-z][a-z0-9+.-]*", scheme):
+        raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
+    if not default or not found:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
     if b"#" in rest:
         raise Refused(BAD_REQUEST, "fragment in the target")
-    scheme = name.lower()
-    if scheme not in DEFAULT_PORTS:
-        raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
     authority = rest.partition(b"/")[0].partition(b"?")[0]
     path, login = rest[len(authority) :], b""
     if b"@" in authority:
         if scheme != b"ftp":
             raise Refused(BAD_REQUEST, "user name in the target")
         login, _, authority = authority.rpartition(b"@")
-    host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
+    host, port = parse_authority(authority, default)
     if path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
     return Target(host, port, authority.removesuffix(b":"), scheme, login), path
@@ -2980,13 +2947,11 @@ def chunked(
         section += line
         if len(section) > HEAD_LIMIT:
             raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
-    try:
-        trailers = Fields(section, True)
-    except ValueError as error:
-        raise Refused(bad, str(error)) from None
+    if not FIELDS.fullmatch(section):
+        raise Refused(bad, "malformed field line in the trailers")
     if framed:
-        dropped = NOT_IN_TRAILERS | set(head.fields.options)
-        one.out += b"0\r\n%b\r\n" % without(trailers.forwarded, dropped)
+        dropped = NOT_IN_TRAILERS.union(head.fields.options)
+        one.out += b"0\r\n%b\r\n" % without(section, dropped)
 
 
 # --- HTTP exchanges -----------------------------------------------------------
@@ -3286,7 +3251,7 @@ class Exchange:
                 # RFC 9110 section 9.2.2: only what had no effect goes out again,
                 # on a connection that closed before it heard the request.
                 answered = self.progress or self.continued or server.received
-                if refusal.outcome is not SERVER_GONE or answered:
+                if refusal.outcome.error != SERVER_GONE.error or answered:
                     raise
                 if up or head.method not in IDEMPOTENT:
                     raise
@@ -4003,7 +3968,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         master.fds += fds
         for fd in fds:
             daemon.write_pid(fd)
-        if not setproctitle:
+        if not find_set_title():
             say("setproctitle is not installed: process titles will be missing")
         if user:
             become(user, config, master.generation.log)
