@@ -843,6 +843,10 @@ class AccessLog:
                 self.fd = os.open("/proc/self/fd/1", flags)
             except OSError:  # a socket (journald's), or not ours to open again
                 self.fd, self.shared = os.dup(1), True
+            if stat.S_ISREG(os.fstat(1).st_mode):
+                # With `>file 2>&1` standard error now writes behind our lines, too.
+                mode = fcntl.fcntl(1, fcntl.F_GETFL)
+                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
         self.has_room = select.poll()
         self.has_room.register(self.fd, POLLOUT)
         if self.is_json:

@@ -603,6 +603,22 @@ def test_a_reload_does_not_write_over_what_the_shell_opened(
     assert len(lines) == 3 and all(line.startswith("time=") for line in lines)
 
 
+def test_messages_do_not_write_over_lines_of_the_same_file(tmp_path: Path) -> None:
+    both = ["sh", "-c", 'exec "$@" >&2', "sh"]  # as by ">file 2>&1", without O_APPEND
+    gateway = running.Gateway.activated(
+        tmp_path, "log=-", program=[*both, *running.PROGRAM]
+    )
+    for _ in range(3):
+        assert served(gateway)
+    wait.until(lambda: gateway.errors.read_text().count("time=") == 3)
+    gateway.process.send_signal(signal.SIGHUP)
+    wait.until(lambda: "configuration reloaded\n" in gateway.errors.read_text())
+    assert served(gateway)
+    lines = gateway.stop().splitlines()
+    assert all(line.startswith(("natwork: ", "time=")) for line in lines), lines
+    assert len([line for line in lines if LINE.fullmatch(line)]) == 4
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_half_a_line_is_not_joined_by_the_next(
     daemon: running.Start, rotated: bool
