@@ -46,10 +46,10 @@ Signals to the master: TERM and INT stop accepting and let busy workers finish
 access log.  TERM to a worker ends that one session.  Exit codes: 0 asked to
 stop, 1 unexpected, 2 bad command line, 78 bad configuration.
 
-Reading order.  Every section uses only the ones above it.  To understand a
-connection, read downwards; to understand the daemon, start at main() and read
-upwards.  If you read only two sections, read Relay and Master and workers; if
-you read one function, read serve_client(): it tells the path of a request.
+Reading order.  Every section uses only the ones above it, so what a function
+calls stands further up.  To follow a request, start at serve_client(); to
+follow the daemon, start at main().  If you read only two sections, read Relay
+and Master and workers.
 
 It does not cache, decrypt, filter or balance, and it will not: chain it to
 the programs that do.
@@ -507,8 +507,8 @@ class IdleTimeout(Exception):
 # state, numbers that count, and the row of its session.  The master chooses by
 # the state bytes, --table prints the rows, and when a worker dies the master
 # writes the log line that it no longer can.  The scoreboard is one piece of
-# memory that all processes share, and each number in it has a single writer,
-# so there is no lock that a killed worker could keep.
+# memory that all processes share.  A slot has a single writer, and in the header
+# the last write wins, so there is no lock that a killed worker could keep.
 
 FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's next word
 
@@ -597,7 +597,7 @@ class Scoreboard:
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once: one line a second.
 
-        Returns whether it was said; else another one was, in this second.
+        Returns whether it was said; else another one was, or nobody reads.
         """
         second = int(time.monotonic())
         said = self.words[LAST_SAID] != second and say(message)
@@ -669,7 +669,7 @@ class Slot:
         """Take down the row of a session that has ended, and add up its bytes.
 
         Its log line is written next, and only then it is counted: a worker that is
-        killed in between gets no second line.
+        killed in between is counted by the master, and gets no second line.
         """
         words, ends = self.words, ended_by(session.proto, outcome)
         ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
@@ -730,7 +730,7 @@ class Session:
         self.user = self.method = self.target = "-"
         self.address = self.source = self.status = "-"
         self.up = self.down = 0  # bytes written to the server, and to the client
-        self.outcome = OK  # unless it is refused
+        self.outcome = OK  # of a session that is not refused
         self.via = b""  # the gateways that a request has come through
 
     def fields(self, user_size: int = NAME_SIZE) -> str:
@@ -1139,7 +1139,7 @@ class Watch:
         """Give what goes on now drain_timeout to end."""
         self.drain_at = time.monotonic() + self.drain_timeout
         self.on_drain()
-        # SIGALRM ends a call that blocks outside poll(), such as getaddrinfo().
+        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
         signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
 
 
@@ -1624,7 +1624,7 @@ class Master:
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)  # run() held them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)  # held at the start
         while self.workers or not self.stopping:
             try:
                 if not self.stopping:
@@ -1715,7 +1715,7 @@ class Master:
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
             ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
             self.generation.log.write(session, ends.get(code, KILLED).word, slot)
-        slot.count()  # it may have been killed after its line
+        slot.count()  # one that was settled and not counted, if it was killed there
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken."""
@@ -1810,7 +1810,7 @@ class Master:
     def drain_old(self) -> None:
         """Have idle workers of earlier generations leave, once there are new ones.
 
-        Or after a while without: it may be their room that the new ones lack.
+        Or, where forks fail, after a while: they may take the room of the new ones.
         """
         waits = self.fork_failing and time.monotonic() < self.drain_old_at
         if not self.reloading or waits:
@@ -2024,7 +2024,7 @@ def find_route(packed: bytes) -> Route | None:
 
 
 def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that asks again only after some seconds what it has asked."""
+    """Return a function that keeps an answer for some seconds at most."""
     cached = functools.lru_cache(maxsize=256)(lambda period, *what: ask(*what))
     return lambda *what: cached(time.monotonic() // seconds, *what)
 
@@ -3284,9 +3284,9 @@ class Exchange:
             if not keeps:
                 self.http.close()
         if canceled or self.then is not Then.KEEP:
-            self.close_client(canceled)
+            self.choose_close(canceled)
 
-    def close_client(self, canceled: bool = False) -> None:
+    def choose_close(self, canceled: bool = False) -> None:
         """Choose how the client's connection is closed after a whole answer.
 
         A client that said close, and no more, has sent nothing that ours could reset.
@@ -3842,10 +3842,9 @@ def find_user(config: Config) -> tuple[int, int] | None:
 
 def is_there(uplink: Uplink) -> bool:
     """Return whether this box has an uplink now."""
-    if not uplink.packed:
-        return bool(device_addresses(uplink.name))
-    route = route_to(uplink.packed)
-    return bool(route and route.local)
+    if uplink.packed:
+        return is_local(uplink.packed)
+    return bool(device_addresses(uplink.name))
 
 
 def warn_of_outside(config: Config) -> None:

@@ -87,7 +87,7 @@ def dialed(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
         session.down += exchange.client.counted()
         exchange.http.close()
     if exchange.then is not natwork.Then.KEEP:
-        exchange.close_client()
+        exchange.choose_close()
 
 
 def send_line(exchange: natwork.Exchange, line: str) -> None:
