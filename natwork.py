@@ -251,8 +251,17 @@ class Config:
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is refused."""
         where = self.where.get(name, "default")
-        value = masked(str(getattr(self, name)))
+        value = masked(self.spelled(name))
         return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
+
+    def spelled(self, name: str) -> str:
+        """Return the value of a setting as natwork.conf has it, in one line."""
+        value = getattr(self, name)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, float):
+            return str(value).removesuffix(".0")
+        return " ".join(str(value).split())
 
     def check(self) -> None:
         """Raise ConfigError for what cannot be, however well it is spelled."""
@@ -274,15 +283,9 @@ class Config:
         """Return every setting in force, in the form of natwork.conf."""
         lines = ["[natwork]"]
         for name in self.names():
-            value = getattr(self, name)
-            if isinstance(value, bool):
-                text = "yes" if value else "no"
-            elif isinstance(value, float):
-                text = str(value).removesuffix(".0")
-            elif name in ("rules", "parents"):  # a line of ";..." would be a comment
+            text = self.spelled(name)
+            if name in ("rules", "parents"):  # a line of ";..." would be a comment
                 text = "".join(f"\n    {masked(line)}" for line in self.lines(name))
-            else:
-                text = " ".join(str(value).split())
             lines.append(f"{name} = {text}".rstrip())
         return "\n".join(lines)
 
@@ -3651,11 +3654,12 @@ def load_chapter(name: str) -> Any:
     return module
 
 
-def need_chapter(name: str, wanted: str) -> Any:
-    """Return a chapter that something needs; raise ConfigError."""
+def need_chapter(name: str, wanted: str, config: Config | None = None) -> Any:
+    """Return the chapter of an option, or of a setting there; raise ConfigError."""
     if module := load_chapter(name):
         return module
-    raise ConfigError(f"{wanted} needs {chapter_file(name)}, which is not there")
+    why = f"needs {chapter_file(name)}, which is not there"
+    raise config.refuse(wanted, why) if config else ConfigError(f"{wanted} {why}")
 
 
 def find_chapters() -> list[str]:
@@ -3680,7 +3684,7 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
                 why = f"needs {chapter_file(name)}, which is not there"
                 raise config.refuse(setting, why)
     if config.pidfile:
-        need_chapter("daemon", "pidfile")
+        need_chapter("daemon", "pidfile", config)
     return chapters
 
 
@@ -3706,9 +3710,9 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
             pass
         # A new connection is not evicted in its first second.
         seconds = worker.config.head_timeout
+        deadline = time.monotonic() + seconds
         if worker.watch.wait({client.fd: POLLIN}, min(1.0, seconds)):
             return client.fill()
-        deadline = time.monotonic() + seconds
         return bool(worker.await_word(client, None, deadline, True)) and client.fill()
     return False
 
@@ -3964,7 +3968,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     board, fds = Scoreboard(), []
     with contextlib.ExitStack() as undo:
         if config.pidfile:
-            daemon = need_chapter("daemon", "pidfile")
+            daemon = need_chapter("daemon", "pidfile", config)
             fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
         load = functools.partial(load_generation, path, options, board)
         master = Master(board, load)

@@ -114,7 +114,7 @@ def test_alone_it_has_no_pid_file(tmp_path: Path, alone: list[str]) -> None:
     for words in (["-t"], ["-o", "listen=127.0.0.1:0"]):
         words += ["-o", "pidfile=natwork.pid"]
         said = refused(running.command(*words, cwd=tmp_path, program=alone))
-        assert said.startswith("natwork: pidfile needs ")
+        assert said.startswith("natwork: option -o: pidfile = natwork.pid: needs ")
         assert "/natwork_daemon.py, which is not there" in said
 
 
