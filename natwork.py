@@ -1888,7 +1888,6 @@ class Master:
 # kernel has them, 4 or 16 bytes: of one length they compare like numbers.
 
 
-@functools.lru_cache(maxsize=64)
 def pack(address: str) -> bytes:
     """Return an address's 4 or 16 bytes; raise ValueError for anything else.
 
@@ -1900,18 +1899,13 @@ def pack(address: str) -> bytes:
         raise ValueError(f"{address!r} is not an address") from None
 
 
+@functools.lru_cache(maxsize=64)
 def unpack(packed: bytes) -> str:
     """Return an address of 4 or 16 bytes as text."""
     return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
-class Network(NamedTuple):
-    """A block of addresses, from the first to the last."""
-
-    first: bytes
-    last: bytes
-
-
+Network = tuple[bytes, bytes]  # a block's first and last address
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
@@ -1937,9 +1931,10 @@ def embedded_addresses(packed: bytes) -> list[bytes]:
         found = [tail]  # NAT64, RFC 6052; translated, RFC 2765
     elif packed[:12] == bytes(12) and tail[:2] != bytes(2):  # compatible, RFC 4291
         found = [tail]
-    return list(dict.fromkeys([packed, *found]))
+    return [packed, *found]
 
 
+@functools.lru_cache(maxsize=64)
 def address_of(peer: str) -> bytes:
     """Return the address of a peer as the kernel names it, zone and all, packed."""
     return embedded_addresses(pack(peer.partition("%")[0]))[0]
@@ -1956,7 +1951,8 @@ def parse_network(text: str) -> Network:
         raise ValueError(f"{text!r} has no prefix length from 0 to {bits}")
     hosts = (1 << bits - int(length or bits)) - 1
     first = int.from_bytes(packed, "big") & ~hosts
-    return Network(*(n.to_bytes(len(packed), "big") for n in (first, first | hosts)))
+    size = len(packed)
+    return first.to_bytes(size, "big"), (first | hosts).to_bytes(size, "big")
 
 
 def networks(text: str) -> tuple[Network, ...]:
@@ -1967,7 +1963,7 @@ def contains(blocks: Iterable[Network], *found: bytes) -> bool:
     """Return whether one of some addresses lies in one of some blocks."""
     for first, last in blocks:
         for packed in found:
-            if len(packed) == len(first) and first <= packed <= last:
+            if first <= packed <= last and len(packed) == len(first):
                 return True
     return False
 
@@ -2011,8 +2007,8 @@ class Route(NamedTuple):
     source: str
 
 
-def find_route(packed: bytes) -> Route | None:
-    """Return the kernel's route to an address, None if it has none; raise OSError."""
+def find_route(packed: bytes) -> Route:
+    """Return the kernel's route to an address; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
     for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
@@ -2023,7 +2019,7 @@ def find_route(packed: bytes) -> Route | None:
         source = found.get(7, b"")  # RTA_PREFSRC
         # RTN_LOCAL, _BROADCAST, _ANYCAST: this box hears what is sent there.
         return Route(data[7] in (2, 3, 4), device, unpack(source) if source else "")
-    return None
+    return Route(False, "", "")  # there is none
 
 
 def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -2034,12 +2030,6 @@ def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
 
 # Routes may change, but not between the many things that one page asks for.
 route_to = remembered(1.0, find_route)
-
-
-def is_local(packed: bytes) -> bool:
-    """Return whether an address is one of this box; raise OSError."""
-    route = route_to(packed)
-    return bool(route and route.local)
 
 
 def device_addresses(device: str) -> list[bytes]:
@@ -2069,22 +2059,24 @@ def parse_ports(text: str) -> range:
     raise ValueError(f"{text!r} is not a port from 1 to 65535, or LOW-HIGH")
 
 
-def word_pairs(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """Return a line's first word, and the pairs of a word and a list after it.
+def parse_line(
+    text: str, known: tuple[str, ...]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return a line's words, and the lists that follow the known ones by these.
 
     Raises ValueError, which does not quote the line: it may hold a password.
     """
     # A blank after a comma begins no new word.
-    first, *words = re.sub(r"\s*,\s*", ",", text).split()
-    pairs = dict(zip(words[::2], words[1::2]))
-    if 2 * len(pairs) != len(words):
+    words = re.sub(r"\s*,\s*", ",", text).split()
+    lists = {word: listed.split(",") for word, listed in zip(words[1::2], words[2::2])}
+    if 2 * len(lists) + 1 != len(words):
         raise ValueError("the rest is not pairs of a word and a list")
-    for word in pairs:
+    for word, members in lists.items():
         if word not in known:
             raise ValueError(f"{word!r} is none of {', '.join(known)}")
-    if any("" in listed.split(",") for listed in pairs.values()):
-        raise ValueError("a list has an empty member")
-    return first, pairs
+        if "" in members:
+            raise ValueError("a list has an empty member")
+    return words, lists
 
 
 class Rule:
@@ -2094,8 +2086,7 @@ class Rule:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
             raise ValueError(f"{text!r} does not begin with allow or deny")
-        verb, pairs = word_pairs(text, ("from", "user", "to", "port"))
-        lists = {word: listed.split(",") for word, listed in pairs.items()}
+        words, lists = parse_line(text, ("from", "user", "to", "port"))
         names, blocks = set(), []
         for target in lists.get("to", ()):
             if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
@@ -2105,35 +2096,30 @@ class Rule:
             else:
                 raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
         self.word = f"rule-{number}"  # in the log
-        self.text = " ".join([verb, *(f"{word} {pairs[word]}" for word in pairs)])
-        self.allow = verb == "allow"
+        self.text = " ".join(words)
+        self.allow = words[0] == "allow"
         self.sources = [parse_network(source) for source in lists.get("from", ())]
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
         self.names, self.blocks = names, blocks
         self.ports = [parse_ports(ports) for ports in lists.get("port", ())]
+        self.names_mail = range(25, 26) in self.ports
 
     def matches(
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
     ) -> bool:
-        """Return whether every part of the rule that was given fits."""
-        return (
-            (not self.sources or contains(self.sources, client))
-            and (not self.users or user in self.users)
-            and (not self.ports or any(port in ports for ports in self.ports))
-            and (not self.names and not self.blocks or self.names_target(host, found))
-        )
-
-    def names_target(self, host: str, found: list[bytes]) -> bool:
-        """Return whether `to` names a host, or a network with one of its addresses."""
-        if "*" in self.names or host in self.names or contains(self.blocks, *found):
+        """Return whether a target, its addresses found, fits, and who asks for it."""
+        if self.sources and not contains(self.sources, client):
+            return False
+        if self.users and user not in self.users:
+            return False
+        if self.ports and not any(port in ports for ports in self.ports):
+            return False
+        if not self.names and not self.blocks or contains(self.blocks, *found):
             return True
         # ".example" is example and everything below it.
         labels = host.split(".")
-        return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
-
-    def names_mail(self) -> bool:
-        """Return whether it names port 25 expressly."""
-        return range(25, 26) in self.ports
+        above = ("." + ".".join(labels[n:]) for n in range(len(labels)))
+        return not self.names.isdisjoint(["*", host, *above])
 
 
 class Uplink(NamedTuple):
@@ -2181,46 +2167,35 @@ class Policy:
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
+        self.judge = remembered(1.0, self.verdict)
 
-    def is_client(self, client: Client) -> bool:
-        """Return whether a peer is on the inside, and came to us from there."""
-        packed = address_of(client.host)
+    def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
+        """Return whether a peer is on the inside, and came to us from there.
+
+        A neighbor on the network of the outside may have an address that is in
+        `inside`, after a second NAT or as a link-local one.  Such a peer comes to an
+        address of the outside, or our answers would leave by the uplink's device.
+        address is what accept() returns; without a socket it came to an inside one.
+        """
+        packed = address_of(address[0])
+        link_local = contains(LINK_LOCAL, packed)
         if not contains(self.inside, packed):
             return False
-        link_local = contains(LINK_LOCAL, packed)
         if not self.uplinks and not link_local:
             return True
-        # Each device has the link-local addresses: the one it came by says its side.
-        scope = client.address[3] if link_local and len(client.address) == 4 else 0
-        here = address_of(client.stream.sock.getsockname()[0])
-        return self.comes_from_inside(packed, scope, here)
-
-    def comes_from_inside(self, packed: bytes, scope: int, here: bytes | None) -> bool:
-        """Return whether a peer with an inside address is not a neighbor outside.
-
-        The network of an uplink may use addresses that are in `inside`.  Such a peer
-        comes to an address of the outside, here (None for one of the inside), or our
-        answers to it would leave by the uplink's device.  scope is the number of the
-        device that it came by, 0 where the kernel does not say.
-        """
-        route = route_to(packed)
-        device = route.device if route else ""
-        if scope:
-            device = socket.if_indextoname(scope)
+        scope = address[3] if len(address) == 4 else 0
+        device = socket.if_indextoname(scope) if scope else route_to(packed).device
+        here = [address_of(sock.getsockname()[0])] if sock else []
+        if link_local:  # each device has those: the addresses beside them say its side
+            here += device_addresses(device)
         for uplink in self.uplinks:
-            if here == uplink.packed or device == uplink.name:
+            theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
+            if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
-            if not uplink.packed and here in device_addresses(uplink.name):
-                return False
-        return not contains(LINK_LOCAL, packed) or not self.leads_outside(device)
-
-    def leads_outside(self, device: str) -> bool:
-        """Return whether a device is the way to the outside."""
-        if self.uplinks:
-            sources = {uplink.packed for uplink in self.uplinks}
-            return not sources.isdisjoint(device_addresses(device))
-        routes = [route_to(pack("192.0.2.1")), route_to(pack("2001:db8::1"))]
-        return device in [route.device for route in routes if route]
+        if self.uplinks or not link_local:
+            return True
+        anywhere = pack("192.0.2.1"), pack("2001:db8::1")
+        return device not in [route_to(there).device for there in anywhere]
 
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.
@@ -2231,7 +2206,7 @@ class Policy:
         for address in self.listeners.get(port, ()):
             if address in found or not all(map(any, found)):
                 return True
-            if not any(address) and any(map(is_local, found)):
+            if not any(address) and any(route_to(one).local for one in found):
                 return True
         return False
 
@@ -2244,19 +2219,15 @@ class Policy:
             return any(packed) and self.is_own_listener([packed], port)
         return False
 
-    def closes(self, found: list[bytes]) -> str:
+    def closes(self, packed: bytes) -> str:
         """Return which built-in rule denies an address, "" if none does."""
+        found = embedded_addresses(packed)
         for word, blocks in self.closed:
             if contains(blocks, *found):
                 return word
-        return "own" if any(map(is_local, found)) else ""
+        return "own" if any(route_to(one).local for one in found) else ""
 
-    def is_inside_target(self, packed: bytes) -> bool:
-        """Return whether an address is one of the inside, or of this box alone."""
-        found = embedded_addresses(packed)
-        return any(contains(blocks, *found) for _, blocks in self.closed)
-
-    def judge(
+    def verdict(
         self,
         client: str,
         user: str,
@@ -2286,9 +2257,9 @@ class Policy:
                 return denied(rule.word, text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
-            if (not mail or rule.names_mail()) and (named or not self.closes(found)):
+            if (not mail or rule.names_mail) and (named or not self.closes(packed)):
                 return OK, text
-        if closed := self.closes(found):
+        if closed := self.closes(packed):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
@@ -2316,10 +2287,18 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
+def interleave(addresses: list[bytes]) -> list[bytes]:
+    """Return addresses with the families taking turns, RFC 8305 section 4."""
+    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
+    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
+
+
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
-    with contextlib.suppress(ValueError):  # it is a name
+    try:
         return [address_of(host)]
+    except ValueError:
+        pass  # it is a name
     began = time.monotonic()
     # The resolver would go on waiting after a handler of ours.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -2334,7 +2313,8 @@ def resolve(host: str, port: int) -> list[bytes]:
         raise Refused(outcome, f"{host}: {why}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)
-    return list(dict.fromkeys(address_of(str(info[4][0])) for info in found))
+    addresses = dict.fromkeys(address_of(str(info[4][0])) for info in found)
+    return interleave(list(addresses))
 
 
 class Attempt(NamedTuple):
@@ -2345,20 +2325,8 @@ class Attempt(NamedTuple):
     uplink: Uplink | None  # None: by the routing table
     at: float  # seconds after the first, if none fails before
 
-    def source(self) -> tuple[Any, ...]:
-        """Return the socket address it would come from, port aside; raise OSError."""
-        family = INET if len(self.packed) == 4 else INET6
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            if self.uplink:
-                leave_by(probe, self.uplink)
-            probe.connect((unpack(self.packed), 9))  # no packet is sent
-            return probe.getsockname()  # type: ignore[no-any-return]
-
-
-def interleave(addresses: list[bytes]) -> list[bytes]:
-    """Return addresses with the families taking turns, RFC 8305 section 4."""
-    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
-    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
+    def where(self) -> tuple[str, int]:
+        return unpack(self.packed), self.port
 
 
 def ways_to(
@@ -2369,27 +2337,42 @@ def ways_to(
     Uplinks go side by side, failed ones last.  An address of the inside is not dialed
     by a device of the outside: another host could answer for it there.
     """
-    attempts, begin = [], 0.0
+    if not policy.uplinks:  # by the routing table
+        each = enumerate(addresses)
+        return [Attempt(packed, port, None, n * ATTEMPT_DELAY) for n, packed in each]
+    ways: list[Uplink | None] = [*policy.uplinks]
+    ways.sort(key=lambda way: bool(way and board.failed_recently(way.number)))
     devices = [uplink for uplink in policy.uplinks if not uplink.packed]
-    inside: list[bytes] = []
-    if devices:
-        inside = [packed for packed in addresses if policy.is_inside_target(packed)]
-    uplinks = sorted(policy.uplinks, key=lambda one: board.failed_recently(one.number))
-    ways: list[Uplink | None] = [*uplinks]
+    inside = [packed for packed in addresses if devices and policy.closes(packed)]
     if devices == policy.uplinks:
         ways.insert(0, None)  # else the inside is reached from the source addresses
+    attempts, begin = [], 0.0
     for way in ways:
         if not way:
-            usable = inside if devices else addresses
+            usable = inside
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
             usable = [packed for packed in addresses if packed not in inside]
-        for number, packed in enumerate(interleave(usable)):
+        for number, packed in enumerate(usable):
             attempts.append(Attempt(packed, port, way, begin + number * ATTEMPT_DELAY))
         # The next uplink does not wait for all addresses of this one.
         begin += UPLINK_DELAY if usable else 0
     return sorted(attempts, key=lambda attempt: attempt.at)
+
+
+# The target itself has answered with these; any other error is the way's.
+ANSWERS = ConnectionRefusedError, ConnectionResetError
+
+
+def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
+    """Return the refusal that fits attempts that have all failed."""
+    if not failed:
+        return Refused(UNROUTABLE, "no uplink has an address of the target's family")
+    # An answer of the target says more than the want of a route.
+    error, attempt = max(failed, key=lambda one: isinstance(one[0], ANSWERS))
+    why = f"{endpoint(attempt.where())}: {reason(error)}"
+    return Refused(outcome_of(error, CONNECT_FAILED), why)
 
 
 class Race:
@@ -2399,51 +2382,56 @@ class Race:
     those after it come as much earlier.
     """
 
-    # The target itself has answered with these; any other error is the way's.
-    ANSWERS = ConnectionRefusedError, ConnectionResetError
-
-    def __init__(self, watch: Watch, board: Scoreboard) -> None:
-        self.watch, self.board = watch, board
+    def __init__(self, worker: Worker, session: Session) -> None:
+        self.worker, self.session = worker, session
         self.pending: dict[Attempt, socket.socket] = {}
-        self.asked: dict[Uplink, float] = {}  # since when, monotonic
-        self.answered: list[tuple[OSError, Attempt]] = []  # failed by an answer
-        self.failed: list[tuple[OSError, Attempt]] = []  # failed without
+        self.failed: list[tuple[OSError, Attempt]] = []
+        self.answered: set[bytes] = set()  # addresses that have said no
+        # When each uplink was asked, monotonic; infinity after an answer, and less
+        # by the time that it has after another error.
+        self.asked: dict[Uplink | None, float] = {}
         self.last: Attempt | None = None  # that was dialed, or has won
 
-    def run(self, attempts: list[Attempt], timeout: float) -> socket.socket:
-        """Return the socket that connected first; raise Refused if none does.
+    def run(self, attempts: list[Attempt]) -> Stream:
+        """Return the connection that is there first; raise Refused if none is.
 
-        timeout is for all attempts together, in seconds.
+        The session learns its two ends; or, if all fail, the last address tried.
         """
         now = due = time.monotonic()
+        timeout = self.worker.config.connect_timeout  # for all attempts together
         deadline = now + timeout
         waiting = attempts[::-1]  # the next is the last
-        while now < deadline:
-            while waiting and (now >= due or not self.pending):
-                attempt = waiting.pop()
-                if self.start(attempt) and waiting:
-                    due = now + waiting[-1].at - attempt.at
-            if not self.pending:
-                raise self.defeat()
-            until = min(due, deadline) if waiting else deadline
-            wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
-            ready = self.watch.wait(wanted, until - now)
-            now = time.monotonic()
-            for attempt, sock in [*self.pending.items()]:
-                if sock.fileno() not in ready:
-                    continue
-                # How a connect() that could not be waited for has ended.
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not number:
-                    return self.win(sock, attempt)
-                self.fail(OSError(number, os.strerror(number)), attempt)
-                due = now
-        raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
+        try:
+            while now < deadline:
+                while waiting and (now >= due or not self.pending):
+                    attempt = waiting.pop()
+                    if self.start(attempt) and waiting:
+                        due = now + waiting[-1].at - attempt.at
+                for attempt, sock in [*self.pending.items()]:
+                    # Asked again, connect() tells how it goes.
+                    number = sock.connect_ex(attempt.where())
+                    if number in (0, errno.EISCONN):
+                        return self.win(attempt)
+                    if number != errno.EALREADY:
+                        self.fail(OSError(number, os.strerror(number)), attempt)
+                        due = now
+                if not self.pending and not waiting:
+                    raise defeat(self.failed)
+                until = min(due, deadline) if waiting else deadline
+                wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
+                self.worker.watch.wait(wanted, until - now)
+                now = time.monotonic()
+            raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
+        finally:
+            for sock in self.pending.values():
+                sock.close()
+            if self.last:
+                self.session.address = endpoint(self.last.where())
 
     def start(self, attempt: Attempt) -> bool:
         """Begin an attempt; return whether it is on its way."""
-        if attempt.packed in [other.packed for _, other in self.answered]:
-            return False  # the target has said no
+        if attempt.packed in self.answered:
+            return False
         family = INET if len(attempt.packed) == 4 else INET6
         try:
             sock = socket.socket(family, STREAM | socket.SOCK_NONBLOCK)
@@ -2451,7 +2439,7 @@ class Race:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
             self.last = attempt
-            number = sock.connect_ex((unpack(attempt.packed), attempt.port))
+            number = sock.connect_ex(attempt.where())
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
             if number not in (0, errno.EINPROGRESS):
@@ -2459,64 +2447,36 @@ class Race:
         except OSError as error:
             self.fail(error, attempt)
             return False
-        if attempt.uplink:
-            self.asked.setdefault(attempt.uplink, time.monotonic())
+        self.asked.setdefault(attempt.uplink, time.monotonic())
         return True
 
     def fail(self, error: OSError, attempt: Attempt) -> None:
         """Remember an attempt that failed."""
-        failed = self.answered if isinstance(error, self.ANSWERS) else self.failed
-        failed.append((error, attempt))
+        self.failed.append((error, attempt))
+        answered = isinstance(error, ANSWERS)
+        if answered:
+            self.answered.add(attempt.packed)
+        if attempt.uplink in self.asked:
+            self.asked[attempt.uplink] += math.inf if answered else -UPLINK_DELAY
         if attempt in self.pending:
             self.pending.pop(attempt).close()
 
-    def win(self, sock: socket.socket, attempt: Attempt) -> socket.socket:
-        """Return the socket that won, and remember which uplinks were too slow.
+    def win(self, attempt: Attempt) -> Stream:
+        """Return the connection that won, and remember which uplinks were too slow.
 
         An uplink has failed if it was asked first, had its time or an error and no
         answer, and another has won; not if it has no way there: that costs nothing,
         and other targets may have one.
         """
-        self.pending.pop(attempt, None)
-        self.last = attempt
-        heard = [other.uplink for _, other in self.answered]
-        lost = [other.uplink for _, other in self.failed]
         late = time.monotonic() - UPLINK_DELAY
         for uplink, since in self.asked.items():
             if uplink == attempt.uplink:
                 break
-            if uplink not in heard and (since <= late or uplink in lost):
-                self.board.note_failure(uplink.number)
-        return sock
-
-    def defeat(self) -> Refused:
-        """Return the refusal that fits the attempts that failed."""
-        # An answer of the target says more than the want of a route.
-        for error, attempt in self.answered + self.failed:
-            why = f"{endpoint((unpack(attempt.packed), attempt.port))}: {reason(error)}"
-            return Refused(outcome_of(error, CONNECT_FAILED), why)
-        return Refused(UNROUTABLE, "no uplink has an address of the target's family")
-
-    def close(self) -> None:
-        """Give up the attempts that are still on their way."""
-        for sock in self.pending.values():
-            sock.close()
-
-
-def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> Stream:
-    """Return the connection that is there first; raise Refused.
-
-    The session learns its two ends; or, if all attempts fail, the last address tried.
-    """
-    race = Race(worker.watch, worker.board)
-    try:
-        sock = race.run(attempts, worker.config.connect_timeout)
-        session.source = endpoint(sock.getsockname())
-    finally:
-        race.close()
-        if last := race.last:
-            session.address = endpoint((unpack(last.packed), last.port))
-    return Stream(sock, SERVER_GONE)
+            if uplink and since <= late:
+                self.worker.board.note_failure(uplink.number)
+        self.last, sock = attempt, self.pending.pop(attempt)
+        self.session.source = endpoint(sock.getsockname())
+        return Stream(sock, SERVER_GONE)
 
 
 def judged(
@@ -2553,7 +2513,7 @@ def dial(
     else:
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
-        server = connect(worker, session, attempts)
+        server = Race(worker, session).run(attempts)
     worker.slot.connected(time.monotonic() - began)
     return server
 
@@ -3692,7 +3652,7 @@ def admit(worker: Worker, client: Client) -> bool:
     """Return whether a client may be here; one that may not gets no byte."""
     session = Session(client.endpoint, worker.pid_text)
     try:
-        if worker.policy.is_client(client):
+        if worker.policy.is_client(client.address, client.stream.sock):
             return True
         outcome = OUTSIDER
     except OSError as error:  # the kernel does not say where it comes from
@@ -3847,7 +3807,7 @@ def find_user(config: Config) -> tuple[int, int] | None:
 def is_there(uplink: Uplink) -> bool:
     """Return whether this box has an uplink now."""
     if uplink.packed:
-        return is_local(uplink.packed)
+        return bool(route_to(uplink.packed).local)
     return bool(device_addresses(uplink.name))
 
 
@@ -3856,8 +3816,8 @@ def warn_of_outside(config: Config) -> None:
     for uplink in map(parse_uplink, config.outside.split()):
         if not is_there(uplink):
             say(f"outside: {uplink.name} is not there now")
-    route = None if config.outside else route_to(pack("192.0.2.1"))
-    device, inside = route.device if route else "", networks(config.inside)
+    device = "" if config.outside else route_to(pack("192.0.2.1")).device
+    inside = networks(config.inside)
     for packed in device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
         if contains(LINK_LOCAL, packed) or len(packed) != 4:

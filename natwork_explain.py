@@ -25,14 +25,12 @@ def explain_client(
         packed = natwork.address_of(client)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
-    inside = natwork.contains(policy.inside, packed)
-    link_local = natwork.contains(natwork.LINK_LOCAL, packed)
-    if inside and (policy.uplinks or link_local):
-        scope = 0
-        with contextlib.suppress(OSError):
-            scope = socket.if_nametoindex(client.partition("%")[2])
-        inside = policy.comes_from_inside(packed, scope if link_local else 0, None)
-    if inside and policy.uplinks and (route := natwork.route_to(packed)):
+    scope = 0
+    with contextlib.suppress(OSError):
+        scope = socket.if_nametoindex(client.partition("%")[2])
+    inside = policy.is_client((client, 0, 0, scope), None)
+    if inside and policy.uplinks:
+        route = natwork.route_to(packed)
         for uplink in policy.uplinks:
             if uplink.packed in natwork.device_addresses(route.device):
                 print(f"if it comes to {uplink.name}, the outside: not inside, refused")
@@ -65,12 +63,11 @@ def explain_dials(
             there = natwork.is_there(attempt.uplink)
             missing = "" if there else ", which is not there now"
             way = f"from {attempt.uplink.name}{missing}"
-        elif route and route.source:
+        elif route.source:
             way = f"from {route.source}, by {route.device}, as the routing table has it"
         else:
             way = "but the routing table has no way there"
-        where = natwork.endpoint((natwork.unpack(attempt.packed), port))
-        print(f"would dial {where} {way}")
+        print(f"would dial {natwork.endpoint(attempt.where())} {way}")
 
 
 def explain(path: str, options: list[str], words: list[str]) -> int:

@@ -100,10 +100,10 @@ def parse_parent(text: str) -> Parent:
 
     What it raises never quotes the line, which may hold a password.
     """
-    url, pairs = natwork.word_pairs(text, ("to", "scheme"))
-    if pairs.get("scheme", "http") != "http":
+    words, lists = natwork.parse_line(text, ("to", "scheme"))
+    if lists.get("scheme", ["http"]) != ["http"]:
         raise ValueError("the only scheme to be named is http")
-    match = PARENT_URL.fullmatch(url)
+    match = PARENT_URL.fullmatch(words[0])
     if not match:
         raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
     scheme, user, password, at, host, port = match.groups(default="")
@@ -124,8 +124,8 @@ def parse_parent(text: str) -> Parent:
         natwork.parse_ports(port).start,
         name,
         secret,
-        natwork.Rule(f"allow to {pairs.get('to', '*')}", 0),
-        "scheme" in pairs,
+        natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}", 0),
+        "scheme" in lists,
     )
 
 
@@ -226,7 +226,7 @@ class Parents:
         known = [one for packed in found for one in natwork.embedded_addresses(packed)]
         for parent in self.parents:
             if proto == "http" or not parent.plain:
-                if parent.targets.names_target(host.rstrip("."), known):
+                if parent.targets.matches(b"", "", host.rstrip("."), 0, known):
                     return parent
         return None
 
@@ -237,7 +237,7 @@ class Parents:
             if rule.matches(peer, name, host.rstrip("."), port, []):
                 if not rule.allow:
                     return False
-                if rule.names and (port != 25 or rule.names_mail()):
+                if rule.names and (port != 25 or rule.names_mail):
                     return True
         return False
 
@@ -274,7 +274,7 @@ class Parents:
         if only:
             addresses = natwork.judged(worker, session, host, port, only)
         attempts = natwork.ways_to(self.policy, addresses, port, worker.board)
-        return natwork.connect(worker, session, attempts)
+        return natwork.Race(worker, session).run(attempts)
 
     def dial_parent(
         self,
@@ -296,13 +296,13 @@ class Parents:
             raise Refused(natwork.LOOP, "it is this gateway")
         deadline = time.monotonic() + worker.config.connect_timeout
         # A parent inside or on this box is not reached by way of the outside.
-        inside = [p for p in found if policy.closes(natwork.embedded_addresses(p))]
+        inside = [packed for packed in found if policy.closes(packed)]
         outside = [packed for packed in found if packed not in inside]
         attempts = [
             natwork.Attempt(packed, parent.port, None, 0.0) for packed in inside
         ]
         attempts += natwork.ways_to(policy, outside, parent.port, worker.board)
-        server = natwork.connect(worker, session, attempts)
+        server = natwork.Race(worker, session).run(attempts)
         talk = Handshake(worker.watch, server, deadline)
         try:
             if parent.scheme == "socks5":

@@ -144,7 +144,7 @@ def redirect(
         raise natwork.Refused(
             natwork.AUTH_REQUIRED, "a redirected client cannot log in"
         )
-    if (route := natwork.route_to(natwork.address_of(peer))) and route.local:
+    if natwork.route_to(natwork.address_of(peer)).local:
         raise natwork.Refused(natwork.LOOP, "this box redirects what it sends itself")
     worker.begin(session)
     server = natwork.dial(worker, session, host, port)
