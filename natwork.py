@@ -2037,11 +2037,9 @@ def device_addresses(device: str) -> list[bytes]:
 
     Raises OSError.
     """
-    try:
+    found, index = [], 0
+    with contextlib.suppress(OSError):
         index = socket.if_nametoindex(device)
-    except OSError:
-        return []
-    found: list[bytes] = []
     for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
         if struct.unpack_from("=I", data, 4)[0] == index:
             fields = dict(parts_of(data[8:], "=HH"))
@@ -2096,7 +2094,7 @@ class Rule:
             else:
                 raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
         self.word = f"rule-{number}"  # in the log
-        self.text = " ".join(words)
+        self.text = f"rule {number}: {' '.join(words)}"
         self.allow = words[0] == "allow"
         self.sources = [parse_network(source) for source in lists.get("from", ())]
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
@@ -2228,13 +2226,7 @@ class Policy:
         return "own" if any(route_to(one).local for one in found) else ""
 
     def verdict(
-        self,
-        client: str,
-        user: str,
-        host: str,
-        port: int,
-        packed: bytes,
-        redirected: bool = False,
+        self, peer: str, user: str, host: str, port: int, packed: bytes, proto: str = ""
     ) -> tuple[Outcome, str]:
         """Return what the first rule that fits says of dialing an address: OK or not.
 
@@ -2244,21 +2236,20 @@ class Policy:
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
         # A redirected client did not choose a gateway to send its mail through.
-        mail = port == 25 and not redirected
+        mail = port == 25 and proto != "redirect"
         found = embedded_addresses(packed)
         if self.is_own_listener(found, port):
             return LOOP, "the gateway's own listener"
-        peer = address_of(client)
+        client = address_of(peer)
         for rule in self.rules:
-            if not rule.matches(peer, user, host, port, found):
+            if not rule.matches(client, user, host, port, found):
                 continue
-            text = f"{rule.word.replace('-', ' ')}: {rule.text}"
             if not rule.allow:
-                return denied(rule.word, text)
+                return denied(rule.word, rule.text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not self.closes(packed)):
-                return OK, text
+                return OK, rule.text
         if closed := self.closes(packed):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
@@ -2487,10 +2478,10 @@ def judged(
     Of the host's addresses it may be told to take only one.
     """
     allowed: list[bytes] = []
-    peer, user, refusal = worker.client.host, session.user, None
-    redirected = session.proto == "redirect"
+    refusal = None
+    peer, user, proto = worker.client.host, session.user, session.proto
     for packed in [pack(only)] if only else resolve(host, port):
-        outcome, rule = worker.policy.judge(peer, user, host, port, packed, redirected)
+        outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
         else:
@@ -2503,9 +2494,9 @@ def judged(
 def dial(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> Stream:
-    """Return a connection to a target, for a session that learns its two ends.
+    """Return a connection to a target, or to only one of its addresses; raise Refused.
 
-    Of the host's addresses it may be told to take only one.  Raises Refused.
+    The session learns its two ends.
     """
     began = time.monotonic()
     if worker.chapters.parents:

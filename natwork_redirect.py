@@ -154,7 +154,7 @@ def redirect(
         for name in sniff(worker, server, strict):
             session.target = natwork.endpoint((natwork.printable(name.lower()), port))
             claim, packed = name.decode("latin-1").lower(), natwork.pack(host)
-            outcome, rule = policy.judge(peer, "-", claim, port, packed, True)
+            outcome, rule = policy.judge(peer, "-", claim, port, packed, "redirect")
             if outcome is not natwork.OK:
                 raise natwork.Refused(outcome, rule)
             worker.proceed(session)

@@ -172,7 +172,7 @@ def test_a_bad_rule_is_refused_and_the_error_names_it(
 
 def test_a_rule_is_its_words_whatever_the_blanks() -> None:
     rule = natwork.Rule("  deny   to a.example , .b.example  port 80,90-99 ", 3)
-    assert rule.text == "deny to a.example,.b.example port 80,90-99"
+    assert rule.text == "rule 3: deny to a.example,.b.example port 80,90-99"
     assert (rule.word, rule.allow) == ("rule-3", False)
 
 
