@@ -2012,10 +2012,9 @@ def find_route(packed: bytes) -> Route:
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
     for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
-        found, device = dict(parts_of(data[12:], "=HH")), ""
+        found = dict(parts_of(data[12:], "=HH"))
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
-        with contextlib.suppress(OSError):  # none, or it has just gone
-            device = socket.if_indextoname(index)
+        device = socket.if_indextoname(index)
         source = found.get(7, b"")  # RTA_PREFSRC
         # RTN_LOCAL, _BROADCAST, _ANYCAST: this box hears what is sent there.
         return Route(data[7] in (2, 3, 4), device, unpack(source) if source else "")
@@ -2171,14 +2170,14 @@ class Policy:
         """Return whether a peer is on the inside, and came to us from there.
 
         A neighbor on the network of the outside may have an address that is in
-        `inside`, after a second NAT or as a link-local one.  Such a peer comes to an
+        `inside`, before a second NAT or as a link-local one.  Such a peer comes to an
         address of the outside, or our answers would leave by the uplink's device.
         address is what accept() returns; without a socket it came to an inside one.
         """
         packed = address_of(address[0])
-        link_local = contains(LINK_LOCAL, packed)
         if not contains(self.inside, packed):
             return False
+        link_local = contains(LINK_LOCAL, packed)
         if not self.uplinks and not link_local:
             return True
         scope = address[3] if len(address) == 4 else 0
@@ -2375,43 +2374,34 @@ class Race:
 
     def __init__(self, worker: Worker, session: Session) -> None:
         self.worker, self.session = worker, session
+        self.waiting: list[Attempt] = []  # the next is the last
+        self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
-        self.failed: list[tuple[OSError, Attempt]] = []
-        self.answered: set[bytes] = set()  # addresses that have said no
-        # When each uplink was asked, monotonic; infinity after an answer, and less
-        # by the time that it has after another error.
-        self.asked: dict[Uplink | None, float] = {}
         self.last: Attempt | None = None  # that was dialed, or has won
+        self.failed: list[tuple[OSError, Attempt]] = []
+        # When each uplink was asked, monotonic.  After an answer that is infinity,
+        # which is never too long ago; any other error uses up the uplink's time.
+        self.asked: dict[Uplink | None, float] = {}
 
     def run(self, attempts: list[Attempt]) -> Stream:
         """Return the connection that is there first; raise Refused if none is.
 
         The session learns its two ends; or, if all fail, the last address tried.
         """
-        now = due = time.monotonic()
         timeout = self.worker.config.connect_timeout  # for all attempts together
-        deadline = now + timeout
-        waiting = attempts[::-1]  # the next is the last
+        deadline = time.monotonic() + timeout
+        self.waiting = attempts[::-1]
         try:
-            while now < deadline:
-                while waiting and (now >= due or not self.pending):
-                    attempt = waiting.pop()
-                    if self.start(attempt) and waiting:
-                        due = now + waiting[-1].at - attempt.at
-                for attempt, sock in [*self.pending.items()]:
-                    # Asked again, connect() tells how it goes.
-                    number = sock.connect_ex(attempt.where())
-                    if number in (0, errno.EISCONN):
-                        return self.win(attempt)
-                    if number != errno.EALREADY:
-                        self.fail(OSError(number, os.strerror(number)), attempt)
-                        due = now
-                if not self.pending and not waiting:
+            while (now := time.monotonic()) < deadline:
+                while self.waiting and (now >= self.due or not self.pending):
+                    self.start(self.waiting.pop(), now)
+                if server := self.ask():
+                    return server
+                if not self.pending and not self.waiting:
                     raise defeat(self.failed)
-                until = min(due, deadline) if waiting else deadline
+                until = min(self.due, deadline) if self.waiting else deadline
                 wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
                 self.worker.watch.wait(wanted, until - now)
-                now = time.monotonic()
             raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
         finally:
             for sock in self.pending.values():
@@ -2419,10 +2409,10 @@ class Race:
             if self.last:
                 self.session.address = endpoint(self.last.where())
 
-    def start(self, attempt: Attempt) -> bool:
-        """Begin an attempt; return whether it is on its way."""
-        if attempt.packed in self.answered:
-            return False
+    def start(self, attempt: Attempt, now: float) -> None:
+        """Begin an attempt, and give it its time."""
+        if self.waiting:
+            self.due = now + self.waiting[-1].at - attempt.at
         family = INET if len(attempt.packed) == 4 else INET6
         try:
             sock = socket.socket(family, STREAM | socket.SOCK_NONBLOCK)
@@ -2435,18 +2425,28 @@ class Race:
                 number = errno.EAGAIN
             if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, os.strerror(number))
+            self.asked.setdefault(attempt.uplink, now)
         except OSError as error:
             self.fail(error, attempt)
-            return False
-        self.asked.setdefault(attempt.uplink, time.monotonic())
-        return True
+
+    def ask(self) -> Stream | None:
+        """Return the connection of an attempt that has succeeded, if there is one."""
+        for attempt, sock in [*self.pending.items()]:
+            # Called again, connect() tells what has become of the first call.
+            number = sock.connect_ex(attempt.where())
+            if number in (0, errno.EISCONN):
+                return self.win(attempt)
+            if number != errno.EALREADY:
+                self.fail(OSError(number, os.strerror(number)), attempt)
+        return None
 
     def fail(self, error: OSError, attempt: Attempt) -> None:
-        """Remember an attempt that failed."""
+        """Remember an attempt that failed; the next one begins at once."""
+        self.due = 0.0
         self.failed.append((error, attempt))
         answered = isinstance(error, ANSWERS)
-        if answered:
-            self.answered.add(attempt.packed)
+        if answered:  # it would say the same by another uplink
+            self.waiting = [one for one in self.waiting if one.packed != attempt.packed]
         if attempt.uplink in self.asked:
             self.asked[attempt.uplink] += math.inf if answered else -UPLINK_DELAY
         if attempt in self.pending:
