@@ -2170,7 +2170,7 @@ class Policy:
         """Return whether a peer is on the inside, and came to us from there.
 
         A neighbor on the network of the outside may have an address that is in
-        `inside`, before a second NAT or as a link-local one.  Such a peer comes to an
+        `inside`, between two NATs or as a link-local one.  Such a peer comes to an
         address of the outside, or our answers would leave by the uplink's device.
         address is what accept() returns; without a socket it came to an inside one.
         """
