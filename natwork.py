@@ -2164,6 +2164,7 @@ class Policy:
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
+        # A page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
 
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
@@ -2478,16 +2479,13 @@ def judged(
     Of the host's addresses it may be told to take only one.
     """
     allowed: list[bytes] = []
-    refusal = None
     peer, user, proto = worker.client.host, session.user, session.proto
     for packed in [pack(only)] if only else resolve(host, port):
         outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
-        else:
-            refusal = Refused(outcome, f"{unpack(packed)}: {rule}")
     if not allowed:
-        raise refusal or Refused(NO_SUCH_HOST, f"{host} has no address")
+        raise Refused(outcome, f"{unpack(packed)}: {rule}")
     return allowed
 
 
