@@ -2619,15 +2619,15 @@ CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
+# Field lines; a folded one, a bare CR or LF do not match.
+LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 # By its first letter HTTP is told from SOCKS.
-REQUEST_LINE = re.compile(
-    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
-)
-STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (%b))?" % TEXT)
+REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
+STATUS_LINE = rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (%b))?" % TEXT
+REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
+RESPONSE_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (STATUS_LINE, LINES))
 BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")  # in a head not all there
-# A folded line, a bare CR or LF do not match.  RFC 9112 section 5.1: a blank before
-# the colon is an error in a request, and to be removed from a response.
-FIELDS = re.compile(rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT))
+# RFC 9112 section 5.1: an error in a request, and to be removed from a response.
 BLANK_BEFORE_COLON = re.compile(rb"(?m)^(%b)[\t ]+:" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
@@ -2674,13 +2674,11 @@ REWRITTEN = b"|".join([*sorted(HOP_BY_HOP), b"content-length", b"via"])
 READ_ASKED = re.compile(READ % (REWRITTEN + b"|host|expect|max-forwards"))
 READ_ANSWERED = re.compile(READ % (REWRITTEN + b"|date"))
 
-Names = dict[bytes, list[bytes]]
 
-
-def members(names: Names, name: bytes) -> list[bytes]:
-    """Return the members of a list field, lower case, from all its lines."""
-    listed = b",".join(names.get(name, ())).lower().split(b",")
-    return [member for part in listed if (member := part.strip(b" \t"))]
+def members(listed: bytes) -> list[bytes]:
+    """Return the members of a list field, in lower case."""
+    parts = listed.lower().split(b",")
+    return [member for part in parts if (member := part.strip(b" \t"))]
 
 
 def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
@@ -2689,30 +2687,27 @@ def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
     return b"".join(x for x in lines if x.partition(b":")[0].lower() not in dropped)
 
 
-def read_fields(section: bytes, bad: Outcome) -> tuple[Names, bytes, list[bytes]]:
-    """Read a section of whole field lines; raise Refused with the outcome bad.
+def read_fields(
+    section: bytes, read: re.Pattern[bytes]
+) -> tuple[dict[bytes, bytes], bytes, list[bytes]]:
+    """Read a line end and whole field lines, those that a pattern knows.
 
-    Returns the fields that are read here, the lines that travel on, and the options
-    that Connection lists.
+    Returns these by their names in lower case, each from all its lines (RFC 9110
+    section 5.3); the lines that travel on; and the options that Connection lists.
     """
-    asked = bad is BAD_REQUEST  # else a server has answered
-    if not FIELDS.fullmatch(section):
-        section = BLANK_BEFORE_COLON.sub(rb"\1:", section)
-        if asked or not FIELDS.fullmatch(section):
-            raise Refused(bad, "malformed field line")
     # Each match takes one line out: what is between them travels on.
-    pieces = (READ_ASKED if asked else READ_ANSWERED).split(b"\n" + section)
-    names: Names = {}
+    pieces = read.split(section)
+    fields: dict[bytes, bytes] = {}
     for name, value in zip(pieces[1::3], pieces[2::3]):
-        names.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
-    forwarded = b"".join(pieces[::3])[1:]
-    options: list[bytes] = []
-    if b"connection" in names:
-        options = b",".join(names[b"connection"]).lower().replace(b",", b" ").split()
+        name, value = name.lower(), value.rstrip(b" \t")
+        fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
+    forwarded, options = b"".join(pieces[::3])[1:], []
+    if b"connection" in fields:
+        options = fields[b"connection"].lower().replace(b",", b" ").split()
         if not NOT_NAMED.issuperset(options):
             # What Connection names does not travel on.
             forwarded = without(forwarded, set(options) - NOT_NAMED)
-    return names, forwarded, options
+    return fields, forwarded, options
 
 
 @functools.lru_cache(maxsize=64)
@@ -2741,29 +2736,23 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     return bare, port
 
 
-def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
-    """Return method, target and minor version; raise Refused."""
+def check_request_line(line: bytes) -> None:
+    """Raise Refused if a request line is malformed, or is not for us."""
     if len(line) > LINE_LIMIT:
         raise Refused(URI_TOO_LONG, f"request line over {LINE_LIMIT} bytes")
-    match = REQUEST_LINE.fullmatch(line)
+    match = re.fullmatch(REQUEST_LINE, line)
     if not match:
         raise Refused(BAD_REQUEST, "malformed request line")
-    method, target, major, minor = match.groups()
-    if major != b"1":
-        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
-    if len(method) > METHOD_LIMIT:
+    if match[3][:1] != b"1":
+        raise Refused(BAD_VERSION, f"HTTP/{match[3][:1].decode()}, and not HTTP/1")
+    if len(match[1]) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
-    return method, target, 0 if minor == b"0" else 1
 
 
-def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
-    """Return status, the line as it travels on, and minor version; raise Refused."""
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
+def check_status_line(line: bytes) -> None:
+    """Raise Refused if a status line is malformed."""
+    if not re.fullmatch(STATUS_LINE, line):
         raise Refused(BAD_RESPONSE, "malformed status line")
-    minor, status, phrase = match.groups(b"")
-    forwarded = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
-    return int(status), forwarded, 0 if minor == b"0" else 1
 
 
 class RequestHead:
@@ -2771,22 +2760,30 @@ class RequestHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
-        end = head.find(CRLF)
-        self.method, self.target, self.minor = parse_request_line(head[:end])
+        match = REQUEST_HEAD.fullmatch(head)
+        if not match:
+            check_request_line(head.partition(CRLF)[0])
+            raise Refused(BAD_REQUEST, "malformed field line")
+        self.method, self.target, version, section = match.groups()
+        if (
+            version[:1] != b"1"
+            or len(self.method) > METHOD_LIMIT
+            or match.end(3) > LINE_LIMIT
+        ):
+            check_request_line(head[: match.end(3)])
+        self.minor = 0 if version == b"1.0" else 1
         self.path = self.target  # as its server is asked for it, once that is parsed
-        section = head[end + 2 : -2]
-        self.names, self.forwarded, self.options = read_fields(section, BAD_REQUEST)
+        self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
         # RFC 9112 section 3.2: one, and only one; it may be empty.
-        hosts = self.names.get(b"host", ())
-        if len(hosts) != 1 and (hosts or self.minor):
-            raise Refused(BAD_REQUEST, f"{len(hosts) or 'no'} Host fields")
-        if hosts and hosts[0]:
-            parse_authority(hosts[0], 80)
+        host = self.fields.get(b"host")
+        if host is None and self.minor:
+            raise Refused(BAD_REQUEST, "no Host field")
+        if host:
+            parse_authority(host, 80)
         # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
-        asks = self.minor and b"expect" in self.names
-        self.expected = members(self.names, b"expect") if asks else []
+        self.expected = self.minor and self.fields.get(b"expect", b"").lower()
 
     def is_own(self) -> bool:
         """Return whether the target is in origin-form: it asks the gateway itself."""
@@ -2794,9 +2791,10 @@ class RequestHead:
 
     def values(self, name: bytes) -> list[bytes]:
         """Return the values of any field, by its name in lower case."""
+        if name in self.fields:
+            return [self.fields[name]]
         lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
-        others = [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
-        return self.names.get(name) or others
+        return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
 
 
 class ResponseHead:
@@ -2804,10 +2802,15 @@ class ResponseHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
-        end = head.find(CRLF)
-        self.status, self.line, self.minor = parse_status_line(head[:end])
-        section = head[end + 2 : -2]
-        self.names, self.forwarded, self.options = read_fields(section, BAD_RESPONSE)
+        match = RESPONSE_HEAD.fullmatch(head)
+        match = match or RESPONSE_HEAD.fullmatch(BLANK_BEFORE_COLON.sub(rb"\1:", head))
+        if not match:
+            check_status_line(head.partition(CRLF)[0])
+            raise Refused(BAD_RESPONSE, "malformed field line")
+        minor, status, phrase, section = match.groups(b"")
+        self.status, self.minor = int(status), 0 if minor == b"0" else 1
+        self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
+        self.fields, self.forwarded, self.options = read_fields(section, READ_ANSWERED)
 
 
 def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
@@ -2816,12 +2819,11 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.  Raises
     Refused with the outcome given.
     """
-    names = head.names
-    lengths = names.get(b"content-length")
-    if b"transfer-encoding" in names:
-        codings = members(names, b"transfer-encoding")
-        if lengths or not head.minor:
-            why = "with Content-Length" if lengths else "in HTTP/1.0"
+    digits = head.fields.get(b"content-length")
+    if b"transfer-encoding" in head.fields:
+        codings = members(head.fields[b"transfer-encoding"])
+        if digits is not None or not head.minor:
+            why = "in HTTP/1.0" if digits is None else "with Content-Length"
             raise Refused(bad, f"Transfer-Encoding {why}")
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
             raise Refused(bad, "Transfer-Encoding does not end in one chunked")
@@ -2830,11 +2832,10 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
             lacking = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
             raise Refused(lacking, "a transfer coding other than chunked")
         return CHUNKED
-    if not lengths:
+    if digits is None:
         return None
-    digits = lengths[0]
     # 18 digits are more than was ever sent, and fit in 63 bits.
-    if len(lengths) > 1 or not digits.isdigit() or len(digits) > 18:
+    if not digits.isdigit() or len(digits) > 18:
         raise Refused(bad, "invalid Content-Length")
     return int(digits)
 
@@ -2940,7 +2941,7 @@ def chunked(
         section += line
         if len(section) > HEAD_LIMIT:
             raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
-    if not FIELDS.fullmatch(section):
+    if not re.fullmatch(LINES, section):
         raise Refused(bad, "malformed field line in the trailers")
     if framed:
         dropped = NOT_IN_TRAILERS.union(head.options)
@@ -2965,9 +2966,9 @@ NOTHING, INTERIM, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(5)
 KEEP, CLOSE, LINGER = range(3)  # what becomes of the client's connection then
 
 
-def upgrade_lines(protocols: Iterable[bytes]) -> bytes:
+def upgrade_lines(protocols: bytes) -> bytes:
     """Return the field lines that name protocols to change to: RFC 9110 section 7.8."""
-    return b"Connection: upgrade\r\nUpgrade: %b\r\n" % b", ".join(protocols)
+    return b"Connection: upgrade\r\nUpgrade: %b\r\n" % protocols
 
 
 def check_response_begun(received: bytearray, looked: int) -> None:
@@ -2975,7 +2976,7 @@ def check_response_begun(received: bytearray, looked: int) -> None:
     if BAD_LINE_END.search(received, looked):
         raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
     if received.find(CRLF, looked) >= 0:
-        parse_status_line(bytes(received.partition(CRLF)[0]))
+        check_status_line(bytes(received.partition(CRLF)[0]))
 
 
 class HttpConnection:
@@ -2990,8 +2991,8 @@ class HttpConnection:
         """Take over a worker's client, of which the first bytes have been received."""
         self.worker, self.client = worker, worker.client.stream
         name = worker.config.name.encode()
-        # The line that we add to a message, by its sender's minor version.
-        self.via = [b"Via: 1.0 %b\r\n" % name, b"Via: 1.1 %b\r\n" % name]
+        # What we add to a message's Via, by its sender's minor version.
+        self.via = b"1.0 " + name, b"1.1 " + name
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes.
@@ -3001,9 +3002,7 @@ class HttpConnection:
         """
         self.blanks = 0
         if not self.drop_blanks():  # the request came with the one before
-            if self.server and self.worker.has_word(self.server):
-                self.close()
-            return True
+            self.check_server()
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             ready = self.worker.await_word(self.client, self.server, deadline, False)
@@ -3015,6 +3014,11 @@ class HttpConnection:
             except Refused:
                 return False
         return True
+
+    def check_server(self) -> None:
+        """Drop the kept server if it has closed, or says what was not asked for."""
+        if self.server and self.worker.has_word(self.server):
+            self.close()
 
     def drop_blanks(self) -> bool:
         """Drop empty lines before a request; return whether nothing else is there.
@@ -3064,7 +3068,8 @@ class Exchange:
     progress, then = NOTHING, CLOSE
     continued = False  # the client was told to send its body
     server_keeps = False  # the server's connection goes on after its answer
-    offered: Iterable[bytes] = ()  # protocols for an upgrade
+    offered = b""  # protocols for an upgrade
+    switching: ResponseHead | None = None  # the answer that takes one
     # Steps that pass an answer's body on, if that is not done as it is.
     translate: Callable[[Direction], Steps] | None = None
 
@@ -3109,7 +3114,7 @@ class Exchange:
                 raise Refused(BAD_REQUEST, "CONNECT with a body")
         elif head.keep_alive:
             self.then = KEEP
-        if head.expected and set(head.expected) != {b"100-continue"}:
+        if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         return head
 
@@ -3123,6 +3128,7 @@ class Exchange:
             self.client, BLANK_LINE, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun
         )
         head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
+        self.http.check_server()  # it has had time since await_request()
         return head
 
     def check_begun(self, received: bytearray, looked: int) -> None:
@@ -3137,7 +3143,7 @@ class Exchange:
             raise Refused(BAD_REQUEST, f"this is {what}")
         if received.find(CRLF, looked) >= 0 or len(received) > LINE_LIMIT:
             line = received[: LINE_LIMIT + 2].partition(CRLF)[0].removesuffix(b"\r")
-            parse_request_line(bytes(line))
+            check_request_line(bytes(line))
         if BAD_LINE_END.search(received, looked):
             raise Refused(BAD_REQUEST, "bare CR or LF, or NUL, in the request head")
 
@@ -3153,7 +3159,7 @@ class Exchange:
             session.target = printable(USER_OR_QUERY.sub(b"", head.target), TARGET_SIZE)
             host = ""
             with contextlib.suppress(Refused):
-                host, _ = parse_authority(head.names.get(b"host", [b""])[0], 80)
+                host, _ = parse_authority(head.fields.get(b"host", b""), 80)
             self.target = Target(host, 0, b"", OWN_PAGE)
             return self.target
         if head.target == b"*" and head.method == b"OPTIONS":  # it asks the gateway
@@ -3161,17 +3167,17 @@ class Exchange:
             return Target("", 0, b"", b"*")
         target, head.path = parse_target(head.method, head.target)
         session.target = target.shown(head)
-        if b"via" in head.names:
-            self.check_via(head.names)
+        if b"via" in head.fields:
+            self.check_via(head.fields[b"via"])
         if target.scheme == b"http" and policy.means_us(target.host, target.port):
             target = target._replace(scheme=OWN_PAGE)
         self.target = target
         return target
 
-    def check_via(self, names: Names) -> None:
+    def check_via(self, via: bytes) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
-        self.session.via = b", ".join(names[b"via"]) + b", "
-        for member in members(names, b"via"):
+        self.session.via = via + b", "
+        for member in members(via):
             if member.split()[1:2] == [self.config.name.lower().encode()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
@@ -3182,10 +3188,10 @@ class Exchange:
         """
         if head.method == b"TRACE" and self.length is not None:
             raise Refused(BAD_REQUEST, "TRACE with a body")
-        values = head.names.get(b"max-forwards", [])
-        if len(values) > 1 or values and not re.fullmatch(rb"[0-9]{1,32}", values[0]):
+        hops = head.fields.get(b"max-forwards")
+        if hops is not None and not re.fullmatch(rb"[0-9]{1,32}", hops):
             raise Refused(BAD_REQUEST, "invalid Max-Forwards")
-        return bool(values) and int(values[0]) == 0 or head.target == b"*"
+        return hops is not None and int(hops) == 0 or head.target == b"*"
 
     def answer_options(self, head: RequestHead) -> None:
         """Answer OPTIONS with what is possible here; TRACE is not; raise Refused."""
@@ -3230,8 +3236,8 @@ class Exchange:
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        if head.minor and b"upgrade" in head.options and not self.length:
-            self.offered = head.names.get(b"upgrade", ())  # RFC 9110 section 7.8
+        if head.minor and b"upgrade" in head.options:
+            self.offered = head.fields.get(b"upgrade", b"")  # RFC 9110 section 7.8
         server = http.kept_server(session, target.host, target.port)
         self.worker.begin(session)
         if server:
@@ -3334,6 +3340,8 @@ class Exchange:
         up.out += request  # it leaves with what has come of the body
         up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)
+        if self.switching:
+            self.switch(server, self.switching)
         return up.state == DONE
 
     def join(self, up: Direction, down: Direction) -> None:
@@ -3360,10 +3368,10 @@ class Exchange:
         """Return the head of the request as it travels on."""
         head, authority = self.head, self.target.authority
         extra = self.via(head) + framing_lines(self.length)
-        for value in head.names.get(b"max-forwards", ()):
+        if hops := head.fields.get(b"max-forwards"):
             if head.method in (b"TRACE", b"OPTIONS"):
-                value = b"%d" % (int(value) - 1)
-            extra += b"Max-Forwards: %b\r\n" % value
+                hops = b"%d" % (int(hops) - 1)
+            extra += b"Max-Forwards: %b\r\n" % hops
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if self.offered:
@@ -3390,6 +3398,9 @@ class Exchange:
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
         response = yield from self.read_response(down)
+        if response.status == 101 and self.offered:
+            self.switching = response  # once the body has been sent
+            return
         size = self.begin_answer(response)
         up.may_fail = True
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
@@ -3462,11 +3473,10 @@ class Exchange:
 
     def response_head(self, response: ResponseHead, size: int) -> bytes:
         """Return the head of the answer as it travels on."""
-        lines, names = response.forwarded + self.via(response), response.names
-        if response.status == 426 and b"upgrade" in names:
-            lines += upgrade_lines(names[b"upgrade"])  # RFC 9110 section 15.5.22
-        date = names[b"date"][0] if b"date" in names else b""
-        keep = self.then is KEEP
+        lines, fields = response.forwarded + self.via(response), response.fields
+        if response.status == 426 and b"upgrade" in fields:
+            lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
+        date, keep = fields.get(b"date", b""), self.then is KEEP
         return answer_head(response.line, lines, self.told, keep, date)
 
     def send_answer(
@@ -3491,17 +3501,17 @@ class Exchange:
         self.progress = WHOLE
 
     def via(self, head: RequestHead | ResponseHead) -> bytes:
-        """Return the Via lines of a message, and ours: RFC 9110 section 7.6.3."""
-        ours = self.http.via[head.minor]
-        if earlier := head.names.get(b"via"):
-            return b"".join([b"Via: %b\r\n" % value for value in earlier]) + ours
-        return ours
+        """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
+        ours, earlier = self.http.via[head.minor], head.fields.get(b"via")
+        return (
+            b"Via: %b, %b\r\n" % (earlier, ours) if earlier else b"Via: %b\r\n" % ours
+        )
 
     def switch(self, server: Stream, response: ResponseHead) -> None:
         """Make it a tunnel, if the server took what was offered; raise Refused."""
-        chosen = response.names.get(b"upgrade", [])
-        taken = set(members({b"": chosen}, b""))
-        if not taken or not taken <= set(members({b"": [*self.offered]}, b"")):
+        chosen = response.fields.get(b"upgrade", b"")
+        taken = set(members(chosen))
+        if not taken or not taken.issubset(members(self.offered)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
         lines = response.forwarded + self.via(response) + upgrade_lines(chosen)
