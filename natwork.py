@@ -1202,9 +1202,8 @@ class Direction:
         until_end = count == ALL
         bulk, full = BULK_SIZE <= count < ALL, False
         while count > 0:
-            if piece := self.source.take(count):
-                self.out += piece
-                count -= len(piece)
+            if self.received:
+                count -= self.gather(count)
                 continue
             yield from self.flush()
             if not full:
@@ -1222,6 +1221,16 @@ class Direction:
                 raise Refused(self.source.lost, "the body ended too early")
             # A full read means that more is there: do not wait before the next one.
             bulk = full = max(moved, len(self.received)) >= COPY_SIZE
+
+    def gather(self, count: int) -> int:
+        """Move at most count of the bytes received to out; return how many."""
+        if count < len(self.received):
+            self.out += self.source.take(count)
+            return count
+        count = len(self.received)
+        self.out += self.received  # all of it, and so in one copy
+        self.received.clear()
+        return count
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through the pipe; return how many.
@@ -2785,10 +2794,6 @@ class RequestHead:
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
         self.expected = self.minor and self.fields.get(b"expect", b"").lower()
 
-    def is_own(self) -> bool:
-        """Return whether the target is in origin-form: it asks the gateway itself."""
-        return self.target[:1] == b"/" and self.method != b"CONNECT"
-
     def values(self, name: bytes) -> list[bytes]:
         """Return the values of any field, by its name in lower case."""
         if name in self.fields:
@@ -3084,9 +3089,9 @@ class Exchange:
     def serve(self) -> None:
         """Read a request, ask who and whether, and see to its answer; raise Refused."""
         head = self.read_head()
-        target = self.find_target(head)
-        if head.is_own():  # our own pages ask by themselves who it is
-            return self.by_chapter(target)
+        if head.target[:1] == b"/" and head.method != b"CONNECT":  # origin-form
+            return self.answer_as_origin(head)
+        target = self.target = self.find_target(head)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
             return self.answer_options(head)
@@ -3154,14 +3159,7 @@ class Exchange:
 
     def find_target(self, head: RequestHead) -> Target:
         """Return where the request wants to go, and tell the log; raise Refused."""
-        session, policy = self.session, self.worker.policy
-        if head.is_own():
-            session.target = printable(USER_OR_QUERY.sub(b"", head.target), TARGET_SIZE)
-            host = ""
-            with contextlib.suppress(Refused):
-                host, _ = parse_authority(head.fields.get(b"host", b""), 80)
-            self.target = Target(host, 0, b"", OWN_PAGE)
-            return self.target
+        session = self.session
         if head.target == b"*" and head.method == b"OPTIONS":  # it asks the gateway
             session.target = "*"
             return Target("", 0, b"", b"*")
@@ -3169,9 +3167,9 @@ class Exchange:
         session.target = target.shown(head)
         if b"via" in head.fields:
             self.check_via(head.fields[b"via"])
-        if target.scheme == b"http" and policy.means_us(target.host, target.port):
-            target = target._replace(scheme=OWN_PAGE)
-        self.target = target
+        if target.scheme == b"http":
+            if self.worker.policy.means_us(target.host, target.port):
+                return target._replace(scheme=OWN_PAGE)
         return target
 
     def check_via(self, via: bytes) -> None:
@@ -3203,6 +3201,15 @@ class Exchange:
         self.answer("200 OK", methods, b"")
 
     # What travels on.
+
+    def answer_as_origin(self, head: RequestHead) -> None:
+        """Answer a request for our own pages, which ask by themselves who it is."""
+        path, host = USER_OR_QUERY.sub(b"", head.target), ""
+        self.session.target = printable(path, TARGET_SIZE)
+        with contextlib.suppress(Refused):
+            host, _ = parse_authority(head.fields.get(b"host", b""), 80)
+        self.target = Target(host, 0, b"", OWN_PAGE)
+        self.by_chapter(self.target)
 
     def by_chapter(self, target: Target) -> None:
         """Answer what a chapter answers, by the target's scheme; raise Refused."""
