@@ -1146,7 +1146,7 @@ class Direction:
 
     Bytes go from the source's received to out, where they gather until the direction
     would have to wait, and on to the sink; or through the pipe, past both.  Its owner
-    sets steps: move() and flush() for a body, tunnel() for all that comes.
+    sets steps: move() and flush() for a body, pass_all() for a tunnel.
     """
 
     steps: Steps
@@ -1277,7 +1277,7 @@ class Direction:
             os.close(fd)
         self.pipe = ()
 
-    def tunnel(self, other: Direction) -> Steps:
+    def pass_all(self, other: Direction) -> Steps:
         """Pass everything on, then its end; the other direction has its time."""
         yield from self.move(ALL)
         yield from self.flush()
@@ -2600,7 +2600,7 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     server.tune()
     up = Direction(client, server, worker.config.tunnel_timeout)
     down = Direction(server, client, worker.config.tunnel_timeout)
-    up.steps, down.steps = up.tunnel(down), down.tunnel(up)
+    up.steps, down.steps = up.pass_all(down), down.pass_all(up)
     down.out += opening
     try:
         relay(watch, worker.slot, up, down)
@@ -2997,7 +2997,7 @@ class HttpConnection:
         self.worker, self.client = worker, worker.client.stream
         name = worker.config.name.encode()
         # What we add to a message's Via, by its sender's minor version.
-        self.via = b"1.0 " + name, b"1.1 " + name
+        self.own_via = b"1.0 " + name, b"1.1 " + name
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes.
@@ -3096,7 +3096,7 @@ class Exchange:
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
             return self.answer_options(head)
         if head.method == b"CONNECT":
-            return self.tunnel(target)
+            return self.serve_connect(target)
         if target.scheme == b"http":
             return self.forward(head, target)
         self.by_chapter(target)
@@ -3223,7 +3223,7 @@ class Exchange:
         why = f"{target.scheme.decode()}:// needs natwork_gateways.py"
         raise Refused(NOT_IMPLEMENTED._replace(advice=ASK_OPERATOR), why)
 
-    def tunnel(self, target: Target) -> None:
+    def serve_connect(self, target: Target) -> None:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
         self.worker.begin(session)
@@ -3317,7 +3317,7 @@ class Exchange:
         if response.status == 101 and self.offered:
             self.switch(server, response)
             return True
-        size = self.begin_answer(response)
+        size = self.decide_answer(response)
         head = self.response_head(response, size)
         if 0 <= size <= len(server.received):  # the answer has come whole
             whole = head + server.take(size)
@@ -3374,7 +3374,7 @@ class Exchange:
     def request_head(self, server: Stream) -> bytes:
         """Return the head of the request as it travels on."""
         head, authority = self.head, self.target.authority
-        extra = self.via(head) + framing_lines(self.length)
+        extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
             if head.method in (b"TRACE", b"OPTIONS"):
                 hops = b"%d" % (int(hops) - 1)
@@ -3408,7 +3408,7 @@ class Exchange:
         if response.status == 101 and self.offered:
             self.switching = response  # once the body has been sent
             return
-        size = self.begin_answer(response)
+        size = self.decide_answer(response)
         up.may_fail = True
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
@@ -3445,12 +3445,12 @@ class Exchange:
             self.continued |= response.status == 100
             if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
                 self.progress = INTERIM
-                lines = response.line + response.forwarded + self.via(response)
+                lines = response.line + response.forwarded + self.via_line(response)
                 yield from self.client.send_all(bytearray(lines + CRLF))
                 self.progress = NOTHING
             response = None
 
-    def begin_answer(self, response: ResponseHead) -> int:
+    def decide_answer(self, response: ResponseHead) -> int:
         """Decide how the answer ends, and which of the two connections goes on.
 
         Returns the size of what follows its head: bytes, CHUNKED or UNTIL_CLOSE.
@@ -3480,7 +3480,7 @@ class Exchange:
 
     def response_head(self, response: ResponseHead, size: int) -> bytes:
         """Return the head of the answer as it travels on."""
-        lines, fields = response.forwarded + self.via(response), response.fields
+        lines, fields = response.forwarded + self.via_line(response), response.fields
         if response.status == 426 and b"upgrade" in fields:
             lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
         date, keep = fields.get(b"date", b""), self.then is KEEP
@@ -3507,9 +3507,9 @@ class Exchange:
             raise
         self.progress = WHOLE
 
-    def via(self, head: RequestHead | ResponseHead) -> bytes:
+    def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
-        ours, earlier = self.http.via[head.minor], head.fields.get(b"via")
+        ours, earlier = self.http.own_via[head.minor], head.fields.get(b"via")
         return (
             b"Via: %b, %b\r\n" % (earlier, ours) if earlier else b"Via: %b\r\n" % ours
         )
@@ -3521,7 +3521,7 @@ class Exchange:
         if not taken or not taken.issubset(members(self.offered)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.forwarded + self.via(response) + upgrade_lines(chosen)
+        lines = response.forwarded + self.via_line(response) + upgrade_lines(chosen)
         self.join_as_tunnel(server, "101", response.line + lines + CRLF)
 
     # Answers of our own.
