@@ -1286,6 +1286,14 @@ class Direction:
         other.idle_timeout = min(other.idle_timeout, HALF_CLOSED_TIMEOUT)
 
 
+def both_ways(
+    client: Stream, server: Stream, idle_timeout: float
+) -> tuple[Direction, Direction]:
+    """Return the direction up, to the server, and the one down, to the client."""
+    up = Direction(client, server, idle_timeout)
+    return up, Direction(server, client, idle_timeout)
+
+
 def awaited(directions: list[Direction]) -> dict[int, int]:
     """Return the events by descriptor that some directions wait for."""
     # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
@@ -2598,8 +2606,7 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     """
     client, watch = worker.client.stream, worker.watch
     server.tune()
-    up = Direction(client, server, worker.config.tunnel_timeout)
-    down = Direction(server, client, worker.config.tunnel_timeout)
+    up, down = both_ways(client, server, worker.config.tunnel_timeout)
     up.steps, down.steps = up.pass_all(down), down.pass_all(up)
     down.out += opening
     try:
@@ -3264,13 +3271,13 @@ class Exchange:
 
     def carry(self, server: Stream) -> None:
         """Carry a request to its server and the answer back; raise Refused."""
-        keeps = whole = False
+        keeps, whole = False, True  # the latter: the server takes the whole request
         try:
             request = self.request_head(server)
             if self.length:
                 whole = self.carry_both(server, request)
             else:
-                whole = self.carry_answer(server, request)
+                self.carry_answer(server, request)
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
             keeps = whole and self.server_keeps and not server.received
         except Refused as refusal:
@@ -3293,11 +3300,8 @@ class Exchange:
         more = not whole or self.head.keep_alive or self.client.has_more()
         self.then = LINGER if more else CLOSE
 
-    def carry_answer(self, server: Stream, request: bytes) -> bool:
-        """The plain way: send a head, and pass on the answer; raise Refused.
-
-        Returns True: the server has taken all of the request.
-        """
+    def carry_answer(self, server: Stream, request: bytes) -> None:
+        """The plain way: send a head, and pass on the answer; raise Refused."""
         seconds, watch, client = self.config.idle_timeout, self.watch, self.client
         late, slot = "the server did not answer", self.worker.slot
         watch.send(server, request, "the server takes no more", seconds)
@@ -3315,23 +3319,18 @@ class Exchange:
             steps = self.read_response(server, response)
             response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
         if response.status == 101 and self.offered:
-            self.switch(server, response)
-            return True
+            return self.switch(server, response)
         size = self.decide_answer(response)
         head = self.response_head(response, size)
         if 0 <= size <= len(server.received):  # the answer has come whole
             whole = head + server.take(size)
             watch.send(client, whole, "the client takes no more", seconds)
             self.progress = WHOLE
-            return True
+            return
         slot.publish(self.session)
-        up, down = (
-            Direction(client, server, seconds),
-            Direction(server, client, seconds),
-        )
+        up, down = both_ways(client, server, seconds)
         up.steps, down.steps = up.flush(), self.send_answer(down, response, head, size)
         self.join(up, down)
-        return True
 
     def carry_both(self, server: Stream, request: bytes) -> bool:
         """Carry a request with a body, and its answer, both ways at the same time.
@@ -3339,11 +3338,7 @@ class Exchange:
         Returns whether the server took all of the request; raises Refused.
         """
         server.tune()
-        seconds, client = self.config.idle_timeout, self.client
-        up, down = (
-            Direction(client, server, seconds),
-            Direction(server, client, seconds),
-        )
+        up, down = both_ways(self.client, server, self.config.idle_timeout)
         up.out += request  # it leaves with what has come of the body
         up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)

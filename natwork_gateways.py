@@ -329,9 +329,8 @@ def ftp_put(exchange: natwork.Exchange, path: str) -> None:
     head, replaces = exchange.head, ask_size(exchange, path) is not None
     assert head
     with data_connection(exchange) as data:
-        client, seconds = exchange.client, exchange.config.idle_timeout
-        up = natwork.Direction(client, data, seconds)
-        down = natwork.Direction(data, client, seconds)
+        seconds = exchange.config.idle_timeout
+        up, down = natwork.both_ways(exchange.client, data, seconds)
         up.steps, down.steps = exchange.send_body(up, False), down.flush()
         up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")
