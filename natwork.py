@@ -2765,10 +2765,16 @@ def check_request_line(line: bytes) -> None:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
 
 
-def check_status_line(line: bytes) -> None:
-    """Raise Refused if a status line is malformed."""
-    if not re.fullmatch(STATUS_LINE, line):
-        raise Refused(BAD_RESPONSE, "malformed status line")
+def check_response_begun(received: bytes | bytearray, looked: int = 0) -> None:
+    """Refuse a response head that can no longer become a good one; raise Refused.
+
+    What stands before looked has been checked.
+    """
+    if BAD_LINE_END.search(received, looked):
+        raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
+    if received.find(CRLF, looked) >= 0:
+        if not re.fullmatch(STATUS_LINE, received.partition(CRLF)[0]):
+            raise Refused(BAD_RESPONSE, "malformed status line")
 
 
 class RequestHead:
@@ -2817,7 +2823,7 @@ class ResponseHead:
         match = RESPONSE_HEAD.fullmatch(head)
         match = match or RESPONSE_HEAD.fullmatch(BLANK_BEFORE_COLON.sub(rb"\1:", head))
         if not match:
-            check_status_line(head.partition(CRLF)[0])
+            check_response_begun(head)
             raise Refused(BAD_RESPONSE, "malformed field line")
         minor, status, phrase, section = match.groups(b"")
         self.status, self.minor = int(status), 0 if minor == b"0" else 1
@@ -2981,14 +2987,6 @@ KEEP, CLOSE, LINGER = range(3)  # what becomes of the client's connection then
 def upgrade_lines(protocols: bytes) -> bytes:
     """Return the field lines that name protocols to change to: RFC 9110 section 7.8."""
     return b"Connection: upgrade\r\nUpgrade: %b\r\n" % protocols
-
-
-def check_response_begun(received: bytearray, looked: int) -> None:
-    """Refuse a response head that can no longer become a good one; raise Refused."""
-    if BAD_LINE_END.search(received, looked):
-        raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
-    if received.find(CRLF, looked) >= 0:
-        check_status_line(bytes(received.partition(CRLF)[0]))
 
 
 class HttpConnection:
