@@ -722,14 +722,14 @@ class Session:
 
     FIELDS = "pid client user proto method target address source status".split()
 
+    user = method = target = address = source = status = "-"
+    up = down = 0  # bytes written to the server, and to the client
+    outcome = OK  # of a session that is not refused
+    via = b""  # the gateways that a request has come through
+
     def __init__(self, client: str, pid: str, proto: str = "-") -> None:
         """Begin a session of a client, as endpoint() writes it, now."""
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
-        self.user = self.method = self.target = "-"
-        self.address = self.source = self.status = "-"
-        self.up = self.down = 0  # bytes written to the server, and to the client
-        self.outcome = OK  # of a session that is not refused
-        self.via = b""  # the gateways that a request has come through
 
     def fields(self, user_size: int = NAME_SIZE) -> str:
         """Return what the log line and the row have in common, in the log's form."""
@@ -2655,9 +2655,7 @@ CHUNK_LINE = re.compile(
 AUTHORITY = re.compile(
     rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
-ABSOLUTE_FORM = re.compile(
-    rb"([A-Za-z][A-Za-z0-9+.-]*)://(?:([^/?#]*)@)?([^/?#@]*)([^#]*)(#.*)?"
-)
+ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(#.*)?")
 # The log shows no password, and no query, which may hold one; a %09 ends what a
 # gopher URL selects.
 USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
@@ -2887,18 +2885,19 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     match = ABSOLUTE_FORM.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    scheme, user, authority, path, fragment = match.groups()
+    scheme, authority, path, fragment = match.groups()
+    user, at, authority = authority.rpartition(b"@")
     scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
     if fragment:
         raise Refused(BAD_REQUEST, "fragment in the target")
-    if user is not None and scheme != b"ftp":
+    if at and scheme != b"ftp":
         raise Refused(BAD_REQUEST, "user name in the target")
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), scheme, user or b""), path
+    return Target(host, port, authority.removesuffix(b":"), scheme, user), path
 
 
 def framing_lines(length: int | None) -> bytes:
