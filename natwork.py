@@ -3615,7 +3615,8 @@ class Exchange:
 class Chapters:
     """What the chapters beside this file do; None where a chapter is not there."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, policy: Policy, board: Scoreboard) -> None:
+        self.config, self.policy, self.board = config, policy, board
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None
@@ -3672,11 +3673,11 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
 
     Raises ConfigError: what passes here can be put in force.
     """
-    chapters = Chapters()
+    chapters = Chapters(config, policy, board)
     for name, settings in CHAPTERS.items():
         # Loaded at the start, and not later, when it may be of another version.
         if module := sys.modules.get(f"natwork_{name}"):
-            module.join(chapters, config, policy, board)
+            module.join(chapters)
             continue
         for setting in settings:
             # A value that is the default asks for nothing.

@@ -78,10 +78,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     config, board = natwork.load_config(path, options), natwork.Scoreboard()
     listeners = natwork.endpoints(config)
     own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]
-    policy, chapters = natwork.Policy(config, own), natwork.Chapters()
+    policy = natwork.Policy(config, own)
+    chapters = natwork.Chapters(config, policy, board)
     if config.parents:
-        found = natwork.need_chapter("parents", "parents")
-        found.join(chapters, config, policy, board)
+        natwork.need_chapter("parents", "parents").join(chapters)
     parents, client = chapters.parents, words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):

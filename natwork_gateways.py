@@ -439,12 +439,7 @@ def gopher(exchange: natwork.Exchange) -> None:
         answer_page(exchange, f"{target.host}/{kind}{selector}", lines)
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Answer for two more schemes from now on."""
     chapters.schemes[b"ftp"] = ftp
     chapters.schemes[b"gopher"] = gopher

@@ -319,14 +319,9 @@ def own_page(exchange: natwork.Exchange) -> None:
     exchange.answer("200 OK", lines.encode(), text().encode())
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Answer for the gateway itself from now on; raise ConfigError."""
     import json  # noqa: F401  # later a worker may be unable to read it
 
-    other_gateways(config)
+    other_gateways(chapters.config)
     chapters.schemes[natwork.OWN_PAGE] = own_page

@@ -182,11 +182,6 @@ def serve(worker: natwork.Worker) -> bool:
     return True
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Serve redirected flows from now on."""
     chapters.redirect = serve

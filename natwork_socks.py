@@ -430,13 +430,9 @@ def serve(ports: range, worker: natwork.Worker) -> None:
         natwork.linger(worker.watch, socks.client)
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Serve SOCKS clients from now on; raise ConfigError for bad bind_ports."""
+    config = chapters.config
     text = config.bind_ports
     try:
         ports = ANY_PORT if text == "0" else natwork.parse_ports(text)

@@ -286,13 +286,9 @@ def passwd(name: str) -> int:
     return 0
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Ask who a client is from now on, where that is wanted; raise ConfigError."""
+    config = chapters.config
     lines = read_users(config)
     if lines is not None or config.max_per_client:
-        chapters.users = Users(lines, config.max_per_client, board)
+        chapters.users = Users(lines, config.max_per_client, chapters.board)
