@@ -3092,8 +3092,6 @@ class Exchange:
         self.continued = False  # the client was told to send its body
         self.server_keeps = False  # the server's connection goes on after its answer
         self.offered: list[bytes] = []  # protocols for an upgrade
-        # Steps that pass an answer's body on, if that is not done as it is.
-        self.translate: Callable[[Direction], Steps] | None = None
         self.client.sent = 0
 
     def serve(self) -> None:
@@ -3491,8 +3489,6 @@ class Exchange:
         try:
             if size == CHUNKED:
                 yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
-            elif self.translate:
-                yield from self.translate(down)
             else:
                 yield from down.move(ALL if size == UNTIL_CLOSE else size)
             yield from down.flush()

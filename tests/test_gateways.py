@@ -352,6 +352,20 @@ def test_a_login_refused_is_401_and_nobody_is_told_the_password(
     assert "wrongword" not in text and "ann" not in text and SECRET not in text
 
 
+@pytest.mark.parametrize("word", ["USER", "PASS"])
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [(b"500 what?", 401), (b"430 not you", 401), (b"421 not now", 502)],
+)
+def test_what_a_server_says_of_a_login_is_told_to_its_client(
+    gateway, origin: origins.Start, word: str, reply: bytes, status: int
+) -> None:
+    replies = {"USER": b"331 and?", word: reply}
+    server = origin(ftpd(**replies), "127.0.0.3")
+    answer = ask(gateway, url(server, "/file"))
+    assert answer.status == status and b"the server said " + reply in answer.body
+
+
 def test_the_title_has_no_user_in_it(gateway, origin: origins.Start) -> None:
     pytest.importorskip("setproctitle")
     asked, seen = threading.Event(), threading.Event()
@@ -775,7 +789,7 @@ def test_a_text_ends_before_its_dot(
         wire.drip(connection, sent) if len(sent) < 99 else connection.sendall(sent)
 
     answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/0/text", "gopher"))
-    assert answer.body == got and answer.closes and answer.complete
+    assert answer.body == got and not answer.closes and answer.complete
     assert answer.values(b"Content-Type") == [b"text/plain; charset=utf-8"]
 
 
