@@ -26,6 +26,8 @@ from collections.abc import Callable
 from typing import Any
 
 import natwork
+from natwork import Refused
+from natwork import Worker
 
 VERSION = "0.1.0"
 
@@ -58,7 +60,7 @@ def read_address(take: Callable[[int], bytes]) -> tuple[bytes, int]:
     elif kind in (IPV4, IPV6):
         name = natwork.unpack(take(4 * kind)).encode()
     else:
-        raise natwork.Refused(natwork.BAD_ADDRESS, f"address type {kind}")
+        raise Refused(natwork.BAD_ADDRESS, f"address type {kind}")
     (port,) = struct.unpack("!H", take(2))
     return name, port
 
@@ -73,7 +75,7 @@ def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
     """Return host, port and payload: RFC 1928 section 7; raise as read_address()."""
     message = io.BytesIO(data)
     if message.read(3) != bytes(3):
-        raise natwork.Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
+        raise Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
     name, port = read_address(message.read)
     return parse_name(name), port, message.read()
 
@@ -105,16 +107,14 @@ def open_port(
     raise failure
 
 
-def known_source(worker: natwork.Worker, addresses: list[bytes]) -> str:
-    """Return the source address of the client's latest session with a host, or ""."""
-    hosts = set(map(natwork.unpack, addresses))
-    known = [
-        (session.began, natwork.host_of(session.source))
+def known_sources(worker: Worker, addresses: list[bytes]) -> set[str]:
+    """Return the source addresses of the sessions that a client has with a host."""
+    hosts, name = set(map(natwork.unpack, addresses)), natwork.host_of
+    return {
+        name(session.source)
         for _, session in natwork.sessions(worker.board)
-        if natwork.host_of(session.client) == worker.client.host
-        and natwork.host_of(session.address) in hosts
-    ]
-    return max(known)[1] if known else ""
+        if name(session.client) == worker.client.host and name(session.address) in hosts
+    }
 
 
 def open_outside(
@@ -132,17 +132,17 @@ def open_outside(
         except OSError as error:
             race.failed.append((error, attempt))
     kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
-    # An FTP server calls back to the address of the control connection.
-    known = known_source(worker, addresses) if kind == natwork.STREAM else ""
-    for attempt, where in sorted(ways, key=lambda way: way[1][0] != known):
+    if kind == natwork.STREAM:
+        # An FTP server calls back to the address of the control connection.
+        known = known_sources(worker, addresses)
+        ways.sort(key=lambda way: way[1][0] not in known)
+    for attempt, where in ways:
         try:
             if where[0] not in opened:
                 opened[where[0]] = open_port(kind, where, socks.ports, attempt.uplink)
             return attempt.packed, opened[where[0]]
         except OSError as error:
             race.failed.append((error, attempt))
-            if where[0] == known:
-                break  # the call would not come to another one
     raise race.defeat()
 
 
@@ -162,7 +162,7 @@ class Association:
         self.client_at: SocketAddress = ()  # until its first datagram comes
         self.hosts: dict[bytes, None] = {}  # that were written to, the latest last
         self.way = natwork.remembered(WAY_TIME, self.find_way)
-        self.refusal: natwork.Refused | None = None  # of the latest refused datagram
+        self.refusal: Refused | None = None  # of the latest refused datagram
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
@@ -180,7 +180,7 @@ class Association:
             for fd in ready:
                 if fd in sockets and self.pass_on(sockets[fd]):
                     deadline = time.monotonic() + timeout
-        raise natwork.Refused(natwork.IDLE, "no datagram moved")
+        raise Refused(natwork.IDLE, "no datagram moved")
 
     def pass_on(self, sock: socket.socket) -> bool:
         """Receive and send one datagram; return False if it was dropped."""
@@ -191,7 +191,7 @@ class Association:
                 session.up += self.send_out(data, sender)
             else:
                 session.down += self.send_in(data, sender)
-        except (OSError, natwork.Refused, ValueError, struct.error):
+        except (OSError, Refused, ValueError, struct.error):
             return False
         self.worker.slot.moved(session.up, session.down)
         return True
@@ -201,11 +201,11 @@ class Association:
         client = natwork.address_of(self.worker.client.host)
         first = self.client_at or sender
         if natwork.address_of(sender[0]) != client or sender[1] != first[1]:
-            raise natwork.Refused(natwork.OUTSIDER, "not the client's socket")
+            raise Refused(natwork.OUTSIDER, "not the client's socket")
         host, port, payload = parse_datagram(data)
         self.client_at = sender
         way = self.way(host, port)
-        if isinstance(way, natwork.Refused):
+        if isinstance(way, Refused):
             self.refusal = way
             raise way
         packed, sock = way
@@ -223,12 +223,12 @@ class Association:
             self.worker.proceed(session)
         return len(payload)
 
-    def find_way(self, host: str, port: int) -> Way | natwork.Refused:
+    def find_way(self, host: str, port: int) -> Way | Refused:
         """Return a host's address and the socket to use, or why it may not be used."""
         try:
             addresses = natwork.judged(self.worker, self.session, host, port)
             return open_outside(self.socks, addresses, port, self.outer)
-        except natwork.Refused as refusal:
+        except Refused as refusal:
             return refusal
 
     def send_in(self, data: bytes, sender: SocketAddress) -> int:
@@ -236,7 +236,7 @@ class Association:
         packed = natwork.address_of(sender[0])
         if packed not in self.hosts:
             if not self.worker.config.udp_from_anyone:
-                raise natwork.Refused(natwork.OUTSIDER, "it was not written to")
+                raise Refused(natwork.OUTSIDER, "it was not written to")
             host = natwork.unpack(packed)
             natwork.judged(self.worker, self.session, host, sender[1])
         # The client has written: its first datagram opened the socket.
@@ -251,7 +251,7 @@ class Association:
 class Socks:
     """One client's SOCKS session, from the version's byte on."""
 
-    def __init__(self, ports: range, worker: natwork.Worker) -> None:
+    def __init__(self, ports: range, worker: Worker) -> None:
         """Take a worker whose client has sent its first byte; ports: bind_ports."""
         self.ports, self.worker, self.client = ports, worker, worker.client.stream
         self.version = self.client.received[0]
@@ -275,14 +275,14 @@ class Socks:
         host = parse_name(name)
         session.target = natwork.endpoint((host, port))
         if self.version == 4 and self.needs_login:
-            raise natwork.Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
+            raise Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
         self.worker.begin(session)
         if session.method == "BIND":
             server, address = self.bind(host, port)
         elif session.method != "CONNECT":
-            raise natwork.Refused(natwork.NOT_IMPLEMENTED, f"command {command}")
+            raise Refused(natwork.NOT_IMPLEMENTED, f"command {command}")
         elif not port:
-            raise natwork.Refused(natwork.BAD_REQUEST, "port 0")
+            raise Refused(natwork.BAD_REQUEST, "port 0")
         else:
             server = natwork.dial(self.worker, session, host, port)
             address = server.sock.getsockname()
@@ -291,10 +291,10 @@ class Socks:
         self.owes_reply = False
         natwork.tunnel(self.worker, session, server, opening)
 
-    def refuse(self, refusal: natwork.Refused) -> natwork.Outcome:
+    def refuse(self, refusal: Refused) -> natwork.Outcome:
         """Send the client its reply, if it waits for one; return the outcome."""
         if self.owes_reply:
-            with contextlib.suppress(natwork.Refused):
+            with contextlib.suppress(Refused):
                 self.send(self.reply(refusal.outcome), last=True)
         return refusal.outcome
 
@@ -327,7 +327,7 @@ class Socks:
         self.owes_reply = True
         version, command, reserved = self.take(3)
         if version != 5 or reserved:
-            raise natwork.Refused(natwork.BAD_REQUEST, "not a SOCKS request")
+            raise Refused(natwork.BAD_REQUEST, "not a SOCKS request")
         return command, *read_address(self.take)
 
     def choose_method(self, methods: bytes) -> None:
@@ -337,7 +337,7 @@ class Socks:
             self.session.status = str(natwork.NO_METHOD.reply)
             self.send(bytes([5, natwork.NO_METHOD.reply]), last=True)
             outcome = natwork.AUTH_REQUIRED if method else natwork.NO_METHOD
-            raise natwork.Refused(outcome, f"method {method} is not offered")
+            raise Refused(outcome, f"method {method} is not offered")
         self.send(bytes([5, method]))
         if self.needs_login:
             self.log_in()
@@ -349,10 +349,10 @@ class Socks:
         password = self.take(self.take(1)[0])
         try:
             if version != 1:
-                raise natwork.Refused(natwork.BAD_REQUEST, "not a name and a password")
+                raise Refused(natwork.BAD_REQUEST, "not a name and a password")
             users = self.worker.chapters.users
             self.session.user = users.authenticate(self.worker, name, password)
-        except natwork.Refused:
+        except Refused:
             self.send(b"\1\1", last=True)
             raise
         self.send(b"\1\0")
@@ -402,14 +402,14 @@ class Socks:
         while (left := deadline - time.monotonic()) > 0:
             ready = self.worker.watch.wait(wanted, left)
             if self.client.fd in ready:
-                raise natwork.Refused(natwork.CLIENT_GONE, "closed before the call")
+                raise Refused(natwork.CLIENT_GONE, "closed before the call")
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 sock, address = listener.accept()
                 if natwork.address_of(address[0]) in expected:
                     sock.setblocking(False)
                     return natwork.Stream(sock, natwork.SERVER_GONE), address
                 sock.close()
-        raise natwork.Refused(natwork.NOBODY_CALLED, "the expected host did not call")
+        raise Refused(natwork.NOBODY_CALLED, "the expected host did not call")
 
     def associate(self) -> None:
         """Relay the client's datagrams; raise Refused."""
@@ -422,7 +422,7 @@ class Socks:
             association.run()
 
 
-def serve(ports: range, worker: natwork.Worker) -> None:
+def serve(ports: range, worker: Worker) -> None:
     """Serve a client whose first byte, 4 or 5, has been received."""
     socks = Socks(ports, worker)
     worker.record(socks.session, socks.serve, socks.refuse)
