@@ -150,7 +150,7 @@ class Association:
     """A client's UDP association, RFC 1928 section 7: datagrams there and back.
 
     They come from the address of the client's control connection, and from the port
-    that the first one came from.  What is malformed, unwanted or too long is dropped.
+    that the first one came from.
     """
 
     def __init__(self, socks: Socks) -> None:
@@ -163,12 +163,13 @@ class Association:
         self.hosts: dict[bytes, None] = {}  # that were written to, the latest last
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest refused datagram
+        # Monotonic; what is dropped does not put it off.
+        self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
-        control, timeout = self.socks.client, self.worker.config.idle_timeout
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
+        control = self.socks.client
+        while (left := self.ends_at - time.monotonic()) > 0:
             sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
             wanted = dict.fromkeys((control.fd, *sockets), natwork.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
@@ -177,24 +178,22 @@ class Association:
                     raise self.refusal  # no datagram went out: this is why
                 return
             control.received.clear()
-            for fd in ready:
-                if fd in sockets and self.pass_on(sockets[fd]):
-                    deadline = time.monotonic() + timeout
+            for fd in ready.keys() & sockets.keys():
+                # What is malformed, unwanted or too long is dropped.
+                with contextlib.suppress(OSError, Refused, ValueError, struct.error):
+                    self.pass_on(sockets[fd])
         raise Refused(natwork.IDLE, "no datagram moved")
 
-    def pass_on(self, sock: socket.socket) -> bool:
-        """Receive and send one datagram; return False if it was dropped."""
+    def pass_on(self, sock: socket.socket) -> None:
+        """Receive a datagram and send it, or raise why not."""
         session = self.session
-        try:
-            data, sender = sock.recvfrom(natwork.COPY_SIZE)
-            if sock is self.inner:
-                session.up += self.send_out(data, sender)
-            else:
-                session.down += self.send_in(data, sender)
-        except (OSError, Refused, ValueError, struct.error):
-            return False
+        data, sender = sock.recvfrom(natwork.COPY_SIZE)
+        if sock is self.inner:
+            session.up += self.send_out(data, sender)
+        else:
+            session.down += self.send_in(data, sender)
         self.worker.slot.moved(session.up, session.down)
-        return True
+        self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def send_out(self, data: bytes, sender: SocketAddress) -> int:
         """Send what the client wants sent; return its size, or raise Refused."""
