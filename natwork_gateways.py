@@ -31,7 +31,6 @@ VERSION = "0.1.0"
 
 PAGE_LIMIT = 8 * 1024 * 1024  # a directory, for 100,000 files; a menu or a text
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
-REPLY_LIMIT = 64 * 1024  # a reply of an FTP server, which may be a long greeting
 
 # As ls -l has it, or as DIR does.
 FTP_ENTRY = re.compile(
@@ -147,15 +146,15 @@ def answer_file(
 
 def read_reply(server: Stream) -> natwork.Steps:
     """Take a reply, RFC 959 section 4.2; raise Refused."""
-    bad, lines = natwork.BAD_RESPONSE, b""
-    while len(lines) < REPLY_LIMIT:
-        line = yield from natwork.read_until(server, b"\n", REPLY_LIMIT, bad)
+    bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, b""
+    while len(lines) < limit:
+        line = yield from natwork.read_until(server, b"\n", limit, bad)
         lines += line
         if line[:3] == lines[:3] and line[3:4] != b"-":
             if lines[:3] != b"120":  # section 5.4: later, and then 220
                 return lines.decode("latin-1")
             lines = b""
-    raise Refused(bad, f"a reply over {REPLY_LIMIT} bytes")
+    raise Refused(bad, f"a reply over {limit} bytes")
 
 
 def said(reply: str) -> str:

@@ -52,17 +52,18 @@ def parse_name(raw: bytes) -> str:
 def read_address(take: Callable[[int], bytes]) -> tuple[bytes, int]:
     """Return name and port of an address, by what take(count) returns; raise Refused.
 
-    RFC 1928 section 5.  Raises ValueError or struct.error if take() returns too few.
+    RFC 1928 section 5.  Raises ValueError if take() returns too few.
     """
-    (kind,) = struct.unpack("!B", take(1))
+    (kind,) = take(1)
     if kind == NAME:
-        name = take(*struct.unpack("!B", take(1)))
+        (size,) = take(1)
+        name = take(size)
     elif kind in (IPV4, IPV6):
         name = natwork.unpack(take(4 * kind)).encode()
     else:
         raise Refused(natwork.BAD_ADDRESS, f"address type {kind}")
-    (port,) = struct.unpack("!H", take(2))
-    return name, port
+    high, low = take(2)
+    return name, high << 8 | low
 
 
 def write_address(address: SocketAddress) -> bytes:
@@ -180,7 +181,7 @@ class Association:
             control.received.clear()
             for fd in ready.keys() & sockets.keys():
                 # What is malformed, unwanted or too long is dropped.
-                with contextlib.suppress(OSError, Refused, ValueError, struct.error):
+                with contextlib.suppress(OSError, Refused, ValueError):
                     self.pass_on(sockets[fd])
         raise Refused(natwork.IDLE, "no datagram moved")
 
@@ -260,7 +261,8 @@ class Socks:
         users = worker.chapters.users
         self.needs_login = bool(users and users.required)
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
-        self.owes_reply = self.version == 4  # in 5 a choice of method comes first
+        # What a refusal has to say, b"" for its reply, None for nothing.
+        self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
         self.lingers = False  # the client may not have its last bytes yet
 
     def serve(self) -> None:
@@ -287,14 +289,15 @@ class Socks:
             address = server.sock.getsockname()
         opening = self.reply(natwork.OK, address)
         self.worker.proceed(session)
-        self.owes_reply = False
+        self.owed = None
         natwork.tunnel(self.worker, session, server, opening)
 
     def refuse(self, refusal: Refused) -> natwork.Outcome:
-        """Send the client its reply, if it waits for one; return the outcome."""
-        if self.owes_reply:
+        """Tell the client, if it waits for an answer; return the outcome."""
+        if self.owed is not None:
             with contextlib.suppress(Refused):
-                self.send(self.reply(refusal.outcome), last=True)
+                self.send(self.owed or self.reply(refusal.outcome))
+                self.lingers = True
         return refusal.outcome
 
     def run(self, steps: natwork.Steps) -> bytes:
@@ -323,7 +326,7 @@ class Socks:
     def ask5(self) -> tuple[int, bytes, int]:
         """Return command, name and port: RFC 1928 section 4; raise Refused."""
         self.choose_method(self.take(self.take(2)[1]))
-        self.owes_reply = True
+        self.owed = b""
         version, command, reserved = self.take(3)
         if version != 5 or reserved:
             raise Refused(natwork.BAD_REQUEST, "not a SOCKS request")
@@ -333,8 +336,8 @@ class Socks:
         """Agree on a way to log in: RFC 1928 section 3; raise Refused."""
         method = PASSWORD if self.needs_login else NO_LOGIN
         if method not in methods:
+            self.owed = bytes([5, natwork.NO_METHOD.reply])
             self.session.status = str(natwork.NO_METHOD.reply)
-            self.send(bytes([5, natwork.NO_METHOD.reply]), last=True)
             outcome = natwork.AUTH_REQUIRED if method else natwork.NO_METHOD
             raise Refused(outcome, f"method {method} is not offered")
         self.send(bytes([5, method]))
@@ -343,25 +346,21 @@ class Socks:
 
     def log_in(self) -> None:
         """Learn the user by name and password: RFC 1929; raise Refused."""
+        self.owed = b"\1\1"
         version, size = self.take(2)
         name = self.take(size)
         password = self.take(self.take(1)[0])
-        try:
-            if version != 1:
-                raise Refused(natwork.BAD_REQUEST, "not a name and a password")
-            users = self.worker.chapters.users
-            self.session.user = users.authenticate(self.worker, name, password)
-        except Refused:
-            self.send(b"\1\1", last=True)
-            raise
+        if version != 1:
+            raise Refused(natwork.BAD_REQUEST, "not a name and a password")
+        users = self.worker.chapters.users
+        self.session.user = users.authenticate(self.worker, name, password)
         self.send(b"\1\0")
 
-    def send(self, data: bytes, last: bool = False) -> None:
+    def send(self, data: bytes) -> None:
         """Send a few bytes, for which a new connection has room; raise Refused."""
         watch, seconds = self.worker.watch, self.worker.config.head_timeout
         watch.send(self.client, data, "the client takes no reply", seconds)
         self.session.down += self.client.counted()
-        self.lingers = last
 
     def reply(
         self, outcome: natwork.Outcome, address: SocketAddress = ("0.0.0.0", 0)
@@ -384,10 +383,10 @@ class Socks:
             expected = [packed for packed in expected if len(packed) == 4]
         _, listener = open_outside(self, expected, port, {})
         with listener:
-            session.source = natwork.endpoint(listener.getsockname())
-            first = self.reply(natwork.OK, listener.getsockname())
+            here = listener.getsockname()
+            session.source = natwork.endpoint(here)
+            self.send(self.reply(natwork.OK, here))
             worker.proceed(session)
-            self.send(first)
             server, address = self.await_call(listener, expected)
         session.address = natwork.endpoint(address)
         return server, address
@@ -417,7 +416,7 @@ class Socks:
         with contextlib.closing(Association(self)) as association:
             self.send(self.reply(natwork.OK, association.inner.getsockname()))
             self.worker.proceed(self.session)
-            self.owes_reply = False
+            self.owed = None
             association.run()
 
 

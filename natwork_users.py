@@ -64,8 +64,7 @@ def check_name(name: bytes) -> None:
 
 
 def user_line(name: bytes, password: bytes) -> bytes:
-    """Return the line for the file of users; raise ValueError for a bad name."""
-    check_name(name)
+    """Return the line of a user for the file."""
     salt = os.urandom(16)
     pair = salt, scrypt(password, salt)
     parts = [binascii.b2a_base64(part).rstrip(b"=\n") for part in pair]
@@ -176,8 +175,7 @@ class Users:
                 why = "too many passwords wait to be checked"
                 raise Refused(natwork.AUTH_BUSY, why)
             if worker.watch.wait({fd: 0}, LOCK_PAUSE):
-                why = "left before the password was checked"
-                raise Refused(natwork.CLIENT_GONE, why)
+                raise Refused(natwork.CLIENT_GONE, "left before the password check")
         try:
             yield
         finally:
