@@ -8,8 +8,6 @@ the server says in a refusal is told to the client alone: it may name the user.
 It is not an FTP or Gopher server, and not a relay for FTP clients: those come by SOCKS
 or CONNECT.  FTP is RFC 959 in passive mode, with EPSV of RFC 2428, SIZE of RFC 3659
 and the URLs of RFC 1738 section 3.2; Gopher is RFC 1436 with the URLs of RFC 4266.
-
-The heart calls ftp() and gopher() by the scheme of a request's target.
 """
 # SPDX-License-Identifier: MIT
 

@@ -9,9 +9,6 @@ It is not a web server and not a way to change anything: it reads the scoreboard
 and answers GET and HEAD.  All but the last two want a Host field that is this
 gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name to
 our address sends that name, and so is not shown the table.
-
-The heart calls own_page() for a request in origin-form (RFC 9112 section 3.2), and
-for one in absolute-form that means the gateway.
 """
 # SPDX-License-Identifier: MIT
 

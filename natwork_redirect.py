@@ -7,8 +7,6 @@ server name of a TLS ClientHello (RFC 6066 section 3), is a claim: the log shows
 a rule may deny it, but it opens nothing.
 
 It does not decrypt, and it changes no byte.  A client that is refused gets a reset.
-
-The heart calls chapters.redirect for each client, before its first byte is read.
 """
 # SPDX-License-Identifier: MIT
 

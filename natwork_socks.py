@@ -6,9 +6,6 @@ connection to a host (CONNECT), for one from a host (BIND), or for a relay of da
 (UDP ASSOCIATE).  Each is answered with the outside address that it happens from.
 
 It does not offer GSSAPI, which RFC 1928 section 3 asks for: no client needs it.
-
-The heart calls chapters.socks for a client whose first byte is 4 or 5.  The settings
-are bind_ports and udp_from_anyone.
 """
 # SPDX-License-Identifier: MIT
 
