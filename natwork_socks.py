@@ -131,9 +131,9 @@ def open_outside(
             race.failed.append((error, attempt))
     kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
     if kind == natwork.STREAM:
-        # An FTP server calls back to the address of the control connection.
+        # An FTP server calls back to the address of the control connection, no other.
         known = known_sources(worker, addresses)
-        ways.sort(key=lambda way: way[1][0] not in known)
+        ways = [way for way in ways if way[1][0] in known] or ways
     for attempt, where in ways:
         try:
             if where[0] not in opened:

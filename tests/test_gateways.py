@@ -189,6 +189,16 @@ def asking(
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
+def passive(data: origins.Origin) -> bytes:
+    """Return the reply to PASV that leads to a server of data."""
+    return b"227 (127,0,0,3,%d,%d)" % divmod(data.port, 256)
+
+
+def giving(data: bytes) -> Callable[[socket.socket, origins.Origin], None]:
+    """Return what a server does that sends some bytes and closes."""
+    return lambda connection, origin: connection.sendall(data)
+
+
 def settled(gateway: running.Gateway) -> int:
     """Return the number of lines in the access log, once no more come of themselves."""
     return wait.at_rest(lambda: len(gateway.lines()), 0.1)
@@ -501,11 +511,8 @@ def ftpd(
 def test_the_data_come_from_the_host_that_was_asked(
     gateway, origin: origins.Start
 ) -> None:
-    def give(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"from the right host")
-
-    data = origin(give, "127.0.0.3")
-    trap = origin(give, "127.0.0.4")
+    data = origin(giving(b"from the right host"), "127.0.0.3")
+    trap = origin(giving(b"from the right host"), "127.0.0.4")
     comma = b"127,0,0,4,%d,%d" % divmod(data.port, 256)
     server = origin(
         ftpd(
@@ -539,13 +546,9 @@ def test_nonsense_from_a_server_is_502(
 def test_the_data_port_is_judged_too(
     natwork: running.Start, origin: origins.Start
 ) -> None:
-    def give(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"data")
-
-    data = origin(give, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    data = origin(giving(b"data"), "127.0.0.3")
     server = origin(
-        ftpd(PASV=b"227 (%b)" % comma, RETR=b"150\r\n226", SIZE=b"213 4"), "127.0.0.3"
+        ftpd(PASV=passive(data), RETR=b"150\r\n226", SIZE=b"213 4"), "127.0.0.3"
     )
     for port, status in ((f"{server.port}", 403), (f"{server.port},{data.port}", 200)):
         rule = f"rules=allow to 127.0.0.0/8 port {port}; deny to *"
@@ -557,14 +560,10 @@ def test_the_data_port_is_judged_too(
 def test_a_transfer_that_fails_is_cut_and_not_ended(
     gateway, origin: origins.Start
 ) -> None:
-    def give(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"half of it")
-
-    data = origin(give, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    data = origin(giving(b"half of it"), "127.0.0.3")
     for size, complete in ((b"500 no", False), (b"213 100", False)):
         server = origin(
-            ftpd(PASV=b"227 (%b)" % comma, RETR=b"150\r\n426 disk on fire", SIZE=size),
+            ftpd(PASV=passive(data), RETR=b"150\r\n426 disk on fire", SIZE=size),
             "127.0.0.3",
         )
         answer = ask(gateway, url(server, "/file"))
@@ -576,8 +575,7 @@ def test_no_step_waits_for_ever(natwork: running.Start, origin: origins.Start) -
         connection.recv(1)
 
     data = origin(give, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
-    replies = {b"PASV": b"227 (%b)" % comma, b"RETR": b"150", b"SIZE": b"213 5"}
+    replies = {b"PASV": passive(data), b"RETR": b"150", b"SIZE": b"213 5"}
 
     def silent_at(step: bytes) -> Callable[..., None]:
         def handle(connection: socket.socket, origin: origins.Origin) -> None:
@@ -617,13 +615,12 @@ def test_a_slow_directory_leaves_its_server_time_to_end(
         listed.set()
 
     data = origin(give, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
 
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"220 hello\r\n")
         with connection.makefile("rb") as lines:
             for line in lines:
-                replies = {b"PASV": b"227 (%b)" % comma, b"LIST": b"150 now"}
+                replies = {b"PASV": passive(data), b"LIST": b"150 now"}
                 word = line.split()[0]
                 connection.sendall(replies.get(word, b"200 well") + b"\r\n")
                 if word == b"LIST" and listed.wait(10):
@@ -643,8 +640,7 @@ def test_an_upload_goes_on_whatever_is_said_of_the_size(
         origin.received.append(wire.read_all(connection))
 
     data = origin(take, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
-    replies = {b"PASV": b"227 (%b)" % comma, b"STOR": b"150", b"SIZE": reply}
+    replies = {b"PASV": passive(data), b"STOR": b"150", b"SIZE": reply}
 
     def handle(connection: socket.socket, origin: origins.Origin) -> None:
         connection.sendall(b"220 hello\r\n")
@@ -1035,14 +1031,8 @@ def test_a_page_that_is_cut_short_ends_the_connection(
         b"-rw-r--r-- 1 a b 3 Jan 1 10:00 f%06d\r\n" % n for n in range(60000)
     )
 
-    def give(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(listing)
-
-    data = origin(give, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
-    server = origin(
-        ftpd(PASV=b"227 (%b)" % comma, LIST=b"150 now\r\n226 done"), "127.0.0.3"
-    )
+    data = origin(giving(listing), "127.0.0.3")
+    server = origin(ftpd(PASV=passive(data), LIST=b"150 now\r\n226 done"), "127.0.0.3")
     gateway = natwork("idle_timeout=1")
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -1059,13 +1049,9 @@ def test_a_page_that_is_cut_short_ends_the_connection(
 def test_a_server_may_ask_to_wait_before_it_greets(
     gateway, origin: origins.Start
 ) -> None:
-    def give(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"here")
-
-    data = origin(give, "127.0.0.3")
-    comma = b"127,0,0,3,%d,%d" % divmod(data.port, 256)
+    data = origin(giving(b"here"), "127.0.0.3")
     talk = ftpd(
-        PASV=b"227 (%b)" % comma,
+        PASV=passive(data),
         RETR=b"150 now\r\n226 done",
         USER=b"331 who",
         SIZE=b"500",
@@ -1083,12 +1069,9 @@ def test_a_server_may_ask_to_wait_before_it_greets(
 def test_either_passive_mode_will_do_and_behind_a_parent_too(
     natwork: running.Start, origin: origins.Start, knows: str
 ) -> None:
-    def give(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"data")
-
-    data = origin(give, "127.0.0.3")
+    data = origin(giving(b"data"), "127.0.0.3")
     modes = {
-        "PASV": b"227 (127,0,0,3,%d,%d)" % divmod(data.port, 256),
+        "PASV": passive(data),
         "EPSV": b"229 (|||%d|)" % data.port,
     }
     replies = dict.fromkeys(modes, b"425 not by this one")
