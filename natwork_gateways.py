@@ -161,7 +161,7 @@ def said(reply: str) -> str:
 
 
 def hear(exchange: Exchange, kinds: str = "") -> str:
-    """Return the next reply; raise Refused if it is of no kind that is wanted."""
+    """Return the next reply; raise Refused if it is of none of the kinds, if any."""
     server, session = exchange.http.server, exchange.session
     assert server
     reply: str = run(exchange, read_reply(server), exchange.config.idle_timeout)

@@ -282,10 +282,9 @@ def admit(exchange: Exchange) -> None:
     try:
         exchange.identify(b"authorization")
     except Refused as refusal:
-        if refusal.outcome.status != 407:
-            raise
-        outcome = refusal.outcome._replace(status=401)
-        raise Refused(outcome, refusal.detail) from None
+        if refusal.outcome.status == 407:
+            refusal.outcome = refusal.outcome._replace(status=401)
+        raise
 
 
 def own_page(exchange: Exchange) -> None:

@@ -27,11 +27,7 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
-PARENT_URL = re.compile(
-    r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?"
-    r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
-    re.ASCII,
-)
+URL = re.compile(r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?([^@/]+:[0-9]+)/?")
 # What a parent's refusal is to our client; anything else: it could not connect.
 OUTCOME_OF_STATUS = {
     403: natwork.DENIED,
@@ -92,17 +88,18 @@ class Parent(NamedTuple):
 
 
 def parse_parent(text: str) -> Parent:
-    """Return the parent that a line of `parents` describes; raise ValueError.
+    """Return the parent that a line of `parents` describes.
 
-    What it raises never quotes the line, which may hold a password.
+    Raises ValueError or Refused, which do not quote the line: it may hold a password.
     """
     url, pairs = natwork.word_pairs(text, ("to", "scheme"))
     if pairs.get("scheme", "http") != "http":
         raise ValueError("the only scheme to be named is http")
-    match = PARENT_URL.fullmatch(url)
+    match = URL.fullmatch(url)
     if not match:
         raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
-    scheme, user, password, at, host, port = match.groups(default="")
+    scheme, user, password, authority = match.groups(default="")
+    host, port = natwork.parse_authority(authority.encode(), 0)
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
     name, secret = (
         re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
@@ -110,19 +107,9 @@ def parse_parent(text: str) -> Parent:
     )
     if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    bare = host.strip("[]").lower()
-    if host[0] == "[" and len(natwork.pack(bare)) != 16:
-        raise ValueError("what stands in brackets is an IPv6 address")
-    return Parent(
-        f"{scheme}://{at}",
-        scheme,
-        bare,
-        natwork.parse_ports(port).start,
-        name,
-        secret,
-        natwork.Rule(f"allow to {pairs.get('to', '*')}", 0),
-        "scheme" in pairs,
-    )
+    targets = natwork.Rule(f"allow to {pairs.get('to', '*')}", 0)
+    shown, plain = f"{scheme}://{authority}", "scheme" in pairs
+    return Parent(shown, scheme, host, port, name, secret, targets, plain)
 
 
 def ask_http(
@@ -280,7 +267,7 @@ def join(chapters: natwork.Chapters) -> None:
     config = chapters.config
     try:
         parents = [parse_parent(line) for line in config.lines("parents")]
-    except ValueError as error:
+    except (ValueError, Refused) as error:
         raise config.refuse("parents", str(error)) from None
     if parents:
         chapters.parents = Parents(parents, chapters.policy)
