@@ -139,7 +139,7 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
     peer, policy, users = worker.client.host, worker.policy, worker.chapters.users
     if users and users.required:
         raise Refused(natwork.AUTH_REQUIRED, "a redirected client cannot log in")
-    if (route := natwork.route_to(natwork.address_of(peer))) and route.local:
+    if natwork.is_local(natwork.address_of(peer)):
         raise Refused(natwork.LOOP, "this box redirects what it sends itself")
     worker.begin(session)
     server = natwork.dial(worker, session, host, port)
