@@ -80,7 +80,7 @@ def dialed(exchange: Exchange) -> Iterator[Stream]:
         session.up += server.counted()
         session.down += exchange.client.counted()
         exchange.http.close()
-    if exchange.then is not natwork.Then.KEEP:
+    if exchange.then is not natwork.KEEP:
         exchange.choose_close()
 
 
@@ -235,7 +235,7 @@ def data_connection(exchange: Exchange) -> Iterator[Stream]:
 def ftp_login(head: natwork.RequestHead, login: bytes) -> tuple[str, str]:
     """Return user and password, the request's or the URL's; raise Refused."""
     user, _, password = map(decoded, login.partition(b":"))
-    match = BASIC.fullmatch(b"".join(head.fields.values(b"authorization")))
+    match = BASIC.fullmatch(b"".join(head.values(b"authorization")))
     with contextlib.suppress(binascii.Error):
         given = binascii.a2b_base64(match[1]) if match else b""
         if CONTROL.search(given):
@@ -286,42 +286,37 @@ def ftp_get(exchange: Exchange, path: str) -> None:
     if reply[0] == "5":
         ftp_list(exchange, path)
     elif size is None and not exchange.head_only:
-        exchange.progress = natwork.Progress.BEGUN_UNTIL_CLOSE
+        exchange.progress = natwork.BEGUN_UNTIL_CLOSE
         hear(exchange, "2")  # or what came was not all, and the answer is cut
 
 
-def ftp_body(
-    exchange: Exchange, head: natwork.RequestHead, path: str
-) -> natwork.Direction:
-    """Return the direction of a body that is to be stored; raise Refused."""
+def check_put(head: natwork.RequestHead, path: str) -> None:
+    """Raise Refused if a body cannot be stored as its request asks."""
     if not path or path.endswith("/"):
         raise Refused(natwork.BAD_REQUEST, "PUT without the name of a file")
-    if head.fields.values(b"content-range"):  # RFC 9110 section 14.5
+    if head.values(b"content-range"):  # RFC 9110 section 14.5
         raise Refused(natwork.BAD_REQUEST, "a part is not stored as the whole")
-    if head.fields.values(b"if-match") or head.fields.values(b"if-none-match"):
+    if head.values(b"if-match") or head.values(b"if-none-match"):
         raise Refused(natwork.UNCHECKED, "FTP cannot tell whether it holds")
-    seconds = exchange.config.idle_timeout
-    up = natwork.Direction(exchange.client, None, seconds)
-    up.steps = exchange.send_body(up, head, False)
-    up.step()  # with what has come: a malformed body empties no file
-    return up
 
 
-def ftp_put(exchange: Exchange, path: str, up: natwork.Direction) -> None:
-    """Store a request's body, of which up is the direction; raise Refused."""
+def ftp_put(exchange: Exchange, path: str) -> None:
+    """Store a request's body; raise Refused."""
     head, replaces = exchange.head, ask_size(exchange, path) is not None
     with data_connection(exchange) as data:
+        seconds = exchange.config.idle_timeout
+        up, down = natwork.both_ways(exchange.client, data, seconds)
+        up.steps, down.steps = exchange.send_body(up, False), down.flush()
+        up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")
-        down = natwork.Direction(data, up.source, up.idle_timeout)
         if exchange.length and head.expected:
             down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
-        up.sink, down.steps = data, down.flush()
         exchange.join(up, down)
     hear(exchange, "2")
     if up.state == natwork.CANCELED:
         raise Refused(natwork.SERVER_GONE, "the server took no more")
     if head.keep_alive:
-        exchange.then = natwork.Then.KEEP
+        exchange.then = natwork.KEEP
     # RFC 9110 section 9.3.4.
     exchange.answer("200 OK" if replaces else "201 Created", b"", b"")
 
@@ -336,12 +331,13 @@ def ftp(exchange: Exchange) -> None:
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
     login = ftp_login(head, exchange.target.login)
-    up = ftp_body(exchange, head, path) if session.method == "PUT" else None
+    if session.method == "PUT":
+        check_put(head, path)
     exchange.worker.begin(session)
     with dialed(exchange):
         log_in(exchange, *login)
-        if up:
-            ftp_put(exchange, path, up)
+        if session.method == "PUT":
+            ftp_put(exchange, path)
         elif path.endswith("/") or not path or kind == b";type=d":
             ftp_list(exchange, path)
         else:

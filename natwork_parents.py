@@ -122,13 +122,12 @@ def ask_http(
     bad, end = natwork.BAD_RESPONSE, natwork.BLANK_LINE
     for _ in range(natwork.INTERIM_LIMIT):
         head = yield from natwork.read_until(server, end, natwork.HEAD_LIMIT, bad)
-        first = head.partition(natwork.CRLF)[0]
-        status, line, _ = natwork.parse_status_line(first)
-        if status >= 300:
-            outcome = OUTCOME_OF_STATUS.get(status, natwork.CONNECT_FAILED)
-            why = line[9:].decode("latin-1").strip()
-            raise Refused(outcome._replace(word=str(status)), why)
-        if status >= 200:
+        answer = natwork.ResponseHead(head)
+        if answer.status >= 300:
+            outcome = OUTCOME_OF_STATUS.get(answer.status, natwork.CONNECT_FAILED)
+            why = answer.line[9:].decode("latin-1").strip()
+            raise Refused(outcome._replace(word=str(answer.status)), why)
+        if answer.status >= 200:
             return
     raise Refused(bad, f"over {natwork.INTERIM_LIMIT} interim responses")
 

@@ -42,6 +42,7 @@ PASSWORD_LOCK, SHARE_LOCK = 0, 1
 
 Line = tuple[bytes, bytes]  # salt and hash
 NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
+BASIC = re.compile(rb"basic +([A-Za-z0-9+/]+=*)", re.IGNORECASE)
 USER_LINE = re.compile(
     rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
 )
@@ -131,11 +132,10 @@ class Users:
         """
         if not self.required:
             return "-"
-        value = values[0] if len(values) == 1 else b""
-        scheme, _, text = value.partition(b" ")
+        match = BASIC.fullmatch(b", ".join(values))  # two are no credentials
         with contextlib.suppress(binascii.Error):
-            if scheme.lower() == b"basic":
-                name, _, password = binascii.a2b_base64(text).partition(b":")
+            if match:
+                name, _, password = binascii.a2b_base64(match[1]).partition(b":")
                 return self.authenticate(worker, name, password)
         raise Refused(natwork.AUTH_REQUIRED, "a name and a password are needed")
 

@@ -960,14 +960,19 @@ def test_what_ftp_cannot_do_is_not_done_to_the_whole_file(
 
 
 def test_a_malformed_body_empties_no_file(gateway, origin: origins.Start) -> None:
-    server, field = (
-        origin(http_wire.Script(), "127.0.0.3"),
+    data = origin(http_wire.Recorder(), "127.0.0.3")
+    here = b"227 here (127,0,0,3,%d,%d)" % divmod(data.port, 256)
+    server = origin(ftpd(PASV=here, SIZE=b"500 no"), "127.0.0.3")
+    answer = ask(
+        gateway,
+        url(server, "/f"),
         b"Transfer-Encoding: chunked",
+        method=b"PUT",
+        body=b"zz\r\n",
     )
-    target = url(server, "/f")
-    answer = ask(gateway, target, field, method=b"PUT", body=b"zz\r\n")
     assert answer.status == 400 and answer.closes
-    assert http_wire.uncalled(server)
+    assert any(line.startswith(b"PASV") for line in server.received)
+    assert not any(line.startswith(b"STOR") for line in server.received)
 
 
 def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
