@@ -3079,8 +3079,6 @@ class Exchange:
     server_keeps = False  # the server's connection goes on after its answer
     offered = b""  # protocols for an upgrade
     switching: ResponseHead | None = None  # the answer that takes one
-    # Steps that pass an answer's body on, if that is not done as it is.
-    translate: Callable[[Direction], Steps] | None = None
 
     def __init__(self, http: HttpConnection) -> None:
         """Begin with the next request of a connection."""
@@ -3487,8 +3485,6 @@ class Exchange:
         try:
             if size == CHUNKED:
                 yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
-            elif self.translate:
-                yield from self.translate(down)
             else:
                 yield from down.move(ALL if size == UNTIL_CLOSE else size)
             yield from down.flush()
@@ -3603,7 +3599,8 @@ class Exchange:
 class Chapters:
     """What the chapters beside this file do; None where a chapter is not there."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, policy: Policy, board: Scoreboard) -> None:
+        self.config, self.policy, self.board = config, policy, board
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None
@@ -3660,17 +3657,19 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
 
     Raises ConfigError: what passes here can be put in force.
     """
-    chapters = Chapters()
+    chapters = Chapters(config, policy, board)
     for name, settings in CHAPTERS.items():
         # Loaded at the start, and not later, when it may be of another version.
         if module := sys.modules.get(f"natwork_{name}"):
-            module.join(chapters, config, policy, board)
+            module.join(chapters)
             continue
         for setting in settings:
             # A value that is the default asks for nothing.
             if getattr(config, setting) != getattr(Config, setting):
                 why = f"needs {chapter_file(name)}, which is not there"
                 raise config.refuse(setting, why)
+    if not config.users and any(rule.users for rule in policy.rules):
+        raise config.refuse("rules", "a rule names a user, and users is not set")
     if config.pidfile:
         need_chapter("daemon", "pidfile", config)
     return chapters
