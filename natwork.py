@@ -3668,8 +3668,6 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
             if getattr(config, setting) != getattr(Config, setting):
                 why = f"needs {chapter_file(name)}, which is not there"
                 raise config.refuse(setting, why)
-    if not config.users and any(rule.users for rule in policy.rules):
-        raise config.refuse("rules", "a rule names a user, and users is not set")
     if config.pidfile:
         need_chapter("daemon", "pidfile", config)
     return chapters

@@ -539,7 +539,7 @@ def explained(
 
 RULES = """
     deny from 127.0.0.9
-    deny from 127.0.0.10
+    deny user ann
     deny to localhost
     deny to 127.0.0.4
     allow to 127.0.0.5 port {port}
