@@ -21,19 +21,13 @@ def explain_client(
     config: natwork.Config, policy: natwork.Policy, client: str, user: str
 ) -> bool:
     """Print whether a client is served; return whether it may be; raise OSError."""
+    scope = 0
+    with contextlib.suppress(OSError):  # it names no device
+        scope = socket.if_nametoindex(client.partition("%")[2])
     try:
-        packed = natwork.address_of(client)
+        inside = policy.is_client((client, 0, 0, scope), None)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
-    scope = 0
-    with contextlib.suppress(OSError):
-        scope = socket.if_nametoindex(client.partition("%")[2])
-    inside = policy.is_client((client, 0, 0, scope), None)
-    if inside and policy.uplinks:
-        route = natwork.route_to(packed)
-        for uplink in policy.uplinks:
-            if uplink.packed in natwork.device_addresses(route.device):
-                print(f"if it comes to {uplink.name}, the outside: not inside, refused")
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     if inside and config.users and user == "-":
         print("as no user: asked for name and password first")
@@ -75,10 +69,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     config, board = natwork.load_config(path, options), natwork.Scoreboard()
     listeners = natwork.endpoints(config)
     own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]
-    policy, chapters = natwork.Policy(config, own), natwork.Chapters()
+    policy = natwork.Policy(config, own)
+    chapters = natwork.Chapters(config, policy, board)
     if config.parents:
-        found = natwork.need_chapter("parents", "parents")
-        found.join(chapters, config, policy, board)
+        natwork.need_chapter("parents", "parents").join(chapters)
     parents, client = chapters.parents, words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):
