@@ -679,7 +679,7 @@ def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
             full = stack.enter_context(socket.create_server((host, port)))
             full.listen(0)
             stack.enter_context(socket.create_connection((host, port)))
-        race = natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
+        race = natwork.Race(natwork.Watch(lifeline, 1.0, {}), natwork.Scoreboard())
         stack.callback(race.close)
         yield race
 
@@ -770,7 +770,7 @@ def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
     board = natwork.Scoreboard()
     lifeline, end = os.pipe()
-    race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
+    race = natwork.Race(natwork.Watch(lifeline, 1.0, {}), board)
     for fd in (lifeline, end):
         os.close(fd)
     lost, won = (natwork.Attempt(b"\x7f\0\0\1", 80, way, 0.0) for way in ways)
