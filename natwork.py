@@ -116,7 +116,6 @@ ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker that nobody needed for this long may leave
-RELOAD_FORK_TIMEOUT = 5.0  # for the first workers of a new configuration
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 TIME_LIMIT = 2_000_000.0  # poll() counts milliseconds in 32 bits: these are 23 days
 
@@ -513,9 +512,9 @@ FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's nex
 # The header, as 64-bit words: the mark of a scoreboard, the master's pid, the slots
 # that there may be and that ever were used, the Unix time of the start, and forks.
 MAGIC, MASTER, MAX_WORKERS, USED, BEGAN, FORKS, FORKS_FAILED = range(7)
-# Generations below this number take no more clients; the second in which board.say()
-# was last heard; half a line stands in the log; lost lines were not reported yet.
-DRAINED_BELOW, LAST_SAID, LOG_CUT, UNREPORTED = range(7, 11)
+# The second in which board.say() was last heard; half a line stands in the log; lost
+# lines were not reported yet.
+LAST_SAID, LOG_CUT, UNREPORTED = range(7, 10)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 OURS = 0x316B726F7774616E  # "natwork1"
 STATES = 4096  # offset of the state bytes
@@ -910,7 +909,6 @@ class Stream:
 
     sent = 0  # bytes, since counted() was asked
     was_reset = False  # a socket reports a reset once, and then an end
-    watched = False  # by await_word()
     parent: Any = None  # the proxy that takes requests here, if it is one
 
     def __init__(self, sock: socket.socket, lost: Outcome) -> None:
@@ -1065,10 +1063,13 @@ class Watch:
     what goes on here must come to its end within drain_timeout.
     """
 
-    def __init__(self, lifeline: int, drain_timeout: float) -> None:
+    def __init__(
+        self, lifeline: int, drain_timeout: float, listeners: dict[int, socket.socket]
+    ) -> None:
+        """Take the worker's listeners too, which are closed when the master leaves."""
         self.lifeline, self.drain_timeout = lifeline, drain_timeout
-        self.drain_at = 0.0  # monotonic; 0 while the master lives
-        self.on_drain: Callable[[], None] = lambda: None
+        self.listeners = listeners
+        self.drain_at = math.inf  # monotonic; known once the master leaves
 
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
@@ -1079,19 +1080,14 @@ class Watch:
         poll = select.poll()
         for fd, events in wanted.items():
             poll.register(fd, events)
-        if not self.drain_at:
+        if self.drain_at == math.inf:
             poll.register(self.lifeline, 0)  # POLLHUP comes unasked
         now = time.monotonic()
         deadline = now + seconds
-        while True:
-            left = deadline - now
-            if self.drain_at and self.drain_at < deadline:
-                left = self.drain_at - now
-                if left <= 0:
-                    raise Refused(DRAINED, "the gateway is stopping")
+        while now < self.drain_at:
+            left = min(deadline, self.drain_at) - now
             ready = dict(poll.poll(left * 1000 if left > 0 else 0))
-            if self.lifeline in ready:
-                del ready[self.lifeline]
+            if ready.pop(self.lifeline, 0):
                 poll.unregister(self.lifeline)
                 self.drain()
             if ready:
@@ -1099,6 +1095,15 @@ class Watch:
             now = time.monotonic()
             if now >= deadline:
                 return ready
+        raise Refused(DRAINED, "the gateway is stopping")
+
+    def drain(self) -> None:
+        """Give what goes on now drain_timeout to end; refuse queued clients at once."""
+        self.drain_at = time.monotonic() + self.drain_timeout
+        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
+        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
+        while self.listeners:  # so that a successor can bind, also if we go on
+            self.listeners.popitem()[1].close()
 
     def run(
         self,
@@ -1132,13 +1137,6 @@ class Watch:
         sent = stream.send(data)
         if sent < len(data):
             self.run(stream.send_all(bytearray(data[sent:])), IDLE, why, seconds)
-
-    def drain(self) -> None:
-        """Give what goes on now drain_timeout to end."""
-        self.drain_at = time.monotonic() + self.drain_timeout
-        self.on_drain()
-        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
-        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
 
 
 class Direction:
@@ -1356,11 +1354,13 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
 #
 # The master keeps workers forked ahead of the clients and does nothing else: it
 # reads nothing from the network, resolves no name and accepts no client.  Its
-# loop is reap, top up, sleep, act.  Signals wake it through the wake pipe; workers
-# wake it when spares are short; when the house is full it asks a worker whose
-# client is silent to evict it.  The lifeline, of which each generation of the
-# configuration has one, says when to leave.  A byte in it means: take no more
-# clients under these settings.  Its end means: the master is leaving, or dead.
+# loop is reap, top up, sleep, act.  Its signals are blocked, and taken one by one
+# when it sleeps, so no code of ours runs in the middle of other code of ours; a
+# worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
+# asks a worker whose client is silent, by SIGURG, to leave.  The lifeline, of which
+# each generation of the configuration has one, tells workers to leave.  A byte in it
+# means: take no more clients under these settings.  Its end means: the master is
+# leaving, or dead.
 
 MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 
@@ -1376,13 +1376,15 @@ def notify(words: str) -> None:
             sock.sendto(words.encode(), where)
 
 
-def with_clients(listeners: Iterable[socket.socket]) -> list[socket.socket]:
-    """Return the listeners at which a client waits now."""
+def readable(fds: Iterable[int], seconds: float = 0.0) -> dict[int, int]:
+    """Wait until descriptors can be read, a listener if it has a client; return them.
+
+    They are the keys; {} when the time is over.
+    """
     poll = select.poll()
-    for listener in listeners:
-        poll.register(listener, POLLIN)
-    ready = dict(poll.poll(0))
-    return [listener for listener in listeners if listener.fileno() in ready]
+    for fd in fds:
+        poll.register(fd, POLLIN)
+    return dict(poll.poll(seconds * 1000))
 
 
 class Client:
@@ -1409,13 +1411,11 @@ def shut(listener: socket.socket) -> None:
 class Generation(NamedTuple):
     """One configuration in force: its listeners by name, its log and its lifeline."""
 
-    number: int
     config: Config
     listeners: dict[str, socket.socket]
     log: AccessLog
     policy: Policy
     chapters: Chapters
-    serve: Callable[[Worker], bool]  # accepts one client and serves it
     lifeline_out: int
     lifeline_in: int  # the master's alone: it is its life
 
@@ -1428,39 +1428,21 @@ class Worker:
         self.generation = generation = master.generation
         self.config, self.policy = generation.config, generation.policy
         self.chapters, self.board, self.slot = generation.chapters, master.board, slot
-        self.call, self.evict = master.call, master.evict  # eventfds
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.lifeline = generation.lifeline_out
-        self.watch = Watch(self.lifeline, self.config.drain_timeout)
-        self.watch.on_drain = self.close_listeners
+        self.watch = Watch(self.lifeline, self.config.drain_timeout, self.listeners)
         self.client: Client
-        # Made after the fork: they are no other process's.
-        self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
+        self.idle_poll = select.epoll()  # made after the fork: it is no other's
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
-        self.silent_poll.register(self.lifeline, select.EPOLLIN)
-        self.silent_poll.register(self.evict, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-
-    def run(self) -> None:
-        """Serve clients, one after another, until it is time to leave."""
-        for _ in range(self.config.clients_per_worker):
-            if not self.generation.serve(self) or self.is_draining():
-                break
-
-    def close_listeners(self) -> None:
-        """Refuse queued clients at once, and let a successor bind."""
-        while self.listeners:
-            self.listeners.popitem()[1].close()
 
     def is_draining(self) -> bool:
         """Return whether this worker should take no more clients or requests."""
-        drained = self.generation.number < self.board.words[DRAINED_BELOW]
-        return drained or self.watch.drain_at > 0  # the master may have died
+        return bool(readable([self.lifeline]))
 
     def accept(self) -> Client | None:
         """Wait for a client and return it; None when it is time to leave."""
         set_title("natwork: idle")
-        surplus_at = time.monotonic() + SURPLUS_TIME
         for fd in self.listeners:
             # Only while idle: or the kernel would ask each busy worker first.
             self.idle_poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
@@ -1479,7 +1461,7 @@ class Worker:
                 # Not idle first, then counted: of many that ask at once whether they
                 # are surplus, too few leave rather than too many.
                 self.slot.set_state(BUSY)
-                if time.monotonic() >= surplus_at and self.has_spares():
+                if not ready and self.has_spares():
                     return None
         finally:
             for fd in self.listeners:
@@ -1502,62 +1484,38 @@ class Worker:
             return None
         self.slot.set_state(BUSY)
         if not self.has_spares():
-            with contextlib.suppress(OSError):  # the master is awake; or it is gone
-                os.eventfd_write(self.call, 1)
+            with contextlib.suppress(OSError):  # the master has gone
+                os.kill(os.getppid(), signal.SIGCHLD)  # wakes it, as if we had ended
         return self.client
 
     def has_spares(self) -> bool:
         """Return whether enough workers are idle, this one not counted."""
         return self.board.states().count(IDLE_STATE) >= self.config.spare_workers
 
-    def has_word(self, stream: Stream) -> bool:
-        """Return whether a stream has something to be read, or its end, now."""
-        self.keep_watch(stream)
-        return stream.fd in dict(self.silent_poll.poll(0, 8))
+    def await_word(self, streams: list[Stream], seconds: float, new: bool) -> set[int]:
+        """Wait for a silent client's next word; return which streams can be read.
 
-    def keep_watch(self, stream: Stream) -> None:
-        """Have a silent stream wake us, from now on until it is closed."""
-        if not stream.watched:
-            self.silent_poll.register(stream.fd, select.EPOLLIN)
-            stream.watched = True
-
-    def await_word(
-        self, client: Stream, server: Stream | None, deadline: float, new: bool
-    ) -> dict[int, int]:
-        """Wait until a client or its kept server says something.
-
-        Returns the events by descriptor; {} when it is time to go, or the client is to
-        be evicted.  A new client is not sent away by a reload.  Another has a moment to
-        ask its next request, which would else cross with our leaving.
+        They are descriptors; none when it is time to leave.  A new client is not sent
+        away by a reload.  Another has a moment to ask its next request, which would
+        else cross with our leaving.
         """
-        self.keep_watch(client)
-        if server:
-            self.keep_watch(server)
+        poll = select.poll()
+        for stream in streams:
+            poll.register(stream.fd, POLLIN)
+        poll.register(self.lifeline, 0 if new else POLLIN)  # POLLHUP comes unasked
         self.slot.set_state(SILENT)
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                found = dict(self.silent_poll.poll(left, 8))
-                if client.fd in found or server and server.fd in found:
-                    return found
-                if self.evict in found and self.is_evicted():
-                    break
-                if self.lifeline in found:
-                    if found[self.lifeline] & select.EPOLLHUP:
-                        break
-                    if not new:
-                        deadline = min(deadline, time.monotonic() + RELOAD_GRACE)
-                    self.silent_poll.modify(self.lifeline, 0)  # EPOLLHUP comes unasked
-        finally:
-            self.slot.set_state(BUSY)
-        return {}
+        ready = dict(poll.poll(seconds * 1000))
+        if ready == {self.lifeline: POLLIN}:
+            poll.modify(self.lifeline, 0)
+            ready = dict(poll.poll(RELOAD_GRACE * 1000))
+        self.slot.set_state(BUSY)
+        return {*ready} - {self.lifeline}
 
-    def is_evicted(self) -> bool:
-        """Take the master's call for room; return whether a client still waits."""
-        try:
-            os.eventfd_read(self.evict)
-        except BlockingIOError:  # another worker was quicker
-            return False
-        return bool(with_clients(self.listeners.values()))
+    def make_room(self, *_: object) -> None:
+        """Leave for another client, as the master asks, if ours is silent still."""
+        silent = self.board.states()[self.slot.number] == SILENT
+        if silent and not readable([self.client.stream.fd]):
+            os._exit(0)
 
     def begin(self, session: Session) -> None:
         """Show a session that begins; raise Refused if its client has too many."""
@@ -1607,39 +1565,42 @@ class Master:
     """Keeps spare workers waiting for clients, and sees them out."""
 
     def __init__(
-        self, board: Scoreboard, load: Callable[[Generation | None], Generation]
+        self,
+        board: Scoreboard,
+        load: Callable[[Generation | None], Generation],
+        serve: Callable[[Worker], bool],
+        fds: list[int],
     ) -> None:
-        """Take what loads a generation; raise what it raises."""
-        self.board, self.load = board, load
+        """Take what loads a generation, and what a worker does for one client.
+
+        serve() returns False when it is time to leave.  The descriptors are for the
+        master alone.  Raises what load() raises.
+        """
+        self.board, self.load, self.serve, self.fds = board, load, serve, fds
         self.generation = load(None)
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
-        self.wake_out, self.wake_in = os.pipe2(PIPE_FLAGS)
-        self.fds = [self.wake_out, self.wake_in]  # that workers close
-        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        self.call = os.eventfd(0, flags)  # from workers: spares are short
-        self.evict = os.eventfd(0, flags)  # to them: make room
-        self.stopping = self.reloading = self.fork_failing = False
-        # When to do what next, monotonic.
-        self.fork_at = self.drain_old_at = self.full_said_at = self.notify_at = 0.0
-        self.kill_at, self.kill_by = math.inf, signal.SIGTERM
+        self.stopping = self.reloading = False
+        # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
+        self.fork_at = self.full_said_at = self.notify_at = 0.0
+        self.kill_at = math.inf
         board.words[BEGAN] = int(time.time())
 
     def run(self) -> None:
-        """Serve until TERM or INT, then see the busy workers out."""
-        for number in MASTER_SIGNALS:
-            # The workers keep this: a terminal's Ctrl-C reaches the whole group,
-            # and must drain, not cut.  They listen to TERM alone.
-            signal.signal(number, lambda *_: None)
+        """Serve until TERM or INT, then see the busy workers out.
+
+        MASTER_SIGNALS have been blocked, and stay so.
+        """
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # ignored, it would reap by itself
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
             signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)  # held at the start
         while self.workers or not self.stopping:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.drain_old()
+                    self.retire_old()
                     self.close_unused()
                 self.kill_late()
                 self.show_title()
@@ -1648,57 +1609,41 @@ class Master:
             except OSError as error:
                 self.board.say(f"the master goes on after an error: {reason(error)}")
                 time.sleep(0.1)  # it may come again at once
-        # A signal that comes now makes it no failure.
-        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
 
     def sleep(self) -> None:
-        """Wait for a signal, a worker's call or a second; act on the signals.
-
-        The C half of Python's signal handling writes each signal's number into
-        the wake pipe and our half does nothing, so no code of ours ever runs
-        in the middle of other code of ours.
-        """
+        """Wait for a signal, and act on it, or for the time to look around."""
         full = self.is_full()
-        crowded = full and self.make_room()
-        poll = select.poll()
-        poll.register(self.wake_out, POLLIN)
-        poll.register(self.call, POLLIN)
-        if full and not crowded:
-            for listener in self.generation.listeners.values():
-                poll.register(listener, POLLIN)
-        poll.poll(250 if crowded else 1000)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.call)
-        with contextlib.suppress(BlockingIOError):
-            for byte in os.read(self.wake_out, 4096):
-                if byte in (signal.SIGTERM, signal.SIGINT):
-                    self.stop()
-                elif byte == signal.SIGHUP and not self.stopping:
-                    self.reload()
+        if full and readable(s.fileno() for s in self.generation.listeners.values()):
+            self.make_room()
+        taken = signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
+        number = taken.si_signo if taken else 0
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stop()
+        elif number == signal.SIGHUP and not self.stopping:
+            self.reload()
 
     def idle(self, generation: Generation) -> int:
         """Return how many workers of a generation are idle."""
+        states = self.board.states()
         own = [slot for slot, one in self.workers.values() if one is generation]
-        return sum(slot.memory[STATES + slot.number] == IDLE_STATE for slot in own)
+        return sum(states[slot.number] == IDLE_STATE for slot in own)
 
     def is_full(self) -> bool:
         """Return whether a client that comes now finds no worker."""
         full = len(self.workers) >= self.generation.config.max_workers
         return full and not self.stopping and not self.idle(self.generation)
 
-    def make_room(self) -> bool:
-        """If clients wait for a worker, have one evicted; return whether they do."""
-        if not with_clients(self.generation.listeners.values()):
-            return False
+    def make_room(self) -> None:
+        """Have a worker with a silent client leave: others wait for a worker."""
         if time.monotonic() >= self.full_said_at + 60:
             self.full_said_at = time.monotonic()
             limit = self.generation.config.max_workers
             say(f"all {limit} workers are busy and clients wait (max_workers)")
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.evict)  # a call that no worker took wakes none twice
-        if SILENT in self.board.states():
-            os.eventfd_write(self.evict, 1)
-        return True
+        states = self.board.states()
+        for pid, (slot, _) in self.workers.items():
+            if states[slot.number] == SILENT:
+                os.kill(pid, signal.SIGURG)  # which nobody sends by mistake
+                return
 
     def reap(self) -> None:
         """Collect every worker that has ended, and free its slot."""
@@ -1736,20 +1681,15 @@ class Master:
     def spawn(self, count: int) -> None:
         """Fork some workers, as many as max_workers leaves room for."""
         room = self.generation.config.max_workers - len(self.workers)
-        # Held across the forks: until a worker lets go of the wake pipe, a
-        # signal meant for it would be read by the master as its own.
-        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
         try:
             for _ in range(min(count, room)):
                 self.spawn_one()
-            self.fork_failing = False
+            self.fork_at = 0.0
         except OSError as error:
             self.board.words[FORKS_FAILED] += 1
-            if not self.fork_failing:
+            if not self.fork_at:
                 say(f"cannot fork a worker: {reason(error)}")
-            self.fork_failing, self.fork_at = True, time.monotonic() + 1
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+            self.fork_at = time.monotonic() + 1
 
     def spawn_one(self) -> None:
         """Fork one worker; raise OSError."""
@@ -1772,17 +1712,22 @@ class Master:
     def become_worker(self, slot: Slot) -> NoReturn:
         """Serve clients in this new process, and never return."""
         try:
-            signal.set_wakeup_fd(-1)  # or a signal to us would be the master's
             for fd in [*self.fds, *(one.lifeline_in for one in self.generations)]:
                 os.close(fd)
             worker = Worker(self, slot)
+            # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, worker.die)  # the operator's hand
+            signal.signal(signal.SIGURG, worker.make_room)  # the master's
             if os.geteuid() != 0:
                 # Serving needs neither fork nor threads; root is above that limit.
                 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             slot.begin(os.getpid())
-            worker.run()
+            for _ in range(worker.config.clients_per_worker):
+                if worker.is_draining() or not self.serve(worker):
+                    break
             # Not sys.exit(): we inherited the master's atexit list, pid file included.
             os._exit(0)
         except OSError as error:
@@ -1814,22 +1759,15 @@ class Master:
         self.generations.append(fresh)
         self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
-        self.drain_old_at = time.monotonic() + RELOAD_FORK_TIMEOUT
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def drain_old(self) -> None:
-        """Have idle workers of earlier generations leave, once there are new ones.
-
-        Or, where forks fail, after a while: they may take the room of the new ones.
-        """
-        waits = self.fork_failing and time.monotonic() < self.drain_old_at
-        if not self.reloading or waits:
+    def retire_old(self) -> None:
+        """Have idle workers of earlier generations leave: there are new ones now."""
+        if not self.reloading:
             return
-        if self.board.words[DRAINED_BELOW] < self.generation.number:
-            self.board.words[DRAINED_BELOW] = self.generation.number
-            for generation in self.generations[:-1]:
-                with contextlib.suppress(OSError):  # told enough; or nobody is left
-                    os.write(generation.lifeline_in, b"d")
+        for generation in self.generations[:-1]:
+            with contextlib.suppress(OSError):  # told enough; or nobody is left
+                os.write(generation.lifeline_in, b"d")
         if not any(map(self.idle, self.generations[:-1])):
             self.reloading = False
             say("configuration reloaded")
@@ -1840,26 +1778,22 @@ class Master:
 
         Such a listener goes when no client waits there.
         """
-        living = {generation.number for _, generation in self.workers.values()}
         for generation in self.generations[:-1]:
-            if generation.number not in living:
+            if not any(one is generation for _, one in self.workers.values()):
                 self.generations.remove(generation)
                 os.close(generation.lifeline_in)
         listeners = self.generation.listeners
-        removed = {name: s for name, s in listeners.items() if name[:8] == "removed "}
-        crowded = with_clients(removed.values())
-        for name, listener in removed.items():
-            if listener not in crowded:
+        for name in [name for name in listeners if name.startswith("removed ")]:
+            if not readable([listeners[name].fileno()]):
                 shut(listeners.pop(name))
 
     def stop(self) -> None:
         """Let busy workers finish until drain_timeout; told again, end them now."""
         if self.stopping:
-            self.kill_at = 0.0
+            self.kill_at = min(self.kill_at, time.monotonic())
             return
         self.stopping, busy = True, self.board.states().count(BUSY)
         notify("STOPPING=1")
-        self.board.words[DRAINED_BELOW] = self.generation.number + 1
         for generation in self.generations:
             os.close(generation.lifeline_in)
         for name, listener in self.generation.listeners.items():
@@ -1872,10 +1806,9 @@ class Master:
 
     def kill_late(self) -> None:
         """End the workers that have not left in time, after 5 s more by SIGKILL."""
-        if time.monotonic() >= self.kill_at:
-            for pid in self.workers:
-                os.kill(pid, self.kill_by)
-            self.kill_at, self.kill_by = time.monotonic() + 5, signal.SIGKILL
+        late = time.monotonic() - self.kill_at
+        for pid in self.workers if late >= 0 else ():
+            os.kill(pid, signal.SIGKILL if late >= 5 else signal.SIGTERM)
 
     def show_title(self) -> None:
         """Show how many workers are idle and busy, to ps and to the service manager."""
@@ -2963,7 +2896,9 @@ class HttpConnection:
             self.check_server()
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
-            ready = self.worker.await_word(self.client, self.server, deadline, False)
+            streams = [self.client, self.server] if self.server else [self.client]
+            left = max(0.0, deadline - time.monotonic())
+            ready = self.worker.await_word(streams, left, False)
             if self.server and self.server.fd in ready:
                 self.close()
             try:
@@ -2975,7 +2910,7 @@ class HttpConnection:
 
     def check_server(self) -> None:
         """Drop the kept server if it has closed, or says what was not asked for."""
-        if self.server and self.worker.has_word(self.server):
+        if self.server and readable([self.server.fd]):
             self.close()
 
     def drop_blanks(self) -> bool:
@@ -3643,11 +3578,11 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
         except BlockingIOError:
             pass
         # A new connection is not evicted in its first second.
-        seconds = worker.config.head_timeout
-        deadline = time.monotonic() + seconds
-        if worker.watch.wait({client.fd: POLLIN}, min(1.0, seconds)):
+        first = min(1.0, worker.config.head_timeout)
+        if worker.watch.wait({client.fd: POLLIN}, first):
             return client.fill()
-        return bool(worker.await_word(client, None, deadline, True)) and client.fill()
+        left = worker.config.head_timeout - first
+        return bool(worker.await_word([client], left, True)) and client.fill()
     return False
 
 
@@ -3844,8 +3779,7 @@ def load_generation(
             why = f"cannot open the access log {config.log}: {reason(error)}"
             raise OSError(why) from None
         undo.callback(os.close, log.fd)
-        parts = config, listeners, log, policy, chapters, serve_client
-        lifeline, number = os.pipe2(PIPE_FLAGS), old.number + 1 if old else 0
+        lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
     if not old:
         say(f"chapters: {' '.join(found) or 'none'}")
@@ -3856,7 +3790,7 @@ def load_generation(
         say_what_stays(config, old.config, bool(passed))
     with contextlib.suppress(OSError):
         warn_of_outside(config)
-    return Generation(number, *parts, *lifeline)
+    return Generation(config, listeners, log, policy, chapters, *lifeline)
 
 
 def warm() -> None:
@@ -3905,8 +3839,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             daemon = need_chapter("daemon", "pidfile", config)
             fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
         load = functools.partial(load_generation, path, options, board)
-        master = Master(board, load)
-        master.fds += fds
+        master = Master(board, load, serve_client, fds)
         for fd in fds:
             daemon.write_pid(fd)
         if not find_set_title():

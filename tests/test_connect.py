@@ -672,7 +672,7 @@ def uplinks_of(outside: str) -> natwork.Policy:
 def race_of(lifeline: int) -> natwork.Race:
     """Return a race with what it needs of a worker."""
     worker = SimpleNamespace(
-        watch=natwork.Watch(lifeline, 1.0),
+        watch=natwork.Watch(lifeline, 1.0, {}),
         board=natwork.Scoreboard(),
         config=natwork.Config(connect_timeout=20.0),
     )
