@@ -1070,6 +1070,7 @@ class Watch:
         self.lifeline, self.drain_timeout = lifeline, drain_timeout
         self.listeners = listeners
         self.drain_at = math.inf  # monotonic; known once the master leaves
+        self.heard = False  # that this worker should take no more requests
 
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
@@ -1081,15 +1082,18 @@ class Watch:
         for fd, events in wanted.items():
             poll.register(fd, events)
         if self.drain_at == math.inf:
-            poll.register(self.lifeline, 0)  # POLLHUP comes unasked
+            poll.register(self.lifeline, 0 if self.heard else POLLIN)
         now = time.monotonic()
         deadline = now + seconds
         while now < self.drain_at:
             left = min(deadline, self.drain_at) - now
             ready = dict(poll.poll(left * 1000 if left > 0 else 0))
-            if ready.pop(self.lifeline, 0):
-                poll.unregister(self.lifeline)
-                self.drain()
+            if event := ready.pop(self.lifeline, 0):
+                self.heard = True
+                poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
+                if event & select.POLLHUP:
+                    poll.unregister(self.lifeline)
+                    self.drain()
             if ready:
                 return ready
             now = time.monotonic()
@@ -3347,7 +3351,7 @@ class Exchange:
         if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
             self.progress, self.then, told = BEGUN_UNTIL_CLOSE, CLOSE, None
         self.told = told
-        if self.worker.is_draining():
+        if self.watch.heard:
             self.then = CLOSE
         self.session.status = str(response.status)
         return size
