@@ -248,17 +248,6 @@ class Config:
             return str(value).removesuffix(".0")
         return " ".join(str(value).split())
 
-    def check(self) -> None:
-        """Raise ConfigError for what cannot be, however well it is spelled."""
-        if "spare_workers" not in self.where:
-            self.spare_workers = min(self.spare_workers, self.max_workers)
-        if self.spare_workers > self.max_workers:
-            raise self.refuse("spare_workers", "must be at most max_workers")
-        if self.max_workers > SLOT_LIMIT:
-            raise self.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
-        if not self.log:
-            raise self.refuse("log", "must be - or a file")
-
     def lines(self, name: str) -> list[str]:
         """Return the lines of a setting, which end at a newline or a semicolon."""
         lines = map(str.strip, re.split("[\n;]", getattr(self, name)))
@@ -276,12 +265,14 @@ DEFAULTS: dict[str, Any] = {
 FORMS: dict[str | type, tuple[str, str]] = {
     # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
     "name": ("[A-Za-z0-9_.-]{0,255}", "must be letters, digits, dots and dashes"),
+    "log": (r"[^\0]+", "must be - or a file"),
     "log_format": ("text|json", "must be text or json"),
+    "max_per_client": ("[0-9]{1,9}", "is not a whole number"),
     str: (r"[^\0]*", "has a NUL in it"),
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
-    int: ("[0-9]{1,9}", "is not a whole number"),
-    float: (r"[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number"),
+    int: ("(?!0*$)[0-9]{1,9}", "is not a whole number of 1 or more"),
+    float: (r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number above 0"),
 }
 
 
@@ -293,14 +284,10 @@ def parse_setting(name: str, text: str) -> Any:
     form, why = FORMS.get(name) or FORMS[kind]
     if not re.fullmatch(form, text):
         raise ValueError(why)
-    if kind in (str, bool):
-        return text.strip() if kind is str else text == "yes"
-    number = kind(text)
-    if not number and name != "max_per_client":
-        raise ValueError("must be more than 0")
-    if kind is float and number > TIME_LIMIT:
+    value = text == "yes" if kind is bool else kind(text)
+    if kind is float and value > TIME_LIMIT:
         raise ValueError(f"must be at most {TIME_LIMIT:.0f} s")
-    return number
+    return value
 
 
 def read_file(path: str) -> tuple[bytes, int]:
@@ -366,7 +353,12 @@ def load_config(path: str, options: Iterable[str]) -> Config:
             given_text = masked(f"{name} = {text}")
             raise ConfigError(f"{place}: {given_text}: {error}") from None
     config = Config(file=path, where=where, **settings)
-    config.check()
+    if "spare_workers" not in where:
+        config.spare_workers = min(config.spare_workers, config.max_workers)
+    if config.spare_workers > config.max_workers:
+        raise config.refuse("spare_workers", "must be at most max_workers")
+    if config.max_workers > SLOT_LIMIT:
+        raise config.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
     return config
 
 
@@ -3711,16 +3703,14 @@ def serve_client(worker: Worker) -> bool:
 
 def parse_endpoint(text: str) -> tuple[str, int]:
     """Return host ("*" for all addresses) and port of HOST:PORT; raise ValueError."""
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError(f"{text!r} is not ADDRESS:PORT")
+    match = re.fullmatch(r"(\[[^]]*:[^]]*\]|[^:[]+):([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        why = "is not ADDRESS:PORT, an IPv6 address in brackets"
+        raise ValueError(f"{text!r} {why}")
+    host, port = match[1].strip("[]"), int(match[2])
     if host != "*":
-        packed = pack(bare)
-        if (":" in bare) != (host == f"[{bare}]"):
-            raise ValueError(f"{text!r}: an IPv6 address stands in brackets")
-        bare = unpack(embedded_addresses(packed)[0])  # in one form, to be compared
-    return bare, int(port)
+        host = unpack(embedded_addresses(pack(host))[0])  # in one form, to be compared
+    return host, port
 
 
 def endpoints(config: Config) -> list[tuple[str, int]]:
