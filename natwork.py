@@ -155,11 +155,10 @@ def say(message: str) -> bool:
     It is whole even among many processes, having at most PIPE_BUF bytes, and it never
     waits: where nobody reads standard error, the line is lost.
     """
-    poll = select.poll()
-    poll.register(2, POLLOUT)
     line = f"natwork: {message}\n".encode(errors="replace")[: select.PIPE_BUF]
     with contextlib.suppress(OSError):
-        return bool(poll.poll(0)) and os.write(2, line) > 0
+        has_room = select.select([], [2], [], 0)[1]
+        return bool(has_room) and os.write(2, line) > 0
     return False
 
 
@@ -296,11 +295,10 @@ def read_file(path: str) -> tuple[bytes, int]:
     A pipe or a terminal is refused: it could make us wait, and it says something
     else at the next reload.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError("it is not a regular file")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError("it is not a regular file")
+    with open(path, "rb") as file:
         return file.read(), mode
 
 
@@ -325,9 +323,8 @@ def read_settings(path: str) -> dict[str, str]:
             "MissingSectionHeaderError": "it stands before the line [natwork]",
         }.get(type(error).__name__, "it is not NAME = VALUE")
         raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
-    for section in parser.sections():
-        if section != "natwork":
-            raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
+    for section in set(parser.sections()) - {"natwork"}:
+        raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}
 
 
@@ -546,13 +543,8 @@ class Scoreboard:
         self.regions: dict[str, mmap.mmap] = {}
 
     def region(self, name: str, size: int) -> mmap.mmap:
-        """Return memory of some bytes that all processes share, for a chapter.
-
-        It is made when it is first asked for, which must be before the first fork.
-        """
-        if name not in self.regions:
-            self.regions[name] = mmap.mmap(-1, size)
-        return self.regions[name]
+        """Return memory that a chapter's processes share; ask before the first fork."""
+        return self.regions.setdefault(name, mmap.mmap(-1, size))
 
     def states(self) -> bytes:
         """Return the state bytes of all slots that ever were used."""
@@ -3752,6 +3744,7 @@ def open_listeners(
 
     Those held go on; what is opened here, undo closes.  Raises ConfigError or OSError.
     """
+    open_one = functools.partial(socket.create_server, backlog=LISTEN_BACKLOG)
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
     # By address too: one that was removed may still have clients in its queue.
     kept = {endpoint(s.getsockname()): s for s in held.values()} | held
@@ -3760,9 +3753,7 @@ def open_listeners(
             name, family = endpoint((here, port)), INET6 if ":" in here else INET
             try:
                 sock = kept.get(name) or undo.enter_context(
-                    socket.create_server(
-                        (here, port), family=family, backlog=LISTEN_BACKLOG
-                    )
+                    open_one((here, port), family=family)
                 )
             except OSError as error:
                 if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
@@ -3811,9 +3802,8 @@ def warn_of_outside(config: Config) -> None:
     device, inside = route.device if route else "", networks(config.inside)
     for packed in device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
-        if contains(LINK_LOCAL, packed) or len(packed) != 4:
-            continue
-        if contains(inside, packed):
+        is_global = len(packed) == 4 and not contains(LINK_LOCAL, packed)
+        if is_global and contains(inside, packed):
             say(
                 f"{device} leads outside and has {unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
