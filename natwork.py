@@ -59,7 +59,6 @@ the programs that do.
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import fcntl
 import functools
@@ -469,10 +468,6 @@ class Refused(Exception):
         self.outcome, self.detail = outcome, detail
 
 
-class IdleTimeout(Exception):
-    """No byte moved for as long as was allowed."""
-
-
 # --- Scoreboard, session and log ----------------------------------------------
 #
 # A worker's slot on the scoreboard says what it does now: one byte for its
@@ -680,14 +675,14 @@ class Session:
 
     FIELDS = "pid client user proto method target address source status".split()
 
+    user = method = target = address = source = status = "-"
+    up = down = 0  # bytes written to the server, and to the client
+    outcome = OK  # of a session that is not refused
+    via = b""  # the gateways that a request has come through
+
     def __init__(self, client: str, pid: str, proto: str = "-") -> None:
         """Begin a session of a client, as endpoint() writes it, now."""
         self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
-        self.user = self.method = self.target = "-"
-        self.address = self.source = self.status = "-"
-        self.up = self.down = 0  # bytes written to the server, and to the client
-        self.outcome = OK  # of a session that is not refused
-        self.via = b""  # the gateways that a request has come through
 
     def fields(self, user_size: int = NAME_SIZE) -> str:
         """Return what the log line and the row have in common, in the log's form."""
@@ -841,7 +836,6 @@ class AccessLog:
 
 ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Steps = Generator[tuple[int, int], None, Any]  # a descriptor, and its poll() events
-WAIT_FOR_OTHER_SIDE = (-1, 0)  # until the other direction has got somewhere
 RUNNING, DONE, CANCELED = range(3)  # the states of a direction
 
 
@@ -855,14 +849,15 @@ def reset_on_close(sock: socket.socket) -> None:
 class Stream:
     """A socket that does not block, and the bytes received that nobody has used yet."""
 
+    sent = 0  # bytes, since counted() was asked
+    was_reset = False  # a socket reports a reset once, and then an end
+    watched = False  # by await_word()
+    parent: Any = None  # the proxy that takes requests here, if it is one
+
     def __init__(self, sock: socket.socket, lost: Outcome) -> None:
         """Take over a socket; lost is the outcome when its far end goes away."""
         self.sock, self.fd, self.lost = sock, sock.fileno(), lost
         self.received = bytearray()
-        self.sent = 0  # bytes, since counted() was asked
-        self.was_reset = False  # a socket reports a reset once, and then an end
-        self.watched = False  # by await_word()
-        self.parent: Any = None  # the proxy that takes requests here, if it is one
 
     def counted(self) -> int:
         """Return how many bytes were sent since this was last asked."""
@@ -969,6 +964,18 @@ class Stream:
         self.sock.close()
 
 
+def take_until(
+    received: bytearray, mark: bytes, looked: int = 0, limit: int = HEAD_LIMIT
+) -> bytes:
+    """Take the bytes up to and with a mark, b"" if it is not there within the limit."""
+    end = received.find(mark, looked, limit) + len(mark)
+    if end < len(mark):
+        return b""
+    taken = bytes(received[:end])
+    del received[:end]
+    return taken
+
+
 def read_until(
     source: Stream | Direction,
     mark: bytes,
@@ -982,25 +989,13 @@ def read_until(
     before; it may raise Refused.
     """
     received, looked = source.received, 0
-    while (end := received.find(mark, looked, limit)) < 0:
+    while not (taken := take_until(received, mark, looked, limit)):
         inspect(received, looked)
         if len(received) >= limit:
             raise Refused(bad, f"over {limit} bytes without an end")
         looked = max(0, len(received) - len(mark) + 1)
         yield from source.need()
-    taken = bytes(received[: end + len(mark)])
-    del received[: len(taken)]
     return taken
-
-
-def take_head(received: bytearray) -> bytes | None:
-    """Take a head, less its empty line, if it is there and does not begin with one."""
-    end = received.find(b"\r\n\r\n", 0, HEAD_LIMIT)
-    if end < 0 or received[:1] == b"\r":
-        return None
-    head = bytes(received[: end + 2])
-    del received[: end + 4]
-    return head
 
 
 class Watch:
@@ -1092,23 +1087,21 @@ class Direction:
 
     Bytes go from the source's received to out, where they gather until the direction
     would have to wait, and on to the sink; or through the pipe, past both.  Its owner
-    sets steps: move() and flush() for a body, tunnel() for all that comes.
+    sets steps: move() and flush() for a body, pass_all() for a tunnel.
     """
 
-    def __init__(
-        self, source: Stream, sink: Stream | None, idle_timeout: float
-    ) -> None:
-        """Make a direction; without a sink it gets ready but sends nothing."""
-        self.source, self.sink = source, sink
-        self.idle_timeout = idle_timeout  # seconds without an event
+    steps: Steps
+    waits_for: tuple[int, int]  # as the steps yield it
+    pipe: tuple[int, ...] = ()  # its two ends, once there was bulk
+    held = 0  # bytes in the pipe
+    state = RUNNING
+    may_fail = False  # without an end to the other direction
+
+    def __init__(self, source: Stream, sink: Stream, idle_timeout: float) -> None:
+        """Make a direction; idle_timeout is in seconds without an event."""
+        self.source, self.sink, self.idle_timeout = source, sink, idle_timeout
         self.received = source.received
         self.out = bytearray()  # to be sent before anything else
-        self.pipe: tuple[int, ...] = ()  # its two ends, once there was bulk
-        self.held = 0  # bytes in the pipe
-        self.steps: Steps = (WAIT_FOR_OTHER_SIDE for _ in ())
-        self.waits_for = WAIT_FOR_OTHER_SIDE
-        self.state = RUNNING
-        self.may_fail = False  # without an end to the other direction
 
     def step(self) -> None:
         """Go on until the direction must wait, or its steps end; raise Refused.
@@ -1116,18 +1109,16 @@ class Direction:
         A server that takes no more has perhaps answered before, so that cancels only
         the direction to it; and so does any failure once the direction may fail.
         """
-        if self.state != RUNNING:
-            return
         try:
             self.waits_for = next(self.steps)
         except StopIteration:
             self.state = DONE
         except Refused as refusal:
-            server_lost = self.sink and self.sink.lost is refusal.outcome is SERVER_GONE
+            server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
             if not server_lost and not self.may_fail:
                 raise
             self.cancel()
-            if self.sink and not server_lost:
+            if not server_lost:
                 self.sink.end()  # in mid-message, which nobody takes for the whole
 
     def cancel(self) -> None:
@@ -1137,8 +1128,6 @@ class Direction:
 
     def flush(self) -> Steps:
         """Send what is gathered in out."""
-        while self.sink is None:
-            yield WAIT_FOR_OTHER_SIDE
         yield from self.sink.send_all(self.out)
 
     def need(self) -> Steps:
@@ -1154,9 +1143,8 @@ class Direction:
         until_end = count == ALL
         bulk, full = BULK_SIZE <= count < ALL, False
         while count > 0:
-            if piece := self.source.take(count):
-                self.out += piece
-                count -= len(piece)
+            if self.received:
+                count -= self.gather(count)
                 continue
             yield from self.flush()
             if not full:
@@ -1175,13 +1163,22 @@ class Direction:
             # A full read means that more is there: do not wait before the next one.
             bulk = full = max(moved, len(self.received)) >= COPY_SIZE
 
+    def gather(self, count: int) -> int:
+        """Move at most count of the bytes received to out; return how many."""
+        if count < len(self.received):
+            self.out += self.source.take(count)
+            return count
+        count = len(self.received)
+        self.out += self.received  # all of it, and so in one copy
+        self.received.clear()
+        return count
+
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through the pipe; return how many.
 
         These are 0 where recv() must see what is there: nothing, the end, or what the
         kernel does not splice, because it follows an urgent byte; or without a pipe.
         """
-        assert self.sink
         if not self.pipe and not self.open_pipe():
             return 0
         pipe_out, pipe_in = self.pipe
@@ -1221,24 +1218,30 @@ class Direction:
             os.close(fd)
         self.pipe = ()
 
-    def tunnel(self, other: Direction) -> Steps:
+    def pass_all(self, other: Direction) -> Steps:
         """Pass everything on, then its end; the other direction has its time."""
         yield from self.move(ALL)
         yield from self.flush()
-        assert self.sink
         self.source.check_end()  # the other direction may have met the reset
         self.sink.end()
         other.idle_timeout = min(other.idle_timeout, HALF_CLOSED_TIMEOUT)
+
+
+def both_ways(
+    client: Stream, server: Stream, idle_timeout: float
+) -> tuple[Direction, Direction]:
+    """Return the direction up, to the server, and the one down, to the client."""
+    up = Direction(client, server, idle_timeout)
+    return up, Direction(server, client, idle_timeout)
 
 
 def awaited(directions: list[Direction]) -> dict[int, int]:
     """Return the events by descriptor that some directions wait for."""
     # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
     # reports unasked, mean a reset.
-    wanted = {one.sink.fd: 0 for one in directions if one.sink}
+    wanted = {one.sink.fd: 0 for one in directions}
     for fd, events in (one.waits_for for one in directions):
         wanted[fd] = wanted.get(fd, 0) | events
-    wanted.pop(WAIT_FOR_OTHER_SIDE[0], None)
     return wanted
 
 
@@ -1246,15 +1249,16 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
-    half and listens is answered.  Raises Refused when a side is lost, IdleTimeout
-    when nothing moved for too long.
+    half and listens is answered.  Raises Refused when a side is lost, or when nothing
+    moved for too long: then with the outcome IDLE.
     """
-    assert up.sink and down.sink
-    server, client, moving, in_flight = up.sink, down.sink, [up, down], 0
+    server, client, in_flight = up.sink, down.sink, 0
+    moving = [up, down]
     try:
         while True:
             for direction in moving:
-                direction.step()
+                if direction.state == RUNNING:
+                    direction.step()
             running = [one for one in (up, down) if one.state == RUNNING]
             if not running:
                 return
@@ -1264,22 +1268,25 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             seconds = max(one.idle_timeout for one in running)
             ready = watch.wait(awaited(running), PIPE_KEEP_TIME if spare else seconds)
             moving = [one for one in running if one.waits_for[0] in ready]
-            if spare and not ready:
-                spare.pop().close_pipe()
-            elif not ready:
-                before = in_flight
-                in_flight = server.bytes_in_flight() + client.bytes_in_flight()
-                if in_flight in (0, before):
-                    raise IdleTimeout
-                # Else a slow reader takes what the kernel has for it.
-            elif not moving and client.fd in ready:
+            if moving:
+                continue
+            if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
-            elif not moving:
+            if ready:
                 # The server takes no more.  After its end that is EPIPE; anything
                 # else is a reset, which the direction down would take for an end.
                 number = server.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 server.was_reset = number != errno.EPIPE
                 up.cancel()
+            elif spare:
+                for one in spare:
+                    one.close_pipe()
+            else:
+                before = in_flight
+                in_flight = server.bytes_in_flight() + client.bytes_in_flight()
+                if in_flight in (0, before):
+                    raise Refused(IDLE, "nothing moved")
+                # Else a slow reader takes what the kernel has for it.
     finally:
         for direction in (up, down):
             direction.steps.close()
@@ -2537,22 +2544,19 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     """
     client, watch = worker.client.stream, worker.watch
     server.tune()
-    up = Direction(client, server, worker.config.tunnel_timeout)
-    down = Direction(server, client, worker.config.tunnel_timeout)
-    up.steps, down.steps = up.tunnel(down), down.tunnel(up)
+    up, down = both_ways(client, server, worker.config.tunnel_timeout)
+    up.steps, down.steps = up.pass_all(down), down.pass_all(up)
     down.out += opening
     try:
         relay(watch, worker.slot, up, down)
         if up.state == CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
-    except (Refused, IdleTimeout) as error:
+    except Refused as refusal:
         server.abort()
-        if isinstance(error, Refused) and error.outcome is SERVER_GONE:
+        if refusal.outcome is SERVER_GONE:
             deliver(watch, client)
         client.abort()
-        if isinstance(error, Refused):
-            raise
-        raise Refused(IDLE, "nothing moved") from None
+        raise
     finally:
         session.up += server.counted()
         session.down += client.counted()
@@ -2569,15 +2573,15 @@ CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
+# Field lines; a folded one, a bare CR or LF do not match.
+LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 # By its first letter HTTP is told from SOCKS.
-REQUEST_LINE = re.compile(
-    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
-)
-STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (%b))?" % TEXT)
+REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
+STATUS_LINE = rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (%b))?" % TEXT
+REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
+RESPONSE_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (STATUS_LINE, LINES))
 BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")  # in a head not all there
-# A folded line, a bare CR or LF do not match.  RFC 9112 section 5.1: a blank before
-# the colon is an error in a request, and to be removed from a response.
-FIELDS = re.compile(rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT))
+# RFC 9112 section 5.1: an error in a request, and to be removed from a response.
 BLANK_BEFORE_COLON = re.compile(rb"(?m)^(%b)[\t ]+:" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
@@ -2589,6 +2593,7 @@ CHUNK_LINE = re.compile(
 AUTHORITY = re.compile(
     rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
+ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(#.*)?")
 # The log shows no password, and no query, which may hold one; a %09 ends what a
 # gopher URL selects.
 USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
@@ -2621,13 +2626,11 @@ REWRITTEN = b"|".join([*sorted(HOP_BY_HOP), b"content-length", b"via"])
 READ_ASKED = re.compile(READ % (REWRITTEN + b"|host|expect|max-forwards"))
 READ_ANSWERED = re.compile(READ % (REWRITTEN + b"|date"))
 
-Names = dict[bytes, list[bytes]]
 
-
-def members(names: Names, name: bytes) -> list[bytes]:
-    """Return the members of a list field, lower case, from all its lines."""
-    listed = b",".join(names.get(name, ())).lower().split(b",")
-    return [member for part in listed if (member := part.strip(b" \t"))]
+def members(listed: bytes) -> list[bytes]:
+    """Return the members of a list field, in lower case."""
+    parts = listed.lower().split(b",")
+    return [member for part in parts if (member := part.strip(b" \t"))]
 
 
 def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
@@ -2636,37 +2639,27 @@ def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
     return b"".join(x for x in lines if x.partition(b":")[0].lower() not in dropped)
 
 
-class Fields:
-    """The field lines of a head: some are read here, and the others travel on."""
+def read_fields(
+    section: bytes, read: re.Pattern[bytes]
+) -> tuple[dict[bytes, bytes], bytes, list[bytes]]:
+    """Read a line end and whole field lines, those that a pattern knows.
 
-    def __init__(self, section: bytes, bad: Outcome) -> None:
-        """Take a section of whole lines; raise Refused with the outcome bad."""
-        asked = bad is BAD_REQUEST  # else a server has answered
-        if not FIELDS.fullmatch(section):
-            section = BLANK_BEFORE_COLON.sub(rb"\1:", section)
-            if asked or not FIELDS.fullmatch(section):
-                raise Refused(bad, "malformed field line")
-        # Each match takes one line out: what is between them travels on.
-        pieces = (READ_ASKED if asked else READ_ANSWERED).split(b"\n" + section)
-        names: Names = {}
-        for name, value in zip(pieces[1::3], pieces[2::3]):
-            names.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
-        self.forwarded = b"".join(pieces[::3])[1:]
-        self.names = names  # of those read: lower case -> values, in their order
-        self.options: list[bytes] = []
-        if b"connection" in names:
-            listed = b",".join(names[b"connection"]).lower()
-            self.options = listed.replace(b",", b" ").split()
-            if not NOT_NAMED.issuperset(self.options):
-                # What Connection names does not travel on.
-                dropped = set(self.options) - NOT_NAMED
-                self.forwarded = without(self.forwarded, dropped)
-
-    def values(self, name: bytes) -> list[bytes]:
-        """Return the values of any field, by its name in lower case."""
-        lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
-        others = [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
-        return self.names.get(name) or others
+    Returns these by their names in lower case, each from all its lines (RFC 9110
+    section 5.3); the lines that travel on; and the options that Connection lists.
+    """
+    # Each match takes one line out: what is between them travels on.
+    pieces = read.split(section)
+    fields: dict[bytes, bytes] = {}
+    for name, value in zip(pieces[1::3], pieces[2::3]):
+        name, value = name.lower(), value.rstrip(b" \t")
+        fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
+    forwarded, options = b"".join(pieces[::3])[1:], []
+    if b"connection" in fields:
+        options = fields[b"connection"].lower().replace(b",", b" ").split()
+        if not NOT_NAMED.issuperset(options):
+            # What Connection names does not travel on.
+            forwarded = without(forwarded, set(options) - NOT_NAMED)
+    return fields, forwarded, options
 
 
 @functools.lru_cache(maxsize=64)
@@ -2695,66 +2688,83 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     return bare, port
 
 
-def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
-    """Return method, target and minor version; raise Refused."""
+def check_request_line(line: bytes) -> None:
+    """Raise Refused if a request line is malformed, or is not for us."""
     if len(line) > LINE_LIMIT:
         raise Refused(URI_TOO_LONG, f"request line over {LINE_LIMIT} bytes")
-    match = REQUEST_LINE.fullmatch(line)
+    match = re.fullmatch(REQUEST_LINE, line)
     if not match:
         raise Refused(BAD_REQUEST, "malformed request line")
-    method, target, major, minor = match.groups()
-    if major != b"1":
-        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
-    if len(method) > METHOD_LIMIT:
+    if match[3][:1] != b"1":
+        raise Refused(BAD_VERSION, f"HTTP/{match[3][:1].decode()}, and not HTTP/1")
+    if len(match[1]) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
-    return method, target, 0 if minor == b"0" else 1
 
 
-def parse_status_line(line: bytes) -> tuple[int, bytes, int]:
-    """Return status, the line as it travels on, and minor version; raise Refused."""
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
-        raise Refused(BAD_RESPONSE, "malformed status line")
-    minor, status, phrase = match.groups(b"")
-    forwarded = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
-    return int(status), forwarded, 0 if minor == b"0" else 1
+def check_response_begun(received: bytes | bytearray, looked: int = 0) -> None:
+    """Refuse a response head that can no longer become a good one; raise Refused.
+
+    What stands before looked has been checked.
+    """
+    if BAD_LINE_END.search(received, looked):
+        raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
+    if received.find(CRLF, looked) >= 0:
+        if not re.fullmatch(STATUS_LINE, received.partition(CRLF)[0]):
+            raise Refused(BAD_RESPONSE, "malformed status line")
 
 
 class RequestHead:
     """A request head, parsed; minor is the second digit of its version."""
 
     def __init__(self, head: bytes) -> None:
-        """Split a head, without its empty line, into its parts; raise Refused."""
-        line, _, section = head.partition(CRLF)
-        self.method, self.target, self.minor = parse_request_line(line)
+        """Split a whole head into its parts; raise Refused."""
+        match = REQUEST_HEAD.fullmatch(head)
+        if not match:
+            check_request_line(head.partition(CRLF)[0])
+            raise Refused(BAD_REQUEST, "malformed field line")
+        self.method, self.target, version, section = match.groups()
+        if (
+            version[:1] != b"1"
+            or len(self.method) > METHOD_LIMIT
+            or match.end(3) > LINE_LIMIT
+        ):
+            check_request_line(head[: match.end(3)])
+        self.minor = 0 if version == b"1.0" else 1
         self.path = self.target  # as its server is asked for it, once that is parsed
-        self.fields = Fields(section, BAD_REQUEST)
+        self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
         # RFC 9112 section 3.2: one, and only one; it may be empty.
-        hosts = self.fields.names.get(b"host", [])
-        if len(hosts) != 1 and (hosts or self.minor):
-            raise Refused(BAD_REQUEST, f"{len(hosts) or 'no'} Host fields")
-        if hosts and hosts[0]:
-            parse_authority(hosts[0], 80)
+        host = self.fields.get(b"host")
+        if host is None and self.minor:
+            raise Refused(BAD_REQUEST, "no Host field")
+        if host:
+            parse_authority(host, 80)
         # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
-        self.keep_alive = self.minor == 1 and b"close" not in self.fields.options
+        self.keep_alive = self.minor == 1 and b"close" not in self.options
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
-        self.expected: set[bytes] = set()
-        if self.minor and b"expect" in self.fields.names:
-            self.expected.update(members(self.fields.names, b"expect"))
+        self.expected = self.minor and self.fields.get(b"expect", b"").lower()
 
-    def is_own(self) -> bool:
-        """Return whether the target is in origin-form: it asks the gateway itself."""
-        return self.target[:1] == b"/" and self.method != b"CONNECT"
+    def values(self, name: bytes) -> list[bytes]:
+        """Return the values of any field, by its name in lower case."""
+        if name in self.fields:
+            return [self.fields[name]]
+        lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
+        return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
 
 
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
 
     def __init__(self, head: bytes) -> None:
-        """Split a head, without its empty line, into its parts; raise Refused."""
-        line, _, section = head.partition(CRLF)
-        self.status, self.line, self.minor = parse_status_line(line)
-        self.fields = Fields(section, BAD_RESPONSE)
+        """Split a whole head into its parts; raise Refused."""
+        match = RESPONSE_HEAD.fullmatch(head)
+        match = match or RESPONSE_HEAD.fullmatch(BLANK_BEFORE_COLON.sub(rb"\1:", head))
+        if not match:
+            check_response_begun(head)
+            raise Refused(BAD_RESPONSE, "malformed field line")
+        minor, status, phrase, section = match.groups(b"")
+        self.status, self.minor = int(status), 0 if minor == b"0" else 1
+        self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
+        self.fields, self.forwarded, self.options = read_fields(section, READ_ANSWERED)
 
 
 def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
@@ -2763,12 +2773,11 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
     RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.  Raises
     Refused with the outcome given.
     """
-    names = head.fields.names
-    lengths = names.get(b"content-length")
-    if b"transfer-encoding" in names:
-        codings = members(names, b"transfer-encoding")
-        if lengths or not head.minor:
-            why = "with Content-Length" if lengths else "in HTTP/1.0"
+    digits = head.fields.get(b"content-length")
+    if b"transfer-encoding" in head.fields:
+        codings = members(head.fields[b"transfer-encoding"])
+        if digits is not None or not head.minor:
+            why = "in HTTP/1.0" if digits is None else "with Content-Length"
             raise Refused(bad, f"Transfer-Encoding {why}")
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
             raise Refused(bad, "Transfer-Encoding does not end in one chunked")
@@ -2777,11 +2786,10 @@ def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
             lacking = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
             raise Refused(lacking, "a transfer coding other than chunked")
         return CHUNKED
-    if not lengths:
+    if digits is None:
         return None
-    digits = lengths[0]
     # 18 digits are more than was ever sent, and fit in 63 bits.
-    if len(lengths) > 1 or not digits.isdigit() or len(digits) > 18:
+    if not digits.isdigit() or len(digits) > 18:
         raise Refused(bad, "invalid Content-Length")
     return int(digits)
 
@@ -2800,9 +2808,8 @@ class Target(NamedTuple):
         where = endpoint((self.host, self.port))
         if head.method == b"CONNECT":
             return where
-        path = b"" if head.path == b"*" else head.path.partition(b"?")[0]
-        shown = f"{self.scheme.decode()}://{where}".encode() + path
-        return printable(shown, TARGET_SIZE)
+        url, path = f"{self.scheme.decode()}://{where}", head.path.partition(b"?")[0]
+        return url if path == b"*" else url + printable(path, TARGET_SIZE - len(url))
 
 
 def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
@@ -2813,25 +2820,22 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     """
     if method == b"CONNECT":
         return Target(*parse_authority(raw, 0), raw, b""), b""
-    name, found, rest = raw.partition(b"://")
-    scheme = name.lower()
-    default = DEFAULT_PORTS.get(scheme, 0)
-    if not default and found and re.fullmatch(rb"[a-z][a-z0-9+.-]*", scheme):
-        raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
-    if not default or not found:
+    match = ABSOLUTE_FORM.fullmatch(raw)
+    if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    if b"#" in rest:
+    scheme, authority, path, fragment = match.groups()
+    user, at, authority = authority.rpartition(b"@")
+    scheme = scheme.lower()
+    if scheme not in DEFAULT_PORTS:
+        raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
+    if fragment:
         raise Refused(BAD_REQUEST, "fragment in the target")
-    authority = rest.partition(b"/")[0].partition(b"?")[0]
-    path, login = rest[len(authority) :], b""
-    if b"@" in authority:
-        if scheme != b"ftp":
-            raise Refused(BAD_REQUEST, "user name in the target")
-        login, _, authority = authority.rpartition(b"@")
-    host, port = parse_authority(authority, default)
+    if at and scheme != b"ftp":
+        raise Refused(BAD_REQUEST, "user name in the target")
+    host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), scheme, login), path
+    return Target(host, port, authority.removesuffix(b":"), scheme, user), path
 
 
 def framing_lines(length: int | None) -> bytes:
@@ -2892,10 +2896,10 @@ def chunked(
         section += line
         if len(section) > HEAD_LIMIT:
             raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
-    if not FIELDS.fullmatch(section):
+    if not re.fullmatch(LINES, section):
         raise Refused(bad, "malformed field line in the trailers")
     if framed:
-        dropped = NOT_IN_TRAILERS.union(head.fields.options)
+        dropped = NOT_IN_TRAILERS.union(head.options)
         one.out += b"0\r\n%b\r\n" % without(section, dropped)
 
 
@@ -2910,51 +2914,32 @@ IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
 # After these there is no end of the request from which to go on.
 NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
-
-class Progress(enum.IntEnum):
-    """How far the answer to a request is."""
-
-    NOTHING = 0  # or interim responses, sent whole
-    INTERIM = 1  # one is half sent
-    BEGUN = 2  # the final one
-    BEGUN_UNTIL_CLOSE = 3  # the same, and only the close will end it
-    WHOLE = 4
+# How far the answer to a request is: nothing was sent, or interim responses and these
+# whole; one of them is half sent; the final one is; that, and only the close ends it;
+# it is whole.
+NOTHING, INTERIM, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(5)
+KEEP, CLOSE, LINGER = range(3)  # what becomes of the client's connection then
 
 
-class Then(enum.Enum):
-    """What becomes of the client's connection after an exchange."""
-
-    KEEP = "keep"
-    CLOSE = "close"
-    LINGER = "linger"
-
-
-def upgrade_lines(protocols: list[bytes]) -> bytes:
+def upgrade_lines(protocols: bytes) -> bytes:
     """Return the field lines that name protocols to change to: RFC 9110 section 7.8."""
-    return b"Connection: upgrade\r\nUpgrade: %b\r\n" % b", ".join(protocols)
-
-
-def check_response_begun(received: bytearray, looked: int) -> None:
-    """Refuse a response head that can no longer become a good one; raise Refused."""
-    if BAD_LINE_END.search(received, looked):
-        raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
-    if received.find(CRLF, looked) >= 0:
-        parse_status_line(bytes(received.partition(CRLF)[0]))
+    return b"Connection: upgrade\r\nUpgrade: %b\r\n" % protocols
 
 
 class HttpConnection:
     """A client's HTTP connection, and the server connection that is kept for it."""
 
+    server: Stream | None = None
+    server_for = "", "", 0  # the user, host and port it was dialed for
+    server_ends = "-", "-"  # its address and source, for the log
+    blanks = 0  # empty lines before this request
+
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
         self.worker, self.client = worker, worker.client.stream
         name = worker.config.name.encode()
-        # The line that we add to a message, by its sender's minor version.
-        self.via = [b"Via: 1.0 %b\r\n" % name, b"Via: 1.1 %b\r\n" % name]
-        self.server: Stream | None = None
-        self.server_for = "", "", 0  # the user, host and port it was dialed for
-        self.server_ends = "-", "-"  # its address and source, for the log
-        self.blanks = 0  # empty lines before this request
+        # What we add to a message's Via, by its sender's minor version.
+        self.own_via = b"1.0 " + name, b"1.1 " + name
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes.
@@ -2962,17 +2947,25 @@ class HttpConnection:
         A server that closes meanwhile, or says what was not asked for, is dropped:
         RFC 9112 section 6.3.
         """
-        deadline = time.monotonic() + self.worker.config.keepalive_timeout
         self.blanks = 0
+        if not self.drop_blanks():  # the request came with the one before
+            self.check_server()
+        deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             ready = self.worker.await_word(self.client, self.server, deadline, False)
             if self.server and self.server.fd in ready:
                 self.close()
-            with contextlib.suppress(Refused):
-                if ready and (self.client.fd not in ready or self.client.fill()):
-                    continue
-            return False
+            try:
+                if not ready or self.client.fd in ready and not self.client.fill():
+                    return False
+            except Refused:
+                return False
         return True
+
+    def check_server(self) -> None:
+        """Drop the kept server if it has closed, or says what was not asked for."""
+        if self.server and self.worker.has_word(self.server):
+            self.close()
 
     def drop_blanks(self) -> bool:
         """Drop empty lines before a request; return whether nothing else is there.
@@ -2998,8 +2991,6 @@ class HttpConnection:
 
         What may be dialed may be asked again: the rules see no more than these.
         """
-        if self.server and self.worker.has_word(self.server):
-            self.close()  # it closed, or it says what was not asked for
         if not self.server or self.server_for != (session.user, host, port):
             return None
         session.address, session.source = self.server_ends
@@ -3015,36 +3006,37 @@ class HttpConnection:
 class Exchange:
     """One request and its answer."""
 
+    head: RequestHead  # once it is understood
+    target: Target
+    understood = False
+    head_only = False  # the method is HEAD
+    length: int | None = None  # of the request's body
+    told: int | None = None  # of the answer's, as its head has it
+    progress, then = NOTHING, CLOSE
+    continued = False  # the client was told to send its body
+    server_keeps = False  # the server's connection goes on after its answer
+    offered = b""  # protocols for an upgrade
+    switching: ResponseHead | None = None  # the answer that takes one
+
     def __init__(self, http: HttpConnection) -> None:
         """Begin with the next request of a connection."""
         self.http, self.worker, self.client = http, http.worker, http.client
         self.config, self.watch = http.worker.config, http.worker.watch
-        self.session = Session(
-            self.worker.client.endpoint, self.worker.pid_text, "http"
-        )
-        self.head: RequestHead  # once it is understood
-        self.target: Target
-        self.understood = self.head_only = False  # the latter: the method is HEAD
-        self.length: int | None = None  # of the request's body
-        self.progress, self.then = Progress.NOTHING, Then.CLOSE
-        self.continued = False  # the client was told to send its body
-        self.server_keeps = False  # the server's connection goes on after its answer
-        self.offered: list[bytes] = []  # protocols for an upgrade
-        # Steps that pass an answer's body on, if that is not done as it is.
-        self.translate: Callable[[Direction], Steps] | None = None
+        who = self.worker.client.endpoint
+        self.session = Session(who, self.worker.pid_text, "http")
         self.client.sent = 0
 
     def serve(self) -> None:
         """Read a request, ask who and whether, and see to its answer; raise Refused."""
         head = self.read_head()
-        target = self.find_target(head)
-        if head.is_own():  # our own pages ask by themselves who it is
-            return self.by_chapter(target)
+        if head.target[:1] == b"/" and head.method != b"CONNECT":  # origin-form
+            return self.answer_as_origin(head)
+        target = self.target = self.find_target(head)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
             return self.answer_options(head)
         if head.method == b"CONNECT":
-            return self.tunnel(target)
+            return self.serve_connect(target)
         if target.scheme == b"http":
             return self.forward(head, target)
         self.by_chapter(target)
@@ -3053,7 +3045,9 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        raw = take_head(self.client.received) or self.await_head()
+        silent = self.http.drop_blanks()
+        raw = b"" if silent else take_until(self.client.received, BLANK_LINE)
+        raw = raw or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
         self.understood, session = True, self.session
@@ -3064,8 +3058,8 @@ class Exchange:
             if self.length is not None:
                 raise Refused(BAD_REQUEST, "CONNECT with a body")
         elif head.keep_alive:
-            self.then = Then.KEEP
-        if head.expected - {b"100-continue"}:
+            self.then = KEEP
+        if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         return head
 
@@ -3078,8 +3072,9 @@ class Exchange:
         steps = read_until(
             self.client, BLANK_LINE, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun
         )
-        raw: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
-        return raw[:-2]
+        head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
+        self.http.check_server()  # it has had time since await_request()
+        return head
 
     def check_begun(self, received: bytearray, looked: int) -> None:
         """Refuse a head that can no longer become a good one; raise Refused.
@@ -3088,48 +3083,39 @@ class Exchange:
         """
         self.head_only = received[:5] == b"HEAD "
         if not (received[:1].isalpha() or received[:1] == b"\r"):
-            what = (
-                "SOCKS, which needs natwork_socks.py" if received[0] in (4, 5) else ""
-            )
-            raise Refused(BAD_REQUEST, f"this is {what or 'not HTTP'}")
+            socks = "SOCKS, which needs natwork_socks.py"
+            what = socks if received[0] in (4, 5) else "not HTTP"
+            raise Refused(BAD_REQUEST, f"this is {what}")
         if received.find(CRLF, looked) >= 0 or len(received) > LINE_LIMIT:
             line = received[: LINE_LIMIT + 2].partition(CRLF)[0].removesuffix(b"\r")
-            parse_request_line(bytes(line))
+            check_request_line(bytes(line))
         if BAD_LINE_END.search(received, looked):
             raise Refused(BAD_REQUEST, "bare CR or LF, or NUL, in the request head")
 
     def identify(self, field: bytes) -> None:
         """Learn by a field who asks: RFC 9110 section 3.3; raise Refused."""
         if users := self.worker.chapters.users:
-            values = self.head.fields.values(field)
-            self.session.user = users.identify(self.worker, values)
+            self.session.user = users.identify(self.worker, self.head.values(field))
 
     def find_target(self, head: RequestHead) -> Target:
         """Return where the request wants to go, and tell the log; raise Refused."""
-        session, policy = self.session, self.worker.policy
-        if head.is_own():
-            session.target = printable(USER_OR_QUERY.sub(b"", head.target), TARGET_SIZE)
-            host = ""
-            with contextlib.suppress(Refused):
-                host, _ = parse_authority(head.fields.names.get(b"host", [b""])[0], 80)
-            self.target = Target(host, 0, b"", OWN_PAGE)
-            return self.target
+        session = self.session
         if head.target == b"*" and head.method == b"OPTIONS":  # it asks the gateway
             session.target = "*"
             return Target("", 0, b"", b"*")
         target, head.path = parse_target(head.method, head.target)
         session.target = target.shown(head)
-        if b"via" in head.fields.names:
-            self.check_via(head.fields.names)
-        if target.scheme == b"http" and policy.means_us(target.host, target.port):
-            target = target._replace(scheme=OWN_PAGE)
-        self.target = target
+        if b"via" in head.fields:
+            self.check_via(head.fields[b"via"])
+        if target.scheme == b"http":
+            if self.worker.policy.means_us(target.host, target.port):
+                return target._replace(scheme=OWN_PAGE)
         return target
 
-    def check_via(self, names: Names) -> None:
+    def check_via(self, via: bytes) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
-        self.session.via = b", ".join(names[b"via"]) + b", "
-        for member in members(names, b"via"):
+        self.session.via = via + b", "
+        for member in members(via):
             if member.split()[1:2] == [self.config.name.lower().encode()]:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
@@ -3140,27 +3126,36 @@ class Exchange:
         """
         if head.method == b"TRACE" and self.length is not None:
             raise Refused(BAD_REQUEST, "TRACE with a body")
-        values = head.fields.names.get(b"max-forwards", [])
-        if len(values) > 1 or values and not re.fullmatch(rb"[0-9]{1,32}", values[0]):
+        hops = head.fields.get(b"max-forwards")
+        if hops is not None and not re.fullmatch(rb"[0-9]{1,32}", hops):
             raise Refused(BAD_REQUEST, "invalid Max-Forwards")
-        return bool(values) and int(values[0]) == 0 or head.target == b"*"
+        return hops is not None and int(hops) == 0 or head.target == b"*"
 
     def answer_options(self, head: RequestHead) -> None:
         """Answer OPTIONS with what is possible here; TRACE is not; raise Refused."""
         if head.method == b"TRACE":
             raise Refused(NOT_IMPLEMENTED, "TRACE is not answered by this gateway")
         if self.length:
-            self.then = Then.CLOSE  # its body is not read
+            self.then = CLOSE  # its body is not read
         methods = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
         self.answer("200 OK", methods, b"")
 
     # What travels on.
 
+    def answer_as_origin(self, head: RequestHead) -> None:
+        """Answer a request for our own pages, which ask by themselves who it is."""
+        path, host = USER_OR_QUERY.sub(b"", head.target), ""
+        self.session.target = printable(path, TARGET_SIZE)
+        with contextlib.suppress(Refused):
+            host, _ = parse_authority(head.fields.get(b"host", b""), 80)
+        self.target = Target(host, 0, b"", OWN_PAGE)
+        self.by_chapter(self.target)
+
     def by_chapter(self, target: Target) -> None:
         """Answer what a chapter answers, by the target's scheme; raise Refused."""
         if serve := self.worker.chapters.schemes.get(target.scheme):
             if self.length:  # until its body is read
-                self.then = Then.CLOSE
+                self.then = CLOSE
             return serve(self)
         if target.scheme == OWN_PAGE:
             why = "the gateway's own pages need natwork_pages.py"
@@ -3168,110 +3163,121 @@ class Exchange:
         why = f"{target.scheme.decode()}:// needs natwork_gateways.py"
         raise Refused(NOT_IMPLEMENTED._replace(advice=ASK_OPERATOR), why)
 
-    def tunnel(self, target: Target) -> None:
+    def serve_connect(self, target: Target) -> None:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
         self.worker.begin(session)
         server = dial(self.worker, session, target.host, target.port)
-        session.status, session.outcome = "200", ENDED
+        self.join_as_tunnel(
+            server, "200", b"HTTP/1.1 200 Connection established\r\n\r\n"
+        )
+
+    def join_as_tunnel(self, server: Stream, status: str, answer: bytes) -> None:
+        """Answer, and pass on all that comes after it, both ways; raise Refused."""
+        session = self.session
+        session.status, session.outcome = status, ENDED
+        self.progress, self.then = WHOLE, CLOSE
         self.worker.proceed(session)
-        self.progress = Progress.BEGUN_UNTIL_CLOSE
-        opening = b"HTTP/1.1 200 Connection established\r\n\r\n"
-        tunnel(self.worker, session, server, opening)
+        tunnel(self.worker, session, server, answer)
 
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
-        session, http, up = self.session, self.http, None
-        if head.minor and b"upgrade" in head.fields.options:  # RFC 9110 section 7.8
-            self.offered = head.fields.names.get(b"upgrade", [])
-        if self.length or self.offered:  # something follows the head
-            up = Direction(self.client, None, self.config.idle_timeout)
-            up.steps = self.send_body(up, head, True)
-            up.step()  # with what has come: a malformed body reaches no server
+        session, http = self.session, self.http
+        if head.minor and b"upgrade" in head.options:
+            self.offered = head.fields.get(b"upgrade", b"")  # RFC 9110 section 7.8
+        server = http.kept_server(session, target.host, target.port)
         self.worker.begin(session)
-        if server := http.kept_server(session, target.host, target.port):
+        if server:
             try:
-                return self.carry(server, up)
+                return self.carry(server)
             except Refused as refusal:
                 # RFC 9110 section 9.2.2: only what had no effect goes out again,
                 # on a connection that closed before it heard the request.
                 answered = self.progress or self.continued or server.received
                 if refusal.outcome.error != SERVER_GONE.error or answered:
                     raise
-                if up or head.method not in IDEMPOTENT:
+                if self.length or head.method not in IDEMPOTENT:
                     raise
         server = http.dial(session, target.host, target.port)
         self.worker.proceed(session)
-        self.carry(server, up)
+        self.carry(server)
 
-    def carry(self, server: Stream, up: Direction | None) -> None:
+    def carry(self, server: Stream) -> None:
         """Carry a request to its server and the answer back; raise Refused."""
-        session, keeps, canceled = self.session, False, False
+        keeps, whole = False, True  # the latter: the server takes the whole request
         try:
             request = self.request_head(server)
-            if up:
-                self.carry_both(server, up, request)
-                canceled = up.state == CANCELED
+            if self.length:
+                whole = self.carry_both(server, request)
             else:
                 self.carry_answer(server, request)
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
-            keeps = self.server_keeps and not server.received and not canceled
+            keeps = whole and self.server_keeps and not server.received
         except Refused as refusal:
             # A parent is to blame for what it did to a connection that leads to it.
             raise server.parent.blamed(refusal) if server.parent else refusal from None
         finally:
-            session.up += server.counted()
-            session.down += self.client.counted()
+            self.session.up += server.counted()
+            self.session.down += self.client.counted()
             if not keeps:
                 self.http.close()
-        if canceled or self.then is not Then.KEEP:
-            self.choose_close(canceled)
+        if self.then is not KEEP or not whole:
+            self.choose_close(whole)
 
-    def choose_close(self, canceled: bool = False) -> None:
+    def choose_close(self, whole: bool = True) -> None:
         """Choose how the client's connection is closed after a whole answer.
 
-        A client that said close, and no more, has sent nothing that ours could reset.
+        A client that said close, and no more, has sent nothing that ours could reset;
+        one of which the request was not taken whole goes on sending.
         """
-        more = canceled or self.head.keep_alive or self.client.has_more()
-        self.then = Then.LINGER if more else Then.CLOSE
+        more = not whole or self.head.keep_alive or self.client.has_more()
+        self.then = LINGER if more else CLOSE
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
         seconds, watch, client = self.config.idle_timeout, self.watch, self.client
+        late, slot = "the server did not answer", self.worker.slot
         watch.send(server, request, "the server takes no more", seconds)
-        self.worker.slot.moved(server.sent, 0)  # for the table, while we wait
+        slot.moved(server.sent, 0)  # for the table, while we wait
         if not server.received:
             if not watch.wait({server.fd: POLLIN, client.fd: 0}, seconds):
-                raise Refused(ANSWER_TIMEOUT, "the server did not answer")
-            with contextlib.suppress(BlockingIOError):  # it was the client
+                raise Refused(ANSWER_TIMEOUT, late)
+            try:
                 server.fill()
-        raw = take_head(server.received)
+            except BlockingIOError:  # it was the client
+                pass
+        raw = take_until(server.received, BLANK_LINE)
         response = ResponseHead(raw) if raw else None
         if not response or response.status < 200:
-            steps, why = (
-                self.read_response(server, response),
-                "the server did not answer",
-            )
-            response = watch.run(steps, ANSWER_TIMEOUT, why, seconds, beside=client)
-        head, size = self.begin_answer(response)
+            steps = self.read_response(server, response)
+            response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
+        if response.status == 101 and self.offered:
+            return self.switch(server, response)
+        size = self.decide_answer(response)
+        head = self.response_head(response, size)
         if 0 <= size <= len(server.received):  # the answer has come whole
             whole = head + server.take(size)
             watch.send(client, whole, "the client takes no more", seconds)
-            self.progress = Progress.WHOLE
+            self.progress = WHOLE
             return
-        self.worker.slot.publish(self.session)
-        up = Direction(client, server, seconds)
-        down = Direction(server, client, seconds)
-        up.state, down.steps = DONE, self.send_answer(down, response, head, size)
+        slot.publish(self.session)
+        up, down = both_ways(client, server, seconds)
+        up.steps, down.steps = up.flush(), self.send_answer(down, response, head, size)
         self.join(up, down)
 
-    def carry_both(self, server: Stream, up: Direction, request: bytes) -> None:
-        """Carry a request with a body, and its answer, both ways at the same time."""
+    def carry_both(self, server: Stream, request: bytes) -> bool:
+        """Carry a request with a body, and its answer, both ways at the same time.
+
+        Returns whether the server took all of the request; raises Refused.
+        """
         server.tune()
-        up.out[:0], up.sink = request, server
-        down = self.down = Direction(server, self.client, up.idle_timeout)
-        down.steps = self.reply(up, down, len(request))
+        up, down = both_ways(self.client, server, self.config.idle_timeout)
+        up.out += request  # it leaves with what has come of the body
+        up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)
+        if self.switching:
+            self.switch(server, self.switching)
+        return up.state == DONE
 
     def join(self, up: Direction, down: Direction) -> None:
         """Carry both ways what there is to carry; raise Refused.
@@ -3279,34 +3285,33 @@ class Exchange:
         Where the end of a stream is the end of a message, a failure is passed on as
         a reset.
         """
-        assert up.sink
         try:
             relay(self.watch, self.worker.slot, up, down)
-        except IdleTimeout:
-            if self.progress >= Progress.BEGUN:
-                raise Refused(IDLE, "nothing moved") from None
+        except Refused as refusal:
+            if refusal.outcome is not IDLE or self.progress >= BEGUN:
+                raise
             if up.state == RUNNING and up.waits_for[0] == self.client.fd:
                 raise Refused(BODY_TIMEOUT, "the request body did not end") from None
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
         finally:
-            if self.progress == Progress.BEGUN_UNTIL_CLOSE:
+            if self.progress == BEGUN_UNTIL_CLOSE:
                 up.sink.abort()
-        if up.state == CANCELED and self.progress == Progress.BEGUN_UNTIL_CLOSE:
+        if up.state == CANCELED and self.progress == BEGUN_UNTIL_CLOSE:
             raise Refused(SERVER_GONE, "the server took no more")
 
     def request_head(self, server: Stream) -> bytes:
         """Return the head of the request as it travels on."""
         head, authority = self.head, self.target.authority
-        extra = self.via(head) + framing_lines(self.length)
-        for value in head.fields.names.get(b"max-forwards", ()):
+        extra = self.via_line(head) + framing_lines(self.length)
+        if hops := head.fields.get(b"max-forwards"):
             if head.method in (b"TRACE", b"OPTIONS"):
-                value = b"%d" % (int(value) - 1)
-            extra += b"Max-Forwards: %b\r\n" % value
+                hops = b"%d" % (int(hops) - 1)
+            extra += b"Max-Forwards: %b\r\n" % hops
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if self.offered:
             extra += upgrade_lines(self.offered)
-        elif not self.length and self.then is not Then.KEEP:
+        elif not self.length and self.then is not KEEP:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
             extra += b"Connection: close\r\n"
@@ -3315,40 +3320,33 @@ class Exchange:
             target, login = server.parent.request_target(target, authority)
             extra += login
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
-        return b"".join([line, head.fields.forwarded, extra, CRLF])
+        return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
-    def send_body(self, up: Direction, head: RequestHead, framed: bool) -> Steps:
-        """The direction up: the body, as chunks or bare; perhaps a tunnel after it."""
+    def send_body(self, up: Direction, framed: bool) -> Steps:
+        """The direction up: the request's body, as chunks or (not framed) bare."""
         if self.length == CHUNKED:
-            yield from chunked(up, head, framed, BAD_REQUEST)
-        elif self.length:
-            yield from up.move(self.length)
+            yield from chunked(up, self.head, framed, BAD_REQUEST)
+        else:
+            yield from up.move(self.length or 0)
         yield from up.flush()
-        if self.offered and self.progress < Progress.BEGUN:
-            yield WAIT_FOR_OTHER_SIDE  # reply() goes on with us when it knows
-        if self.session.proto == "upgrade":
-            yield from up.tunnel(self.down)
 
-    def reply(self, up: Direction, down: Direction, head_size: int) -> Steps:
+    def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
-        assert up.sink
         response = yield from self.read_response(down)
         if response.status == 101 and self.offered:
-            yield from self.switch(response, up, down)
+            self.switching = response  # once the body has been sent
             return
+        size = self.decide_answer(response)
+        up.may_fail = True
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
-        begun = up.sink.sent + len(up.out) > head_size
-        head, size = self.begin_answer(response)
-        up.may_fail = True
-        if up.state == RUNNING and up.waits_for == WAIT_FOR_OTHER_SIDE:
-            up.step()  # its offer was refused
-        if self.head.expected and not (self.continued or begun):
+        begun = up.sink.sent + len(up.out) > len(request)
+        if self.head.expected and not self.continued and not begun:
             up.cancel()
         if up.state == CANCELED or up.state == RUNNING and not self.server_keeps:
-            self.then = Then.CLOSE
-            head, size = self.begin_answer(response)  # which says so
+            self.then = CLOSE
         self.worker.slot.publish(self.session)
+        head = self.response_head(response, size)
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
@@ -3367,58 +3365,54 @@ class Exchange:
                 raw = yield from read_until(
                     source, BLANK_LINE, HEAD_LIMIT, BAD_RESPONSE, check_response_begun
                 )
-                response = ResponseHead(raw[:-2])
+                response = ResponseHead(raw)
             if response.status >= 200 or response.status == 101:
                 return response
             if count == INTERIM_LIMIT:
                 raise Refused(BAD_RESPONSE, f"over {count} interim responses")
             self.continued |= response.status == 100
             if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
-                self.progress = Progress.INTERIM
-                lines = response.line + response.fields.forwarded + self.via(response)
+                self.progress = INTERIM
+                lines = response.line + response.forwarded + self.via_line(response)
                 yield from self.client.send_all(bytearray(lines + CRLF))
-                self.progress = Progress.NOTHING
+                self.progress = NOTHING
             response = None
 
-    def begin_answer(self, response: ResponseHead) -> tuple[bytes, int]:
+    def decide_answer(self, response: ResponseHead) -> int:
         """Decide how the answer ends, and which of the two connections goes on.
 
-        Returns the answer's head as it travels on, and the size of what follows it.
-        RFC 9112 section 6.3: to HEAD, and with a 304, a length is told of nothing.
+        Returns the size of what follows its head: bytes, CHUNKED or UNTIL_CLOSE.
         Raises Refused.
         """
-        fields, told, size = response.fields, None, 0
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
             raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
         if response.status == 101:
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
-        if response.status != 204:
-            told = body_length(response, BAD_RESPONSE)
-            if not self.head_only and response.status != 304:
-                told = size = UNTIL_CLOSE if told is None else told
-            elif told == CHUNKED:
-                told = None
-        closing = response.minor == 0 or b"close" in fields.options
+        told = None if response.status == 204 else body_length(response, BAD_RESPONSE)
+        if self.head_only or response.status in (204, 304):
+            # RFC 9112 section 6.3: a length is told of nothing.
+            told, size = None if told == CHUNKED else told, 0
+        else:
+            size = UNTIL_CLOSE if told is None else told
+        closing = response.minor == 0 or b"close" in response.options
         self.server_keeps = not closing and size != UNTIL_CLOSE
-        self.progress = Progress.BEGUN
+        self.progress = BEGUN
         if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
-            self.progress, self.then, told = (
-                Progress.BEGUN_UNTIL_CLOSE,
-                Then.CLOSE,
-                None,
-            )
+            self.progress, self.then, told = BEGUN_UNTIL_CLOSE, CLOSE, None
+        self.told = told
         if self.worker.is_draining():
-            self.then = Then.CLOSE
+            self.then = CLOSE
         self.session.status = str(response.status)
-        lines, names = fields.forwarded + self.via(response), fields.names
-        if response.status == 426 and b"upgrade" in names:
-            lines += upgrade_lines(names[b"upgrade"])  # RFC 9110 section 15.5.22
-        date, keep = (
-            names[b"date"][0] if b"date" in names else b"",
-            self.then is Then.KEEP,
-        )
-        return answer_head(response.line, lines, told, keep, date), size
+        return size
+
+    def response_head(self, response: ResponseHead, size: int) -> bytes:
+        """Return the head of the answer as it travels on."""
+        lines, fields = response.forwarded + self.via_line(response), response.fields
+        if response.status == 426 and b"upgrade" in fields:
+            lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
+        date, keep = fields.get(b"date", b""), self.then is KEEP
+        return answer_head(response.line, lines, self.told, keep, date)
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3429,42 +3423,32 @@ class Exchange:
         try:
             if size == CHUNKED:
                 yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
-            elif self.translate:
-                yield from self.translate(down)
             else:
                 yield from down.move(ALL if size == UNTIL_CLOSE else size)
             yield from down.flush()
             down.source.check_end()
         except Refused:
             if self.client.sent == before:
-                self.progress = Progress.NOTHING  # it can still become another answer
+                self.progress = NOTHING  # it can still become another answer
             raise
-        self.progress = Progress.WHOLE
+        self.progress = WHOLE
 
-    def via(self, head: RequestHead | ResponseHead) -> bytes:
-        """Return the Via lines of a message, and ours: RFC 9110 section 7.6.3."""
-        ours = self.http.via[head.minor]
-        if earlier := head.fields.names.get(b"via"):
-            return b"".join([b"Via: %b\r\n" % value for value in earlier]) + ours
-        return ours
+    def via_line(self, head: RequestHead | ResponseHead) -> bytes:
+        """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
+        ours, earlier = self.http.own_via[head.minor], head.fields.get(b"via")
+        return (
+            b"Via: %b, %b\r\n" % (earlier, ours) if earlier else b"Via: %b\r\n" % ours
+        )
 
-    def switch(self, response: ResponseHead, up: Direction, down: Direction) -> Steps:
-        """Turn the exchange into a tunnel, if the server took what was offered."""
-        session = self.session
-        chosen = response.fields.names.get(b"upgrade", [])
-        taken = set(members({b"": chosen}, b""))
-        if not taken or not taken <= set(members({b"": self.offered}, b"")):
+    def switch(self, server: Stream, response: ResponseHead) -> None:
+        """Make it a tunnel, if the server took what was offered; raise Refused."""
+        chosen = response.fields.get(b"upgrade", b"")
+        taken = set(members(chosen))
+        if not taken or not taken.issubset(members(self.offered)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
-        self.progress, self.then = Progress.BEGUN_UNTIL_CLOSE, Then.CLOSE
-        session.proto, session.status, session.outcome = "upgrade", "101", ENDED
-        self.worker.proceed(session)
-        up.idle_timeout = down.idle_timeout = self.config.tunnel_timeout
-        lines = response.fields.forwarded + self.via(response) + upgrade_lines(chosen)
-        down.out += response.line + lines + CRLF
-        yield from down.flush()
-        if up.waits_for == WAIT_FOR_OTHER_SIDE:
-            up.step()
-        yield from down.tunnel(up)
+        self.session.proto = "upgrade"
+        lines = response.forwarded + self.via_line(response) + upgrade_lines(chosen)
+        self.join_as_tunnel(server, "101", response.line + lines + CRLF)
 
     # Answers of our own.
 
@@ -3472,22 +3456,22 @@ class Exchange:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
         if self.worker.is_draining():
-            self.then = Then.CLOSE
-        line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is Then.KEEP
+            self.then = CLOSE
+        line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
         head = answer_head(line, lines, len(body), keep)
-        self.progress, seconds = Progress.BEGUN, self.config.idle_timeout
+        self.progress, seconds = BEGUN, self.config.idle_timeout
         try:
             whole = head if self.head_only else head + body
             self.watch.send(self.client, whole, "the client takes no more", seconds)
         except Refused:
-            self.then = Then.CLOSE
+            self.then = CLOSE
             self.client.abort()  # what comes next would be taken for the rest of it
             raise
         finally:
             self.session.down += self.client.counted()
-        self.progress = Progress.WHOLE
+        self.progress = WHOLE
         if not keep:
-            self.then = Then.LINGER
+            self.then = LINGER
 
     def refuse(self, refusal: Refused) -> Outcome:
         """Tell the client why not, or cut its answer short; return the outcome."""
@@ -3496,10 +3480,10 @@ class Exchange:
             # A target that was not understood may have a password anywhere.
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
-        if self.progress is not Progress.NOTHING or not outcome.error:
-            self.then = Then.CLOSE
+        if self.progress is not NOTHING or not outcome.error:
+            self.then = CLOSE
             # Half an answer must not look whole: RFC 9112 section 8.
-            if self.progress == Progress.BEGUN_UNTIL_CLOSE:
+            if self.progress == BEGUN_UNTIL_CLOSE:
                 if outcome.error == SERVER_GONE.error:  # or a parent's fault
                     deliver(self.watch, self.client)
                 self.client.abort()
@@ -3507,7 +3491,7 @@ class Exchange:
         # What was not understood has no end from which to go on, and the body of
         # what was refused is not read.
         if not self.understood or outcome.status in NOT_UNDERSTOOD or self.length:
-            self.then = Then.CLOSE
+            self.then = CLOSE
         with contextlib.suppress(Refused):  # the client may have gone
             page = self.explain(outcome, refusal.detail)
             self.answer(outcome.status_text(), *page)
@@ -3553,7 +3537,8 @@ class Exchange:
 class Chapters:
     """What the chapters beside this file do; None where a chapter is not there."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, policy: Policy, board: Scoreboard) -> None:
+        self.config, self.policy, self.board = config, policy, board
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None
@@ -3610,11 +3595,11 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
 
     Raises ConfigError: what passes here can be put in force.
     """
-    chapters = Chapters()
+    chapters = Chapters(config, policy, board)
     for name, settings in CHAPTERS.items():
         # Loaded at the start, and not later, when it may be of another version.
         if module := sys.modules.get(f"natwork_{name}"):
-            module.join(chapters, config, policy, board)
+            module.join(chapters)
             continue
         for setting in settings:
             # A value that is the default asks for nothing.
@@ -3681,8 +3666,8 @@ def serve_client(worker: Worker) -> bool:
                 # this way, refuse() tells the client; record() writes the line.
                 exchange = Exchange(http)
                 worker.record(exchange.session, exchange.serve, exchange.refuse)
-                asks = exchange.then is Then.KEEP and http.await_request()
-            if exchange.then is Then.LINGER:
+                asks = exchange.then is KEEP and http.await_request()
+            if exchange.then is LINGER:
                 linger(worker.watch, client.stream)
     return True
 

@@ -35,17 +35,15 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     except OSError as error:
         why = natwork.reason(error)
         raise OSError(f"cannot open the pid file {path}: {why}") from None
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, fd)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(f"cannot use the pid file {path}: it is no regular file")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"another natwork holds the pid file {path}") from None
-        if os.fstat(fd).st_nlink:
-            undo.pop_all()
-            return fd
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(f"cannot use the pid file {path}: it is no regular file")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OSError(f"another natwork holds the pid file {path}") from None
+    if os.fstat(fd).st_nlink:
+        return fd
+    os.close(fd)
     return lock_pidfile(path, user)  # the one before has just removed it
 
 

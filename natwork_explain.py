@@ -25,17 +25,11 @@ def explain_client(
         packed = natwork.address_of(client)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
-    inside = natwork.contains(policy.inside, packed)
-    link_local = natwork.contains(natwork.LINK_LOCAL, packed)
-    if inside and (policy.uplinks or link_local):
-        scope = 0
-        with contextlib.suppress(OSError):
-            scope = socket.if_nametoindex(client.partition("%")[2])
-        inside = policy.comes_from_inside(packed, scope if link_local else 0, None)
-    if inside and policy.uplinks and (route := natwork.route_to(packed)):
-        for uplink in policy.uplinks:
-            if uplink.packed in natwork.device_addresses(route.device):
-                print(f"if it comes to {uplink.name}, the outside: not inside, refused")
+    inside, scope = natwork.contains(policy.inside, packed), 0
+    with contextlib.suppress(OSError):  # it names no device
+        scope = socket.if_nametoindex(client.partition("%")[2])
+    if policy.uplinks or natwork.contains(natwork.LINK_LOCAL, packed):
+        inside = inside and policy.comes_from_inside(packed, scope, None)
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     if inside and config.users and user == "-":
         print("as no user: asked for name and password first")
@@ -78,10 +72,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     config, board = natwork.load_config(path, options), natwork.Scoreboard()
     listeners = natwork.endpoints(config)
     own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]
-    policy, chapters = natwork.Policy(config, own), natwork.Chapters()
+    policy = natwork.Policy(config, own)
+    chapters = natwork.Chapters(config, policy, board)
     if config.parents:
-        found = natwork.need_chapter("parents", "parents")
-        found.join(chapters, config, policy, board)
+        natwork.need_chapter("parents", "parents").join(chapters)
     parents, client = chapters.parents, words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):

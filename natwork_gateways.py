@@ -2,13 +2,12 @@
 
 A browser, or curl with a proxy, asks for such a URL by a request in absolute-form
 (RFC 9112 section 3.2.2) and gets an HTTP response.  Both protocols are a few lines of
-text, then a stream that the relay carries; a directory or a menu becomes a page.
+text, then a stream that the relay carries; a directory or a menu becomes a page.  What
+the server says in a refusal is told to the client alone: it may name the user.
 
 It is not an FTP or Gopher server, and not a relay for FTP clients: those come by SOCKS
 or CONNECT.  FTP is RFC 959 in passive mode, with EPSV of RFC 2428, SIZE of RFC 3659
 and the URLs of RFC 1738 section 3.2; Gopher is RFC 1436 with the URLs of RFC 4266.
-
-The heart calls ftp() and gopher() by the scheme of a request's target.
 """
 # SPDX-License-Identifier: MIT
 
@@ -22,12 +21,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import natwork
+from natwork import Exchange
+from natwork import Refused
+from natwork import Stream
 
 VERSION = "0.1.0"
 
-PAGE_LIMIT = 4 * 1024 * 1024  # a directory or menu, for 50,000 files
+PAGE_LIMIT = 8 * 1024 * 1024  # a directory, for 100,000 files; a menu or a text
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
-REPLY_LIMIT = 64 * 1024  # a reply of an FTP server, which may be a long greeting
 
 # As ls -l has it, or as DIR does.
 FTP_ENTRY = re.compile(
@@ -39,19 +40,12 @@ EPSV_REPLY = re.compile(r"229[\s\S]*?\((.)\1\1([0-9]{1,5})\1\)")
 SIZE_REPLY = re.compile(r"213 +([0-9]{1,18})\r?\n")
 PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
 BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
-# The end of a Gopher text, or what may become it.
-LAST_DOT = re.compile(rb"\n(?:\.\r?\n?)?\Z")
 FILE_TYPES = dict(
     word.split("=")
     for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
     "html=text/html jpeg=image/jpeg jpg=image/jpeg pdf=application/pdf png=image/png "
     "svg=image/svg+xml txt=text/plain xml=text/xml zip=application/zip".split()
 )
-GOPHER_TYPES = {
-    "0": "text/plain; charset=utf-8",
-    "g": "image/gif",
-    "h": "text/html; charset=utf-8",
-}
 MARKUP = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
 )
@@ -61,7 +55,7 @@ def decoded(raw: bytes) -> str:
     """Return a part of a URL decoded, its bytes as Latin-1; raise Refused."""
     part = PERCENT.sub(lambda match: bytes.fromhex(match[1].decode()), raw)
     if CONTROL.search(part):  # it would end the line, and begin another
-        raise natwork.Refused(natwork.BAD_REQUEST, "a control byte in the target")
+        raise Refused(natwork.BAD_REQUEST, "a control byte in the target")
     return part.decode("latin-1")
 
 
@@ -75,7 +69,7 @@ def content_type(name: str) -> str:
 
 
 @contextlib.contextmanager
-def dialed(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
+def dialed(exchange: Exchange) -> Iterator[Stream]:
     """Dial the server of a request, and leave it at the end; raise Refused."""
     session, target = exchange.session, exchange.target
     server = exchange.http.dial(session, target.host, target.port)
@@ -86,11 +80,11 @@ def dialed(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
         session.up += server.counted()
         session.down += exchange.client.counted()
         exchange.http.close()
-    if exchange.then is not natwork.Then.KEEP:
+    if exchange.then is not natwork.KEEP:
         exchange.choose_close()
 
 
-def send_line(exchange: natwork.Exchange, line: str) -> None:
+def send_line(exchange: Exchange, line: str) -> None:
     """Send a line of Latin-1 to the server; raise Refused."""
     server, seconds = exchange.http.server, exchange.config.idle_timeout
     assert server
@@ -98,25 +92,30 @@ def send_line(exchange: natwork.Exchange, line: str) -> None:
     exchange.watch.send(server, data, "the server takes no more", seconds)
 
 
-def run(exchange: natwork.Exchange, steps: natwork.Steps, seconds: float) -> Any:
+def run(exchange: Exchange, steps: natwork.Steps, seconds: float) -> Any:
     """Run steps that read from a server, for so many seconds at most; raise Refused."""
     idle, end = exchange.config.idle_timeout, time.monotonic() + seconds
     late, why = natwork.ANSWER_TIMEOUT, "the server did not answer"
     return exchange.watch.run(steps, late, why, idle, end, exchange.client)
 
 
-def until_end(source: natwork.Stream) -> natwork.Steps:
-    """Take all the lines that come until a stream ends, as Latin-1; raise Refused."""
+def until_end(source: Stream) -> natwork.Steps:
+    """Take all that comes until a stream ends; raise Refused."""
     while len(source.received) <= PAGE_LIMIT:
         yield source.fd, natwork.POLLIN
         with contextlib.suppress(BlockingIOError):
             if not source.fill():
-                text = source.take(PAGE_LIMIT).decode("latin-1")
-                return [line.rstrip("\r") for line in text.split("\n")]
-    raise natwork.Refused(natwork.BAD_RESPONSE, f"over {PAGE_LIMIT} bytes in a page")
+                return source.take(PAGE_LIMIT)
+    raise Refused(natwork.BAD_RESPONSE, f"over {PAGE_LIMIT} bytes in a page")
 
 
-def answer_page(exchange: natwork.Exchange, title: str, lines: list[str]) -> None:
+def read_lines(exchange: Exchange, source: Stream) -> list[str]:
+    """Return the lines that come until a stream ends, as Latin-1; raise Refused."""
+    data: bytes = run(exchange, until_end(source), PAGE_TIMEOUT)
+    return data.decode("latin-1").replace("\r\n", "\n").split("\n")
+
+
+def answer_page(exchange: Exchange, title: str, lines: list[str]) -> None:
     """Answer with a page of preformatted lines, which are HTML; the title is not."""
     title, text = title.translate(MARKUP), "\n".join(lines)
     page = f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
@@ -130,7 +129,7 @@ def answer_page(exchange: natwork.Exchange, title: str, lines: list[str]) -> Non
 
 
 def answer_file(
-    exchange: natwork.Exchange, source: natwork.Stream, kind: str, size: int | None
+    exchange: Exchange, source: Stream, kind: str, size: int | None
 ) -> None:
     """Answer with size bytes from a server, None for all; raise Refused."""
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n".encode()
@@ -139,91 +138,70 @@ def answer_file(
     exchange.carry_answer(source, b"")
 
 
-def gopher_text(down: natwork.Direction) -> natwork.Steps:
-    """Pass text on, less the dot at its end, and one before others: RFC 1436.
-
-    Some servers do neither, so a dot ends the text in its last line only.
-    """
-    held, invented = b"\n", 1  # as if another line went before
-    source, ended = down.source, False
-    while not ended or source.received:
-        if not source.received:
-            yield from down.flush()
-            yield source.fd, natwork.POLLIN
-            with contextlib.suppress(BlockingIOError):
-                ended = not source.fill()
-        held += source.take(natwork.COPY_SIZE)
-        match = LAST_DOT.search(held)
-        if cut := match.start() if match else len(held):
-            down.out += held[:cut].replace(b"\n..", b"\n.")[invented:]
-            held, invented = held[cut:], 0
-    down.out += held[invented:1]
-
-
 # FTP.  A reply is text, whose first digit is its kind: 1 begun, 2 done, 3 go on, 4
-# not now, 5 no.  What follows the number may name the user, and is told to nobody.
+# not now, 5 no.
 
 
-def read_reply(server: natwork.Stream) -> natwork.Steps:
+def read_reply(server: Stream) -> natwork.Steps:
     """Take a reply, RFC 959 section 4.2; raise Refused."""
-    bad, lines = natwork.BAD_RESPONSE, b""
-    while len(lines) < REPLY_LIMIT:
-        line = yield from natwork.read_until(server, b"\n", REPLY_LIMIT, bad)
+    bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, b""
+    while len(lines) < limit:
+        line = yield from natwork.read_until(server, b"\n", limit, bad)
         lines += line
         if line[:3] == lines[:3] and line[3:4] != b"-":
             if lines[:3] != b"120":  # section 5.4: later, and then 220
                 return lines.decode("latin-1")
             lines = b""
-    raise natwork.Refused(bad, f"a reply over {REPLY_LIMIT} bytes")
+    raise Refused(bad, f"a reply over {limit} bytes")
 
 
-def check(exchange: natwork.Exchange, reply: str, kind: str) -> None:
-    """Raise Refused if a reply is not of a kind; 55x is about the file."""
-    if reply[0] != kind:
-        outcome = natwork.BAD_RESPONSE
-        if reply[:2] == "55":
-            put = exchange.session.method == "PUT"
-            outcome = natwork.NOT_STORED if put else natwork.NOT_FOUND
-        raise natwork.Refused(outcome, f"the server said {reply[:3]}")
+def said(reply: str) -> str:
+    """Return what a server said, by the first line of its reply."""
+    return f"the server said {reply.splitlines()[0][:200]}"
 
 
-def hear(exchange: natwork.Exchange, kind: str = "") -> str:
-    """Return the next reply; raise Refused if it is not of the kind wanted."""
-    server = exchange.http.server
+def hear(exchange: Exchange, kinds: str = "") -> str:
+    """Return the next reply; raise Refused if it is of none of the kinds, if any."""
+    server, session = exchange.http.server, exchange.session
     assert server
     reply: str = run(exchange, read_reply(server), exchange.config.idle_timeout)
-    if kind:
-        check(exchange, reply, kind)
-    return reply
+    if not kinds or reply[0] in kinds:
+        return reply
+    outcome = natwork.BAD_RESPONSE
+    if reply[:2] == "55":  # it is about the file
+        stores = session.method == "PUT"
+        outcome = natwork.NOT_STORED if stores else natwork.NOT_FOUND
+    raise Refused(outcome, said(reply))
 
 
-def ask(exchange: natwork.Exchange, command: str, kind: str = "") -> str:
+def ask(exchange: Exchange, command: str, kinds: str = "") -> str:
     """Send a command, and return its reply as hear() does; raise Refused."""
     send_line(exchange, command)
-    return hear(exchange, kind)
+    return hear(exchange, kinds)
 
 
-def log_in(exchange: natwork.Exchange, user: str, password: str) -> None:
+def log_in(exchange: Exchange, user: str, password: str) -> None:
     """Log a user in, "" for anybody; raise Refused."""
     hear(exchange, "2")
     if user in ("", "anonymous"):  # RFC 1635
         user, password = "anonymous", password or "anonymous@"
-    reply = ask(exchange, f"USER {user}")
+    reply = ask(exchange, f"USER {user}", "2345")
     if reply[0] == "3":
-        reply = ask(exchange, f"PASS {password}")
-    if reply[0] in "35":  # 332: it wants an account, which no URL has
-        raise natwork.Refused(natwork.NO_LOGIN, "the server refused the login")
-    check(exchange, reply, "2")
+        reply = ask(exchange, f"PASS {password}", "2345")
+    # 332: it wants an account, which no URL has; 421: nobody can log in now.
+    if reply[0] != "2":
+        outcome = natwork.BAD_RESPONSE if reply[:3] == "421" else natwork.NO_LOGIN
+        raise Refused(outcome, said(reply))
     ask(exchange, "TYPE I", "2")
 
 
-def ask_size(exchange: natwork.Exchange, path: str) -> int | None:
+def ask_size(exchange: Exchange, path: str) -> int | None:
     """Return a file's size, None if the server does not say: RFC 3659 section 4."""
     match = SIZE_REPLY.fullmatch(ask(exchange, f"SIZE {path}"))
     return int(match[1]) if match else None
 
 
-def ask_port(exchange: natwork.Exchange) -> int:
+def ask_port(exchange: Exchange) -> int:
     """Return the port where the server awaits a data connection; raise Refused."""
     for command in ("EPSV", "PASV"):  # which is for IPv4 alone, and older
         reply, port = ask(exchange, command), 0
@@ -233,11 +211,11 @@ def ask_port(exchange: natwork.Exchange) -> int:
             port = int(match[1]) * 256 + int(match[2])
         if 0 < port < 65536:
             return port
-    raise natwork.Refused(natwork.BAD_RESPONSE, f"no passive mode: {reply[:3]}")
+    raise Refused(natwork.BAD_RESPONSE, f"no passive mode: {reply[:3]}")
 
 
 @contextlib.contextmanager
-def data_connection(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
+def data_connection(exchange: Exchange) -> Iterator[Stream]:
     """Dial a data connection for the next command; raise Refused."""
     session, host, port = exchange.session, exchange.target.host, ask_port(exchange)
     # To the address that we talk to: the server could name another host.
@@ -246,7 +224,7 @@ def data_connection(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
     session.address, session.source = ends  # the log keeps to the control connection
     try:
         yield data
-    except (natwork.Refused, OSError):
+    except (Refused, OSError):
         data.abort()  # a part of a file is not to be taken for the whole
         raise
     finally:
@@ -256,17 +234,16 @@ def data_connection(exchange: natwork.Exchange) -> Iterator[natwork.Stream]:
 
 def ftp_login(head: natwork.RequestHead, login: bytes) -> tuple[str, str]:
     """Return user and password, the request's or the URL's; raise Refused."""
-    user, _, password = login.partition(b":")
-    pair = decoded(user), decoded(password)
-    match = BASIC.fullmatch(b"".join(head.fields.values(b"authorization")))
+    user, _, password = map(decoded, login.partition(b":"))
+    match = BASIC.fullmatch(b"".join(head.values(b"authorization")))
     with contextlib.suppress(binascii.Error):
         given = binascii.a2b_base64(match[1]) if match else b""
         if CONTROL.search(given):
-            raise natwork.Refused(natwork.BAD_REQUEST, "a control byte in the login")
-        user, colon, password = given.partition(b":")
+            raise Refused(natwork.BAD_REQUEST, "a control byte in the login")
+        name, colon, secret = given.decode("latin-1").partition(":")
         if colon:
-            pair = user.decode("latin-1"), password.decode("latin-1")
-    return pair
+            return name, secret
+    return user, password
 
 
 def ftp_entry(line: str, base: str) -> str:
@@ -283,91 +260,84 @@ def ftp_entry(line: str, base: str) -> str:
     return before + link + match[3][len(name) :].translate(MARKUP)
 
 
-def ftp_list(exchange: natwork.Exchange, path: str) -> None:
+def ftp_list(exchange: Exchange, path: str) -> None:
     """Answer with a directory, as a page; raise Refused."""
     if path:
         ask(exchange, f"CWD {path}", "2")
     with data_connection(exchange) as data:
         ask(exchange, "LIST", "1")
-        entries = run(exchange, until_end(data), PAGE_TIMEOUT)
+        entries = read_lines(exchange, data)
     hear(exchange, "2")
     # Relative links, which a URL without its last slash resolves one level up.
-    slash = path.endswith("/") or not path
-    base = "" if slash else quoted(path.rpartition("/")[2]) + "/"
-    lines = [f'<a href="{"../" if slash else "./"}">../</a>'] if path else []
+    name = path.rpartition("/")[2]
+    base = f"{quoted(name)}/" if name else ""
+    lines = [f'<a href="{base}../">../</a>'] if path else []
     lines += [ftp_entry(line, base) for line in entries]
     answer_page(exchange, f"{exchange.session.host()}/{path}", lines)
 
 
-def ftp_get(exchange: natwork.Exchange, path: str) -> None:
+def ftp_get(exchange: Exchange, path: str) -> None:
     """Answer with a file, or else with the directory of that name; raise Refused."""
     size = ask_size(exchange, path)
     with data_connection(exchange) as data:
-        reply = ask(exchange, f"RETR {path}")
-        if reply[0] != "5":
-            check(exchange, reply, "1")
+        reply = ask(exchange, f"RETR {path}", "15")
+        if reply[0] == "1":
             answer_file(exchange, data, content_type(path), size)
     if reply[0] == "5":
         ftp_list(exchange, path)
     elif size is None and not exchange.head_only:
-        exchange.progress = natwork.Progress.BEGUN_UNTIL_CLOSE
+        exchange.progress = natwork.BEGUN_UNTIL_CLOSE
         hear(exchange, "2")  # or what came was not all, and the answer is cut
 
 
-def ftp_body(
-    exchange: natwork.Exchange, head: natwork.RequestHead, path: str
-) -> natwork.Direction:
-    """Return the direction of a body that is to be stored; raise Refused."""
+def check_put(head: natwork.RequestHead, path: str) -> None:
+    """Raise Refused if a body cannot be stored as its request asks."""
     if not path or path.endswith("/"):
-        raise natwork.Refused(natwork.BAD_REQUEST, "PUT without the name of a file")
-    if head.fields.values(b"content-range"):  # RFC 9110 section 14.5
-        raise natwork.Refused(natwork.BAD_REQUEST, "a part is not stored as the whole")
-    if head.fields.values(b"if-match") or head.fields.values(b"if-none-match"):
-        raise natwork.Refused(natwork.UNCHECKED, "FTP cannot tell whether it holds")
-    seconds = exchange.config.idle_timeout
-    up = natwork.Direction(exchange.client, None, seconds)
-    up.steps = exchange.send_body(up, head, False)
-    up.step()  # with what has come: a malformed body empties no file
-    return up
+        raise Refused(natwork.BAD_REQUEST, "PUT without the name of a file")
+    if head.values(b"content-range"):  # RFC 9110 section 14.5
+        raise Refused(natwork.BAD_REQUEST, "a part is not stored as the whole")
+    if head.values(b"if-match") or head.values(b"if-none-match"):
+        raise Refused(natwork.UNCHECKED, "FTP cannot tell whether it holds")
 
 
-def ftp_put(exchange: natwork.Exchange, path: str, up: natwork.Direction) -> None:
-    """Store a request's body, of which up is the direction; raise Refused."""
+def ftp_put(exchange: Exchange, path: str) -> None:
+    """Store a request's body; raise Refused."""
     head, replaces = exchange.head, ask_size(exchange, path) is not None
-    assert head
     with data_connection(exchange) as data:
+        seconds = exchange.config.idle_timeout
+        up, down = natwork.both_ways(exchange.client, data, seconds)
+        up.steps, down.steps = exchange.send_body(up, False), down.flush()
+        up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")
-        down = natwork.Direction(data, up.source, up.idle_timeout)
         if exchange.length and head.expected:
             down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
-        up.sink, down.steps = data, down.flush()
         exchange.join(up, down)
     hear(exchange, "2")
     if up.state == natwork.CANCELED:
-        raise natwork.Refused(natwork.SERVER_GONE, "the server took no more")
+        raise Refused(natwork.SERVER_GONE, "the server took no more")
     if head.keep_alive:
-        exchange.then = natwork.Then.KEEP
+        exchange.then = natwork.KEEP
     # RFC 9110 section 9.3.4.
     exchange.answer("200 OK" if replaces else "201 Created", b"", b"")
 
 
-def ftp(exchange: natwork.Exchange) -> None:
+def ftp(exchange: Exchange) -> None:
     """Answer a request for an ftp:// URL; raise Refused."""
     head, session = exchange.head, exchange.session
-    assert head
     session.proto = "ftp"
     if session.method not in ("GET", "HEAD", "PUT"):
-        raise natwork.Refused(natwork.NOT_IMPLEMENTED, "ftp:// has GET, HEAD and PUT")
+        raise Refused(natwork.NOT_IMPLEMENTED, "ftp:// has GET, HEAD and PUT")
     path, kind = decoded(head.path[1:]), head.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
     login = ftp_login(head, exchange.target.login)
-    up = ftp_body(exchange, head, path) if session.method == "PUT" else None
+    if session.method == "PUT":
+        check_put(head, path)
     exchange.worker.begin(session)
     with dialed(exchange):
         log_in(exchange, *login)
-        if up:
-            ftp_put(exchange, path, up)
+        if session.method == "PUT":
+            ftp_put(exchange, path)
         elif path.endswith("/") or not path or kind == b";type=d":
             ftp_list(exchange, path)
         else:
@@ -405,17 +375,27 @@ def gopher_selector(path: bytes) -> tuple[str, str]:
     elif query:
         text += "\t" + decoded(query.removeprefix(b"q=").replace(b"+", b" "))
     if text.count("\t") > 1 or text < " ":
-        raise natwork.Refused(natwork.BAD_REQUEST, "a control byte in the target")
+        raise Refused(natwork.BAD_REQUEST, "a control byte in the target")
     return text[0], text[1:]
 
 
-def gopher(exchange: natwork.Exchange) -> None:
+def gopher_text(exchange: Exchange, server: Stream) -> None:
+    """Answer with a text, less the dot at its end, and one before others: RFC 1436.
+
+    Some servers do neither, so a dot ends the text in its last line only.
+    """
+    data: bytes = run(exchange, until_end(server), PAGE_TIMEOUT)
+    text = re.sub(rb"(?m)^\.\r?\n?\Z", b"", data)
+    kind = b"Content-Type: text/plain; charset=utf-8\r\n"
+    exchange.answer("200 OK", kind, re.sub(rb"(?m)^\.\.", b".", text))
+
+
+def gopher(exchange: Exchange) -> None:
     """Answer a request for a gopher:// URL; raise Refused."""
     head, session, target = exchange.head, exchange.session, exchange.target
-    assert head
     session.proto = "gopher"
     if session.method not in ("GET", "HEAD"):
-        raise natwork.Refused(natwork.NOT_IMPLEMENTED, "gopher:// has GET and HEAD")
+        raise Refused(natwork.NOT_IMPLEMENTED, "gopher:// has GET and HEAD")
     session.target = session.target.partition("%09")[0]  # less the query
     kind, selector = gopher_selector(head.path[1:])
     exchange.worker.begin(session)
@@ -425,12 +405,13 @@ def gopher(exchange: natwork.Exchange) -> None:
         return answer_page(exchange, target.host, [form])
     with dialed(exchange) as server:
         send_line(exchange, selector)
+        if kind == "0":
+            return gopher_text(exchange, server)
         if kind not in "17":
-            if kind == "0":
-                exchange.translate = gopher_text
-            media = GOPHER_TYPES.get(kind) or content_type(selector)
+            known = {"g": "image/gif", "h": "text/html; charset=utf-8"}
+            media = known.get(kind) or content_type(selector)
             return answer_file(exchange, server, media, None)
-        items = run(exchange, until_end(server), PAGE_TIMEOUT)
+        items = read_lines(exchange, server)
         if "." in items:
             del items[items.index(".") :]
         if items and items[0].startswith("3"):  # an error
@@ -439,12 +420,7 @@ def gopher(exchange: natwork.Exchange) -> None:
         answer_page(exchange, f"{target.host}/{kind}{selector}", lines)
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Answer for two more schemes from now on."""
     chapters.schemes[b"ftp"] = ftp
     chapters.schemes[b"gopher"] = gopher

@@ -9,9 +9,6 @@ It is not a web server and not a way to change anything: it reads the scoreboard
 and answers GET and HEAD.  All but the last two want a Host field that is this
 gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name to
 our address sends that name, and so is not shown the table.
-
-The heart calls own_page() for a request in origin-form (RFC 9112 section 3.2), and
-for one in absolute-form that means the gateway.
 """
 # SPDX-License-Identifier: MIT
 
@@ -23,6 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import natwork
+from natwork import Exchange
+from natwork import Refused
+from natwork import Scoreboard
 
 VERSION = "0.1.0"
 
@@ -40,25 +40,20 @@ body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em }
 h1 { font-size: 1.3em; overflow-wrap: anywhere }
 dl { display: flex; flex-wrap: wrap; gap: .6em 2em }
 dt, td::before { font-size: 13px; opacity: .7 }
-dd { font-size: 1.5em; margin: 0; font-variant-numeric: tabular-nums }
+dd { font-size: 1.5em; margin: 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #8886; padding: .3em .7em; text-align: left }
-th { font-weight: 600; vertical-align: bottom }
 td { overflow-wrap: anywhere; vertical-align: top }
 td:is(:nth-child(1), :nth-child(4), :nth-child(6), :nth-child(7)) { min-width: 9em }
 :is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(n + 8)) { text-align: right }
 td:nth-child(n + 8) { white-space: nowrap }
 .stale { opacity: .5 }
 @media (max-width: 78em) {
-  body { margin: 1em }
-  table { display: block }
+  table, tbody { display: block }
   thead { display: none }
-  tbody { display: grid; gap: .8em;
-    grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%%), 1fr)) }
-  tr { border: 1px solid #8886; border-radius: 6px; display: grid; gap: .4em 1em;
-    align-content: start; grid-template-columns: repeat(3, 1fr); padding: .6em }
+  tr { border: 1px solid #8886; display: grid; gap: .4em 1em; padding: .6em;
+    grid-template-columns: repeat(auto-fill, minmax(6em, 1fr)); margin-bottom: .8em }
   td { border: 0; min-width: 0 !important; padding: 0; text-align: left !important }
-  td:nth-child(-n + 3) { align-self: end }
   td:nth-child(4), td:nth-child(6) { grid-column: span 2 }
   td::before { content: attr(data-head); display: block }
 }
@@ -151,7 +146,7 @@ function FindProxyForURL(url, host) {
 """
 
 
-def ended(board: natwork.Scoreboard) -> dict[tuple[str, str], int]:
+def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
     counts = {}
     for proto in natwork.PROTOCOLS:
@@ -161,32 +156,31 @@ def ended(board: natwork.Scoreboard) -> dict[tuple[str, str], int]:
     return counts
 
 
-def figures(exchange: natwork.Exchange) -> dict[str, int]:
+def figures(exchange: Exchange) -> dict[str, int]:
     """Return the gateway's figures, by name."""
     board = exchange.worker.board
-    states = board.states()
-    idle = states.count(natwork.IDLE_STATE)
-    found = {
-        "idle": idle,
-        "busy": len(states) - states.count(natwork.FREE) - idle,
-        "limit": exchange.config.max_workers,
-        "served": 0,
-        "refused": 0,
-        "failed": 0,
-        "uptime": int(time.time()) - board.words[natwork.BEGAN],
-    }
+    states, served, refused, failed = board.states(), 0, 0, 0
     for (_, word), count in ended(board).items():
         outcome = natwork.OUTCOMES.get(word, natwork.BROKEN)
         if outcome in (natwork.OK, natwork.ENDED):
-            found["served"] += count
+            served += count
         elif outcome is natwork.OUTSIDER or outcome.error.startswith("http_request"):
-            found["refused"] += count
+            refused += count
         else:
-            found["failed"] += count
-    return found
+            failed += count
+    idle = states.count(natwork.IDLE_STATE)
+    return {
+        "idle": idle,
+        "busy": len(states) - states.count(natwork.FREE) - idle,
+        "limit": exchange.config.max_workers,
+        "served": served,
+        "refused": refused,
+        "failed": failed,
+        "uptime": int(time.time()) - board.words[natwork.BEGAN],
+    }
 
 
-def table_page(exchange: natwork.Exchange, nonce: str) -> str:
+def table_page(exchange: Exchange, nonce: str) -> str:
     """Return the page whose script, known by its nonce, shows the table."""
     *columns, last = natwork.COLUMNS
     names = figures(exchange)
@@ -198,7 +192,7 @@ def table_page(exchange: natwork.Exchange, nonce: str) -> str:
     }
 
 
-def table_json(exchange: natwork.Exchange) -> str:
+def table_json(exchange: Exchange) -> str:
     """Return the figures and the sessions that go on, as JSON (RFC 8259)."""
     import json
 
@@ -207,7 +201,7 @@ def table_json(exchange: natwork.Exchange) -> str:
     return json.dumps({"gateway": gateway, "sessions": natwork.table_rows(board)})
 
 
-def metrics(exchange: natwork.Exchange) -> str:
+def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
     words = board.words
@@ -250,12 +244,12 @@ def other_gateways(config: natwork.Config) -> list[str]:
     for word in words:
         try:
             natwork.parse_authority(os.fsencode(word), 0)
-        except natwork.Refused:
+        except Refused:
             raise config.refuse("gateways", f"{word!r} is not HOST:PORT") from None
     return words
 
 
-def pac(exchange: natwork.Exchange) -> str:
+def pac(exchange: Exchange) -> str:
     """Return the file that tells a browser what to ask which gateway for.
 
     The gateways stand in an order drawn from the client's address: so they share
@@ -275,7 +269,7 @@ def pac(exchange: natwork.Exchange) -> str:
     return PAC % (", ".join(blocks), "; ".join(order))
 
 
-def admit(exchange: natwork.Exchange, head: natwork.RequestHead) -> None:
+def admit(exchange: Exchange) -> None:
     """Refuse a rebound name, and a user that is not known; raise Refused.
 
     For its own pages the gateway is an origin server: RFC 9110 section 11.6.2.  A
@@ -284,22 +278,20 @@ def admit(exchange: natwork.Exchange, head: natwork.RequestHead) -> None:
     host, port = exchange.target.host, exchange.client.sock.getsockname()[1]
     if not exchange.worker.policy.means_us(host, port):
         why = f"{host or 'no host'} is not this gateway"
-        raise natwork.Refused(natwork.BAD_HOST, why)
+        raise Refused(natwork.BAD_HOST, why)
     if exchange.session.user != "-":
         return
     try:
         exchange.identify(b"authorization")
-    except natwork.Refused as refusal:
-        if refusal.outcome.status != 407:
-            raise
-        outcome = refusal.outcome._replace(status=401)
-        raise natwork.Refused(outcome, refusal.detail) from None
+    except Refused as refusal:
+        if refusal.outcome.status == 407:
+            refusal.outcome = refusal.outcome._replace(status=401)
+        raise
 
 
-def own_page(exchange: natwork.Exchange) -> None:
+def own_page(exchange: Exchange) -> None:
     """Answer what was asked of the gateway itself; raise Refused."""
     head, nonce = exchange.head, os.urandom(16).hex()
-    assert head
     pac_file = "application/x-ns-proxy-autoconfig", lambda: pac(exchange)
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
         b"/": ("text/html; charset=utf-8", lambda: table_page(exchange, nonce)),
@@ -310,25 +302,20 @@ def own_page(exchange: natwork.Exchange) -> None:
     }
     page = pages.get(head.path.partition(b"?")[0])
     if page is not pac_file:
-        admit(exchange, head)
+        admit(exchange)
     if not page:
-        raise natwork.Refused(natwork.NO_PAGE, "the gateway has no such page")
+        raise Refused(natwork.NO_PAGE, "the gateway has no such page")
     if head.method not in (b"GET", b"HEAD"):
         why = f"{head.method.decode()} of a page of the gateway"
-        raise natwork.Refused(natwork.BAD_METHOD, why)
+        raise Refused(natwork.BAD_METHOD, why)
     kind, text = page
     lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"
     exchange.answer("200 OK", lines.encode(), text().encode())
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Answer for the gateway itself from now on; raise ConfigError."""
     import json  # noqa: F401  # later a worker may be unable to read it
 
-    other_gateways(config)
+    other_gateways(chapters.config)
     chapters.schemes[natwork.OWN_PAGE] = own_page

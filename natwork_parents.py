@@ -17,20 +17,17 @@ from __future__ import annotations
 import binascii
 import re
 import time
-from typing import Any
 from typing import NamedTuple
 
 import natwork
 from natwork import Refused
+from natwork import Session
+from natwork import Stream
+from natwork import Worker
 
 VERSION = "0.1.0"
 
-PARENT_URL = re.compile(
-    r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?"
-    r"((\[[0-9A-Fa-f:.]+\]|[\w.-]+):([0-9]+))/?",
-    re.ASCII,
-)
-RESPONSE = re.compile(rb"HTTP/1\.[0-9] ([1-5][0-9][0-9])( .*)?")
+URL = re.compile(r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?([^@/]+:[0-9]+)/?")
 # What a parent's refusal is to our client; anything else: it could not connect.
 OUTCOME_OF_STATUS = {
     403: natwork.DENIED,
@@ -46,9 +43,7 @@ OUTCOME_OF_REPLY = {  # RFC 1928 section 6
 }
 # Faults of a server that are the parent's, if a connection leads to one.
 SERVER_FAULTS = (
-    "connection_terminated",
-    "http_protocol_error",
-    "http_response_timeout",
+    "connection_terminated http_protocol_error http_response_timeout".split()
 )
 
 
@@ -78,35 +73,33 @@ class Parent(NamedTuple):
         """
         return b"http://%b%b" % (authority, path.removeprefix(b"*")), self.login()
 
-    def failed(self, error: Refused | OSError) -> Refused:
+    def failed(self, refusal: Refused) -> Refused:
         """Return a refusal that says by which parent it came about."""
-        if isinstance(error, OSError):
-            error = Refused(natwork.SERVER_GONE, natwork.reason(error))
-        if error.outcome is natwork.DRAINED:
-            return error
-        word = f"{natwork.PARENT_FAILED.word}-{error.outcome.word}"
-        why = f"parent {self.name}: {error.detail}"
-        return Refused(error.outcome._replace(word=word), why)
+        outcome, why = refusal.outcome, f"parent {self.name}: {refusal.detail}"
+        if outcome is natwork.DRAINED:
+            return refusal
+        word = f"{natwork.PARENT_FAILED.word}-{outcome.word}"
+        return Refused(outcome._replace(word=word), why)
 
     def blamed(self, refusal: Refused) -> Refused:
         """Return a refusal of an exchange with the parent, as its fault if it is."""
-        return (
-            self.failed(refusal) if refusal.outcome.error in SERVER_FAULTS else refusal
-        )
+        is_fault = refusal.outcome.error in SERVER_FAULTS
+        return self.failed(refusal) if is_fault else refusal
 
 
 def parse_parent(text: str) -> Parent:
-    """Return the parent that a line of `parents` describes; raise ValueError.
+    """Return the parent that a line of `parents` describes.
 
-    What it raises never quotes the line, which may hold a password.
+    Raises ValueError or Refused, which do not quote the line: it may hold a password.
     """
     url, pairs = natwork.word_pairs(text, ("to", "scheme"))
     if pairs.get("scheme", "http") != "http":
         raise ValueError("the only scheme to be named is http")
-    match = PARENT_URL.fullmatch(url)
+    match = URL.fullmatch(url)
     if not match:
         raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
-    scheme, user, password, at, host, port = match.groups(default="")
+    scheme, user, password, authority = match.groups(default="")
+    host, port = natwork.parse_authority(authority.encode(), 0)
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
     name, secret = (
         re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
@@ -114,89 +107,46 @@ def parse_parent(text: str) -> Parent:
     )
     if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    bare = host.strip("[]").lower()
-    if host[0] == "[" and len(natwork.pack(bare)) != 16:
-        raise ValueError("what stands in brackets is an IPv6 address")
-    return Parent(
-        f"{scheme}://{at}",
-        scheme,
-        bare,
-        natwork.parse_ports(port).start,
-        name,
-        secret,
-        natwork.Rule(f"allow to {pairs.get('to', '*')}", 0),
-        "scheme" in pairs,
-    )
+    targets = natwork.Rule(f"allow to {pairs.get('to', '*')}", 0)
+    shown, plain = f"{scheme}://{authority}", "scheme" in pairs
+    return Parent(shown, scheme, host, port, name, secret, targets, plain)
 
 
-class Handshake:
-    """A few words with a parent, before its stream is a tunnel; raises Refused."""
-
-    def __init__(
-        self, watch: natwork.Watch, server: natwork.Stream, deadline: float
-    ) -> None:
-        """Take a stream; deadline (monotonic) is for all that is said."""
-        self.watch, self.server, self.deadline = watch, server, deadline
-
-    def run(self, steps: natwork.Steps) -> Any:
-        late, why = natwork.CONNECT_TIMEOUT, "no answer within connect_timeout"
-        return self.watch.run(steps, late, why, deadline=self.deadline)
-
-    def write(self, data: bytes) -> None:
-        self.run(self.server.send_all(bytearray(data)))
-
-    def read(self, count: int) -> bytes:
-        """Return so many bytes."""
-        data: bytes = self.run(self.server.exactly(count))
-        return data
-
-    def read_status(self) -> tuple[int, bytes]:
-        """Return the status of a response head, and its line; take no more."""
-        head = self.run(
-            natwork.read_until(
-                self.server,
-                natwork.BLANK_LINE,
-                natwork.HEAD_LIMIT,
-                natwork.BAD_RESPONSE,
-            )
-        )
-        line = head.partition(natwork.CRLF)[0]
-        match = RESPONSE.fullmatch(line)
-        if not match:
-            raise Refused(natwork.BAD_RESPONSE, "this is not HTTP")
-        return int(match[1]), line
-
-
-def ask_http(talk: Handshake, parent: Parent, via: bytes, target: bytes) -> None:
+def ask_http(
+    server: Stream, parent: Parent, via: bytes, target: bytes
+) -> natwork.Steps:
     """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
-    talk.write(lines % (target, target, via, parent.login()))
+    request = lines % (target, target, via, parent.login())
+    yield from server.send_all(bytearray(request))
+    bad, end = natwork.BAD_RESPONSE, natwork.BLANK_LINE
     for _ in range(natwork.INTERIM_LIMIT):
-        status, line = talk.read_status()
-        if status >= 300:
-            outcome = OUTCOME_OF_STATUS.get(status, natwork.CONNECT_FAILED)
-            why = line[9:].decode("latin-1")
-            raise Refused(outcome._replace(word=str(status)), why)
-        if status >= 200:
+        head = yield from natwork.read_until(server, end, natwork.HEAD_LIMIT, bad)
+        answer = natwork.ResponseHead(head)
+        if answer.status >= 300:
+            outcome = OUTCOME_OF_STATUS.get(answer.status, natwork.CONNECT_FAILED)
+            why = answer.line[9:].decode("latin-1").strip()
+            raise Refused(outcome._replace(word=str(answer.status)), why)
+        if answer.status >= 200:
             return
-    why = f"over {natwork.INTERIM_LIMIT} interim responses"
-    raise Refused(natwork.BAD_RESPONSE, why)
+    raise Refused(bad, f"over {natwork.INTERIM_LIMIT} interim responses")
 
 
-def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
+def ask_socks(server: Stream, parent: Parent, host: str, port: int) -> natwork.Steps:
     """Have a parent connect to a host: RFC 1928 and 1929; raise Refused."""
-    methods = b"\0\2" if parent.user else b"\0"
-    talk.write(bytes([5, len(methods)]) + methods)
-    version, method = talk.read(2)
+    user, password = parent.user, parent.password
+    methods = b"\0\2" if user else b"\0"
+    yield from server.send_all(bytearray([5, len(methods), *methods]))
+    version, method = yield from server.exactly(2)
     if version != 5:
         raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
     failed = natwork.CONNECT_FAILED
     if method not in methods:
         raise Refused(failed._replace(word="auth-required"), "it wants a user")
     if method == 2:
-        user, password = parent.user, parent.password
-        talk.write(b"\1%c%b%c%b" % (len(user), user, len(password), password))
-        if talk.read(2)[1]:
+        login = b"\1%c%b%c%b" % (len(user), user, len(password), password)
+        yield from server.send_all(bytearray(login))
+        if (yield from server.exactly(2))[1]:
             why = "it does not know our user"
             raise Refused(failed._replace(word="auth-failed"), why)
     try:
@@ -204,15 +154,16 @@ def ask_socks(talk: Handshake, parent: Parent, host: str, port: int) -> None:
         address = (b"\1" if len(packed) == 4 else b"\4") + packed
     except ValueError:
         address = b"\3%c%b" % (len(host), host.encode())
-    talk.write(b"\5\1\0%b%b" % (address, port.to_bytes(2, "big")))
-    version, reply, _, kind = talk.read(4)
+    request = b"\5\1\0%b%b" % (address, port.to_bytes(2, "big"))
+    yield from server.send_all(bytearray(request))
+    version, reply, _, kind = yield from server.exactly(4)
     if version != 5 or not reply and kind not in (1, 3, 4):
         raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
     if reply:
         outcome = OUTCOME_OF_REPLY.get(reply, failed)._replace(word=f"reply-{reply}")
         raise Refused(outcome, f"SOCKS reply {reply}")
-    talk.read({1: 4, 4: 16}.get(kind) or talk.read(1)[0])
-    talk.read(2)
+    size = {1: 4, 4: 16}.get(kind) or (yield from server.exactly(1))[0]
+    yield from server.exactly(size + 2)
 
 
 class Parents:
@@ -242,13 +193,8 @@ class Parents:
         return False
 
     def dial(
-        self,
-        worker: natwork.Worker,
-        session: natwork.Session,
-        host: str,
-        port: int,
-        only: str,
-    ) -> natwork.Stream:
+        self, worker: Worker, session: Session, host: str, port: int, only: str
+    ) -> Stream:
         """Return a connection to a target, as the heart's dial(), perhaps by a parent.
 
         Raises Refused.
@@ -267,8 +213,8 @@ class Parents:
         if parent := self.parent_for(session.proto, host, addresses):
             try:
                 return self.dial_parent(worker, session, parent, host, port)
-            except (OSError, Refused) as error:
-                raise parent.failed(error) from None
+            except Refused as refusal:
+                raise parent.failed(refusal) from None
         if unknown:
             raise unknown
         if only:
@@ -277,19 +223,14 @@ class Parents:
         return natwork.connect(worker, session, attempts)
 
     def dial_parent(
-        self,
-        worker: natwork.Worker,
-        session: natwork.Session,
-        parent: Parent,
-        host: str,
-        port: int,
-    ) -> natwork.Stream:
+        self, worker: Worker, session: Session, parent: Parent, host: str, port: int
+    ) -> Stream:
         """Return a connection that leads to a target through a parent; raise Refused.
 
         For an http:// request and a parent that takes such it is one to the parent,
         and the stream says so.
         """
-        policy = self.policy
+        policy, board = self.policy, worker.board
         found = natwork.resolve(parent.host, parent.port)
         if policy.is_own_listener(found, parent.port):
             # SOCKS has no Via that would tell.
@@ -297,38 +238,35 @@ class Parents:
         deadline = time.monotonic() + worker.config.connect_timeout
         # A parent inside or on this box is not reached by way of the outside.
         inside = [p for p in found if policy.closes(natwork.embedded_addresses(p))]
+        attempts = [natwork.Attempt(p, parent.port, None, 0.0) for p in inside]
         outside = [packed for packed in found if packed not in inside]
-        attempts = [
-            natwork.Attempt(packed, parent.port, None, 0.0) for packed in inside
-        ]
-        attempts += natwork.ways_to(policy, outside, parent.port, worker.board)
+        attempts += natwork.ways_to(policy, outside, parent.port, board)
         server = natwork.connect(worker, session, attempts)
-        talk = Handshake(worker.watch, server, deadline)
+        if parent.scheme == "socks5":
+            steps = ask_socks(server, parent, host, port)
+        elif session.proto == "http":
+            server.parent = parent
+            return server
+        else:
+            via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
+            target = natwork.endpoint((host, port)).encode()
+            steps = ask_http(server, parent, via, target)
+        late, why = natwork.CONNECT_TIMEOUT, "no answer within connect_timeout"
         try:
-            if parent.scheme == "socks5":
-                ask_socks(talk, parent, host, port)
-            elif session.proto == "http":
-                server.parent = parent
-            else:
-                via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-                ask_http(talk, parent, via, natwork.endpoint((host, port)).encode())
-            server.counted()  # what was said to the parent is not the session's
-        except BaseException:
+            worker.watch.run(steps, late, why, deadline=deadline)
+        except Refused:
             server.close()
             raise
+        server.counted()  # what was said to the parent is not the session's
         return server
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Dial by way of parents from now on, if there are any; raise ConfigError."""
+    config = chapters.config
     try:
         parents = [parse_parent(line) for line in config.lines("parents")]
-    except ValueError as error:
+    except (ValueError, Refused) as error:
         raise config.refuse("parents", str(error)) from None
     if parents:
-        chapters.parents = Parents(parents, policy)
+        chapters.parents = Parents(parents, chapters.policy)

@@ -7,8 +7,6 @@ server name of a TLS ClientHello (RFC 6066 section 3), is a claim: the log shows
 a rule may deny it, but it opens nothing.
 
 It does not decrypt, and it changes no byte.  A client that is refused gets a reset.
-
-The heart calls chapters.redirect for each client, before its first byte is read.
 """
 # SPDX-License-Identifier: MIT
 
@@ -19,6 +17,8 @@ import socket
 import time
 
 import natwork
+from natwork import Refused
+from natwork import Worker
 
 VERSION = "0.1.0"
 
@@ -101,7 +101,7 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     return [name for name in dict.fromkeys(bare) if name]
 
 
-def sniff(worker: natwork.Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
+def sniff(worker: Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
     """Receive a client's first bytes until they are whole; return the names in them.
 
     They stay with the client's stream.  Where the server speaks first there are no
@@ -113,7 +113,7 @@ def sniff(worker: natwork.Worker, server: natwork.Stream, strict: bool) -> list[
     wanted = {client.fd: natwork.POLLIN, server.fd: natwork.POLLIN}
     ready = watch.wait(wanted, config.tunnel_timeout)
     if not ready:
-        raise natwork.Refused(natwork.IDLE, "nothing moved")
+        raise Refused(natwork.IDLE, "nothing moved")
     deadline = time.monotonic() + (config.head_timeout if strict else SNIFF_DELAY)
     while ready and len(client.received) <= natwork.HEAD_LIMIT:
         if server.fd in ready:
@@ -130,22 +130,17 @@ def sniff(worker: natwork.Worker, server: natwork.Stream, strict: bool) -> list[
             return names
         ready = watch.wait(wanted, deadline - time.monotonic())
     if strict:
-        why = "the first bytes did not come to their end"
-        raise natwork.Refused(natwork.HEAD_TIMEOUT, why)
+        raise Refused(natwork.HEAD_TIMEOUT, "the first bytes did not come to their end")
     return []
 
 
-def redirect(
-    worker: natwork.Worker, session: natwork.Session, host: str, port: int
-) -> None:
+def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> None:
     """Join a redirected client to the address that it dialed; raise Refused."""
     peer, policy, users = worker.client.host, worker.policy, worker.chapters.users
     if users and users.required:
-        raise natwork.Refused(
-            natwork.AUTH_REQUIRED, "a redirected client cannot log in"
-        )
-    if (route := natwork.route_to(natwork.address_of(peer))) and route.local:
-        raise natwork.Refused(natwork.LOOP, "this box redirects what it sends itself")
+        raise Refused(natwork.AUTH_REQUIRED, "a redirected client cannot log in")
+    if natwork.is_local(natwork.address_of(peer)):
+        raise Refused(natwork.LOOP, "this box redirects what it sends itself")
     worker.begin(session)
     server = natwork.dial(worker, session, host, port)
     try:
@@ -156,7 +151,7 @@ def redirect(
             claim, packed = name.decode("latin-1").lower(), natwork.pack(host)
             outcome, rule = policy.judge(peer, "-", claim, port, packed, True)
             if outcome is not natwork.OK:
-                raise natwork.Refused(outcome, rule)
+                raise Refused(outcome, rule)
             worker.proceed(session)
         session.outcome = natwork.ENDED
         natwork.tunnel(worker, session, server, b"")
@@ -165,7 +160,7 @@ def redirect(
         server.close()
 
 
-def serve(worker: natwork.Worker) -> bool:
+def serve(worker: Worker) -> bool:
     """Serve a client if it was redirected; return whether it was."""
     client = worker.client
     target = original_target(client)
@@ -174,7 +169,7 @@ def serve(worker: natwork.Worker) -> bool:
     session = natwork.Session(client.endpoint, worker.pid_text, "redirect")
     session.target = natwork.endpoint(target)
 
-    def refuse(refusal: natwork.Refused) -> natwork.Outcome:
+    def refuse(refusal: Refused) -> natwork.Outcome:
         client.stream.abort()  # no byte of ours belongs in what the two say
         return refusal.outcome
 
@@ -182,11 +177,6 @@ def serve(worker: natwork.Worker) -> bool:
     return True
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Serve redirected flows from now on."""
     chapters.redirect = serve

@@ -6,9 +6,6 @@ connection to a host (CONNECT), for one from a host (BIND), or for a relay of da
 (UDP ASSOCIATE).  Each is answered with the outside address that it happens from.
 
 It does not offer GSSAPI, which RFC 1928 section 3 asks for: no client needs it.
-
-The heart calls chapters.socks for a client whose first byte is 4 or 5.  The settings
-are bind_ports and udp_from_anyone.
 """
 # SPDX-License-Identifier: MIT
 
@@ -26,6 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 import natwork
+from natwork import Refused
+from natwork import Worker
 
 VERSION = "0.1.0"
 
@@ -50,17 +49,18 @@ def parse_name(raw: bytes) -> str:
 def read_address(take: Callable[[int], bytes]) -> tuple[bytes, int]:
     """Return name and port of an address, by what take(count) returns; raise Refused.
 
-    RFC 1928 section 5.  Raises ValueError or struct.error if take() returns too few.
+    RFC 1928 section 5.  Raises ValueError if take() returns too few.
     """
-    (kind,) = struct.unpack("!B", take(1))
+    (kind,) = take(1)
     if kind == NAME:
-        name = take(*struct.unpack("!B", take(1)))
+        (size,) = take(1)
+        name = take(size)
     elif kind in (IPV4, IPV6):
         name = natwork.unpack(take(4 * kind)).encode()
     else:
-        raise natwork.Refused(natwork.BAD_ADDRESS, f"address type {kind}")
-    (port,) = struct.unpack("!H", take(2))
-    return name, port
+        raise Refused(natwork.BAD_ADDRESS, f"address type {kind}")
+    high, low = take(2)
+    return name, high << 8 | low
 
 
 def write_address(address: SocketAddress) -> bytes:
@@ -73,7 +73,7 @@ def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
     """Return host, port and payload: RFC 1928 section 7; raise as read_address()."""
     message = io.BytesIO(data)
     if message.read(3) != bytes(3):
-        raise natwork.Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
+        raise Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
     name, port = read_address(message.read)
     return parse_name(name), port, message.read()
 
@@ -105,16 +105,14 @@ def open_port(
     raise failure
 
 
-def known_source(worker: natwork.Worker, addresses: list[bytes]) -> str:
-    """Return the source address of the client's latest session with a host, or ""."""
-    hosts = set(map(natwork.unpack, addresses))
-    known = [
-        (session.began, natwork.host_of(session.source))
+def known_sources(worker: Worker, addresses: list[bytes]) -> set[str]:
+    """Return the source addresses of the sessions that a client has with a host."""
+    hosts, name = set(map(natwork.unpack, addresses)), natwork.host_of
+    return {
+        name(session.source)
         for _, session in natwork.sessions(worker.board)
-        if natwork.host_of(session.client) == worker.client.host
-        and natwork.host_of(session.address) in hosts
-    ]
-    return max(known)[1] if known else ""
+        if name(session.client) == worker.client.host and name(session.address) in hosts
+    }
 
 
 def open_outside(
@@ -132,17 +130,17 @@ def open_outside(
         except OSError as error:
             race.failed.append((error, attempt))
     kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
-    # An FTP server calls back to the address of the control connection.
-    known = known_source(worker, addresses) if kind == natwork.STREAM else ""
-    for attempt, where in sorted(ways, key=lambda way: way[1][0] != known):
+    if kind == natwork.STREAM:
+        # An FTP server calls back to the address of the control connection, no other.
+        known = known_sources(worker, addresses)
+        ways = [way for way in ways if way[1][0] in known] or ways
+    for attempt, where in ways:
         try:
             if where[0] not in opened:
                 opened[where[0]] = open_port(kind, where, socks.ports, attempt.uplink)
             return attempt.packed, opened[where[0]]
         except OSError as error:
             race.failed.append((error, attempt))
-            if where[0] == known:
-                break  # the call would not come to another one
     raise race.defeat()
 
 
@@ -150,7 +148,7 @@ class Association:
     """A client's UDP association, RFC 1928 section 7: datagrams there and back.
 
     They come from the address of the client's control connection, and from the port
-    that the first one came from.  What is malformed, unwanted or too long is dropped.
+    that the first one came from.
     """
 
     def __init__(self, socks: Socks) -> None:
@@ -162,13 +160,14 @@ class Association:
         self.client_at: SocketAddress = ()  # until its first datagram comes
         self.hosts: dict[bytes, None] = {}  # that were written to, the latest last
         self.way = natwork.remembered(WAY_TIME, self.find_way)
-        self.refusal: natwork.Refused | None = None  # of the latest refused datagram
+        self.refusal: Refused | None = None  # of the latest refused datagram
+        # Monotonic; what is dropped does not put it off.
+        self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
-        control, timeout = self.socks.client, self.worker.config.idle_timeout
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
+        control = self.socks.client
+        while (left := self.ends_at - time.monotonic()) > 0:
             sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
             wanted = dict.fromkeys((control.fd, *sockets), natwork.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
@@ -177,35 +176,33 @@ class Association:
                     raise self.refusal  # no datagram went out: this is why
                 return
             control.received.clear()
-            for fd in ready:
-                if fd in sockets and self.pass_on(sockets[fd]):
-                    deadline = time.monotonic() + timeout
-        raise natwork.Refused(natwork.IDLE, "no datagram moved")
+            for fd in ready.keys() & sockets.keys():
+                # What is malformed, unwanted or too long is dropped.
+                with contextlib.suppress(OSError, Refused, ValueError):
+                    self.pass_on(sockets[fd])
+        raise Refused(natwork.IDLE, "no datagram moved")
 
-    def pass_on(self, sock: socket.socket) -> bool:
-        """Receive and send one datagram; return False if it was dropped."""
+    def pass_on(self, sock: socket.socket) -> None:
+        """Receive a datagram and send it, or raise why not."""
         session = self.session
-        try:
-            data, sender = sock.recvfrom(natwork.COPY_SIZE)
-            if sock is self.inner:
-                session.up += self.send_out(data, sender)
-            else:
-                session.down += self.send_in(data, sender)
-        except (OSError, natwork.Refused, ValueError, struct.error):
-            return False
+        data, sender = sock.recvfrom(natwork.COPY_SIZE)
+        if sock is self.inner:
+            session.up += self.send_out(data, sender)
+        else:
+            session.down += self.send_in(data, sender)
         self.worker.slot.moved(session.up, session.down)
-        return True
+        self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def send_out(self, data: bytes, sender: SocketAddress) -> int:
         """Send what the client wants sent; return its size, or raise Refused."""
         client = natwork.address_of(self.worker.client.host)
         first = self.client_at or sender
         if natwork.address_of(sender[0]) != client or sender[1] != first[1]:
-            raise natwork.Refused(natwork.OUTSIDER, "not the client's socket")
+            raise Refused(natwork.OUTSIDER, "not the client's socket")
         host, port, payload = parse_datagram(data)
         self.client_at = sender
         way = self.way(host, port)
-        if isinstance(way, natwork.Refused):
+        if isinstance(way, Refused):
             self.refusal = way
             raise way
         packed, sock = way
@@ -223,12 +220,12 @@ class Association:
             self.worker.proceed(session)
         return len(payload)
 
-    def find_way(self, host: str, port: int) -> Way | natwork.Refused:
+    def find_way(self, host: str, port: int) -> Way | Refused:
         """Return a host's address and the socket to use, or why it may not be used."""
         try:
             addresses = natwork.judged(self.worker, self.session, host, port)
             return open_outside(self.socks, addresses, port, self.outer)
-        except natwork.Refused as refusal:
+        except Refused as refusal:
             return refusal
 
     def send_in(self, data: bytes, sender: SocketAddress) -> int:
@@ -236,7 +233,7 @@ class Association:
         packed = natwork.address_of(sender[0])
         if packed not in self.hosts:
             if not self.worker.config.udp_from_anyone:
-                raise natwork.Refused(natwork.OUTSIDER, "it was not written to")
+                raise Refused(natwork.OUTSIDER, "it was not written to")
             host = natwork.unpack(packed)
             natwork.judged(self.worker, self.session, host, sender[1])
         # The client has written: its first datagram opened the socket.
@@ -251,7 +248,7 @@ class Association:
 class Socks:
     """One client's SOCKS session, from the version's byte on."""
 
-    def __init__(self, ports: range, worker: natwork.Worker) -> None:
+    def __init__(self, ports: range, worker: Worker) -> None:
         """Take a worker whose client has sent its first byte; ports: bind_ports."""
         self.ports, self.worker, self.client = ports, worker, worker.client.stream
         self.version = self.client.received[0]
@@ -261,7 +258,8 @@ class Socks:
         users = worker.chapters.users
         self.needs_login = bool(users and users.required)
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
-        self.owes_reply = self.version == 4  # in 5 a choice of method comes first
+        # What a refusal has to say, b"" for its reply, None for nothing.
+        self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
         self.lingers = False  # the client may not have its last bytes yet
 
     def serve(self) -> None:
@@ -275,27 +273,28 @@ class Socks:
         host = parse_name(name)
         session.target = natwork.endpoint((host, port))
         if self.version == 4 and self.needs_login:
-            raise natwork.Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
+            raise Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
         self.worker.begin(session)
         if session.method == "BIND":
             server, address = self.bind(host, port)
         elif session.method != "CONNECT":
-            raise natwork.Refused(natwork.NOT_IMPLEMENTED, f"command {command}")
+            raise Refused(natwork.NOT_IMPLEMENTED, f"command {command}")
         elif not port:
-            raise natwork.Refused(natwork.BAD_REQUEST, "port 0")
+            raise Refused(natwork.BAD_REQUEST, "port 0")
         else:
             server = natwork.dial(self.worker, session, host, port)
             address = server.sock.getsockname()
         opening = self.reply(natwork.OK, address)
         self.worker.proceed(session)
-        self.owes_reply = False
+        self.owed = None
         natwork.tunnel(self.worker, session, server, opening)
 
-    def refuse(self, refusal: natwork.Refused) -> natwork.Outcome:
-        """Send the client its reply, if it waits for one; return the outcome."""
-        if self.owes_reply:
-            with contextlib.suppress(natwork.Refused):
-                self.send(self.reply(refusal.outcome), last=True)
+    def refuse(self, refusal: Refused) -> natwork.Outcome:
+        """Tell the client, if it waits for an answer; return the outcome."""
+        if self.owed is not None:
+            with contextlib.suppress(Refused):
+                self.send(self.owed or self.reply(refusal.outcome))
+                self.lingers = True
         return refusal.outcome
 
     def run(self, steps: natwork.Steps) -> bytes:
@@ -324,45 +323,41 @@ class Socks:
     def ask5(self) -> tuple[int, bytes, int]:
         """Return command, name and port: RFC 1928 section 4; raise Refused."""
         self.choose_method(self.take(self.take(2)[1]))
-        self.owes_reply = True
+        self.owed = b""
         version, command, reserved = self.take(3)
         if version != 5 or reserved:
-            raise natwork.Refused(natwork.BAD_REQUEST, "not a SOCKS request")
+            raise Refused(natwork.BAD_REQUEST, "not a SOCKS request")
         return command, *read_address(self.take)
 
     def choose_method(self, methods: bytes) -> None:
         """Agree on a way to log in: RFC 1928 section 3; raise Refused."""
         method = PASSWORD if self.needs_login else NO_LOGIN
         if method not in methods:
+            self.owed = bytes([5, natwork.NO_METHOD.reply])
             self.session.status = str(natwork.NO_METHOD.reply)
-            self.send(bytes([5, natwork.NO_METHOD.reply]), last=True)
             outcome = natwork.AUTH_REQUIRED if method else natwork.NO_METHOD
-            raise natwork.Refused(outcome, f"method {method} is not offered")
+            raise Refused(outcome, f"method {method} is not offered")
         self.send(bytes([5, method]))
         if self.needs_login:
             self.log_in()
 
     def log_in(self) -> None:
         """Learn the user by name and password: RFC 1929; raise Refused."""
+        self.owed = b"\1\1"
         version, size = self.take(2)
         name = self.take(size)
         password = self.take(self.take(1)[0])
-        try:
-            if version != 1:
-                raise natwork.Refused(natwork.BAD_REQUEST, "not a name and a password")
-            users = self.worker.chapters.users
-            self.session.user = users.authenticate(self.worker, name, password)
-        except natwork.Refused:
-            self.send(b"\1\1", last=True)
-            raise
+        if version != 1:
+            raise Refused(natwork.BAD_REQUEST, "not a name and a password")
+        users = self.worker.chapters.users
+        self.session.user = users.authenticate(self.worker, name, password)
         self.send(b"\1\0")
 
-    def send(self, data: bytes, last: bool = False) -> None:
+    def send(self, data: bytes) -> None:
         """Send a few bytes, for which a new connection has room; raise Refused."""
         watch, seconds = self.worker.watch, self.worker.config.head_timeout
         watch.send(self.client, data, "the client takes no reply", seconds)
         self.session.down += self.client.counted()
-        self.lingers = last
 
     def reply(
         self, outcome: natwork.Outcome, address: SocketAddress = ("0.0.0.0", 0)
@@ -385,10 +380,10 @@ class Socks:
             expected = [packed for packed in expected if len(packed) == 4]
         _, listener = open_outside(self, expected, port, {})
         with listener:
-            session.source = natwork.endpoint(listener.getsockname())
-            first = self.reply(natwork.OK, listener.getsockname())
+            here = listener.getsockname()
+            session.source = natwork.endpoint(here)
+            self.send(self.reply(natwork.OK, here))
             worker.proceed(session)
-            self.send(first)
             server, address = self.await_call(listener, expected)
         session.address = natwork.endpoint(address)
         return server, address
@@ -402,14 +397,14 @@ class Socks:
         while (left := deadline - time.monotonic()) > 0:
             ready = self.worker.watch.wait(wanted, left)
             if self.client.fd in ready:
-                raise natwork.Refused(natwork.CLIENT_GONE, "closed before the call")
+                raise Refused(natwork.CLIENT_GONE, "closed before the call")
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 sock, address = listener.accept()
                 if natwork.address_of(address[0]) in expected:
                     sock.setblocking(False)
                     return natwork.Stream(sock, natwork.SERVER_GONE), address
                 sock.close()
-        raise natwork.Refused(natwork.NOBODY_CALLED, "the expected host did not call")
+        raise Refused(natwork.NOBODY_CALLED, "the expected host did not call")
 
     def associate(self) -> None:
         """Relay the client's datagrams; raise Refused."""
@@ -418,11 +413,11 @@ class Socks:
         with contextlib.closing(Association(self)) as association:
             self.send(self.reply(natwork.OK, association.inner.getsockname()))
             self.worker.proceed(self.session)
-            self.owes_reply = False
+            self.owed = None
             association.run()
 
 
-def serve(ports: range, worker: natwork.Worker) -> None:
+def serve(ports: range, worker: Worker) -> None:
     """Serve a client whose first byte, 4 or 5, has been received."""
     socks = Socks(ports, worker)
     worker.record(socks.session, socks.serve, socks.refuse)
@@ -430,13 +425,9 @@ def serve(ports: range, worker: natwork.Worker) -> None:
         natwork.linger(worker.watch, socks.client)
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Serve SOCKS clients from now on; raise ConfigError for bad bind_ports."""
+    config = chapters.config
     text = config.bind_ports
     try:
         ports = ANY_PORT if text == "0" else natwork.parse_ports(text)

@@ -24,6 +24,8 @@ import time
 from collections.abc import Iterator
 
 import natwork
+from natwork import Refused
+from natwork import Worker
 
 VERSION = "0.1.0"
 
@@ -32,15 +34,15 @@ VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so
 LOCK_PAUSE = 0.02  # until a waiting worker tries a lock again; a check takes 0.05
 SHARE_LOOKS = 20  # at a client's sessions, before it has too many
 
-# The shared memory: a key, how many passwords were checked, and places for pairs that
-# were right, of 32 bytes each: when, and a digest of 24 bytes.
-KEY, CHECKED, PAIRS, SETS, WAYS = slice(0, 32), slice(32, 40), 64, 256, 4
-REGION_SIZE = PAIRS + 32 * SETS * WAYS
+# The shared memory: a key, then 256 sets of four places for pairs that were right.  A
+# place has the time and a digest of 24 bytes; the latest in a set is the first.
+KEY, PLACE_SIZE, SET_SIZE, REGION_SIZE = slice(0, 32), 32, 4 * 32, 32 + 256 * 4 * 32
 # Record locks, by a byte of the scoreboard: the kernel frees one when its process ends.
 PASSWORD_LOCK, SHARE_LOCK = 0, 1
 
 Line = tuple[bytes, bytes]  # salt and hash
 NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
+BASIC = re.compile(rb"basic +([A-Za-z0-9+/]+=*)", re.IGNORECASE)
 USER_LINE = re.compile(
     rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
 )
@@ -63,8 +65,7 @@ def check_name(name: bytes) -> None:
 
 
 def user_line(name: bytes, password: bytes) -> bytes:
-    """Return the line for the file of users; raise ValueError for a bad name."""
-    check_name(name)
+    """Return the line of a user for the file."""
     salt = os.urandom(16)
     pair = salt, scrypt(password, salt)
     parts = [binascii.b2a_base64(part).rstrip(b"=\n") for part in pair]
@@ -111,31 +112,6 @@ def read_users(config: natwork.Config) -> dict[str, Line] | None:
     raise config.refuse("users", why)
 
 
-def credentials(value: bytes) -> tuple[bytes, bytes] | None:
-    """Return name and password of a Basic value, RFC 7617; None for anything else."""
-    scheme, _, text = value.partition(b" ")
-    if scheme.lower() != b"basic":
-        return None
-    try:
-        name, _, password = binascii.a2b_base64(text).partition(b":")
-    except ValueError:
-        return None
-    return name, password
-
-
-def try_lock(board: natwork.Scoreboard, byte: int) -> bool:
-    """Take a record lock if no other process has it; return whether it is ours."""
-    try:
-        fcntl.lockf(board.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except OSError:
-        return False
-    return True
-
-
-def unlock(board: natwork.Scoreboard, byte: int) -> None:
-    fcntl.lockf(board.fd, fcntl.LOCK_UN, 1, byte)
-
-
 class Users:
     """The users of one configuration, and how many sessions each client may have."""
 
@@ -143,101 +119,90 @@ class Users:
         self, lines: dict[str, Line] | None, limit: int, board: natwork.Scoreboard
     ) -> None:
         """Take salt and hash of each user, None if all may ask; and max_per_client."""
-        self.lines, self.limit, self.board = lines, limit, board
+        self.lines, self.limit, self.board = lines or {}, limit, board
         self.required = lines is not None  # clients must say who they are
-        self.memory = board.region("users", REGION_SIZE) if self.required else None
-        if self.memory and not any(self.memory[KEY]):
+        self.memory = board.region("users", REGION_SIZE)
+        if not any(self.memory[KEY]):
             self.memory[KEY] = os.urandom(32)
 
-    def identify(self, worker: natwork.Worker, values: list[bytes]) -> str:
+    def identify(self, worker: Worker, values: list[bytes]) -> str:
         """Return who a client is by the values of its Authorization field.
 
         The user is "-" where none is required.  Raises Refused.
         """
         if not self.required:
             return "-"
-        pair = credentials(values[0]) if len(values) == 1 else None
-        if not pair:
-            why = "a name and a password are needed"
-            raise natwork.Refused(natwork.AUTH_REQUIRED, why)
-        return self.authenticate(worker, *pair)
+        match = BASIC.fullmatch(b", ".join(values))  # two are no credentials
+        with contextlib.suppress(binascii.Error):
+            if match:
+                name, _, password = binascii.a2b_base64(match[1]).partition(b":")
+                return self.authenticate(worker, name, password)
+        raise Refused(natwork.AUTH_REQUIRED, "a name and a password are needed")
 
-    def authenticate(self, worker: natwork.Worker, name: bytes, password: bytes) -> str:
+    def authenticate(self, worker: Worker, name: bytes, password: bytes) -> str:
         """Return a user's name for the log, once the password is verified.
 
         Raises Refused.  A name may go on after a ";" with what the client says of
         itself: that is logged and not checked.
         """
-        if self.lines is None or self.memory is None:
-            return "-"
         import hashlib
+        import hmac
 
-        line = self.lines.get(natwork.printable(name.partition(b";")[0]), NOBODY)
+        known = natwork.printable(name.partition(b";")[0])
+        salt, wanted = self.lines.get(known, NOBODY)
         # The salt and the hash stand for the name: a new password is a new pair.
-        pair, key = b"".join((*line, password)), self.memory[KEY]
+        pair, key = salt + wanted + password, self.memory[KEY]
         digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
         if not self.remembers(digest):
             with self.turn(worker):
                 if not self.remembers(digest):  # or another connection was quicker
-                    self.verify(password, line)
+                    if not hmac.compare_digest(scrypt(password, salt), wanted):
+                        why = "the name or the password is wrong"
+                        raise Refused(natwork.AUTH_FAILED, why)
                     self.remember(digest)
         return natwork.printable(name, natwork.NAME_SIZE)
 
     @contextlib.contextmanager
-    def turn(self, worker: natwork.Worker) -> Iterator[None]:
+    def turn(self, worker: Worker) -> Iterator[None]:
         """Hold the lock for the one password check at a time; raise Refused."""
         deadline, fd = time.monotonic() + PASSWORD_TIMEOUT, worker.client.stream.fd
-        while not try_lock(self.board, PASSWORD_LOCK):
+        while True:
+            with contextlib.suppress(OSError):  # another process has it
+                flags = fcntl.LOCK_EX | fcntl.LOCK_NB
+                fcntl.lockf(self.board.fd, flags, 1, PASSWORD_LOCK)
+                break
             if time.monotonic() >= deadline:
                 why = "too many passwords wait to be checked"
-                raise natwork.Refused(natwork.AUTH_BUSY, why)
+                raise Refused(natwork.AUTH_BUSY, why)
             if worker.watch.wait({fd: 0}, LOCK_PAUSE):
-                why = "left before the password was checked"
-                raise natwork.Refused(natwork.CLIENT_GONE, why)
+                raise Refused(natwork.CLIENT_GONE, "left before the password check")
         try:
             yield
         finally:
-            unlock(self.board, PASSWORD_LOCK)
+            fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, PASSWORD_LOCK)
 
-    def verify(self, password: bytes, line: Line) -> None:
-        """Check a password by its line; raise Refused."""
-        import hmac
-
-        assert self.memory
-        checked = int.from_bytes(self.memory[CHECKED], "big")
-        self.memory[CHECKED] = (checked + 1).to_bytes(8, "big")
-        salt, wanted = line
-        if not hmac.compare_digest(scrypt(password, salt), wanted):
-            why = "the name or the password is wrong"
-            raise natwork.Refused(natwork.AUTH_FAILED, why)
-
-    def places(self, digest: bytes) -> list[tuple[float, int]]:
-        """Return when a digest was put at each of its places, and their offsets."""
-        assert self.memory
-        first = PAIRS + 32 * WAYS * (digest[0] % SETS)
-        offsets = [first + 32 * way for way in range(WAYS)]
-        return [(int.from_bytes(self.memory[at : at + 8], "big"), at) for at in offsets]
+    def places(self, digest: bytes) -> slice:
+        """Return the set in the shared memory where a digest may be."""
+        first = KEY.stop + SET_SIZE * digest[0]
+        return slice(first, first + SET_SIZE)
 
     def remembers(self, digest: bytes) -> bool:
-        """Return whether a digest was put here a short while ago."""
-        assert self.memory
-        now = time.monotonic()
-        for since, at in self.places(digest):
-            # Written last and read first, the time never makes a digest young.
-            if since and now - since < VERIFIED_TIME:
-                if self.memory[at + 8 : at + 32] == digest:
-                    return True
-        return False
+        """Return whether a digest was put here a short while ago.
+
+        Seen in mid-write an old one may look young: its pair was right, too.
+        """
+        places = self.memory[self.places(digest)]
+        at = places.find(digest)
+        since = int.from_bytes(places[at - 8 : at], "big") if at > 0 else 0
+        return since > 0 and time.monotonic() - since < VERIFIED_TIME
 
     def remember(self, digest: bytes) -> None:
-        """Put a digest in the place of the oldest; for the holder of the lock."""
-        assert self.memory
-        _, at = min(self.places(digest))
-        self.memory[at : at + 8] = bytes(8)
-        self.memory[at + 8 : at + 32] = digest
-        self.memory[at : at + 8] = int(time.monotonic()).to_bytes(8, "big")
+        """Put a digest before the others of its set, the oldest of which is dropped."""
+        places, now = self.places(digest), int(time.monotonic()).to_bytes(8, "big")
+        kept = self.memory[places][:-PLACE_SIZE]
+        self.memory[places] = now + digest + kept
 
-    def check_share(self, worker: natwork.Worker) -> None:
+    def check_share(self, worker: Worker) -> None:
         """Count a session that begins; raise Refused if its client has too many.
 
         A client may see the end of a session before the worker has settled it, so
@@ -254,12 +219,12 @@ class Users:
             peers = words[first : first + words[natwork.USED] * step : step].tolist()
             if free := peers.count(own) < self.limit:
                 worker.slot.words[natwork.PEER] = own
-            unlock(self.board, SHARE_LOCK)
+            fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, SHARE_LOCK)
             if free:
                 return
             time.sleep(0.01)
         why = f"{worker.client.host} has {self.limit} sessions already"
-        raise natwork.Refused(natwork.TOO_MANY, why)
+        raise Refused(natwork.TOO_MANY, why)
 
 
 def passwd(name: str) -> int:
@@ -273,8 +238,8 @@ def passwd(name: str) -> int:
         import getpass
 
         try:
-            first = os.fsencode(getpass.getpass(f"Password for {name}: "))
-            again = os.fsencode(getpass.getpass("The same again: "))
+            asked = f"Password for {name}: ", "The same again: "
+            first, again = (os.fsencode(getpass.getpass(words)) for words in asked)
         except EOFError:
             raise OSError("cannot take the password: the input has ended") from None
     else:
@@ -286,13 +251,9 @@ def passwd(name: str) -> int:
     return 0
 
 
-def join(
-    chapters: natwork.Chapters,
-    config: natwork.Config,
-    policy: natwork.Policy,
-    board: natwork.Scoreboard,
-) -> None:
+def join(chapters: natwork.Chapters) -> None:
     """Ask who a client is from now on, where that is wanted; raise ConfigError."""
+    config = chapters.config
     lines = read_users(config)
     if lines is not None or config.max_per_client:
-        chapters.users = Users(lines, config.max_per_client, board)
+        chapters.users = Users(lines, config.max_per_client, chapters.board)

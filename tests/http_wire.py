@@ -258,6 +258,20 @@ class Script:
                 return
 
 
+class Recorder:
+    """An origin's part: it answers nothing, and keeps what each caller has sent."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Semaphore(0)
+
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        sent = b""
+        while piece := connection.recv(65536):
+            sent += piece
+        origin.received.append(sent)
+        self.ended.release()
+
+
 class Held:
     """An origin that answers a request only when the test lets it."""
 

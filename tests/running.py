@@ -34,8 +34,10 @@ SELF = pwd.getpwuid(os.geteuid()).pw_name  # keeps a gateway what it was started
 ALONE = ("spare_workers=1", "max_workers=1", "user=root")
 
 
-def program(limits: Mapping[str, float] = {}) -> list[str]:
+def program(limits: Mapping[str, float] = {}, *others: str) -> list[str]:
     """Return the words that run natwork.py, with other numbers for some limits.
+
+    Other statements may be run before.
 
     It is imported, so that not each of the many processes compiles it anew.  A
     limit is named with its module: {"natwork.RELOAD_FORK_TIMEOUT": 0.5}.  The chapters
@@ -46,7 +48,11 @@ def program(limits: Mapping[str, float] = {}) -> list[str]:
         module, _, name = limit.rpartition(".")
         assert isinstance(getattr(importlib.import_module(module), name), (int, float))
         steps.append(f"import {module}; {limit} = {value!r}")
-    return [sys.executable, "-c", "; ".join([*steps, "sys.exit(natwork.main())"])]
+    return [
+        sys.executable,
+        "-c",
+        "; ".join([*steps, *others, "sys.exit(natwork.main())"]),
+    ]
 
 
 PROGRAM = program()

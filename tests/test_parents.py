@@ -131,8 +131,9 @@ BAD = [
 
 def joined(lines: str) -> Parents:
     """Return what the chapter makes of `parents`."""
-    config, chapters = Config(parents=lines), Chapters()
-    join(chapters, config, Policy(config, []), Scoreboard())
+    config = Config(parents=lines)
+    chapters = Chapters(config, Policy(config, []), Scoreboard())
+    join(chapters)
     assert isinstance(chapters.parents, Parents)
     return chapters.parents
 

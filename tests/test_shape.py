@@ -266,7 +266,7 @@ def test_a_chapter_has_the_form_of_one(name: str) -> None:
         told = size <= 10 or f.name == "__init__" or ast.get_docstring(f)
         assert size <= 49 and told, f.name
     top = [f for f in tree.body if isinstance(f, ast.FunctionDef)]
-    joins = [f for f in top if f.name == "join" and len(f.args.args) == 4]
+    joins = [f for f in top if f.name == "join" and len(f.args.args) == 1]
     assert len(joins) == (name.removeprefix("natwork_") in heart.CHAPTERS)
 
 
