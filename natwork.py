@@ -153,11 +153,10 @@ def say(message: str) -> bool:
     It is whole even among many processes, having at most PIPE_BUF bytes, and it never
     waits: where nobody reads standard error, the line is lost.
     """
-    poll = select.poll()
-    poll.register(2, POLLOUT)
     line = f"natwork: {message}\n".encode(errors="replace")[: select.PIPE_BUF]
     with contextlib.suppress(OSError):
-        return bool(poll.poll(0)) and os.write(2, line) > 0
+        has_room = select.select([], [2], [], 0)[1]
+        return bool(has_room) and os.write(2, line) > 0
     return False
 
 
@@ -165,12 +164,10 @@ def masked(text: str) -> str:
     """Return text on one line, less what may be the password in a URL."""
     text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
     # A URL that was cut has no @, and its port may be the start of a password.
-    return re.sub(
-        r"(//[^/@\s:\[]+:)(?!\*\*\*@|([0-9]+|\*)(?![^/\s]))\S+", r"\1***", text
-    )
+    return re.sub(r"(//[^/@\s:\[]+:)(?!\*{3}@|[0-9]+(?![^/\s]))\S+", r"\1***", text)
 
 
-def find_set_title() -> Callable[[str], None] | None:
+def find_set_title() -> Any:
     """Return setproctitle's function; None on the bare box, which has no titles.
 
     Its C part alone: the package around that loads logging and threading, and what
@@ -179,15 +176,12 @@ def find_set_title() -> Callable[[str], None] | None:
     package = PathFinder.find_spec("setproctitle")
     folders = package and package.submodule_search_locations
     spec = PathFinder.find_spec("_setproctitle", folders) if folders else None
-    if not spec or not spec.loader:
-        return None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except ImportError:  # built for another interpreter
-        return None
-    function: Callable[[str], None] = module.setproctitle
-    return function
+    with contextlib.suppress(ImportError):  # it may be another interpreter's
+        if spec and spec.loader:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module.setproctitle
+    return None
 
 
 set_title = find_set_title() or (lambda title: None)
@@ -237,19 +231,9 @@ class Config:
         host = re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
         self.name = self.name or host or "natwork"
 
-    @staticmethod
-    def names() -> list[str]:
-        """Return the names of all settings, in natwork.conf's order."""
-        return [
-            name
-            for name, default in vars(Config).items()
-            if isinstance(default, (str, int, float)) and not name.startswith("_")
-        ]
-
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is refused."""
-        where = self.where.get(name, "default")
-        value = masked(self.spelled(name))
+        where, value = self.where.get(name, "default"), masked(self.spelled(name))
         return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
 
     def spelled(self, name: str) -> str:
@@ -261,62 +245,46 @@ class Config:
             return str(value).removesuffix(".0")
         return " ".join(str(value).split())
 
-    def check(self) -> None:
-        """Raise ConfigError for what cannot be, however well it is spelled."""
-        if "spare_workers" not in self.where:
-            self.spare_workers = min(self.spare_workers, self.max_workers)
-        if self.spare_workers > self.max_workers:
-            raise self.refuse("spare_workers", "must be at most max_workers")
-        if self.max_workers > SLOT_LIMIT:
-            raise self.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
-        if not self.log:
-            raise self.refuse("log", "must be - or a file")
-
     def lines(self, name: str) -> list[str]:
         """Return the lines of a setting, which end at a newline or a semicolon."""
         lines = map(str.strip, re.split("[\n;]", getattr(self, name)))
         return [line for line in lines if line]
 
-    def text(self) -> str:
-        """Return every setting in force, in the form of natwork.conf."""
-        lines = ["[natwork]"]
-        for name in self.names():
-            text = self.spelled(name)
-            if name in ("rules", "parents"):  # a line of ";..." would be a comment
-                text = "".join(f"\n    {masked(line)}" for line in self.lines(name))
-            lines.append(f"{name} = {text}".rstrip())
-        return "\n".join(lines)
 
+# By name, in the order of natwork.conf.
+DEFAULTS: dict[str, Any] = {
+    name: value
+    for name, value in vars(Config).items()
+    if isinstance(value, (str, int, float)) and name[0] != "_"
+}
 
 # How a value has to look, by its setting or its type, and what is said otherwise.
 FORMS: dict[str | type, tuple[str, str]] = {
     # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
     "name": ("[A-Za-z0-9_.-]{0,255}", "must be letters, digits, dots and dashes"),
+    "log": (r"[^\0]+", "must be - or a file"),
     "log_format": ("text|json", "must be text or json"),
+    "max_per_client": ("[0-9]{1,9}", "is not a whole number"),
     str: (r"[^\0]*", "has a NUL in it"),
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
-    int: ("[0-9]{1,9}", "is not a whole number"),
-    float: (r"[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number"),
+    int: ("(?!0*$)[0-9]{1,9}", "is not a whole number of 1 or more"),
+    float: (r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number above 0"),
 }
 
 
 def parse_setting(name: str, text: str) -> Any:
     """Return the value of one setting; raise ValueError that says what is wrong."""
-    if name not in Config.names():
+    if name not in DEFAULTS:
         raise ValueError("there is no such setting")
-    kind = type(getattr(Config, name))
+    kind = type(DEFAULTS[name])
     form, why = FORMS.get(name) or FORMS[kind]
     if not re.fullmatch(form, text):
         raise ValueError(why)
-    if kind in (str, bool):
-        return text.strip() if kind is str else text == "yes"
-    number = kind(text)
-    if not number and name != "max_per_client":
-        raise ValueError("must be more than 0")
-    if kind is float and number > TIME_LIMIT:
+    value = text == "yes" if kind is bool else kind(text)
+    if kind is float and value > TIME_LIMIT:
         raise ValueError(f"must be at most {TIME_LIMIT:.0f} s")
-    return number
+    return value
 
 
 def read_file(path: str) -> tuple[bytes, int]:
@@ -325,11 +293,10 @@ def read_file(path: str) -> tuple[bytes, int]:
     A pipe or a terminal is refused: it could make us wait, and it says something
     else at the next reload.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError("it is not a regular file")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError("it is not a regular file")
+    with open(path, "rb") as file:
         return file.read(), mode
 
 
@@ -340,8 +307,7 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        # An editor's byte order mark and line ends make no difference.
-        text = re.sub("\r\n?", "\n", read_file(path)[0].decode("utf-8-sig"))
+        text = read_file(path)[0].decode("utf-8-sig")  # an editor's mark is no matter
         parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
@@ -355,9 +321,8 @@ def read_settings(path: str) -> dict[str, str]:
             "MissingSectionHeaderError": "it stands before the line [natwork]",
         }.get(type(error).__name__, "it is not NAME = VALUE")
         raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
-    for section in parser.sections():
-        if section != "natwork":
-            raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
+    for section in set(parser.sections()) - {"natwork"}:
+        raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}
 
 
@@ -369,8 +334,7 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     """
     if not path and os.path.lexists("natwork.conf"):
         path = "natwork.conf"
-    found = read_settings(path) if path else {}
-    given = [(path, name, text) for name, text in found.items()]
+    given = [(path, *pair) for pair in read_settings(path).items()] if path else []
     for option in options:
         name, equals, text = option.partition("=")
         if not equals:
@@ -381,10 +345,15 @@ def load_config(path: str, options: Iterable[str]) -> Config:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            why = f"{masked(f'{name} = {text}')}: {error}"
-            raise ConfigError(f"{place}: {why}") from None
+            given_text = masked(f"{name} = {text}")
+            raise ConfigError(f"{place}: {given_text}: {error}") from None
     config = Config(file=path, where=where, **settings)
-    config.check()
+    if "spare_workers" not in where:
+        config.spare_workers = min(config.spare_workers, config.max_workers)
+    if config.spare_workers > config.max_workers:
+        raise config.refuse("spare_workers", "must be at most max_workers")
+    if config.max_workers > SLOT_LIMIT:
+        raise config.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
     return config
 
 
@@ -509,14 +478,12 @@ class Refused(Exception):
 
 FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's next word
 
-# The header, as 64-bit words: the mark of a scoreboard, the master's pid, the slots
-# that there may be and that ever were used, the Unix time of the start, and forks.
-MAGIC, MASTER, MAX_WORKERS, USED, BEGAN, FORKS, FORKS_FAILED = range(7)
-# The second in which board.say() was last heard; half a line stands in the log; lost
-# lines were not reported yet.
-LAST_SAID, LOG_CUT, UNREPORTED = range(7, 10)
+# The header, as 64-bit words: the master's pid, the slots that ever were used, the
+# Unix time of the start, and forks.
+MASTER, USED, BEGAN, FORKS, FORKS_FAILED = range(5)
+# The second in which board.say() was last heard; lost lines were not reported yet.
+LAST_SAID, UNREPORTED = range(5, 7)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
-OURS = 0x316B726F7774616E  # "natwork1"
 STATES = 4096  # offset of the state bytes
 SLOTS = STATES + SLOT_LIMIT  # offset of the slots
 
@@ -569,27 +536,12 @@ class Scoreboard:
         self.regions: dict[str, mmap.mmap] = {}
 
     def region(self, name: str, size: int) -> mmap.mmap:
-        """Return memory of some bytes that all processes share, for a chapter.
+        """Return memory that a chapter's processes share; ask before the first fork."""
+        return self.regions.setdefault(name, mmap.mmap(-1, size))
 
-        It is made when it is first asked for, which must be before the first fork.
-        """
-        if name not in self.regions:
-            fd = os.memfd_create(name, os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
-            self.regions[name] = mmap.mmap(fd, size)
-            os.close(fd)
-        return self.regions[name]
-
-    def describe(self, max_workers: int) -> None:
-        """Write down whose scoreboard this is; no uplink has failed yet."""
-        words = self.words
-        words[MAGIC], words[MASTER], words[MAX_WORKERS] = OURS, os.getpid(), max_workers
-        for number in range(UPLINK_LIMIT):
-            words[UPLINKS + number] = 0
-
-    def states(self, slots: int = 0) -> bytes:
-        """Return the state bytes of the first slots, or of all that ever were used."""
-        return self.memory[STATES : STATES + (slots or self.words[USED])]
+    def states(self) -> bytes:
+        """Return the state bytes of all slots that ever were used."""
+        return self.memory[STATES : STATES + self.words[USED]]
 
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once: one line a second.
@@ -820,66 +772,54 @@ class AccessLog:
     workers never mix, and it never waits: what cannot be written at once is lost.
     """
 
-    def __init__(self, config: Config, old: AccessLog | None = None) -> None:
-        """Open the file, or standard output, as the old log did; raise OSError."""
+    def __init__(self, config: Config) -> None:
+        """Open the file, or standard output; raise OSError."""
         self.path, self.is_json = config.log, config.log_format == "json"
-        self.shared = False  # with others: O_NONBLOCK is not ours to set
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        if config.log != "-":
+        if self.path == "-":
+            # A pipe or a terminal is opened again, so that O_NONBLOCK is ours alone;
+            # and in its place, since at a reload we may have lost the right to.
+            if not stat.S_ISREG(os.fstat(1).st_mode):
+                with contextlib.suppress(OSError):  # a socket (journald's), or not ours
+                    ours = os.open("/proc/self/fd/1", flags)
+                    os.dup2(ours, 1)
+                    os.close(ours)
+            self.fd = os.dup(1)
+        else:
             # Root follows no link but those in /dev, such as stdout: a user that may
             # write to the directory could have put it there, to be given the file.
-            if os.geteuid() == 0 and os.path.dirname(config.log) != "/dev":
+            if os.geteuid() == 0 and os.path.dirname(self.path) != "/dev":
                 flags |= os.O_NOFOLLOW
-            self.fd = os.open(config.log, flags | os.O_CREAT, 0o640)
-        elif old and old.path == "-":
-            # Not opened again: we may have lost the right to, and O_APPEND with it.
-            self.fd, self.shared = os.dup(old.fd), old.shared
-        else:
             try:
-                # Opened again, so that O_NONBLOCK is ours and not the terminal's.
-                self.fd = os.open("/proc/self/fd/1", flags)
-            except OSError:  # a socket (journald's), or not ours to open again
-                self.fd, self.shared = os.dup(1), True
-            if stat.S_ISREG(os.fstat(1).st_mode):
-                # With `>file 2>&1` standard error now writes behind our lines, too.
-                mode = fcntl.fcntl(1, fcntl.F_GETFL)
-                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
+                self.fd = os.open(self.path, flags | os.O_CREAT, 0o640)
+            except OSError as error:
+                why = f"cannot open the access log {self.path}: {reason(error)}"
+                raise OSError(why) from None
         self.has_room = select.poll()
         self.has_room.register(self.fd, POLLOUT)
+        self.may_block = os.get_blocking(self.fd)  # shared with others
         if self.is_json:
             as_json("pid=-")  # load json here, and not in every worker
 
-    def give_to(self, user: tuple[int, int]) -> None:
-        """Let a user, by uid and gid, open it again at a reload."""
-        status = os.fstat(self.fd)
-        if self.path != "-" and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            os.fchown(self.fd, *user)
-
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
         """Settle a session that has ended and write its line, or count it as lost."""
-        line = session.line(outcome)
-        if self.is_json:
-            line = as_json(line)
-        words, written, data = slot.board.words, 0, (line + "\n").encode()
-        # After half a line, which a full disk has left, the next begins anew.
-        if cut := words[LOG_CUT]:
-            data = b"\n" + data
+        line, board = session.line(outcome), slot.board
+        data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
         slot.settle(session, outcome)
         try:
-            if not self.shared or self.has_room.poll(0):
+            if not self.may_block or self.has_room.poll(0):
                 written = os.write(self.fd, data)
+                if written < len(data):  # the disk is full: leave no half of a line
+                    os.ftruncate(self.fd, os.lseek(self.fd, 0, os.SEEK_CUR) - written)
         except OSError:
             pass  # it is full, or nobody reads it
         if written < len(data):
-            words[LOG_CUT] |= written > 0
             slot.words[LOST] += 1
-            words[UNREPORTED] = 1
-        elif cut:
-            words[LOG_CUT] = 0
+            board.words[UNREPORTED] = 1
         slot.count()
-        if words[UNREPORTED]:  # perhaps standard error took nothing either
+        if board.words[UNREPORTED]:  # perhaps standard error took nothing either
             lost = "the access log takes no more: lines are lost"
-            words[UNREPORTED] = not slot.board.say(lost)
+            board.words[UNREPORTED] = not board.say(lost)
 
 
 # --- Relay --------------------------------------------------------------------
@@ -1588,7 +1528,7 @@ class Master:
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
-        board.words[BEGAN] = int(time.time())
+        board.words[MASTER], board.words[BEGAN] = os.getpid(), int(time.time())
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out.
@@ -1752,8 +1692,6 @@ class Master:
             say(f"configuration not reloaded, the old one stays: {why}")
             notify("READY=1")
             return
-        if not os.path.sameopenfile(old.log.fd, fresh.log.fd):
-            self.board.words[LOG_CUT] = 0  # half a line stays where it is
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
@@ -1761,7 +1699,6 @@ class Master:
             os.close(fd)
         self.generation, self.reloading = fresh, True
         self.generations.append(fresh)
-        self.board.describe(fresh.config.max_workers)
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
@@ -3553,7 +3490,7 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
             continue
         for setting in settings:
             # A value that is the default asks for nothing.
-            if getattr(config, setting) != getattr(Config, setting):
+            if getattr(config, setting) != DEFAULTS[setting]:
                 why = f"needs {chapter_file(name)}, which is not there"
                 raise config.refuse(setting, why)
     if config.pidfile:
@@ -3630,16 +3567,14 @@ def serve_client(worker: Worker) -> bool:
 
 def parse_endpoint(text: str) -> tuple[str, int]:
     """Return host ("*" for all addresses) and port of HOST:PORT; raise ValueError."""
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError(f"{text!r} is not ADDRESS:PORT")
+    match = re.fullmatch(r"(\[[^]]*:[^]]*\]|[^:[]+):([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        why = "is not ADDRESS:PORT, an IPv6 address in brackets"
+        raise ValueError(f"{text!r} {why}")
+    host, port = match[1].strip("[]"), int(match[2])
     if host != "*":
-        packed = pack(bare)
-        if (":" in bare) != (host == f"[{bare}]"):
-            raise ValueError(f"{text!r}: an IPv6 address stands in brackets")
-        bare = unpack(embedded_addresses(packed)[0])  # in one form, to be compared
-    return bare, int(port)
+        host = unpack(embedded_addresses(pack(host))[0])  # in one form, to be compared
+    return host, port
 
 
 def endpoints(config: Config) -> list[tuple[str, int]]:
@@ -3675,28 +3610,34 @@ def passed_listeners() -> dict[str, socket.socket]:
 
 
 def open_listeners(
-    config: Config, kept: dict[str, socket.socket], undo: contextlib.ExitStack
+    config: Config, held: dict[str, socket.socket], undo: contextlib.ExitStack
 ) -> dict[str, socket.socket]:
-    """Return a listener for each address of `listen`, the kept ones among them.
+    """Return the listeners that systemd passed, or one for each address of `listen`.
 
-    What is opened here, undo closes.  Raises ConfigError or OSError.
+    Those held go on; what is opened here, undo closes.  Raises ConfigError or OSError.
     """
-    listeners: dict[str, socket.socket] = {}
-    for host, port in endpoints(config):
+    open_one = functools.partial(socket.create_server, backlog=LISTEN_BACKLOG)
+    listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
+    # By address too: one that was removed may still have clients in its queue.
+    kept = {endpoint(s.getsockname()): s for s in held.values()} | held
+    for host, port in [] if listeners else endpoints(config):
         for here in ("0.0.0.0", "::") if host == "*" else (host,):
             name, family = endpoint((here, port)), INET6 if ":" in here else INET
             try:
-                sock = kept.get(name) or socket.create_server(
-                    (here, port), family=family, backlog=LISTEN_BACKLOG
+                sock = kept.get(name) or undo.enter_context(
+                    open_one((here, port), family=family)
                 )
             except OSError as error:
                 if host == "*" and here == "::" and error.errno != errno.EADDRINUSE:
                     continue  # a box without IPv6
                 raise OSError(f"cannot listen on {name}: {reason(error)}") from None
             listeners[name] = sock
-            if name not in kept:
-                undo.enter_context(sock)
             port = sock.getsockname()[1]  # 0 picks one for both
+    for sock in listeners.values():
+        sock.setblocking(False)
+        # Linux hands these down to every socket that is accepted.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listeners
 
 
@@ -3733,22 +3674,22 @@ def warn_of_outside(config: Config) -> None:
     inside = networks(config.inside)
     for packed in device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
-        if contains(LINK_LOCAL, packed) or len(packed) != 4:
-            continue
-        if contains(inside, packed):
+        is_global = len(packed) == 4 and not contains(LINK_LOCAL, packed)
+        if is_global and contains(inside, packed):
             say(
                 f"{device} leads outside and has {unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
             )
 
 
-def say_what_stays(config: Config, old: Config, passed: bool) -> None:
-    """Say which changes a reload does not make, and undo them."""
+def keep_for_restart(config: Config, old: Generation) -> None:
+    """Keep the old values of what a reload does not change, and say so."""
     for name in ("user", "pidfile"):
-        if getattr(config, name) != getattr(old, name):
+        if getattr(config, name) != getattr(old.config, name):
             say(f"{name} is changed by a restart only")
-            setattr(config, name, getattr(old, name))
-    if passed and config.listen != old.listen:
+            setattr(config, name, getattr(old.config, name))
+    passed = any(name.startswith("systemd ") for name in old.listeners)
+    if passed and config.listen != old.config.listen:
         say("listen is not used: systemd passes the listeners (natwork.socket)")
 
 
@@ -3765,33 +3706,21 @@ def load_generation(
     find_user(config)
     prepare(config, Policy(config, []), board)  # refused before anything is opened
     held = old.listeners if old else passed_listeners()
-    passed = {name: s for name, s in held.items() if name.startswith("systemd ")}
-    # By address too: one that was removed may still have clients in its queue.
-    kept = {endpoint(s.getsockname()): s for s in held.values()} | held
     with contextlib.ExitStack() as undo:
-        listeners = passed or open_listeners(config, kept, undo)
-        for sock in listeners.values():
-            sock.setblocking(False)
-            # Linux hands these down to every socket that is accepted.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listeners = open_listeners(config, held, undo)
         policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
         chapters = prepare(config, policy, board)
-        try:
-            log = AccessLog(config, old.log if old else None)
-        except OSError as error:
-            why = f"cannot open the access log {config.log}: {reason(error)}"
-            raise OSError(why) from None
+        log = AccessLog(config)
         undo.callback(os.close, log.fd)
         lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
-    if not old:
+    if old:
+        keep_for_restart(config, old)
+    else:
         say(f"chapters: {' '.join(found) or 'none'}")
     for sock in listeners.values():
-        if not old or sock not in old.listeners.values():
+        if not old or sock not in held.values():
             say(f"listening on {endpoint(sock.getsockname())}")
-    if old:
-        say_what_stays(config, old.config, bool(passed))
     with contextlib.suppress(OSError):
         warn_of_outside(config)
     return Generation(config, listeners, log, policy, chapters, *lifeline)
@@ -3811,8 +3740,10 @@ def warm() -> None:
 
 
 def become(user: tuple[int, int], config: Config, log: AccessLog) -> None:
-    """Give up root for a user, by uid and gid."""
-    log.give_to(user)
+    """Give up root for a user, by uid and gid, who may open the log again."""
+    status = os.fstat(log.fd)
+    if log.path != "-" and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        os.fchown(log.fd, *user)
     os.setgroups([])
     os.setgid(user[1])
     os.setuid(user[0])
@@ -3850,7 +3781,6 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             say("setproctitle is not installed: process titles will be missing")
         if user:
             become(user, config, master.generation.log)
-        board.describe(config.max_workers)
         if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
             # SCHED_BATCH: a process that wakes does not preempt the one that runs.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -3902,8 +3832,8 @@ def boards() -> dict[int, Scoreboard]:
                 continue
             with open(link, "rb") as file:
                 board = Scoreboard(file.fileno())
-            ours = (board.words[MAGIC], board.words[MASTER]) == (OURS, pid)
-            if ours and os.readlink(f"/proc/{pid}/ns/net") == here:
+            is_here = os.readlink(f"/proc/{pid}/ns/net") == here
+            if is_here and board.words[MASTER] == pid:
                 found[pid] = board
     return found
 
@@ -3915,17 +3845,16 @@ def parent_of(pid: int) -> int:
     return 0
 
 
-def print_table(as_json: bool) -> int:
+def print_table(in_json: bool) -> int:
     """Print the state table of the gateway that runs on this box."""
-    found = boards()
+    found, rows = boards(), []
     if not found:
         why = "no gateway that you may look at runs on this box"
         raise OSError(f"cannot show the table: {why}")
-    rows = []
     for master, board in sorted(found.items()):
         # Any user may have made that board, and what is printed here may be killed.
         rows += [row for row in table_rows(board) if parent_of(row["pid"]) == master]
-    if as_json:
+    if in_json:
         import json
 
         print(json.dumps(rows, indent=1))
@@ -3940,29 +3869,20 @@ def print_table(as_json: bool) -> int:
     return 0
 
 
-def check_file(config: Config, name: str, makes_folder: bool) -> None:
-    """Raise ConfigError for a file that we could not write; open nothing."""
-    path = getattr(config, name)
-    folder = os.path.dirname(path) or "."
-    if path in ("", "-") or makes_folder and not os.path.exists(folder):
-        return
-    if not os.path.isdir(folder):
-        raise config.refuse(name, "there is no such directory")
-    there = path if os.path.exists(path) else folder
-    if os.path.isdir(path) or not os.access(there, os.W_OK):
-        raise config.refuse(name, "it cannot be written")
-
-
 def check(path: str, options: list[str]) -> int:
-    """Print every setting in force, or raise ConfigError."""
+    """Print every setting in force, in the form of natwork.conf; raise ConfigError."""
     config = load_config(path, options)
     find_chapters()
     prepare(config, Policy(config, []), Scoreboard())
     endpoints(config)
     warn_of_outside(config)
-    check_file(config, "log", False)
-    check_file(config, "pidfile", bool(find_user(config)))
-    print(config.text())
+    find_user(config)
+    print("[natwork]")
+    for name in DEFAULTS:
+        text = config.spelled(name)
+        if name in ("rules", "parents"):  # a line of ";..." would be a comment
+            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
+        print(f"{name} = {text}".rstrip())
     return 0
 
 

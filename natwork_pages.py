@@ -156,8 +156,9 @@ def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     return counts
 
 
-def figures(board: Scoreboard) -> dict[str, int]:
-    """Return the master's figures, by name."""
+def figures(exchange: Exchange) -> dict[str, int]:
+    """Return the gateway's figures, by name."""
+    board = exchange.worker.board
     states, served, refused, failed = board.states(), 0, 0, 0
     for (_, word), count in ended(board).items():
         outcome = natwork.OUTCOMES.get(word, natwork.BROKEN)
@@ -171,7 +172,7 @@ def figures(board: Scoreboard) -> dict[str, int]:
     return {
         "idle": idle,
         "busy": len(states) - states.count(natwork.FREE) - idle,
-        "limit": board.words[natwork.MAX_WORKERS],
+        "limit": exchange.config.max_workers,
         "served": served,
         "refused": refused,
         "failed": failed,
@@ -182,7 +183,7 @@ def figures(board: Scoreboard) -> dict[str, int]:
 def table_page(exchange: Exchange, nonce: str) -> str:
     """Return the page whose script, known by its nonce, shows the table."""
     *columns, last = natwork.COLUMNS
-    names = figures(exchange.worker.board)
+    names = figures(exchange)
     return HTML % {
         "name": exchange.config.name,
         "nonce": nonce,
@@ -196,13 +197,14 @@ def table_json(exchange: Exchange) -> str:
     import json
 
     board = exchange.worker.board
-    gateway = {"name": exchange.config.name, **figures(board)}
+    gateway = {"name": exchange.config.name, **figures(exchange)}
     return json.dumps({"gateway": gateway, "sessions": natwork.table_rows(board)})
 
 
-def metrics(board: Scoreboard) -> str:
+def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
-    found, words = figures(board), board.words
+    found, board = figures(exchange), exchange.worker.board
+    words = board.words
     by_kind = {
         f'{{protocol="{proto}",outcome="{word}"}}': count
         for (proto, word), count in ended(board).items()
@@ -289,12 +291,12 @@ def admit(exchange: Exchange) -> None:
 
 def own_page(exchange: Exchange) -> None:
     """Answer what was asked of the gateway itself; raise Refused."""
-    head, nonce, board = exchange.head, os.urandom(16).hex(), exchange.worker.board
+    head, nonce = exchange.head, os.urandom(16).hex()
     pac_file = "application/x-ns-proxy-autoconfig", lambda: pac(exchange)
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
         b"/": ("text/html; charset=utf-8", lambda: table_page(exchange, nonce)),
         b"/table.json": ("application/json", lambda: table_json(exchange)),
-        b"/metrics": ("text/plain; version=0.0.4", lambda: metrics(board)),
+        b"/metrics": ("text/plain; version=0.0.4", lambda: metrics(exchange)),
         b"/proxy.pac": pac_file,
         b"/wpad.dat": pac_file,
     }
