@@ -777,9 +777,12 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            # A pipe or a terminal is opened again, so that O_NONBLOCK is ours alone;
-            # and in its place, since at a reload we may have lost the right to.
-            if not stat.S_ISREG(os.fstat(1).st_mode):
+            if stat.S_ISREG(os.fstat(1).st_mode):  # it may be cut, and then begins anew
+                mode = fcntl.fcntl(1, fcntl.F_GETFL)
+                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
+            else:
+                # A pipe or a terminal is opened again, so that O_NONBLOCK is ours
+                # alone; and in its place, since we may lose the right to.
                 with contextlib.suppress(OSError):  # a socket (journald's), or not ours
                     ours = os.open("/proc/self/fd/1", flags)
                     os.dup2(ours, 1)
@@ -1367,11 +1370,11 @@ class Generation(NamedTuple):
 class Worker:
     """One process and its one client at a time: what serving code may use."""
 
-    def __init__(self, master: Master, slot: Slot) -> None:
-        """Begin in the new process, which has a copy of the master."""
-        self.generation = generation = master.generation
+    def __init__(self, generation: Generation, slot: Slot) -> None:
+        """Begin in the new process, under the configuration of a generation."""
+        self.generation, self.chapters = generation, generation.chapters
         self.config, self.policy = generation.config, generation.policy
-        self.chapters, self.board, self.slot = generation.chapters, master.board, slot
+        self.board, self.slot = slot.board, slot
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.lifeline = generation.lifeline_out
@@ -1658,7 +1661,7 @@ class Master:
         try:
             for fd in [*self.fds, *(one.lifeline_in for one in self.generations)]:
                 os.close(fd)
-            worker = Worker(self, slot)
+            worker = Worker(self.generation, slot)
             # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
@@ -3726,7 +3729,34 @@ def load_generation(
     return Generation(config, listeners, log, policy, chapters, *lifeline)
 
 
-def warm() -> None:
+def serve_nobody(generation: Generation) -> None:
+    """Serve a tunnel that leads back to its own listener, and where nobody speaks.
+
+    What the interpreter writes down when code runs for the first time is then shared
+    by all workers: half a megabyte of each.  Raises OSError.
+    """
+    config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, log="/dev/null")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.create_connection(listener.getsockname()))
+        client.sendall(
+            b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n"
+            % listener.getsockname()[1]
+        )
+        policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
+        stack.callback(os.close, board.fd)
+        stack.callback(os.close, log.fd)
+        own = generation._replace(
+            config=config,
+            listeners={"": listener},
+            log=log,
+            policy=policy,
+            chapters=Chapters(config, policy, board),
+        )
+        serve_client(Worker(own, Slot(board, 0)))
+
+
+def warm(generation: Generation) -> None:
     """Do once, before the forks, what each worker would do for the first time.
 
     The first name that is resolved loads the resolver, a megabyte.  And what lives
@@ -3734,6 +3764,8 @@ def warm() -> None:
     """
     with contextlib.suppress(OSError):
         socket.getaddrinfo(b"localhost", 80, type=STREAM)
+    with contextlib.suppress(OSError):  # a box without a loopback device
+        serve_nobody(generation)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -3785,7 +3817,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             # SCHED_BATCH: a process that wakes does not preempt the one that runs.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        warm()
+        warm(master.generation)
         ready()
         notify("READY=1")
         master.run()
