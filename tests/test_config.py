@@ -303,7 +303,7 @@ def test_the_mark_of_an_editor_before_the_first_line_is_no_matter(
 def test_a_missing_file_is_one_line_that_names_it(tmp_path: Path) -> None:
     why = refused("-c", "nowhere.conf", cwd=tmp_path)
     assert why == "natwork: nowhere.conf: no such file or directory\n"
-    assert "is a directory" in refused("-c", ".", cwd=tmp_path)
+    assert "it is not a regular file" in refused("-c", ".", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ def test_a_file_that_is_none_is_refused_and_nobody_waits_for_it(
             words, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=20
         )
         assert done.returncode == 78 and re.fullmatch(
-            f"natwork: {file}: (it is not a regular file|is a directory)\n", done.stderr
+            f"natwork: {file}: it is not a regular file\n", done.stderr
         )
     gateway = daemon()
     gateway.file.unlink()
