@@ -2010,10 +2010,6 @@ class Uplink(NamedTuple):
     packed: bytes  # empty for a device
     number: int  # on the scoreboard
 
-    def addresses(self) -> list[bytes]:
-        """Return its source addresses, packed."""
-        return [self.packed] if self.packed else device_addresses(self.name)
-
 
 def parse_uplink(text: str, number: int = 0) -> Uplink:
     """Return the uplink that a word of `outside` names; raise ValueError."""
@@ -2075,7 +2071,8 @@ class Policy:
         if link_local:  # each device has those: the addresses beside them say its side
             here += device_addresses(device)
         for uplink in self.uplinks:
-            if device == uplink.name or not set(here).isdisjoint(uplink.addresses()):
+            theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
+            if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
         if self.uplinks or not link_local:
             return True
@@ -3664,10 +3661,17 @@ def find_user(config: Config) -> tuple[int, int] | None:
     return (entry.pw_uid, entry.pw_gid) if is_root else None
 
 
+def is_there(uplink: Uplink) -> bool:
+    """Return whether this box has an uplink now."""
+    if uplink.packed:
+        return bool(route_to(uplink.packed).local)
+    return bool(device_addresses(uplink.name))
+
+
 def warn_of_outside(config: Config) -> None:
     """Say what about the way out is probably not meant."""
     for uplink in map(parse_uplink, config.outside.split()):
-        if not any(route_to(one).local for one in uplink.addresses()):
+        if not is_there(uplink):
             say(f"outside: {uplink.name} is not there now")
     device = "" if config.outside else route_to(pack("192.0.2.1")).device
     inside = networks(config.inside)

@@ -54,8 +54,7 @@ def explain_dials(
     for attempt in attempts:
         route = natwork.route_to(attempt.packed)
         if attempt.uplink:
-            own = attempt.uplink.addresses()
-            there = any(natwork.route_to(one).local for one in own)
+            there = natwork.is_there(attempt.uplink)
             missing = "" if there else ", which is not there now"
             way = f"from {attempt.uplink.name}{missing}"
         elif route.source:
