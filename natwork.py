@@ -3735,14 +3735,20 @@ def serve_nobody(generation: Generation) -> None:
     What the interpreter writes down when code runs for the first time is then shared
     by all workers: half a megabyte of each.  Raises OSError.
     """
-    config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, log="/dev/null")
+    config = Config(
+        rules="allow to 127.0.0.1",
+        tunnel_timeout=0.001,
+        spare_workers=0,  # of which there are enough, so the master is not woken
+        log="/dev/null",
+    )
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        client = stack.enter_context(socket.create_connection(listener.getsockname()))
-        client.sendall(
-            b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n"
-            % listener.getsockname()[1]
+        client, (host, port) = (
+            stack.enter_context(socket.socket()),
+            listener.getsockname(),
         )
+        client.connect((host, port))
+        client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n" % port)
         policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
         stack.callback(os.close, board.fd)
         stack.callback(os.close, log.fd)

@@ -200,7 +200,7 @@ def serve(worker):
     client.stream.close()
     return True
 
-natwork.warm = lambda: None
+natwork.warm = lambda generation: None
 natwork.serve_client = serve
 natwork.main()
 """
