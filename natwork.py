@@ -308,7 +308,8 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        text = read_file(path)[0].decode("utf-8-sig")  # an editor's mark is no matter
+        # An editor may begin a file with a byte order mark.
+        text = read_file(path)[0].decode("utf-8-sig")
         parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
@@ -464,7 +465,6 @@ class Refused(Exception):
     """The session cannot go on: carries the Outcome, and the detail for the page."""
 
     def __init__(self, outcome: Outcome, detail: str = "") -> None:
-        super().__init__(detail)
         self.outcome, self.detail = outcome, detail
 
 
@@ -779,14 +779,12 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            # A pipe or a terminal is opened again, so that O_NONBLOCK is ours alone;
-            # and in its place, since at a reload we may have lost the right to.
-            if not stat.S_ISREG(os.fstat(1).st_mode):
-                with contextlib.suppress(OSError):  # a socket (journald's), or not ours
-                    ours = os.open("/proc/self/fd/1", flags)
-                    os.dup2(ours, 1)
-                    os.close(ours)
-            self.fd = os.dup(1)
+            # A pipe or a terminal is opened again, so that O_NONBLOCK is ours alone.
+            is_file = stat.S_ISREG(os.fstat(1).st_mode)
+            try:
+                self.fd = os.dup(1) if is_file else os.open("/proc/self/fd/1", flags)
+            except OSError:  # a socket (journald's), or not ours to open again
+                self.fd = os.dup(1)
         else:
             # Root follows no link but those in /dev, such as stdout: a user that may
             # write to the directory could have put it there, to be given the file.
@@ -799,7 +797,7 @@ class AccessLog:
                 raise OSError(why) from None
         self.has_room = select.poll()
         self.has_room.register(self.fd, POLLOUT)
-        self.may_block = os.get_blocking(self.fd)  # shared with others
+        self.may_block = os.get_blocking(self.fd)  # it is shared with others
         if self.is_json:
             as_json("pid=-")  # load json here, and not in every worker
 
