@@ -116,7 +116,6 @@ ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker that nobody needed for this long may leave
-RELOAD_FORK_TIMEOUT = 5.0  # for the first workers of a new configuration
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 TIME_LIMIT = 2_000_000.0  # poll() counts milliseconds in 32 bits: these are 23 days
 
@@ -482,9 +481,8 @@ FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's nex
 # The header, as 64-bit words: the master's pid, the slots that ever were used, the
 # Unix time of the start, and forks.
 MASTER, USED, BEGAN, FORKS, FORKS_FAILED = range(5)
-# Generations below this number take no more clients; the second in which board.say()
-# was last heard; lost lines were not reported yet.
-DRAINED_BELOW, LAST_SAID, UNREPORTED = range(5, 8)
+# The second in which board.say() was last heard; lost lines were not reported yet.
+LAST_SAID, UNREPORTED = range(5, 7)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 STATES = 4096  # offset of the state bytes
 SLOTS = STATES + SLOT_LIMIT  # offset of the slots
@@ -779,10 +777,13 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            # A pipe or a terminal is opened again, so that O_NONBLOCK is ours alone.
-            is_file = stat.S_ISREG(os.fstat(1).st_mode)
+            if stat.S_ISREG(os.fstat(1).st_mode):
+                # It may be cut, and begins anew; and standard error may be it, too.
+                mode = fcntl.fcntl(1, fcntl.F_GETFL)
+                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
             try:
-                self.fd = os.dup(1) if is_file else os.open("/proc/self/fd/1", flags)
+                # Opened again, so that O_NONBLOCK is ours and not the terminal's.
+                self.fd = os.open("/proc/self/fd/1", flags)
             except OSError:  # a socket (journald's), or not ours to open again
                 self.fd = os.dup(1)
         else:
@@ -849,7 +850,6 @@ class Stream:
 
     sent = 0  # bytes, since counted() was asked
     was_reset = False  # a socket reports a reset once, and then an end
-    watched = False  # by await_word()
     parent: Any = None  # the proxy that takes requests here, if it is one
 
     def __init__(self, sock: socket.socket, lost: Outcome) -> None:
@@ -1004,10 +1004,14 @@ class Watch:
     what goes on here must come to its end within drain_timeout.
     """
 
-    def __init__(self, lifeline: int, drain_timeout: float) -> None:
+    def __init__(
+        self, lifeline: int, drain_timeout: float, listeners: dict[int, socket.socket]
+    ) -> None:
+        """Take the worker's listeners too, which are closed when the master leaves."""
         self.lifeline, self.drain_timeout = lifeline, drain_timeout
-        self.drain_at = 0.0  # monotonic; 0 while the master lives
-        self.on_drain: Callable[[], None] = lambda: None
+        self.listeners = listeners
+        self.drain_at = math.inf  # monotonic; known once the master leaves
+        self.heard = False  # that this worker should take no more requests
 
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
@@ -1018,26 +1022,33 @@ class Watch:
         poll = select.poll()
         for fd, events in wanted.items():
             poll.register(fd, events)
-        if not self.drain_at:
-            poll.register(self.lifeline, 0)  # POLLHUP comes unasked
+        if self.drain_at == math.inf:
+            poll.register(self.lifeline, 0 if self.heard else POLLIN)
         now = time.monotonic()
         deadline = now + seconds
-        while True:
-            left = deadline - now
-            if self.drain_at and self.drain_at < deadline:
-                left = self.drain_at - now
-                if left <= 0:
-                    raise Refused(DRAINED, "the gateway is stopping")
+        while now < self.drain_at:
+            left = min(deadline, self.drain_at) - now
             ready = dict(poll.poll(left * 1000 if left > 0 else 0))
-            if self.lifeline in ready:
-                del ready[self.lifeline]
-                poll.unregister(self.lifeline)
-                self.drain()
+            if event := ready.pop(self.lifeline, 0):
+                self.heard = True
+                poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
+                if event & select.POLLHUP:
+                    poll.unregister(self.lifeline)
+                    self.drain()
             if ready:
                 return ready
             now = time.monotonic()
             if now >= deadline:
                 return ready
+        raise Refused(DRAINED, "the gateway is stopping")
+
+    def drain(self) -> None:
+        """Give what goes on now drain_timeout to end; refuse queued clients at once."""
+        self.drain_at = time.monotonic() + self.drain_timeout
+        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
+        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
+        while self.listeners:  # so that a successor can bind, also if we go on
+            self.listeners.popitem()[1].close()
 
     def run(
         self,
@@ -1071,13 +1082,6 @@ class Watch:
         sent = stream.send(data)
         if sent < len(data):
             self.run(stream.send_all(bytearray(data[sent:])), IDLE, why, seconds)
-
-    def drain(self) -> None:
-        """Give what goes on now drain_timeout to end."""
-        self.drain_at = time.monotonic() + self.drain_timeout
-        self.on_drain()
-        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
-        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
 
 
 class Direction:
@@ -1295,11 +1299,13 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
 #
 # The master keeps workers forked ahead of the clients and does nothing else: it
 # reads nothing from the network, resolves no name and accepts no client.  Its
-# loop is reap, top up, sleep, act.  Signals wake it through the wake pipe; workers
-# wake it when spares are short; when the house is full it asks a worker whose
-# client is silent to evict it.  The lifeline, of which each generation of the
-# configuration has one, says when to leave.  A byte in it means: take no more
-# clients under these settings.  Its end means: the master is leaving, or dead.
+# loop is reap, top up, sleep, act.  Its signals are blocked, and taken one by one
+# when it sleeps, so no code of ours runs in the middle of other code of ours; a
+# worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
+# asks a worker whose client is silent, by SIGURG, to leave.  The lifeline, of which
+# each generation of the configuration has one, tells workers to leave.  A byte in it
+# means: take no more clients under these settings.  Its end means: the master is
+# leaving, or dead.
 
 MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 
@@ -1315,13 +1321,15 @@ def notify(words: str) -> None:
             sock.sendto(words.encode(), where)
 
 
-def with_clients(listeners: Iterable[socket.socket]) -> list[socket.socket]:
-    """Return the listeners at which a client waits now."""
+def readable(fds: Iterable[int], seconds: float = 0.0) -> dict[int, int]:
+    """Wait until descriptors can be read, a listener if it has a client; return them.
+
+    They are the keys; {} when the time is over.
+    """
     poll = select.poll()
-    for listener in listeners:
-        poll.register(listener, POLLIN)
-    ready = dict(poll.poll(0))
-    return [listener for listener in listeners if listener.fileno() in ready]
+    for fd in fds:
+        poll.register(fd, POLLIN)
+    return dict(poll.poll(seconds * 1000))
 
 
 class Client:
@@ -1348,13 +1356,11 @@ def shut(listener: socket.socket) -> None:
 class Generation(NamedTuple):
     """One configuration in force: its listeners by name, its log and its lifeline."""
 
-    number: int
     config: Config
     listeners: dict[str, socket.socket]
     log: AccessLog
     policy: Policy
     chapters: Chapters
-    serve: Callable[[Worker], bool]  # accepts one client and serves it
     lifeline_out: int
     lifeline_in: int  # the master's alone: it is its life
 
@@ -1362,44 +1368,26 @@ class Generation(NamedTuple):
 class Worker:
     """One process and its one client at a time: what serving code may use."""
 
-    def __init__(self, master: Master, slot: Slot) -> None:
-        """Begin in the new process, which has a copy of the master."""
-        self.generation = generation = master.generation
+    def __init__(self, generation: Generation, slot: Slot) -> None:
+        """Begin in the new process, under the configuration of a generation."""
+        self.generation, self.chapters = generation, generation.chapters
         self.config, self.policy = generation.config, generation.policy
-        self.chapters, self.board, self.slot = generation.chapters, master.board, slot
-        self.call, self.evict = master.call, master.evict  # eventfds
+        self.board, self.slot = slot.board, slot
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.lifeline = generation.lifeline_out
-        self.watch = Watch(self.lifeline, self.config.drain_timeout)
-        self.watch.on_drain = self.close_listeners
+        self.watch = Watch(self.lifeline, self.config.drain_timeout, self.listeners)
         self.client: Client
-        # Made after the fork: they are no other process's.
-        self.idle_poll, self.silent_poll = select.epoll(), select.epoll()
+        self.idle_poll = select.epoll()  # made after the fork: it is no other's
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
-        self.silent_poll.register(self.lifeline, select.EPOLLIN)
-        self.silent_poll.register(self.evict, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-
-    def run(self) -> None:
-        """Serve clients, one after another, until it is time to leave."""
-        for _ in range(self.config.clients_per_worker):
-            if not self.generation.serve(self) or self.is_draining():
-                break
-
-    def close_listeners(self) -> None:
-        """Refuse queued clients at once, and let a successor bind."""
-        while self.listeners:
-            self.listeners.popitem()[1].close()
 
     def is_draining(self) -> bool:
         """Return whether this worker should take no more clients or requests."""
-        drained = self.generation.number < self.board.words[DRAINED_BELOW]
-        return drained or self.watch.drain_at > 0  # the master may have died
+        return bool(readable([self.lifeline]))
 
     def accept(self) -> Client | None:
         """Wait for a client and return it; None when it is time to leave."""
         set_title("natwork: idle")
-        surplus_at = time.monotonic() + SURPLUS_TIME
         for fd in self.listeners:
             # Only while idle: or the kernel would ask each busy worker first.
             self.idle_poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
@@ -1418,7 +1406,7 @@ class Worker:
                 # Not idle first, then counted: of many that ask at once whether they
                 # are surplus, too few leave rather than too many.
                 self.slot.set_state(BUSY)
-                if time.monotonic() >= surplus_at and self.has_spares():
+                if not ready and self.has_spares():
                     return None
         finally:
             for fd in self.listeners:
@@ -1441,62 +1429,38 @@ class Worker:
             return None
         self.slot.set_state(BUSY)
         if not self.has_spares():
-            with contextlib.suppress(OSError):  # the master is awake; or it is gone
-                os.eventfd_write(self.call, 1)
+            with contextlib.suppress(OSError):  # the master has gone
+                os.kill(os.getppid(), signal.SIGCHLD)  # wakes it, as if we had ended
         return self.client
 
     def has_spares(self) -> bool:
         """Return whether enough workers are idle, this one not counted."""
         return self.board.states().count(IDLE_STATE) >= self.config.spare_workers
 
-    def has_word(self, stream: Stream) -> bool:
-        """Return whether a stream has something to be read, or its end, now."""
-        self.keep_watch(stream)
-        return stream.fd in dict(self.silent_poll.poll(0, 8))
+    def await_word(self, streams: list[Stream], seconds: float, new: bool) -> set[int]:
+        """Wait for a silent client's next word; return which streams can be read.
 
-    def keep_watch(self, stream: Stream) -> None:
-        """Have a silent stream wake us, from now on until it is closed."""
-        if not stream.watched:
-            self.silent_poll.register(stream.fd, select.EPOLLIN)
-            stream.watched = True
-
-    def await_word(
-        self, client: Stream, server: Stream | None, deadline: float, new: bool
-    ) -> dict[int, int]:
-        """Wait until a client or its kept server says something.
-
-        Returns the events by descriptor; {} when it is time to go, or the client is to
-        be evicted.  A new client is not sent away by a reload.  Another has a moment to
-        ask its next request, which would else cross with our leaving.
+        They are descriptors; none when it is time to leave.  A new client is not sent
+        away by a reload.  Another has a moment to ask its next request, which would
+        else cross with our leaving.
         """
-        self.keep_watch(client)
-        if server:
-            self.keep_watch(server)
+        poll = select.poll()
+        for stream in streams:
+            poll.register(stream.fd, POLLIN)
+        poll.register(self.lifeline, 0 if new else POLLIN)  # POLLHUP comes unasked
         self.slot.set_state(SILENT)
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                found = dict(self.silent_poll.poll(left, 8))
-                if client.fd in found or server and server.fd in found:
-                    return found
-                if self.evict in found and self.is_evicted():
-                    break
-                if self.lifeline in found:
-                    if found[self.lifeline] & select.EPOLLHUP:
-                        break
-                    if not new:
-                        deadline = min(deadline, time.monotonic() + RELOAD_GRACE)
-                    self.silent_poll.modify(self.lifeline, 0)  # EPOLLHUP comes unasked
-        finally:
-            self.slot.set_state(BUSY)
-        return {}
+        ready = dict(poll.poll(seconds * 1000))
+        if ready == {self.lifeline: POLLIN}:
+            poll.modify(self.lifeline, 0)
+            ready = dict(poll.poll(RELOAD_GRACE * 1000))
+        self.slot.set_state(BUSY)
+        return {*ready} - {self.lifeline}
 
-    def is_evicted(self) -> bool:
-        """Take the master's call for room; return whether a client still waits."""
-        try:
-            os.eventfd_read(self.evict)
-        except BlockingIOError:  # another worker was quicker
-            return False
-        return bool(with_clients(self.listeners.values()))
+    def make_room(self, *_: object) -> None:
+        """Leave for another client, as the master asks, if ours is silent still."""
+        silent = self.board.states()[self.slot.number] == SILENT
+        if silent and not readable([self.client.stream.fd]):
+            os._exit(0)
 
     def begin(self, session: Session) -> None:
         """Show a session that begins; raise Refused if its client has too many."""
@@ -1546,39 +1510,42 @@ class Master:
     """Keeps spare workers waiting for clients, and sees them out."""
 
     def __init__(
-        self, board: Scoreboard, load: Callable[[Generation | None], Generation]
+        self,
+        board: Scoreboard,
+        load: Callable[[Generation | None], Generation],
+        serve: Callable[[Worker], bool],
+        fds: list[int],
     ) -> None:
-        """Take what loads a generation; raise what it raises."""
-        self.board, self.load = board, load
+        """Take what loads a generation, and what a worker does for one client.
+
+        serve() returns False when it is time to leave.  The descriptors are for the
+        master alone.  Raises what load() raises.
+        """
+        self.board, self.load, self.serve, self.fds = board, load, serve, fds
         self.generation = load(None)
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
-        self.wake_out, self.wake_in = os.pipe2(PIPE_FLAGS)
-        self.fds = [self.wake_out, self.wake_in]  # that workers close
-        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        self.call = os.eventfd(0, flags)  # from workers: spares are short
-        self.evict = os.eventfd(0, flags)  # to them: make room
-        self.stopping = self.reloading = self.fork_failing = False
-        # When to do what next, monotonic.
-        self.fork_at = self.drain_old_at = self.full_said_at = self.notify_at = 0.0
-        self.kill_at, self.kill_by = math.inf, signal.SIGTERM
+        self.stopping = self.reloading = False
+        # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
+        self.fork_at = self.full_said_at = self.notify_at = 0.0
+        self.kill_at = math.inf
         board.words[MASTER], board.words[BEGAN] = os.getpid(), int(time.time())
 
     def run(self) -> None:
-        """Serve until TERM or INT, then see the busy workers out."""
-        for number in MASTER_SIGNALS:
-            # The workers keep this: a terminal's Ctrl-C reaches the whole group,
-            # and must drain, not cut.  They listen to TERM alone.
-            signal.signal(number, lambda *_: None)
+        """Serve until TERM or INT, then see the busy workers out.
+
+        MASTER_SIGNALS have been blocked, and stay so.
+        """
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # ignored, it would reap by itself
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
             signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(self.wake_in, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)  # held at the start
         while self.workers or not self.stopping:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.drain_old()
+                    self.retire_old()
                     self.close_unused()
                 self.kill_late()
                 self.show_title()
@@ -1587,57 +1554,41 @@ class Master:
             except OSError as error:
                 self.board.say(f"the master goes on after an error: {reason(error)}")
                 time.sleep(0.1)  # it may come again at once
-        # A signal that comes now makes it no failure.
-        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
 
     def sleep(self) -> None:
-        """Wait for a signal, a worker's call or a second; act on the signals.
-
-        The C half of Python's signal handling writes each signal's number into
-        the wake pipe and our half does nothing, so no code of ours ever runs
-        in the middle of other code of ours.
-        """
+        """Wait for a signal, and act on it, or for the time to look around."""
         full = self.is_full()
-        crowded = full and self.make_room()
-        poll = select.poll()
-        poll.register(self.wake_out, POLLIN)
-        poll.register(self.call, POLLIN)
-        if full and not crowded:
-            for listener in self.generation.listeners.values():
-                poll.register(listener, POLLIN)
-        poll.poll(250 if crowded else 1000)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.call)
-        with contextlib.suppress(BlockingIOError):
-            for byte in os.read(self.wake_out, 4096):
-                if byte in (signal.SIGTERM, signal.SIGINT):
-                    self.stop()
-                elif byte == signal.SIGHUP and not self.stopping:
-                    self.reload()
+        if full and readable(s.fileno() for s in self.generation.listeners.values()):
+            self.make_room()
+        taken = signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
+        number = taken.si_signo if taken else 0
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stop()
+        elif number == signal.SIGHUP and not self.stopping:
+            self.reload()
 
     def idle(self, generation: Generation) -> int:
         """Return how many workers of a generation are idle."""
+        states = self.board.states()
         own = [slot for slot, one in self.workers.values() if one is generation]
-        return sum(slot.memory[STATES + slot.number] == IDLE_STATE for slot in own)
+        return sum(states[slot.number] == IDLE_STATE for slot in own)
 
     def is_full(self) -> bool:
         """Return whether a client that comes now finds no worker."""
         full = len(self.workers) >= self.generation.config.max_workers
         return full and not self.stopping and not self.idle(self.generation)
 
-    def make_room(self) -> bool:
-        """If clients wait for a worker, have one evicted; return whether they do."""
-        if not with_clients(self.generation.listeners.values()):
-            return False
+    def make_room(self) -> None:
+        """Have a worker with a silent client leave: others wait for a worker."""
         if time.monotonic() >= self.full_said_at + 60:
             self.full_said_at = time.monotonic()
             limit = self.generation.config.max_workers
             say(f"all {limit} workers are busy and clients wait (max_workers)")
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.evict)  # a call that no worker took wakes none twice
-        if SILENT in self.board.states():
-            os.eventfd_write(self.evict, 1)
-        return True
+        states = self.board.states()
+        for pid, (slot, _) in self.workers.items():
+            if states[slot.number] == SILENT:
+                os.kill(pid, signal.SIGURG)  # which nobody sends by mistake
+                return
 
     def reap(self) -> None:
         """Collect every worker that has ended, and free its slot."""
@@ -1675,20 +1626,15 @@ class Master:
     def spawn(self, count: int) -> None:
         """Fork some workers, as many as max_workers leaves room for."""
         room = self.generation.config.max_workers - len(self.workers)
-        # Held across the forks: until a worker lets go of the wake pipe, a
-        # signal meant for it would be read by the master as its own.
-        signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
         try:
             for _ in range(min(count, room)):
                 self.spawn_one()
-            self.fork_failing = False
+            self.fork_at = 0.0
         except OSError as error:
             self.board.words[FORKS_FAILED] += 1
-            if not self.fork_failing:
+            if not self.fork_at:
                 say(f"cannot fork a worker: {reason(error)}")
-            self.fork_failing, self.fork_at = True, time.monotonic() + 1
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+            self.fork_at = time.monotonic() + 1
 
     def spawn_one(self) -> None:
         """Fork one worker; raise OSError."""
@@ -1711,17 +1657,22 @@ class Master:
     def become_worker(self, slot: Slot) -> NoReturn:
         """Serve clients in this new process, and never return."""
         try:
-            signal.set_wakeup_fd(-1)  # or a signal to us would be the master's
             for fd in [*self.fds, *(one.lifeline_in for one in self.generations)]:
                 os.close(fd)
-            worker = Worker(self, slot)
+            worker = Worker(self.generation, slot)
+            # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, worker.die)  # the operator's hand
+            signal.signal(signal.SIGURG, worker.make_room)  # the master's
             if os.geteuid() != 0:
                 # Serving needs neither fork nor threads; root is above that limit.
                 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             slot.begin(os.getpid())
-            worker.run()
+            for _ in range(worker.config.clients_per_worker):
+                if worker.is_draining() or not self.serve(worker):
+                    break
             # Not sys.exit(): we inherited the master's atexit list, pid file included.
             os._exit(0)
         except OSError as error:
@@ -1750,22 +1701,15 @@ class Master:
         self.generation, self.reloading = fresh, True
         self.generations.append(fresh)
         self.fork_at = 0.0
-        self.drain_old_at = time.monotonic() + RELOAD_FORK_TIMEOUT
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def drain_old(self) -> None:
-        """Have idle workers of earlier generations leave, once there are new ones.
-
-        Or, where forks fail, after a while: they may take the room of the new ones.
-        """
-        waits = self.fork_failing and time.monotonic() < self.drain_old_at
-        if not self.reloading or waits:
+    def retire_old(self) -> None:
+        """Have idle workers of earlier generations leave: there are new ones now."""
+        if not self.reloading:
             return
-        if self.board.words[DRAINED_BELOW] < self.generation.number:
-            self.board.words[DRAINED_BELOW] = self.generation.number
-            for generation in self.generations[:-1]:
-                with contextlib.suppress(OSError):  # told enough; or nobody is left
-                    os.write(generation.lifeline_in, b"d")
+        for generation in self.generations[:-1]:
+            with contextlib.suppress(OSError):  # told enough; or nobody is left
+                os.write(generation.lifeline_in, b"d")
         if not any(map(self.idle, self.generations[:-1])):
             self.reloading = False
             say("configuration reloaded")
@@ -1776,26 +1720,22 @@ class Master:
 
         Such a listener goes when no client waits there.
         """
-        living = {generation.number for _, generation in self.workers.values()}
         for generation in self.generations[:-1]:
-            if generation.number not in living:
+            if not any(one is generation for _, one in self.workers.values()):
                 self.generations.remove(generation)
                 os.close(generation.lifeline_in)
         listeners = self.generation.listeners
-        removed = {name: s for name, s in listeners.items() if name[:8] == "removed "}
-        crowded = with_clients(removed.values())
-        for name, listener in removed.items():
-            if listener not in crowded:
+        for name in [name for name in listeners if name.startswith("removed ")]:
+            if not readable([listeners[name].fileno()]):
                 shut(listeners.pop(name))
 
     def stop(self) -> None:
         """Let busy workers finish until drain_timeout; told again, end them now."""
         if self.stopping:
-            self.kill_at = 0.0
+            self.kill_at = min(self.kill_at, time.monotonic())
             return
         self.stopping, busy = True, self.board.states().count(BUSY)
         notify("STOPPING=1")
-        self.board.words[DRAINED_BELOW] = self.generation.number + 1
         for generation in self.generations:
             os.close(generation.lifeline_in)
         for name, listener in self.generation.listeners.items():
@@ -1808,10 +1748,9 @@ class Master:
 
     def kill_late(self) -> None:
         """End the workers that have not left in time, after 5 s more by SIGKILL."""
-        if time.monotonic() >= self.kill_at:
-            for pid in self.workers:
-                os.kill(pid, self.kill_by)
-            self.kill_at, self.kill_by = time.monotonic() + 5, signal.SIGKILL
+        late = time.monotonic() - self.kill_at
+        for pid in self.workers if late >= 0 else ():
+            os.kill(pid, signal.SIGKILL if late >= 5 else signal.SIGTERM)
 
     def show_title(self) -> None:
         """Show how many workers are idle and busy, to ps and to the service manager."""
@@ -1831,7 +1770,6 @@ class Master:
 # kernel has them, 4 or 16 bytes: of one length they compare like numbers.
 
 
-@functools.lru_cache(maxsize=64)
 def pack(address: str) -> bytes:
     """Return an address's 4 or 16 bytes; raise ValueError for anything else.
 
@@ -1843,18 +1781,13 @@ def pack(address: str) -> bytes:
         raise ValueError(f"{address!r} is not an address") from None
 
 
+@functools.lru_cache(maxsize=64)
 def unpack(packed: bytes) -> str:
     """Return an address of 4 or 16 bytes as text."""
     return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
-class Network(NamedTuple):
-    """A block of addresses, from the first to the last."""
-
-    first: bytes
-    last: bytes
-
-
+Network = tuple[bytes, bytes]  # a block's first and last address
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
@@ -1880,9 +1813,10 @@ def embedded_addresses(packed: bytes) -> list[bytes]:
         found = [tail]  # NAT64, RFC 6052; translated, RFC 2765
     elif packed[:12] == bytes(12) and tail[:2] != bytes(2):  # compatible, RFC 4291
         found = [tail]
-    return list(dict.fromkeys([packed, *found]))
+    return [packed, *found]
 
 
+@functools.lru_cache(maxsize=64)
 def address_of(peer: str) -> bytes:
     """Return the address of a peer as the kernel names it, zone and all, packed."""
     return embedded_addresses(pack(peer.partition("%")[0]))[0]
@@ -1899,7 +1833,8 @@ def parse_network(text: str) -> Network:
         raise ValueError(f"{text!r} has no prefix length from 0 to {bits}")
     hosts = (1 << bits - int(length or bits)) - 1
     first = int.from_bytes(packed, "big") & ~hosts
-    return Network(*(n.to_bytes(len(packed), "big") for n in (first, first | hosts)))
+    size = len(packed)
+    return first.to_bytes(size, "big"), (first | hosts).to_bytes(size, "big")
 
 
 def networks(text: str) -> tuple[Network, ...]:
@@ -1910,7 +1845,7 @@ def contains(blocks: Iterable[Network], *found: bytes) -> bool:
     """Return whether one of some addresses lies in one of some blocks."""
     for first, last in blocks:
         for packed in found:
-            if len(packed) == len(first) and first <= packed <= last:
+            if first <= packed <= last and len(packed) == len(first):
                 return True
     return False
 
@@ -1954,19 +1889,18 @@ class Route(NamedTuple):
     source: str
 
 
-def find_route(packed: bytes) -> Route | None:
-    """Return the kernel's route to an address, None if it has none; raise OSError."""
+def find_route(packed: bytes) -> Route:
+    """Return the kernel's route to an address; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
     for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
-        found, device = dict(parts_of(data[12:], "=HH")), ""
+        found = dict(parts_of(data[12:], "=HH"))
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
-        with contextlib.suppress(OSError):  # none, or it has just gone
-            device = socket.if_indextoname(index)
+        device = socket.if_indextoname(index)
         source = found.get(7, b"")  # RTA_PREFSRC
         # RTN_LOCAL, _BROADCAST, _ANYCAST: this box hears what is sent there.
         return Route(data[7] in (2, 3, 4), device, unpack(source) if source else "")
-    return None
+    return Route(False, "", "")  # there is none
 
 
 def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -1979,22 +1913,14 @@ def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
 route_to = remembered(1.0, find_route)
 
 
-def is_local(packed: bytes) -> bool:
-    """Return whether an address is one of this box; raise OSError."""
-    route = route_to(packed)
-    return bool(route and route.local)
-
-
 def device_addresses(device: str) -> list[bytes]:
     """Return the addresses of a network device, packed; none if it is not there.
 
     Raises OSError.
     """
-    try:
+    found, index = [], 0
+    with contextlib.suppress(OSError):
         index = socket.if_nametoindex(device)
-    except OSError:
-        return []
-    found: list[bytes] = []
     for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
         if struct.unpack_from("=I", data, 4)[0] == index:
             fields = dict(parts_of(data[8:], "=HH"))
@@ -2012,22 +1938,24 @@ def parse_ports(text: str) -> range:
     raise ValueError(f"{text!r} is not a port from 1 to 65535, or LOW-HIGH")
 
 
-def word_pairs(text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """Return a line's first word, and the pairs of a word and a list after it.
+def parse_line(
+    text: str, known: tuple[str, ...]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return a line's words, and the lists that follow the known ones by these.
 
     Raises ValueError, which does not quote the line: it may hold a password.
     """
     # A blank after a comma begins no new word.
-    first, *words = re.sub(r"\s*,\s*", ",", text).split()
-    pairs = dict(zip(words[::2], words[1::2]))
-    if 2 * len(pairs) != len(words):
+    words = re.sub(r"\s*,\s*", ",", text).split()
+    lists = {word: listed.split(",") for word, listed in zip(words[1::2], words[2::2])}
+    if 2 * len(lists) + 1 != len(words):
         raise ValueError("the rest is not pairs of a word and a list")
-    for word in pairs:
+    for word, members in lists.items():
         if word not in known:
             raise ValueError(f"{word!r} is none of {', '.join(known)}")
-    if any("" in listed.split(",") for listed in pairs.values()):
-        raise ValueError("a list has an empty member")
-    return first, pairs
+        if "" in members:
+            raise ValueError("a list has an empty member")
+    return words, lists
 
 
 class Rule:
@@ -2037,8 +1965,7 @@ class Rule:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
             raise ValueError(f"{text!r} does not begin with allow or deny")
-        verb, pairs = word_pairs(text, ("from", "user", "to", "port"))
-        lists = {word: listed.split(",") for word, listed in pairs.items()}
+        words, lists = parse_line(text, ("from", "user", "to", "port"))
         names, blocks = set(), []
         for target in lists.get("to", ()):
             if "/" in target or ":" in target or re.fullmatch(r"[0-9.-]+", target):
@@ -2048,35 +1975,30 @@ class Rule:
             else:
                 raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
         self.word = f"rule-{number}"  # in the log
-        self.text = " ".join([verb, *(f"{word} {pairs[word]}" for word in pairs)])
-        self.allow = verb == "allow"
+        self.text = f"rule {number}: {' '.join(words)}"
+        self.allow = words[0] == "allow"
         self.sources = [parse_network(source) for source in lists.get("from", ())]
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
         self.names, self.blocks = names, blocks
         self.ports = [parse_ports(ports) for ports in lists.get("port", ())]
+        self.names_mail = range(25, 26) in self.ports
 
     def matches(
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
     ) -> bool:
-        """Return whether every part of the rule that was given fits."""
-        return (
-            (not self.sources or contains(self.sources, client))
-            and (not self.users or user in self.users)
-            and (not self.ports or any(port in ports for ports in self.ports))
-            and (not self.names and not self.blocks or self.names_target(host, found))
-        )
-
-    def names_target(self, host: str, found: list[bytes]) -> bool:
-        """Return whether `to` names a host, or a network with one of its addresses."""
-        if "*" in self.names or host in self.names or contains(self.blocks, *found):
+        """Return whether a target, its addresses found, fits, and who asks for it."""
+        if self.sources and not contains(self.sources, client):
+            return False
+        if self.users and user not in self.users:
+            return False
+        if self.ports and not any(port in ports for ports in self.ports):
+            return False
+        if not self.names and not self.blocks or contains(self.blocks, *found):
             return True
         # ".example" is example and everything below it.
         labels = host.split(".")
-        return any("." + ".".join(labels[n:]) in self.names for n in range(len(labels)))
-
-    def names_mail(self) -> bool:
-        """Return whether it names port 25 expressly."""
-        return range(25, 26) in self.ports
+        above = ("." + ".".join(labels[n:]) for n in range(len(labels)))
+        return not self.names.isdisjoint(["*", host, *above])
 
 
 class Uplink(NamedTuple):
@@ -2124,46 +2046,36 @@ class Policy:
         except ValueError as error:
             raise config.refuse(setting, str(error)) from None
         self.closed = (*CLOSED, ("inside", self.inside))
+        # A page asks for many things, of few hosts.
+        self.judge = remembered(1.0, self.verdict)
 
-    def is_client(self, client: Client) -> bool:
-        """Return whether a peer is on the inside, and came to us from there."""
-        packed = address_of(client.host)
+    def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
+        """Return whether a peer is on the inside, and came to us from there.
+
+        A neighbor on the network of the outside may have an address that is in
+        `inside`, between two NATs or as a link-local one.  Such a peer comes to an
+        address of the outside, or our answers would leave by the uplink's device.
+        address is what accept() returns; without a socket it came to an inside one.
+        """
+        packed = address_of(address[0])
         if not contains(self.inside, packed):
             return False
         link_local = contains(LINK_LOCAL, packed)
         if not self.uplinks and not link_local:
             return True
-        # Each device has the link-local addresses: the one it came by says its side.
-        scope = client.address[3] if link_local and len(client.address) == 4 else 0
-        here = address_of(client.stream.sock.getsockname()[0])
-        return self.comes_from_inside(packed, scope, here)
-
-    def comes_from_inside(self, packed: bytes, scope: int, here: bytes | None) -> bool:
-        """Return whether a peer with an inside address is not a neighbor outside.
-
-        The network of an uplink may use addresses that are in `inside`.  Such a peer
-        comes to an address of the outside, here (None for one of the inside), or our
-        answers to it would leave by the uplink's device.  scope is the number of the
-        device that it came by, 0 where the kernel does not say.
-        """
-        route = route_to(packed)
-        device = route.device if route else ""
-        if scope:
-            device = socket.if_indextoname(scope)
+        scope = address[3] if len(address) == 4 else 0
+        device = socket.if_indextoname(scope) if scope else route_to(packed).device
+        here = [address_of(sock.getsockname()[0])] if sock else []
+        if link_local:  # each device has those: the addresses beside them say its side
+            here += device_addresses(device)
         for uplink in self.uplinks:
-            if here == uplink.packed or device == uplink.name:
+            theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
+            if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
-            if not uplink.packed and here in device_addresses(uplink.name):
-                return False
-        return not contains(LINK_LOCAL, packed) or not self.leads_outside(device)
-
-    def leads_outside(self, device: str) -> bool:
-        """Return whether a device is the way to the outside."""
-        if self.uplinks:
-            sources = {uplink.packed for uplink in self.uplinks}
-            return not sources.isdisjoint(device_addresses(device))
-        routes = [route_to(pack("192.0.2.1")), route_to(pack("2001:db8::1"))]
-        return device in [route.device for route in routes if route]
+        if self.uplinks or not link_local:
+            return True
+        anywhere = pack("192.0.2.1"), pack("2001:db8::1")
+        return device not in [route_to(there).device for there in anywhere]
 
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.
@@ -2174,7 +2086,7 @@ class Policy:
         for address in self.listeners.get(port, ()):
             if address in found or not all(map(any, found)):
                 return True
-            if not any(address) and any(map(is_local, found)):
+            if not any(address) and any(route_to(one).local for one in found):
                 return True
         return False
 
@@ -2187,26 +2099,16 @@ class Policy:
             return any(packed) and self.is_own_listener([packed], port)
         return False
 
-    def closes(self, found: list[bytes]) -> str:
+    def closes(self, packed: bytes) -> str:
         """Return which built-in rule denies an address, "" if none does."""
+        found = embedded_addresses(packed)
         for word, blocks in self.closed:
             if contains(blocks, *found):
                 return word
-        return "own" if any(map(is_local, found)) else ""
+        return "own" if any(route_to(one).local for one in found) else ""
 
-    def is_inside_target(self, packed: bytes) -> bool:
-        """Return whether an address is one of the inside, or of this box alone."""
-        found = embedded_addresses(packed)
-        return any(contains(blocks, *found) for _, blocks in self.closed)
-
-    def judge(
-        self,
-        client: str,
-        user: str,
-        host: str,
-        port: int,
-        packed: bytes,
-        redirected: bool = False,
+    def verdict(
+        self, peer: str, user: str, host: str, port: int, packed: bytes, proto: str = ""
     ) -> tuple[Outcome, str]:
         """Return what the first rule that fits says of dialing an address: OK or not.
 
@@ -2216,22 +2118,21 @@ class Policy:
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
         # A redirected client did not choose a gateway to send its mail through.
-        mail = port == 25 and not redirected
+        mail = port == 25 and proto != "redirect"
         found = embedded_addresses(packed)
         if self.is_own_listener(found, port):
             return LOOP, "the gateway's own listener"
-        peer = address_of(client)
+        client = address_of(peer)
         for rule in self.rules:
-            if not rule.matches(peer, user, host, port, found):
+            if not rule.matches(client, user, host, port, found):
                 continue
-            text = f"{rule.word.replace('-', ' ')}: {rule.text}"
             if not rule.allow:
-                return denied(rule.word, text)
+                return denied(rule.word, rule.text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
-            if (not mail or rule.names_mail()) and (named or not self.closes(found)):
-                return OK, text
-        if closed := self.closes(found):
+            if (not mail or rule.names_mail) and (named or not self.closes(packed)):
+                return OK, rule.text
+        if closed := self.closes(packed):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
@@ -2259,10 +2160,18 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
+def interleave(addresses: list[bytes]) -> list[bytes]:
+    """Return addresses with the families taking turns, RFC 8305 section 4."""
+    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
+    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
+
+
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
-    with contextlib.suppress(ValueError):  # it is a name
+    try:
         return [address_of(host)]
+    except ValueError:
+        pass  # it is a name
     began = time.monotonic()
     # The resolver would go on waiting after a handler of ours.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -2277,7 +2186,8 @@ def resolve(host: str, port: int) -> list[bytes]:
         raise Refused(outcome, f"{host}: {why}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)
-    return list(dict.fromkeys(address_of(str(info[4][0])) for info in found))
+    addresses = dict.fromkeys(address_of(str(info[4][0])) for info in found)
+    return interleave(list(addresses))
 
 
 class Attempt(NamedTuple):
@@ -2288,20 +2198,8 @@ class Attempt(NamedTuple):
     uplink: Uplink | None  # None: by the routing table
     at: float  # seconds after the first, if none fails before
 
-    def source(self) -> tuple[Any, ...]:
-        """Return the socket address it would come from, port aside; raise OSError."""
-        family = INET if len(self.packed) == 4 else INET6
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            if self.uplink:
-                leave_by(probe, self.uplink)
-            probe.connect((unpack(self.packed), 9))  # no packet is sent
-            return probe.getsockname()  # type: ignore[no-any-return]
-
-
-def interleave(addresses: list[bytes]) -> list[bytes]:
-    """Return addresses with the families taking turns, RFC 8305 section 4."""
-    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
-    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
+    def where(self) -> tuple[str, int]:
+        return unpack(self.packed), self.port
 
 
 def ways_to(
@@ -2312,27 +2210,42 @@ def ways_to(
     Uplinks go side by side, failed ones last.  An address of the inside is not dialed
     by a device of the outside: another host could answer for it there.
     """
-    attempts, begin = [], 0.0
+    if not policy.uplinks:  # by the routing table
+        each = enumerate(addresses)
+        return [Attempt(packed, port, None, n * ATTEMPT_DELAY) for n, packed in each]
+    ways: list[Uplink | None] = [*policy.uplinks]
+    ways.sort(key=lambda way: bool(way and board.failed_recently(way.number)))
     devices = [uplink for uplink in policy.uplinks if not uplink.packed]
-    inside: list[bytes] = []
-    if devices:
-        inside = [packed for packed in addresses if policy.is_inside_target(packed)]
-    uplinks = sorted(policy.uplinks, key=lambda one: board.failed_recently(one.number))
-    ways: list[Uplink | None] = [*uplinks]
+    inside = [packed for packed in addresses if devices and policy.closes(packed)]
     if devices == policy.uplinks:
         ways.insert(0, None)  # else the inside is reached from the source addresses
+    attempts, begin = [], 0.0
     for way in ways:
         if not way:
-            usable = inside if devices else addresses
+            usable = inside
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
             usable = [packed for packed in addresses if packed not in inside]
-        for number, packed in enumerate(interleave(usable)):
+        for number, packed in enumerate(usable):
             attempts.append(Attempt(packed, port, way, begin + number * ATTEMPT_DELAY))
         # The next uplink does not wait for all addresses of this one.
         begin += UPLINK_DELAY if usable else 0
     return sorted(attempts, key=lambda attempt: attempt.at)
+
+
+# The target itself has answered with these; any other error is the way's.
+ANSWERS = ConnectionRefusedError, ConnectionResetError
+
+
+def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
+    """Return the refusal that fits attempts that have all failed."""
+    if not failed:
+        return Refused(UNROUTABLE, "no uplink has an address of the target's family")
+    # An answer of the target says more than the want of a route.
+    error, attempt = max(failed, key=lambda one: isinstance(one[0], ANSWERS))
+    why = f"{endpoint(attempt.where())}: {reason(error)}"
+    return Refused(outcome_of(error, CONNECT_FAILED), why)
 
 
 class Race:
@@ -2342,51 +2255,47 @@ class Race:
     those after it come as much earlier.
     """
 
-    # The target itself has answered with these; any other error is the way's.
-    ANSWERS = ConnectionRefusedError, ConnectionResetError
-
-    def __init__(self, watch: Watch, board: Scoreboard) -> None:
-        self.watch, self.board = watch, board
+    def __init__(self, worker: Worker, session: Session) -> None:
+        self.worker, self.session = worker, session
+        self.waiting: list[Attempt] = []  # the next is the last
+        self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
-        self.asked: dict[Uplink, float] = {}  # since when, monotonic
-        self.answered: list[tuple[OSError, Attempt]] = []  # failed by an answer
-        self.failed: list[tuple[OSError, Attempt]] = []  # failed without
         self.last: Attempt | None = None  # that was dialed, or has won
+        self.failed: list[tuple[OSError, Attempt]] = []
+        # When each uplink was asked, monotonic.  After an answer that is infinity,
+        # which is never too long ago; any other error uses up the uplink's time.
+        self.asked: dict[Uplink | None, float] = {}
 
-    def run(self, attempts: list[Attempt], timeout: float) -> socket.socket:
-        """Return the socket that connected first; raise Refused if none does.
+    def run(self, attempts: list[Attempt]) -> Stream:
+        """Return the connection that is there first; raise Refused if none is.
 
-        timeout is for all attempts together, in seconds.
+        The session learns its two ends; or, if all fail, the last address tried.
         """
-        now = due = time.monotonic()
-        deadline = now + timeout
-        waiting = attempts[::-1]  # the next is the last
-        while now < deadline:
-            while waiting and (now >= due or not self.pending):
-                attempt = waiting.pop()
-                if self.start(attempt) and waiting:
-                    due = now + waiting[-1].at - attempt.at
-            if not self.pending:
-                raise self.defeat()
-            until = min(due, deadline) if waiting else deadline
-            wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
-            ready = self.watch.wait(wanted, until - now)
-            now = time.monotonic()
-            for attempt, sock in [*self.pending.items()]:
-                if sock.fileno() not in ready:
-                    continue
-                # How a connect() that could not be waited for has ended.
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not number:
-                    return self.win(sock, attempt)
-                self.fail(OSError(number, os.strerror(number)), attempt)
-                due = now
-        raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
+        timeout = self.worker.config.connect_timeout  # for all attempts together
+        deadline = time.monotonic() + timeout
+        self.waiting = attempts[::-1]
+        try:
+            while (now := time.monotonic()) < deadline:
+                while self.waiting and (now >= self.due or not self.pending):
+                    self.start(self.waiting.pop(), now)
+                if server := self.ask():
+                    return server
+                if not self.pending and not self.waiting:
+                    raise defeat(self.failed)
+                until = min(self.due, deadline) if self.waiting else deadline
+                wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
+                self.worker.watch.wait(wanted, until - now)
+            raise Refused(CONNECT_TIMEOUT, f"no answer within {timeout:g} s")
+        finally:
+            for sock in self.pending.values():
+                sock.close()
+            if self.last:
+                self.session.address = endpoint(self.last.where())
 
-    def start(self, attempt: Attempt) -> bool:
-        """Begin an attempt; return whether it is on its way."""
-        if attempt.packed in [other.packed for _, other in self.answered]:
-            return False  # the target has said no
+    def start(self, attempt: Attempt, now: float) -> None:
+        """Begin an attempt, and give it its time."""
+        if self.waiting:
+            self.due = now + self.waiting[-1].at - attempt.at
         family = INET if len(attempt.packed) == 4 else INET6
         try:
             sock = socket.socket(family, STREAM | socket.SOCK_NONBLOCK)
@@ -2394,72 +2303,54 @@ class Race:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
             self.last = attempt
-            number = sock.connect_ex((unpack(attempt.packed), attempt.port))
+            number = sock.connect_ex(attempt.where())
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
             if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, os.strerror(number))
+            self.asked.setdefault(attempt.uplink, now)
         except OSError as error:
             self.fail(error, attempt)
-            return False
-        if attempt.uplink:
-            self.asked.setdefault(attempt.uplink, time.monotonic())
-        return True
+
+    def ask(self) -> Stream | None:
+        """Return the connection of an attempt that has succeeded, if there is one."""
+        for attempt, sock in [*self.pending.items()]:
+            # Called again, connect() tells what has become of the first call.
+            number = sock.connect_ex(attempt.where())
+            if number in (0, errno.EISCONN):
+                return self.win(attempt)
+            if number != errno.EALREADY:
+                self.fail(OSError(number, os.strerror(number)), attempt)
+        return None
 
     def fail(self, error: OSError, attempt: Attempt) -> None:
-        """Remember an attempt that failed."""
-        failed = self.answered if isinstance(error, self.ANSWERS) else self.failed
-        failed.append((error, attempt))
+        """Remember an attempt that failed; the next one begins at once."""
+        self.due = 0.0
+        self.failed.append((error, attempt))
+        answered = isinstance(error, ANSWERS)
+        if answered:  # it would say the same by another uplink
+            self.waiting = [one for one in self.waiting if one.packed != attempt.packed]
+        if attempt.uplink in self.asked:
+            self.asked[attempt.uplink] += math.inf if answered else -UPLINK_DELAY
         if attempt in self.pending:
             self.pending.pop(attempt).close()
 
-    def win(self, sock: socket.socket, attempt: Attempt) -> socket.socket:
-        """Return the socket that won, and remember which uplinks were too slow.
+    def win(self, attempt: Attempt) -> Stream:
+        """Return the connection that won, and remember which uplinks were too slow.
 
         An uplink has failed if it was asked first, had its time or an error and no
         answer, and another has won; not if it has no way there: that costs nothing,
         and other targets may have one.
         """
-        self.pending.pop(attempt, None)
-        self.last = attempt
-        heard = [other.uplink for _, other in self.answered]
-        lost = [other.uplink for _, other in self.failed]
         late = time.monotonic() - UPLINK_DELAY
         for uplink, since in self.asked.items():
             if uplink == attempt.uplink:
                 break
-            if uplink not in heard and (since <= late or uplink in lost):
-                self.board.note_failure(uplink.number)
-        return sock
-
-    def defeat(self) -> Refused:
-        """Return the refusal that fits the attempts that failed."""
-        # An answer of the target says more than the want of a route.
-        for error, attempt in self.answered + self.failed:
-            why = f"{endpoint((unpack(attempt.packed), attempt.port))}: {reason(error)}"
-            return Refused(outcome_of(error, CONNECT_FAILED), why)
-        return Refused(UNROUTABLE, "no uplink has an address of the target's family")
-
-    def close(self) -> None:
-        """Give up the attempts that are still on their way."""
-        for sock in self.pending.values():
-            sock.close()
-
-
-def connect(worker: Worker, session: Session, attempts: list[Attempt]) -> Stream:
-    """Return the connection that is there first; raise Refused.
-
-    The session learns its two ends; or, if all attempts fail, the last address tried.
-    """
-    race = Race(worker.watch, worker.board)
-    try:
-        sock = race.run(attempts, worker.config.connect_timeout)
-        session.source = endpoint(sock.getsockname())
-    finally:
-        race.close()
-        if last := race.last:
-            session.address = endpoint((unpack(last.packed), last.port))
-    return Stream(sock, SERVER_GONE)
+            if uplink and since <= late:
+                self.worker.board.note_failure(uplink.number)
+        self.last, sock = attempt, self.pending.pop(attempt)
+        self.session.source = endpoint(sock.getsockname())
+        return Stream(sock, SERVER_GONE)
 
 
 def judged(
@@ -2470,25 +2361,22 @@ def judged(
     Of the host's addresses it may be told to take only one.
     """
     allowed: list[bytes] = []
-    peer, user, refusal = worker.client.host, session.user, None
-    redirected = session.proto == "redirect"
+    peer, user, proto = worker.client.host, session.user, session.proto
     for packed in [pack(only)] if only else resolve(host, port):
-        outcome, rule = worker.policy.judge(peer, user, host, port, packed, redirected)
+        outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
-        else:
-            refusal = Refused(outcome, f"{unpack(packed)}: {rule}")
     if not allowed:
-        raise refusal or Refused(NO_SUCH_HOST, f"{host} has no address")
+        raise Refused(outcome, f"{unpack(packed)}: {rule}")
     return allowed
 
 
 def dial(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> Stream:
-    """Return a connection to a target, for a session that learns its two ends.
+    """Return a connection to a target, or to only one of its addresses; raise Refused.
 
-    Of the host's addresses it may be told to take only one.  Raises Refused.
+    The session learns its two ends.
     """
     began = time.monotonic()
     if worker.chapters.parents:
@@ -2496,7 +2384,7 @@ def dial(
     else:
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
-        server = connect(worker, session, attempts)
+        server = Race(worker, session).run(attempts)
     worker.slot.connected(time.monotonic() - began)
     return server
 
@@ -2950,7 +2838,9 @@ class HttpConnection:
             self.check_server()
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
-            ready = self.worker.await_word(self.client, self.server, deadline, False)
+            streams = [self.client, self.server] if self.server else [self.client]
+            left = max(0.0, deadline - time.monotonic())
+            ready = self.worker.await_word(streams, left, False)
             if self.server and self.server.fd in ready:
                 self.close()
             try:
@@ -2962,7 +2852,7 @@ class HttpConnection:
 
     def check_server(self) -> None:
         """Drop the kept server if it has closed, or says what was not asked for."""
-        if self.server and self.worker.has_word(self.server):
+        if self.server and readable([self.server.fd]):
             self.close()
 
     def drop_blanks(self) -> bool:
@@ -3399,7 +3289,7 @@ class Exchange:
         if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
             self.progress, self.then, told = BEGUN_UNTIL_CLOSE, CLOSE, None
         self.told = told
-        if self.worker.is_draining():
+        if self.watch.heard:
             self.then = CLOSE
         self.session.status = str(response.status)
         return size
@@ -3613,7 +3503,7 @@ def admit(worker: Worker, client: Client) -> bool:
     """Return whether a client may be here; one that may not gets no byte."""
     session = Session(client.endpoint, worker.pid_text)
     try:
-        if worker.policy.is_client(client):
+        if worker.policy.is_client(client.address, client.stream.sock):
             return True
         outcome = OUTSIDER
     except OSError as error:  # the kernel does not say where it comes from
@@ -3630,11 +3520,11 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
         except BlockingIOError:
             pass
         # A new connection is not evicted in its first second.
-        seconds = worker.config.head_timeout
-        deadline = time.monotonic() + seconds
-        if worker.watch.wait({client.fd: POLLIN}, min(1.0, seconds)):
+        first = min(1.0, worker.config.head_timeout)
+        if worker.watch.wait({client.fd: POLLIN}, first):
             return client.fill()
-        return bool(worker.await_word(client, None, deadline, True)) and client.fill()
+        left = worker.config.head_timeout - first
+        return bool(worker.await_word([client], left, True)) and client.fill()
     return False
 
 
@@ -3761,7 +3651,7 @@ def find_user(config: Config) -> tuple[int, int] | None:
 def is_there(uplink: Uplink) -> bool:
     """Return whether this box has an uplink now."""
     if uplink.packed:
-        return is_local(uplink.packed)
+        return bool(route_to(uplink.packed).local)
     return bool(device_addresses(uplink.name))
 
 
@@ -3770,8 +3660,8 @@ def warn_of_outside(config: Config) -> None:
     for uplink in map(parse_uplink, config.outside.split()):
         if not is_there(uplink):
             say(f"outside: {uplink.name} is not there now")
-    route = None if config.outside else route_to(pack("192.0.2.1"))
-    device, inside = route.device if route else "", networks(config.inside)
+    device = "" if config.outside else route_to(pack("192.0.2.1")).device
+    inside = networks(config.inside)
     for packed in device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
         is_global = len(packed) == 4 and not contains(LINK_LOCAL, packed)
@@ -3810,7 +3700,7 @@ def load_generation(
         chapters = prepare(config, policy, board)
         log = AccessLog(config)
         undo.callback(os.close, log.fd)
-        number, lifeline = old.number + 1 if old else 0, os.pipe2(PIPE_FLAGS)
+        lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
     if old:
         keep_for_restart(config, old)
@@ -3821,12 +3711,37 @@ def load_generation(
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
         warn_of_outside(config)
-    return Generation(
-        number, config, listeners, log, policy, chapters, serve_client, *lifeline
-    )
+    return Generation(config, listeners, log, policy, chapters, *lifeline)
 
 
-def warm() -> None:
+def serve_nobody(generation: Generation) -> None:
+    """Serve a tunnel that leads back to its own listener, and where nobody speaks.
+
+    What the interpreter writes down when code runs for the first time is then shared
+    by all workers: half a megabyte of each.  Raises OSError.
+    """
+    config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, log="/dev/null")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.create_connection(listener.getsockname()))
+        client.sendall(
+            b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n"
+            % listener.getsockname()[1]
+        )
+        policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
+        stack.callback(os.close, board.fd)
+        stack.callback(os.close, log.fd)
+        own = generation._replace(
+            config=config,
+            listeners={"": listener},
+            log=log,
+            policy=policy,
+            chapters=Chapters(config, policy, board),
+        )
+        serve_client(Worker(own, Slot(board, 0)))
+
+
+def warm(generation: Generation) -> None:
     """Do once, before the forks, what each worker would do for the first time.
 
     The first name that is resolved loads the resolver, a megabyte.  And what lives
@@ -3834,6 +3749,8 @@ def warm() -> None:
     """
     with contextlib.suppress(OSError):
         socket.getaddrinfo(b"localhost", 80, type=STREAM)
+    with contextlib.suppress(OSError):  # a box without a loopback device
+        serve_nobody(generation)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -3875,8 +3792,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
         # The file that was there at the start does not become no file.
         load = functools.partial(load_generation, config.file, options, board)
-        master = Master(board, load)
-        master.fds += fds
+        master = Master(board, load, serve_client, fds)
         for fd in fds:
             daemon.write_pid(fd)
         if not find_set_title():
@@ -3887,7 +3803,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
             # SCHED_BATCH: a process that wakes does not preempt the one that runs.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        warm()
+        warm(master.generation)
         ready()
         notify("READY=1")
         master.run()

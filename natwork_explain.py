@@ -21,15 +21,13 @@ def explain_client(
     config: natwork.Config, policy: natwork.Policy, client: str, user: str
 ) -> bool:
     """Print whether a client is served; return whether it may be; raise OSError."""
-    try:
-        packed = natwork.address_of(client)
-    except ValueError as error:
-        raise OSError(f"cannot explain: {error}") from None
-    inside, scope = natwork.contains(policy.inside, packed), 0
+    scope = 0
     with contextlib.suppress(OSError):  # it names no device
         scope = socket.if_nametoindex(client.partition("%")[2])
-    if policy.uplinks or natwork.contains(natwork.LINK_LOCAL, packed):
-        inside = inside and policy.comes_from_inside(packed, scope, None)
+    try:
+        inside = policy.is_client((client, 0, 0, scope), None)
+    except ValueError as error:
+        raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
     if inside and config.users and user == "-":
         print("as no user: asked for name and password first")
@@ -59,12 +57,11 @@ def explain_dials(
             there = natwork.is_there(attempt.uplink)
             missing = "" if there else ", which is not there now"
             way = f"from {attempt.uplink.name}{missing}"
-        elif route and route.source:
+        elif route.source:
             way = f"from {route.source}, by {route.device}, as the routing table has it"
         else:
             way = "but the routing table has no way there"
-        where = natwork.endpoint((natwork.unpack(attempt.packed), port))
-        print(f"would dial {where} {way}")
+        print(f"would dial {natwork.endpoint(attempt.where())} {way}")
 
 
 def explain(path: str, options: list[str], words: list[str]) -> int:

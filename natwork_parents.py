@@ -92,10 +92,10 @@ def parse_parent(text: str) -> Parent:
 
     Raises ValueError or Refused, which do not quote the line: it may hold a password.
     """
-    url, pairs = natwork.word_pairs(text, ("to", "scheme"))
-    if pairs.get("scheme", "http") != "http":
+    words, lists = natwork.parse_line(text, ("to", "scheme"))
+    if lists.get("scheme", ["http"]) != ["http"]:
         raise ValueError("the only scheme to be named is http")
-    match = URL.fullmatch(url)
+    match = URL.fullmatch(words[0])
     if not match:
         raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
     scheme, user, password, authority = match.groups(default="")
@@ -107,8 +107,8 @@ def parse_parent(text: str) -> Parent:
     )
     if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    targets = natwork.Rule(f"allow to {pairs.get('to', '*')}", 0)
-    shown, plain = f"{scheme}://{authority}", "scheme" in pairs
+    targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}", 0)
+    shown, plain = f"{scheme}://{authority}", "scheme" in lists
     return Parent(shown, scheme, host, port, name, secret, targets, plain)
 
 
@@ -177,7 +177,7 @@ class Parents:
         known = [one for packed in found for one in natwork.embedded_addresses(packed)]
         for parent in self.parents:
             if proto == "http" or not parent.plain:
-                if parent.targets.names_target(host.rstrip("."), known):
+                if parent.targets.matches(b"", "", host.rstrip("."), 0, known):
                     return parent
         return None
 
@@ -188,7 +188,7 @@ class Parents:
             if rule.matches(peer, name, host.rstrip("."), port, []):
                 if not rule.allow:
                     return False
-                if rule.names and (port != 25 or rule.names_mail()):
+                if rule.names and (port != 25 or rule.names_mail):
                     return True
         return False
 
@@ -220,7 +220,7 @@ class Parents:
         if only:
             addresses = natwork.judged(worker, session, host, port, only)
         attempts = natwork.ways_to(self.policy, addresses, port, worker.board)
-        return natwork.connect(worker, session, attempts)
+        return natwork.Race(worker, session).run(attempts)
 
     def dial_parent(
         self, worker: Worker, session: Session, parent: Parent, host: str, port: int
@@ -237,11 +237,11 @@ class Parents:
             raise Refused(natwork.LOOP, "it is this gateway")
         deadline = time.monotonic() + worker.config.connect_timeout
         # A parent inside or on this box is not reached by way of the outside.
-        inside = [p for p in found if policy.closes(natwork.embedded_addresses(p))]
+        inside = [packed for packed in found if policy.closes(packed)]
         attempts = [natwork.Attempt(p, parent.port, None, 0.0) for p in inside]
         outside = [packed for packed in found if packed not in inside]
         attempts += natwork.ways_to(policy, outside, parent.port, board)
-        server = natwork.connect(worker, session, attempts)
+        server = natwork.Race(worker, session).run(attempts)
         if parent.scheme == "socks5":
             steps = ask_socks(server, parent, host, port)
         elif session.proto == "http":

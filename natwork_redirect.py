@@ -139,7 +139,7 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
     peer, policy, users = worker.client.host, worker.policy, worker.chapters.users
     if users and users.required:
         raise Refused(natwork.AUTH_REQUIRED, "a redirected client cannot log in")
-    if natwork.is_local(natwork.address_of(peer)):
+    if natwork.route_to(natwork.address_of(peer)).local:
         raise Refused(natwork.LOOP, "this box redirects what it sends itself")
     worker.begin(session)
     server = natwork.dial(worker, session, host, port)
@@ -149,7 +149,7 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
         for name in sniff(worker, server, strict):
             session.target = natwork.endpoint((natwork.printable(name.lower()), port))
             claim, packed = name.decode("latin-1").lower(), natwork.pack(host)
-            outcome, rule = policy.judge(peer, "-", claim, port, packed, True)
+            outcome, rule = policy.judge(peer, "-", claim, port, packed, "redirect")
             if outcome is not natwork.OK:
                 raise Refused(outcome, rule)
             worker.proceed(session)

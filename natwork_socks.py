@@ -122,13 +122,17 @@ def open_outside(
 
     It is one of those opened, by source address, or a new one.  Raises Refused.
     """
-    worker, ways = socks.worker, []
-    race = natwork.Race(worker.watch, worker.board)
+    worker, ways, failed = socks.worker, [], []
     for attempt in natwork.ways_to(worker.policy, addresses, port, worker.board):
-        try:
-            ways.append((attempt, attempt.source()))
-        except OSError as error:
-            race.failed.append((error, attempt))
+        family = natwork.INET if len(attempt.packed) == 4 else natwork.INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                if attempt.uplink:
+                    natwork.leave_by(probe, attempt.uplink)
+                probe.connect(attempt.where())  # no packet is sent
+                ways.append((attempt, probe.getsockname()))
+            except OSError as error:
+                failed.append((error, attempt))
     kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
     if kind == natwork.STREAM:
         # An FTP server calls back to the address of the control connection, no other.
@@ -140,8 +144,8 @@ def open_outside(
                 opened[where[0]] = open_port(kind, where, socks.ports, attempt.uplink)
             return attempt.packed, opened[where[0]]
         except OSError as error:
-            race.failed.append((error, attempt))
-    raise race.defeat()
+            failed.append((error, attempt))
+    raise natwork.defeat(failed)
 
 
 class Association:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import boxes
 import http_wire
@@ -668,6 +669,16 @@ def uplinks_of(outside: str) -> natwork.Policy:
     return natwork.Policy(natwork.Config(outside=outside), [])
 
 
+def race_of(lifeline: int) -> natwork.Race:
+    """Return a race with what it needs of a worker."""
+    worker = SimpleNamespace(
+        watch=natwork.Watch(lifeline, 1.0, {}),
+        board=natwork.Scoreboard(),
+        config=natwork.Config(connect_timeout=20.0),
+    )
+    return natwork.Race(worker, natwork.Session("127.0.0.1:1", "1"))
+
+
 @contextlib.contextmanager
 def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
     """Give a race in which a port of some hosts, its queue full, answers nothing."""
@@ -679,9 +690,7 @@ def racing(deaf: list[str], port: int) -> Iterator[natwork.Race]:
             full = stack.enter_context(socket.create_server((host, port)))
             full.listen(0)
             stack.enter_context(socket.create_connection((host, port)))
-        race = natwork.Race(natwork.Watch(lifeline, 1.0), natwork.Scoreboard())
-        stack.callback(race.close)
-        yield race
+        yield race_of(lifeline)
 
 
 def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
@@ -691,9 +700,9 @@ def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
     # The first source address is not of this box: its attempt ends as it begins.
     policy = uplinks_of("192.0.2.1 127.0.0.2")
     with racing([], server.port) as race:
-        board = race.board
+        board = race.worker.board
         attempts = natwork.ways_to(policy, [packed], server.port, board)
-        race.run(attempts, 5.0).close()
+        race.run(attempts).close()
     assert race.last and race.last.uplink == policy.uplinks[1]
     assert len(race.failed) == 1
     assert not board.failed_recently(0) and not board.failed_recently(1)
@@ -707,9 +716,9 @@ def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
     policy = uplinks_of(" ".join(UPLINKS))
     addresses = [natwork.pack(host) for host in [*hosts, "127.0.1.9"]]
     with racing(hosts, server.port) as race:
-        board = race.board
+        board = race.worker.board
         attempts = natwork.ways_to(policy, addresses, server.port, board)
-        race.run(attempts, 5.0).close()
+        race.run(attempts).close()
     assert race.last and race.last.uplink == policy.uplinks[0]
     assert set(race.asked) == set(policy.uplinks)
     assert not board.failed_recently(0) and not board.failed_recently(1)
@@ -732,10 +741,10 @@ def test_a_failure_brings_all_later_attempts_forward(
     ]
     with racing(["127.0.1.1", "127.0.1.3"], server.port) as race:
         began = time.monotonic()
-        race.run(attempts, 20.0).close()
+        race.run(attempts).close()
         took = time.monotonic() - began
     assert race.last == attempts[3]
-    assert [attempt for _, attempt in race.answered] == [attempts[1]]
+    assert [attempt for _, attempt in race.failed] == [attempts[1]]
     assert 0.6 <= took < 10
 
 
@@ -745,10 +754,10 @@ def test_a_target_that_has_refused_is_not_asked_by_the_next_uplink(
     policy, packed = uplinks_of(" ".join(UPLINKS)), natwork.pack("127.0.1.2")
     port = origin(http_wire.Script()).port  # of another address
     with racing([], port) as race:
-        attempts = natwork.ways_to(policy, [packed], port, race.board)
+        attempts = natwork.ways_to(policy, [packed], port, race.worker.board)
         began = time.monotonic()
         with pytest.raises(natwork.Refused) as refused:
-            race.run(attempts, 5.0)
+            race.run(attempts)
     assert refused.value.outcome.word == "refused"
     assert [attempt.uplink for attempt in attempts] == policy.uplinks
     assert [*race.asked] == policy.uplinks[:1]
@@ -768,17 +777,15 @@ def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
     ago: float, error: OSError | None, failed: bool
 ) -> None:
     ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
-    board = natwork.Scoreboard()
-    lifeline, end = os.pipe()
-    race = natwork.Race(natwork.Watch(lifeline, 1.0), board)
-    for fd in (lifeline, end):
-        os.close(fd)
+    race = race_of(-1)
+    board = race.worker.board
     lost, won = (natwork.Attempt(b"\x7f\0\0\1", 80, way, 0.0) for way in ways)
     race.asked = {ways[0]: time.monotonic() - ago, ways[1]: time.monotonic()}
     if error:
         race.fail(error, lost)
     with socket.socket() as sock:
-        race.win(sock, won)
+        race.pending[won] = sock
+        assert race.win(won).sock is sock
     assert board.failed_recently(0) == failed and not board.failed_recently(1)
 
 

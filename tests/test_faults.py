@@ -58,13 +58,13 @@ OF_A_WORKER = [
     ("write", "EAGAIN ENOSPC EIO EPIPE EINTR", 3),  # to the log, and to the master
     ("openat", "EMFILE ENFILE EACCES ENOMEM", 2),  # of the resolver
 ]
-# Of the master, in reap_and_reload(); not write(), by which Python's own signal
-# handler wakes it, and into a pipe that cannot fail.
+# Of the master, in reap_and_reload().
 OF_THE_MASTER = [
     ("clone", "EAGAIN ENOMEM", 2),
     ("wait4", "EINTR ECHILD", 2),
     ("poll", "EINTR ENOMEM EAGAIN", 2),
-    ("read", "EINTR EAGAIN EIO", 1),
+    ("rt_sigtimedwait", "EINTR EAGAIN EINVAL", 2),
+    ("read", "EINTR EIO", 1),
     ("openat", "EMFILE ENFILE ENOMEM EACCES EIO", 2),
     ("pipe2", "EMFILE ENFILE", 1),
     ("socket", f"{NO_ROOM} EACCES", 1),
@@ -76,7 +76,7 @@ OF_THE_MASTER = [
 ]
 # Of a worker that has just been forked.
 OF_THE_NEWBORN = [
-    ("epoll_create1", "EMFILE ENOMEM", 2),
+    ("epoll_create1", "EMFILE ENOMEM", 1),
     ("epoll_ctl", "ENOMEM ENOSPC", 1),
 ]
 

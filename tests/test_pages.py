@@ -477,7 +477,7 @@ def some_addresses(count: int) -> list[str]:
         size = 4 if number % 2 else 16
         raw = dice.randbytes(size)
         if number % 4 > 1:
-            near = dice.choice([b for b in blocks if len(b.first) == size])
+            near = dice.choice([b for b in blocks if len(b[0]) == size])
             edge = int.from_bytes(dice.choice(near), "big") + dice.randint(-3, 3)
             raw = (edge % (1 << 8 * size)).to_bytes(size, "big")
         found.append(str(ipaddress.ip_address(raw)))

@@ -145,7 +145,7 @@ def test_a_closed_address_is_refused_to_the_redirected_too(
     with contextlib.suppress(ValueError):  # a name is never dialed here
         packed = natwork.pack(target.strip("[]"))
         for claim in (natwork.unpack(packed), "localhost", "a.example"):
-            verdict = policy.judge("10.0.0.7", "-", claim, 80, packed, True)
+            verdict = policy.judge("10.0.0.7", "-", claim, 80, packed, "redirect")
             assert verdict[0].word == f"denied-{word}"
 
 
@@ -165,7 +165,7 @@ def test_mail_is_open_and_a_name_opens_nothing(
 ) -> None:
     policy = natwork.Policy(natwork.Config(rules=rules), [])
     packed = natwork.pack("198.51.100.1")
-    verdict = policy.judge("10.0.0.7", "-", "198.51.100.1", port, packed, True)
+    verdict = policy.judge("10.0.0.7", "-", "198.51.100.1", port, packed, "redirect")
     assert verdict[0].word == word
 
 

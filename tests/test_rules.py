@@ -44,7 +44,7 @@ NETWORKS = {
 def test_a_network_is_its_first_and_last_address(text: str) -> None:
     network = natwork.parse_network(text)
     first, last = (natwork.pack(address) for address in NETWORKS[text])
-    assert (network.first, network.last) == (first, last)
+    assert network == (first, last)
     assert natwork.contains([network], first) and natwork.contains([network], last)
     for beside in (int.from_bytes(first, "big") - 1, int.from_bytes(last, "big") + 1):
         if 0 <= beside < 1 << 8 * len(first):
@@ -172,7 +172,7 @@ def test_a_bad_rule_is_refused_and_the_error_names_it(
 
 def test_a_rule_is_its_words_whatever_the_blanks() -> None:
     rule = natwork.Rule("  deny   to a.example , .b.example  port 80,90-99 ", 3)
-    assert rule.text == "deny to a.example,.b.example port 80,90-99"
+    assert rule.text == "rule 3: deny to a.example,.b.example port 80,90-99"
     assert (rule.word, rule.allow) == ("rule-3", False)
 
 
@@ -659,9 +659,8 @@ def test_explain_knows_the_link_local_as_the_gateway_does(
 ) -> None:
     routes = {"169.254.7.1": "wan", "169.254.8.1": "lan", "192.0.2.1": "wan"}
 
-    def route_to(packed: bytes) -> natwork.Route | None:
-        device = routes.get(natwork.unpack(packed))
-        return natwork.Route(False, device, "") if device else None
+    def route_to(packed: bytes) -> natwork.Route:
+        return natwork.Route(False, routes.get(natwork.unpack(packed), ""), "")
 
     monkeypatch.setattr(natwork, "route_to", route_to)
     said = explained(capsys, closed, "169.254.7.1", f"{OUTSIDE}:80")
