@@ -192,7 +192,10 @@ class ConfigError(Exception):
 
 
 class Config:
-    """Every setting and its default.  Times are seconds, as float."""
+    """Every setting and its default.  Times are seconds, as float.
+
+    The type of a default says how natwork.conf spells the setting; FORMS has it.
+    """
 
     listen = "*:8080"
     inside = (
@@ -374,7 +377,10 @@ OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 
 class Outcome(NamedTuple):
-    """How a session ended, and what the client may do about it."""
+    """How a session ended, and what the client may do about it.
+
+    OUTCOMES has them all by their words, which are the columns of /metrics, too.
+    """
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
@@ -578,6 +584,7 @@ class Slot:
         self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
 
     def set_state(self, state: int) -> None:
+        """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
         self.memory[STATES + self.number] = state
 
     def begin(self, pid: int) -> None:
@@ -662,6 +669,7 @@ def host_of(name: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def timestamp(second: int) -> str:
+    """Return a Unix time as the log has it, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
@@ -3688,7 +3696,9 @@ def load_generation(
 ) -> Generation:
     """Return the configuration in force from now on, ready to serve.
 
-    Raises ConfigError or OSError; then nothing has changed.
+    The first one finds the chapters, and what systemd passed; a later one goes on
+    with the old one's listeners.  Raises ConfigError or OSError; then nothing has
+    changed.
     """
     config = load_config(path, options)
     found = [] if old else find_chapters()
