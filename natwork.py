@@ -192,7 +192,10 @@ class ConfigError(Exception):
 
 
 class Config:
-    """Every setting and its default.  Times are seconds, as float."""
+    """Every setting and its default.  Times are seconds, as float.
+
+    The type of a default says how natwork.conf spells the setting; FORMS has it.
+    """
 
     listen = "*:8080"
     inside = (
@@ -307,7 +310,8 @@ def read_settings(path: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        text = read_file(path)[0].decode("utf-8-sig")  # an editor's mark is no matter
+        # An editor may begin a file with a byte order mark.
+        text = read_file(path)[0].decode("utf-8-sig")
         parser.read_string(text)
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
@@ -373,7 +377,10 @@ OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 
 class Outcome(NamedTuple):
-    """How a session ended, and what the client may do about it."""
+    """How a session ended, and what the client may do about it.
+
+    OUTCOMES has them all by their words, which are the columns of /metrics, too.
+    """
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
@@ -463,7 +470,6 @@ class Refused(Exception):
     """The session cannot go on: carries the Outcome, and the detail for the page."""
 
     def __init__(self, outcome: Outcome, detail: str = "") -> None:
-        super().__init__(detail)
         self.outcome, self.detail = outcome, detail
 
 
@@ -578,6 +584,7 @@ class Slot:
         self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
 
     def set_state(self, state: int) -> None:
+        """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
         self.memory[STATES + self.number] = state
 
     def begin(self, pid: int) -> None:
@@ -662,6 +669,7 @@ def host_of(name: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def timestamp(second: int) -> str:
+    """Return a Unix time as the log has it, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
@@ -777,17 +785,15 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            if stat.S_ISREG(os.fstat(1).st_mode):  # it may be cut, and then begins anew
+            if stat.S_ISREG(os.fstat(1).st_mode):
+                # It may be cut, and begins anew; and standard error may be it, too.
                 mode = fcntl.fcntl(1, fcntl.F_GETFL)
                 fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
-            else:
-                # A pipe or a terminal is opened again, so that O_NONBLOCK is ours
-                # alone; and in its place, since we may lose the right to.
-                with contextlib.suppress(OSError):  # a socket (journald's), or not ours
-                    ours = os.open("/proc/self/fd/1", flags)
-                    os.dup2(ours, 1)
-                    os.close(ours)
-            self.fd = os.dup(1)
+            try:
+                # Opened again, so that O_NONBLOCK is ours and not the terminal's.
+                self.fd = os.open("/proc/self/fd/1", flags)
+            except OSError:  # a socket (journald's), or not ours to open again
+                self.fd = os.dup(1)
         else:
             # Root follows no link but those in /dev, such as stdout: a user that may
             # write to the directory could have put it there, to be given the file.
@@ -800,7 +806,7 @@ class AccessLog:
                 raise OSError(why) from None
         self.has_room = select.poll()
         self.has_room.register(self.fd, POLLOUT)
-        self.may_block = os.get_blocking(self.fd)  # shared with others
+        self.may_block = os.get_blocking(self.fd)  # it is shared with others
         if self.is_json:
             as_json("pid=-")  # load json here, and not in every worker
 
@@ -3564,8 +3570,10 @@ def serve_client(worker: Worker) -> bool:
 
 # --- Service ------------------------------------------------------------------
 #
-# From the command line to the master's loop: listeners (our own, or those that
-# systemd holds for us), the log, and then no more privileges.
+# What a start does, and a reload again: load_generation() reads the settings, has
+# each section and chapter judge its own, opens the listeners (or takes those that
+# systemd holds for us) and the log, and either all of that holds or nothing has
+# changed.  run() is the start: then it gives up its privileges and is the master.
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
@@ -3588,13 +3596,6 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
         raise config.refuse("listen", str(error)) from None
     if not found:
         raise config.refuse("listen", "must name an address")
-    for host, port in found:
-        if found.count((host, port)) > 1:
-            raise config.refuse("listen", f"names {endpoint((host, port))} twice")
-        for every in ("*", "::" if ":" in host else "0.0.0.0"):
-            if host not in ("*", every) and port and (every, port) in found:
-                whole = endpoint((every, port))
-                raise config.refuse("listen", f"{whole} has {host} in it")
     return found
 
 
@@ -3602,10 +3603,8 @@ def passed_listeners() -> dict[str, socket.socket]:
     """Return the sockets that systemd passed, sd_listen_fds(3); {} if none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    given, listeners = os.environ.get("LISTEN_FDS", "0"), {}
-    if not re.fullmatch("[0-9]{1,3}", given):
-        raise OSError(f"cannot take LISTEN_FDS={given}: it is not a number of sockets")
-    for fd in range(3, 3 + int(given)):
+    listeners = {}
+    for fd in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
         listeners[f"systemd {fd}"] = sock = socket.socket(fileno=fd)
         if sock.family not in (INET, INET6) or sock.type != STREAM:
             raise OSError(f"cannot listen on descriptor {fd}: it is not for TCP")
@@ -3645,20 +3644,16 @@ def open_listeners(
 
 
 def find_user(config: Config) -> tuple[int, int] | None:
-    """Return user and group to become, None if we are not root; raise ConfigError.
-
-    A user that the settings name must exist in any case: a restart would need it.
-    """
+    """Return user and group to become, None if we are to stay; raise ConfigError."""
     import pwd
 
-    is_root = os.geteuid() == 0 and config.user != "root"
-    if not is_root and "user" not in config.where:
+    if os.geteuid() != 0 or config.user == "root":
         return None
     try:
         entry = pwd.getpwnam(config.user)
     except KeyError:
         raise config.refuse("user", "there is no such user") from None
-    return (entry.pw_uid, entry.pw_gid) if is_root else None
+    return entry.pw_uid, entry.pw_gid
 
 
 def is_there(uplink: Uplink) -> bool:
@@ -3701,12 +3696,12 @@ def load_generation(
 ) -> Generation:
     """Return the configuration in force from now on, ready to serve.
 
-    Raises ConfigError or OSError; then nothing has changed.
+    The first one finds the chapters, and what systemd passed; a later one goes on
+    with the old one's listeners.  Raises ConfigError or OSError; then nothing has
+    changed.
     """
-    # The file that was there at the start does not become no file.
-    config = load_config(path or (old.config.file if old else ""), options)
+    config = load_config(path, options)
     found = [] if old else find_chapters()
-    find_user(config)
     prepare(config, Policy(config, []), board)  # refused before anything is opened
     held = old.listeners if old else passed_listeners()
     with contextlib.ExitStack() as undo:
@@ -3811,7 +3806,8 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         if config.pidfile:
             daemon = need_chapter("daemon", "pidfile", config)
             fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
-        load = functools.partial(load_generation, path, options, board)
+        # The file that was there at the start does not become no file.
+        load = functools.partial(load_generation, config.file, options, board)
         master = Master(board, load, serve_client, fds)
         for fd in fds:
             daemon.write_pid(fd)

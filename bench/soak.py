@@ -497,7 +497,7 @@ class Gateway:
     def is_quiet(self) -> bool:
         """Say whether each of its workers is idle."""
         resting = self.program.FREE, self.program.IDLE_STATE
-        return all(state in resting for state in self.board.states(MAX_WORKERS))
+        return all(state in resting for state in self.board.states())
 
     def reload(self) -> None:
         count = self.said.read_text().count("configuration reloaded")
