@@ -3740,30 +3740,20 @@ def serve_nobody(generation: Generation) -> None:
     What the interpreter writes down when code runs for the first time is then shared
     by all workers: half a megabyte of each.  Raises OSError.
     """
-    config = Config(
-        rules="allow to 127.0.0.1",
-        tunnel_timeout=0.001,
-        spare_workers=0,  # of which there are enough, so the master is not woken
-        log="/dev/null",
-    )
+    # Of spare workers it has enough, so it does not wake the master for more.
+    config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
+    config.log = os.devnull
+    policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
+    chapters, lifeline = Chapters(config, policy, board), generation[-2:]
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        client, (host, port) = (
-            stack.enter_context(socket.socket()),
-            listener.getsockname(),
-        )
-        client.connect((host, port))
-        client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n" % port)
-        policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
         stack.callback(os.close, board.fd)
         stack.callback(os.close, log.fd)
-        own = generation._replace(
-            config=config,
-            listeners={"": listener},
-            log=log,
-            policy=policy,
-            chapters=Chapters(config, policy, board),
-        )
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.socket())
+        client.connect(listener.getsockname())
+        port = listener.getsockname()[1]
+        client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n" % port)
+        own = Generation(config, {"": listener}, log, policy, chapters, *lifeline)
         serve_client(Worker(own, Slot(board, 0)))
 
 
