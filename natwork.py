@@ -1370,15 +1370,12 @@ def notify(words: str) -> None:
             sock.sendto(words.encode(), where)
 
 
-def readable(fds: Iterable[int], seconds: float = 0.0) -> dict[int, int]:
-    """Wait for descriptors that can be read; return them, {} when the time is over.
-
-    They are the keys.  A listener can be read when a client waits there.
-    """
+def readable(fds: Iterable[int]) -> dict[int, int]:
+    """Return those descriptors that can be read now; a listener, if it has a client."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, POLLIN)
-    return dict(poll.poll(seconds * 1000))
+    return dict(poll.poll(0))
 
 
 class Client:
