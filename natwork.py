@@ -111,6 +111,7 @@ SLOT_LIMIT = 65536  # the scoreboard's size, and so the largest max_workers
 HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
 LINGER_TIMEOUT = 2.0  # of silence in a lingering close; nginx waits 5
 LINGER_LIMIT = 30.0  # for all of a lingering close, as nginx
+SHORT_SILENCE = 0.5  # of a client; after it the worker is asked to make room
 RELOAD_GRACE = 1.0  # for a kept-alive client's last request under the old settings
 ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
@@ -1329,15 +1330,12 @@ def notify(words: str) -> None:
             sock.sendto(words.encode(), where)
 
 
-def readable(fds: Iterable[int], seconds: float = 0.0) -> dict[int, int]:
-    """Wait until descriptors can be read, a listener if it has a client; return them.
-
-    They are the keys; {} when the time is over.
-    """
+def readable(fds: Iterable[int]) -> dict[int, int]:
+    """Return those descriptors that can be read now; a listener, if it has a client."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, POLLIN)
-    return dict(poll.poll(seconds * 1000))
+    return dict(poll.poll(0))
 
 
 class Client:
@@ -1457,23 +1455,25 @@ class Worker:
         return self.board.states().count(IDLE_STATE) >= self.config.spare_workers
 
     def await_word(self, streams: list[Stream], seconds: float, new: bool) -> set[int]:
-        """Wait for a silent client's next word; return which streams can be read.
+        """Wait for a client's next word; return which streams can be read.
 
         They are descriptors; none when it is time to leave.  A new client is not sent
         away by a reload.  Another has a moment to ask its next request, which would
         else cross with our leaving.
         """
-        self.stand_in_line(False)
         poll = select.poll()
         for stream in streams:
             poll.register(stream.fd, POLLIN)
         poll.register(self.lifeline, 0 if new else POLLIN)  # POLLHUP comes unasked
-        self.slot.set_state(SILENT)
-        ready = dict(poll.poll(seconds * 1000))
+        ready = dict(poll.poll(min(seconds, SHORT_SILENCE) * 1000))
+        if not ready and seconds > SHORT_SILENCE:
+            self.stand_in_line(False)
+            self.slot.set_state(SILENT)
+            ready = dict(poll.poll((seconds - SHORT_SILENCE) * 1000))
+            self.slot.set_state(BUSY)
         if ready == {self.lifeline: POLLIN}:
             poll.modify(self.lifeline, 0)
             ready = dict(poll.poll(RELOAD_GRACE * 1000))
-        self.slot.set_state(BUSY)
         return {*ready} - {self.lifeline}
 
     def make_room(self, *_: object) -> None:
@@ -3503,15 +3503,14 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
     """
     chapters = Chapters(config, policy, board)
     for name, settings in CHAPTERS.items():
+        # A value that is the default asks for nothing.
+        asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
         # Loaded at the start, and not later, when it may be of another version.
         if module := sys.modules.get(f"natwork_{name}"):
             module.join(chapters)
-            continue
-        for setting in settings:
-            # A value that is the default asks for nothing.
-            if getattr(config, setting) != DEFAULTS[setting]:
-                why = f"needs {chapter_file(name)}, which is not there"
-                raise config.refuse(setting, why)
+        elif asked:
+            why = f"needs {chapter_file(name)}, which is not there"
+            raise config.refuse(asked[0], why)
     if config.pidfile:
         need_chapter("daemon", "pidfile", config)
     return chapters
@@ -3536,13 +3535,8 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
         try:
             return client.fill()  # it has probably come with the connection
         except BlockingIOError:
-            pass
-        # A new connection is not evicted in its first second.
-        first = min(1.0, worker.config.head_timeout)
-        if worker.watch.wait({client.fd: POLLIN}, first):
-            return client.fill()
-        left = worker.config.head_timeout - first
-        return bool(worker.await_word([client], left, True)) and client.fill()
+            found = worker.await_word([client], worker.config.head_timeout, True)
+            return bool(found) and client.fill()
     return False
 
 

@@ -189,6 +189,30 @@ def test_a_client_wakes_one_worker(
             assert woken == [busy]
 
 
+def test_short_clients_meet_few_workers(natwork: running.Start) -> None:
+    gateway = natwork("spare_workers=8")
+    gateway.ready(8)
+    assert [get(gateway) for _ in range(40)] == [403] * 40
+    assert len({line["pid"] for line in gateway.lines(40)}) <= 5
+
+
+def test_the_kernel_asks_no_worker_with_a_tunnel_to_take_a_client(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway = natwork("spare_workers=1")
+
+    def awaited(pid: int) -> int:
+        """How many descriptors the epoll of a worker has: the lifeline is one."""
+        (fd,) = kernel.opened(pid, "anon_inode:[eventpoll]")
+        return kernel.read(pid, f"fdinfo/{fd}").count("tfd:")
+
+    (idle,) = gateway.ready(1)
+    assert awaited(idle) == 2
+    with http_wire.tunnel(gateway, origin(origins.echo)) as client:
+        assert wire.echoes(client)
+        assert awaited(gateway.worker_of(client)) == 1
+
+
 CLIENTS = 10 * len(os.sched_getaffinity(0))
 
 
@@ -1055,7 +1079,7 @@ def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
     assert kernel.number(gateway.process.pid, "VmRSS") < 100_000  # KiB
 
 
-def test_a_signal_is_not_lost_among_pokes(natwork: running.Start) -> None:
+def test_a_signal_is_not_lost_whatever_workers_write(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=1")
     (worker,) = gateway.ready(1)
     os.kill(gateway.process.pid, signal.SIGSTOP)
