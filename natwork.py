@@ -3574,10 +3574,8 @@ def serve_client(worker: Worker) -> bool:
 
 # --- Service ------------------------------------------------------------------
 #
-# What a start does, and a reload again: load_generation() reads the settings, has
-# each section and chapter judge its own, opens the listeners (or takes those that
-# systemd holds for us) and the log, and either all of that holds or nothing has
-# changed.  run() is the start: then it gives up its privileges and is the master.
+# From the command line to the master's loop: listeners (our own, or those that
+# systemd holds for us), the log, and then no more privileges.
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
@@ -3600,6 +3598,13 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
         raise config.refuse("listen", str(error)) from None
     if not found:
         raise config.refuse("listen", "must name an address")
+    for host, port in found:
+        if found.count((host, port)) > 1:
+            raise config.refuse("listen", f"names {endpoint((host, port))} twice")
+        for every in ("*", "::" if ":" in host else "0.0.0.0"):
+            if host not in ("*", every) and port and (every, port) in found:
+                whole = endpoint((every, port))
+                raise config.refuse("listen", f"{whole} has {host} in it")
     return found
 
 
@@ -3607,8 +3612,10 @@ def passed_listeners() -> dict[str, socket.socket]:
     """Return the sockets that systemd passed, sd_listen_fds(3); {} if none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    listeners = {}
-    for fd in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
+    given, listeners = os.environ.get("LISTEN_FDS", "0"), {}
+    if not re.fullmatch("[0-9]{1,3}", given):
+        raise OSError(f"cannot take LISTEN_FDS={given}: it is not a number of sockets")
+    for fd in range(3, 3 + int(given)):
         listeners[f"systemd {fd}"] = sock = socket.socket(fileno=fd)
         if sock.family not in (INET, INET6) or sock.type != STREAM:
             raise OSError(f"cannot listen on descriptor {fd}: it is not for TCP")
@@ -3648,16 +3655,20 @@ def open_listeners(
 
 
 def find_user(config: Config) -> tuple[int, int] | None:
-    """Return user and group to become, None if we are to stay; raise ConfigError."""
+    """Return user and group to become, None if we are not root; raise ConfigError.
+
+    A user that the settings name must exist in any case: a restart would need it.
+    """
     import pwd
 
-    if os.geteuid() != 0 or config.user == "root":
+    is_root = os.geteuid() == 0 and config.user != "root"
+    if not is_root and "user" not in config.where:
         return None
     try:
         entry = pwd.getpwnam(config.user)
     except KeyError:
         raise config.refuse("user", "there is no such user") from None
-    return entry.pw_uid, entry.pw_gid
+    return (entry.pw_uid, entry.pw_gid) if is_root else None
 
 
 def is_there(uplink: Uplink) -> bool:
@@ -3704,8 +3715,10 @@ def load_generation(
     with the old one's listeners.  Raises ConfigError or OSError; then nothing has
     changed.
     """
-    config = load_config(path, options)
+    # The file that was there at the start does not become no file.
+    config = load_config(path or (old.config.file if old else ""), options)
     found = [] if old else find_chapters()
+    find_user(config)
     prepare(config, Policy(config, []), board)  # refused before anything is opened
     held = old.listeners if old else passed_listeners()
     with contextlib.ExitStack() as undo:
@@ -3800,8 +3813,7 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         if config.pidfile:
             daemon = need_chapter("daemon", "pidfile", config)
             fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
-        # The file that was there at the start does not become no file.
-        load = functools.partial(load_generation, config.file, options, board)
+        load = functools.partial(load_generation, path, options, board)
         master = Master(board, load, serve_client, fds)
         for fd in fds:
             daemon.write_pid(fd)

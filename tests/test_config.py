@@ -418,6 +418,18 @@ def test_a_box_without_a_proper_name_starts(
     assert natwork.Config().name == name
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["0.0.0.0:81 127.0.0.1:81", "[::]:81 [::1]:81", "[::1]:81 [0::1]:81", "8080"],
+)
+def test_listeners_that_cannot_be_together_are_refused(
+    checked: Callable[[str], str], text: str
+) -> None:
+    why = checked(f"[natwork]\nlisten = {text}\n")
+    assert why.startswith(f"natwork: bad.conf: listen = {text}: ")
+    assert "twice" in why or "in it" in why or "ADDRESS:PORT" in why
+
+
 def test_one_address_has_one_spelling() -> None:
     spelled = "[0::0]:1", "[::ffff:127.0.0.1]:1", "127.0.0.1:1"
     found = [natwork.parse_endpoint(text) for text in spelled]

@@ -240,6 +240,16 @@ def test_a_setting_that_passed_sockets_replace_is_said_to_be_idle(
         assert answers(passed[0].getsockname())
 
 
+@pytest.mark.parametrize("count", ["abc", "-1"])
+def test_a_number_of_sockets_that_is_none_is_one_line(
+    tmp_path: Path, count: str
+) -> None:
+    shell = f"LISTEN_PID=$$ LISTEN_FDS={count} exec {shlex.join(running.PROGRAM)}"
+    done = running.command(cwd=tmp_path, program=["sh", "-c", shell])
+    why = f"natwork: cannot take LISTEN_FDS={count}: it is not a number of sockets"
+    assert failed(done, 1).strip() == why
+
+
 def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
     shell = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {shlex.join(running.PROGRAM)}"
     with socket.socket(socket.AF_UNIX) as door:
@@ -656,6 +666,7 @@ def test_user_and_pid_file_need_a_restart(daemon: running.Start) -> None:
     assert "natwork: pidfile is changed by a restart only" in said
     assert answers(gateway.address) and not (gateway.folder / "other.pid").exists()
     before = len(gateway.said())
+    assert "user = no-such-user: " in gateway.hangup(user="no-such-user")
     gateway.hangup(user=running, pidfile="")
     assert not [line for line in gateway.said()[before:] if "restart" in line]
 
@@ -728,6 +739,22 @@ def test_a_hangup_while_it_starts_is_no_end(daemon: running.Start) -> None:
         gateway = daemon()
         gateway.process.send_signal(signal.SIGHUP)
         assert answers(gateway.address)
+
+
+@pytest.mark.parametrize(
+    "setting, why",
+    [
+        ("listen=*:8080 *:8080", "names *:8080 twice"),
+        ("listen=[::1]:0 127.0.0.1:0 [::1]:0", "names [::1]:0 twice"),
+        ("listen=127.0.0.1:80 *:80", "*:80 has 127.0.0.1 in it"),
+    ],
+)
+def test_a_test_finds_what_a_start_would_fail_at(
+    tmp_path: Path, setting: str, why: str
+) -> None:
+    said = failed(running.command("-t", "-o", setting, cwd=tmp_path), 78)
+    value = setting.replace("=", " = ", 1)
+    assert said == f"natwork: option -o: {value}: {why}\n"
 
 
 # A bare box.
