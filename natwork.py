@@ -3910,13 +3910,26 @@ def print_table(in_json: bool) -> int:
 
 
 def check(path: str, options: list[str]) -> int:
-    """Print every setting in force, in the form of natwork.conf; raise ConfigError."""
+    """Print every setting in force, in the form of natwork.conf; raise ConfigError.
+
+    It finds what a start would fail at, as far as that opens nothing.
+    """
     config = load_config(path, options)
     find_chapters()
     prepare(config, Policy(config, []), Scoreboard())
     endpoints(config)
     warn_of_outside(config)
-    find_user(config)
+    makes = ["pidfile"] if find_user(config) else []  # its directory, too
+    for name in ("log", "pidfile"):
+        file = getattr(config, name)
+        folder = os.path.dirname(file) or "."
+        if file in ("", "-") or name in makes and not os.path.exists(folder):
+            continue
+        if not os.path.isdir(folder):
+            raise config.refuse(name, "there is no such directory")
+        there = file if os.path.exists(file) else folder
+        if os.path.isdir(file) or not os.access(there, os.W_OK):
+            raise config.refuse(name, "it cannot be written")
     print("[natwork]")
     for name in DEFAULTS:
         text = config.spelled(name)

@@ -68,7 +68,7 @@ NONSENSE = (
     b"GET http://a/\nHost: a\n\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1_0\r\n\r\n",
-    b"POST http://a/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
+    b"POST http://a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
     b"CONNECT a HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET http://a/ HTTP/1.1\r\nHost: a\r\n" + b"x: y\r\n" * 11000 + b"\r\n",
 )

@@ -744,6 +744,10 @@ def test_a_hangup_while_it_starts_is_no_end(daemon: running.Start) -> None:
 @pytest.mark.parametrize(
     "setting, why",
     [
+        ("log=/nowhere/log", "there is no such directory"),
+        ("log=.", "it cannot be written"),
+        ("log=/proc/version/log", "there is no such directory"),
+        ("pidfile=/", "it cannot be written"),
         ("listen=*:8080 *:8080", "names *:8080 twice"),
         ("listen=[::1]:0 127.0.0.1:0 [::1]:0", "names [::1]:0 twice"),
         ("listen=127.0.0.1:80 *:80", "*:80 has 127.0.0.1 in it"),
@@ -755,6 +759,14 @@ def test_a_test_finds_what_a_start_would_fail_at(
     said = failed(running.command("-t", "-o", setting, cwd=tmp_path), 78)
     value = setting.replace("=", " = ", 1)
     assert said == f"natwork: option -o: {value}: {why}\n"
+
+
+@needs.root
+def test_a_test_by_another_user_finds_what_it_may_not_write() -> None:
+    with running.public_folder() as folder:
+        as_nobody = ["setpriv", "--reuid=nobody", "--clear-groups", *running.PROGRAM]
+        done = running.command("-t", "-o", "log=log", cwd=folder, program=as_nobody)
+        assert failed(done, 78).endswith(" log = log: it cannot be written\n")
 
 
 # A bare box.
