@@ -828,7 +828,7 @@ class AccessLog:
             board.words[UNREPORTED] = 1
         slot.count()
         if board.words[UNREPORTED]:  # perhaps standard error took nothing either
-            lost = "the access log takes no more: lines are lost"
+            lost = "the access log took no more: lines were lost"
             board.words[UNREPORTED] = not board.say(lost)
 
 
@@ -913,7 +913,7 @@ class Stream:
             yield self.fd, POLLIN
             with contextlib.suppress(BlockingIOError):
                 if not self.fill():
-                    raise Refused(self.lost, "the connection ended in mid-message")
+                    raise Refused(self.lost, "the connection ended too early")
 
     def exactly(self, count: int) -> Steps:
         """Take so many bytes; raise Refused."""
@@ -1440,8 +1440,8 @@ class Worker:
                 self.idle_poll.unregister(fd)
                 del self.listeners[fd]
             elif error.errno != errno.ECONNABORTED:
+                # Idle all the same: another worker could accept no more than we.
                 self.board.say(f"cannot accept a client: {reason(error)}")
-                self.slot.set_state(BUSY)
                 time.sleep(1)  # the client stays in the queue
             return None
         self.slot.set_state(BUSY)
@@ -1576,7 +1576,9 @@ class Master:
         full = self.is_full()
         if full and readable(s.fileno() for s in self.generation.listeners.values()):
             self.make_room()
-        taken = signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
+        # The kernel gives HUP before TERM, however many come.
+        taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
+        taken = taken or signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
         number = taken.si_signo if taken else 0
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
@@ -1750,7 +1752,7 @@ class Master:
         if self.stopping:
             self.kill_at = min(self.kill_at, time.monotonic())
             return
-        self.stopping, busy = True, self.board.states().count(BUSY)
+        self.stopping = True
         notify("STOPPING=1")
         for generation in self.generations:
             os.close(generation.lifeline_in)
@@ -1759,8 +1761,8 @@ class Master:
                 shut(listener)
         seconds = self.generation.config.drain_timeout
         self.kill_at = time.monotonic() + seconds + 2
-        if busy:
-            say(f"stopping: {busy} sessions have {seconds:g} seconds to end")
+        if count := len(list(sessions(self.board))):
+            say(f"stopping: sessions that have {seconds:g} s to end: {count}")
 
     def kill_late(self) -> None:
         """End the workers that have not left in time, after 5 s more by SIGKILL."""
@@ -2790,7 +2792,9 @@ def chunked(
         if framed:
             one.out += b"%x\r\n" % size
         yield from one.move(size)
-        if (yield from read_line(one, 2, bad)) != CRLF:
+        while len(one.received) < 2:
+            yield from one.need()
+        if one.source.take(2) != CRLF:
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
@@ -3317,8 +3321,9 @@ class Exchange:
         lines, fields = response.forwarded + self.via_line(response), response.fields
         if response.status == 426 and b"upgrade" in fields:
             lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
-        date, keep = fields.get(b"date", b""), self.then is KEEP
-        return answer_head(response.line, lines, self.told, keep, date)
+        # Of two Date lines the first: there is one comma in it.
+        date = b",".join(fields.get(b"date", b"").split(b",", 2)[:2])
+        return answer_head(response.line, lines, self.told, self.then is KEEP, date)
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3332,7 +3337,8 @@ class Exchange:
             else:
                 yield from down.move(ALL if size == UNTIL_CLOSE else size)
             yield from down.flush()
-            down.source.check_end()
+            if size == UNTIL_CLOSE:  # any other body shows that it is whole
+                down.source.check_end()
         except Refused:
             if self.client.sent == before:
                 self.progress = NOTHING  # it can still become another answer
@@ -3616,9 +3622,13 @@ def passed_listeners() -> dict[str, socket.socket]:
     if not re.fullmatch("[0-9]{1,3}", given):
         raise OSError(f"cannot take LISTEN_FDS={given}: it is not a number of sockets")
     for fd in range(3, 3 + int(given)):
-        listeners[f"systemd {fd}"] = sock = socket.socket(fileno=fd)
-        if sock.family not in (INET, INET6) or sock.type != STREAM:
-            raise OSError(f"cannot listen on descriptor {fd}: it is not for TCP")
+        listens = False
+        with contextlib.suppress(OSError):  # it is not open, or no socket
+            sock = listeners[f"systemd {fd}"] = socket.socket(fileno=fd)
+            listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if not listens or sock.family not in (INET, INET6) or sock.type != STREAM:
+            what = f"descriptor {fd} of LISTEN_FDS={given}"
+            raise OSError(f"cannot take {what}: it is no TCP socket that listens")
     return listeners
 
 

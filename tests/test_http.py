@@ -1107,6 +1107,9 @@ def test_a_date_is_not_replaced(
     then = b"Sun, 06 Nov 1994 08:49:37 GMT"  # R38
     server = origin(http_wire.Script(http_wire.sized(b"ok", b"date: " + then)))
     assert http_wire.ask(gateway, server).values(b"Date") == [then]
+    twice = http_wire.sized(b"ok", b"date: " + then, b"Date: " + then.upper())
+    other = origin(http_wire.Script(twice))  # one field line has one date
+    assert http_wire.ask(gateway, other).values(b"Date") == [then]
 
 
 @pytest.mark.parametrize("where", [http_wire.DENIED, http_wire.CLOSED])

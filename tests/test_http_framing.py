@@ -164,6 +164,20 @@ def test_bad_chunks_at_once_reach_nobody(
     assert server.received == [b""]
 
 
+@pytest.mark.parametrize("much", [2, 100, 100_000])
+def test_a_chunk_longer_than_its_size_is_called_so(
+    gateway: running.Gateway, origin: origins.Start, much: int
+) -> None:
+    body, why = b"5\r\nhello" + b"o" * much, b"Why: chunk longer than its size."
+    server = origin(http_wire.Script(http_wire.response(CHUNKED, body=body)))
+    with gateway.connect() as client:  # R50
+        asked = http_wire.exchange(client, http_wire.post(server, CHUNKED, body=body))
+        assert asked.status == 400 and why in asked.body
+    if much <= 100:  # else the answer has begun
+        answered = http_wire.ask(gateway, server)
+        assert answered.status == 502 and why in answered.body
+
+
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_bad_chunks_later_are_never_a_whole_body(
     gateway: running.Gateway, origin: origins.Start, body: bytes
@@ -1055,6 +1069,35 @@ def test_an_early_answer_ends_the_upload(
         wire.read_all(client)
         sender.join(10)
         assert not sender.is_alive()
+
+
+@pytest.mark.parametrize("framed", ["length", "chunks"])
+def test_an_early_answer_is_whole_for_a_slow_client_though_the_upload_was_reset(
+    natwork: running.Start, origin: origins.Start, framed: str
+) -> None:
+    gateway, body = natwork(), b"n" * 20_000
+    whole = http_wire.sized(body, b"Connection: close", status=b"413 Big")
+    if framed == "chunks":
+        head = b"HTTP/1.1 413 Big\r\nConnection: close\r\n" + CHUNKED
+        whole = head + b"\r\n\r\n" + http_wire.chunks(body)
+
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        wire.read_exactly(connection, 500)
+        connection.sendall(whole)  # and closes with much unread, which is a reset
+
+    server = origin(refuse)  # R56
+    data = http_wire.post(server, b"Content-Length: 50000000", body=BULK * 2)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        client.settimeout(10)
+        client.connect(gateway.address)
+        sender = threading.Thread(target=wire.send, args=[client, data], daemon=True)
+        sender.start()
+        wait.until(lambda: server.callers and not sender.is_alive())
+        answer = http_wire.read_answer(client)
+        assert (answer.status, len(answer.body), answer.closes) == (413, 20_000, True)
+    assert gateway.lines(1)[0]["outcome"] == "ok"
 
 
 @pytest.mark.parametrize(

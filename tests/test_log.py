@@ -632,7 +632,7 @@ def test_half_a_line_is_not_joined_by_the_next(
     limit(1000)
     for _ in range(12):
         assert served(gateway)  # a lost line stops no session
-    wait.until(lambda: any("lines are lost" in line for line in gateway.said()))
+    wait.until(lambda: any("lines were lost" in line for line in gateway.said()))
     limit(resource.RLIM_INFINITY)
     if rotated:
         gateway.log.rename(gateway.log.with_suffix(".old"))
@@ -663,7 +663,7 @@ def test_a_full_disk_loses_lines_and_no_session(
                 filler.flush()
         for _ in range(40):  # the page that the log has may take a few
             assert served(gateway)
-        wait.until(lambda: any("lines are lost" in line for line in gateway.said()))
+        wait.until(lambda: any("lines were lost" in line for line in gateway.said()))
         there = len(running.whole_lines(log))  # and perhaps half a line
         (disk / "filler").unlink()
         assert served(gateway) and served(gateway)

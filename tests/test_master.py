@@ -44,8 +44,9 @@ def refuses(address: tuple[str, int]) -> bool:
 
 def one_is_left(gateway: running.Gateway) -> None:
     """Wait until a gateway that stops has told everybody, and only one is busy."""
-    said = "natwork: stopping: 1 sessions have "
-    wait.until(lambda: any(line.startswith(said) for line in gateway.said()))
+    said = "natwork: stopping: sessions that have "
+    lines = gateway.said
+    wait.until(lambda: any(x.startswith(said) and x.endswith(": 1") for x in lines()))
     wait.until(lambda: len(gateway.workers()) == 1)
 
 
@@ -326,7 +327,8 @@ def test_term_drains(daemon: running.Start, origin: origins.Start) -> None:
         wait.until(lambda: kernel.title(gateway.process.pid).endswith(" 3 busy"))
         gateway.process.terminate()
         assert wire.at_end(kept) and wire.at_end(mute)
-        wait.until(lambda: gateway.workers() == [busy])
+        one_is_left(gateway)  # only that has a session
+        assert gateway.workers() == [busy]
         wait.until(lambda: kernel.title(gateway.process.pid).endswith(" 0 idle 1 busy"))
         assert refuses(gateway.address)
         assert wire.echoes(client) and gateway.process.poll() is None
@@ -360,6 +362,27 @@ def test_two_signals_that_come_together_are_two(
             os.kill(gateway.process.pid, number)
         assert gateway.process.wait(20) == 0  # drain_timeout is 30
     assert gateway.lines(1)[0]["outcome"] == "operator"
+
+
+def test_a_storm_of_hangups_does_not_keep_term_waiting(daemon: running.Start) -> None:
+    gateway = daemon()
+    over = threading.Event()
+
+    def storm() -> None:
+        """Send HUP, sooner again than a reload takes."""
+        deadline = time.monotonic() + 20
+        while not over.is_set() and time.monotonic() < deadline:
+            gateway.process.send_signal(signal.SIGHUP)
+
+    sender = threading.Thread(target=storm)
+    sender.start()
+    try:
+        time.sleep(0.5)  # the storm itself
+        gateway.process.terminate()
+        assert gateway.process.wait(10) == 0
+    finally:
+        over.set()
+        sender.join()
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -977,6 +1000,22 @@ def test_a_worker_without_descriptors_serves_when_they_return(
         limit(worker, "nofile", 1024)
         assert http_wire.read_answer(client).status == 403
     assert gateway.workers() == [worker]
+
+
+def test_workers_without_descriptors_do_not_multiply(natwork: running.Start) -> None:
+    gateway = natwork("spare_workers=2", "max_workers=40")
+    workers = gateway.ready(2)
+    for worker in workers:
+        limit(worker, "nofile", 3)
+    with gateway.connect() as client:
+        wire.send(client, http_wire.request(http_wire.DENIED))
+        words = "natwork: cannot accept a client: too many open files\n"
+        wait.until(lambda: words in gateway.errors.read_text())
+        time.sleep(1.5)  # the observation itself
+        assert sorted(gateway.workers()) == sorted(workers)
+        for worker in workers:
+            limit(worker, "nofile", 1024)
+        assert http_wire.read_answer(client).status == 403
 
 
 def test_no_descriptor_for_the_server_is_an_answer(

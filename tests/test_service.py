@@ -264,8 +264,31 @@ def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
             cwd=tmp_path,
             timeout=30,
         )
-    why = "natwork: cannot listen on descriptor 3: it is not for TCP"
-    assert failed(done, 1).strip() == why
+    why = "cannot take descriptor 3 of LISTEN_FDS=1: it is no TCP socket that listens"
+    assert failed(done, 1).strip() == f"natwork: {why}"
+
+
+@pytest.mark.parametrize("passed", ["nothing", "a file", "one that does not listen"])
+def test_a_descriptor_that_does_not_listen_is_one_line(
+    tmp_path: Path, passed: str
+) -> None:
+    redirect = {"nothing": "3<&-", "a file": "3</dev/null"}.get(passed, "")
+    running_it = f"exec {shlex.join(running.PROGRAM)} {redirect}"
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        if not redirect:
+            redirect = f"exec 3<&{door.fileno()}; "
+            running_it = redirect + running_it
+        done = subprocess.run(
+            ["bash", "-c", f"export LISTEN_PID=$$ LISTEN_FDS=1; {running_it}"],
+            pass_fds=[door.fileno()],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=30,
+        )
+    why = "cannot take descriptor 3 of LISTEN_FDS=1: it is no TCP socket that listens"
+    assert failed(done, 1).strip() == f"natwork: {why}"
 
 
 # What systemd is told.

@@ -342,7 +342,7 @@ def test_a_journal_that_hangs_loses_lines_and_stops_no_session(
         over.set()
         os.kill(journald, signal.SIGCONT)
     assert not wrong
-    words = "natwork: the access log takes no more: lines are lost"
+    words = "natwork: the access log took no more: lines were lost"
     # The next session says so, if there is room for that by then.
     wait.until(lambda: service.get() == 403 and words in container.journal())
 
