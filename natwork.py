@@ -1344,12 +1344,20 @@ class Client:
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Take what accept() returns."""
         sock.setblocking(False)
+        reset_on_close(sock)  # if this process dies: half an answer is no whole one
         self.stream = Stream(sock, CLIENT_GONE)
         self.address = address  # with the device of a link-local one
         self.host = address[0].removeprefix("::ffff:")
         self.endpoint = endpoint((self.host, address[1]))
         # On the scoreboard; hash() of a str is equal in all forked processes.
         self.number = hash(self.host) & 0xFFFFFFFF | 1
+
+    def close(self) -> None:
+        """Close without a reset, unless that has been done."""
+        with contextlib.suppress(OSError):
+            no = bytes(8)
+            self.stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no)
+        self.stream.close()
 
 
 def shut(listener: socket.socket) -> None:
@@ -1480,6 +1488,7 @@ class Worker:
         """Leave for another client, as the master asks, if ours is silent still."""
         silent = self.board.states()[self.slot.number] == SILENT
         if silent and not readable([self.client.stream.fd]):
+            self.client.close()
             os._exit(0)
 
     def begin(self, session: Session) -> None:
@@ -1514,16 +1523,6 @@ class Worker:
             outcome = refuse(Refused(outcome_of(error), reason(error)))
         finally:
             self.generation.log.write(session, outcome.word, self.slot)
-
-    def die(self, *_: object) -> None:
-        """Die of TERM, and by a reset if the client has but half of its answer.
-
-        The master writes the log line: a process that dies of a signal cannot.
-        """
-        if self.slot.words[WHICH]:  # a session goes on
-            reset_on_close(self.client.stream.sock)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Master:
@@ -1681,8 +1680,7 @@ class Master:
             # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, worker.die)  # the operator's hand
-            signal.signal(signal.SIGURG, worker.make_room)  # the master's
+            signal.signal(signal.SIGURG, worker.make_room)  # sent by the master
             if os.geteuid() != 0:
                 # Serving needs neither fork nor threads; root is above that limit.
                 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
@@ -2191,8 +2189,6 @@ def resolve(host: str, port: int) -> list[bytes]:
     except ValueError:
         pass  # it is a name
     began = time.monotonic()
-    # The resolver would go on waiting after a handler of ours.
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=STREAM)
@@ -2202,8 +2198,6 @@ def resolve(host: str, port: int) -> list[bytes]:
         why = error.args[1] if len(error.args) == 2 else "not a host name"
         outcome = DNS_TIMEOUT if silent else NO_SUCH_HOST
         raise Refused(outcome, f"{host}: {why}") from None
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     addresses = dict.fromkeys(address_of(str(info[4][0])) for info in found)
     return interleave(list(addresses))
 
@@ -3554,7 +3548,7 @@ def serve_client(worker: Worker) -> bool:
     client, chapters = worker.accept(), worker.chapters
     if not client:
         return False
-    with contextlib.closing(client.stream):
+    with contextlib.closing(client):
         if not admit(worker, client):
             return True
         if chapters.redirect and chapters.redirect(worker):
