@@ -28,6 +28,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_pages.py       the live table, /metrics, /proxy.pac
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
+    natwork_check.py       what is probably not meant, at the start and for -t
     natwork_explain.py     --explain
     natwork_daemon.py      -d and the pid file
 
@@ -58,6 +59,7 @@ the programs that do.
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import errno
 import fcntl
@@ -112,7 +114,7 @@ HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382'
 LINGER_TIMEOUT = 2.0  # of silence in a lingering close; nginx waits 5
 LINGER_LIMIT = 30.0  # for all of a lingering close, as nginx
 SHORT_SILENCE = 0.5  # of a client; after it the worker is asked to make room
-RELOAD_GRACE = 1.0  # for a kept-alive client's last request under the old settings
+CROSSING_TIME = 1.0  # since an answer, in which a close may cross the next request
 ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
@@ -430,6 +432,7 @@ BAD_HOST = DENIED._replace(word="denied-host", advice=ASK_PROXY)
 
 NO_SUCH_HOST = Outcome("no-such-host", 502, "dns_error", "Check the host's name.", 4)
 DNS_TIMEOUT = Outcome("dns-timeout", 504, "dns_timeout", reply=4)
+DNS_FAILED = Outcome("dns-failed", 504, "dns_error", reply=4)
 CONNECT_TIMEOUT = Outcome("connect-timeout", 504, "connection_timeout", reply=6)
 CONNECT_FAILED = Outcome("connect-failed", 502, "destination_unavailable")
 CONNECT_REFUSED = Outcome("refused", 502, "connection_refused", reply=5)
@@ -971,13 +974,20 @@ class Stream:
         self.sock.close()
 
 
+LINE_END = re.compile(rb"\n")
+
+
 def take_until(
-    received: bytearray, mark: bytes, looked: int = 0, limit: int = HEAD_LIMIT
+    received: bytearray,
+    mark: re.Pattern[bytes],
+    looked: int = 0,
+    limit: int = HEAD_LIMIT,
 ) -> bytes:
     """Take the bytes up to and with a mark, b"" if it is not there within the limit."""
-    end = received.find(mark, looked, limit) + len(mark)
-    if end < len(mark):
+    found = mark.search(received, looked, limit)
+    if not found:
         return b""
+    end = found.end()
     taken = bytes(received[:end])
     del received[:end]
     return taken
@@ -985,22 +995,22 @@ def take_until(
 
 def read_until(
     source: Stream | Direction,
-    mark: bytes,
+    mark: re.Pattern[bytes],
     limit: int,
     bad: Outcome,
-    inspect: Callable[[bytearray, int], None] = lambda received, looked: None,
+    inspect: Callable[[bytearray], None] = lambda received: None,
 ) -> Steps:
     """Take bytes up to and with a mark; raise Refused if it is not within the limit.
 
-    inspect(received, looked) sees what has come so far, and up to where it has seen it
-    before; it may raise Refused.
+    A mark has three bytes at most.  inspect() sees what has come so far, and may raise
+    Refused.
     """
     received, looked = source.received, 0
     while not (taken := take_until(received, mark, looked, limit)):
-        inspect(received, looked)
+        inspect(received)
         if len(received) >= limit:
             raise Refused(bad, f"over {limit} bytes without an end")
-        looked = max(0, len(received) - len(mark) + 1)
+        looked = max(0, len(received) - 2)
         yield from source.need()
     return taken
 
@@ -1481,7 +1491,7 @@ class Worker:
             self.slot.set_state(BUSY)
         if ready == {self.lifeline: POLLIN}:
             poll.modify(self.lifeline, 0)
-            ready = dict(poll.poll(RELOAD_GRACE * 1000))
+            ready = dict(poll.poll(CROSSING_TIME * 1000))
         return {*ready} - {self.lifeline}
 
     def make_room(self, *_: object) -> None:
@@ -2024,6 +2034,12 @@ class Uplink(NamedTuple):
     packed: bytes  # empty for a device
     number: int  # on the scoreboard
 
+    def is_there(self) -> bool:
+        """Return whether this box has it now."""
+        if self.packed:
+            return bool(route_to(self.packed).local)
+        return bool(device_addresses(self.name))
+
 
 def parse_uplink(text: str, number: int = 0) -> Uplink:
     """Return the uplink that a word of `outside` names; raise ValueError."""
@@ -2193,10 +2209,11 @@ def resolve(host: str, port: int) -> list[bytes]:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=STREAM)
     except (socket.gaierror, UnicodeError) as error:
-        # The resolver says "try again" of silence and of a refusal alike.
-        silent = error.args[0] == socket.EAI_AGAIN and time.monotonic() > began + 1.5
         why = error.args[1] if len(error.args) == 2 else "not a host name"
-        outcome = DNS_TIMEOUT if silent else NO_SUCH_HOST
+        outcome = NO_SUCH_HOST
+        if error.args[0] == socket.EAI_AGAIN:  # of silence and of a refusal alike
+            silent = time.monotonic() > began + 1.5
+            outcome = DNS_TIMEOUT if silent else DNS_FAILED
         raise Refused(outcome, f"{host}: {why}") from None
     addresses = dict.fromkeys(address_of(str(info[4][0])) for info in found)
     return interleave(list(addresses))
@@ -2468,7 +2485,8 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
 # parts: two parsers that disagree on a malformed line are how requests are
 # smuggled, so there is nothing here for a second parser to disagree with.
 
-CRLF, BLANK_LINE = b"\r\n", b"\r\n\r\n"
+CRLF = b"\r\n"
+HEAD_END = re.compile(rb"\n\r?\n")  # without a CR too, which only a response may lack
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
@@ -2476,26 +2494,28 @@ TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
 LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 # By its first letter HTTP is told from SOCKS.
 REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
-STATUS_LINE = rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (%b))?" % TEXT
+# Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
+STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
+STATUS_LINE = rb"%b(?: (%b))?" % (STATUS, TEXT)
 REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
 RESPONSE_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (STATUS_LINE, LINES))
-BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")  # in a head not all there
-# RFC 9112 section 5.1: an error in a request, and to be removed from a response.
-BLANK_BEFORE_COLON = re.compile(rb"(?m)^(%b)[\t ]+:" % TOKEN)
+# RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
+FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:(%b)\r?" % (TOKEN, TEXT))
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[\t ]*;[\t ]*%b(?:[\t ]*=[\t ]*(?:%b|%b))?)*\r\n"
     % (TOKEN, TOKEN, QUOTED)
 )
+FAULTY_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[^\r\n\0]*)?\r\n")
 # In brackets there is a colon, so that an IPv4 address is not taken there.
 AUTHORITY = re.compile(
     rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
-ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(#.*)?")
+# A fragment is no part of what is asked for: RFC 9110 section 7.1.
+ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*)?")
 # The log shows no password, and no query, which may hold one; a %09 ends what a
 # gopher URL selects.
-USER_OR_QUERY = re.compile(rb"(?<=//)[^/?#]*@|\A[^/?#]*@|(?:\?|%09).*", re.DOTALL)
 BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:\?|%09).*", re.DOTALL)
 
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
@@ -2504,7 +2524,7 @@ CHUNKED, UNTIL_CLOSE = -1, -2  # in place of a body's length
 # RFC 9110 section 7.6.1, and what this hop alone may read.
 HOP_BY_HOP = frozenset(
     b"connection proxy-connection proxy-authorization keep-alive te transfer-encoding "
-    b"upgrade".split()
+    b"upgrade http2-settings".split()
 )
 # Naming these in Connection must not strip what others rely on.
 END_TO_END = frozenset(
@@ -2600,16 +2620,26 @@ def check_request_line(line: bytes) -> None:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
 
 
-def check_response_begun(received: bytes | bytearray, looked: int = 0) -> None:
-    """Refuse a response head that can no longer become a good one; raise Refused.
+def check_response_begun(received: bytearray) -> None:
+    """Refuse what does not begin as a response; raise Refused."""
+    if LINE_END.search(received) and not re.match(STATUS + rb"[\r\n ]", received):
+        raise Refused(BAD_RESPONSE, "malformed status line")
 
-    What stands before looked has been checked.
+
+def mended(head: bytes) -> bytes:
+    """Return a response head less the faults that leave it one meaning; raise Refused.
+
+    Lines may end with LF alone or be folded, there may be blanks before a colon and
+    control bytes in a value; a line that is no field is left out.
     """
-    if BAD_LINE_END.search(received, looked):
-        raise Refused(BAD_RESPONSE, "bare CR or LF, or NUL, in the head")
-    if received.find(CRLF, looked) >= 0:
-        if not re.fullmatch(STATUS_LINE, received.partition(CRLF)[0]):
-            raise Refused(BAD_RESPONSE, "malformed status line")
+    if b"\0" in head:
+        raise Refused(BAD_RESPONSE, "NUL in the head")
+    head = re.sub(rb"\r?\n[\t ]+", b" ", head)
+    head = re.sub(rb"\r(?!\n)|[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]", b" ", head)
+    line, *others = head.split(b"\n")
+    fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
+    lines = [line.rstrip(b"\r"), *(match.expand(rb"\1:\2") for match in fields)]
+    return CRLF.join([*lines, b"", b""])
 
 
 class RequestHead:
@@ -2633,7 +2663,7 @@ class RequestHead:
         self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
         # RFC 9112 section 3.2: one, and only one; it may be empty.
         host = self.fields.get(b"host")
-        if host is None and self.minor:
+        if host is None and self.minor and self.method != b"CONNECT":
             raise Refused(BAD_REQUEST, "no Host field")
         if host:
             parse_authority(host, 80)
@@ -2655,42 +2685,65 @@ class ResponseHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
-        match = RESPONSE_HEAD.fullmatch(head)
-        match = match or RESPONSE_HEAD.fullmatch(BLANK_BEFORE_COLON.sub(rb"\1:", head))
+        match = RESPONSE_HEAD.fullmatch(head) or RESPONSE_HEAD.fullmatch(mended(head))
         if not match:
-            check_response_begun(head)
-            raise Refused(BAD_RESPONSE, "malformed field line")
-        minor, status, phrase, section = match.groups(b"")
-        self.status, self.minor = int(status), 0 if minor == b"0" else 1
+            raise Refused(BAD_RESPONSE, "malformed status line")
+        version, status, phrase, section = match.groups(b"")
+        self.status = int(status)
+        self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
         self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
         self.fields, self.forwarded, self.options = read_fields(section, READ_ANSWERED)
 
 
-def body_length(head: RequestHead | ResponseHead, bad: Outcome) -> int | None:
+def parse_length(digits: bytes, bad: Outcome) -> int:
+    """Return a Content-Length; raise Refused with an outcome."""
+    # 18 digits are more than was ever sent, and fit in 63 bits.
+    if not digits.isdigit() or len(digits) > 18:
+        raise Refused(bad, "invalid Content-Length")
+    return int(digits)
+
+
+def request_length(head: RequestHead) -> int | None:
     """Return a body's length by its fields, CHUNKED, or None: the fields say nothing.
 
     RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.  Raises
-    Refused with the outcome given.
+    Refused.
     """
     digits = head.fields.get(b"content-length")
     if b"transfer-encoding" in head.fields:
         codings = members(head.fields[b"transfer-encoding"])
         if digits is not None or not head.minor:
             why = "in HTTP/1.0" if digits is None else "with Content-Length"
-            raise Refused(bad, f"Transfer-Encoding {why}")
+            raise Refused(BAD_REQUEST, f"Transfer-Encoding {why}")
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-            raise Refused(bad, "Transfer-Encoding does not end in one chunked")
-        if len(codings) > 1:
-            # In a request such a coding is no fault, but nothing that we do.
-            lacking = NOT_IMPLEMENTED if bad is BAD_REQUEST else bad
-            raise Refused(lacking, "a transfer coding other than chunked")
+            raise Refused(BAD_REQUEST, "Transfer-Encoding does not end in one chunked")
+        if len(codings) > 1:  # which is no fault, but nothing that we do
+            raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
         return CHUNKED
-    if digits is None:
-        return None
-    # 18 digits are more than was ever sent, and fit in 63 bits.
-    if not digits.isdigit() or len(digits) > 18:
-        raise Refused(bad, "invalid Content-Length")
-    return int(digits)
+    return None if digits is None else parse_length(digits, BAD_REQUEST)
+
+
+def response_length(head: ResponseHead) -> int | None:
+    """Return the same of a response, by the one meaning that its fields may have.
+
+    A length beside chunked does not count, and equal ones are one.  Raises Refused.
+    """
+    codings = members(head.fields.get(b"transfer-encoding", b""))
+    codings = [coding for coding in codings if coding != b"identity"]
+    if codings == [b"chunked"]:
+        return CHUNKED
+    if codings:
+        raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
+    lengths = set(members(head.fields.get(b"content-length", b"")))
+    if len(lengths) > 1:
+        raise Refused(BAD_RESPONSE, "lengths that differ")
+    return parse_length(lengths.pop(), BAD_RESPONSE) if lengths else None
+
+
+def credentials(login: bytes) -> bytes:
+    """Return user:password, as a URL spells it, for a Basic field: RFC 7617."""
+    plain = re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), login)
+    return binascii.b2a_base64(plain if b":" in plain else plain + b":", newline=False)
 
 
 class Target(NamedTuple):
@@ -2700,7 +2753,7 @@ class Target(NamedTuple):
     port: int
     authority: bytes  # for Host, as the client spelled it
     scheme: bytes = b"http"
-    login: bytes = b""  # user:password of an ftp URL, as it is spelled there
+    login: bytes = b""  # user:password, as the URL spells it
 
     def shown(self, head: RequestHead) -> str:
         """Return it as the log has it: less user and query, printable."""
@@ -2722,14 +2775,12 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     match = ABSOLUTE_FORM.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
-    scheme, authority, path, fragment = match.groups()
+    scheme, authority, path = match.groups()
     user, at, authority = authority.rpartition(b"@")
     scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
-    if fragment:
-        raise Refused(BAD_REQUEST, "fragment in the target")
-    if at and scheme != b"ftp":
+    if scheme == b"gopher" and at or b"@" in user and scheme == b"http":
         raise Refused(BAD_REQUEST, "user name in the target")
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
@@ -2763,7 +2814,7 @@ def answer_head(
 
 def read_line(source: Direction, limit: int, bad: Outcome) -> Steps:
     """Take one line of a chunked body, CRLF included; raise Refused."""
-    line: bytes = yield from read_until(source, b"\n", limit, bad)
+    line: bytes = yield from read_until(source, LINE_END, limit, bad)
     if not line.endswith(CRLF):
         raise Refused(bad, "bare LF in a chunked body")
     return line
@@ -2776,9 +2827,10 @@ def chunked(
 
     RFC 9112 section 7.1.  Raises Refused with the outcome bad when it is malformed.
     """
+    form = CHUNK_LINE if bad is BAD_REQUEST else FAULTY_CHUNK_LINE
     while True:
         line = yield from read_line(one, CHUNK_LINE_LIMIT, bad)
-        match = CHUNK_LINE.fullmatch(line)
+        match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
         if not size:
@@ -2833,6 +2885,7 @@ class HttpConnection:
     server: Stream | None = None
     server_for = "", "", 0  # the user, host and port it was dialed for
     server_ends = "-", "-"  # its address and source, for the log
+    answered_at = 0.0  # monotonic
     blanks = 0  # empty lines before this request
 
     def __init__(self, worker: Worker) -> None:
@@ -2889,12 +2942,17 @@ class HttpConnection:
         self.server_ends = session.address, session.source
         return self.server
 
-    def kept_server(self, session: Session, host: str, port: int) -> Stream | None:
+    def kept_server(
+        self, session: Session, host: str, port: int, repeatable: bool
+    ) -> Stream | None:
         """Return the kept server connection if it serves this target and user.
 
-        What may be dialed may be asked again: the rules see no more than these.
+        What may be dialed may be asked again: the rules see no more than these.  What
+        may not be repeated must not meet the close of a server that waited long.
         """
         if not self.server or self.server_for != (session.user, host, port):
+            return None
+        if not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME:
             return None
         session.address, session.source = self.server_ends
         return self.server
@@ -2918,6 +2976,7 @@ class Exchange:
     progress, then = NOTHING, CLOSE
     continued = False  # the client was told to send its body
     server_keeps = False  # the server's connection goes on after its answer
+    unsent = False  # the client sends no byte of its body, and goes on without
     offered = b""  # protocols for an upgrade
     switching: ResponseHead | None = None  # the answer that takes one
 
@@ -2949,16 +3008,16 @@ class Exchange:
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
         silent = self.http.drop_blanks()
-        raw = b"" if silent else take_until(self.client.received, BLANK_LINE)
+        raw = b"" if silent else take_until(self.client.received, HEAD_END)
         raw = raw or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
         self.understood, session = True, self.session
         session.method = head.method.decode()  # a token is printable
-        self.length = body_length(head, BAD_REQUEST)
+        self.length = request_length(head)
         if head.method == b"CONNECT":
             session.proto = "connect"
-            if self.length is not None:
+            if self.length:
                 raise Refused(BAD_REQUEST, "CONNECT with a body")
         elif head.keep_alive:
             self.then = KEEP
@@ -2973,27 +3032,22 @@ class Exchange:
         while self.http.drop_blanks():
             self.watch.run(self.client.need(), HEAD_TIMEOUT, why, deadline=deadline)
         steps = read_until(
-            self.client, BLANK_LINE, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun
+            self.client, HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun
         )
         head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
         self.http.check_server()  # it has had time since await_request()
         return head
 
-    def check_begun(self, received: bytearray, looked: int) -> None:
-        """Refuse a head that can no longer become a good one; raise Refused.
-
-        What stands before looked has been checked.
-        """
+    def check_begun(self, received: bytearray) -> None:
+        """Refuse a head that does not begin as one; raise Refused."""
         self.head_only = received[:5] == b"HEAD "
         if not (received[:1].isalpha() or received[:1] == b"\r"):
             socks = "SOCKS, which needs natwork_socks.py"
             what = socks if received[0] in (4, 5) else "not HTTP"
             raise Refused(BAD_REQUEST, f"this is {what}")
-        if received.find(CRLF, looked) >= 0 or len(received) > LINE_LIMIT:
-            line = received[: LINE_LIMIT + 2].partition(CRLF)[0].removesuffix(b"\r")
+        if LINE_END.search(received) or len(received) > LINE_LIMIT:
+            line = received[: LINE_LIMIT + 2].partition(b"\n")[0].removesuffix(b"\r")
             check_request_line(bytes(line))
-        if BAD_LINE_END.search(received, looked):
-            raise Refused(BAD_REQUEST, "bare CR or LF, or NUL, in the request head")
 
     def identify(self, field: bytes) -> None:
         """Learn by a field who asks: RFC 9110 section 3.3; raise Refused."""
@@ -3006,7 +3060,10 @@ class Exchange:
         if head.target == b"*" and head.method == b"OPTIONS":  # it asks the gateway
             session.target = "*"
             return Target("", 0, b"", b"*")
-        target, head.path = parse_target(head.method, head.target)
+        raw = head.target
+        if raw[:5].lower() == b"ws://" and b"upgrade" in head.options:  # RFC 6455's
+            raw = b"http" + raw[2:]
+        target, head.path = parse_target(head.method, raw)
         session.target = target.shown(head)
         if b"via" in head.fields:
             self.check_via(head.fields[b"via"])
@@ -3047,7 +3104,7 @@ class Exchange:
 
     def answer_as_origin(self, head: RequestHead) -> None:
         """Answer a request for our own pages, which ask by themselves who it is."""
-        path, host = USER_OR_QUERY.sub(b"", head.target), ""
+        path, host = BEFORE_AT_OR_QUERY.sub(b"", head.target), ""
         self.session.target = printable(path, TARGET_SIZE)
         with contextlib.suppress(Refused):
             host, _ = parse_authority(head.fields.get(b"host", b""), 80)
@@ -3086,20 +3143,25 @@ class Exchange:
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        if head.minor and b"upgrade" in head.options:
-            self.offered = head.fields.get(b"upgrade", b"")  # RFC 9110 section 7.8
-        server = http.kept_server(session, target.host, target.port)
+        if head.minor and b"upgrade" in head.options:  # RFC 9110 section 7.8
+            # It travels with the fields that Connection names for it, or not at all;
+            # HTTP/2 not at all: it is us that the server speaks with.
+            if NOT_NAMED.issuperset(head.options):
+                offered = head.fields.get(b"upgrade", b"").split(b",")
+                others = [x for x in offered if x.strip(b" \t").lower() != b"h2c"]
+                self.offered = b",".join(others)
+        # RFC 9110 section 9.2.2: only what had no effect may go out again.
+        repeatable = not self.length and head.method in IDEMPOTENT
+        server = http.kept_server(session, target.host, target.port, repeatable)
         self.worker.begin(session)
         if server:
             try:
                 return self.carry(server)
             except Refused as refusal:
-                # RFC 9110 section 9.2.2: only what had no effect goes out again,
-                # on a connection that closed before it heard the request.
+                # It does if the connection closed before the server heard it.
                 answered = self.progress or self.continued or server.received
-                if refusal.outcome.error != SERVER_GONE.error or answered:
-                    raise
-                if self.length or head.method not in IDEMPOTENT:
+                lost = refusal.outcome.error == SERVER_GONE.error and not answered
+                if not lost or not repeatable:
                     raise
         server = http.dial(session, target.host, target.port)
         self.worker.proceed(session)
@@ -3116,6 +3178,7 @@ class Exchange:
                 self.carry_answer(server, request)
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
             keeps = whole and self.server_keeps and not server.received
+            self.http.answered_at = time.monotonic()
         except Refused as refusal:
             # A parent is to blame for what it did to a connection that leads to it.
             raise server.parent.blamed(refusal) if server.parent else refusal from None
@@ -3124,7 +3187,7 @@ class Exchange:
             self.session.down += self.client.counted()
             if not keeps:
                 self.http.close()
-        if self.then is not KEEP or not whole:
+        if self.then is not KEEP or not whole and not self.unsent:
             self.choose_close(whole)
 
     def choose_close(self, whole: bool = True) -> None:
@@ -3149,7 +3212,7 @@ class Exchange:
                 server.fill()
             except BlockingIOError:  # it was the client
                 pass
-        raw = take_until(server.received, BLANK_LINE)
+        raw = take_until(server.received, HEAD_END)
         response = ResponseHead(raw) if raw else None
         if not response or response.status < 200:
             steps = self.read_response(server, response)
@@ -3211,6 +3274,8 @@ class Exchange:
             if head.method in (b"TRACE", b"OPTIONS"):
                 hops = b"%d" % (int(hops) - 1)
             extra += b"Max-Forwards: %b\r\n" % hops
+        if self.target.login and not head.values(b"authorization"):  # what it meant
+            extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if self.offered:
@@ -3247,7 +3312,10 @@ class Exchange:
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
             up.cancel()
-        if up.state == CANCELED or up.state == RUNNING and not self.server_keeps:
+            # It asks again, and expects nothing.
+            self.unsent = response.status == 417 and not self.client.received
+        closing = up.state == RUNNING and not self.server_keeps
+        if closing or up.state == CANCELED and not self.unsent:
             self.then = CLOSE
         self.worker.slot.publish(self.session)
         head = self.response_head(response, size)
@@ -3267,7 +3335,7 @@ class Exchange:
         for count in range(INTERIM_LIMIT + 1):
             if not response:
                 raw = yield from read_until(
-                    source, BLANK_LINE, HEAD_LIMIT, BAD_RESPONSE, check_response_begun
+                    source, HEAD_END, HEAD_LIMIT, BAD_RESPONSE, check_response_begun
                 )
                 response = ResponseHead(raw)
             if response.status >= 200 or response.status == 101:
@@ -3293,13 +3361,15 @@ class Exchange:
             raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
         if response.status == 101:
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
-        told = None if response.status == 204 else body_length(response, BAD_RESPONSE)
+        told = None if response.status == 204 else response_length(response)
         if self.head_only or response.status in (204, 304):
             # RFC 9112 section 6.3: a length is told of nothing.
             told, size = None if told == CHUNKED else told, 0
         else:
             size = UNTIL_CLOSE if told is None else told
         closing = response.minor == 0 or b"close" in response.options
+        # A length beside chunked does not count, and who says so is not asked again.
+        closing = closing or size == CHUNKED and b"content-length" in response.fields
         self.server_keeps = not closing and size != UNTIL_CLOSE
         self.progress = BEGUN
         if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
@@ -3427,8 +3497,10 @@ class Exchange:
             if outcome is NO_LOGIN:
                 realm = f"ftp://{self.target.authority.decode()}"
             lines += f'{field}-Authenticate: Basic realm="{realm}", charset="UTF-8"\r\n'
+        decided = outcome.error in ("http_request_denied", LOOP.error)
+        did = "refused" if decided else "could not serve"
         page = (
-            f"{outcome.status_text()}\n\n{name} (NATWork) refused {asked}\n\n"
+            f"{outcome.status_text()}\n\n{name} (NATWork) {did} {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
         )
         return lines.encode(), page.encode()
@@ -3598,13 +3670,6 @@ def endpoints(config: Config) -> list[tuple[str, int]]:
         raise config.refuse("listen", str(error)) from None
     if not found:
         raise config.refuse("listen", "must name an address")
-    for host, port in found:
-        if found.count((host, port)) > 1:
-            raise config.refuse("listen", f"names {endpoint((host, port))} twice")
-        for every in ("*", "::" if ":" in host else "0.0.0.0"):
-            if host not in ("*", every) and port and (every, port) in found:
-                whole = endpoint((every, port))
-                raise config.refuse("listen", f"{whole} has {host} in it")
     return found
 
 
@@ -3675,41 +3740,6 @@ def find_user(config: Config) -> tuple[int, int] | None:
     return (entry.pw_uid, entry.pw_gid) if is_root else None
 
 
-def is_there(uplink: Uplink) -> bool:
-    """Return whether this box has an uplink now."""
-    if uplink.packed:
-        return bool(route_to(uplink.packed).local)
-    return bool(device_addresses(uplink.name))
-
-
-def warn_of_outside(config: Config) -> None:
-    """Say what about the way out is probably not meant."""
-    for uplink in map(parse_uplink, config.outside.split()):
-        if not is_there(uplink):
-            say(f"outside: {uplink.name} is not there now")
-    device = "" if config.outside else route_to(pack("192.0.2.1")).device
-    inside = networks(config.inside)
-    for packed in device_addresses(device):
-        # Link-local neighbors are refused; and the addresses of IPv6 are many.
-        is_global = len(packed) == 4 and not contains(LINK_LOCAL, packed)
-        if is_global and contains(inside, packed):
-            say(
-                f"{device} leads outside and has {unpack(packed)}, an inside "
-                "address: its neighbors count as clients; set outside or inside"
-            )
-
-
-def keep_for_restart(config: Config, old: Generation) -> None:
-    """Keep the old values of what a reload does not change, and say so."""
-    for name in ("user", "pidfile"):
-        if getattr(config, name) != getattr(old.config, name):
-            say(f"{name} is changed by a restart only")
-            setattr(config, name, getattr(old.config, name))
-    passed = any(name.startswith("systemd ") for name in old.listeners)
-    if passed and config.listen != old.config.listen:
-        say("listen is not used: systemd passes the listeners (natwork.socket)")
-
-
 def load_generation(
     path: str, options: list[str], board: Scoreboard, old: Generation | None
 ) -> Generation:
@@ -3724,6 +3754,9 @@ def load_generation(
     found = [] if old else find_chapters()
     find_user(config)
     prepare(config, Policy(config, []), board)  # refused before anything is opened
+    checks = load_chapter("check")
+    if checks:
+        checks.examine_listeners(config)
     held = old.listeners if old else passed_listeners()
     with contextlib.ExitStack() as undo:
         listeners = open_listeners(config, held, undo)
@@ -3733,15 +3766,15 @@ def load_generation(
         undo.callback(os.close, log.fd)
         lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
-    if old:
-        keep_for_restart(config, old)
-    else:
+    if not old:
         say(f"chapters: {' '.join(found) or 'none'}")
     for sock in listeners.values():
         if not old or sock not in held.values():
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
-        warn_of_outside(config)
+        if checks:
+            checks.warn_of_start(config, held, old)
+            checks.warn(config)
     return Generation(config, listeners, log, policy, chapters, *lifeline)
 
 
@@ -3920,20 +3953,13 @@ def check(path: str, options: list[str]) -> int:
     """
     config = load_config(path, options)
     find_chapters()
+    find_user(config)
     prepare(config, Policy(config, []), Scoreboard())
     endpoints(config)
-    warn_of_outside(config)
-    makes = ["pidfile"] if find_user(config) else []  # its directory, too
-    for name in ("log", "pidfile"):
-        file = getattr(config, name)
-        folder = os.path.dirname(file) or "."
-        if file in ("", "-") or name in makes and not os.path.exists(folder):
-            continue
-        if not os.path.isdir(folder):
-            raise config.refuse(name, "there is no such directory")
-        there = file if os.path.exists(file) else folder
-        if os.path.isdir(file) or not os.access(there, os.W_OK):
-            raise config.refuse(name, "it cannot be written")
+    if checks := load_chapter("check"):
+        checks.examine_listeners(config)
+        checks.examine_files(config)
+        checks.warn(config)
     print("[natwork]")
     for name in DEFAULTS:
         text = config.spelled(name)

@@ -54,7 +54,7 @@ def explain_dials(
     for attempt in attempts:
         route = natwork.route_to(attempt.packed)
         if attempt.uplink:
-            there = natwork.is_there(attempt.uplink)
+            there = attempt.uplink.is_there()
             missing = "" if there else ", which is not there now"
             way = f"from {attempt.uplink.name}{missing}"
         elif route.source:

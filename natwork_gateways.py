@@ -146,7 +146,7 @@ def read_reply(server: Stream) -> natwork.Steps:
     """Take a reply, RFC 959 section 4.2; raise Refused."""
     bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, b""
     while len(lines) < limit:
-        line = yield from natwork.read_until(server, b"\n", limit, bad)
+        line = yield from natwork.read_until(server, natwork.LINE_END, limit, bad)
         lines += line
         if line[:3] == lines[:3] and line[3:4] != b"-":
             if lines[:3] != b"120":  # section 5.4: later, and then 220

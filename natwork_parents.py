@@ -119,7 +119,7 @@ def ask_http(
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
     request = lines % (target, target, via, parent.login())
     yield from server.send_all(bytearray(request))
-    bad, end = natwork.BAD_RESPONSE, natwork.BLANK_LINE
+    bad, end = natwork.BAD_RESPONSE, natwork.HEAD_END
     for _ in range(natwork.INTERIM_LIMIT):
         head = yield from natwork.read_until(server, end, natwork.HEAD_LIMIT, bad)
         answer = natwork.ResponseHead(head)

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import socket
 import struct
@@ -34,6 +35,7 @@ COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
 IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
 NO_LOGIN, PASSWORD = 0, 2  # methods: RFC 1928 section 3
 GRANTED, REJECTED = 90, 91  # version 4 has no other replies to give
+NUL = re.compile(b"\0")  # ends a string in version 4
 ANY_PORT = range(1)  # port 0: the kernel chooses
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
 Connection = tuple[natwork.Stream, SocketAddress]  # and the address to reply
@@ -313,7 +315,7 @@ class Socks:
 
     def take_text(self) -> bytes:
         """Take at most 255 bytes and the NUL after them; raise Refused."""
-        steps = natwork.read_until(self.client, b"\0", 256, natwork.BAD_REQUEST)
+        steps = natwork.read_until(self.client, NUL, 256, natwork.BAD_REQUEST)
         return self.run(steps)[:-1]
 
     def ask4(self) -> tuple[int, bytes, int]:

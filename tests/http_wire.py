@@ -21,7 +21,7 @@ STRICT = "error::pytest.PytestUnhandledThreadExceptionWarning"  # an origin's as
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"
-STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) " + TEXT)
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-9][0-9][0-9]) " + TEXT)
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^\x00- \x7f]+) HTTP/1\.1")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")  # extensions are dropped: ours
@@ -253,9 +253,12 @@ class Script:
         while request := read_request(connection):
             self.requests.append(request)
             answer = self.answers.pop(0) if self.answers[1:] else self.answers[0]
-            connection.sendall(answer)
+            self.send(connection, answer)
             if self.close or not answer:
                 return
+
+    def send(self, connection: socket.socket, answer: bytes) -> None:
+        connection.sendall(answer)
 
 
 class Recorder:

@@ -298,6 +298,7 @@ def test_the_gateway_does_not_call_itself_whatever_the_rules(
 # --- A box with two lines, and a name server that may lie ---------------------
 
 A, AAAA = 1, 28  # RFC 1035, RFC 3596
+SERVFAIL = "-"  # in place of addresses
 
 
 class NameServer:
@@ -333,10 +334,12 @@ class NameServer:
         family = {A: socket.AF_INET, AAAA: socket.AF_INET6}.get(kind)
         packed = [
             socket.inet_pton(family, address)
-            for address in found.split()
+            for address in found.removeprefix(SERVFAIL).split()
             if family and (":" in address) == (kind == AAAA)
         ]
         flags = 0x8580 if turns else 0x8583  # no such name
+        if found == SERVFAIL:
+            flags = 0x8582
         head = question[:2] + struct.pack("!HHHHH", flags, 1, len(packed), 0, 0)
         records = b"".join(
             b"\xc0\x0c" + struct.pack("!HHIH", kind, 1, 0, len(one)) + one
@@ -358,6 +361,7 @@ TABLE: dict[str, list[str | None]] = {
     "mapped.example": ["::ffff:10.9.0.2"],
     "a.denied.example": ["203.0.113.80"],
     "silent.example": [None],
+    "failing.example": [SERVFAIL],
 }
 
 ROUTES = """
@@ -469,6 +473,7 @@ def test_the_time_to_connect_is_for_all_addresses_together(
         ("203.0.113.80:1", "refused", 502, b"connection_refused"),
         ("nosuch.example:80", "no-such-host", 502, b"dns_error"),
         ("silent.example:80", "dns-timeout", 504, b"dns_timeout"),
+        ("failing.example:80", "dns-failed", 504, b"dns_error"),
         ("inside.example:80", "denied-inside", 403, b"http_request_denied"),
         ("mapped.example:80", "denied-inside", 403, b"http_request_denied"),
     ],

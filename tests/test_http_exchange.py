@@ -618,6 +618,33 @@ def test_other_requests_are_not_tried_again(
     assert [got.method for got in server.handle.requests] == [b"GET", method]
 
 
+class Reckoning(http_wire.Script):
+    """An origin that keeps a connection for two seconds; it notes who called."""
+
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        connection.settimeout(2)
+        with contextlib.suppress(TimeoutError):
+            while request := http_wire.read_request(connection):
+                self.requests.append(request)
+                origin.received.append(str(connection.getpeername()[1]).encode())
+                connection.sendall(http_wire.OK)
+
+
+@pytest.mark.parametrize("pause", [0, 1.2])
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_what_may_not_be_repeated_goes_to_a_server_that_has_just_answered(
+    gateway: running.Gateway, origin: origins.Start, method: bytes, pause: float
+) -> None:
+    server = origin(Reckoning())  # R91
+    with gateway.connect() as client:
+        assert http_wire.exchange(client, http_wire.request(server)).status == 200
+        time.sleep(pause)
+        data = http_wire.request(server, method=method)
+        assert http_wire.exchange(client, data).status == 200
+    callers = len(set(server.received))
+    assert callers == (2 if pause and method == b"POST" else 1)
+
+
 def test_an_answer_that_has_begun_is_not_tried_again(
     gateway: running.Gateway, origin: origins.Start
 ) -> None:
@@ -820,6 +847,28 @@ def test_a_final_answer_instead_of_continue_ends_the_upload(
         assert answer.closes  # the body may or may not follow: no way to tell
         assert wire.at_end(client)
     wait.until(lambda: server.received[1:] == [b""])
+
+
+def test_a_failed_expectation_leaves_the_connection_to_ask_without_it(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        """Know no Expect, as some embedded servers do."""
+        while (request := http_wire.read_head(connection)) and EXPECT not in request:
+            server.received.append(wire.read_exactly(connection, 5))
+            connection.sendall(http_wire.OK)
+        connection.sendall(http_wire.sized(b"no", status=b"417 No"))
+        wire.read_all(connection)
+
+    server = origin(refuse)  # R94
+    length = b"Content-Length: 5"
+    with gateway.connect() as client:
+        wire.send(client, http_wire.post(server, EXPECT, length))
+        answer = http_wire.read_answer(client)
+        assert (answer.status, answer.body, answer.closes) == (417, b"no", False)
+        data = http_wire.post(server, length, body=b"hello")
+        assert http_wire.exchange(client, data).status == 200
+    assert server.received == [b"hello"]
 
 
 def test_a_denied_target_is_told_before_the_body(gateway: running.Gateway) -> None:
@@ -1058,11 +1107,32 @@ def test_a_demand_to_upgrade_says_to_what(
         assert (b"upgrade" in got.members(b"Connection")) == bool(named)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: A"),
+        (b"Connection: Upgrade", b"Upgrade: H2C", b"HTTP2-Settings: A"),
+        (b"Connection: Upgrade, X-A", b"Upgrade: own/1", b"X-A: 1"),
+    ],
+)
+def test_an_upgrade_travels_with_its_fields_or_not_at_all(
+    gateway: running.Gateway, origin: origins.Start, fields: tuple[bytes, ...]
+) -> None:
+    got = http_wire.forwarded(gateway, origin(http_wire.Script()), *fields)  # R85
+    for name in (b"Upgrade", b"HTTP2-Settings", b"X-A"):
+        assert not got.values(name)
+    assert b"upgrade" not in got.members(b"Connection")
+
+
 def test_one_of_several_protocols_may_be_chosen(
     gateway: running.Gateway, origin: origins.Start
 ) -> None:
     server = origin(switching(answer=SWITCH.replace(b"websocket", b"WebSocket")))  # R65
-    fields = b"Connection: x, upgrade", b"Upgrade: h2c, foo/1", b"Upgrade: websocket"
+    fields = (
+        b"Connection: keep-alive, upgrade",
+        b"Upgrade: h2c, foo/1",
+        b"Upgrade: websocket",
+    )
     with gateway.connect() as client:
         assert (
             http_wire.exchange(client, http_wire.request(server, *fields)).status == 101

