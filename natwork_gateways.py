@@ -35,6 +35,7 @@ FTP_ENTRY = re.compile(
     r"(?:([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
     r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +)(.+)"
 )
+REPLY_LINE = re.compile(rb"[0-9]{3}[- \r\n]")
 PASV_REPLY = re.compile(r"227[\s\S]*?(?:[0-9]{1,3},){4}([0-9]{1,3}),([0-9]{1,3})")
 EPSV_REPLY = re.compile(r"229[\s\S]*?\((.)\1\1([0-9]{1,5})\1\)")
 SIZE_REPLY = re.compile(r"213 +([0-9]{1,18})\r?\n")
@@ -143,15 +144,18 @@ def answer_file(
 
 
 def read_reply(server: Stream) -> natwork.Steps:
-    """Take a reply, RFC 959 section 4.2; raise Refused."""
-    bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, b""
+    """Take a reply, of many lines if a hyphen follows its code; raise Refused.
+
+    RFC 959 section 4.2: those end at the same code and a blank, and nowhere else.
+    """
+    bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, bytearray()
     while len(lines) < limit:
         line = yield from natwork.read_until(server, b"\n", limit, bad)
         lines += line
-        if line[:3] == lines[:3] and line[3:4] != b"-":
-            if lines[:3] != b"120":  # section 5.4: later, and then 220
-                return lines.decode("latin-1")
-            lines = b""
+        if not REPLY_LINE.match(lines):
+            raise Refused(bad, "a reply without a code")
+        if lines[3:4] != b"-" or line[:4] == lines[:3] + b" ":
+            return lines.decode("latin-1")
     raise Refused(bad, f"a reply over {limit} bytes")
 
 
@@ -182,7 +186,8 @@ def ask(exchange: Exchange, command: str, kinds: str = "") -> str:
 
 def log_in(exchange: Exchange, user: str, password: str) -> None:
     """Log a user in, "" for anybody; raise Refused."""
-    hear(exchange, "2")
+    if hear(exchange, "12")[0] == "1":  # RFC 959 section 5.4: 120, and later 220
+        hear(exchange, "2")
     if user in ("", "anonymous"):  # RFC 1635
         user, password = "anonymous", password or "anonymous@"
     reply = ask(exchange, f"USER {user}", "2345")
