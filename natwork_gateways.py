@@ -165,11 +165,14 @@ def said(reply: str) -> str:
 
 
 def hear(exchange: Exchange, kinds: str = "") -> str:
-    """Return the next reply; raise Refused if it is of none of the kinds, if any."""
+    """Return the next reply; raise Refused if it is of none of the kinds, if any.
+
+    421 is of none: it answers any command, and says that the server leaves.
+    """
     server, session = exchange.http.server, exchange.session
     assert server
     reply: str = run(exchange, read_reply(server), exchange.config.idle_timeout)
-    if not kinds or reply[0] in kinds:
+    if not kinds or reply[0] in kinds and reply[:3] != "421":
         return reply
     outcome = natwork.BAD_RESPONSE
     if reply[:2] == "55":  # it is about the file
@@ -193,10 +196,8 @@ def log_in(exchange: Exchange, user: str, password: str) -> None:
     reply = ask(exchange, f"USER {user}", "2345")
     if reply[0] == "3":
         reply = ask(exchange, f"PASS {password}", "2345")
-    # 332: it wants an account, which no URL has; 421: nobody can log in now.
-    if reply[0] != "2":
-        outcome = natwork.BAD_RESPONSE if reply[:3] == "421" else natwork.NO_LOGIN
-        raise Refused(outcome, said(reply))
+    if reply[0] != "2":  # 332: it wants an account, which no URL has
+        raise Refused(natwork.NO_LOGIN, said(reply))
     ask(exchange, "TYPE I", "2")
 
 
