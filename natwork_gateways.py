@@ -30,10 +30,11 @@ VERSION = "0.1.0"
 PAGE_LIMIT = 8 * 1024 * 1024  # a directory, for 100,000 files; a menu or a text
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
 
-# As ls -l has it, or as DIR does.
+# As ls -l has it, also without a group, or with blanks in owner or group; as DIR does;
+# or in EPLF, which is at https://cr.yp.to/ftp/list/eplf.html.
 FTP_ENTRY = re.compile(
-    r"(?:([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
-    r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +)(.+)"
+    r"(?:([-dl])\S*(?: +\S+){1,12}? +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
+    r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +|\+[^\t]*\t)(.+)"
 )
 REPLY_LINE = re.compile(rb"[0-9]{3}[- \r\n]")
 PASV_REPLY = re.compile(r"227[\s\S]*?(?:[0-9]{1,3},){4}([0-9]{1,3}),([0-9]{1,3})")
@@ -258,12 +259,13 @@ def ftp_entry(line: str, base: str) -> str:
     if not match:
         return line.translate(MARKUP)
     kind, folder, name = match.groups()
+    before = line[: match.start(3)]
     if kind == "l":
         name = name.partition(" -> ")[0]
-    end = "/" if folder or kind == "d" else ""
-    before = line[: match.start(3)].translate(MARKUP)
+    # In EPLF a directory has "/" among its facts.
+    end = "/" if folder or kind == "d" or "/" in before[1:].split(",") else ""
     link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
-    return before + link + match[3][len(name) :].translate(MARKUP)
+    return before.translate(MARKUP) + link + match[3][len(name) :].translate(MARKUP)
 
 
 def ftp_list(exchange: Exchange, path: str) -> None:
