@@ -51,6 +51,8 @@ FILE_TYPES = dict(
 MARKUP = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
 )
+PLAIN = re.compile("[A-Za-z0-9._~-]")  # RFC 3986 section 2.3
+ESCAPES = {n: f"%{n:02X}" for n in range(256) if not PLAIN.match(chr(n))}
 
 
 def decoded(raw: bytes) -> str:
@@ -63,7 +65,7 @@ def decoded(raw: bytes) -> str:
 
 def quoted(text: str) -> str:
     """Return what decoded() decodes, with no byte that means something in a URL."""
-    return re.sub(r"[^A-Za-z0-9._~-]", lambda match: f"%{ord(match[0]):02X}", text)
+    return text.translate(ESCAPES)
 
 
 def content_type(name: str) -> str:
