@@ -30,11 +30,13 @@ VERSION = "0.1.0"
 PAGE_LIMIT = 8 * 1024 * 1024  # a directory, for 100,000 files; a menu or a text
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
 
-# As ls -l has it, or as DIR does.
+# As ls -l has it, also without a group, or with blanks in owner or group; as DIR does;
+# or in EPLF, which is at https://cr.yp.to/ftp/list/eplf.html.
 FTP_ENTRY = re.compile(
-    r"(?:([-dl])\S*(?: +\S+){3} +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
-    r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +)(.+)"
+    r"(?:([-dl])\S*(?: +\S+){1,12}? +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
+    r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +|\+[^\t]*\t)(.+)"
 )
+REPLY_LINE = re.compile(rb"[0-9]{3}[- \r\n]")
 PASV_REPLY = re.compile(r"227[\s\S]*?(?:[0-9]{1,3},){4}([0-9]{1,3}),([0-9]{1,3})")
 EPSV_REPLY = re.compile(r"229[\s\S]*?\((.)\1\1([0-9]{1,5})\1\)")
 SIZE_REPLY = re.compile(r"213 +([0-9]{1,18})\r?\n")
@@ -49,6 +51,8 @@ FILE_TYPES = dict(
 MARKUP = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
 )
+PLAIN = re.compile("[A-Za-z0-9._~-]")  # RFC 3986 section 2.3
+ESCAPES = {n: f"%{n:02X}" for n in range(256) if not PLAIN.match(chr(n))}
 
 
 def decoded(raw: bytes) -> str:
@@ -61,7 +65,7 @@ def decoded(raw: bytes) -> str:
 
 def quoted(text: str) -> str:
     """Return what decoded() decodes, with no byte that means something in a URL."""
-    return re.sub(r"[^A-Za-z0-9._~-]", lambda match: f"%{ord(match[0]):02X}", text)
+    return text.translate(ESCAPES)
 
 
 def content_type(name: str) -> str:
@@ -143,15 +147,18 @@ def answer_file(
 
 
 def read_reply(server: Stream) -> natwork.Steps:
-    """Take a reply, RFC 959 section 4.2; raise Refused."""
-    bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, b""
+    """Take a reply, of many lines if a hyphen follows its code; raise Refused.
+
+    RFC 959 section 4.2: those end at the same code and a blank, and nowhere else.
+    """
+    bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, bytearray()
     while len(lines) < limit:
         line = yield from natwork.read_until(server, natwork.LINE_END, limit, bad)
         lines += line
-        if line[:3] == lines[:3] and line[3:4] != b"-":
-            if lines[:3] != b"120":  # section 5.4: later, and then 220
-                return lines.decode("latin-1")
-            lines = b""
+        if not REPLY_LINE.match(lines):
+            raise Refused(bad, "a reply without a code")
+        if lines[3:4] != b"-" or line[:4] == lines[:3] + b" ":
+            return lines.decode("latin-1")
     raise Refused(bad, f"a reply over {limit} bytes")
 
 
@@ -161,11 +168,14 @@ def said(reply: str) -> str:
 
 
 def hear(exchange: Exchange, kinds: str = "") -> str:
-    """Return the next reply; raise Refused if it is of none of the kinds, if any."""
+    """Return the next reply; raise Refused if it is of none of the kinds, if any.
+
+    421 is of none: it answers any command, and says that the server leaves.
+    """
     server, session = exchange.http.server, exchange.session
     assert server
     reply: str = run(exchange, read_reply(server), exchange.config.idle_timeout)
-    if not kinds or reply[0] in kinds:
+    if not kinds or reply[0] in kinds and reply[:3] != "421":
         return reply
     outcome = natwork.BAD_RESPONSE
     if reply[:2] == "55":  # it is about the file
@@ -182,16 +192,15 @@ def ask(exchange: Exchange, command: str, kinds: str = "") -> str:
 
 def log_in(exchange: Exchange, user: str, password: str) -> None:
     """Log a user in, "" for anybody; raise Refused."""
-    hear(exchange, "2")
+    if hear(exchange, "12")[0] == "1":  # RFC 959 section 5.4: 120, and later 220
+        hear(exchange, "2")
     if user in ("", "anonymous"):  # RFC 1635
         user, password = "anonymous", password or "anonymous@"
     reply = ask(exchange, f"USER {user}", "2345")
     if reply[0] == "3":
         reply = ask(exchange, f"PASS {password}", "2345")
-    # 332: it wants an account, which no URL has; 421: nobody can log in now.
-    if reply[0] != "2":
-        outcome = natwork.BAD_RESPONSE if reply[:3] == "421" else natwork.NO_LOGIN
-        raise Refused(outcome, said(reply))
+    if reply[0] != "2":  # 332: it wants an account, which no URL has
+        raise Refused(natwork.NO_LOGIN, said(reply))
     ask(exchange, "TYPE I", "2")
 
 
@@ -252,22 +261,27 @@ def ftp_entry(line: str, base: str) -> str:
     if not match:
         return line.translate(MARKUP)
     kind, folder, name = match.groups()
+    before = line[: match.start(3)]
     if kind == "l":
         name = name.partition(" -> ")[0]
-    end = "/" if folder or kind == "d" else ""
-    before = line[: match.start(3)].translate(MARKUP)
+    # In EPLF a directory has "/" among its facts.
+    end = "/" if folder or kind == "d" or "/" in before[1:].split(",") else ""
     link = f'<a href="{base}{quoted(name)}{end}">{name.translate(MARKUP)}{end}</a>'
-    return before + link + match[3][len(name) :].translate(MARKUP)
+    return before.translate(MARKUP) + link + match[3][len(name) :].translate(MARKUP)
 
 
 def ftp_list(exchange: Exchange, path: str) -> None:
     """Answer with a directory, as a page; raise Refused."""
     if path:
         ask(exchange, f"CWD {path}", "2")
+    # Some servers refuse to list an empty directory, which CWD has shown to be there.
+    refusals, entries = "45" if path else "", [""]
     with data_connection(exchange) as data:
-        ask(exchange, "LIST", "1")
-        entries = read_lines(exchange, data)
-    hear(exchange, "2")
+        reply = ask(exchange, "LIST", "1" + refusals)
+        if reply[0] == "1":
+            entries = read_lines(exchange, data)
+    if reply[0] == "1":
+        hear(exchange, "2" if any(entries) else "2" + refusals)
     # Relative links, which a URL without its last slash resolves one level up.
     name = path.rpartition("/")[2]
     base = f"{quoted(name)}/" if name else ""

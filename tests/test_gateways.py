@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import os
 import re
 import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ import running
 import wait
 import wire
 
+import natwork as heart
 import natwork_gateways
 
 gateway = running.shared()
@@ -362,20 +365,6 @@ def test_a_login_refused_is_401_and_nobody_is_told_the_password(
     assert "wrongword" not in text and "ann" not in text and SECRET not in text
 
 
-@pytest.mark.parametrize("word", ["USER", "PASS"])
-@pytest.mark.parametrize(
-    ("reply", "status"),
-    [(b"500 what?", 401), (b"430 not you", 401), (b"421 not now", 502)],
-)
-def test_what_a_server_says_of_a_login_is_told_to_its_client(
-    gateway, origin: origins.Start, word: str, reply: bytes, status: int
-) -> None:
-    replies = {"USER": b"331 and?", word: reply}
-    server = origin(ftpd(**replies), "127.0.0.3")
-    answer = ask(gateway, url(server, "/file"))
-    assert answer.status == status and b"the server said " + reply in answer.body
-
-
 def test_the_title_has_no_user_in_it(gateway, origin: origins.Start) -> None:
     pytest.importorskip("setproctitle")
     asked, seen = threading.Event(), threading.Event()
@@ -490,20 +479,23 @@ def test_a_control_byte_in_the_field_is_refused(gateway, vsftpd) -> None:
     assert ask(gateway, url(vsftpd()), basic("a\r\nDELE b", "c")).status == 400
 
 
-def ftpd(
-    *data_port: Callable[[origins.Origin], bytes], **replies: bytes
-) -> Callable[..., None]:
-    """Return an FTP server's part that says what it is told, and 200 to the rest."""
+class Ftpd:
+    """An FTP server's part, whose replies are data: 200 to what has none.
 
-    def handle(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"220 hello\r\n")
+    What it greets with is the reply to nothing.  If it drips, each byte comes alone.
+    """
+
+    def __init__(self, drips: bool = False, **replies: bytes) -> None:
+        self.say = wire.drip if drips else wire.send
+        self.replies = {"": b"220 hello"} | replies
+
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        self.say(connection, self.replies[""] + b"\r\n")
         with connection.makefile("rb") as lines:
             for line in lines:
                 origin.received.append(line)
-                reply = replies.get(line.split()[0].decode(), b"200 well")
-                connection.sendall(reply + b"\r\n")
-
-    return handle
+                reply = self.replies.get(line.split()[0].decode(), b"200 well")
+                self.say(connection, reply + b"\r\n")
 
 
 def test_the_data_come_from_the_host_that_was_asked(
@@ -513,7 +505,7 @@ def test_the_data_come_from_the_host_that_was_asked(
     trap = origin(giving(b"from the right host"), "127.0.0.4")
     comma = b"127,0,0,4,%d,%d" % divmod(data.port, 256)
     server = origin(
-        ftpd(
+        Ftpd(
             PASV=b"227 here (%b)" % comma, RETR=b"150 now\r\n226 done", SIZE=b"500 no"
         ),
         "127.0.0.3",
@@ -532,12 +524,13 @@ def test_the_data_come_from_the_host_that_was_asked(
         b"999",
         b"\xff\xfe",
         b"x" * 10_000,
+        b"227-and so on\r\n" * 9_999,
     ],
 )
 def test_nonsense_from_a_server_is_502(
     gateway, origin: origins.Start, passive: bytes
 ) -> None:
-    server = origin(ftpd(PASV=passive, SIZE=b"213 5"), "127.0.0.3")
+    server = origin(Ftpd(PASV=passive, SIZE=b"213 5"), "127.0.0.3")
     assert ask(gateway, url(server, "/file")).status == 502
 
 
@@ -546,7 +539,7 @@ def test_the_data_port_is_judged_too(
 ) -> None:
     data = origin(giving(b"data"), "127.0.0.3")
     server = origin(
-        ftpd(PASV=passive(data), RETR=b"150\r\n226", SIZE=b"213 4"), "127.0.0.3"
+        Ftpd(PASV=passive(data), RETR=b"150\r\n226", SIZE=b"213 4"), "127.0.0.3"
     )
     for port, status in ((f"{server.port}", 403), (f"{server.port},{data.port}", 200)):
         rule = f"rules=allow to 127.0.0.0/8 port {port}; deny to *"
@@ -561,7 +554,7 @@ def test_a_transfer_that_fails_is_cut_and_not_ended(
     data = origin(giving(b"half of it"), "127.0.0.3")
     for size, complete in ((b"500 no", False), (b"213 100", False)):
         server = origin(
-            ftpd(PASV=passive(data), RETR=b"150\r\n426 disk on fire", SIZE=size),
+            Ftpd(PASV=passive(data), RETR=b"150\r\n426 disk on fire", SIZE=size),
             "127.0.0.3",
         )
         answer = ask(gateway, url(server, "/file"))
@@ -703,6 +696,385 @@ def test_a_request_with_a_body_that_is_not_read_closes(gateway, vsftpd) -> None:
         answer = http_wire.exchange(client, data + smuggled)
         assert answer.status == 200 and answer.closes
         assert wire.at_end(client)
+
+
+# --- FTP: servers of every kind, R89 ------------------------------------------
+
+WHOLE_AND_BY_BYTES = pytest.mark.parametrize("drips", [False, True])
+REFUSALS = [b"%d no" % n for n in (425, 426, 450, 451, 452, 500, 501, 502, 503, 504)]
+REFUSALS += [b"%d no" % n for n in (530, 532, 534, 550, 552, 553, 599)]
+REFUSALS += [b"500-no\r\n 500 nor\r\n500\r\n550 this\r\n500 no", b"500"]
+
+
+def scripted(
+    origin: origins.Start, data: bytes, drips: bool = False, **replies: bytes
+) -> origins.Origin:
+    """Start an FTP server that gives such data, and replies as usual to all others."""
+    place = origin(giving(data), "127.0.0.3")
+    usual = {"PASV": passive(place), "EPSV": b"229 (|||%d|)" % place.port}
+    usual |= {"USER": b"331 and?", "PASS": b"230 in", "SIZE": b"213 %d" % len(data)}
+    usual |= dict.fromkeys(("RETR", "LIST"), b"150 now\r\n226 done")
+    return origin(Ftpd(drips, **usual | replies), "127.0.0.3")
+
+
+def commands(server: origins.Origin) -> list[str]:
+    return [line.split()[0].decode() for line in server.received]
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize(
+    "reply", [*REFUSALS, b"421 no", b"202 well", b"213 what", b"213", b"999 hm"]
+)
+def test_an_optional_command_that_fails_fails_no_transfer(
+    gateway, origin: origins.Start, reply: bytes, drips: bool
+) -> None:
+    for command in ("SIZE", "EPSV"):
+        server = scripted(origin, b"the file", drips, **{command: reply})
+        answer = ask(gateway, url(server, "/file"))
+        assert (answer.status, answer.body) == (200, b"the file") and answer.complete
+        assert bool(answer.values(b"Content-Length")) == (command == "EPSV")
+        assert commands(server).count("PASV") == (command == "EPSV")
+    # What is not asked cannot fail.
+    assert not {"MDTM", "FEAT"} & set(commands(server))
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize("reply", REFUSALS)
+@pytest.mark.parametrize("refused", ["PASV", "EPSV"])
+def test_either_passive_mode_will_do(
+    gateway, origin: origins.Start, refused: str, reply: bytes, drips: bool
+) -> None:
+    server = scripted(origin, b"-rw-r--r-- 1 a b 3 Jan 1 10:00 c\r\n", drips)
+    server.handle.replies[refused] = reply
+    assert links(ask(gateway, url(server))) == {"c": "c"}
+    server.handle.replies |= dict.fromkeys(("PASV", "EPSV"), reply)
+    answer = ask(gateway, url(server))
+    assert answer.status == 502 and b"no passive mode: " + reply[:3] in answer.body
+
+
+@pytest.mark.parametrize("refused", ["PASV", "EPSV"])
+def test_either_passive_mode_will_do_behind_a_parent_too(
+    natwork: running.Start, origin: origins.Start, refused: str
+) -> None:
+    server = scripted(origin, b"data", **{refused: b"425 not by this one"})
+    parent = natwork()
+    gateway = natwork("parents=socks5://%s:%d" % parent.address)
+    assert ask(gateway, url(server, "/file")).body == b"data"
+    assert ask(parent, url(server, "/file")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        (b"229 here (|1|127.0.0.4|PORT|)", 502),
+        (b"229 here (||127.0.0.4|PORT|)", 502),
+        (b"229 here 127.0.0.4 (|||PORT|)", 200),
+        (b"227 here (127,0,0,4,HIGH,LOW)", 200),
+        (b"227-(127,0,0,4,HIGH,LOW)\r\n227 here", 200),
+        (b"227 here (127,0,0,3,0,0)", 502),
+        (b"229 here (|||0|)", 502),
+        (b"229 here (|||65536|)", 502),
+        (b"229 here (|||-1|)", 502),
+    ],
+)
+def test_no_other_host_is_dialed_for_data(
+    gateway, origin: origins.Start, reply: bytes, status: int
+) -> None:
+    data = origin(giving(b"right"), "127.0.0.3")
+    high, low = divmod(data.port, 256)
+    for word, number in ((b"PORT", data.port), (b"HIGH", high), (b"LOW", low)):
+        reply = reply.replace(word, b"%d" % number)
+    # Each answers both commands so; one of them can make something of it.
+    modes = dict.fromkeys(("PASV", "EPSV"), reply)
+    server = scripted(origin, b"", **modes, SIZE=b"500 no")
+    trap = origins.Origin(giving(b"trap"), "127.0.0.4", data.port)
+    with contextlib.closing(trap):
+        answer = ask(gateway, url(server, "/file"))
+        assert answer.status == status and (answer.body == b"right") == (status == 200)
+        assert not trap.callers
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize(
+    ("reply", "rest"),
+    [
+        (b"220 ready\r\n", b""),
+        (b"220 ready\n", b"331 who\r\n"),
+        (b"220 \r\n", b"220 again\r\n"),
+        (b"220\r\n", b"230 no blank, and no text\r\n"),
+        (b"220-\r\n220 \r\n", b"220 again\r\n"),
+        (b"220-one\r\ntwo\r\n220 three\r\n", b"220 four\r\n"),
+        (b"220-one\r\n220-two\r\n220-three\r\n220 four\r\n", b""),
+        (b"220-one\r\n220\r\n220\ttwo\r\n2200 three\r\n220two\r\n220 four\r\n", b""),
+        (b"220-one\r\n 220 two\r\n\r\n221 three\r\n530 no\r\n220 four\r\n", b"221 x"),
+        (b"220-one\r\n22\r\n2\r\n\n-220 two\r\n\xff220 three\r\n220 four\r\n", b""),
+        (b"999-one\r\n220 two\r\n999 three\r\n", b"220 four\r\n"),
+        (b"220-" + b"one\r\n" * 9999 + b"220 two\r\n", b"x"),
+        (None, b"ready\r\n"),
+        (None, b"\r\n220 ready\r\n"),
+        (None, b"22 ready\r\n"),
+        (None, b"2200 ready\r\n"),
+        (None, b"220ready\r\n"),
+        (None, b"\xb2\xb2\xb0 ready\r\n"),
+        (None, b" 220 ready\r\n"),
+        (None, b"220-" + b"one\r\n" * 99_999),
+        (None, b"220-" + b"\n" * 99_999),
+        (None, b"220 " + b"x" * 99_999),
+    ],
+)
+def test_a_reply_ends_at_its_code_and_a_blank_and_nowhere_else(
+    reply: bytes | None, rest: bytes, drips: bool
+) -> None:
+    sent = (reply or b"") + rest
+    size = 1 if drips else 50_000  # what a socket pair takes at once
+    pieces = [sent[n : n + size] for n in range(0, len(sent), size)][::-1]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        server = heart.Stream(ours, heart.SERVER_GONE)
+        steps = natwork_gateways.read_reply(server)
+        try:
+            while next(steps):
+                theirs.send(pieces.pop())
+        except StopIteration as end:
+            assert reply and end.value == reply.decode("latin-1")
+            assert bytes(server.received) + b"".join(pieces[::-1]) == rest
+        except heart.Refused as refused:
+            assert reply is None and refused.outcome is heart.BAD_RESPONSE
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize(
+    "form",
+    [
+        b"N-many\r\nN last",
+        b"N-\r\nN ",
+        b"N-one\r\nN\r\nNtwo\r\nN-three\r\nN\tfour\r\n N five\r\n530 no\r\nN last",
+        b"N-one\r\n\r\n231 in\r\n151 now\r\nN0 more\r\n226\r\n550 no\r\nN last",
+    ],
+)
+def test_a_reply_of_many_lines_is_one_reply(
+    gateway, origin: origins.Start, form: bytes, drips: bool
+) -> None:
+    codes = {"": b"220", "USER": b"331", "PASS": b"230", "TYPE": b"200", "SIZE": b"500"}
+    codes |= {"EPSV": b"500", "CWD": b"250"}
+    replies = {word: form.replace(b"N", code) for word, code in codes.items()}
+    done = b"\r\n".join(form.replace(b"N", code) for code in (b"150", b"226"))
+    replies |= {"RETR": done, "LIST": done}
+    server = scripted(origin, b"a file", drips, **replies)
+    answer = ask(gateway, url(server, "/file"))
+    assert (answer.status, answer.body) == (200, b"a file") and answer.complete
+    assert commands(server) == "USER PASS TYPE SIZE EPSV PASV RETR".split()
+    assert ask(gateway, url(server, "/folder/")).status == 200
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize("word", ["USER", "PASS"])
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        *((reply, 401) for reply in REFUSALS),
+        (b"400 not you", 401),
+        (b"420 not you", 401),
+        (b"422 not you", 401),
+        (b"430 not you", 401),
+        (b"431 not you", 401),
+        (b"521 not you", 401),
+        (b"530-not you\r\n421 not me\r\n530 not you", 401),
+        (b"421 not now", 502),
+        (b"421-not now\r\n530 not you\r\n421 not now", 502),
+        (b"121 what?", 502),
+        (b"621 what?", 502),
+    ],
+)
+def test_what_a_server_says_of_a_login_is_told_to_its_client(
+    gateway, origin: origins.Start, word: str, reply: bytes, status: int, drips: bool
+) -> None:
+    server = scripted(origin, b"", drips, **{word: reply})
+    answer = ask(gateway, url(server, "/file"))
+    told = b"the server said " + reply.splitlines()[0]
+    assert answer.status == status and told in answer.body
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize(
+    "reply", [*REFUSALS, b"150 now\r\n226 none", *(b"150\r\n" + r for r in REFUSALS)]
+)
+def test_a_directory_that_is_not_listed_is_empty(
+    gateway, origin: origins.Start, reply: bytes, drips: bool
+) -> None:
+    server = scripted(origin, b"", drips, LIST=reply)
+    for path, link in (("/a/b/", "../"), ("/a/b;type=d", "b/../")):
+        answer = ask(gateway, url(server, path))
+        assert answer.status == 200 and links(answer) == {"../": link}
+        assert not answer.closes and answer.complete
+    # As /a/b is a directory if it is not a file.
+    server.handle.replies |= {"RETR": b"550 not plain", "SIZE": b"550 not plain"}
+    answer = ask(gateway, url(server, "/a/b"))
+    assert answer.status == 200 and links(answer) == {"../": "b/../"}
+
+
+@WHOLE_AND_BY_BYTES
+@pytest.mark.parametrize(
+    ("path", "data", "replies", "status"),
+    [
+        ("/", b"", {"LIST": b"450 none"}, 502),  # no CWD has shown that it is there
+        ("/", b"", {"LIST": b"550 none"}, 404),
+        ("/a/", b"", {"CWD": b"550 none", "LIST": b"450 none"}, 404),
+        ("/a/", b"", {"CWD": b"450 none", "LIST": b"450 none"}, 502),
+        ("/a/", b"", {"LIST": b"421 not now"}, 502),  # the server leaves
+        ("/a/", b"", {"LIST": b"150 now\r\n421 not now"}, 502),
+        ("/a/", b"", {"LIST": b"350 what?"}, 502),
+        ("/a/", b"half", {"LIST": b"150 now\r\n426 disk on fire"}, 502),
+        ("/a/", b"half", {"LIST": b"150 now\r\n550 disk on fire"}, 404),
+    ],
+)
+def test_a_directory_that_is_not_there_or_not_whole_is_not_empty(
+    gateway,
+    origin: origins.Start,
+    path: str,
+    data: bytes,
+    replies: dict[str, bytes],
+    status: int,
+    drips: bool,
+) -> None:
+    server = scripted(origin, data, drips, **replies)
+    assert ask(gateway, url(server, path)).status == status
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("11-21-26  02:00PM       <DIR>          dos folder", "dos folder/"),
+        ("11-21-2026  02:00AM            1234 a file.txt", "a file.txt"),
+        ("-rw-r--r--    1 0    0     12 Nov 21 13:00 a file", "a file"),
+        ("drwxr-xr-x    2 0    0   4096 Jan 01  2020 below", "below/"),
+        ("lrwxrwxrwx 1 0 0 5 Jan 01  2020 link -> below", "link"),
+        ("-rw-r--r-- 1 0 0 12 Nov 21 13:00  blanks  in it ", " blanks  in it "),
+        ("-rw-rw-r--+ 1 0 0 12 Nov 21 13:00 listed", "listed"),
+        # Without a group, and more.
+        ("-rw-r--r--   1 ann     12 Nov 21 13:00 alone", "alone"),
+        ("drwxr-xr-x   2 ann   4096 Jan 01  2020 alone", "alone/"),
+        ("lrwxrwxrwx 1 ann 5 Jan 01  2020 link -> below", "link"),
+        ("d [R----F--] supervisor   512 Jan 16 18:53 login", "login/"),
+        ("-------r--   326  1391972  1392298 Nov 22  1995 Mega.sit", "Mega.sit"),
+        ("drwxrwxr-x   folder   2 May 10  1996 network", "network/"),
+        # With blanks in owner or group.
+        ("-rw-r--r-- 1 Domain Users 0 12 Nov 21 13:00 x", "x"),
+        ("-rw-r--r-- 1 ann Domain Users 12 Nov 21 13:00 x y", "x y"),
+        ("drwxr-xr-x 1 Ann B. Smith  Domain 7 Users 12 Nov 21 2020 x", "x/"),
+        ("-rw-r--r-- 1 a b 12 Nov 21 13:00 5 Nov 21 13:00 x", "5 Nov 21 13:00 x"),
+        # EPLF.
+        ("+i8388621.29609,m824255902,/,\tname", "name/"),
+        ("+i8388621.44468,m839956783,r,s10376,\tRFCEPLF", "RFCEPLF"),
+        ("+/,\tname", "name/"),
+        ("+m1,/,r,\ta, /,b", "a, /,b/"),
+        ("+r,up644,s9,\ta\tb", "a\tb"),
+        ("+r,x/,/y,\tname", "name"),
+        ("+\tname", "name"),
+        # What names nothing.
+        ("+/,", ""),
+        ("+/,\t", ""),
+        ("total 12", ""),
+        ("-rw-r--r-- 1 0 0 12 Nov 21 13:00 ", ""),
+        ("", ""),
+    ],
+)
+def test_a_listing_keeps_its_links_whoever_writes_it(line: str, name: str) -> None:
+    entry = natwork_gateways.ftp_entry(line, "base/")
+    text = re.sub("<a.*?>|</a>", "", entry)
+    assert html.unescape(text).replace("/", "") == line.replace("/", "")
+    found = dict(re.findall('<a href="([^"]*)">(.*?)</a>', entry))
+    assert list(found.values()) == [name][: bool(name)]
+    end = "/" if name.endswith("/") else ""
+    link = f"base/{urllib.parse.quote(name.removesuffix('/'), safe='')}{end}"
+    assert list(found) == [link][: bool(name)]
+
+
+HOSTILE_NAMES = [
+    '"><script>alert(1)</script>',
+    "' onclick='alert(1)",
+    "</pre></html><!--",
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "//elsewhere.example/",
+    "http://elsewhere.example/",
+    "javascript:alert(1)",
+    "a\rDELE b",
+    "a\nDELE <b>",
+    "a?b#c;type=d%2e%2e",
+    "\x00\x01\x7f\x80\xff",
+    "a -> <b>",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize(
+    "form", ["-rw-r--r-- 1 <b> <i> 3 Jan 1 10:00 {}\r\n", "+<b>,/,{}\t{}\r\n"]
+)
+def test_a_hostile_name_is_a_name(
+    gateway, origin: origins.Start, form: str, name: str
+) -> None:
+    server = scripted(origin, form.format(name, name).encode("latin-1"))
+    answer = ask(gateway, url(server, "/a/"))
+    assert answer.status == 200
+    # Nothing but links, to names in this directory, and to what is above it.
+    text = answer.body.partition(b"<pre>")[2].replace(b"\n</pre>\n", b"")
+    for tag in re.findall(b"<[^>]*>", text):
+        assert re.fullmatch(b'<a href="([A-Za-z0-9._~%-]+/?)">|</a>', tag), tag
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"-rw-r--r-- 1 a b 3 Jan 1 10:00 f\r\n",
+        b"+/,\t" + b'"' * 200 + b"\n",
+        b"d a a 1 Jan",
+        b"d" + b" a 1 Jan 1 1:1" * 20 + b"\n",
+        b"+/,/,/,",
+        b"d ",
+        b"\n",
+    ],
+)
+def test_megabytes_of_a_listing_are_read_or_refused_soon(
+    gateway, origin: origins.Start, line: bytes
+) -> None:
+    for size, status in ((7 << 20, 200), (9 << 20, 502)):
+        server = scripted(origin, line * (size // len(line)))
+        began = time.monotonic()
+        answer = ask(gateway, url(server))
+        assert answer.status == status and time.monotonic() - began < 15
+
+
+@WHOLE_AND_BY_BYTES
+def test_curl_and_wget_read_from_servers_that_refuse(
+    gateway, origin: origins.Start, tmp_path: Path, drips: bool
+) -> None:
+    needs.programs("curl", "wget")
+    many = b"331-who\r\n331\r\n530 no\r\n331 and?"
+    listing = b"+i8388621.29609,m824255902,/,\tname\r\n"
+    ls = b"-rw-r--r-- 1 ann Domain Users 12 Nov 21 13:00 a file\r\n"
+    cases: list[tuple[str, bytes, dict[str, bytes], str]] = [
+        ("/file", b"the file", {"PASV": b"502 no"}, "the file"),
+        ("/file", b"the file", {"EPSV": b"502 no"}, "the file"),
+        ("/file", b"the file", {"SIZE": b"502 no"}, "the file"),
+        ("/file", b"the file", {"USER": many, "SIZE": b"450 no"}, "the file"),
+        ("/a/", b"", {"LIST": b"550 none"}, '<a href="../">'),
+        ("/a/", b"", {"LIST": b"450 none"}, '<a href="../">'),
+        ("/a/", listing, {}, '<a href="name/">name/</a>'),
+        ("/a/", ls, {"PASV": b"502 no"}, '<a href="a%20file">a file</a>'),
+    ]
+    proxy = {"ftp_proxy": gateway.url, "no_proxy": ""}
+    for path, data, replies, expected in cases:
+        target = url(scripted(origin, data, drips, **replies), path).decode()
+        curl = "curl", "-sSf", "-m", "20", "--noproxy", "", "-x", gateway.url, target
+        wget = "wget", "-q", "-t", "1", "-T", "20", "-O", "-", target
+        for words in (curl, wget):
+            text = run(*words, cwd=tmp_path, **proxy)
+            assert text == expected or path.endswith("/") and expected in text
+    refusing = url(scripted(origin, b"", drips, PASS=b"430 no"), "/file").decode()
+    curl = "curl", "-sS", "-m", "20", "--noproxy", "", "-x", gateway.url, refusing
+    assert run(*curl, "-w", "%{http_code}", cwd=tmp_path).endswith("401")
 
 
 # --- Gopher -------------------------------------------------------------------
@@ -921,21 +1293,6 @@ def test_the_gateway_itself_and_mail_are_refused(gateway, scheme: bytes) -> None
     assert answer.status == 403 and b"port 25" in answer.body
 
 
-@pytest.mark.parametrize(
-    "line, name",
-    [
-        ("11-21-26  02:00PM       <DIR>          dos folder", "dos folder"),
-        ("11-21-2026  02:00AM            1234 a file.txt", "a file.txt"),
-        ("-rw-r--r--    1 0    0     12 Nov 21 13:00 a file", "a file"),
-        ("drwxr-xr-x    2 0    0   4096 Jan 01  2020 below", "below"),
-    ],
-)
-def test_a_listing_is_read_as_ls_and_as_dir_write_it(line: str, name: str) -> None:
-    match = natwork_gateways.FTP_ENTRY.fullmatch(line)
-    assert match and match[3] == name
-    assert bool(match[2] or match[1] == "d") == ("DIR" in line or name == "below")
-
-
 # --- What strangers found -----------------------------------------------------
 
 
@@ -960,7 +1317,7 @@ def test_what_ftp_cannot_do_is_not_done_to_the_whole_file(
 def test_a_malformed_body_empties_no_file(gateway, origin: origins.Start) -> None:
     data = origin(http_wire.Recorder(), "127.0.0.3")
     here = b"227 here (127,0,0,3,%d,%d)" % divmod(data.port, 256)
-    server = origin(ftpd(PASV=here, SIZE=b"500 no"), "127.0.0.3")
+    server = origin(Ftpd(PASV=here, SIZE=b"500 no"), "127.0.0.3")
     answer = ask(
         gateway,
         url(server, "/f"),
@@ -976,7 +1333,7 @@ def test_a_malformed_body_empties_no_file(gateway, origin: origins.Start) -> Non
 def test_a_server_that_has_no_passive_mode_is_not_a_missing_file(
     gateway, origin: origins.Start
 ) -> None:
-    server = origin(ftpd(PASV=b"550 no", SIZE=b"213 5"), "127.0.0.3")
+    server = origin(Ftpd(PASV=b"550 no", SIZE=b"213 5"), "127.0.0.3")
     count = settled(gateway)
     answer = ask(gateway, url(server, "/file"))
     assert answer.status == 502 and b"no passive mode: 550" in answer.body
@@ -1035,7 +1392,7 @@ def test_a_page_that_is_cut_short_ends_the_connection(
     )
 
     data = origin(giving(listing), "127.0.0.3")
-    server = origin(ftpd(PASV=passive(data), LIST=b"150 now\r\n226 done"), "127.0.0.3")
+    server = origin(Ftpd(PASV=passive(data), LIST=b"150 now\r\n226 done"), "127.0.0.3")
     gateway = natwork("idle_timeout=1")
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -1052,38 +1409,14 @@ def test_a_page_that_is_cut_short_ends_the_connection(
 def test_a_server_may_ask_to_wait_before_it_greets(
     gateway, origin: origins.Start
 ) -> None:
-    data = origin(giving(b"here"), "127.0.0.3")
-    talk = ftpd(
-        PASV=passive(data),
-        RETR=b"150 now\r\n226 done",
-        USER=b"331 who",
-        SIZE=b"500",
-    )
-
-    def handle(connection: socket.socket, origin: origins.Origin) -> None:
-        connection.sendall(b"120 wait a moment\r\n")
-        talk(connection, origin)
-
-    answer = ask(gateway, url(origin(handle, "127.0.0.3"), "/file"))
-    assert (answer.status, answer.body) == (200, b"here")
-
-
-@pytest.mark.parametrize("knows", ["PASV", "EPSV"])
-def test_either_passive_mode_will_do_and_behind_a_parent_too(
-    natwork: running.Start, origin: origins.Start, knows: str
-) -> None:
-    data = origin(giving(b"data"), "127.0.0.3")
-    modes = {
-        "PASV": passive(data),
-        "EPSV": b"229 (|||%d|)" % data.port,
-    }
-    replies = dict.fromkeys(modes, b"425 not by this one")
-    replies |= {knows: modes[knows], "RETR": b"150 now\r\n226 done", "SIZE": b"213 4"}
-    server = origin(ftpd(**replies), "127.0.0.3")
-    parent = natwork()
-    gateway = natwork("parents=socks5://%s:%d" % parent.address)
-    assert ask(gateway, url(server, "/file")).body == b"data"
-    assert ask(parent, url(server, "/file")).status == 200
+    for greeting, status in (
+        (b"120 wait a moment\r\n220 now", 200),
+        (b"120-wait\r\n220 not yet\r\n120 a moment\r\n220-now\r\n220 ready", 200),
+        (b"120 wait a moment\r\n421 no", 502),
+        (b"120 wait a moment\r\n" * 9999, 502),
+    ):
+        server = scripted(origin, b"here", **{"": greeting})
+        assert ask(gateway, url(server, "/file")).status == status
 
 
 def test_a_page_that_comes_for_ever_is_given_up(
