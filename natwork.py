@@ -146,6 +146,9 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
 
 def reason(error: OSError) -> str:
     """Return the system's reason in the form our messages end with."""
+    if error.errno == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"cannot open more files (limit {limit})"
     text = os.strerror(error.errno) if error.errno else str(error)
     return text[:1].lower() + text[1:]
 
@@ -166,6 +169,7 @@ def say(message: str) -> bool:
 def masked(text: str) -> str:
     """Return text on one line, less what may be the password in a URL."""
     text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
+    text = re.sub("'[^']*@", "'***@", text)  # of a word that we quote
     # A URL that was cut has no @, and its port may be the start of a password.
     return re.sub(r"(//[^/@\s:\[]+:)(?!\*{3}@|[0-9]+(?![^/\s]))\S+", r"\1***", text)
 
@@ -191,7 +195,7 @@ set_title = find_set_title() or (lambda title: None)
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the text says which part, and why."""
+    """The configuration cannot be used: the text has a line for each fault."""
 
 
 class Config:
@@ -230,6 +234,7 @@ class Config:
 
     def __init__(self, **settings: Any) -> None:
         """Take settings as parse_setting() returns them; and file and where."""
+        self.errors: list[str] = []  # noted so far
         self.file = ""  # that they came from, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         vars(self).update(settings)
@@ -241,6 +246,22 @@ class Config:
         """Return the error that says where a setting stands and why it is refused."""
         where, value = self.where.get(name, "default"), masked(self.spelled(name))
         return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
+
+    def note(self, name: str, why: str) -> None:
+        """Note why a setting is refused; examine() raises what was noted."""
+        self.errors.append(str(self.refuse(name, why)))
+
+    def parsed(
+        self, name: str, parse: Callable[[Any], Any], pieces: Iterable[Any]
+    ) -> list[Any]:
+        """Return what parse() makes of a setting's pieces; note what it refuses."""
+        found = []
+        for piece in pieces:
+            try:
+                found.append(parse(piece))
+            except ValueError as error:
+                self.note(name, str(error))
+        return found
 
     def spelled(self, name: str) -> str:
         """Return the value of a setting as natwork.conf has it, in one line."""
@@ -275,7 +296,7 @@ FORMS: dict[str | type, tuple[str, str]] = {
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
     int: ("(?!0*$)[0-9]{1,9}", "is not a whole number of 1 or more"),
-    float: (r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number above 0"),
+    float: (r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number of seconds"),
 }
 
 
@@ -336,31 +357,35 @@ def read_settings(path: str) -> dict[str, str]:
 def load_config(path: str, options: Iterable[str]) -> Config:
     """Return the settings of a file, overridden by NAME=VALUE options.
 
-    The path "" stands for natwork.conf, or the defaults where there is none.
-    Raises ConfigError, which names file or option, setting and value.
+    The path "" stands for natwork.conf here, else in /etc/natwork, else the defaults.
+    What is wrong with a setting is noted; raises ConfigError for a file as a whole.
     """
-    if not path and os.path.lexists("natwork.conf"):
-        path = "natwork.conf"
+    for place in ("natwork.conf", "/etc/natwork/natwork.conf"):
+        if not path and os.path.lexists(place):
+            path = place
     given = [(path, *pair) for pair in read_settings(path).items()] if path else []
     for option in options:
         name, equals, text = option.partition("=")
         if not equals:
             raise ConfigError(f"option -o {masked(option)}: must be NAME=VALUE")
         given.append(("option -o", name.strip(), text.strip()))
-    settings, where = {}, {}
+    settings, where, errors = {}, {}, []
     for place, name, text in given:
         try:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
-            given_text = masked(f"{name} = {text}")
-            raise ConfigError(f"{place}: {given_text}: {error}") from None
-    config = Config(file=path, where=where, **settings)
+            errors.append(f"{place}: {masked(f'{name} = {text}')}: {error}")
+    config = Config(file=path, where=where, errors=errors, **settings)
+    for name in ("log", "users", "pidfile"):
+        if where.get(name) == path and getattr(config, name) not in ("", "-"):
+            file = os.path.join(os.path.dirname(path), getattr(config, name))
+            setattr(config, name, file)  # it counts from where its setting stands
     if "spare_workers" not in where:
         config.spare_workers = min(config.spare_workers, config.max_workers)
     if config.spare_workers > config.max_workers:
-        raise config.refuse("spare_workers", "must be at most max_workers")
+        config.note("spare_workers", "must be at most max_workers")
     if config.max_workers > SLOT_LIMIT:
-        raise config.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
+        config.note("max_workers", f"must be at most {SLOT_LIMIT}")
     return config
 
 
@@ -471,10 +496,13 @@ def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
 
 
 class Refused(Exception):
-    """The session cannot go on: carries the Outcome, and the detail for the page."""
+    """The session cannot go on: carries the Outcome, and the detail for the page.
 
-    def __init__(self, outcome: Outcome, detail: str = "") -> None:
-        self.outcome, self.detail = outcome, detail
+    And the user that a client claimed to be, if that is why.
+    """
+
+    def __init__(self, outcome: Outcome, detail: str = "", user: str = "") -> None:
+        self.outcome, self.detail, self.user = outcome, detail, user
 
 
 # --- Scoreboard, session and log ----------------------------------------------
@@ -1528,6 +1556,7 @@ class Worker:
             serve()
             outcome = session.outcome
         except Refused as refusal:
+            session.user = refusal.user or session.user
             outcome = refuse(refusal)
         except OSError as error:
             outcome = refuse(Refused(outcome_of(error), reason(error)))
@@ -1715,7 +1744,8 @@ class Master:
         try:
             fresh = self.load(old)
         except (ConfigError, OSError, ImportError, ValueError) as error:
-            why = reason(error) if isinstance(error, OSError) else error
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            why = why.replace("\n", "; ")
             say(f"configuration not reloaded, the old one stays: {why}")
             notify("READY=1")
             return
@@ -1975,7 +2005,7 @@ def parse_line(
     words = re.sub(r"\s*,\s*", ",", text).split()
     lists = {word: listed.split(",") for word, listed in zip(words[1::2], words[2::2])}
     if 2 * len(lists) + 1 != len(words):
-        raise ValueError("the rest is not pairs of a word and a list")
+        raise ValueError("the rest is not pairs of a word and a list with commas")
     for word, members in lists.items():
         if word not in known:
             raise ValueError(f"{word!r} is none of {', '.join(known)}")
@@ -2062,21 +2092,17 @@ class Policy:
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
 
-        Raises ConfigError.
+        What is wrong is noted in the configuration.
         """
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
         for host, port, *_ in listeners:
             self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
         self.own_names = "localhost", config.name.lower()
-        try:
-            setting = "inside"
-            self.inside = networks(config.inside)
-            setting, lines = "rules", config.lines("rules")
-            self.rules = [Rule(line, n) for n, line in enumerate(lines, 1)]
-            setting, words = "outside", config.outside.split()
-            self.uplinks = [parse_uplink(word, n) for n, word in enumerate(words)]
-        except ValueError as error:
-            raise config.refuse(setting, str(error)) from None
+        self.inside = config.parsed("inside", parse_network, config.inside.split())
+        lines = ((line, n) for n, line in enumerate(config.lines("rules"), 1))
+        self.rules = config.parsed("rules", lambda line: Rule(*line), lines)
+        words = ((word, n) for n, word in enumerate(config.outside.split()))
+        self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
         self.closed = (*CLOSED, ("inside", self.inside))
         # A page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
@@ -3578,13 +3604,13 @@ def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
         # A value that is the default asks for nothing.
         asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
         # Loaded at the start, and not later, when it may be of another version.
-        if module := sys.modules.get(f"natwork_{name}"):
-            module.join(chapters)
-        elif asked:
-            why = f"needs {chapter_file(name)}, which is not there"
-            raise config.refuse(asked[0], why)
-    if config.pidfile:
-        need_chapter("daemon", "pidfile", config)
+        try:
+            if module := sys.modules.get(f"natwork_{name}"):
+                module.join(chapters)
+            elif asked:
+                config.note(asked[0], f"needs {chapter_file(name)}, which is not there")
+        except ConfigError as error:
+            config.errors.append(str(error))
     return chapters
 
 
@@ -3652,10 +3678,12 @@ def serve_client(worker: Worker) -> bool:
 
 def parse_endpoint(text: str) -> tuple[str, int]:
     """Return host ("*" for all addresses) and port of HOST:PORT; raise ValueError."""
-    match = re.fullmatch(r"(\[[^]]*:[^]]*\]|[^:[]+):([0-9]{1,5})", text)
-    if not match or int(match[2]) > 65535:
+    match = re.fullmatch(r"(\[[^]]*:[^]]*\]|[^:[]+):([0-9]+)", text)
+    if not match:
         why = "is not ADDRESS:PORT, an IPv6 address in brackets"
         raise ValueError(f"{text!r} {why}")
+    if len(match[2]) > 5 or int(match[2]) > 65535:
+        raise ValueError(f"{text!r} has no port from 0 to 65535")
     host, port = match[1].strip("[]"), int(match[2])
     if host != "*":
         host = unpack(embedded_addresses(pack(host))[0])  # in one form, to be compared
@@ -3663,14 +3691,10 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 
 def endpoints(config: Config) -> list[tuple[str, int]]:
-    """Return the hosts and ports of `listen`; raise ConfigError."""
-    try:
-        found = [parse_endpoint(word) for word in config.listen.split()]
-    except ValueError as error:
-        raise config.refuse("listen", str(error)) from None
-    if not found:
-        raise config.refuse("listen", "must name an address")
-    return found
+    """Return the hosts and ports of `listen`, and note what is wrong with it."""
+    if not config.listen.split():
+        config.note("listen", "must name an address")
+    return config.parsed("listen", parse_endpoint, config.listen.split())
 
 
 def passed_listeners() -> dict[str, socket.socket]:
@@ -3740,6 +3764,29 @@ def find_user(config: Config) -> tuple[int, int] | None:
     return (entry.pw_uid, entry.pw_gid) if is_root else None
 
 
+def examine(
+    config: Config, board: Scoreboard, *more: Callable[[Config], object]
+) -> None:
+    """Look at a configuration, in more ways too, before anything changes.
+
+    Raises ConfigError, with all that is wrong.
+    """
+    checks, policy = load_chapter("check"), Policy(config, [])
+    steps: list[Callable[[Config], Any]] = [endpoints, find_user]
+    if config.pidfile:
+        steps.append(functools.partial(need_chapter, "daemon", "pidfile"))
+    steps += [checks.examine_listeners] if checks else []
+    for step in (*steps, *more):
+        try:
+            step(config)
+        except ConfigError as error:
+            config.errors.append(str(error))
+    prepare(config, policy, board)
+    if config.errors:
+        hinted = checks.hinted if checks else str
+        raise ConfigError("\n".join(map(hinted, dict.fromkeys(config.errors))))
+
+
 def load_generation(
     path: str, options: list[str], board: Scoreboard, old: Generation | None
 ) -> Generation:
@@ -3752,11 +3799,7 @@ def load_generation(
     # The file that was there at the start does not become no file.
     config = load_config(path or (old.config.file if old else ""), options)
     found = [] if old else find_chapters()
-    find_user(config)
-    prepare(config, Policy(config, []), board)  # refused before anything is opened
-    checks = load_chapter("check")
-    if checks:
-        checks.examine_listeners(config)
+    examine(config, board)
     held = old.listeners if old else passed_listeners()
     with contextlib.ExitStack() as undo:
         listeners = open_listeners(config, held, undo)
@@ -3767,12 +3810,13 @@ def load_generation(
         lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
     if not old:
-        say(f"chapters: {' '.join(found) or 'none'}")
+        which = config.file or "the defaults"
+        say(f"chapters: {' '.join(found) or 'none'}; settings: {which}")
     for sock in listeners.values():
         if not old or sock not in held.values():
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
-        if checks:
+        if checks := load_chapter("check"):
             checks.warn_of_start(config, held, old)
             checks.warn(config)
     return Generation(config, listeners, log, policy, chapters, *lifeline)
@@ -3835,7 +3879,9 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     Calls ready() when clients are served.  Raises ConfigError or OSError when
     it cannot start.
     """
-    config = load_config(path, options)
+    config, board, fds = load_config(path, options), Scoreboard(), []
+    find_chapters()
+    examine(config, board)
     user = find_user(config)
     # A reader of "listening on" may send us a signal: it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
@@ -3845,7 +3891,6 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         route_to(pack("127.0.0.1"))  # or we could not tell this box from others
     except OSError as error:
         raise OSError(f"cannot ask the kernel for a route: {reason(error)}") from None
-    board, fds = Scoreboard(), []
     with contextlib.ExitStack() as undo:
         if config.pidfile:
             daemon = need_chapter("daemon", "pidfile", config)
@@ -3878,8 +3923,13 @@ def guard(work: Callable[[], int]) -> int:
             if sys.stdout:  # None if it was closed
                 sys.stdout.flush()
     except ConfigError as error:
-        say(str(error))
+        for line in str(error).splitlines():
+            say(line)
         return 78
+    except BrokenPipeError:  # as by "| head"
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+        return 0
     except OSError as error:
         # Those of ours have a text and no number.
         say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
@@ -3953,12 +4003,9 @@ def check(path: str, options: list[str]) -> int:
     """
     config = load_config(path, options)
     find_chapters()
-    find_user(config)
-    prepare(config, Policy(config, []), Scoreboard())
-    endpoints(config)
-    if checks := load_chapter("check"):
-        checks.examine_listeners(config)
-        checks.examine_files(config)
+    checks = load_chapter("check")
+    examine(config, Scoreboard(), *([checks.examine_files] if checks else []))
+    if checks:
         checks.warn(config)
     print("[natwork]")
     for name in DEFAULTS:
@@ -3966,6 +4013,8 @@ def check(path: str, options: list[str]) -> int:
         if name in ("rules", "parents"):  # a line of ";..." would be a comment
             text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
         print(f"{name} = {text}".rstrip())
+    sys.stdout.flush()
+    say(f"ok: {config.file or 'the defaults'}")
     return 0
 
 
@@ -3974,10 +4023,14 @@ def command(arguments: list[str]) -> int:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="natwork", description=(__doc__ or "").partition("\n")[0]
+        prog="natwork",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="It listens on port 8080 unless told otherwise, as by: "
+        "natwork.py -o listen=10.0.0.1:3128 -o log=/var/log/natwork/access.log",
     )
     add = parser.add_argument
-    add("-c", "--config", metavar="FILE", help="settings (default: ./natwork.conf)")
+    places = "./natwork.conf, else /etc/natwork/natwork.conf"
+    add("-c", "--config", metavar="FILE", help=f"settings (default: {places})")
     add("-o", "--option", metavar="NAME=VALUE", action="append", help="a setting")
     add("-d", "--daemon", action="store_true", help="detach from the terminal")
     add("-t", "--test", action="store_true", help="check and print the settings")

@@ -7,7 +7,9 @@ the gateway runs all the same, and says less.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import socket
 
 import natwork
@@ -16,9 +18,25 @@ from natwork import Config
 VERSION = "0.1.0"
 
 
+def hinted(fault: str) -> str:
+    """Return the line of a fault, with what was probably meant."""
+    match = re.fullmatch(r".*?: (\w+) = (.*): (.*)", fault)
+    name, value, why = match.groups() if match else ("", "", "")
+    near = difflib.get_close_matches(name, natwork.DEFAULTS, 1)
+    if near and name not in natwork.DEFAULTS:
+        return f"{fault}; did you mean {near[0]}?"
+    if re.search(r"\s[#;]", value):
+        return f"{fault}; a comment has a line of its own"
+    if "," in value and name in ("listen", "inside", "outside", "gateways"):
+        return f"{fault}; blanks stand between them, and no commas"
+    if re.fullmatch("[0-9.]+ *[a-z]+", value) and "number" in why:
+        return f"{fault}; it has no unit"
+    return fault
+
+
 def examine_listeners(config: Config) -> None:
     """Raise ConfigError if two addresses of `listen` cannot be together."""
-    found = natwork.endpoints(config)
+    found = natwork.endpoints(Config(listen=config.listen))
     for host, port in found:
         if found.count((host, port)) > 1:
             twice = natwork.endpoint((host, port))

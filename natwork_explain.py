@@ -46,8 +46,8 @@ def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
 
 def explain_dials(
     policy: natwork.Policy, board: natwork.Scoreboard, allowed: list[bytes], port: int
-) -> None:
-    """Print what would be dialed for some allowed addresses, in order."""
+) -> bool:
+    """Print what would be dialed for some allowed addresses; return whether any is."""
     attempts = natwork.ways_to(policy, allowed, port, board)
     if allowed and not attempts:
         print("refused: unreachable: no uplink has an address of its family")
@@ -62,10 +62,14 @@ def explain_dials(
         else:
             way = "but the routing table has no way there"
         print(f"would dial {natwork.endpoint(attempt.where())} {way}")
+    return bool(attempts)
 
 
 def explain(path: str, options: list[str], words: list[str]) -> int:
-    """Print which rule decides about a client and a target; dial nothing."""
+    """Print which rule decides about a client and a target; dial nothing.
+
+    Returns the exit code: 0 for what is allowed, else 1.
+    """
     config, board = natwork.load_config(path, options), natwork.Scoreboard()
     listeners = natwork.endpoints(config)
     own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]
@@ -73,10 +77,12 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     chapters = natwork.Chapters(config, policy, board)
     if config.parents:
         natwork.need_chapter("parents", "parents").join(chapters)
+    natwork.examine(config, board)
+    print(f"settings: {config.file or 'the defaults'}")
     parents, client = chapters.parents, words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):
-        return 0
+        return 1
     host, addresses = "", []
     try:
         proto, host, port = parse_wanted(os.fsencode(words[1]))
@@ -89,7 +95,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         unknown = host and parents and parents.trusts(client, user, host, port)
         if not unknown or not parents.parent_for(proto, host, []):
             print(f"refused: {refusal.outcome.word}: {refusal.detail}")
-            return 0
+            return 1
         print(f"{refusal.detail}; a rule allows the name")
     allowed = []
     for packed in addresses:
@@ -102,5 +108,4 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if parent := parents.parent_for(proto, host, allowed):
             print(f"would ask the parent {parent.name}")
             return 0
-    explain_dials(policy, board, allowed, port)
-    return 0
+    return 0 if explain_dials(policy, board, allowed, port) else 1

@@ -435,8 +435,7 @@ def join(chapters: natwork.Chapters) -> None:
     """Serve SOCKS clients from now on; raise ConfigError for bad bind_ports."""
     config = chapters.config
     text = config.bind_ports
-    try:
-        ports = ANY_PORT if text == "0" else natwork.parse_ports(text)
-    except ValueError as error:
-        raise config.refuse("bind_ports", str(error)) from None
+    words = [] if text == "0" else [text]
+    found = config.parsed("bind_ports", natwork.parse_ports, words)
+    ports = found[0] if found else ANY_PORT
     chapters.socks = lambda worker: serve(ports, worker)

@@ -158,7 +158,9 @@ class Users:
                 if not self.remembers(digest):  # or another connection was quicker
                     if not hmac.compare_digest(scrypt(password, salt), wanted):
                         why = "the name or the password is wrong"
-                        raise Refused(natwork.AUTH_FAILED, why)
+                        # Of nobody's name the log has nothing: it may be a password.
+                        account = known if known in self.lines else ""
+                        raise Refused(natwork.AUTH_FAILED, why, account)
                     self.remember(digest)
         return natwork.printable(name, natwork.NAME_SIZE)
 
@@ -228,7 +230,10 @@ class Users:
 
 
 def passwd(name: str) -> int:
-    """Read a password twice, and print a line for the file of users; return 0."""
+    """Read a password, from a terminal twice, and print a line for the file of users.
+
+    Returns 0.
+    """
     user = os.fsencode(name)
     try:
         check_name(user)
@@ -244,7 +249,7 @@ def passwd(name: str) -> int:
             raise OSError("cannot take the password: the input has ended") from None
     else:
         with open(0, "rb", closefd=False) as file:
-            first, again = (file.readline().rstrip(b"\r\n") for _ in range(2))
+            first = again = file.readline().rstrip(b"\r\n")
     if not first or first != again:
         raise OSError("cannot take the password: it is empty, or twice not the same")
     print(os.fsdecode(user_line(user, first)))

@@ -57,7 +57,7 @@ def test_alone_it_serves_get_and_connect(
     assert http_wire.ask(bare, server).body == b"hello"
     with http_wire.tunnel(bare, origin(origins.echo)) as client:
         assert wire.echoes(client)
-    assert "natwork: chapters: none" in bare.said()
+    assert "natwork: chapters: none; settings: the defaults" in bare.said()
 
 
 @pytest.mark.parametrize("greeting", [b"\5\1\0", b"\4\1\0\x50\x7f\0\0\1\0"])
@@ -198,7 +198,8 @@ def test_chapters_are_found_and_said(natwork: running.Start, linked: list[str]) 
     words = f"natwork: chapters: {' '.join(NAMES)}"
     for program in ({}, {"program": linked}):
         gateway = natwork(**program)
-        wait.until(lambda g=gateway: words in g.said())
+        wait.until(lambda g=gateway: g.said())
+        assert gateway.said()[0].startswith(words + "; settings: ")
 
 
 def test_the_heart_is_one_module(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import http_wire
 import kernel
+import needs
 import pytest
 import running
 import wait
@@ -30,8 +33,9 @@ def printed(*arguments: str, cwd: Path) -> str:
     """Return what -t prints for a good configuration."""
     done = running.command("-t", *arguments, cwd=cwd)
     # That an uplink is away today makes no configuration bad.
-    said = [x for x in done.stderr.splitlines() if not x.endswith("is not there now")]
-    assert (done.returncode, said) == (0, []), done
+    *said, last = done.stderr.splitlines()
+    said = [x for x in said if not x.endswith("is not there now")]
+    assert (done.returncode, said) == (0, []) and last.startswith("natwork: ok: "), done
     return done.stdout
 
 
@@ -121,7 +125,7 @@ def test_what_is_printed_is_itself_a_configuration_file(
     (tmp_path / "good.conf").write_text(f"[natwork]\n{text}")
     code, once, said = tried("-c", "good.conf")
     # That an uplink is away today makes no configuration bad.
-    assert code == 0 and re.fullmatch("(.* is not there now\n)*", said)
+    assert code == 0 and re.fullmatch("(.* is not there now\n)*.*: ok: .*\n", said)
     assert bool(text) == (once != tried()[1])
     (tmp_path / "natwork.conf").write_text(once)  # found without -c
     assert tried()[:2] == (0, once)
@@ -532,3 +536,115 @@ def test_the_line_ends_of_an_editor_are_no_matter(tmp_path: Path) -> None:
     (tmp_path / "natwork.conf").write_bytes("\r\n".join(lines).encode())
     config = natwork.load_config(str(tmp_path / "natwork.conf"), [])
     assert (config.listen, config.rules) == ("127.0.0.1:18999", "deny to *")
+
+
+# --- The operator's first day -------------------------------------------------
+
+
+def faults(tmp_path: Path, text: str, *options: str) -> list[str]:
+    """Return the lines about a bad configuration, of -t and of a start alike."""
+    (tmp_path / "natwork.conf").write_text(f"[natwork]\n{text}\n")
+    tested = running.command("-t", *options, cwd=tmp_path)
+    started = running.command(*options, cwd=tmp_path)
+    assert (tested.returncode, tested.stdout) == (78, "")
+    assert (started.returncode, started.stderr) == (78, tested.stderr)
+    return tested.stderr.splitlines()
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    text = """
+        idle_timeout = soon
+        max_worker = 9
+        inside = 10.0.0.0/8, 192.168.0.0/16
+        listen = 127.0.0.1:80 127.0.0.1:99999
+        outside = 1.2.3
+        rules = allow to 10.0.0.0/8 192.168.0.0/16; allow to *; deny nothing
+        users = nowhere
+        bind_ports = 9-1
+        user = nobody-of-that-name
+    """
+    said = faults(tmp_path, "\n".join(map(str.strip, text.split("\n"))))
+    places = [line.removeprefix("natwork: natwork.conf: ") for line in said]
+    names = [place.partition(" =")[0] for place in places]
+    expected = "idle_timeout max_worker inside outside listen user users bind_ports"
+    assert sorted(set(names)) == sorted([*expected.split(), "rules"])
+    assert len(names) == len(set(said)) and names.count("rules") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("max_worker = 9", "; did you mean max_workers?"),
+        ("keepalive_timeou = 9", "; did you mean keepalive_timeout?"),
+        ("idle_timeout = 5m", "is not a number of seconds; it has no unit"),
+        ("idle_timeout = 5 ; or 6", "; a comment has a line of its own"),
+        ("listen = *:8080 # all", "; a comment has a line of its own"),
+        ("inside = 10.0.0.0/8, ::1", "; blanks stand between them, and no commas"),
+        ("listen = 127.0.0.1:65536", "'127.0.0.1:65536' has no port from 0 to 65535"),
+        ("rules = allow to a.example b", "pairs of a word and a list with commas"),
+    ],
+)
+def test_what_was_probably_meant_is_said(tmp_path: Path, text: str, hint: str) -> None:
+    assert hint in "".join(faults(tmp_path, text))
+
+
+def test_without_its_chapter_a_fault_is_said_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "natwork.py").write_bytes((running.ROOT / "natwork.py").read_bytes())
+    program = [sys.executable, "natwork.py"]
+    said = ["-t", "-o", "max_worker=9", "-o", "listen=x"]
+    done = running.command(*said, cwd=tmp_path, program=program)
+    assert done.returncode == 78 and done.stderr.splitlines() == [
+        "natwork: option -o: max_worker = 9: there is no such setting",
+        "natwork: option -o: listen = x: 'x' is not ADDRESS:PORT, an IPv6 address in"
+        " brackets",
+    ]
+
+
+def test_paths_in_a_file_count_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/n.conf").write_text("[natwork]\nlog = a.log\npidfile = p\n")
+    said = printed("-c", "there/n.conf", cwd=tmp_path)
+    assert "log = there/a.log\n" in said and "pidfile = there/p\n" in said
+    said = printed("-c", "there/n.conf", "-o", "log=b.log", cwd=tmp_path)
+    assert "log = b.log\n" in said
+    (tmp_path / "natwork.conf").write_text("[natwork]\nlog = -\npidfile =\n")
+    assert "log = -\n" in printed(cwd=tmp_path)
+
+
+def in_etc(tmp_path: Path, text: str) -> list[str]:
+    """Return what runs natwork.py where /etc/natwork/natwork.conf has some text."""
+    folder = tmp_path / "etc/natwork"
+    folder.mkdir(parents=True)
+    (folder / "natwork.conf").write_text(text)
+    shutil.copy("/etc/passwd", tmp_path / "etc")
+    inner = f'mount --bind {tmp_path}/etc /etc && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", inner, "sh", *running.PROGRAM]
+
+
+@needs.root
+def test_the_file_in_etc_is_read_where_there_is_none_here(tmp_path: Path) -> None:
+    program, where = in_etc(tmp_path, "[natwork]\nname = of-etc\n"), tmp_path
+    done = running.command("-t", cwd=where, program=program)
+    assert done.stderr == "natwork: ok: /etc/natwork/natwork.conf\n"
+    assert "name = of-etc\n" in done.stdout
+    words = "--explain", "10.0.0.7", "192.0.2.1:80"
+    done = running.command(*words, cwd=where, program=program)
+    assert done.stdout.startswith("settings: /etc/natwork/natwork.conf\n")
+    (where / "natwork.conf").write_text("[natwork]\nname = of-here\n")
+    done = running.command("-t", cwd=where, program=program)
+    assert done.stderr == "natwork: ok: natwork.conf\n"
+    assert "name = of-here\n" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["-t", "--help"])
+def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path, option: str) -> None:
+    shell = f"{shlex.join([*running.PROGRAM, option])} | true; echo ${{PIPESTATUS[0]}}"
+    done = running.command(cwd=tmp_path, program=["bash", "-c", shell])
+    said = "natwork: ok: the defaults\n" if option == "-t" else ""
+    assert done.stdout == "0\n" and done.stderr in ("", said)
+
+
+def test_the_help_names_the_port_the_places_and_an_example(tmp_path: Path) -> None:
+    said = " ".join(running.command("--help", cwd=tmp_path).stdout.split())
+    for words in ("port 8080", "/etc/natwork/natwork.conf", "natwork.py -o listen="):
+        assert words in said

@@ -166,8 +166,9 @@ def test_a_bad_rule_is_refused_and_the_error_names_it(
     with pytest.raises(ValueError, match=re.escape(complaint)):
         natwork.Rule(line, 1)
     config = natwork.Config(rules=f"deny to a; {line}")
-    with pytest.raises(natwork.ConfigError, match="rules = .*" + re.escape(complaint)):
-        natwork.Policy(config, [])
+    natwork.Policy(config, [])
+    (error,) = config.errors
+    assert re.search("rules = .*" + re.escape(complaint), error)
 
 
 def test_a_rule_is_its_words_whatever_the_blanks() -> None:
@@ -533,8 +534,11 @@ def explained(
     listen = "listen=%s:%d" % gateway.address
     capsys.readouterr()
     code = natwork.command(["-o", listen, *options, "--explain", client, target, *user])
-    assert code == 0
-    return capsys.readouterr().out
+    settings, _, said = capsys.readouterr().out.partition("\n")
+    assert settings.startswith("settings: ")
+    goes = re.search("would dial|would ask|answered by the gateway", said)
+    assert code == (0 if goes else 1)
+    return said
 
 
 RULES = """
@@ -684,12 +688,12 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
             [*trace, *program, "--explain", "127.0.0.1", target],
             capture_output=True,
             text=True,
-            check=True,
             timeout=60,
         )
         assert "client 127.0.0.1: inside" in done.stdout
+        assert done.returncode == (0 if "would dial" in done.stdout else 1)
         calls = (tmp_path / "trace").read_text()
-        assert "exited with 0" in calls
+        assert "exited with" in calls
         assert "AF_NETLINK" in calls  # the routing table
         assert not re.search(r"AF_INET6?, SOCK_STREAM", calls), calls
 
