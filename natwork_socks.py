@@ -227,7 +227,7 @@ class Association:
     def find_way(self, host: str, port: int) -> Way | Refused:
         """Return a host's address and the socket to use, or why it may not be used."""
         try:
-            addresses = natwork.judged(self.worker, self.session, host, port)
+            addresses = self.socks.consult(natwork.judged, host, port)
             return open_outside(self.socks, addresses, port, self.outer)
         except Refused as refusal:
             return refusal
@@ -239,7 +239,7 @@ class Association:
             if not self.worker.config.udp_from_anyone:
                 raise Refused(natwork.OUTSIDER, "it was not written to")
             host = natwork.unpack(packed)
-            natwork.judged(self.worker, self.session, host, sender[1])
+            self.socks.consult(natwork.judged, host, sender[1])
         # The client has written: its first datagram opened the socket.
         self.inner.sendto(bytes(3) + write_address(sender) + data, self.client_at)
         return len(data)
@@ -260,7 +260,7 @@ class Socks:
         self.session = natwork.Session(name, worker.pid_text, proto)
         self.session.outcome = natwork.ENDED
         users = worker.chapters.users
-        self.needs_login = bool(users and users.required)
+        self.users = users if users and users.required else None  # None: all may ask
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
         # What a refusal has to say, b"" for its reply, None for nothing.
         self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
@@ -276,7 +276,7 @@ class Socks:
         session.target = natwork.printable(name)
         host = parse_name(name)
         session.target = natwork.endpoint((host, port))
-        if self.version == 4 and self.needs_login:
+        if self.version == 4 and self.users:
             raise Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
         self.worker.begin(session)
         if session.method == "BIND":
@@ -286,7 +286,7 @@ class Socks:
         elif not port:
             raise Refused(natwork.BAD_REQUEST, "port 0")
         else:
-            server = natwork.dial(self.worker, session, host, port)
+            server = self.consult(natwork.dial, host, port)
             address = server.sock.getsockname()
         opening = self.reply(natwork.OK, address)
         self.worker.proceed(session)
@@ -303,9 +303,8 @@ class Socks:
 
     def run(self, steps: natwork.Steps) -> bytes:
         """Return what steps take off the client; raise Refused, also if it is late."""
-        watch, why = self.worker.watch, "the request did not come to its end"
-        late = natwork.HEAD_TIMEOUT
-        taken: bytes = watch.run(steps, late, why, deadline=self.deadline)
+        late, why = natwork.HEAD_TIMEOUT, "the request did not come to its end"
+        taken: bytes = self.worker.watch.run(steps, late, why, deadline=self.deadline)
         return taken
 
     def take(self, count: int) -> bytes:
@@ -335,27 +334,37 @@ class Socks:
 
     def choose_method(self, methods: bytes) -> None:
         """Agree on a way to log in: RFC 1928 section 3; raise Refused."""
-        method = PASSWORD if self.needs_login else NO_LOGIN
+        # Without `users` each name is right: a claim, for the log.
+        method = PASSWORD if self.users or PASSWORD in methods else NO_LOGIN
         if method not in methods:
             self.owed = bytes([5, natwork.NO_METHOD.reply])
             self.session.status = str(natwork.NO_METHOD.reply)
             outcome = natwork.AUTH_REQUIRED if method else natwork.NO_METHOD
             raise Refused(outcome, f"method {method} is not offered")
         self.send(bytes([5, method]))
-        if self.needs_login:
+        if method == PASSWORD:
             self.log_in()
 
     def log_in(self) -> None:
         """Learn the user by name and password: RFC 1929; raise Refused."""
         self.owed = b"\1\1"
-        version, size = self.take(2)
-        name = self.take(size)
-        password = self.take(self.take(1)[0])
-        if version != 1:
+        if self.take(1) != b"\1":
             raise Refused(natwork.BAD_REQUEST, "not a name and a password")
-        users = self.worker.chapters.users
-        self.session.user = users.authenticate(self.worker, name, password)
+        name, password = (self.take(self.take(1)[0]) for _ in range(2))
+        user = natwork.printable(name, natwork.NAME_SIZE)
+        if self.users:
+            user = self.users.authenticate(self.worker, name, password)
+        self.session.user = user
         self.send(b"\1\0")
+
+    def consult(self, ask: Callable[..., Any], host: str, port: int) -> Any:
+        """Return what judged() or dial() does, by rules that see no claimed name."""
+        session, user = self.session, self.session.user
+        session.user = user if self.users else "-"
+        try:
+            return ask(self.worker, session, host, port)
+        finally:
+            session.user = user
 
     def send(self, data: bytes) -> None:
         """Send a few bytes, for which a new connection has room; raise Refused."""
@@ -379,7 +388,7 @@ class Socks:
     def bind(self, host: str, port: int) -> Connection:
         """Return a connection from a host: RFC 1928 section 4; raise Refused."""
         worker, session = self.worker, self.session
-        expected = natwork.judged(worker, session, host, port)
+        expected = self.consult(natwork.judged, host, port)
         if self.version == 4:
             expected = [packed for packed in expected if len(packed) == 4]
         _, listener = open_outside(self, expected, port, {})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ import wait
 import wire
 
 import natwork
+import natwork_users
 
 Ask = Callable[[str, int], bytes]
 endpoint = natwork.endpoint
@@ -54,6 +57,22 @@ def fresh(gateway: running.Gateway) -> Callable[[], dict[str, str]]:
     wait.until(lambda: not place.search(Path("/proc/net/tcp").read_text()))
     count = len(gateway.lines())
     return lambda: gateway.lines(count + 1)[count]
+
+
+@pytest.fixture
+def udp() -> Iterator[Callable[..., socks_wire.UdpEcho]]:
+    """Return a function that starts a UDP echo server."""
+    with contextlib.ExitStack() as stack:
+
+        def start(host: str = "127.0.0.3") -> socks_wire.UdpEcho:
+            server = socks_wire.UdpEcho(host)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+Udp = Callable[..., socks_wire.UdpEcho]
 
 
 # --- CONNECT ------------------------------------------------------------------
@@ -98,11 +117,11 @@ ASKS: dict[str, tuple[str, Ask]] = {
             + socks_wire.five(socks_wire.addressed("::ffff:" + host, port))
         ),
     ),
-    "5, every method": (
+    "5, every method but a password": (
         "127.0.0.3",
         lambda host, port: (
-            b"\5\xff"
-            + bytes(range(254, -1, -1))
+            b"\5\xfe"
+            + bytes(n for n in range(254, -1, -1) if n != 2)
             + socks_wire.five(socks_wire.addressed(host, port))
         ),
     ),
@@ -167,8 +186,7 @@ def test_a_connection_is_granted_however_the_request_arrives(
 ZEROS = bytes(6)
 FAILURES: dict[str, tuple[bytes, bytes, str]] = {
     "no method": (b"\5\0", b"\5\xff", "no-method"),
-    "a password only": (b"\5\1\2", b"\5\xff", "no-method"),
-    "GSSAPI and password": (b"\5\2\1\2", b"\5\xff", "no-method"),
+    "GSSAPI only": (b"\5\1\1", b"\5\xff", "no-method"),
     "another version": (
         socks_wire.HELLO + b"\4\1\0\1" + ZEROS,
         socks_wire.five_reply(1),
@@ -393,6 +411,9 @@ def test_what_is_neither_socks_nor_http_is_refused(
     assert line()["outcome"] == "bad-request"
 
 
+LOGIN = socks_wire.login(b"alice", b"any")
+
+
 def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None:
     started = natwork("head_timeout=0.5")
     cases = [
@@ -405,6 +426,7 @@ def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None
         ),
         (b"\4", socks_wire.four_reply(91)),
         (socks_wire.four("localhost", 80)[:-1], socks_wire.four_reply(91)),
+        *[(LOGIN[:size], b"\5\2\1\1") for size in (3, 4, 6, 10, 11)],
     ]
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(started.connect()) for _ in cases]
@@ -437,7 +459,15 @@ def test_who_says_nothing_is_closed_without_a_line(natwork: running.Start) -> No
 
 
 @pytest.mark.parametrize(
-    "said", [b"\5", socks_wire.HELLO + b"\5\1", b"\4\1", socks_wire.four("a", 80)[:-1]]
+    "said",
+    [
+        b"\5",
+        socks_wire.HELLO + b"\5\1",
+        LOGIN[:-1],
+        LOGIN,
+        b"\4\1",
+        socks_wire.four("a", 80)[:-1],
+    ],
 )
 def test_a_client_who_leaves_inside_the_request_is_gone(
     gateway: running.Gateway, said: bytes
@@ -480,9 +510,184 @@ def test_each_half_of_a_connection_ends_by_itself(
         assert wire.read_all(client) == b"heard all of it"
 
 
-# --- BIND ---------------------------------------------------------------------
+# --- Names --------------------------------------------------------------------
 
 SERVER = "127.0.0.3"
+NAMES = {  # as the client claims it, and as the log has it
+    "plain": (b"alice", "alice"),
+    "more after it": (b"alice;app=ssh", "alice;app=ssh"),
+    "none": (b"", "-"),
+    "control bytes": (b'a\n\0 "\x1b[2J\x7f\xff', r"a\x0a\x00\x20\x22\x1b[2J\x7f\xff"),
+    "a forged field": (b"a outcome=ok", r"a\x20outcome=ok"),
+    "longest": (b"n" * 255, "n" * 255),
+    "longest, escaped": (b"\n" * 255, r"\x0a" * 255),
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_right_and_is_logged_as_claimed(
+    gateway: running.Gateway, origin: origins.Start, name: str, pieces: str
+) -> None:
+    server, line, (said, logged) = origin(origins.echo), fresh(gateway), NAMES[name]
+    where = socks_wire.five(socks_wire.addressed(server.host, server.port))
+    with gateway.connect() as client:
+        feed(client, socks_wire.login(said, b"p" * 255) + where, pieces)
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client) == (0, caller(server))
+        if pieces == "with more behind":
+            assert wire.read_exactly(client, len(SOME)) == SOME
+        assert wire.echoes(client)
+    entry = line()
+    assert (entry["user"], entry["proto"]) == (logged, "socks5")
+    assert (entry["status"], entry["outcome"]) == ("0", "closed")
+
+
+@pytest.mark.parametrize("password", [b"", b"any", b"\0\n\xff"])
+@pytest.mark.parametrize(
+    "methods", [b"\2", b"\0\2", b"\2\0", b"\1\2", bytes(range(254, -1, -1))]
+)
+def test_a_client_that_offers_a_name_is_asked_for_it(
+    gateway: running.Gateway, origin: origins.Start, methods: bytes, password: bytes
+) -> None:
+    server, line = origin(origins.echo), fresh(gateway)
+    where = socks_wire.addressed(server.host, server.port)
+    with gateway.connect() as client:
+        said = socks_wire.login(b"alice", password, methods)
+        wire.send(client, said + socks_wire.five(where))
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client) == (0, caller(server))
+    assert line()["user"] == "alice"
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("version", [0, 2, 5, 255])
+def test_another_version_of_the_login_fails_at_once(
+    gateway: running.Gateway, version: int, pieces: str
+) -> None:
+    line, said = fresh(gateway), b"\5\1\2" + bytes([version]) + LOGIN[4:]
+    began = time.monotonic()
+    with gateway.connect() as client:
+        feed(client, said, pieces)
+        assert wire.read_all(client) == b"\5\2\1\1"
+        assert time.monotonic() < began + 5
+    entry = line()
+    assert (entry["outcome"], entry["user"]) == ("bad-request", "-")
+
+
+def test_a_claimed_name_is_in_the_title_and_the_table(
+    gateway: running.Gateway, origin: origins.Start, udp: Udp
+) -> None:
+    server, peer = origin(origins.echo), udp()
+    where = socks_wire.five(socks_wire.addressed(server.host, server.port))
+    with gateway.connect() as client, socks_wire.associated(gateway, b"bob") as other:
+        wire.send(client, socks_wire.login(b"al ice") + where)
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client)[0] == 0 and wire.echoes(client)
+        other.exchange(socks_wire.addressed(peer.host, peer.port), b"x")
+        for name, sock in ((r"al\x20ice", client), ("bob", other.control)):
+            title = kernel.title(gateway.worker_of(sock))
+            assert title.startswith("natwork: %s:%d " % sock.getsockname() + name)
+        done = running.command("--table", "--json", cwd=gateway.folder)
+        rows = {row["original_source_port"]: row for row in json.loads(done.stdout)}
+        for name, sock in ((r"al\x20ice", client), ("bob", other.control)):
+            assert rows[sock.getsockname()[1]]["user"] == name
+
+
+def asked_as(
+    gateway: running.Gateway, name: bytes, where: bytes, command: int
+) -> tuple[int, str]:
+    """Return the reply to a client that claims a name, and the log's outcome."""
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        wire.send(client, socks_wire.login(name) + socks_wire.five(where, command))
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        code, _ = socks_wire.read_five(client)
+    entry = line()
+    assert entry["user"] == name.decode()
+    return code, entry["outcome"]
+
+
+@pytest.mark.parametrize("command", [socks_wire.CONNECT, socks_wire.BIND])
+def test_a_claimed_name_opens_nothing(
+    natwork: running.Start, origin: origins.Start, command: int
+) -> None:
+    rules = "allow user alice to 127.0.0.3/32; allow user alice to *"
+    started, server = natwork(f"rules={rules}", loopback=False), origin(origins.echo)
+    for host in (SERVER, "localhost"):
+        where = socks_wire.addressed(host, server.port)
+        for name in (b"alice", b"alice;app=x"):
+            told = asked_as(started, name, where, command)
+            assert told == (2, "denied-loopback")
+    assert server.callers == []
+
+
+@pytest.mark.parametrize("command", [socks_wire.CONNECT, socks_wire.BIND])
+def test_a_proven_name_opens_what_its_rule_says(
+    natwork: running.Start, origin: origins.Start, tmp_path: Path, command: int
+) -> None:
+    users = tmp_path / "users"
+    users.write_bytes(natwork_users.user_line(b"alice", b"any") + b"\n")
+    users.chmod(0o640)
+    words = "rules=allow user alice to 127.0.0.3/32", f"users={users}"
+    started, server = natwork(*words, loopback=False), origin(origins.echo, SERVER)
+    where = socks_wire.addressed(SERVER, server.port)
+    told = asked_as(started, b"alice", where, command)
+    assert told == (0, "closed" if command == socks_wire.CONNECT else "client-gone")
+
+
+def test_a_claimed_name_closes_nothing(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    rules = f"deny user alice; {running.LOOPBACK}"
+    started, server = natwork(f"rules={rules}", loopback=False), origin(origins.echo)
+    where = socks_wire.addressed(server.host, server.port)
+    assert asked_as(started, b"alice", where, socks_wire.CONNECT) == (0, "closed")
+
+
+def test_a_claimed_name_sends_no_datagram(natwork: running.Start, udp: Udp) -> None:
+    rules = "allow to 127.0.0.4/32; allow user alice to 127.0.0.0/8"
+    started = natwork(f"rules={rules}", "udp_from_anyone=yes", loopback=False)
+    closed, peer = udp(), udp("127.0.0.4")
+    where = socks_wire.addressed(peer.host, peer.port)
+    with socks_wire.associated(started, b"alice") as client:
+        client.send(socks_wire.addressed(closed.host, closed.port), b"not this")
+        assert client.exchange(where, b"x")[1] == b"x"
+        closed.sock.sendto(b"nor this", outer_port(peer))
+        assert client.exchange(where, b"y")[1] == b"y"
+        assert closed.senders == []
+    (line,) = started.lines(1)
+    assert (line["user"], line["up"]) == ("alice", "2")
+
+
+def test_a_claimed_name_is_not_for_a_parent(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    parent = origin(origins.echo)
+    rules = f"allow user alice to nosuch.invalid; {running.LOOPBACK}"
+    words = f"rules={rules}", f"parents=http://{parent.authority}"
+    started, where = natwork(*words), socks_wire.named("nosuch.invalid", 80)
+    told = asked_as(started, b"alice", where, socks_wire.CONNECT)
+    assert told == (4, "no-such-host") and parent.callers == []
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+@pytest.mark.parametrize(("login", "user"), [("u:p@", "u"), ("u:@", "u"), ("", "-")])
+def test_curl_names_itself(
+    gateway: running.Gateway, origin: origins.Start, scheme: str, login: str, user: str
+) -> None:
+    needs.programs("curl")
+    server = origin(http_wire.Script(http_wire.sized(b"a page")))
+    proxy = f"{scheme}://{login}%s:%d" % gateway.address
+    words = ["curl", "--silent", "--show-error", "--noproxy", "", "--max-time", "20"]
+    done = subprocess.run(
+        [*words, "--proxy", proxy, server.url], capture_output=True, timeout=30
+    )
+    assert done.stdout == b"a page", done
+    assert gateway.line_about(server)["user"] == user
+
+
+# --- BIND ---------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -620,22 +825,6 @@ def test_a_client_who_leaves_closes_his_port(gateway: running.Gateway) -> None:
 
 
 # --- UDP ASSOCIATE ------------------------------------------------------------
-
-
-@pytest.fixture
-def udp() -> Iterator[Callable[..., socks_wire.UdpEcho]]:
-    """Return a function that starts a UDP echo server."""
-    with contextlib.ExitStack() as stack:
-
-        def start(host: str = SERVER) -> socks_wire.UdpEcho:
-            server = socks_wire.UdpEcho(host)
-            stack.callback(server.close)
-            return server
-
-        yield start
-
-
-Udp = Callable[..., socks_wire.UdpEcho]
 
 
 @pytest.mark.parametrize(
