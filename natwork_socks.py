@@ -28,7 +28,7 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
-UDP_HOSTS = 4096  # hosts that may answer one association
+UDP_PEERS = 8192  # peers that may answer one association, and their hosts
 WAY_TIME = 60.0  # routes change; and a dead name server delays us once a minute
 COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
 IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
@@ -151,8 +151,8 @@ def open_outside(
 class Association:
     """A client's UDP association, RFC 1928 section 7: datagrams there and back.
 
-    They come from the address of the client's control connection, and from the port
-    that the first one came from.
+    They come from the address of the client's control connection, from any port.
+    A peer's answers go to the port that wrote to it last, or at least to its host.
     """
 
     def __init__(self, socks: Socks) -> None:
@@ -161,8 +161,9 @@ class Association:
         here = socks.client.sock.getsockname()
         self.inner = open_port(socket.SOCK_DGRAM, here, ANY_PORT)
         self.outer: dict[str, socket.socket] = {}  # by source address
-        self.client_at: SocketAddress = ()  # until its first datagram comes
-        self.hosts: dict[bytes, None] = {}  # that were written to, the latest last
+        self.client_at: SocketAddress = ()  # where its latest datagram came from
+        # The same by peer, and by host with port 0; the latest is the last.
+        self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest refused datagram
         # Monotonic; what is dropped does not put it off.
@@ -188,21 +189,18 @@ class Association:
 
     def pass_on(self, sock: socket.socket) -> None:
         """Receive a datagram and send it, or raise why not."""
-        session = self.session
         data, sender = sock.recvfrom(natwork.COPY_SIZE)
         if sock is self.inner:
-            session.up += self.send_out(data, sender)
+            self.session.up += self.send_out(data, sender)
         else:
-            session.down += self.send_in(data, sender)
-        self.worker.slot.moved(session.up, session.down)
+            self.session.down += self.send_in(data, sender)
+        self.worker.slot.moved(self.session.up, self.session.down)
         self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def send_out(self, data: bytes, sender: SocketAddress) -> int:
         """Send what the client wants sent; return its size, or raise Refused."""
-        client = natwork.address_of(self.worker.client.host)
-        first = self.client_at or sender
-        if natwork.address_of(sender[0]) != client or sender[1] != first[1]:
-            raise Refused(natwork.OUTSIDER, "not the client's socket")
+        if natwork.address_of(sender[0]) != natwork.address_of(self.worker.client.host):
+            raise Refused(natwork.OUTSIDER, "not the client's address")
         host, port, payload = parse_datagram(data)
         self.client_at = sender
         way = self.way(host, port)
@@ -212,10 +210,11 @@ class Association:
         packed, sock = way
         there = natwork.unpack(packed), port
         sock.sendto(payload, there)
-        self.hosts.pop(packed, None)
-        self.hosts[packed] = None
-        if len(self.hosts) > UDP_HOSTS:
-            del self.hosts[next(iter(self.hosts))]
+        for peer in (packed, port), (packed, 0):  # a host goes after its ports
+            self.writers.pop(peer, None)
+            self.writers[peer] = sender
+        while len(self.writers) > UDP_PEERS:
+            del self.writers[next(iter(self.writers))]
         session = self.session
         if session.target == "-":
             session.target = natwork.endpoint((host, port))
@@ -234,14 +233,14 @@ class Association:
 
     def send_in(self, data: bytes, sender: SocketAddress) -> int:
         """Send the client what came for it; return its size, or raise Refused."""
-        packed = natwork.address_of(sender[0])
-        if packed not in self.hosts:
+        packed, port = natwork.address_of(sender[0]), sender[1]
+        writer = self.writers.get((packed, port)) or self.writers.get((packed, 0))
+        if not writer:
             if not self.worker.config.udp_from_anyone:
                 raise Refused(natwork.OUTSIDER, "it was not written to")
-            host = natwork.unpack(packed)
-            self.socks.consult(natwork.judged, host, sender[1])
-        # The client has written: its first datagram opened the socket.
-        self.inner.sendto(bytes(3) + write_address(sender) + data, self.client_at)
+            self.socks.consult(natwork.judged, natwork.unpack(packed), port)
+            writer = self.client_at  # it has written: that opened the socket
+        self.inner.sendto(bytes(3) + write_address(sender) + data, writer)
         return len(data)
 
     def close(self) -> None:

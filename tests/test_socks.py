@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -869,28 +870,107 @@ def test_one_association_talks_to_many_hosts(
     assert len(ports) == 1  # one source port for all: RFC 4787 section 4.1
 
 
-def test_the_client_is_pinned_by_address_and_first_port(
-    gateway: running.Gateway, udp: Udp
-) -> None:
+def another(
+    stack: contextlib.ExitStack, client: socks_wire.Association, host: str = "127.0.0.1"
+) -> socks_wire.Association:
+    """Return the same association from another socket, of the client's or not."""
+    other = copy.copy(client)
+    other.sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    other.sock.bind((host, 0))
+    other.sock.settimeout(10)
+    return other
+
+
+def silent(client: socks_wire.Association) -> bool:
+    """Say whether nothing has come for a socket; what would, has had its time."""
+    client.sock.settimeout(0)
+    with contextlib.suppress(BlockingIOError):
+        return not client.sock.recv(1)
+    client.sock.settimeout(10)
+    return True
+
+
+def test_another_address_is_not_let_in(gateway: running.Gateway, udp: Udp) -> None:
     server = udp()
     where = socks_wire.addressed(server.host, server.port)
     with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
-        strangers = [
-            stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            for _ in range(2)
-        ]
-        strangers[0].bind(("127.0.0.9", 0))
-        strangers[0].sendto(socks_wire.datagram(where, b"first of all"), client.relay)
+        stranger = another(stack, client, "127.0.0.9")
+        stranger.send(where, b"first of all")
         assert client.exchange(where, b"mine")[1] == b"mine"
-        strangers[1].bind(("127.0.0.1", 0))
-        for stranger in strangers:
-            stranger.sendto(socks_wire.datagram(where, b"not mine"), client.relay)
+        stranger.send(where, b"not mine")
         assert client.exchange(where, b"still mine")[1] == b"still mine"
-        assert len(server.senders) == 2
-        for stranger in strangers:
-            stranger.settimeout(0)
-            with pytest.raises(BlockingIOError):
-                stranger.recv(1)
+        assert len(server.senders) == 2 and silent(stranger)
+
+
+def test_an_answer_goes_to_the_port_that_wrote_last_to_its_peer(
+    gateway: running.Gateway, udp: Udp
+) -> None:
+    peers = [udp(), udp("127.0.0.4"), udp()]  # the last is the first one's host
+    wheres = [socks_wire.addressed(peer.host, peer.port) for peer in peers]
+    with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
+        ports = [client, another(stack, client), another(stack, client)]
+        for port, where in zip(ports, wheres):
+            assert port.exchange(where, b"first")[1] == b"first"
+        outer = outer_port(peers[0])
+        assert {outer_port(peer) for peer in peers} == {outer}
+        for port, peer in zip(ports, peers):  # later, and across each other
+            peer.sock.sendto(b"later", outer)
+            assert port.receive() == ((peer.host, peer.port), b"later")
+        # The client's port changes: its peer's answers follow it, and no other's.
+        assert ports[1].exchange(wheres[0], b"moved")[1] == b"moved"
+        for port, peer in zip([ports[1], ports[1], ports[2]], peers):
+            peer.sock.sendto(b"after", outer)
+            assert port.receive() == ((peer.host, peer.port), b"after")
+        assert all(map(silent, ports))
+    assert len({sender for peer in peers for sender in peer.senders}) == 1
+
+
+def test_another_port_of_a_host_answers_to_the_port_that_wrote_last_to_it(
+    gateway: running.Gateway, udp: Udp
+) -> None:
+    one, two, other = udp(), udp("127.0.0.4"), udp()
+    with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
+        second = another(stack, client)
+        client.exchange(socks_wire.addressed(one.host, one.port), b"x")
+        second.exchange(socks_wire.addressed(two.host, two.port), b"x")
+        other.sock.sendto(b"from elsewhere", outer_port(one))
+        assert client.receive() == ((other.host, other.port), b"from elsewhere")
+        assert silent(second)
+
+
+def test_who_was_not_written_to_answers_to_the_port_that_wrote_last(
+    natwork: running.Start, udp: Udp
+) -> None:
+    started, server = natwork("udp_from_anyone=yes"), udp()
+    stranger = udp("127.0.0.4")
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(started) as client, contextlib.ExitStack() as stack:
+        second = another(stack, client)
+        for port in (client, second, client):
+            port.exchange(where, b"x")
+            stranger.sock.sendto(b"hello", outer_port(server))
+            assert port.receive() == ((stranger.host, stranger.port), b"hello")
+
+
+def test_an_association_remembers_so_many_peers(
+    natwork: running.Start, udp: Udp
+) -> None:
+    few = running.program({"natwork_socks.UDP_PEERS": 4})
+    started, peers = natwork(program=few), [udp(f"127.0.0.{n}") for n in (3, 4, 5)]
+    same = [udp("127.0.0.6") for _ in range(4)]  # ports of one host, which stays
+    with socks_wire.associated(started) as client:
+        for peer in (peers[1], peers[0], peers[1], peers[2]):
+            client.exchange(socks_wire.addressed(peer.host, peer.port), b"x")
+        outer = outer_port(peers[0])
+        peers[0].sock.sendto(b"forgotten", outer)
+        peers[1].sock.sendto(b"known", outer)
+        assert client.receive() == ((peers[1].host, peers[1].port), b"known")
+        for peer in same:
+            client.exchange(socks_wire.addressed(peer.host, peer.port), b"x")
+        for peer in (peers[2], *same):
+            peer.sock.sendto(b"known", outer)
+        for peer in same:
+            assert client.receive() == ((peer.host, peer.port), b"known")
 
 
 WHERE = socks_wire.addressed(SERVER, 9)
