@@ -35,6 +35,8 @@ IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
 NO_LOGIN, PASSWORD = 0, 2  # methods: RFC 1928 section 3
 GRANTED, REJECTED = 90, 91  # version 4 has no other replies to give
 ANY_PORT = range(1)  # port 0: the kernel chooses
+# In place of 0.0.0.0 and ::, which are no way to anyone: by size.
+ANYONE = {4: natwork.pack("192.0.2.1"), 16: natwork.pack("2001:db8::1")}
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
 Connection = tuple[natwork.Stream, SocketAddress]  # and the address to reply
 Way = tuple[bytes, socket.socket]  # an address, and a socket of ours to use with it
@@ -105,16 +107,6 @@ def open_port(
     raise failure
 
 
-def known_sources(worker: Worker, addresses: list[bytes]) -> set[str]:
-    """Return the source addresses of the sessions that a client has with a host."""
-    hosts, name = set(map(natwork.unpack, addresses)), natwork.host_of
-    return {
-        name(session.source)
-        for _, session in natwork.sessions(worker.board)
-        if name(session.client) == worker.client.host and name(session.address) in hosts
-    }
-
-
 def open_outside(
     socks: Socks, addresses: list[bytes], port: int, opened: dict[str, socket.socket]
 ) -> Way:
@@ -136,7 +128,13 @@ def open_outside(
     kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
     if kind == natwork.STREAM:
         # An FTP server calls back to the address of the control connection, no other.
-        known = known_sources(worker, addresses)
+        name, host = natwork.host_of, worker.client.host
+        pairs = {(host, natwork.unpack(packed)) for packed in addresses}
+        known = {
+            name(session.source)
+            for _, session in natwork.sessions(worker.board)
+            if (name(session.client), name(session.address)) in pairs
+        }
         ways = [way for way in ways if way[1][0] in known] or ways
     for attempt, where in ways:
         try:
@@ -279,7 +277,7 @@ class Socks:
             raise Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
         self.worker.begin(session)
         if session.method == "BIND":
-            server, address = self.bind(host, port)
+            server, address = self.bind(host)
         elif session.method != "CONNECT":
             raise Refused(natwork.NOT_IMPLEMENTED, f"command {command}")
         elif not port:
@@ -296,7 +294,7 @@ class Socks:
         """Tell the client, if it waits for an answer; return the outcome."""
         if self.owed is not None:
             with contextlib.suppress(Refused):
-                self.send(self.owed or self.reply(refusal.outcome))
+                self.send(self.owed or self.reply(refusal.outcome, ("0.0.0.0", 0)))
                 self.lingers = True
         return refusal.outcome
 
@@ -371,9 +369,7 @@ class Socks:
         watch.send(self.client, data, "the client takes no reply", seconds)
         self.session.down += self.client.counted()
 
-    def reply(
-        self, outcome: natwork.Outcome, address: SocketAddress = ("0.0.0.0", 0)
-    ) -> bytes:
+    def reply(self, outcome: natwork.Outcome, address: SocketAddress) -> bytes:
         """Return the reply for an outcome, with an address: RFC 1928 section 6."""
         if self.version == 5:
             self.session.status = str(outcome.reply)
@@ -384,18 +380,21 @@ class Socks:
         packed = packed if len(packed) == 4 else bytes(4)  # no room for IPv6
         return struct.pack("!BBH4s", 0, code, address[1], packed)
 
-    def bind(self, host: str, port: int) -> Connection:
+    def bind(self, host: str) -> Connection:
         """Return a connection from a host: RFC 1928 section 4; raise Refused."""
         worker, session = self.worker, self.session
-        expected = self.consult(natwork.judged, host, port)
-        if self.version == 4:
-            expected = [packed for packed in expected if len(packed) == 4]
-        _, listener = open_outside(self, expected, port, {})
+        # It may call from any port, so rules with ports do not speak of it.
+        allowed = self.consult(natwork.judged, host, 0)
+        expected = [one for one in allowed if self.version == 5 or len(one) == 4]
+        there = [one if any(one) else ANYONE[len(one)] for one in expected]
+        _, listener = open_outside(self, there, 0, {})
         with listener:
             here = listener.getsockname()
             session.source = natwork.endpoint(here)
             self.send(self.reply(natwork.OK, here))
             worker.proceed(session)
+            if there != expected:
+                expected = []  # anyone, as the rules judge each that calls
             server, address = self.await_call(listener, expected)
         session.address = natwork.endpoint(address)
         return server, address
@@ -412,9 +411,11 @@ class Socks:
                 raise Refused(natwork.CLIENT_GONE, "closed before the call")
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 sock, address = listener.accept()
-                if natwork.address_of(address[0]) in expected:
-                    sock.setblocking(False)
-                    return natwork.Stream(sock, natwork.SERVER_GONE), address
+                with contextlib.suppress(Refused):
+                    allowed = expected or self.consult(natwork.judged, address[0], 0)
+                    if natwork.address_of(address[0]) in allowed:
+                        sock.setblocking(False)
+                        return natwork.Stream(sock, natwork.SERVER_GONE), address
                 sock.close()
         raise Refused(natwork.NOBODY_CALLED, "the expected host did not call")
 

@@ -693,7 +693,11 @@ def test_curl_names_itself(
 
 @contextlib.contextmanager
 def bound(
-    gateway: running.Gateway, host: str = SERVER, version: int = 5, more: bytes = b""
+    gateway: running.Gateway,
+    host: str = SERVER,
+    version: int = 5,
+    more: bytes = b"",
+    port: int = 21,
 ) -> Iterator[tuple[socket.socket, socks_wire.Address]]:
     """Have a port opened for a host; yield the client's end and where it is."""
     read = socks_wire.read_five if version == 5 else socks_wire.read_four
@@ -701,12 +705,12 @@ def bound(
         if version == 5:
             client.sendall(
                 socks_wire.HELLO
-                + socks_wire.five(socks_wire.addressed(host, 21), socks_wire.BIND)
+                + socks_wire.five(socks_wire.addressed(host, port), socks_wire.BIND)
                 + more
             )
             assert wire.read_exactly(client, 2) == socks_wire.AGREED
         else:
-            client.sendall(socks_wire.four(host, 21, socks_wire.BIND) + more)
+            client.sendall(socks_wire.four(host, port, socks_wire.BIND) + more)
         code, where = read(client)
         assert code == (0 if version == 5 else 90)
         yield client, where
@@ -772,20 +776,74 @@ def test_another_host_that_calls_is_closed(gateway: running.Gateway) -> None:
             assert echoing(server, client)
 
 
-@pytest.mark.parametrize(
-    ("host", "outcome"),
-    [("10.1.2.3", "denied-inside"), ("0.0.0.0", "denied-unspecified")],
-)
-def test_the_rules_say_who_may_be_expected(
-    gateway: running.Gateway, host: str, outcome: str
-) -> None:
+def refused(gateway: running.Gateway, where: bytes) -> str:
+    """Return why a host may not be expected, of which the reply is 2."""
     line = fresh(gateway)
     with gateway.connect() as client:
-        assert socks_wire.ask_five(
-            client, socks_wire.five(socks_wire.addressed(host, 0), socks_wire.BIND)
-        ) == (2, ("0.0.0.0", 0))
+        asked = socks_wire.five(where, socks_wire.BIND)
+        assert socks_wire.ask_five(client, asked) == (2, ("0.0.0.0", 0))
         assert wire.read_all(client) == b""
-    assert line()["outcome"] == outcome
+    entry = line()
+    assert (entry["status"], entry["source"]) == ("2", "-")
+    return entry["outcome"]
+
+
+@pytest.mark.parametrize("port", [0, 21, 25, 65535])
+def test_the_rules_say_who_may_be_expected(gateway: running.Gateway, port: int) -> None:
+    where = socks_wire.addressed("10.1.2.3", port)
+    assert refused(gateway, where) == "denied-inside"
+
+
+@pytest.mark.parametrize("port", [0, 21, 25, "its own"])
+def test_a_host_may_call_whatever_port_the_client_names(
+    natwork: running.Start, port: int | str
+) -> None:
+    rules = "rules=deny to 127.0.0.3/32 port 1-65535; allow to 127.0.0.3/32"
+    started = natwork(rules, loopback=False)
+    number = port if isinstance(port, int) else started.address[1]
+    with bound(started, port=number) as (client, where), call(where) as server:
+        assert socks_wire.read_five(client) == (0, server.getsockname())
+        assert echoing(server, client)
+    (line,) = started.lines(1)
+    assert (line["target"], line["outcome"]) == (f"{SERVER}:{number}", "closed")
+
+
+@pytest.mark.parametrize("port", [0, 21])
+def test_a_rule_with_a_port_lets_nobody_call(natwork: running.Start, port: int) -> None:
+    started = natwork("rules=allow to 127.0.0.3/32 port 1-65535", loopback=False)
+    assert refused(started, socks_wire.addressed(SERVER, port)) == "denied-loopback"
+
+
+ANYONES = [
+    socks_wire.addressed("0.0.0.0", 0),
+    socks_wire.addressed("::", 0),
+    socks_wire.addressed("::ffff:0.0.0.0", 0),
+    socks_wire.named("0.0.0.0", 21),
+    socks_wire.named("::", 25),
+]
+
+
+@pytest.mark.parametrize("where", ANYONES)
+def test_anyone_may_not_call_unless_a_rule_allows_it_by_network(
+    natwork: running.Start, where: bytes
+) -> None:
+    started = natwork("rules=allow to *; allow; allow to 127.0.0.0/8, ::1")
+    assert refused(started, where) == "denied-unspecified"
+    own = where[:-2] + started.address[1].to_bytes(2, "big")
+    assert refused(started, own) == "denied-unspecified"
+
+
+def test_anyone_may_not_call_a_client_of_version_4(gateway: running.Gateway) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        wire.send(client, socks_wire.four("0.0.0.0", 0, socks_wire.BIND))
+        assert wire.read_all(client) == socks_wire.four_reply(91)
+    assert line()["outcome"] == "denied-unspecified"
+
+
+def test_a_rule_may_deny_anyone(natwork: running.Start) -> None:
+    started = natwork("rules=deny to 0.0.0.0/32; allow to 0.0.0.0/0", loopback=False)
+    assert refused(started, ANYONES[0]) == "denied-rule-1"
 
 
 def test_ports_are_of_bind_ports_and_serve_again(natwork: running.Start) -> None:
