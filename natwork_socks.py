@@ -29,7 +29,7 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
-UDP_HOSTS = 4096  # hosts that may answer one association
+UDP_PEERS = 8192  # peers that may answer one association, and their hosts
 WAY_TIME = 60.0  # routes change; and a dead name server delays us once a minute
 COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
 IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
@@ -37,6 +37,8 @@ NO_LOGIN, PASSWORD = 0, 2  # methods: RFC 1928 section 3
 GRANTED, REJECTED = 90, 91  # version 4 has no other replies to give
 NUL = re.compile(b"\0")  # ends a string in version 4
 ANY_PORT = range(1)  # port 0: the kernel chooses
+# In place of 0.0.0.0 and ::, which are no way to anyone: by size.
+ANYONE = {4: natwork.pack("192.0.2.1"), 16: natwork.pack("2001:db8::1")}
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
 Connection = tuple[natwork.Stream, SocketAddress]  # and the address to reply
 Way = tuple[bytes, socket.socket]  # an address, and a socket of ours to use with it
@@ -107,16 +109,6 @@ def open_port(
     raise failure
 
 
-def known_sources(worker: Worker, addresses: list[bytes]) -> set[str]:
-    """Return the source addresses of the sessions that a client has with a host."""
-    hosts, name = set(map(natwork.unpack, addresses)), natwork.host_of
-    return {
-        name(session.source)
-        for _, session in natwork.sessions(worker.board)
-        if name(session.client) == worker.client.host and name(session.address) in hosts
-    }
-
-
 def open_outside(
     socks: Socks, addresses: list[bytes], port: int, opened: dict[str, socket.socket]
 ) -> Way:
@@ -138,7 +130,13 @@ def open_outside(
     kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
     if kind == natwork.STREAM:
         # An FTP server calls back to the address of the control connection, no other.
-        known = known_sources(worker, addresses)
+        name, host = natwork.host_of, worker.client.host
+        pairs = {(host, natwork.unpack(packed)) for packed in addresses}
+        known = {
+            name(session.source)
+            for _, session in natwork.sessions(worker.board)
+            if (name(session.client), name(session.address)) in pairs
+        }
         ways = [way for way in ways if way[1][0] in known] or ways
     for attempt, where in ways:
         try:
@@ -153,8 +151,8 @@ def open_outside(
 class Association:
     """A client's UDP association, RFC 1928 section 7: datagrams there and back.
 
-    They come from the address of the client's control connection, and from the port
-    that the first one came from.
+    They come from the address of the client's control connection, from any port.
+    A peer's answers go to the port that wrote to it last, or at least to its host.
     """
 
     def __init__(self, socks: Socks) -> None:
@@ -163,8 +161,9 @@ class Association:
         here = socks.client.sock.getsockname()
         self.inner = open_port(socket.SOCK_DGRAM, here, ANY_PORT)
         self.outer: dict[str, socket.socket] = {}  # by source address
-        self.client_at: SocketAddress = ()  # until its first datagram comes
-        self.hosts: dict[bytes, None] = {}  # that were written to, the latest last
+        self.client_at: SocketAddress = ()  # where its latest datagram came from
+        # The same by peer, and by host with port 0; the latest is the last.
+        self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest refused datagram
         # Monotonic; what is dropped does not put it off.
@@ -190,21 +189,18 @@ class Association:
 
     def pass_on(self, sock: socket.socket) -> None:
         """Receive a datagram and send it, or raise why not."""
-        session = self.session
         data, sender = sock.recvfrom(natwork.COPY_SIZE)
         if sock is self.inner:
-            session.up += self.send_out(data, sender)
+            self.session.up += self.send_out(data, sender)
         else:
-            session.down += self.send_in(data, sender)
-        self.worker.slot.moved(session.up, session.down)
+            self.session.down += self.send_in(data, sender)
+        self.worker.slot.moved(self.session.up, self.session.down)
         self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def send_out(self, data: bytes, sender: SocketAddress) -> int:
         """Send what the client wants sent; return its size, or raise Refused."""
-        client = natwork.address_of(self.worker.client.host)
-        first = self.client_at or sender
-        if natwork.address_of(sender[0]) != client or sender[1] != first[1]:
-            raise Refused(natwork.OUTSIDER, "not the client's socket")
+        if natwork.address_of(sender[0]) != natwork.address_of(self.worker.client.host):
+            raise Refused(natwork.OUTSIDER, "not the client's address")
         host, port, payload = parse_datagram(data)
         self.client_at = sender
         way = self.way(host, port)
@@ -214,10 +210,11 @@ class Association:
         packed, sock = way
         there = natwork.unpack(packed), port
         sock.sendto(payload, there)
-        self.hosts.pop(packed, None)
-        self.hosts[packed] = None
-        if len(self.hosts) > UDP_HOSTS:
-            del self.hosts[next(iter(self.hosts))]
+        for peer in (packed, port), (packed, 0):  # a host goes after its ports
+            self.writers.pop(peer, None)
+            self.writers[peer] = sender
+        while len(self.writers) > UDP_PEERS:
+            del self.writers[next(iter(self.writers))]
         session = self.session
         if session.target == "-":
             session.target = natwork.endpoint((host, port))
@@ -229,21 +226,21 @@ class Association:
     def find_way(self, host: str, port: int) -> Way | Refused:
         """Return a host's address and the socket to use, or why it may not be used."""
         try:
-            addresses = natwork.judged(self.worker, self.session, host, port)
+            addresses = self.socks.consult(natwork.judged, host, port)
             return open_outside(self.socks, addresses, port, self.outer)
         except Refused as refusal:
             return refusal
 
     def send_in(self, data: bytes, sender: SocketAddress) -> int:
         """Send the client what came for it; return its size, or raise Refused."""
-        packed = natwork.address_of(sender[0])
-        if packed not in self.hosts:
+        packed, port = natwork.address_of(sender[0]), sender[1]
+        writer = self.writers.get((packed, port)) or self.writers.get((packed, 0))
+        if not writer:
             if not self.worker.config.udp_from_anyone:
                 raise Refused(natwork.OUTSIDER, "it was not written to")
-            host = natwork.unpack(packed)
-            natwork.judged(self.worker, self.session, host, sender[1])
-        # The client has written: its first datagram opened the socket.
-        self.inner.sendto(bytes(3) + write_address(sender) + data, self.client_at)
+            self.socks.consult(natwork.judged, natwork.unpack(packed), port)
+            writer = self.client_at  # it has written: that opened the socket
+        self.inner.sendto(bytes(3) + write_address(sender) + data, writer)
         return len(data)
 
     def close(self) -> None:
@@ -262,7 +259,7 @@ class Socks:
         self.session = natwork.Session(name, worker.pid_text, proto)
         self.session.outcome = natwork.ENDED
         users = worker.chapters.users
-        self.needs_login = bool(users and users.required)
+        self.users = users if users and users.required else None  # None: all may ask
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
         # What a refusal has to say, b"" for its reply, None for nothing.
         self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
@@ -278,17 +275,17 @@ class Socks:
         session.target = natwork.printable(name)
         host = parse_name(name)
         session.target = natwork.endpoint((host, port))
-        if self.version == 4 and self.needs_login:
+        if self.version == 4 and self.users:
             raise Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
         self.worker.begin(session)
         if session.method == "BIND":
-            server, address = self.bind(host, port)
+            server, address = self.bind(host)
         elif session.method != "CONNECT":
             raise Refused(natwork.NOT_IMPLEMENTED, f"command {command}")
         elif not port:
             raise Refused(natwork.BAD_REQUEST, "port 0")
         else:
-            server = natwork.dial(self.worker, session, host, port)
+            server = self.consult(natwork.dial, host, port)
             address = server.sock.getsockname()
         opening = self.reply(natwork.OK, address)
         self.worker.proceed(session)
@@ -299,15 +296,14 @@ class Socks:
         """Tell the client, if it waits for an answer; return the outcome."""
         if self.owed is not None:
             with contextlib.suppress(Refused):
-                self.send(self.owed or self.reply(refusal.outcome))
+                self.send(self.owed or self.reply(refusal.outcome, ("0.0.0.0", 0)))
                 self.lingers = True
         return refusal.outcome
 
     def run(self, steps: natwork.Steps) -> bytes:
         """Return what steps take off the client; raise Refused, also if it is late."""
-        watch, why = self.worker.watch, "the request did not come to its end"
-        late = natwork.HEAD_TIMEOUT
-        taken: bytes = watch.run(steps, late, why, deadline=self.deadline)
+        late, why = natwork.HEAD_TIMEOUT, "the request did not come to its end"
+        taken: bytes = self.worker.watch.run(steps, late, why, deadline=self.deadline)
         return taken
 
     def take(self, count: int) -> bytes:
@@ -337,27 +333,37 @@ class Socks:
 
     def choose_method(self, methods: bytes) -> None:
         """Agree on a way to log in: RFC 1928 section 3; raise Refused."""
-        method = PASSWORD if self.needs_login else NO_LOGIN
+        # Without `users` each name is right: a claim, for the log.
+        method = PASSWORD if self.users or PASSWORD in methods else NO_LOGIN
         if method not in methods:
             self.owed = bytes([5, natwork.NO_METHOD.reply])
             self.session.status = str(natwork.NO_METHOD.reply)
             outcome = natwork.AUTH_REQUIRED if method else natwork.NO_METHOD
             raise Refused(outcome, f"method {method} is not offered")
         self.send(bytes([5, method]))
-        if self.needs_login:
+        if method == PASSWORD:
             self.log_in()
 
     def log_in(self) -> None:
         """Learn the user by name and password: RFC 1929; raise Refused."""
         self.owed = b"\1\1"
-        version, size = self.take(2)
-        name = self.take(size)
-        password = self.take(self.take(1)[0])
-        if version != 1:
+        if self.take(1) != b"\1":
             raise Refused(natwork.BAD_REQUEST, "not a name and a password")
-        users = self.worker.chapters.users
-        self.session.user = users.authenticate(self.worker, name, password)
+        name, password = (self.take(self.take(1)[0]) for _ in range(2))
+        user = natwork.printable(name, natwork.NAME_SIZE)
+        if self.users:
+            user = self.users.authenticate(self.worker, name, password)
+        self.session.user = user
         self.send(b"\1\0")
+
+    def consult(self, ask: Callable[..., Any], host: str, port: int) -> Any:
+        """Return what judged() or dial() does, by rules that see no claimed name."""
+        session, user = self.session, self.session.user
+        session.user = user if self.users else "-"
+        try:
+            return ask(self.worker, session, host, port)
+        finally:
+            session.user = user
 
     def send(self, data: bytes) -> None:
         """Send a few bytes, for which a new connection has room; raise Refused."""
@@ -365,9 +371,7 @@ class Socks:
         watch.send(self.client, data, "the client takes no reply", seconds)
         self.session.down += self.client.counted()
 
-    def reply(
-        self, outcome: natwork.Outcome, address: SocketAddress = ("0.0.0.0", 0)
-    ) -> bytes:
+    def reply(self, outcome: natwork.Outcome, address: SocketAddress) -> bytes:
         """Return the reply for an outcome, with an address: RFC 1928 section 6."""
         if self.version == 5:
             self.session.status = str(outcome.reply)
@@ -378,18 +382,21 @@ class Socks:
         packed = packed if len(packed) == 4 else bytes(4)  # no room for IPv6
         return struct.pack("!BBH4s", 0, code, address[1], packed)
 
-    def bind(self, host: str, port: int) -> Connection:
+    def bind(self, host: str) -> Connection:
         """Return a connection from a host: RFC 1928 section 4; raise Refused."""
         worker, session = self.worker, self.session
-        expected = natwork.judged(worker, session, host, port)
-        if self.version == 4:
-            expected = [packed for packed in expected if len(packed) == 4]
-        _, listener = open_outside(self, expected, port, {})
+        # It may call from any port, so rules with ports do not speak of it.
+        allowed = self.consult(natwork.judged, host, 0)
+        expected = [one for one in allowed if self.version == 5 or len(one) == 4]
+        there = [one if any(one) else ANYONE[len(one)] for one in expected]
+        _, listener = open_outside(self, there, 0, {})
         with listener:
             here = listener.getsockname()
             session.source = natwork.endpoint(here)
             self.send(self.reply(natwork.OK, here))
             worker.proceed(session)
+            if there != expected:
+                expected = []  # anyone, as the rules judge each that calls
             server, address = self.await_call(listener, expected)
         session.address = natwork.endpoint(address)
         return server, address
@@ -406,9 +413,11 @@ class Socks:
                 raise Refused(natwork.CLIENT_GONE, "closed before the call")
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 sock, address = listener.accept()
-                if natwork.address_of(address[0]) in expected:
-                    sock.setblocking(False)
-                    return natwork.Stream(sock, natwork.SERVER_GONE), address
+                with contextlib.suppress(Refused):
+                    allowed = expected or self.consult(natwork.judged, address[0], 0)
+                    if natwork.address_of(address[0]) in allowed:
+                        sock.setblocking(False)
+                        return natwork.Stream(sock, natwork.SERVER_GONE), address
                 sock.close()
         raise Refused(natwork.NOBODY_CALLED, "the expected host did not call")
 

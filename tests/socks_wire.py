@@ -13,6 +13,7 @@ import wire
 
 CONNECT, BIND, ASSOCIATE = 1, 2, 3
 HELLO, AGREED = b"\5\1\0", b"\5\0"
+KNOWN = b"\5\2\1\0"  # what is told to a client that has named itself
 Address = tuple[str, int]
 
 
@@ -35,6 +36,13 @@ def addressed(host: str, port: int) -> bytes:
     if not (address := packed(host)):
         return named(host, port)
     return bytes([len(address) // 4]) + address + struct.pack("!H", port)
+
+
+def login(name: bytes, password: bytes = b"any", methods: bytes = b"\2") -> bytes:
+    """Return a greeting, and name and password: RFC 1929."""
+    greeting = bytes([5, len(methods)]) + methods
+    pair = [bytes([len(word)]) + word for word in (name, password)]
+    return greeting + b"\1" + b"".join(pair)
 
 
 def five(where: bytes, command: int = CONNECT) -> bytes:
@@ -97,9 +105,16 @@ def datagram(where: bytes, payload: bytes, fragment: int = 0) -> bytes:
 class Association:
     """A client's UDP association: its control connection and its socket."""
 
-    def __init__(self, control: socket.socket, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, control: socket.socket, host: str = "127.0.0.1", name: bytes = b""
+    ) -> None:
+        """Open it, by a name if there is one, for a socket of a host."""
         self.control = control
-        code, self.relay = ask_five(control, five(addressed("0.0.0.0", 0), ASSOCIATE))
+        told = KNOWN if name else AGREED
+        control.sendall(login(name) if name else HELLO)
+        assert wire.read_exactly(control, len(told)) == told
+        control.sendall(five(addressed("0.0.0.0", 0), ASSOCIATE))
+        code, self.relay = read_five(control)
         assert code == 0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -125,10 +140,10 @@ class Association:
 
 
 @contextlib.contextmanager
-def associated(gateway: running.Gateway) -> Iterator[Association]:
+def associated(gateway: running.Gateway, name: bytes = b"") -> Iterator[Association]:
     """Open a UDP association with a gateway, and close it."""
     with gateway.connect() as control:
-        association = Association(control)
+        association = Association(control, name=name)
         with association.sock:
             yield association
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -24,6 +27,7 @@ import wait
 import wire
 
 import natwork
+import natwork_users
 
 Ask = Callable[[str, int], bytes]
 endpoint = natwork.endpoint
@@ -54,6 +58,22 @@ def fresh(gateway: running.Gateway) -> Callable[[], dict[str, str]]:
     wait.until(lambda: not place.search(Path("/proc/net/tcp").read_text()))
     count = len(gateway.lines())
     return lambda: gateway.lines(count + 1)[count]
+
+
+@pytest.fixture
+def udp() -> Iterator[Callable[..., socks_wire.UdpEcho]]:
+    """Return a function that starts a UDP echo server."""
+    with contextlib.ExitStack() as stack:
+
+        def start(host: str = "127.0.0.3") -> socks_wire.UdpEcho:
+            server = socks_wire.UdpEcho(host)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+Udp = Callable[..., socks_wire.UdpEcho]
 
 
 # --- CONNECT ------------------------------------------------------------------
@@ -98,11 +118,11 @@ ASKS: dict[str, tuple[str, Ask]] = {
             + socks_wire.five(socks_wire.addressed("::ffff:" + host, port))
         ),
     ),
-    "5, every method": (
+    "5, every method but a password": (
         "127.0.0.3",
         lambda host, port: (
-            b"\5\xff"
-            + bytes(range(254, -1, -1))
+            b"\5\xfe"
+            + bytes(n for n in range(254, -1, -1) if n != 2)
             + socks_wire.five(socks_wire.addressed(host, port))
         ),
     ),
@@ -167,8 +187,7 @@ def test_a_connection_is_granted_however_the_request_arrives(
 ZEROS = bytes(6)
 FAILURES: dict[str, tuple[bytes, bytes, str]] = {
     "no method": (b"\5\0", b"\5\xff", "no-method"),
-    "a password only": (b"\5\1\2", b"\5\xff", "no-method"),
-    "GSSAPI and password": (b"\5\2\1\2", b"\5\xff", "no-method"),
+    "GSSAPI only": (b"\5\1\1", b"\5\xff", "no-method"),
     "another version": (
         socks_wire.HELLO + b"\4\1\0\1" + ZEROS,
         socks_wire.five_reply(1),
@@ -393,6 +412,9 @@ def test_what_is_neither_socks_nor_http_is_refused(
     assert line()["outcome"] == "bad-request"
 
 
+LOGIN = socks_wire.login(b"alice", b"any")
+
+
 def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None:
     started = natwork("head_timeout=0.5")
     cases = [
@@ -405,6 +427,7 @@ def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None
         ),
         (b"\4", socks_wire.four_reply(91)),
         (socks_wire.four("localhost", 80)[:-1], socks_wire.four_reply(91)),
+        *[(LOGIN[:size], b"\5\2\1\1") for size in (3, 4, 6, 10, 11)],
     ]
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(started.connect()) for _ in cases]
@@ -437,7 +460,15 @@ def test_who_says_nothing_is_closed_without_a_line(natwork: running.Start) -> No
 
 
 @pytest.mark.parametrize(
-    "said", [b"\5", socks_wire.HELLO + b"\5\1", b"\4\1", socks_wire.four("a", 80)[:-1]]
+    "said",
+    [
+        b"\5",
+        socks_wire.HELLO + b"\5\1",
+        LOGIN[:-1],
+        LOGIN,
+        b"\4\1",
+        socks_wire.four("a", 80)[:-1],
+    ],
 )
 def test_a_client_who_leaves_inside_the_request_is_gone(
     gateway: running.Gateway, said: bytes
@@ -480,14 +511,193 @@ def test_each_half_of_a_connection_ends_by_itself(
         assert wire.read_all(client) == b"heard all of it"
 
 
-# --- BIND ---------------------------------------------------------------------
+# --- Names --------------------------------------------------------------------
 
 SERVER = "127.0.0.3"
+NAMES = {  # as the client claims it, and as the log has it
+    "plain": (b"alice", "alice"),
+    "more after it": (b"alice;app=ssh", "alice;app=ssh"),
+    "none": (b"", "-"),
+    "control bytes": (b'a\n\0 "\x1b[2J\x7f\xff', r"a\x0a\x00\x20\x22\x1b[2J\x7f\xff"),
+    "a forged field": (b"a outcome=ok", r"a\x20outcome=ok"),
+    "longest": (b"n" * 255, "n" * 255),
+    "longest, escaped": (b"\n" * 255, r"\x0a" * 255),
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_right_and_is_logged_as_claimed(
+    gateway: running.Gateway, origin: origins.Start, name: str, pieces: str
+) -> None:
+    server, line, (said, logged) = origin(origins.echo), fresh(gateway), NAMES[name]
+    where = socks_wire.five(socks_wire.addressed(server.host, server.port))
+    with gateway.connect() as client:
+        feed(client, socks_wire.login(said, b"p" * 255) + where, pieces)
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client) == (0, caller(server))
+        if pieces == "with more behind":
+            assert wire.read_exactly(client, len(SOME)) == SOME
+        assert wire.echoes(client)
+    entry = line()
+    assert (entry["user"], entry["proto"]) == (logged, "socks5")
+    assert (entry["status"], entry["outcome"]) == ("0", "closed")
+
+
+@pytest.mark.parametrize("password", [b"", b"any", b"\0\n\xff"])
+@pytest.mark.parametrize(
+    "methods", [b"\2", b"\0\2", b"\2\0", b"\1\2", bytes(range(254, -1, -1))]
+)
+def test_a_client_that_offers_a_name_is_asked_for_it(
+    gateway: running.Gateway, origin: origins.Start, methods: bytes, password: bytes
+) -> None:
+    server, line = origin(origins.echo), fresh(gateway)
+    where = socks_wire.addressed(server.host, server.port)
+    with gateway.connect() as client:
+        said = socks_wire.login(b"alice", password, methods)
+        wire.send(client, said + socks_wire.five(where))
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client) == (0, caller(server))
+    assert line()["user"] == "alice"
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("version", [0, 2, 5, 255])
+def test_another_version_of_the_login_fails_at_once(
+    gateway: running.Gateway, version: int, pieces: str
+) -> None:
+    line, said = fresh(gateway), b"\5\1\2" + bytes([version]) + LOGIN[4:]
+    began = time.monotonic()
+    with gateway.connect() as client:
+        feed(client, said, pieces)
+        assert wire.read_all(client) == b"\5\2\1\1"
+        assert time.monotonic() < began + 5
+    entry = line()
+    assert (entry["outcome"], entry["user"]) == ("bad-request", "-")
+
+
+def test_a_claimed_name_is_in_the_title_and_the_table(
+    gateway: running.Gateway, origin: origins.Start, udp: Udp
+) -> None:
+    server, peer = origin(origins.echo), udp()
+    where = socks_wire.five(socks_wire.addressed(server.host, server.port))
+    with gateway.connect() as client, socks_wire.associated(gateway, b"bob") as other:
+        wire.send(client, socks_wire.login(b"al ice") + where)
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client)[0] == 0 and wire.echoes(client)
+        other.exchange(socks_wire.addressed(peer.host, peer.port), b"x")
+        for name, sock in ((r"al\x20ice", client), ("bob", other.control)):
+            title = kernel.title(gateway.worker_of(sock))
+            assert title.startswith("natwork: %s:%d " % sock.getsockname() + name)
+        done = running.command("--table", "--json", cwd=gateway.folder)
+        rows = {row["original_source_port"]: row for row in json.loads(done.stdout)}
+        for name, sock in ((r"al\x20ice", client), ("bob", other.control)):
+            assert rows[sock.getsockname()[1]]["user"] == name
+
+
+def asked_as(
+    gateway: running.Gateway, name: bytes, where: bytes, command: int
+) -> tuple[int, str]:
+    """Return the reply to a client that claims a name, and the log's outcome."""
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        wire.send(client, socks_wire.login(name) + socks_wire.five(where, command))
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        code, _ = socks_wire.read_five(client)
+    entry = line()
+    assert entry["user"] == name.decode()
+    return code, entry["outcome"]
+
+
+@pytest.mark.parametrize("command", [socks_wire.CONNECT, socks_wire.BIND])
+def test_a_claimed_name_opens_nothing(
+    natwork: running.Start, origin: origins.Start, command: int
+) -> None:
+    rules = "allow user alice to 127.0.0.3/32; allow user alice to *"
+    started, server = natwork(f"rules={rules}", loopback=False), origin(origins.echo)
+    for host in (SERVER, "localhost"):
+        where = socks_wire.addressed(host, server.port)
+        for name in (b"alice", b"alice;app=x"):
+            told = asked_as(started, name, where, command)
+            assert told == (2, "denied-loopback")
+    assert server.callers == []
+
+
+@pytest.mark.parametrize("command", [socks_wire.CONNECT, socks_wire.BIND])
+def test_a_proven_name_opens_what_its_rule_says(
+    natwork: running.Start, origin: origins.Start, tmp_path: Path, command: int
+) -> None:
+    users = tmp_path / "users"
+    users.write_bytes(natwork_users.user_line(b"alice", b"any") + b"\n")
+    users.chmod(0o640)
+    words = "rules=allow user alice to 127.0.0.3/32", f"users={users}"
+    started, server = natwork(*words, loopback=False), origin(origins.echo, SERVER)
+    where = socks_wire.addressed(SERVER, server.port)
+    told = asked_as(started, b"alice", where, command)
+    assert told == (0, "closed" if command == socks_wire.CONNECT else "client-gone")
+
+
+def test_a_claimed_name_closes_nothing(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    rules = f"deny user alice; {running.LOOPBACK}"
+    started, server = natwork(f"rules={rules}", loopback=False), origin(origins.echo)
+    where = socks_wire.addressed(server.host, server.port)
+    assert asked_as(started, b"alice", where, socks_wire.CONNECT) == (0, "closed")
+
+
+def test_a_claimed_name_sends_no_datagram(natwork: running.Start, udp: Udp) -> None:
+    rules = "allow to 127.0.0.4/32; allow user alice to 127.0.0.0/8"
+    started = natwork(f"rules={rules}", "udp_from_anyone=yes", loopback=False)
+    closed, peer = udp(), udp("127.0.0.4")
+    where = socks_wire.addressed(peer.host, peer.port)
+    with socks_wire.associated(started, b"alice") as client:
+        client.send(socks_wire.addressed(closed.host, closed.port), b"not this")
+        assert client.exchange(where, b"x")[1] == b"x"
+        closed.sock.sendto(b"nor this", outer_port(peer))
+        assert client.exchange(where, b"y")[1] == b"y"
+        assert closed.senders == []
+    (line,) = started.lines(1)
+    assert (line["user"], line["up"]) == ("alice", "2")
+
+
+def test_a_claimed_name_is_not_for_a_parent(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    parent = origin(origins.echo)
+    rules = f"allow user alice to nosuch.invalid; {running.LOOPBACK}"
+    words = f"rules={rules}", f"parents=http://{parent.authority}"
+    started, where = natwork(*words), socks_wire.named("nosuch.invalid", 80)
+    told = asked_as(started, b"alice", where, socks_wire.CONNECT)
+    assert told == (4, "no-such-host") and parent.callers == []
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+@pytest.mark.parametrize(("login", "user"), [("u:p@", "u"), ("u:@", "u"), ("", "-")])
+def test_curl_names_itself(
+    gateway: running.Gateway, origin: origins.Start, scheme: str, login: str, user: str
+) -> None:
+    needs.programs("curl")
+    server = origin(http_wire.Script(http_wire.sized(b"a page")))
+    proxy = f"{scheme}://{login}%s:%d" % gateway.address
+    words = ["curl", "--silent", "--show-error", "--noproxy", "", "--max-time", "20"]
+    done = subprocess.run(
+        [*words, "--proxy", proxy, server.url], capture_output=True, timeout=30
+    )
+    assert done.stdout == b"a page", done
+    assert gateway.line_about(server)["user"] == user
+
+
+# --- BIND ---------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def bound(
-    gateway: running.Gateway, host: str = SERVER, version: int = 5, more: bytes = b""
+    gateway: running.Gateway,
+    host: str = SERVER,
+    version: int = 5,
+    more: bytes = b"",
+    port: int = 21,
 ) -> Iterator[tuple[socket.socket, socks_wire.Address]]:
     """Have a port opened for a host; yield the client's end and where it is."""
     read = socks_wire.read_five if version == 5 else socks_wire.read_four
@@ -495,12 +705,12 @@ def bound(
         if version == 5:
             client.sendall(
                 socks_wire.HELLO
-                + socks_wire.five(socks_wire.addressed(host, 21), socks_wire.BIND)
+                + socks_wire.five(socks_wire.addressed(host, port), socks_wire.BIND)
                 + more
             )
             assert wire.read_exactly(client, 2) == socks_wire.AGREED
         else:
-            client.sendall(socks_wire.four(host, 21, socks_wire.BIND) + more)
+            client.sendall(socks_wire.four(host, port, socks_wire.BIND) + more)
         code, where = read(client)
         assert code == (0 if version == 5 else 90)
         yield client, where
@@ -566,20 +776,74 @@ def test_another_host_that_calls_is_closed(gateway: running.Gateway) -> None:
             assert echoing(server, client)
 
 
-@pytest.mark.parametrize(
-    ("host", "outcome"),
-    [("10.1.2.3", "denied-inside"), ("0.0.0.0", "denied-unspecified")],
-)
-def test_the_rules_say_who_may_be_expected(
-    gateway: running.Gateway, host: str, outcome: str
-) -> None:
+def refused(gateway: running.Gateway, where: bytes) -> str:
+    """Return why a host may not be expected, of which the reply is 2."""
     line = fresh(gateway)
     with gateway.connect() as client:
-        assert socks_wire.ask_five(
-            client, socks_wire.five(socks_wire.addressed(host, 0), socks_wire.BIND)
-        ) == (2, ("0.0.0.0", 0))
+        asked = socks_wire.five(where, socks_wire.BIND)
+        assert socks_wire.ask_five(client, asked) == (2, ("0.0.0.0", 0))
         assert wire.read_all(client) == b""
-    assert line()["outcome"] == outcome
+    entry = line()
+    assert (entry["status"], entry["source"]) == ("2", "-")
+    return entry["outcome"]
+
+
+@pytest.mark.parametrize("port", [0, 21, 25, 65535])
+def test_the_rules_say_who_may_be_expected(gateway: running.Gateway, port: int) -> None:
+    where = socks_wire.addressed("10.1.2.3", port)
+    assert refused(gateway, where) == "denied-inside"
+
+
+@pytest.mark.parametrize("port", [0, 21, 25, "its own"])
+def test_a_host_may_call_whatever_port_the_client_names(
+    natwork: running.Start, port: int | str
+) -> None:
+    rules = "rules=deny to 127.0.0.3/32 port 1-65535; allow to 127.0.0.3/32"
+    started = natwork(rules, loopback=False)
+    number = port if isinstance(port, int) else started.address[1]
+    with bound(started, port=number) as (client, where), call(where) as server:
+        assert socks_wire.read_five(client) == (0, server.getsockname())
+        assert echoing(server, client)
+    (line,) = started.lines(1)
+    assert (line["target"], line["outcome"]) == (f"{SERVER}:{number}", "closed")
+
+
+@pytest.mark.parametrize("port", [0, 21])
+def test_a_rule_with_a_port_lets_nobody_call(natwork: running.Start, port: int) -> None:
+    started = natwork("rules=allow to 127.0.0.3/32 port 1-65535", loopback=False)
+    assert refused(started, socks_wire.addressed(SERVER, port)) == "denied-loopback"
+
+
+ANYONES = [
+    socks_wire.addressed("0.0.0.0", 0),
+    socks_wire.addressed("::", 0),
+    socks_wire.addressed("::ffff:0.0.0.0", 0),
+    socks_wire.named("0.0.0.0", 21),
+    socks_wire.named("::", 25),
+]
+
+
+@pytest.mark.parametrize("where", ANYONES)
+def test_anyone_may_not_call_unless_a_rule_allows_it_by_network(
+    natwork: running.Start, where: bytes
+) -> None:
+    started = natwork("rules=allow to *; allow; allow to 127.0.0.0/8, ::1")
+    assert refused(started, where) == "denied-unspecified"
+    own = where[:-2] + started.address[1].to_bytes(2, "big")
+    assert refused(started, own) == "denied-unspecified"
+
+
+def test_anyone_may_not_call_a_client_of_version_4(gateway: running.Gateway) -> None:
+    line = fresh(gateway)
+    with gateway.connect() as client:
+        wire.send(client, socks_wire.four("0.0.0.0", 0, socks_wire.BIND))
+        assert wire.read_all(client) == socks_wire.four_reply(91)
+    assert line()["outcome"] == "denied-unspecified"
+
+
+def test_a_rule_may_deny_anyone(natwork: running.Start) -> None:
+    started = natwork("rules=deny to 0.0.0.0/32; allow to 0.0.0.0/0", loopback=False)
+    assert refused(started, ANYONES[0]) == "denied-rule-1"
 
 
 def test_ports_are_of_bind_ports_and_serve_again(natwork: running.Start) -> None:
@@ -620,22 +884,6 @@ def test_a_client_who_leaves_closes_his_port(gateway: running.Gateway) -> None:
 
 
 # --- UDP ASSOCIATE ------------------------------------------------------------
-
-
-@pytest.fixture
-def udp() -> Iterator[Callable[..., socks_wire.UdpEcho]]:
-    """Return a function that starts a UDP echo server."""
-    with contextlib.ExitStack() as stack:
-
-        def start(host: str = SERVER) -> socks_wire.UdpEcho:
-            server = socks_wire.UdpEcho(host)
-            stack.callback(server.close)
-            return server
-
-        yield start
-
-
-Udp = Callable[..., socks_wire.UdpEcho]
 
 
 @pytest.mark.parametrize(
@@ -680,28 +928,107 @@ def test_one_association_talks_to_many_hosts(
     assert len(ports) == 1  # one source port for all: RFC 4787 section 4.1
 
 
-def test_the_client_is_pinned_by_address_and_first_port(
-    gateway: running.Gateway, udp: Udp
-) -> None:
+def another(
+    stack: contextlib.ExitStack, client: socks_wire.Association, host: str = "127.0.0.1"
+) -> socks_wire.Association:
+    """Return the same association from another socket, of the client's or not."""
+    other = copy.copy(client)
+    other.sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    other.sock.bind((host, 0))
+    other.sock.settimeout(10)
+    return other
+
+
+def silent(client: socks_wire.Association) -> bool:
+    """Say whether nothing has come for a socket; what would, has had its time."""
+    client.sock.settimeout(0)
+    with contextlib.suppress(BlockingIOError):
+        return not client.sock.recv(1)
+    client.sock.settimeout(10)
+    return True
+
+
+def test_another_address_is_not_let_in(gateway: running.Gateway, udp: Udp) -> None:
     server = udp()
     where = socks_wire.addressed(server.host, server.port)
     with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
-        strangers = [
-            stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            for _ in range(2)
-        ]
-        strangers[0].bind(("127.0.0.9", 0))
-        strangers[0].sendto(socks_wire.datagram(where, b"first of all"), client.relay)
+        stranger = another(stack, client, "127.0.0.9")
+        stranger.send(where, b"first of all")
         assert client.exchange(where, b"mine")[1] == b"mine"
-        strangers[1].bind(("127.0.0.1", 0))
-        for stranger in strangers:
-            stranger.sendto(socks_wire.datagram(where, b"not mine"), client.relay)
+        stranger.send(where, b"not mine")
         assert client.exchange(where, b"still mine")[1] == b"still mine"
-        assert len(server.senders) == 2
-        for stranger in strangers:
-            stranger.settimeout(0)
-            with pytest.raises(BlockingIOError):
-                stranger.recv(1)
+        assert len(server.senders) == 2 and silent(stranger)
+
+
+def test_an_answer_goes_to_the_port_that_wrote_last_to_its_peer(
+    gateway: running.Gateway, udp: Udp
+) -> None:
+    peers = [udp(), udp("127.0.0.4"), udp()]  # the last is the first one's host
+    wheres = [socks_wire.addressed(peer.host, peer.port) for peer in peers]
+    with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
+        ports = [client, another(stack, client), another(stack, client)]
+        for port, where in zip(ports, wheres):
+            assert port.exchange(where, b"first")[1] == b"first"
+        outer = outer_port(peers[0])
+        assert {outer_port(peer) for peer in peers} == {outer}
+        for port, peer in zip(ports, peers):  # later, and across each other
+            peer.sock.sendto(b"later", outer)
+            assert port.receive() == ((peer.host, peer.port), b"later")
+        # The client's port changes: its peer's answers follow it, and no other's.
+        assert ports[1].exchange(wheres[0], b"moved")[1] == b"moved"
+        for port, peer in zip([ports[1], ports[1], ports[2]], peers):
+            peer.sock.sendto(b"after", outer)
+            assert port.receive() == ((peer.host, peer.port), b"after")
+        assert all(map(silent, ports))
+    assert len({sender for peer in peers for sender in peer.senders}) == 1
+
+
+def test_another_port_of_a_host_answers_to_the_port_that_wrote_last_to_it(
+    gateway: running.Gateway, udp: Udp
+) -> None:
+    one, two, other = udp(), udp("127.0.0.4"), udp()
+    with socks_wire.associated(gateway) as client, contextlib.ExitStack() as stack:
+        second = another(stack, client)
+        client.exchange(socks_wire.addressed(one.host, one.port), b"x")
+        second.exchange(socks_wire.addressed(two.host, two.port), b"x")
+        other.sock.sendto(b"from elsewhere", outer_port(one))
+        assert client.receive() == ((other.host, other.port), b"from elsewhere")
+        assert silent(second)
+
+
+def test_who_was_not_written_to_answers_to_the_port_that_wrote_last(
+    natwork: running.Start, udp: Udp
+) -> None:
+    started, server = natwork("udp_from_anyone=yes"), udp()
+    stranger = udp("127.0.0.4")
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(started) as client, contextlib.ExitStack() as stack:
+        second = another(stack, client)
+        for port in (client, second, client):
+            port.exchange(where, b"x")
+            stranger.sock.sendto(b"hello", outer_port(server))
+            assert port.receive() == ((stranger.host, stranger.port), b"hello")
+
+
+def test_an_association_remembers_so_many_peers(
+    natwork: running.Start, udp: Udp
+) -> None:
+    few = running.program({"natwork_socks.UDP_PEERS": 4})
+    started, peers = natwork(program=few), [udp(f"127.0.0.{n}") for n in (3, 4, 5)]
+    same = [udp("127.0.0.6") for _ in range(4)]  # ports of one host, which stays
+    with socks_wire.associated(started) as client:
+        for peer in (peers[1], peers[0], peers[1], peers[2]):
+            client.exchange(socks_wire.addressed(peer.host, peer.port), b"x")
+        outer = outer_port(peers[0])
+        peers[0].sock.sendto(b"forgotten", outer)
+        peers[1].sock.sendto(b"known", outer)
+        assert client.receive() == ((peers[1].host, peers[1].port), b"known")
+        for peer in same:
+            client.exchange(socks_wire.addressed(peer.host, peer.port), b"x")
+        for peer in (peers[2], *same):
+            peer.sock.sendto(b"known", outer)
+        for peer in same:
+            assert client.receive() == ((peer.host, peer.port), b"known")
 
 
 WHERE = socks_wire.addressed(SERVER, 9)

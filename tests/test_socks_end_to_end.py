@@ -274,3 +274,42 @@ def test_datagrams_of_either_family_go_to_either_family(
         assert (line["proto"], line["up"]) == ("udp", "3")
     for server in servers:
         server.close()
+
+
+@pytest.mark.parametrize("outside", ["", "wan", "203.0.113.1 2001:db8:9::1"])
+def test_anyone_may_call_where_a_rule_says_so(rig: web.Rig, outside: str) -> None:
+    rules = "deny to 203.0.113.81/32; allow to 0.0.0.0/32, ::/128"
+    gateway = rig.natwork(f"outside={outside}", f"rules={rules}")
+    cases = [("0.0.0.0", "203.0.113.1", "203.0.113.80")]
+    cases += [("::", "2001:db8:9::1", "2001:db8:9::80")]
+    for count, (anyone, here, host) in enumerate(cases, 1):
+        client = rig.box.connect("inside", ("10.9.0.1", 8080))
+        asked = socks_wire.five(socks_wire.addressed(anyone, 0), socks_wire.BIND)
+        code, where = socks_wire.ask_five(client, asked)
+        assert (code, where[0]) == (0, here)
+
+        def call(
+            source: str, where: socks_wire.Address = where
+        ) -> Callable[[], socket.socket]:
+            return lambda: socket.create_connection(where, 10, (source, 0))
+
+        if ":" not in host:  # the rules judge who calls, too
+            with rig.box.within("outside", call("203.0.113.81")) as denied:
+                assert denied.recv(1) == b""
+        with rig.box.within("outside", call(host)) as server:
+            assert socks_wire.read_five(client) == (0, server.getsockname()[:2])
+            server.sendall(b"x")
+            assert client.recv(1) == b"x"
+        client.close()
+        line = gateway.lines(count)[-1]
+        assert (line["method"], line["outcome"]) == ("BIND", "closed")
+
+
+def test_nobody_may_call_by_a_way_that_is_not_there(rig: web.Rig) -> None:
+    gateway = rig.natwork("rules=allow to 0.0.0.0/32")
+    assert rig.box.run("gateway", "ip", "route", "del", "default").returncode == 0
+    client = rig.box.connect("inside", ("10.9.0.1", 8080))
+    asked = socks_wire.five(socks_wire.addressed("0.0.0.0", 0), socks_wire.BIND)
+    assert socks_wire.ask_five(client, asked) == (3, ("0.0.0.0", 0))
+    client.close()
+    assert gateway.lines(1)[0]["outcome"] == "unreachable"
