@@ -146,6 +146,20 @@ function FindProxyForURL(url, host) {
 """
 
 
+METRICS = {
+    "build_info": ("gauge", "The version of NATWork that runs; always 1."),
+    "sessions_total": ("counter", "Sessions that ended, by protocol and by outcome."),
+    "bytes_total": ("counter", "Bytes of ended sessions, to servers (up) and back."),
+    "connect_seconds": ("summary", "Seconds to look up a host and connect to it."),
+    "workers": ("gauge", "Worker processes; an idle one waits for its next client."),
+    "workers_limit": ("gauge", "The most worker processes that there may be."),
+    "forks_total": ("counter", "Worker processes started since the gateway started."),
+    "forks_failed_total": ("counter", "Worker processes the system refused to start."),
+    "log_lines_lost_total": ("counter", "Access log lines that could not be written."),
+    "start_time_seconds": ("gauge", "When the gateway started, as a Unix time."),
+}
+
+
 def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
     counts = {}
@@ -218,23 +232,22 @@ def metrics(exchange: Exchange) -> str:
         "_sum": board.total(natwork.CONNECTING) / 1e6,
         "_count": board.total(natwork.CONNECTIONS),
     }
-    lost, began = board.total(natwork.LOST), words[natwork.BEGAN]
-    forks, failed = words[natwork.FORKS], words[natwork.FORKS_FAILED]
-    families: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("sessions_total", "counter", "Sessions that have ended.", by_kind),
-        ("bytes_total", "counter", "Bytes that these have moved.", by_way),
-        ("connect_seconds", "summary", "From a target to a connection.", took),
-        ("workers", "gauge", "Workers, by what they do.", by_state),
-        ("workers_limit", "gauge", "The most that there may be.", {"": found["limit"]}),
-        ("forks_total", "counter", "Workers that began.", {"": forks}),
-        ("forks_failed_total", "counter", "And could not.", {"": failed}),
-        ("log_lines_lost_total", "counter", "What the log did not take.", {"": lost}),
-        ("start_time_seconds", "gauge", "When it began.", {"": began}),
-    ]
+    values: dict[str, dict[str, Any]] = {
+        "build_info": {f'{{version="{natwork.__version__}"}}': 1},
+        "sessions_total": by_kind,
+        "bytes_total": by_way,
+        "connect_seconds": took,
+        "workers": by_state,
+        "workers_limit": {"": found["limit"]},
+        "forks_total": {"": words[natwork.FORKS]},
+        "forks_failed_total": {"": words[natwork.FORKS_FAILED]},
+        "log_lines_lost_total": {"": board.total(natwork.LOST)},
+        "start_time_seconds": {"": words[natwork.BEGAN]},
+    }
     lines = []
-    for name, kind, told, values in families:
+    for name, (kind, told) in METRICS.items():
         lines.append(f"# HELP natwork_{name} {told}\n# TYPE natwork_{name} {kind}\n")
-        lines += [f"natwork_{name}{at} {value}\n" for at, value in values.items()]
+        lines += [f"natwork_{name}{at} {value}\n" for at, value in values[name].items()]
     return "".join(lines)
 
 

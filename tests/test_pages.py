@@ -436,6 +436,20 @@ def test_the_metrics_add_up_with_the_log(
     assert metrics["natwork_workers_limit"] == 2048
 
 
+def test_the_metrics_name_the_version_and_explain_themselves(
+    gateway: running.Gateway,
+) -> None:
+    found = measured(gateway)
+    assert found['natwork_build_info{version="%s"}' % program.__version__] == 1
+    told = re.findall("# HELP (.*?) (.*)", curl(gateway.url + "/metrics")[2])
+    assert len(told) == len(dict(told)) == 10
+    for name, text in told:
+        assert len(text.split()) >= 5 and text.endswith("."), name
+    assert {re.sub("(_sum|_count)?([{].*)?$", "", name) for name in found} == {
+        *dict(told)
+    }
+
+
 def test_every_outcome_has_a_place_of_its_own() -> None:
     words = {o.word for o in vars(program).values() if isinstance(o, program.Outcome)}
     places = {program.ended_by(p, w) for p in program.PROTOCOLS for w in words}
