@@ -158,6 +158,11 @@ METRICS = {
     "log_lines_lost_total": ("counter", "Access log lines that could not be written."),
     "start_time_seconds": ("gauge", "When the gateway started, as a Unix time."),
 }
+# For a client that asks by a name that is not known to be ours.
+NAME_IT = (
+    "Use the gateway's address. If the name is the gateway's own, the setting `name` "
+    "in natwork.conf makes it known. " + natwork.ASK_PROXY
+)
 
 
 def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
@@ -291,7 +296,7 @@ def admit(exchange: Exchange) -> None:
     host, port = exchange.target.host, exchange.client.sock.getsockname()[1]
     if not exchange.worker.policy.means_us(host, port):
         why = f"{host or 'no host'} is not this gateway"
-        raise Refused(natwork.BAD_HOST, why)
+        raise Refused(natwork.BAD_HOST._replace(advice=NAME_IT), why)
     if exchange.session.user != "-":
         return
     try:
