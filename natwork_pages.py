@@ -1,7 +1,7 @@
 """Own pages, a chapter of NATWork: what a client asks of the gateway itself.
 
     /               the live table, for a browser
-    /table.json     the same as data
+    /table.json     the same as data; ?source_port=N for what leaves from port N
     /metrics        figures for Prometheus, in its text format
     /proxy.pac      which gateway a browser asks for what; also /wpad.dat
 
@@ -15,6 +15,7 @@ our address sends that name, and so is not shown the table.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -311,12 +312,20 @@ def table_page(exchange: Exchange, nonce: str) -> str:
 
 
 def table_json(exchange: Exchange) -> str:
-    """Return the figures and the sessions that go on, as JSON (RFC 8259)."""
+    """Return the figures and the sessions that go on, as JSON (RFC 8259).
+
+    With ?source_port=N it has only those that leave from port N; raise Refused.
+    """
     import json
 
-    board = exchange.worker.board
+    rows = natwork.table_rows(exchange.worker.board)
+    query = exchange.head.path.partition(b"?")[2]
+    if asked := re.search(b"(?:^|&)source_port=([^&]*)", query):
+        if not re.fullmatch(b"[0-9]{1,5}", asked[1]):
+            raise Refused(natwork.BAD_REQUEST, "source_port is not a port's number")
+        rows = [row for row in rows if row["new_source_port"] == int(asked[1])]
     gateway = {"name": exchange.config.name, **figures(exchange)}
-    return json.dumps({"gateway": gateway, "sessions": natwork.table_rows(board)})
+    return json.dumps({"gateway": gateway, "sessions": rows})
 
 
 def metrics(exchange: Exchange) -> str:

@@ -523,6 +523,25 @@ def test_the_table_has_a_heading_links_and_the_colors_that_one_prefers(
         )
 
 
+def test_one_row_is_asked_for_by_its_source_port(natwork: running.Start) -> None:
+    gateway = natwork()
+    crowd(gateway, 20)
+    for query, count in (
+        ("source_port=20007", 1),
+        ("a=b&source_port=20007", 1),
+        ("source_port=1", 0),
+        ("port=1", 20),
+        ("", 20),
+    ):
+        body = curl(f"{gateway.url}/table.json?{query}")[2]
+        rows = json.loads(body)["sessions"]
+        assert len(rows) == count, query
+        assert count != 1 or rows[0]["new_source_port"] == 20007
+    for word in ("", "x", "-1", "1x", "123456", "%31"):
+        status, _, body = curl(f"{gateway.url}/table.json?source_port={word}")
+        assert status == 400 and "source_port" in body, word
+
+
 @pytest.mark.parametrize("size", ["1400,800", "390,1600"])
 def test_a_browser_shows_the_table(
     defaced: running.Gateway, tmp_path: Path, size: str
