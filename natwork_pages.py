@@ -1,7 +1,7 @@
 """Own pages, a chapter of NATWork: what a client asks of the gateway itself.
 
     /               the live table, for a browser
-    /table.json     the same as data
+    /table.json     the same as data; ?source_port=N for what leaves from port N
     /metrics        figures for Prometheus, in its text format
     /proxy.pac      which gateway a browser asks for what; also /wpad.dat
 
@@ -15,6 +15,7 @@ our address sends that name, and so is not shown the table.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,80 +27,145 @@ from natwork import Scoreboard
 
 VERSION = "0.1.0"
 
-# The script fills the page, by textContent, which makes words of what is hostile.
+# The table's columns, and their keys in a row.  The page works out "Moving" itself.
+NAMES = [*natwork.COLUMNS[:-1], "Moving", natwork.COLUMNS[-1]]
+KEYS = [name.lower().replace(" ", "_") for name in NAMES]
+ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'"}
+
+# The script keeps the rows fresh, by textContent: what is hostile becomes words.
 HTML = """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<title>%(name)s</title>
+<title>%(name)s - NATWork</title>
 <meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <style nonce="%(nonce)s">
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em }
-h1 { font-size: 1.3em; overflow-wrap: anywhere }
-dl { display: flex; flex-wrap: wrap; gap: .6em 2em }
-dt, td::before { font-size: 13px; opacity: .7 }
-dd { font-size: 1.5em; margin: 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { border-bottom: 1px solid #8886; padding: .3em .7em; text-align: left }
-td { overflow-wrap: anywhere; vertical-align: top }
-td:is(:nth-child(1), :nth-child(4), :nth-child(6), :nth-child(7)) { min-width: 9em }
-:is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(n + 8)) { text-align: right }
-td:nth-child(n + 8) { white-space: nowrap }
-.stale { opacity: .5 }
-@media (max-width: 78em) {
-  table, tbody { display: block }
-  thead { display: none }
-  tr { border: 1px solid #8886; display: grid; gap: .4em 1em; padding: .6em;
-    grid-template-columns: repeat(auto-fill, minmax(6em, 1fr)); margin-bottom: .8em }
-  td { border: 0; min-width: 0 !important; padding: 0; text-align: left !important }
-  td:nth-child(4), td:nth-child(6) { grid-column: span 2 }
-  td::before { content: attr(data-head); display: block }
+:root { color-scheme: light dark; --back: #fff; --text: #1c2126; --soft: #5c6670;
+  --line: #e2e6ea }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171a; --text: #e3e7eb; --soft: #98a3ae; --line: #2b3138 }
 }
+* { box-sizing: border-box; margin: 0; overflow-wrap: anywhere }
+body { background: var(--back); color: var(--text); padding: 12px 16px;
+  font: 13px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+header, nav, #bar, dl { display: flex; flex-wrap: wrap; gap: 4px 12px;
+  align-items: baseline }
+h1 { font-size: 20px; margin-right: auto }
+small, dt, th, p, ::before { color: var(--soft); font-size: 12px; font-weight: normal }
+a { color: inherit }
+dl { gap: 4px 32px; margin: 10px 0 }
+dd { font-size: 17px }
+input { background: none; border: 1px solid var(--soft); border-radius: 4px;
+  font: inherit; margin-left: 6px; padding: 4px 8px; width: 260px }
+table { border-spacing: 0; table-layout: fixed; width: 100%% }
+th, td { border-bottom: 1px solid var(--line); padding: 3px 7px; text-align: left }
+td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+th { background: var(--back); position: sticky; top: 0; vertical-align: bottom }
+button { background: none; border: 0; color: inherit; cursor: pointer; font: inherit;
+  padding: 4px 0; text-align: inherit }
+button:hover, [aria-sort] { color: var(--text) }
+[aria-sort] button::after { content: " \\25b2" }
+[aria-sort="descending"] button::after { content: " \\25bc" }
+tbody tr:hover { background: var(--line) }
+.stale { opacity: .5 }
+@media (min-width: 1101px) {
+  table { margin: 8px -7px 0; width: calc(100%% + 14px) }
+  .source_ip { width: 11%% }
+  .destination { width: 14%% }
+  .user { width: 10%% }
+  [class$="port"], .protocol, .up, .down, .pid { width: 72px }
+  .age, .moving { width: 84px }
+  :is([class$="port"], .age, .up, .down, .moving, .pid) { text-align: right }
+}
+@media (max-width: 1100px) {  /* a card for each session */
+  body { padding: 8px }
+  dl { gap: 0 14px }
+  :is(dt, dd) { display: inline }
+  dd { font-size: 14px; margin-left: 5px }
+  table, tbody { display: block }
+  thead tr { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 4px 0 }
+  thead tr::before { content: "Sort by"; padding: 4px 0 }
+  th { border: 0; padding: 0; position: static }
+  tbody { display: grid; gap: 8px; align-items: start;
+    grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%%), 1fr)) }
+  tbody tr { border: 1px solid var(--line); border-radius: 6px; padding: 6px 8px;
+    display: grid; gap: 1px 6px; grid-template-columns: 7fr 8fr 7fr 8fr }
+  tbody tr:hover td { white-space: normal }  /* a tap shows long names whole */
+  td { border: 0; padding: 0; font-size: 12px }
+  td:is(.source_ip, .destination) { grid-column: span 2 }
+  td:is(.host, .age) { order: -1 }
+  td.host { font-size: 13px; font-weight: bold; grid-column: span 3 }
+  td.original_source_port::before { content: "port " }
+  td.new_source_port::before { content: "new " }
+  td:is(.up, .down, .pid)::before { content: attr(class) " " }
+}
+@media (scripting: none) { label { display: none } td { white-space: normal } }
 </style>
-<h1>%(name)s</h1>
-<noscript>This page needs JavaScript; /table.json has the same as data.</noscript>
+<header><h1>NATWork <small>%(name)s, version %(version)s</small></h1>
+<nav aria-label="The same as data"><a href="/metrics">/metrics</a>
+<a href="/table.json">/table.json</a> <a href="/proxy.pac">/proxy.pac</a></nav></header>
+<noscript>Without JavaScript this stays as it was loaded, times in seconds; the same as
+data is /table.json.</noscript>
 <dl>%(figures)s</dl>
-<table><thead><tr>%(heads)s</tr></thead><tbody></tbody></table>
-<p></p>
+<div id="bar"><label>Filter<input type="search" autocomplete="off"
+placeholder="client, host, user or protocol"></label><p>Sessions: %(count)s</p></div>
+<table aria-label="Sessions"><thead><tr>%(heads)s</tr></thead>
+<tbody>%(rows)s</tbody></table>
 <script nonce="%(nonce)s">
-const heads = [...document.querySelectorAll("th")].map(th => th.textContent);
-const body = document.querySelector("tbody"), count = document.querySelector("p");
-let before = new Map(), then = 0;
-const two = n => String(n).padStart(2, "0"), whole = n => n.toLocaleString("en");
-const clock = s => (s = Math.floor(s), Math.floor(s / 3600) + ":" +
-  two(Math.floor(s / 60) %% 60) + ":" + two(s %% 60));
+const heads = [...document.querySelectorAll("th")];
+const [filter, count, body] =
+  ["input", "p", "tbody"].map(name => document.querySelector(name));
+const {compare} = new Intl.Collator("en", {numeric: true});  // 9 stands before 10
+let sessions = [], before = new Map(), then = 0, column = "", way = 1;
+const whole = n => n.toLocaleString("en");
+const clock = s => [s / 3600, s / 60 %% 60, s %% 60].map(
+  n => String(Math.max(0, Math.floor(n))).padStart(2, "0")).join(":");
+function amount(n) {
+  let unit = 0;
+  for (; n >= 999.5 && unit < 4; unit++) n /= 1000;
+  return n.toFixed(unit && n < 9.95 ? 1 : 0) + [" B", " kB", " MB", " GB", " TB"][unit];
+}
+const forms = {age: clock, up: amount, down: amount,
+  moving: n => n ? amount(n) + "/s" : "-"};
 function put(place, text) {
   if (place && place.textContent !== text) place.textContent = text;
 }
-function show({gateway: {name, ...figures}, sessions}) {
+function draw() {
+  const wanted = filter.value.toLowerCase().split(" ");
+  const shown = sessions.filter(row => wanted.every(word => row.text.includes(word)));
+  if (column) shown.sort((a, b) => way * compare(a[column] ?? "", b[column] ?? ""));
+  while (body.rows.length > shown.length) body.deleteRow(-1);
+  shown.forEach((row, n) => {
+    const line = body.rows[n] || body.insertRow();
+    heads.forEach(({className: key}, m) => {
+      const cell = line.cells[m] || line.insertCell();
+      cell.className = key;
+      cell.title = row[key] ?? "";
+      put(cell, key in forms ? forms[key](row[key]) : String(row[key] ?? "-"));
+    });
+  });
+  const all = whole(sessions.length);
+  put(count, "Sessions: " + (filter.value ? whole(shown.length) + " of " + all : all));
+}
+function learn({gateway: {name, ...figures}, sessions: rows}) {
   for (const [id, value] of Object.entries(figures))
     put(document.getElementById(id), id === "uptime" ? clock(value) : whole(value));
   const now = performance.now(), moved = new Map();
-  while (body.rows.length > sessions.length) body.deleteRow(-1);
-  sessions.forEach((row, n) => {
+  for (const row of rows) {
     const key = row.pid + " " + row.source_ip + " " + row.original_source_port;
-    const speed = (row.up + row.down - before.get(key)) / (now - then) * 1000;
     moved.set(key, row.up + row.down);
-    const {age, up, down, pid, ...words} = row;
-    const cells = [...Object.values(words).map(word => String(word ?? "-")),
-      clock(age), whole(up), whole(down),
-      speed > 0 ? whole(Math.round(speed)) + "/s" : "-", String(pid)];
-    const line = body.rows[n] || body.insertRow();
-    cells.forEach((text, m) => {
-      const cell = line.cells[m] || line.insertCell();
-      cell.dataset.head = heads[m];
-      put(cell, text);
-    });
-  });
-  put(count, "Sessions: " + whole(sessions.length));
-  before = moved;
-  then = now;
+    const speed = (row.up + row.down - before.get(key)) / (now - then) * 1000;
+    row.moving = Math.max(0, Math.round(speed)) || 0;  // it is not a number at first
+    const {source_ip, host, user, protocol} = row;
+    row.text = [source_ip, host, user, protocol].join(" ").toLowerCase();
+  }
+  [sessions, before, then] = [rows, moved, now];
+  draw();
 }
 async function refresh() {
   try {
-    show(await (await fetch("/table.json")).json());
+    learn(await (await fetch("/table.json")).json());
     document.body.className = "";
   } catch {
     document.body.className = "stale";
@@ -107,6 +173,15 @@ async function refresh() {
   }
   setTimeout(refresh, 2000);
 }
+for (const head of heads) head.firstChild.onclick = () => {
+  const key = head.className;
+  way = key === column ? -way : key in forms ? -1 : 1;  // the largest figure first
+  column = key;
+  for (const other of heads) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+  draw();
+};
+filter.oninput = draw;
 refresh();
 </script>
 """
@@ -146,6 +221,25 @@ function FindProxyForURL(url, host) {
 """
 
 
+METRICS = {
+    "build_info": ("gauge", "The version of NATWork that runs; always 1."),
+    "sessions_total": ("counter", "Sessions that ended, by protocol and by outcome."),
+    "bytes_total": ("counter", "Bytes of ended sessions, to servers (up) and back."),
+    "connect_seconds": ("summary", "Seconds to look up a host and connect to it."),
+    "workers": ("gauge", "Worker processes; an idle one waits for its next client."),
+    "workers_limit": ("gauge", "The most worker processes that there may be."),
+    "forks_total": ("counter", "Worker processes started since the gateway started."),
+    "forks_failed_total": ("counter", "Worker processes the system refused to start."),
+    "log_lines_lost_total": ("counter", "Access log lines that could not be written."),
+    "start_time_seconds": ("gauge", "When the gateway started, as a Unix time."),
+}
+# For a client that asks by a name that is not known to be ours.
+NAME_IT = (
+    "Use the gateway's address. If the name is the gateway's own, the setting `name` "
+    "in natwork.conf makes it known. " + natwork.ASK_PROXY
+)
+
+
 def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
     counts = {}
@@ -180,25 +274,58 @@ def figures(exchange: Exchange) -> dict[str, int]:
     }
 
 
+def amount(count: float) -> str:
+    """Return a number of bytes as the page's script writes it, too: 1.2 kB."""
+    unit = 0
+    while count >= 999.5 and unit < 4:
+        count, unit = count / 1000, unit + 1
+    digits = 1 if unit and count < 9.95 else 0
+    return f"{count:.{digits}f} {'B kB MB GB TB'.split()[unit]}"
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """Return the row of a session in HTML, where no word of it is markup."""
+    row = {**row, "up": amount(row["up"]), "down": amount(row["down"])}
+    cells = ((key, "-" if row.get(key) is None else str(row[key])) for key in KEYS)
+    tags = (f'<td class="{key}">{text.translate(ESCAPED)}' for key, text in cells)
+    return "<tr>" + "".join(tags)
+
+
 def table_page(exchange: Exchange, nonce: str) -> str:
-    """Return the page whose script, known by its nonce, shows the table."""
-    *columns, last = natwork.COLUMNS
-    names = figures(exchange)
+    """Return the page whose script, known by its nonce, keeps the table fresh."""
+    rows = natwork.table_rows(exchange.worker.board)
     return HTML % {
         "name": exchange.config.name,
+        "version": natwork.__version__,
         "nonce": nonce,
-        "figures": "".join(f'<div><dt>{one}<dd id="{one}">-</div>' for one in names),
-        "heads": "".join(f"<th>{one}" for one in [*columns, "Moving", last]),
+        "figures": "".join(
+            f'<div><dt>{name}<dd id="{name}">{value:,}</div>'
+            for name, value in figures(exchange).items()
+        ),
+        "count": len(rows),
+        "heads": "".join(
+            f'<th class="{key}"><button type="button">{name}</button>'
+            for key, name in zip(KEYS, NAMES)
+        ),
+        "rows": "".join(map(table_row, rows)),
     }
 
 
 def table_json(exchange: Exchange) -> str:
-    """Return the figures and the sessions that go on, as JSON (RFC 8259)."""
+    """Return the figures and the sessions that go on, as JSON (RFC 8259).
+
+    With ?source_port=N it has only those that leave from port N; raise Refused.
+    """
     import json
 
-    board = exchange.worker.board
+    rows = natwork.table_rows(exchange.worker.board)
+    query = exchange.head.path.partition(b"?")[2]
+    if asked := re.search(b"(?:^|&)source_port=([^&]*)", query):
+        if not re.fullmatch(b"[0-9]{1,5}", asked[1]):
+            raise Refused(natwork.BAD_REQUEST, "source_port is not a port's number")
+        rows = [row for row in rows if row["new_source_port"] == int(asked[1])]
     gateway = {"name": exchange.config.name, **figures(exchange)}
-    return json.dumps({"gateway": gateway, "sessions": natwork.table_rows(board)})
+    return json.dumps({"gateway": gateway, "sessions": rows})
 
 
 def metrics(exchange: Exchange) -> str:
@@ -218,23 +345,22 @@ def metrics(exchange: Exchange) -> str:
         "_sum": board.total(natwork.CONNECTING) / 1e6,
         "_count": board.total(natwork.CONNECTIONS),
     }
-    lost, began = board.total(natwork.LOST), words[natwork.BEGAN]
-    forks, failed = words[natwork.FORKS], words[natwork.FORKS_FAILED]
-    families: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("sessions_total", "counter", "Sessions that have ended.", by_kind),
-        ("bytes_total", "counter", "Bytes that these have moved.", by_way),
-        ("connect_seconds", "summary", "From a target to a connection.", took),
-        ("workers", "gauge", "Workers, by what they do.", by_state),
-        ("workers_limit", "gauge", "The most that there may be.", {"": found["limit"]}),
-        ("forks_total", "counter", "Workers that began.", {"": forks}),
-        ("forks_failed_total", "counter", "And could not.", {"": failed}),
-        ("log_lines_lost_total", "counter", "What the log did not take.", {"": lost}),
-        ("start_time_seconds", "gauge", "When it began.", {"": began}),
-    ]
+    values: dict[str, dict[str, Any]] = {
+        "build_info": {f'{{version="{natwork.__version__}"}}': 1},
+        "sessions_total": by_kind,
+        "bytes_total": by_way,
+        "connect_seconds": took,
+        "workers": by_state,
+        "workers_limit": {"": found["limit"]},
+        "forks_total": {"": words[natwork.FORKS]},
+        "forks_failed_total": {"": words[natwork.FORKS_FAILED]},
+        "log_lines_lost_total": {"": board.total(natwork.LOST)},
+        "start_time_seconds": {"": words[natwork.BEGAN]},
+    }
     lines = []
-    for name, kind, told, values in families:
+    for name, (kind, told) in METRICS.items():
         lines.append(f"# HELP natwork_{name} {told}\n# TYPE natwork_{name} {kind}\n")
-        lines += [f"natwork_{name}{at} {value}\n" for at, value in values.items()]
+        lines += [f"natwork_{name}{at} {value}\n" for at, value in values[name].items()]
     return "".join(lines)
 
 
@@ -278,7 +404,7 @@ def admit(exchange: Exchange) -> None:
     host, port = exchange.target.host, exchange.client.sock.getsockname()[1]
     if not exchange.worker.policy.means_us(host, port):
         why = f"{host or 'no host'} is not this gateway"
-        raise Refused(natwork.BAD_HOST, why)
+        raise Refused(natwork.BAD_HOST._replace(advice=NAME_IT), why)
     if exchange.session.user != "-":
         return
     try:

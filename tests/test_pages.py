@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import http_wire
 import needs
 import origins
@@ -40,6 +41,16 @@ PAGES = {
 }
 PAC = ["/proxy.pac", "/wpad.dat"]
 SHOWN = [path for path in PAGES if path not in PAC]
+CROWDED = 1000  # the first slot of crowd(), where no worker comes
+NO_PID = 4194304  # and the first of its pids: PID_MAX_LIMIT of the kernel
+HOSTS = [
+    "www.example.com",
+    "a-very-long-name-of-a-host.in.some.region.cloud.example.com",
+    "x" * 63 + ".example",
+    "203.0.113.77",
+]
+USERS = ["-", "-", "alice", "carol.jones@example.com", "u" * 200]
+COUNT = "document.querySelector('p').textContent"
 HOSTILE = [
     '<script>document.title="owned"</script>',
     "<b>bold</b>",
@@ -130,6 +141,8 @@ def test_a_name_that_was_rebound_is_refused(
     status, fields, body = curl("-H", field, gateway.url + path)
     assert status == (400 if " " in host else 403)
     assert "natwork_" not in body and "sessions" not in body
+    # Somebody may have meant well, and the operator not have said so.
+    assert status == 400 or "`name` in natwork.conf" in body
 
 
 @pytest.mark.parametrize("path", PAC)
@@ -216,7 +229,7 @@ def test_the_table_is_the_same_in_both_places(
         for row in (*told, *shown):
             del row["age"]
         assert told == shown
-        heads = re.findall("<th>([^<]*)", curl(gateway.url)[2])
+        heads = re.findall("<th [^>]*><button[^>]*>([^<]*)", curl(gateway.url)[2])
         assert heads == [*program.COLUMNS[:-1], "Moving", program.COLUMNS[-1]]
     wait.until(lambda: not table(gateway))
 
@@ -254,8 +267,9 @@ def test_the_figures_are_those_of_the_master(
         assert figures["served"] == asked - 1 and 0 <= figures["uptime"] < 60
 
 
-def deface(gateway: running.Gateway, pids: list[int]) -> None:
-    """Write hostile words into the rows of some workers, as no client could."""
+def scoreboard(gateway: running.Gateway) -> program.Scoreboard:
+    """Return the scoreboard of a gateway, to write on it as no client could."""
+    gateway.ready(1)
     folder = Path(f"/proc/{gateway.process.pid}/fd")
     links = {os.readlink(link): link for link in folder.iterdir()}
     (link,) = [link for name, link in links.items() if "memfd:natwork" in name]
@@ -264,6 +278,12 @@ def deface(gateway: running.Gateway, pids: list[int]) -> None:
     board.memory = mmap.mmap(fd, size)
     board.words = memoryview(board.memory).cast("Q")
     os.close(fd)
+    return board
+
+
+def deface(gateway: running.Gateway, pids: list[int]) -> None:
+    """Write hostile words into the rows of some workers."""
+    board = scoreboard(gateway)
     slots = [program.Slot(board, number) for number in range(50)]
     rows = [slot for slot in slots if slot.words[program.PID] in pids and slot.row()]
     assert len(rows) == len(pids) == len(HOSTILE)
@@ -319,9 +339,8 @@ def test_a_browser_refreshes_the_table_in_place(
         defaced.url,
     )
     assert "CONSOLE" not in said, said  # nor a word of the security policy
-    assert "<title>gate.test</title>" in found and "<body>" in found.replace(
-        ' class=""', ""
-    )
+    assert "<title>gate.test - NATWork</title>" in found
+    assert "<body>" in found.replace(' class=""', "")
     cells = [html.unescape(text) for text in re.findall("<td[^>]*>([^<]*)", found)]
     assert set(HOSTILE) <= set(cells) and len(cells) == 12 * len(HOSTILE)
     assert not re.search("<(b|i|img)>", found)
@@ -329,6 +348,198 @@ def test_a_browser_refreshes_the_table_in_place(
     assert '<dd id="limit">2,048</dd>' in found
     targets = Counter(line["target"] for line in defaced.lines(3))
     assert targets["/"] == 1 and targets["/table.json"] >= 2
+
+
+def crowd(gateway: running.Gateway, count: int) -> list[program.Slot]:
+    """Put sessions on the scoreboard, as if there were workers that serve them."""
+    board, dice = scoreboard(gateway), random.Random(count)
+    slots = [program.Slot(board, CROWDED + number) for number in range(count)]
+    for number, slot in enumerate(slots):
+        client, host = "10.0.%d.%d" % divmod(number, 250), dice.choice(HOSTS)
+        address = "203.0.113.%d" % dice.randint(1, 254)
+        if number % 10 == 9:
+            client = f"fd00:1234:5678:9abc:def0:1234:5678:{number:x}"
+            address = f"2001:db8:1234:5678:9abc:def0:1234:{number:x}"
+        slot.begin(NO_PID + number)
+        slot.moved(dice.randint(0, 99999), 10 ** dice.randint(0, 12))
+        session = program.Session(
+            program.endpoint((client, dice.randint(32768, 60999))),
+            str(NO_PID + number),
+            dice.choice(program.PROTOCOLS[1:]),
+        )
+        session.began -= dice.randint(0, 400000)
+        session.target, session.user = f"{host}:443", dice.choice(USERS)
+        session.address = program.endpoint((address, 443))
+        session.source = f"198.51.100.7:{20000 + number}"
+        slot.publish(session)
+    board.words[program.USED] = CROWDED + count
+    return slots
+
+
+def open_page(page: browser.Browser, gateway: running.Gateway, count: int) -> None:
+    """Go to the table, and wait until the script has filled it."""
+    page.call("Page.navigate", url=gateway.url)
+    wait.until(lambda: page.run("document.querySelector('td[title]') !== null"))
+    assert page.run(COUNT) == f"Sessions: {count}"
+
+
+def column(page: browser.Browser, key: str) -> list[str]:
+    """Return the words of one column, from the first row to the last."""
+    cells = f"document.querySelectorAll('td.{key}')"
+    found = page.run(f"Array.from({cells}, cell => cell.textContent)")
+    assert isinstance(found, list)
+    return found
+
+
+def sort_by(page: browser.Browser, key: str) -> str:
+    """Sort by a column, from the keyboard; return in which order it says it is."""
+    page.run(f"document.querySelector('th.{key} button').focus()")
+    page.press("Enter")
+    assert page.run("document.querySelectorAll('[aria-sort]').length") == 1
+    return str(page.run(f"document.querySelector('th.{key}').ariaSort"))
+
+
+@pytest.mark.parametrize("count", [12, 500])
+def test_the_table_fits_every_screen(
+    natwork: running.Start, tmp_path: Path, count: int
+) -> None:
+    gateway = natwork("name=gate.test")
+    crowd(gateway, count)
+    with browser.chromium(tmp_path) as page:
+        for width in (browser.PHONE, 768, 1101, browser.LAPTOP, browser.DESKTOP):
+            page.resize(width)
+            open_page(page, gateway, count)
+            page.picture(tmp_path / f"{count}-{width}.png")
+            root = "document.documentElement"
+            wide, room = page.run(f"[{root}.scrollWidth, {root}.clientWidth]")
+            assert wide <= room <= width == page.run("innerWidth")
+            heights = page.run(
+                "Array.from(document.querySelectorAll('tbody tr'), r => r.offsetHeight)"
+            )
+            assert len(heights) == count
+            assert max(heights) < (30 if width > 1100 else 100), (width, max(heights))
+            heads = "document.querySelectorAll('th button')"
+            cut = f"Array.from({heads}).filter(b => b.scrollWidth > b.clientWidth)"
+            assert page.run(cut + ".map(b => b.textContent)") == []
+            for key in ("age", "up", "down", "moving", "pid", "new_source_port"):
+                cells = f"document.querySelectorAll('td.{key}')"
+                cut = f"Array.from({cells}).filter(c => c.scrollWidth > c.clientWidth)"
+                assert page.run(cut + ".map(c => c.textContent)") == [], width
+
+
+def test_a_refresh_keeps_filter_order_and_focus(
+    natwork: running.Start, tmp_path: Path
+) -> None:
+    gateway = natwork()
+    slots = crowd(gateway, 40)
+    for number, slot in enumerate(slots):
+        slot.moved(0, 1000 * number)
+    with browser.chromium(tmp_path) as page:
+        open_page(page, gateway, 40)
+        assert sort_by(page, "down") == "descending"
+        assert column(page, "down") == [
+            *(f"{number} kB" for number in range(39, 9, -1)),
+            *(f"{number}.0 kB" for number in range(9, 0, -1)),
+            "0 B",
+        ]
+        assert sort_by(page, "down") == "ascending"
+        page.run("document.querySelector('input').focus()")
+        page.type("FTP")
+        served = [row for row in table(gateway) if row["protocol"] == "ftp"]
+        assert 1 < len(served) < 20
+        assert page.run(COUNT) == f"Sessions: {len(served)} of 40"
+        assert set(column(page, "protocol")) == {"ftp"}
+        wanted = [f"{row['pid']}" for row in served]
+        assert column(page, "pid") == wanted
+        first = next(
+            slot for slot in slots if str(slot.words[program.PID]) == wanted[0]
+        )
+        first.moved(0, 2_345_678_901)
+        wait.until(lambda: "2.3 GB" in column(page, "down"))
+        assert column(page, "pid") == [*wanted[1:], wanted[0]]
+        assert column(page, "moving")[-1].endswith("B/s")
+        title = "[...document.querySelectorAll('td.down')].pop().title"
+        assert page.run(title) == "2345678901"
+        assert page.run("document.activeElement.value") == "FTP"
+        assert page.run("document.querySelector('[aria-sort]').className") == "down"
+        page.run("document.querySelector('input').select()")
+        page.type("10.0.0.1 ")
+        assert "10.0.0.1" in column(page, "source_ip")
+        sort_by(page, "source_ip")
+        ordered = sorted(column(page, "source_ip"), key=ipaddress.ip_address)
+        assert column(page, "source_ip") == ordered and len(ordered) > 5
+
+
+def test_words_that_are_sorted_and_filtered_stay_words(
+    defaced: running.Gateway, tmp_path: Path
+) -> None:
+    with browser.chromium(tmp_path) as page:
+        for width in (browser.PHONE, browser.LAPTOP):
+            page.resize(width)
+            open_page(page, defaced, len(HOSTILE))
+            sort_by(page, "user")
+            assert sorted(column(page, "user")) == sorted(HOSTILE)
+            root = "document.documentElement"
+            assert page.run(f"{root}.scrollWidth <= {root}.clientWidth")
+            page.run("document.querySelector('input').focus()")
+            page.type("<B>")
+            assert column(page, "user") == ["<b>bold</b>"]
+            assert page.run("document.querySelector('td *')") is None
+            assert page.run("document.title") == "gate.test - NATWork"
+
+
+def test_the_table_is_there_without_javascript(
+    defaced: running.Gateway, tmp_path: Path
+) -> None:
+    with browser.chromium(tmp_path) as page:
+        page.call("Emulation.setScriptExecutionDisabled", value=True)
+        page.call("Page.navigate", url=defaced.url)
+        wait.until(lambda: page.run("document.readyState") == "complete")
+        assert sorted(column(page, "user")) == sorted(HOSTILE)
+        assert page.run("document.querySelector('td *')") is None
+        assert page.run("document.querySelector('label').offsetHeight") == 0
+        assert "JavaScript" in str(page.run("document.body.innerText"))
+    assert {line["target"] for line in defaced.lines(1)} == {"/"}
+
+
+def test_the_table_has_a_heading_links_and_the_colors_that_one_prefers(
+    natwork: running.Start, tmp_path: Path
+) -> None:
+    gateway = natwork("name=gate.test")
+    crowd(gateway, 1)
+    with browser.chromium(tmp_path) as page:
+        seen = set()
+        for scheme in ("light", "dark"):
+            page.set_scheme(scheme)
+            open_page(page, gateway, 1)
+            seen.add(page.run("getComputedStyle(document.body).backgroundColor"))
+        assert len(seen) == 2
+        heading = page.run("document.querySelector('h1').innerText")
+        assert heading == f"NATWork gate.test, version {program.__version__}"
+        links = page.run("Array.from(document.links, a => a.getAttribute('href'))")
+        assert links == ["/metrics", "/table.json", "/proxy.pac"]
+        assert page.run("document.querySelector('input').labels[0].innerText") == (
+            "Filter"
+        )
+
+
+def test_one_row_is_asked_for_by_its_source_port(natwork: running.Start) -> None:
+    gateway = natwork()
+    crowd(gateway, 20)
+    for query, count in (
+        ("source_port=20007", 1),
+        ("a=b&source_port=20007", 1),
+        ("source_port=1", 0),
+        ("port=1", 20),
+        ("", 20),
+    ):
+        body = curl(f"{gateway.url}/table.json?{query}")[2]
+        rows = json.loads(body)["sessions"]
+        assert len(rows) == count, query
+        assert count != 1 or rows[0]["new_source_port"] == 20007
+    for word in ("", "x", "-1", "1x", "123456", "%31"):
+        status, _, body = curl(f"{gateway.url}/table.json?source_port={word}")
+        assert status == 400 and "source_port" in body, word
 
 
 @pytest.mark.parametrize("size", ["1400,800", "390,1600"])
@@ -434,6 +645,20 @@ def test_the_metrics_add_up_with_the_log(
     assert metrics["natwork_log_lines_lost_total"] == 0
     assert metrics['natwork_workers{state="busy"}'] == 1
     assert metrics["natwork_workers_limit"] == 2048
+
+
+def test_the_metrics_name_the_version_and_explain_themselves(
+    gateway: running.Gateway,
+) -> None:
+    found = measured(gateway)
+    assert found['natwork_build_info{version="%s"}' % program.__version__] == 1
+    told = re.findall("# HELP (.*?) (.*)", curl(gateway.url + "/metrics")[2])
+    assert len(told) == len(dict(told)) == 10
+    for name, text in told:
+        assert len(text.split()) >= 5 and text.endswith("."), name
+    assert {re.sub("(_sum|_count)?([{].*)?$", "", name) for name in found} == {
+        *dict(told)
+    }
 
 
 def test_every_outcome_has_a_place_of_its_own() -> None:
