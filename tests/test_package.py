@@ -1,0 +1,315 @@
+"""The Debian package, made of this tree and installed in a container with systemd."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boxes
+import http_wire
+import kernel
+import machine
+import needs
+import origins
+import pytest
+import running
+import test_manuals
+import wait
+
+import natwork as heart
+
+DEBIAN = running.ROOT / "debian"
+SOURCES = "natwork*.py natwork.conf *.md LICENSE pyproject.toml systemd docs debian"
+DEB = f"natwork_{heart.__version__}_all.deb"
+INSTALL = f"apt-get install --quiet --yes /root/{DEB}"
+CONF = "/etc/natwork/natwork.conf"
+ENVIRONMENT = {**machine.PATH, "DEBIAN_FRONTEND": "noninteractive"}
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy what packages are made of into a folder; return it."""
+    folder.mkdir()
+    for pattern in SOURCES.split():
+        for path in running.ROOT.glob(pattern):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, folder / path.name)
+    return folder
+
+
+def run(*words: str | Path, cwd: Path, seconds: float = 60) -> str:
+    """Run a program of Debian's to its good end; return what it printed."""
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, (words, done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built as a package is, but that no compiler has to be there (-d)."""
+    needs.programs("dpkg-buildpackage", "dh", "dh_python3")
+    folder = tmp_path_factory.mktemp("package")
+    source = copy_sources(folder / "natwork")
+    run("dpkg-buildpackage", "-b", "-us", "-uc", "-d", cwd=source)
+    return folder / DEB
+
+
+class Host(machine.Container):
+    """A container with this package, and a server on its outside."""
+
+    def install(self) -> None:
+        self.run(f"DEBIAN_FRONTEND=noninteractive {INSTALL}")
+
+    def names(self) -> set[str]:
+        """Return all files that are named for the package."""
+        # Network namespaces of other tests have names in /etc/netns, also here.
+        found = "find /etc /lib /run /usr /var -xdev -path /etc/netns -prune"
+        return set(self.run(f"{found} -o -name '*natwork*' -print").stdout.splitlines())
+
+    def curl(self, url: str) -> str:
+        command = "curl --silent --show-error --fail --noproxy '' -x 127.0.0.1:8080"
+        return self.run(f"{command} {url}").stdout
+
+
+def hello(connection: origins.socket.socket, origin: origins.Origin) -> None:
+    """Be an origin that answers one request."""
+    if connection.recv(65536):
+        connection.sendall(http_wire.sized(b"hello"))
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Host]:
+    """A container where nothing is installed yet, nor has anything been."""
+    with machine.booted(Host) as host:
+        (host.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)  # CI's own
+        yield host
+
+
+@pytest.fixture(scope="module")
+def before(bare: Host) -> set[str]:
+    return bare.names()
+
+
+@pytest.fixture(scope="module")
+def host(bare: Host, before: set[str], deb: Path) -> Host:
+    """The container after `apt install`, and nothing else."""
+    needs.programs("apt-get", "adduser", "curl")
+    if bare.run("dpkg --status python3-setproctitle", check=False).returncode != 0:
+        needs.unavailable("python3-setproctitle, which apt would fetch, is not here")
+    shutil.copy(deb, bare.root / "root")
+    bare.install()
+    return bare
+
+
+@pytest.fixture(scope="module")
+def outside(bare: Host) -> Iterator[origins.Origin]:
+    """A server on the outside of the container, 192.0.2.2."""
+    needs.programs("ip", "unshare")
+    with subprocess.Popen(["unshare", "--net", "sleep", "600"]) as other:
+        own = os.readlink("/proc/self/ns/net")
+        wait.until(lambda: os.readlink(f"/proc/{other.pid}/ns/net") != own)
+        with kernel.network_of(bare.leader):
+            cable = f"link add wan type veth peer name lan netns {other.pid}"
+            for words in (cable, "addr add 192.0.2.1/24 dev wan", "link set wan up"):
+                boxes.ip(*words.split())
+        with kernel.network_of(other.pid):
+            for words in ("addr add 192.0.2.2/24 dev lan", "link set lan up"):
+                boxes.ip(*words.split())
+            server = origins.Origin(hello, "192.0.2.2")
+        yield server
+        server.close()
+        other.kill()  # and the cable with it
+
+
+# What can be said of the files.
+
+
+def test_the_version_stands_in_one_place() -> None:
+    first = (DEBIAN / "changelog").read_text().partition("\n")[0]
+    assert first.startswith(f"natwork ({heart.__version__}) ")
+    assert (
+        f'version = "{heart.__version__}"'
+        not in (running.ROOT / "pyproject.toml").read_text()
+    )
+    assert f"\n## {heart.__version__}" in (running.ROOT / "CHANGES.md").read_text()
+
+
+def test_lintian_finds_nothing(deb: Path) -> None:
+    needs.programs("lintian")
+    words = ["lintian", "--allow-root", "--fail-on=error,warning", "--info", deb]
+    run(*words, cwd=deb.parent)
+
+
+def test_the_package_has_all_modules_and_pages(deb: Path) -> None:
+    listed = run("dpkg-deb", "--contents", deb, cwd=deb.parent)
+    names = {line.split()[5] for line in listed.splitlines()}
+    modules = [path.name for path in running.ROOT.glob("natwork*.py")]
+    assert len(modules) > 1
+    assert {f"./usr/share/natwork/{name}" for name in modules} <= names
+    for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz"):
+        assert f"./usr/share/man/{name}" in names
+    assert not [name for name in names if "/test" in name or name.endswith(".pyc")]
+
+
+# In a container.
+
+
+def test_installed_alone_it_serves_curl(host: Host, outside: origins.Origin) -> None:
+    assert host.curl(f"{outside.url}/") == "hello"
+    for unit in ("natwork.service", "natwork.socket"):
+        said = host.run(f"systemctl is-active {unit}; systemctl is-enabled {unit}")
+        assert said.stdout == "active\nenabled\n"
+    line = f"method=GET target={outside.url}/ address=192.0.2.2:"
+    wait.until(lambda: line in host.journal())
+    assert "natwork: chapters: socks redirect" in host.journal()
+    assert host.show("User") == "natwork" and host.show("NRestarts") == "0"
+
+
+def test_its_files_belong_to_whom_they_should(host: Host) -> None:
+    said = host.run(f"stat -c '%A %U %G' {CONF} /var/log/natwork").stdout
+    assert said == "-rw-r----- root natwork\ndrwxr-x--- natwork natwork\n"
+    said = host.run("getent passwd natwork; id -G natwork; id -g natwork").stdout
+    assert ":/nonexistent:/usr/sbin/nologin\n" in said
+    assert len(said.split("\n")[1].split()) == 1  # in no other group
+    version = host.run("cd / && natwork --version").stdout
+    assert version == f"natwork {heart.__version__}\n"
+
+
+def test_the_units_are_those_of_the_tree_at_other_places(host: Host) -> None:
+    for name in ("natwork.service", "natwork.socket"):
+        shipped = (running.ROOT / "systemd" / name).read_text().splitlines()
+        installed = (host.root / "lib/systemd/system" / name).read_text().splitlines()
+        assert len(shipped) == len(installed)
+        for one, other in zip(shipped, installed):
+            one = one.replace(
+                "/usr/local/bin/natwork.py", "/usr/share/natwork/natwork.py"
+            )
+            assert one == other or one.startswith("Documentation=")
+        assert "/usr/local/bin" not in "\n".join(installed)
+    assert host.run("systemd-analyze verify --man=no natwork.service").stderr == ""
+
+
+def test_a_change_is_kept_and_reloaded(host: Host) -> None:
+    conf = host.root / CONF[1:]
+    shipped = conf.read_text()
+    conf.write_text(shipped + "spare_workers = 3\n")
+    before = host.journal().count("natwork: configuration reloaded\n")
+    host.run("systemctl reload natwork")
+    wait.until(
+        lambda: host.journal().count("natwork: configuration reloaded\n") > before
+    )
+    conf.write_text(shipped)
+
+
+def test_an_upgrade_restarts_it_and_keeps_the_listeners(
+    host: Host, outside: origins.Origin
+) -> None:
+    conf = host.root / CONF[1:]
+    shipped = conf.read_text()
+    conf.write_text(shipped + "# mine\n")
+    conf.chmod(0o440)
+    show = "systemctl show --value -p ActiveEnterTimestampMonotonic natwork.socket"
+    opened, master = host.run(show).stdout, host.show("MainPID")
+    host.run(f"dpkg --install /root/{DEB}")  # over itself: as an upgrade
+    assert host.run(show).stdout == opened and host.show("MainPID") != master
+    assert host.curl(f"{outside.url}/") == "hello"
+    assert (
+        conf.read_text().endswith("# mine\n") and conf.stat().st_mode & 0o777 == 0o440
+    )
+    conf.write_text(shipped)
+    host.run(f"chmod 640 {CONF}")
+
+
+def test_the_log_is_rotated(host: Host, outside: origins.Origin) -> None:
+    needs.programs("logrotate")
+    conf, log = host.root / CONF[1:], host.root / "var/log/natwork/access.log"
+    shipped = conf.read_text()
+    conf.write_text(shipped + "log = /var/log/natwork/access.log\n")
+    host.run("systemctl restart natwork")
+    host.curl(f"{outside.url}/old")
+    wait.until(lambda: "/old " in log.read_text())
+    host.run("logrotate --force /etc/logrotate.d/natwork")
+    wait.until(log.exists)
+    host.curl(f"{outside.url}/new")
+    wait.until(lambda: "/new " in log.read_text())
+    assert "/old " in log.with_suffix(".log.1").read_text()
+    host.run("systemctl stop natwork.socket natwork")
+    host.run("logrotate --force /etc/logrotate.d/natwork")  # nobody to be told
+    conf.write_text(shipped)
+    host.run("systemctl start natwork.socket natwork")
+
+
+def test_fail2ban_finds_who_guesses_passwords(host: Host) -> None:
+    needs.programs("fail2ban-regex")
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    form = f"time={stamp} pid=1 client=%s user=- proto=http method=GET target=http://a/"
+    form += " address=- source=- status=407 outcome=%s up=0 down=9 secs=0.000\n"
+    text = form % ("10.0.0.7:1", "auth-failed") + form % ("10.0.0.8:1", "ok")
+    (host.root / "root/access.log").write_text(text)
+    words = "fail2ban-regex --out '<ip>' /root/access.log"
+    assert host.run(f"{words} natwork").stdout == "10.0.0.7\n"
+
+
+def test_bash_completes_its_words(host: Host) -> None:
+    script = "/usr/share/bash-completion/completions/natwork"
+    for line, words in {
+        "natwork --ta": ["--table"],
+        "natwork -o spare": ["spare_workers="],
+        "natwork -c /etc/natwork/": [CONF],
+    }.items():
+        number = len(line.split()) - 1
+        command = f"COMP_WORDS=({line}); COMP_CWORD={number}; _natwork natwork"
+        command = f". {script}; {command}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        said = host.run(f"bash -uc {shlex.quote(command)}")
+        assert said.stdout.split() == words, said
+    said = host.run("cd / && natwork --help").stdout
+    offered = set(
+        re.findall(r"(?<![\w-])--?[a-z]+", (host.root / script[1:]).read_text())
+    )
+    assert set(re.findall(r"(?<![\w-])--?[a-z]+", said)) - {"-h"} <= offered
+
+
+def test_the_examples_of_the_manual_work(host: Host, outside: origins.Origin) -> None:
+    expected = {
+        "natwork -t": "listen = *:8080\n",
+        "natwork --explain": "192.0.2.2: allowed by ",
+        "natwork --passwd": "",
+        "natwork --table": "",
+        "ps": "natwork: master ",
+        "curl": "hello",
+        "systemctl": "",
+    }
+    for command in test_manuals.examples():
+        begins = next(words for words in expected if command.startswith(words))
+        command = command.replace("http://192.0.2.2", outside.url)
+        said = host.run(f"cd /root; yes sesame | {{ {command}; }}").stdout
+        assert expected[begins] in said, command
+    assert (host.root / "root/users").read_text().startswith("alice:")
+
+
+def test_purged_it_leaves_nothing(host: Host, before: set[str]) -> None:
+    host.run("cd / && natwork -t")  # as root, who may write anywhere
+    host.run("DEBIAN_FRONTEND=noninteractive apt-get purge --quiet --yes natwork")
+    assert host.names() - before == set()
+    for unit in ("natwork.service", "natwork.socket"):
+        assert host.run(f"systemctl cat {unit}", check=False).returncode != 0
+    assert host.run("pgrep -u natwork", check=False).stdout == ""
+    assert host.run("dpkg --list natwork", check=False).stdout.count("\nii ") == 0
+    with kernel.network_of(host.leader), pytest.raises(ConnectionRefusedError):
+        origins.socket.create_connection(("127.0.0.1", 8080))
+    host.install()  # and once more, with the user there
+    assert host.run("systemctl is-active natwork").stdout == "active\n"
