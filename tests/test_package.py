@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,6 +166,29 @@ def test_the_package_has_all_modules_and_pages(deb: Path) -> None:
     for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz"):
         assert f"./usr/share/man/{name}" in names
     assert not [name for name in names if "/test" in name or name.endswith(".pyc")]
+
+
+def test_a_wheel_has_all_modules_and_pages(tmp_path: Path) -> None:
+    version = importlib.metadata.version("setuptools").split(".")[:2]
+    if [int(number) for number in version] < [70, 1]:
+        needs.unavailable("setuptools is older than 70.1 and builds no wheel alone")
+    source, python = copy_sources(tmp_path / "natwork"), sys.executable
+    pip = [python, "-m", "pip", "--no-cache-dir", "--disable-pip-version-check"]
+    words = "wheel --quiet --no-index --no-deps --no-build-isolation .".split()
+    run(*pip, *words, cwd=source)
+    (wheel,) = source.glob("*.whl")
+    assert wheel.name.startswith(f"natwork-{heart.__version__}-py3-none-any")
+    modules = {path.name for path in running.ROOT.glob("natwork*.py")}
+    with zipfile.ZipFile(wheel) as file:
+        names = {Path(name).name for name in file.namelist()}
+        top = {name for name in file.namelist() if "/" not in name}
+    assert top == modules and {"natwork.8", "natwork.conf.5"} <= names
+    run(python, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    words = ["--python", tmp_path / "venv/bin/python", "install", "--no-index"]
+    run(*pip, *words, "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    said = run(tmp_path / "venv/bin/natwork", "--version", cwd=tmp_path)
+    assert said == f"natwork {heart.__version__}\n"
+    assert (tmp_path / "venv/share/man/man8/natwork.8").exists()
 
 
 # In a container.
