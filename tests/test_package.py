@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import boxes
 import http_wire
 import kernel
 import machine
 import needs
 import origins
+import package
 import pytest
 import running
 import test_manuals
@@ -28,64 +25,11 @@ import wait
 import natwork as heart
 
 DEBIAN = running.ROOT / "debian"
-SOURCES = "natwork*.py natwork.conf *.md LICENSE pyproject.toml systemd docs debian"
-DEB = f"natwork_{heart.__version__}_all.deb"
-INSTALL = f"apt-get install --quiet --yes /root/{DEB}"
-CONF = "/etc/natwork/natwork.conf"
-ENVIRONMENT = {**machine.PATH, "DEBIAN_FRONTEND": "noninteractive"}
-
-
-def copy_sources(folder: Path) -> Path:
-    """Copy what packages are made of into a folder; return it."""
-    folder.mkdir()
-    for pattern in SOURCES.split():
-        for path in running.ROOT.glob(pattern):
-            copy = shutil.copytree if path.is_dir() else shutil.copy
-            copy(path, folder / path.name)
-    return folder
-
-
-def run(*words: str | Path, cwd: Path, seconds: float = 60) -> str:
-    """Run a program of Debian's to its good end; return what it printed."""
-    done = subprocess.run(
-        words,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-    )
-    assert done.returncode == 0, (words, done.stdout)
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, built as a package is, but that no compiler has to be there (-d)."""
-    needs.programs("dpkg-buildpackage", "dh", "dh_python3")
-    folder = tmp_path_factory.mktemp("package")
-    source = copy_sources(folder / "natwork")
-    run("dpkg-buildpackage", "-b", "-us", "-uc", "-d", cwd=source)
-    return folder / DEB
-
-
-class Host(machine.Container):
-    """A container with this package, and a server on its outside."""
-
-    def install(self) -> None:
-        self.run(f"DEBIAN_FRONTEND=noninteractive {INSTALL}")
-
-    def names(self) -> set[str]:
-        """Return all files that are named for the package."""
-        # Network namespaces of other tests have names in /etc/netns, also here.
-        found = "find /etc /lib /run /usr /var -xdev -path /etc/netns -prune"
-        return set(self.run(f"{found} -o -name '*natwork*' -print").stdout.splitlines())
-
-    def curl(self, url: str) -> str:
-        command = "curl --silent --show-error --fail --noproxy '' -x 127.0.0.1:8080"
-        return self.run(f"{command} {url}").stdout
+    return package.build(tmp_path_factory.mktemp("package"))
 
 
 def hello(connection: origins.socket.socket, origin: origins.Origin) -> None:
@@ -95,47 +39,28 @@ def hello(connection: origins.socket.socket, origin: origins.Origin) -> None:
 
 
 @pytest.fixture(scope="module")
-def bare() -> Iterator[Host]:
-    """A container where nothing is installed yet, nor has anything been."""
-    with machine.booted(Host) as host:
-        (host.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)  # CI's own
+def bare() -> Iterator[package.Host]:
+    """A container where it is not installed yet, nor has ever been."""
+    with machine.booted(package.Host) as host:
         yield host
 
 
 @pytest.fixture(scope="module")
-def before(bare: Host) -> set[str]:
+def before(bare: package.Host) -> set[str]:
     return bare.names()
 
 
 @pytest.fixture(scope="module")
-def host(bare: Host, before: set[str], deb: Path) -> Host:
+def host(bare: package.Host, before: set[str], deb: Path) -> package.Host:
     """The container after `apt install`, and nothing else."""
-    needs.programs("apt-get", "adduser", "curl")
-    if bare.run("dpkg --status python3-setproctitle", check=False).returncode != 0:
-        needs.unavailable("python3-setproctitle, which apt would fetch, is not here")
-    shutil.copy(deb, bare.root / "root")
-    bare.install()
+    bare.install(deb)
     return bare
 
 
 @pytest.fixture(scope="module")
-def outside(bare: Host) -> Iterator[origins.Origin]:
-    """A server on the outside of the container, 192.0.2.2."""
-    needs.programs("ip", "unshare")
-    with subprocess.Popen(["unshare", "--net", "sleep", "600"]) as other:
-        own = os.readlink("/proc/self/ns/net")
-        wait.until(lambda: os.readlink(f"/proc/{other.pid}/ns/net") != own)
-        with kernel.network_of(bare.leader):
-            cable = f"link add wan type veth peer name lan netns {other.pid}"
-            for words in (cable, "addr add 192.0.2.1/24 dev wan", "link set wan up"):
-                boxes.ip(*words.split())
-        with kernel.network_of(other.pid):
-            for words in ("addr add 192.0.2.2/24 dev lan", "link set lan up"):
-                boxes.ip(*words.split())
-            server = origins.Origin(hello, "192.0.2.2")
+def outside(bare: package.Host) -> Iterator[origins.Origin]:
+    with package.outside_of(bare, hello) as server:
         yield server
-        server.close()
-        other.kill()  # and the cable with it
 
 
 # What can be said of the files.
@@ -154,11 +79,11 @@ def test_the_version_stands_in_one_place() -> None:
 def test_lintian_finds_nothing(deb: Path) -> None:
     needs.programs("lintian")
     words = ["lintian", "--allow-root", "--fail-on=error,warning", "--info", deb]
-    run(*words, cwd=deb.parent)
+    package.run(*words, cwd=deb.parent)
 
 
 def test_the_package_has_all_modules_and_pages(deb: Path) -> None:
-    listed = run("dpkg-deb", "--contents", deb, cwd=deb.parent)
+    listed = package.run("dpkg-deb", "--contents", deb, cwd=deb.parent)
     names = {line.split()[5] for line in listed.splitlines()}
     modules = [path.name for path in running.ROOT.glob("natwork*.py")]
     assert len(modules) > 1
@@ -172,10 +97,10 @@ def test_a_wheel_has_all_modules_and_pages(tmp_path: Path) -> None:
     version = importlib.metadata.version("setuptools").split(".")[:2]
     if [int(number) for number in version] < [70, 1]:
         needs.unavailable("setuptools is older than 70.1 and builds no wheel alone")
-    source, python = copy_sources(tmp_path / "natwork"), sys.executable
+    source, python = package.copy_sources(tmp_path / "natwork"), sys.executable
     pip = [python, "-m", "pip", "--no-cache-dir", "--disable-pip-version-check"]
     words = "wheel --quiet --no-index --no-deps --no-build-isolation .".split()
-    run(*pip, *words, cwd=source)
+    package.run(*pip, *words, cwd=source)
     (wheel,) = source.glob("*.whl")
     assert wheel.name.startswith(f"natwork-{heart.__version__}-py3-none-any")
     modules = {path.name for path in running.ROOT.glob("natwork*.py")}
@@ -183,18 +108,23 @@ def test_a_wheel_has_all_modules_and_pages(tmp_path: Path) -> None:
         names = {Path(name).name for name in file.namelist()}
         top = {name for name in file.namelist() if "/" not in name}
     assert top == modules and {"natwork.8", "natwork.conf.5"} <= names
-    run(python, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    package.run(python, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     words = ["--python", tmp_path / "venv/bin/python", "install", "--no-index"]
-    run(*pip, *words, "--quiet", "--no-deps", wheel, cwd=tmp_path)
-    said = run(tmp_path / "venv/bin/natwork", "--version", cwd=tmp_path)
+    package.run(*pip, *words, "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    said = package.run(tmp_path / "venv/bin/natwork", "--version", cwd=tmp_path)
     assert said == f"natwork {heart.__version__}\n"
+    words = ["--explain", "10.0.0.7", "http://127.0.0.1/"]  # a chapter's work
+    said = package.run(tmp_path / "venv/bin/natwork", *words, cwd=tmp_path)
+    assert "denied-loopback" in said
     assert (tmp_path / "venv/share/man/man8/natwork.8").exists()
 
 
 # In a container.
 
 
-def test_installed_alone_it_serves_curl(host: Host, outside: origins.Origin) -> None:
+def test_installed_alone_it_serves_curl(
+    host: package.Host, outside: origins.Origin
+) -> None:
     assert host.curl(f"{outside.url}/") == "hello"
     for unit in ("natwork.service", "natwork.socket"):
         said = host.run(f"systemctl is-active {unit}; systemctl is-enabled {unit}")
@@ -205,8 +135,8 @@ def test_installed_alone_it_serves_curl(host: Host, outside: origins.Origin) -> 
     assert host.show("User") == "natwork" and host.show("NRestarts") == "0"
 
 
-def test_its_files_belong_to_whom_they_should(host: Host) -> None:
-    said = host.run(f"stat -c '%A %U %G' {CONF} /var/log/natwork").stdout
+def test_its_files_belong_to_whom_they_should(host: package.Host) -> None:
+    said = host.run(f"stat -c '%A %U %G' {package.CONF} /var/log/natwork").stdout
     assert said == "-rw-r----- root natwork\ndrwxr-x--- natwork natwork\n"
     said = host.run("getent passwd natwork; id -G natwork; id -g natwork").stdout
     assert ":/nonexistent:/usr/sbin/nologin\n" in said
@@ -215,7 +145,7 @@ def test_its_files_belong_to_whom_they_should(host: Host) -> None:
     assert version == f"natwork {heart.__version__}\n"
 
 
-def test_the_units_are_those_of_the_tree_at_other_places(host: Host) -> None:
+def test_the_units_are_those_of_the_tree_at_other_places(host: package.Host) -> None:
     for name in ("natwork.service", "natwork.socket"):
         shipped = (running.ROOT / "systemd" / name).read_text().splitlines()
         installed = (host.root / "lib/systemd/system" / name).read_text().splitlines()
@@ -229,8 +159,8 @@ def test_the_units_are_those_of_the_tree_at_other_places(host: Host) -> None:
     assert host.run("systemd-analyze verify --man=no natwork.service").stderr == ""
 
 
-def test_a_change_is_kept_and_reloaded(host: Host) -> None:
-    conf = host.root / CONF[1:]
+def test_a_change_is_kept_and_reloaded(host: package.Host) -> None:
+    conf = host.root / package.CONF[1:]
     shipped = conf.read_text()
     conf.write_text(shipped + "spare_workers = 3\n")
     before = host.journal().count("natwork: configuration reloaded\n")
@@ -242,27 +172,27 @@ def test_a_change_is_kept_and_reloaded(host: Host) -> None:
 
 
 def test_an_upgrade_restarts_it_and_keeps_the_listeners(
-    host: Host, outside: origins.Origin
+    host: package.Host, outside: origins.Origin
 ) -> None:
-    conf = host.root / CONF[1:]
+    conf = host.root / package.CONF[1:]
     shipped = conf.read_text()
     conf.write_text(shipped + "# mine\n")
     conf.chmod(0o440)
     show = "systemctl show --value -p ActiveEnterTimestampMonotonic natwork.socket"
     opened, master = host.run(show).stdout, host.show("MainPID")
-    host.run(f"dpkg --install /root/{DEB}")  # over itself: as an upgrade
+    host.run(f"dpkg --install /root/{package.DEB}")  # over itself: as an upgrade
     assert host.run(show).stdout == opened and host.show("MainPID") != master
     assert host.curl(f"{outside.url}/") == "hello"
     assert (
         conf.read_text().endswith("# mine\n") and conf.stat().st_mode & 0o777 == 0o440
     )
     conf.write_text(shipped)
-    host.run(f"chmod 640 {CONF}")
+    host.run(f"chmod 640 {package.CONF}")
 
 
-def test_the_log_is_rotated(host: Host, outside: origins.Origin) -> None:
+def test_the_log_is_rotated(host: package.Host, outside: origins.Origin) -> None:
     needs.programs("logrotate")
-    conf, log = host.root / CONF[1:], host.root / "var/log/natwork/access.log"
+    conf, log = host.root / package.CONF[1:], host.root / "var/log/natwork/access.log"
     shipped = conf.read_text()
     conf.write_text(shipped + "log = /var/log/natwork/access.log\n")
     host.run("systemctl restart natwork")
@@ -279,7 +209,7 @@ def test_the_log_is_rotated(host: Host, outside: origins.Origin) -> None:
     host.run("systemctl start natwork.socket natwork")
 
 
-def test_fail2ban_finds_who_guesses_passwords(host: Host) -> None:
+def test_fail2ban_finds_who_guesses_passwords(host: package.Host) -> None:
     needs.programs("fail2ban-regex")
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     form = f"time={stamp} pid=1 client=%s user=- proto=http method=GET target=http://a/"
@@ -290,12 +220,12 @@ def test_fail2ban_finds_who_guesses_passwords(host: Host) -> None:
     assert host.run(f"{words} natwork").stdout == "10.0.0.7\n"
 
 
-def test_bash_completes_its_words(host: Host) -> None:
+def test_bash_completes_its_words(host: package.Host) -> None:
     script = "/usr/share/bash-completion/completions/natwork"
     for line, words in {
         "natwork --ta": ["--table"],
         "natwork -o spare": ["spare_workers="],
-        "natwork -c /etc/natwork/": [CONF],
+        "natwork -c /etc/natwork/": [package.CONF],
     }.items():
         number = len(line.split()) - 1
         command = f"COMP_WORDS=({line}); COMP_CWORD={number}; _natwork natwork"
@@ -309,7 +239,9 @@ def test_bash_completes_its_words(host: Host) -> None:
     assert set(re.findall(r"(?<![\w-])--?[a-z]+", said)) - {"-h"} <= offered
 
 
-def test_the_examples_of_the_manual_work(host: Host, outside: origins.Origin) -> None:
+def test_the_examples_of_the_manual_work(
+    host: package.Host, outside: origins.Origin
+) -> None:
     expected = {
         "natwork -t": "listen = *:8080\n",
         "natwork --explain": "192.0.2.2: allowed by ",
@@ -327,7 +259,9 @@ def test_the_examples_of_the_manual_work(host: Host, outside: origins.Origin) ->
     assert (host.root / "root/users").read_text().startswith("alice:")
 
 
-def test_purged_it_leaves_nothing(host: Host, before: set[str]) -> None:
+def test_purged_it_leaves_nothing(
+    host: package.Host, before: set[str], deb: Path
+) -> None:
     host.run("cd / && natwork -t")  # as root, who may write anywhere
     host.run("DEBIAN_FRONTEND=noninteractive apt-get purge --quiet --yes natwork")
     assert host.names() - before == set()
@@ -337,5 +271,5 @@ def test_purged_it_leaves_nothing(host: Host, before: set[str]) -> None:
     assert host.run("dpkg --list natwork", check=False).stdout.count("\nii ") == 0
     with kernel.network_of(host.leader), pytest.raises(ConnectionRefusedError):
         origins.socket.create_connection(("127.0.0.1", 8080))
-    host.install()  # and once more, with the user there
+    host.install(deb)  # and once more, with the user there
     assert host.run("systemctl is-active natwork").stdout == "active\n"
