@@ -73,6 +73,9 @@ class Host(machine.Container):
         shutil.copy(deb, self.root / "root")
         self.run(f"DEBIAN_FRONTEND=noninteractive {INSTALL}")
 
+    def reloads(self) -> int:
+        return self.journal().count("natwork: configuration reloaded\n")
+
     def names(self) -> set[str]:
         """Return all files that are named for the package."""
         # Network namespaces of other tests have names in /etc/netns, also here.

@@ -110,10 +110,10 @@ def test_the_cache_is_filled_at_night(
     conf = host.root / package.CONF[1:]
     shipped = conf.read_text()
     conf.write_text(shipped + block("parents = "))
+    before, log = host.reloads(), host.root / "var/log/natwork/access.log"
     for line in block("systemctl restart squid").splitlines():
         host.run(line)
-    log = host.root / "var/log/natwork/access.log"
-    wait.until(log.exists)
+    wait.until(lambda: host.reloads() > before)
     write(host, "/usr/local/bin/natwork-refresh")
     write(host, "/etc/systemd/system/natwork-refresh.service")
     write(host, "/etc/systemd/system/natwork-refresh.timer")
