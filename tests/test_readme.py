@@ -388,6 +388,7 @@ def test_pip_installs_it(tmp_path: Path) -> None:
     for name in ("natwork*.py", "pyproject.toml", "README.md", "LICENSE"):
         for path in running.ROOT.glob(name):
             shutil.copy(path, tmp_path)
+    shutil.copytree(running.ROOT / "docs", tmp_path / "docs")
     # With a copy of our pip: to unpack and compile its own takes five seconds.
     words = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
     subprocess.run(words, check=True)
