@@ -844,7 +844,7 @@ class AccessLog:
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
         """Settle a session that has ended and write its line, or count it as lost."""
-        line, board = session.line(outcome), slot.board
+        line, board, why = session.line(outcome), slot.board, ""
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
         slot.settle(session, outcome)
         try:
@@ -852,14 +852,15 @@ class AccessLog:
                 written = os.write(self.fd, data)
                 if written < len(data):  # the disk is full: leave no half of a line
                     os.ftruncate(self.fd, os.lseek(self.fd, 0, os.SEEK_CUR) - written)
-        except OSError:
-            pass  # it is full, or nobody reads it
+        except OSError as error:
+            why = f" ({reason(error)})"
         if written < len(data):
             slot.words[LOST] += 1
             board.words[UNREPORTED] = 1
         slot.count()
         if board.words[UNREPORTED]:  # perhaps standard error took nothing either
-            lost = "the access log took no more: lines were lost"
+            name = "" if self.path == "-" else f" {self.path}"
+            lost = f"the access log{name} took no more: lines were lost{why}"
             board.words[UNREPORTED] = not board.say(lost)
 
 
@@ -3384,7 +3385,8 @@ class Exchange:
         """
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
-            raise Refused(BAD_RESPONSE._replace(word="407"), "it wants a user")
+            unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
+            raise Refused(unknown, "it wants a user")
         if response.status == 101:
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         told = None if response.status == 204 else response_length(response)

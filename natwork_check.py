@@ -17,6 +17,11 @@ from natwork import Config
 
 VERSION = "0.1.0"
 
+SERVICE_FILE = "/etc/natwork/natwork.conf"
+# Where a unit that listens for the service may lie: systemd.unit(5).
+FOLDERS = "/etc/systemd/system", "/usr/local/lib/systemd/system", "/lib/systemd/system"
+UNITS = [f"{folder}/natwork.socket" for folder in FOLDERS]
+
 
 def hinted(fault: str) -> str:
     """Return the line of a fault, with what was probably meant."""
@@ -80,7 +85,21 @@ def warn_of_start(
 
 
 def warn(config: Config) -> None:
-    """Say what about the way out is probably not meant; raise OSError."""
+    """Say what is probably not meant; raise OSError."""
+    if not config.inside.split():
+        natwork.say("inside: nobody is a client, it is empty")
+    if not config.users and any(
+        natwork.Rule(line, 0).users for line in config.lines("rules")
+    ):
+        natwork.say("rules: a rule with user fits nobody, users is not set")
+    services = config.file == SERVICE_FILE and "LISTEN_FDS" not in os.environ
+    for unit in UNITS if services and "listen" in config.where else ():
+        if os.path.exists(unit):
+            natwork.say(f"listen: the service does not use it, {unit} listens for it")
+    theirs = {u.packed for u in map(natwork.parse_uplink, config.outside.split())}
+    hosts = {host for host, _ in natwork.endpoints(Config(listen=config.listen))}
+    if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
+        natwork.say("listen: nobody is a client at an address of outside")
     for uplink in map(natwork.parse_uplink, config.outside.split()):
         if not uplink.is_there():
             natwork.say(f"outside: {uplink.name} is not there now")

@@ -125,7 +125,8 @@ def test_what_is_printed_is_itself_a_configuration_file(
     (tmp_path / "good.conf").write_text(f"[natwork]\n{text}")
     code, once, said = tried("-c", "good.conf")
     # That an uplink is away today makes no configuration bad.
-    assert code == 0 and re.fullmatch("(.* is not there now\n)*.*: ok: .*\n", said)
+    no_matter = ".* is not there now|.* fits nobody, users is not set"
+    assert code == 0 and re.fullmatch(f"(({no_matter})\n)*.*: ok: .*\n", said)
     assert bool(text) == (once != tried()[1])
     (tmp_path / "natwork.conf").write_text(once)  # found without -c
     assert tried()[:2] == (0, once)
@@ -634,6 +635,42 @@ def test_the_file_in_etc_is_read_where_there_is_none_here(tmp_path: Path) -> Non
     done = running.command("-t", cwd=where, program=program)
     assert done.stderr == "natwork: ok: natwork.conf\n"
     assert "name = of-here\n" in done.stdout
+
+
+@needs.root
+def test_a_listen_that_the_service_does_not_use_is_said(tmp_path: Path) -> None:
+    program = in_etc(tmp_path, "[natwork]\nlisten = 127.0.0.1:0\n")
+    unit = tmp_path / "etc/systemd/system/natwork.socket"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Socket]\n")
+    said = running.command("-t", cwd=tmp_path, program=program).stderr.splitlines()
+    path = "/etc/systemd/system/natwork.socket"
+    words = f"natwork: listen: the service does not use it, {path} listens for it"
+    assert words in said and said[-1].startswith("natwork: ok: ")
+    (tmp_path / "other.conf").write_text("[natwork]\nlisten = 127.0.0.1:0\n")
+    words = "-t", "-c", "other.conf"
+    other = running.command(*words, cwd=tmp_path, program=program).stderr
+    assert other == "natwork: ok: other.conf\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("inside=", "inside: nobody is a client, it is empty"),
+        ("rules=deny user a", "rules: a rule with user fits nobody, users is not set"),
+        (
+            "listen=127.0.0.1:1 [::1]:1",
+            "listen: nobody is a client at an address of outside",
+        ),
+    ],
+)
+def test_what_serves_nobody_is_said(tmp_path: Path, setting: str, said: str) -> None:
+    outside = ["-o", "outside=127.0.0.1 ::1"]
+    done = running.command("-t", *outside, "-o", setting, cwd=tmp_path)
+    assert done.returncode == 0 and f"natwork: {said}\n" in done.stderr
+    good = "-o", "rules=allow to *; deny", "-o", "listen=*:1"
+    quiet = running.command("-t", *outside, *good, cwd=tmp_path)
+    assert quiet.stderr == "natwork: ok: the defaults\n"
 
 
 @pytest.mark.parametrize("option", ["-t", "--help"])
