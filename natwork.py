@@ -28,7 +28,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_pages.py       the live table, /metrics, /proxy.pac
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
-    natwork_check.py       what is probably not meant, at the start and for -t
+    natwork_check.py       what is probably not meant; --settings
     natwork_explain.py     --explain
     natwork_daemon.py      -d and the pid file
 
@@ -36,6 +36,7 @@ Usage:
 
     natwork.py [-c FILE] [-o NAME=VALUE]... [-d]     run the gateway
     natwork.py -t                                    check the configuration
+    natwork.py --settings                            print natwork.conf, all explained
     natwork.py --table [--json]                      the sessions of this box (root)
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
     natwork.py --passwd USER                         a line for the file of users
@@ -4036,6 +4037,7 @@ def command(arguments: list[str]) -> int:
     add("-o", "--option", metavar="NAME=VALUE", action="append", help="a setting")
     add("-d", "--daemon", action="store_true", help="detach from the terminal")
     add("-t", "--test", action="store_true", help="check and print the settings")
+    add("--settings", action="store_true", help="print natwork.conf, all explained")
     add("--table", action="store_true", help="print the sessions of this box")
     add("--json", action="store_true", help="with --table: as JSON")
     add("--explain", nargs="+", metavar="WORD", help="rule for CLIENT TARGET [USER]")
@@ -4054,6 +4056,9 @@ def command(arguments: list[str]) -> int:
         return int(explain(path, options, given.explain))
     if given.passwd is not None:
         return int(need_chapter("users", "--passwd").passwd(given.passwd))
+    if given.settings:
+        print(need_chapter("check", "--settings").SETTINGS, end="")
+        return 0
     if given.test:
         return check(path, options)
     if given.daemon:

@@ -1,7 +1,8 @@
 """Check, a chapter of NATWork: what can be read, and is probably not what was meant.
 
-It refuses what a start would fail at, and names what would serve nobody.  Without it
-the gateway runs all the same, and says less.
+It refuses what a start would fail at, names what would serve nobody, and has the text
+of natwork.conf, for --settings.  Without it the gateway runs all the same, and says
+less.
 """
 # SPDX-License-Identifier: MIT
 
@@ -114,3 +115,144 @@ def warn(config: Config) -> None:
                 f"{device} leads outside and has {natwork.unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
             )
+
+
+SETTINGS = """\
+# natwork.conf: every setting of NATWork, commented out at its default.
+#
+# Take the # away to change one, then ask "natwork.py -t" whether it is right
+# and send HUP to the master.  A bad file changes nothing.  Times are seconds,
+# at most 2000000.
+
+[natwork]
+
+# --- Where do clients come from? ----------------------------------------------
+
+# Addresses and ports to accept clients on, separated by blanks.  "*" stands for
+# every address of the box, IPv4 and IPv6; port 0 lets the kernel pick one.
+# Sockets that systemd passes take the place of this setting.
+#listen = *:8080
+
+# The inside: networks whose machines may be clients, and whose addresses are
+# not reached through the gateway.  Nobody else is answered, not with one byte.
+#inside = 127.0.0.0/8 ::1 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 \
+169.254.0.0/16 fe80::/10
+
+# --- Where do we leave? -------------------------------------------------------
+
+# Ways out, best first: source addresses or device names, separated by blanks.
+# If one does not answer within a second the next is tried beside it, and one
+# that failed is tried last for half a minute.  What a rule opens on the inside
+# is dialed past the devices named here.  Empty: the routing table decides.
+#outside =
+
+# What may be reached: lines (or parts between ";") of
+#   allow|deny [from NETWORKS] [user NAMES] [to TARGETS] [port PORTS]
+# each part a list with commas, the first line that fits decides.  TARGETS are
+# networks, host.example, .example (and all below it) or *.  Behind your lines
+# stand the built-in ones: addresses of this box, loopback, link-local,
+# multicast, unspecified and inside addresses are denied, port 25 is denied
+# (but to redirected clients, whose claimed names no allow believes), the rest
+# is allowed.  An allow opens a denied address only if a network in
+# its "to" contains it, and port 25 only if its "port" says 25.
+#   rules =
+#       deny to .ads.example
+#       allow from 10.0.0.7 to 10.1.0.0/16 port 80,443
+#       deny port 1-1023 from 10.0.9.0/24
+#rules =
+
+# Who may ask: a file of lines that "natwork.py --passwd NAME" prints, readable
+# by "user" and by nobody else (chmod 640).  Then HTTP and SOCKS5 clients have to
+# name themselves, others (SOCKS4, redirected) are refused, and a name may stand
+# in "user" of a rule.  Empty: everybody on the inside.
+#   natwork.py --passwd alice >>users; curl -x http://10.0.0.1:8080 -U alice ...
+# Needs natwork_users.py beside natwork.py.
+#users =
+
+# Through which other proxies: lines (or parts between ";") of
+#   http://[USER:PASSWORD@]HOST:PORT | socks5://...  [to TARGETS] [scheme http]
+# the first line that takes the target is asked, the others are dialed.  "scheme
+# http" takes http:// requests alone, no tunnels.  TARGETS are as in rules; the
+# target is judged first all the same, and a name that is not known here goes on
+# only if a rule allows it by name.  A cache for all plain requests is one line:
+#   parents = http://127.0.0.1:3128 scheme http
+# Needs natwork_parents.py beside natwork.py.
+#parents =
+
+# Other NATWork boxes, as HOST:PORT, that /proxy.pac offers a browser beside this
+# one: http://GATEWAY:8080/proxy.pac is what to tell it for automatic setup.  The
+# order is drawn from the client's address, and a dead one is passed over.
+# Needs natwork_pages.py beside natwork.py.
+#gateways =
+
+# What Via, Proxy-Status and the pages call this gateway.  Gateways that are
+# chained need different names, or they take each other for a loop.  Empty: the
+# host name.
+#name =
+
+# --- How many? ----------------------------------------------------------------
+
+# Workers kept idle, ahead of clients: the largest burst that is served without
+# a fork in its way.  Where max_workers is less and this is not set, it is as many.
+#spare_workers = 8
+
+# Clients at once; each has a process.  Further ones wait in the kernel's queue.
+#max_workers = 2048
+
+# Sessions at once from one client address; what is beyond gets a 503.  0: no limit.
+# Needs natwork_users.py beside natwork.py.
+#max_per_client = 0
+
+# Clients that one worker serves, one after another, before it makes way for a
+# fresh one.  1 gives every client a new process.
+#clients_per_worker = 1000
+
+# --- How long? ----------------------------------------------------------------
+
+# For a request head to arrive, from its first byte to its last.
+#head_timeout = 10
+
+# For a connection to the target, all its addresses together.
+#connect_timeout = 10
+
+# Without a byte in an HTTP exchange.
+#idle_timeout = 300
+
+# Without a byte in a tunnel.  RFC 5382 asks a NAT for two hours and 4 minutes.
+#tunnel_timeout = 7440
+
+# A kept-alive client may be silent for this long between two requests.
+#keepalive_timeout = 15
+
+# Busy workers may go on for this long after TERM.
+#drain_timeout = 30
+
+# --- What is opened on the outside, for SOCKS clients? ------------------------
+
+# Ports for what a client has opened on the outside: the one where a server calls
+# it back (BIND) and the one of its datagrams (UDP ASSOCIATE).  LOW-HIGH, or 0
+# to let the kernel choose.  A firewall on the outside must let these in.
+# Needs natwork_socks.py beside natwork.py.
+#bind_ports = 0
+
+# Deliver datagrams from hosts that the client has not written to: yes or no.
+# Games and voice between two such boxes may need it.
+# Needs natwork_socks.py beside natwork.py.
+#udp_from_anyone = no
+
+# --- What is written down, and as whom? ---------------------------------------
+
+# The access log: "-" is standard output, else a file.  HUP opens it anew.
+#log = -
+
+# "text" (name=value, one blank between) or "json" (one object a line).
+#log_format = text
+
+# User to become once the listeners are open, when started as root.
+#user = nobody
+
+# Written after the listeners are open, and locked while the gateway lives.  Root
+# makes its directory if need be, for "user", who removes the file at the end.
+# Needs natwork_daemon.py beside natwork.py.
+#pidfile =
+"""

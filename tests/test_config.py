@@ -681,6 +681,13 @@ def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path, option: str) -> No
     assert done.stdout == "0\n" and done.stderr in ("", said)
 
 
+def test_the_settings_are_built_in_as_they_are_shipped(tmp_path: Path) -> None:
+    done = running.command("--settings", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, SHIPPED.read_text(), "")
+    (tmp_path / "natwork.conf").write_text(done.stdout)
+    assert printed(cwd=tmp_path) == printed("-c", str(SHIPPED), cwd=tmp_path)
+
+
 def test_the_help_names_the_port_the_places_and_an_example(tmp_path: Path) -> None:
     said = " ".join(running.command("--help", cwd=tmp_path).stdout.split())
     for words in ("port 8080", "/etc/natwork/natwork.conf", "natwork.py -o listen="):
