@@ -531,33 +531,61 @@ def refused_once(
     assert len(bad.callers) == 1
 
 
+# What leaves us is read by h11 too, an independent reader, and must mean the same.
+
 ORACLE = """
 import json, sys
 import h11
+kind, seen = sys.argv[1], []
 for raw in json.load(sys.stdin):
-    us = h11.Connection(h11.CLIENT)
-    us.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
-    us.send(h11.EndOfMessage())
+    if kind == "answers":
+        us = h11.Connection(h11.CLIENT)
+        us.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+        us.send(h11.EndOfMessage())
+    else:
+        us = h11.Connection(h11.SERVER)
     us.receive_data(bytes.fromhex(raw))
     us.receive_data(b"")
-    status, fields, body = 0, [], b""
-    while type(event := us.next_event()) is not h11.ConnectionClosed:
+    start, fields, body = "", [], b""
+    while type(event := us.next_event()) not in (h11.ConnectionClosed, h11.PAUSED):
         if type(event) is h11.Response:
-            status, fields = event.status_code, event.headers
+            start, fields = str(event.status_code), event.headers
+        elif type(event) is h11.Request:
+            start, fields = event.target.decode("latin-1"), event.headers
         elif type(event) is h11.Data:
             body += event.data
-    print(json.dumps([status, len(fields), bytes(body).decode()]))
+        elif type(event) is h11.EndOfMessage:
+            break
+    seen.append([start, len(fields), bytes(body).decode()])
+print(json.dumps(seen))
 """
 
 
-def test_what_leaves_us_is_read_the_same_way_by_h11(
-    gateway: running.Gateway, origin: origins.Start
-) -> None:
+def read_by_h11(kind: str, messages: list[bytes]) -> list[list[object]]:
+    """Return start, number of fields and body of each message, as h11 reads them."""
     python = "/usr/bin/python3"
     needs.programs(python)
     has_h11 = [python, "-c", "import h11"]
     if subprocess.run(has_h11, capture_output=True).returncode:
         needs.unavailable("not installed: python3-h11")
+    done = subprocess.run(
+        [python, "-c", ORACLE, kind],
+        input=json.dumps([raw.hex() for raw in messages]),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+def field_count(raw: bytes) -> int:
+    return raw.partition(b"\r\n\r\n")[0].count(b"\r\n")
+
+
+def test_an_answer_that_leaves_us_is_read_the_same_way_by_h11(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
     said, expected = [], []
     for param in answers("keep") + answers("close") + answers("end"):
         (path,) = param.values
@@ -565,17 +593,58 @@ def test_what_leaves_us_is_read_the_same_way_by_h11(
         with gateway.connect() as client:
             wire.send(client, http_wire.request(server, b"Connection: close"))
             said.append(raw := wire.read_all(client))
-        fields = raw.partition(b"\r\n\r\n")[0].count(b"\r\n")
-        expected.append([read_status(path), fields, "hello"])
-    done = subprocess.run(
-        [python, "-c", ORACLE],
-        input=json.dumps([raw.hex() for raw in said]),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert not done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+        expected.append([str(read_status(path)), field_count(raw), "hello"])
+    assert read_by_h11("answers", said) == expected
+
+
+class Tee:
+    """A connection, and what was received from it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.raw = connection, b""
+
+    def recv(self, *arguments: int) -> bytes:
+        data = self.connection.recv(*arguments)
+        self.raw += data
+        return data
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.connection, name)
+
+
+class Noting(http_wire.Script):
+    """An origin that keeps the raw bytes of each request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw: list[bytes] = []
+
+    def __call__(self, connection: socket.socket, origin: origins.Origin) -> None:
+        while (request := http_wire.read_request(tee := Tee(connection))) is not None:
+            self.requests.append(request)
+            self.raw.append(tee.raw)
+            connection.sendall(http_wire.OK)
+
+
+def test_a_request_that_leaves_us_is_read_the_same_way_by_h11(
+    gateway: running.Gateway,
+) -> None:
+    server = origins.Origin(Noting())
+    try:
+        for path in sorted(HEADS.glob("accept-r[89][0-9]-*.http")):  # read tolerantly
+            data = path.read_bytes().replace(b"{origin}", server.authority.encode())
+            with gateway.connect() as client:
+                wire.send(client, data.replace(b"{port}", b"%d" % server.port))
+                assert http_wire.read_answer(client).status == 200, path
+        noted = list(zip(server.handle.requests, server.handle.raw))
+        assert len(noted) > 10
+        expected = [
+            [got.target.decode("latin-1"), field_count(raw), got.body.decode()]
+            for got, raw in noted
+        ]
+        assert read_by_h11("requests", [raw for _, raw in noted]) == expected
+    finally:
+        server.close()
 
 
 def test_a_bad_response_ends_the_server_connection(
