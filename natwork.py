@@ -880,11 +880,11 @@ Steps = Generator[tuple[int, int], None, Any]  # a descriptor, and its poll() ev
 RUNNING, DONE, CANCELED = range(3)  # the states of a direction
 
 
-def reset_on_close(sock: socket.socket) -> None:
-    """Have a close, even the kernel's when the process dies, be a reset."""
-    now = struct.pack("ii", 1, 0)
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+def reset_on_close(sock: socket.socket, wanted: bool = True) -> None:
+    """Have a close, even the kernel's when the process dies, be a reset; or not."""
+    with contextlib.suppress(OSError):  # it has been closed
+        linger = struct.pack("ii", wanted, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
 class Stream:
@@ -1384,7 +1384,6 @@ class Client:
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Take what accept() returns."""
         sock.setblocking(False)
-        reset_on_close(sock)  # if this process dies: half an answer is no whole one
         self.stream = Stream(sock, CLIENT_GONE)
         self.address = address  # with the device of a link-local one
         self.host = address[0].removeprefix("::ffff:")
@@ -1393,10 +1392,8 @@ class Client:
         self.number = hash(self.host) & 0xFFFFFFFF | 1
 
     def close(self) -> None:
-        """Close without a reset, unless that has been done."""
-        with contextlib.suppress(OSError):
-            no = bytes(8)
-            self.stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no)
+        """Close in order.  Until now, had this process died, it had been a reset."""
+        reset_on_close(self.stream.sock, False)
         self.stream.close()
 
 
@@ -2756,16 +2753,20 @@ def response_length(head: ResponseHead) -> int | None:
 
     A length beside chunked does not count, and equal ones are one.  Raises Refused.
     """
-    codings = members(head.fields.get(b"transfer-encoding", b""))
-    codings = [coding for coding in codings if coding != b"identity"]
-    if codings == [b"chunked"]:
-        return CHUNKED
-    if codings:
-        raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
-    lengths = set(members(head.fields.get(b"content-length", b"")))
-    if len(lengths) > 1:
-        raise Refused(BAD_RESPONSE, "lengths that differ")
-    return parse_length(lengths.pop(), BAD_RESPONSE) if lengths else None
+    if b"transfer-encoding" in head.fields:
+        codings = members(head.fields[b"transfer-encoding"])
+        codings = [coding for coding in codings if coding != b"identity"]
+        if codings == [b"chunked"]:
+            return CHUNKED
+        if codings:
+            raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
+    digits = head.fields.get(b"content-length", b"")
+    if b"," in digits:
+        lengths = set(members(digits))
+        if len(lengths) > 1:
+            raise Refused(BAD_RESPONSE, "lengths that differ")
+        digits = b"".join(lengths)
+    return parse_length(digits, BAD_RESPONSE) if digits else None
 
 
 def credentials(login: bytes) -> bytes:
@@ -3414,8 +3415,9 @@ class Exchange:
         lines, fields = response.forwarded + self.via_line(response), response.fields
         if response.status == 426 and b"upgrade" in fields:
             lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
-        # Of two Date lines the first: there is one comma in it.
-        date = b",".join(fields.get(b"date", b"").split(b",", 2)[:2])
+        date = fields.get(b"date", b"")
+        if date.count(b",") > 1:  # of two Date lines the first: there is one in it
+            date = b",".join(date.split(b",")[:2])
         return answer_head(response.line, lines, self.told, self.then is KEEP, date)
 
     def send_answer(
@@ -3745,6 +3747,7 @@ def open_listeners(
     for sock in listeners.values():
         sock.setblocking(False)
         # Linux hands these down to every socket that is accepted.
+        reset_on_close(sock)  # so half an answer never looks whole: Client.close()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listeners
@@ -4015,8 +4018,7 @@ def check(path: str, options: list[str]) -> int:
         text = config.spelled(name)
         if name in ("rules", "parents"):  # a line of ";..." would be a comment
             text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
-        print(f"{name} = {text}".rstrip())
-    sys.stdout.flush()
+        print(f"{name} = {text}".rstrip(), flush=True)
     say(f"ok: {config.file or 'the defaults'}")
     return 0
 

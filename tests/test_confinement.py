@@ -41,6 +41,7 @@ def test_a_tunnel_that_is_ended_is_reset_and_no_other(
     natwork: running.Start, origin: origins.Start
 ) -> None:
     gateway, server = natwork("spare_workers=2"), origin(origins.echo)
+    gateway.ready(2)
     with (
         http_wire.tunnel(gateway, server) as one,
         http_wire.tunnel(gateway, server) as other,
@@ -63,6 +64,7 @@ def test_half_an_answer_that_is_ended_does_not_look_whole(
         connection.recv(1)
 
     gateway = natwork("spare_workers=2")
+    gateway.ready(2)
     with (
         http_wire.tunnel(gateway, origin(origins.echo)) as other,
         gateway.connect() as client,
@@ -98,6 +100,7 @@ def test_an_idle_kept_alive_client_is_ended_and_no_other(
         natwork("spare_workers=2", "keepalive_timeout=60"),
         origin(origins.echo),
     )
+    gateway.ready(2)
     with http_wire.tunnel(gateway, server) as other, gateway.connect() as client:
         assert (
             http_wire.exchange(
@@ -150,6 +153,7 @@ def test_all_sessions_of_an_address_are_ended_as_the_readme_says(
     (line,) = re.findall(r"^    (python3 .*xargs.*)$", section, re.M)
     assert line.count("10.0.0.7") == 1
     gateway, server = natwork(), origin(origins.echo)
+    gateway.ready(2)
     with contextlib.ExitStack() as stack:
         clients = []
         for host in ("127.0.0.7", "127.0.0.7", "127.0.0.8"):
