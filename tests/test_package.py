@@ -18,6 +18,7 @@ import needs
 import origins
 import package
 import pytest
+import readme
 import running
 import test_manuals
 import wait
@@ -261,7 +262,8 @@ def test_purged_it_leaves_nothing(
     host: package.Host, before: set[str], deb: Path
 ) -> None:
     host.run("cd / && natwork -t")  # as root, who may write anywhere
-    host.run("DEBIAN_FRONTEND=noninteractive apt-get purge --quiet --yes natwork")
+    assert "`apt purge natwork`" in readme.section("Upgrade and uninstall")
+    host.run("export DEBIAN_FRONTEND=noninteractive; yes | apt purge natwork")
     assert host.names() - before == set()
     for unit in ("natwork.service", "natwork.socket"):
         assert host.run(f"systemctl cat {unit}", check=False).returncode != 0
