@@ -92,9 +92,9 @@ RUNS = {
     ],
     "test_systemd.test_uninstalled_it_leaves_nothing": [
         "systemctl disable --now natwork.socket natwork.service",
-        "rm /etc",
         "rm /usr",
-        "rm -r",
+        "rm -r /etc/systemd",
+        "rm -r /etc/natwork",
         "userdel",
     ],
     "test_systemd.test_the_readme_says_where_to_look": [
