@@ -67,7 +67,7 @@ RUNS = {
     "test_readme.test_gopher": ["gopher_proxy"],
     "test_readme.test_own_pages": [
         "curl http://10.0.0.1:8080/table.json",
-        "curl http://10.0.0.1:8080/table.json?source_port=",
+        "curl 'http://10.0.0.1:8080/table.json?source_port=",
         "curl http://10.0.0.1:8080/metrics",
     ],
     "test_readme.test_chromium_finds_its_way": ["chromium"],
@@ -118,6 +118,7 @@ RUNS = {
         "systemctl reset-failed",
     ],
     ".ci/run runs it": ["python3 -m venv .venv"],
+    "test_manuals.test_man_has_nothing_to_say": ["man -l"],
     "package.build": ["dpkg-buildpackage"],
     "package.Host": ["apt install ./natwork"],
     "test_package.test_purged_it_leaves_nothing": ["apt purge"],
@@ -156,7 +157,7 @@ WHOLE = ("inside", "[", "/var", "global_defs", "nft", "natwork: ", "natwork.py [
 WHOLE += ("foreground", "http_port", "parents", "#!")
 PROGRAM = re.compile(
     r"(?:natwork\.py|python3|pipx?|curl|chromium|ps|ssh|nft|dnsmasq|apt(?:-get)?|git"
-    r"|useradd|systemctl|journalctl|systemd-analyze|dpkg-buildpackage) [^`]+"
+    r"|man|useradd|systemctl|journalctl|systemd-analyze|dpkg-buildpackage) [^`]+"
 )
 FORM = re.compile(r"\b[A-Z]{3,}\b")  # it has a word to be replaced
 
@@ -610,7 +611,7 @@ def test_own_pages(town: Town) -> None:
     ask = the("curl http://10.0.0.1:8080/table.json")
     table = json.loads(town.run("inside", ask))
     assert table["gateway"]["busy"] == 1  # with this very request
-    one = the("curl http://10.0.0.1:8080/table.json?source_port=")
+    one = the("curl 'http://10.0.0.1:8080/table.json?source_port=")
     with town.box.connect("inside", ("10.0.0.1", 8080)) as client:
         client.sendall(b"CONNECT www.example.com:80 HTTP/1.1\r\nHost: x\r\n\r\n")
         assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
