@@ -121,8 +121,10 @@ SETTINGS = """\
 # natwork.conf: every setting of NATWork, commented out at its default.
 #
 # Take the # away to change one, then ask "natwork.py -t" whether it is right
-# and send HUP to the master.  A bad file changes nothing.  Times are seconds,
-# at most 2000000.
+# and send HUP to the master.  A bad file changes nothing, and all its faults are
+# said at once.  Times are seconds, at most 2000000.  Paths count from the
+# directory of this file, which is what -c names, else ./natwork.conf, else
+# /etc/natwork/natwork.conf.
 
 [natwork]
 
@@ -130,7 +132,8 @@ SETTINGS = """\
 
 # Addresses and ports to accept clients on, separated by blanks.  "*" stands for
 # every address of the box, IPv4 and IPv6; port 0 lets the kernel pick one.
-# Sockets that systemd passes take the place of this setting.
+# Sockets that systemd passes take the place of this setting, and each start then
+# says that it is not used.
 #listen = *:8080
 
 # The inside: networks whose machines may be clients, and whose addresses are
@@ -154,7 +157,9 @@ SETTINGS = """\
 # multicast, unspecified and inside addresses are denied, port 25 is denied
 # (but to redirected clients, whose claimed names no allow believes), the rest
 # is allowed.  An allow opens a denied address only if a network in
-# its "to" contains it, and port 25 only if its "port" says 25.
+# its "to" contains it, and port 25 only if its "port" says 25.  For SOCKS BIND
+# the rules judge the host that may call, whatever its port; a call from anyone
+# needs "allow to 0.0.0.0/32, ::/128", and then each caller is judged.
 #   rules =
 #       deny to .ads.example
 #       allow from 10.0.0.7 to 10.1.0.0/16 port 80,443
@@ -164,7 +169,8 @@ SETTINGS = """\
 # Who may ask: a file of lines that "natwork.py --passwd NAME" prints, readable
 # by "user" and by nobody else (chmod 640).  Then HTTP and SOCKS5 clients have to
 # name themselves, others (SOCKS4, redirected) are refused, and a name may stand
-# in "user" of a rule.  Empty: everybody on the inside.
+# in "user" of a rule.  Empty: everybody on the inside, and the name that a SOCKS5
+# client gives is logged, but proves nothing.
 #   natwork.py --passwd alice >>users; curl -x http://10.0.0.1:8080 -U alice ...
 # Needs natwork_users.py beside natwork.py.
 #users =
@@ -185,7 +191,8 @@ SETTINGS = """\
 # Needs natwork_pages.py beside natwork.py.
 #gateways =
 
-# What Via, Proxy-Status and the pages call this gateway.  Gateways that are
+# What Via, Proxy-Status and the pages call this gateway, and by what name its
+# pages may be asked for besides its addresses.  Gateways that are
 # chained need different names, or they take each other for a loop.  Empty: the
 # host name.
 #name =

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import kernel
 import machine
 import needs
 import origins
+import readme
 import running
 import wait
 
@@ -22,7 +24,7 @@ import natwork as heart
 
 SOURCES = "natwork*.py natwork.conf *.md LICENSE pyproject.toml systemd docs debian"
 DEB = f"natwork_{heart.__version__}_all.deb"
-INSTALL = f"apt-get install --quiet --yes /root/{DEB}"
+INSTALL = readme.block("The service", "apt install")
 CONF = "/etc/natwork/natwork.conf"
 ENVIRONMENT = {**machine.PATH, "DEBIAN_FRONTEND": "noninteractive"}
 
@@ -37,8 +39,8 @@ def copy_sources(folder: Path) -> Path:
     return folder
 
 
-def run(*words: str | Path, cwd: Path, seconds: float = 60) -> str:
-    """Run a program of Debian's to its good end; return what it printed."""
+def run(*words: str | Path, cwd: Path, seconds: float = 60, code: int = 0) -> str:
+    """Run a program to its end, with this exit code; return what it printed."""
     done = subprocess.run(
         words,
         cwd=cwd,
@@ -49,7 +51,7 @@ def run(*words: str | Path, cwd: Path, seconds: float = 60) -> str:
         text=True,
         timeout=seconds,
     )
-    assert done.returncode == 0, (words, done.stdout)
+    assert done.returncode == code, (words, done.stdout)
     return done.stdout
 
 
@@ -57,7 +59,8 @@ def build(folder: Path) -> Path:
     """Build the package, for which no compiler has to be there (-d); return it."""
     needs.programs("dpkg-buildpackage", "dh", "dh_python3")
     source = copy_sources(folder / "natwork")
-    run("dpkg-buildpackage", "-b", "-us", "-uc", "-d", cwd=source)
+    (command,) = set(re.findall(r"`(dpkg-buildpackage [^`]+)`", readme.TEXT))
+    run(*command.split(), "-d", cwd=source)
     return folder / DEB
 
 
@@ -71,7 +74,8 @@ class Host(machine.Container):
             needs.unavailable("python3-setproctitle is not here")
         (self.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)  # CI's own
         shutil.copy(deb, self.root / "root")
-        self.run(f"DEBIAN_FRONTEND=noninteractive {INSTALL}")
+        assert DEB in INSTALL
+        self.run(f"cd /root; export DEBIAN_FRONTEND=noninteractive; yes | {INSTALL}")
 
     def reloads(self) -> int:
         return self.journal().count("natwork: configuration reloaded\n")

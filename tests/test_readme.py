@@ -1,4 +1,4 @@
-"""Every command of the README, as it stands there, at the addresses it speaks of.
+"""Every command of README.md and docs/guide.md, as it stands, at its own addresses.
 
 The box is the one of the README's first picture: 10.0.0.0/24 is the inside, and the
 outside, 192.0.2.0/24, has a server for each name.
@@ -17,7 +17,6 @@ from pathlib import Path
 import boxes
 import http_wire
 import needs
-import pip
 import pytest
 import readme
 import running
@@ -27,7 +26,7 @@ import web
 pytestmark = pytest.mark.end_to_end
 
 
-# What the README has for a shell, by how it begins, under the test that runs it; and
+# What the two have for a shell, by how it begins, under the test that runs it; and
 # what looks like it, under the reason why none does.
 RUNS = {
     "test_readme.test_the_first_screen": [
@@ -38,19 +37,23 @@ RUNS = {
         "ps -ef",
         "natwork.py --table",
     ],
-    "test_readme.test_pip_installs_it": [
-        "pip install setproctitle",
-        "pip install python-daemon",
-        "pip install .",
+    "test_readme.test_pip_installs_it": ["python3 -m venv venv"],
+    "test_readme.test_the_configuration_is_taken": [
+        "[natwork]",
+        "python3 natwork.py -t",
+        "natwork.py -t",
     ],
-    "test_readme.test_the_configuration_is_taken": ["[natwork]"],
-    "test_readme.test_the_rules_are_explained": ["natwork.py --explain"],
+    "test_readme.test_the_rules_are_explained": [
+        "python3 natwork.py --explain",
+        "natwork.py --explain",
+    ],
     "test_readme.test_it_detaches": ["natwork.py -c"],
     "test_readme.test_a_user_is_asked_for_her_password": [
-        "natwork.py --passwd",
-        "natwork.py -o users",
+        "python3 natwork.py --passwd",
+        "python3 natwork.py -o users",
         "curl -x http://10.0.0.1:8080 -U",
     ],
+    "test_readme.test_the_settings_of_clients": ["export", "echo", "git"],
     "test_readme.test_a_limit": ["natwork.py -o max"],
     "test_readme.test_squid_is_the_parent": ['natwork.py -o "parents'],
     "test_readme.test_socks_by_curl": ["curl --socks5-hostname"],
@@ -63,7 +66,8 @@ RUNS = {
     ],
     "test_readme.test_gopher": ["gopher_proxy"],
     "test_readme.test_own_pages": [
-        "curl http://10.0.0.1:8080/table",
+        "curl http://10.0.0.1:8080/table.json",
+        "curl 'http://10.0.0.1:8080/table.json?source_port=",
         "curl http://10.0.0.1:8080/metrics",
     ],
     "test_readme.test_chromium_finds_its_way": ["chromium"],
@@ -71,7 +75,7 @@ RUNS = {
         "python3 natwork.py --table"
     ],
     "test_log.test_fail2ban_finds_who_knocks_from_outside": ["[Definition]"],
-    "test_redirect.rig": ["nft"],
+    "test_redirect.rig": ["nft -f"],
     "test_redirect.test_dnsmasq_is_the_resolver": ["dnsmasq"],
     "test_systemd.container": [
         "install -D -m 755",
@@ -81,7 +85,17 @@ RUNS = {
         "install -D -m 644 -t /etc",
         "useradd",
         "systemctl daemon-reload",
-        "systemctl enable",
+        "systemctl enable --now natwork.socket",
+    ],
+    "test_systemd.test_the_lines_for_nft_are_there_after_a_boot": [
+        "systemctl enable nftables"
+    ],
+    "test_systemd.test_uninstalled_it_leaves_nothing": [
+        "systemctl disable --now natwork.socket natwork.service",
+        "rm /usr",
+        "rm -r /etc/systemd",
+        "rm -r /etc/natwork",
+        "userdel",
     ],
     "test_systemd.test_the_readme_says_where_to_look": [
         "systemctl status",
@@ -92,32 +106,64 @@ RUNS = {
     "test_systemd.test_a_reload_is_tested_first": ["systemctl reload"],
     "test_systemd.test_the_log_may_be_a_file_that_is_rotated": ["/var/log/natwork/"],
     "test_systemd.test_keepalived_takes_what_the_readme_says": ["global_defs"],
-    "test_systemd.test_no_client_is_lost_while_it_is_replaced": ["systemctl restart"],
-    "test_systemd.test_without_the_socket_unit_listen_holds": ["systemctl disable"],
+    "test_systemd.test_no_client_is_lost_while_it_is_replaced": [
+        "systemctl restart natwork"
+    ],
+    "test_systemd.test_without_the_socket_unit_listen_holds": [
+        "systemctl disable --now natwork.socket;"
+    ],
     "test_systemd.test_stopped_it_has_left_with_nothing_behind": [
         "systemctl stop",
         "systemctl start",
         "systemctl reset-failed",
     ],
-    ".ci/run runs it": ["python3 -m venv"],
-    ".ci/packages has it": ["apt-get install python3-setproctitle"],
+    ".ci/run runs it": ["python3 -m venv .venv"],
+    "test_manuals.test_man_has_nothing_to_say": ["man -l"],
+    "package.build": ["dpkg-buildpackage"],
+    "package.Host": ["apt install ./natwork"],
+    "test_package.test_purged_it_leaves_nothing": ["apt purge"],
+    "test_guide.test_a_client_speaks_tls_to_stunnel": [
+        "openssl",
+        "foreground = yes",
+        "systemctl enable --now stunnel",
+        "curl --proxy-cacert",
+    ],
+    "test_guide.test_the_cache_is_filled_at_night": [
+        "http_port",
+        "parents = ",
+        "systemctl restart squid",
+        "#!/bin/sh",
+        "[Unit]",
+        "[Timer]",
+        "chmod 755",
+        "systemctl enable --now natwork-refresh",
+    ],
+    "test_guide.test_what_is_to_be_installed_is_installed_here": [
+        "apt install python3-setproctitle",
+        "apt install python3-setproctitle python3-daemon",
+        "apt install debhelper",
+        "apt install stunnel4",
+        "apt install squid",
+    ],
     "takes long: bench/README.md has what it says": ["python3 bench/bench.py"],
     "opens an editor": ["systemctl edit natwork", "systemctl edit natwork.socket"],
     "no part of NATWork": ["journalctl -k"],
     "a picture": ["inside"],
     "a synopsis": ["natwork.py [-c"],
+    "what a recipe is for": ["curl -x https:"],
 }
 KEYS = sorted(key for keys in RUNS.values() for key in keys)
 WHOLE = ("inside", "[", "/var", "global_defs", "nft", "natwork: ", "natwork.py [")
+WHOLE += ("foreground", "http_port", "parents", "#!")
 PROGRAM = re.compile(
-    r"(?:natwork\.py|python3|pip|curl|chromium|ps|ssh|nft|dnsmasq|apt-get|useradd"
-    r"|systemctl|journalctl|systemd-analyze) [^`]+"
+    r"(?:natwork\.py|python3|pipx?|curl|chromium|ps|ssh|nft|dnsmasq|apt(?:-get)?|git"
+    r"|man|useradd|systemctl|journalctl|systemd-analyze|dpkg-buildpackage) [^`]+"
 )
 FORM = re.compile(r"\b[A-Z]{3,}\b")  # it has a word to be replaced
 
 
 def pieces() -> Iterator[str]:
-    """Generate the commands and blocks of the README."""
+    """Generate the commands and blocks of the README and the guide."""
     for found in re.findall(r"(?:^    .*\n)+", readme.TEXT, re.M):
         block = re.sub("^    ", "", found, flags=re.M).strip()
         yield from [block] if block.startswith(WHOLE) else block.splitlines()
@@ -131,12 +177,12 @@ def pieces() -> Iterator[str]:
 def key_of(piece: str) -> str:
     """Return the longest key that a piece begins with."""
     keys = [key for key in KEYS if piece.startswith(key)]
-    assert keys, f"no test runs this of the README: {piece}"
+    assert keys, f"no test runs this: {piece}"
     return max(keys, key=len)
 
 
 def the(begins: str) -> str:
-    """Return the piece of the README that begins so."""
+    """Return the piece of the README or the guide that begins so."""
     (piece,) = {piece for piece in pieces() if key_of(piece) == begins}
     return piece
 
@@ -144,10 +190,11 @@ def the(begins: str) -> str:
 def test_every_command_has_its_test() -> None:
     assert sorted(key_of(piece) for piece in set(pieces())) == KEYS
     for where, keys in RUNS.items():
-        if where.startswith("test_"):
-            file, _, name = where.partition(".")
-            text = (running.ROOT / "tests" / f"{file}.py").read_text()
-            assert f"\ndef {name}(" in text, where
+        file, _, name = where.partition(".")
+        path = running.ROOT / "tests" / f"{file}.py"
+        if path.exists():
+            text, kind = path.read_text(), "class" if name[0].isupper() else "def"
+            assert f"\n{kind} {name}(" in text, where
             body = text.partition(f"\ndef {name}(")[2].partition("\ndef ")[0]
             if file == "test_readme":
                 assert all(key in body for key in keys), where
@@ -389,21 +436,13 @@ def test_pip_installs_it(tmp_path: Path) -> None:
         for path in running.ROOT.glob(name):
             shutil.copy(path, tmp_path)
     shutil.copytree(running.ROOT / "docs", tmp_path / "docs")
-    # With a copy of our pip: to unpack and compile its own takes five seconds.
-    words = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
-    subprocess.run(words, check=True)
-    (site,) = tmp_path.glob("venv/lib/*/site-packages")
-    shutil.copytree(Path(pip.__file__).parent, site / "pip")
-    activate = '. venv/bin/activate && pip() { python -m pip "$@"; } && '
     for command in (
-        the("pip install setproctitle"),
-        the("pip install python-daemon"),
-        the("pip install ."),
-        "cd / && natwork --version",
-        "python3 -c 'import daemon, setproctitle'",
+        the("python3 -m venv venv"),
+        "cd / && $OLDPWD/venv/bin/natwork --version",
+        "venv/bin/python -c 'import daemon, setproctitle'",
     ):
         done = subprocess.run(
-            ["bash", "-c", activate + command],
+            ["bash", "-c", command],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -415,15 +454,28 @@ def test_pip_installs_it(tmp_path: Path) -> None:
 
 
 def test_the_configuration_is_taken(idle_town: Town) -> None:
-    conf = idle_town.folder / "example.conf"
+    conf = idle_town.folder / "natwork.conf"
     conf.write_text(the("[natwork]") + "\n")
-    printed = idle_town.run("gateway", "natwork.py -t -c example.conf")
-    assert "listen = 10.0.0.1:8080\n" in printed and "outside = eth1\n" in printed
+    for command in (the("python3 natwork.py -t"), the("natwork.py -t")):
+        printed = idle_town.run("gateway", f"{command} 2>&1")
+        assert "listen = 10.0.0.1:8080\n" in printed and "outside = eth1\n" in printed
+        assert printed.endswith("natwork: ok: natwork.conf\n")
+    said = idle_town.run("gateway", "natwork.py --explain 10.0.0.7 10.1.0.1:443 || :")
+    conf.unlink()
+    assert said.startswith("settings: natwork.conf\n")
+    assert "10.1.0.1: allowed by rule 2" in said, said
 
 
 def test_the_rules_are_explained(idle_town: Town) -> None:
-    said = idle_town.run("gateway", the("natwork.py --explain"))
-    assert "192.0.2.80" in said and "allow" in said
+    for command in (the("python3 natwork.py --explain"), the("natwork.py --explain")):
+        said = idle_town.run("gateway", command)  # which exits with 0
+        assert "192.0.2.80" in said and "allow" in said
+
+
+def test_the_picture_is_there() -> None:
+    (path,) = re.findall(r"^!\[.+\]\((.+)\)$", readme.TEXT, re.M)
+    head = (running.ROOT / path).read_bytes()[:24]
+    assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 1280
 
 
 def test_it_detaches(idle_town: Town) -> None:
@@ -446,12 +498,46 @@ def test_it_detaches(idle_town: Town) -> None:
 def test_a_user_is_asked_for_her_password(idle_town: Town) -> None:
     needs.programs("curl")
     town = idle_town
-    town.run("gateway", the("natwork.py --passwd"), "open sesame\n" * 2)
-    town.start(the("natwork.py -o users"))
+    town.run("gateway", the("python3 natwork.py --passwd"), "open sesame\n")
+    town.start(the("python3 natwork.py -o users"))
     ask = the("curl -x http://10.0.0.1:8080 -U")
     assert "hello, web" in town.run("inside", ask, "open sesame\n")
     assert town.entry()["user"] == "alice"
     assert "hello, web" not in town.run("inside", ask, "open, wheat\n")
+
+
+def test_the_settings_of_clients(town: Town) -> None:
+    needs.programs("curl", "apt-get", "git")
+    site = town.folder / "web/site"
+    (site / "debian").mkdir()
+    (site / "debian/Packages").touch()
+    made = "git init -q w && cd w && git -c user.name=a -c user.email=a@b commit -qm a"
+    made += " --allow-empty && git clone -q --bare . x.git && cd x.git"
+    town.run("outside", f"cd web/site && {made} && git update-server-info")
+    plain = "curl http://www.example.com/"
+    assert "hello" in town.run("inside", f"{the('export')}; {plain}")
+    assert town.entry()["proto"] == "http"
+    own = the("curl http://10.0.0.1:8080/table.json")  # no_proxy has its address
+    assert "sessions" in town.run("inside", f"{the('export')}; {own}")
+    apt = Path("/etc/netns", town.box.name("inside"), "apt")
+    (apt / "apt.conf.d").mkdir(parents=True)
+    (town.folder / "state/lists/partial").mkdir(parents=True)
+    (town.folder / "cache/archives/partial").mkdir(parents=True)
+    source = "deb [trusted=yes] http://www.example.com/debian ./\n"
+    (apt / "sources.list").write_text(source)
+    settings = [
+        f'Dir::State "{town.folder}/state";',
+        f'Dir::Cache "{town.folder}/cache";',
+        'Acquire::Languages "none";',
+        'APT::Sandbox::User "root";',
+        'APT::Update::Error-Mode "any";',
+    ]
+    (apt / "apt.conf").write_text("\n".join(settings))
+    town.run("inside", f"{the('echo')}; apt-get update")
+    assert any("/debian/./Packages" in line for line in town.lines(3))
+    # The machine inside knows no name, so git has come through the gateway.
+    clone = "git clone http://www.example.com/w/x.git clone"
+    town.run("inside", f"{the('git')} && {clone} && git -C clone log")
 
 
 def test_a_limit(idle_town: Town) -> None:
@@ -522,8 +608,19 @@ def test_gopher(town: Town) -> None:
 
 def test_own_pages(town: Town) -> None:
     needs.programs("curl")
-    table = json.loads(town.run("inside", the("curl http://10.0.0.1:8080/table")))
+    ask = the("curl http://10.0.0.1:8080/table.json")
+    table = json.loads(town.run("inside", ask))
     assert table["gateway"]["busy"] == 1  # with this very request
+    one = the("curl 'http://10.0.0.1:8080/table.json?source_port=")
+    with town.box.connect("inside", ("10.0.0.1", 8080)) as client:
+        client.sendall(b"CONNECT www.example.com:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert http_wire.read_head(client).startswith(b"HTTP/1.1 200 ")
+        (row,) = json.loads(town.run("inside", ask))["sessions"]
+        port = str(row["new_source_port"])
+        found = json.loads(town.run("inside", one.replace("40022", port)))
+        assert [other["pid"] for other in found["sessions"]] == [row["pid"]]
+        other = one.replace("40022", "1")
+        assert json.loads(town.run("inside", other))["sessions"] == []
     metrics = town.run("inside", the("curl http://10.0.0.1:8080/metrics"))
     assert "natwork_sessions_total" in metrics
 

@@ -351,6 +351,29 @@ def test_the_outside_gets_no_connection(rig: Rig) -> None:
 
 
 @pytest.mark.end_to_end
+def test_the_lines_may_be_loaded_again(rig: Rig) -> None:
+    before = rig.box.run("gateway", "nft", "list", "ruleset").stdout
+    assert before.count("table ") == 1 and before.count("iifname") == 3
+    path = rig.folder / "again.nft"
+    path.write_text(readme_lines())
+    for _ in range(2):  # with no flush before it
+        done = rig.box.run("gateway", "nft", "-f", str(path))
+        assert done.returncode == 0, done.stderr
+    assert rig.box.run("gateway", "nft", "list", "ruleset").stdout == before
+
+
+@pytest.mark.end_to_end
+def test_ssh_from_outside_is_kept_by_its_line(rig: Rig) -> None:
+    at = ("203.0.113.1", 22)
+    with rig.box.within("gateway", lambda: socket.create_server(at)):
+        with pytest.raises(TimeoutError):
+            rig.box.connect("outside", at, timeout=1)
+        rig.nft(readme_lines().replace("# iifname", "iifname"))
+        rig.box.connect("outside", at).close()
+    rig.natwork()
+
+
+@pytest.mark.end_to_end
 @both
 def test_quic_is_rejected_at_once(rig: Rig, host: str) -> None:
     rig.natwork()

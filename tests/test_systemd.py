@@ -491,3 +491,33 @@ def test_without_the_socket_unit_listen_holds(service: Service) -> None:
     service.address = ("127.0.0.9", 8081)
     assert service.get() == 403
     container.run("systemctl stop natwork; systemctl enable --now natwork.socket")
+
+
+def test_the_lines_for_nft_are_there_after_a_boot(service: Service) -> None:
+    needs.programs("nft")
+    container = service.container
+    lines = readme.block("Three recipes", "nft -f").splitlines()[1:-1]
+    path, table = container.root / "etc/nftables.conf", "nft list table inet natwork"
+    path.write_text(path.read_text() + "\n".join(lines) + "\n")
+    assert container.run(table, check=False).returncode != 0
+    container.run("systemctl enable nftables")
+    assert container.run("systemctl is-enabled nftables").stdout == "enabled\n"
+    try:
+        container.run("systemctl start nftables")  # as at the next boot
+        assert "redirect to :8080" in container.run(table).stdout
+    finally:
+        container.run("systemctl disable --now nftables")
+
+
+def test_uninstalled_it_leaves_nothing(service: Service) -> None:
+    container = service.container
+    container.run(readme.block("Install as a service", "systemctl disable"))
+    for name in ("natwork.service", "natwork.socket"):
+        assert container.run(f"systemctl cat {name}", check=False).returncode != 0
+    assert container.run("getent passwd natwork", check=False).stdout == ""
+    found = "find /etc /run /usr/local /var -xdev -path /etc/netns -prune"
+    left = container.run(f"{found} -o -name '*natwork*' -print").stdout
+    assert left in ("", "/etc/logrotate.d/natwork\n"), left
+    # So that it can be installed once more.
+    container.run(readme.block("Install as a service", "install"))
+    assert service.get() == 403
