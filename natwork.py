@@ -44,12 +44,15 @@ Usage:
 Settings are in natwork.conf, each explained and commented out at its default.
 
 Signals to the master: TERM and INT stop accepting and let busy workers finish
-(a second one ends them now); HUP reads the configuration again and reopens the
-access log.  TERM to a worker ends that one session.  Exit codes: 0 asked to
-stop, 1 unexpected, 2 bad command line, 78 bad configuration.
+(a second one ends them now); HUP reads the configuration again and, if that is
+good, reopens the access log.  TERM to a worker ends that one session.
+
+Exit codes: 0 asked to stop, 1 unexpected, 2 bad command line, 78 bad
+configuration.
 
 Reading order.  Every section uses only the ones above it, so what a function
-calls stands further up.  To follow a request, start at serve_client(); to
+calls stands further up; within a class, methods stand in the order of events.
+To follow a request, start at serve_client(); to
 follow the daemon, start at main().  If you read only two sections, read Relay
 and Master and workers.
 
@@ -497,9 +500,10 @@ def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
 
 
 class Refused(Exception):
-    """The session cannot go on: carries the Outcome, and the detail for the page.
+    """The session cannot go on, whatever stops it: a rule, a fault or the time.
 
-    And the user that a client claimed to be, if that is why.
+    Carries the Outcome, the detail for the page, and the user that a client claimed to
+    be, if that is why.
     """
 
     def __init__(self, outcome: Outcome, detail: str = "", user: str = "") -> None:
@@ -620,7 +624,7 @@ class Slot:
         """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
         self.memory[STATES + self.number] = state
 
-    def begin(self, pid: int) -> None:
+    def clear(self, pid: int) -> None:
         """Begin with a clean row; the totals are the slot's and go on growing."""
         words = self.words
         words[WHICH] = words[UP] = words[DOWN] = words[PEER] = 0
@@ -1049,8 +1053,9 @@ class Watch:
     """How a worker waits for sockets.
 
     The lifeline is in every wait.  It is a pipe of which only the master holds
-    the other end: when that end closes, the master is leaving or dead, and
-    what goes on here must come to its end within drain_timeout.
+    the other end.  A byte in it: take no more requests, and finish this one in peace.
+    When it closes, the master is leaving or dead, and what goes on here must come to
+    its end within drain_timeout.  Events 0 wait for POLLERR and POLLHUP alone.
     """
 
     def __init__(
@@ -1060,7 +1065,7 @@ class Watch:
         self.lifeline, self.drain_timeout = lifeline, drain_timeout
         self.listeners = listeners
         self.drain_at = math.inf  # monotonic; known once the master leaves
-        self.heard = False  # that this worker should take no more requests
+        self.retired = False  # that this worker should take no more requests
 
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
@@ -1072,14 +1077,14 @@ class Watch:
         for fd, events in wanted.items():
             poll.register(fd, events)
         if self.drain_at == math.inf:
-            poll.register(self.lifeline, 0 if self.heard else POLLIN)
+            poll.register(self.lifeline, 0 if self.retired else POLLIN)
         now = time.monotonic()
         deadline = now + seconds
         while now < self.drain_at:
             left = min(deadline, self.drain_at) - now
             ready = dict(poll.poll(left * 1000 if left > 0 else 0))
             if event := ready.pop(self.lifeline, 0):
-                self.heard = True
+                self.retired = True
                 poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
                 if event & select.POLLHUP:
                     poll.unregister(self.lifeline)
@@ -1165,6 +1170,7 @@ class Direction:
         except StopIteration:
             self.state = DONE
         except Refused as refusal:
+            # The sink is the server, and it is the sink that was lost.
             server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
             if not server_lost and not self.may_fail:
                 raise
@@ -1270,10 +1276,8 @@ class Direction:
         self.pipe = ()
 
     def pass_all(self, other: Direction) -> Steps:
-        """Pass everything on, then its end; the other direction has its time."""
+        """Pass everything on, then its end; after that the other has less time."""
         yield from self.move(ALL)
-        yield from self.flush()
-        self.source.check_end()  # the other direction may have met the reset
         self.sink.end()
         other.idle_timeout = min(other.idle_timeout, HALF_CLOSED_TIMEOUT)
 
@@ -1300,8 +1304,9 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
-    half and listens is answered.  Raises Refused when a side is lost, or when nothing
-    moved for too long: then with the outcome IDLE.
+    half and listens is answered.  A server that takes no more leaves up CANCELED, which
+    the caller judges.  Raises Refused when a side is lost, or when nothing moved for
+    too long: then with the outcome IDLE.
     """
     server, client, in_flight = up.sink, down.sink, 0
     moving = [up, down]
@@ -1335,9 +1340,9 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             else:
                 before = in_flight
                 in_flight = server.bytes_in_flight() + client.bytes_in_flight()
-                if in_flight in (0, before):
-                    raise Refused(IDLE, "nothing moved")
                 # Else a slow reader takes what the kernel has for it.
+                if in_flight in (0, before):  # the queues are empty, or as full as then
+                    raise Refused(IDLE, "nothing moved")
     finally:
         for direction in (up, down):
             direction.steps.close()
@@ -1412,8 +1417,8 @@ class Generation(NamedTuple):
     log: AccessLog
     policy: Policy
     chapters: Chapters
-    lifeline_out: int
-    lifeline_in: int  # the master's alone: it is its life
+    lifeline_read: int
+    lifeline_write: int  # the master's alone: it is its life
 
 
 class Worker:
@@ -1426,14 +1431,14 @@ class Worker:
         self.board, self.slot = slot.board, slot
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
-        self.lifeline = generation.lifeline_out
+        self.lifeline = generation.lifeline_read
         self.watch = Watch(self.lifeline, self.config.drain_timeout, self.listeners)
         self.client: Client
         self.idle_poll = select.epoll()  # made after the fork: it is no other's
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
         self.is_in_line = False  # for clients
 
-    def is_draining(self) -> bool:
+    def is_retired(self) -> bool:
         """Return whether this worker should take no more clients or requests."""
         return bool(readable([self.lifeline]))
 
@@ -1502,9 +1507,9 @@ class Worker:
     def await_word(self, streams: list[Stream], seconds: float, new: bool) -> set[int]:
         """Wait for a client's next word; return which streams can be read.
 
-        They are descriptors; none when it is time to leave.  A new client is not sent
-        away by a reload.  Another has a moment to ask its next request, which would
-        else cross with our leaving.
+        They are descriptors; none when the time is over, or to leave.  A new client is
+        not sent away by a reload.  Another has a moment to ask its next request, which
+        would else cross with our leaving.
         """
         poll = select.poll()
         for stream in streams:
@@ -1529,14 +1534,14 @@ class Worker:
             os._exit(0)
 
     def begin(self, session: Session) -> None:
-        """Show a session that begins; raise Refused if its client has too many."""
+        """Show a session, unless its client has too many: then raise Refused."""
         if self.chapters.users:
             self.chapters.users.check_share(self)
         self.slot.words[PEER] = self.client.number
         self.slot.publish(session)
 
     def proceed(self, session: Session) -> None:
-        """Show what a session now knows, by the process title too."""
+        """Show what a session knows once it is connected, by the title too."""
         self.slot.publish(session)
         set_title(session.title())
 
@@ -1582,7 +1587,7 @@ class Master:
         self.generation = load(None)
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
-        self.stopping = self.reloading = False
+        self.stopping = self.retiring = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
@@ -1697,7 +1702,7 @@ class Master:
         slot = Slot(self.board, memory.find(bytes([FREE]), STATES) - STATES)
         # Before the fork: the worker may be busy by the time fork() returns here.
         words[USED] = max(words[USED], slot.number + 1)
-        slot.begin(0)
+        slot.clear(0)
         slot.set_state(IDLE_STATE)
         try:
             pid = os.fork()
@@ -1712,7 +1717,7 @@ class Master:
     def become_worker(self, slot: Slot) -> NoReturn:
         """Serve clients in this new process, and never return."""
         try:
-            for fd in [*self.fds, *(one.lifeline_in for one in self.generations)]:
+            for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
                 os.close(fd)
             worker = Worker(self.generation, slot)
             # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
@@ -1723,9 +1728,9 @@ class Master:
                 # Serving needs neither fork nor threads; root is above that limit.
                 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
-            slot.begin(os.getpid())
+            slot.clear(os.getpid())
             for _ in range(worker.config.clients_per_worker):
-                if worker.is_draining() or not self.serve(worker):
+                if worker.is_retired() or not self.serve(worker):
                     break
             # Not sys.exit(): we inherited the master's atexit list, pid file included.
             os._exit(0)
@@ -1751,22 +1756,22 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
-        for fd in (old.log.fd, old.lifeline_out):  # its workers have their own copies
+        for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
-        self.generation, self.reloading = fresh, True
+        self.generation, self.retiring = fresh, True
         self.generations.append(fresh)
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
     def retire_old(self) -> None:
-        """Have idle workers of earlier generations leave: there are new ones now."""
-        if not self.reloading:
+        """Have idle workers of old generations leave: for them, no fork may succeed."""
+        if not self.retiring:
             return
         for generation in self.generations[:-1]:
             with contextlib.suppress(OSError):  # told enough; or nobody is left
-                os.write(generation.lifeline_in, b"d")
+                os.write(generation.lifeline_write, b"d")  # again does no harm
         if not any(map(self.idle, self.generations[:-1])):
-            self.reloading = False
+            self.retiring = False
             say("configuration reloaded")
             notify("READY=1")
 
@@ -1778,7 +1783,7 @@ class Master:
         for generation in self.generations[:-1]:
             if not any(one is generation for _, one in self.workers.values()):
                 self.generations.remove(generation)
-                os.close(generation.lifeline_in)
+                os.close(generation.lifeline_write)
         listeners = self.generation.listeners
         for name in [name for name in listeners if name.startswith("removed ")]:
             if not readable([listeners[name].fileno()]):
@@ -1792,7 +1797,7 @@ class Master:
         self.stopping = True
         notify("STOPPING=1")
         for generation in self.generations:
-            os.close(generation.lifeline_in)
+            os.close(generation.lifeline_write)
         for name, listener in self.generation.listeners.items():
             if not name.startswith("systemd "):  # those are not ours to shut
                 shut(listener)
@@ -2103,7 +2108,7 @@ class Policy:
         words = ((word, n) for n, word in enumerate(config.outside.split()))
         self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
         self.closed = (*CLOSED, ("inside", self.inside))
-        # A page asks for many things, of few hosts.
+        # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
 
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
@@ -3015,7 +3020,6 @@ class Exchange:
         self.config, self.watch = http.worker.config, http.worker.watch
         who = self.worker.client.endpoint
         self.session = Session(who, self.worker.pid_text, "http")
-        self.client.sent = 0
 
     def serve(self) -> None:
         """Read a request, ask who and whether, and see to its answer; raise Refused."""
@@ -3155,6 +3159,7 @@ class Exchange:
     def serve_connect(self, target: Target) -> None:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
+        self.http.close()  # it is of no more use
         self.worker.begin(session)
         server = dial(self.worker, session, target.host, target.port)
         self.join_as_tunnel(
@@ -3165,7 +3170,7 @@ class Exchange:
         """Answer, and pass on all that comes after it, both ways; raise Refused."""
         session = self.session
         session.status, session.outcome = status, ENDED
-        self.progress, self.then = WHOLE, CLOSE
+        self.progress, self.then = WHOLE, CLOSE  # so refuse() writes nothing
         self.worker.proceed(session)
         tunnel(self.worker, session, server, answer)
 
@@ -3239,8 +3244,8 @@ class Exchange:
                 raise Refused(ANSWER_TIMEOUT, late)
             try:
                 server.fill()
-            except BlockingIOError:  # it was the client
-                pass
+            except BlockingIOError:
+                pass  # it was the client; if that is a reset, run() says so
         raw = take_until(server.received, HEAD_END)
         response = ResponseHead(raw) if raw else None
         if not response or response.status < 200:
@@ -3257,7 +3262,8 @@ class Exchange:
             return
         slot.publish(self.session)
         up, down = both_ways(client, server, seconds)
-        up.steps, down.steps = up.flush(), self.send_answer(down, response, head, size)
+        up.steps = up.flush()  # nothing more
+        down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
 
     def carry_both(self, server: Stream, request: bytes) -> bool:
@@ -3405,7 +3411,7 @@ class Exchange:
         if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
             self.progress, self.then, told = BEGUN_UNTIL_CLOSE, CLOSE, None
         self.told = told
-        if self.watch.heard:
+        if self.watch.retired:
             self.then = CLOSE
         self.session.status = str(response.status)
         return size
@@ -3432,8 +3438,6 @@ class Exchange:
             else:
                 yield from down.move(ALL if size == UNTIL_CLOSE else size)
             yield from down.flush()
-            if size == UNTIL_CLOSE:  # any other body shows that it is whole
-                down.source.check_end()
         except Refused:
             if self.client.sent == before:
                 self.progress = NOTHING  # it can still become another answer
@@ -3462,7 +3466,7 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        if self.then is KEEP and self.worker.is_draining():
+        if self.then is KEEP and self.worker.is_retired():
             self.then = CLOSE
         line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
         head = answer_head(line, lines, len(body), keep)
@@ -3633,7 +3637,10 @@ def admit(worker: Worker, client: Client) -> bool:
 
 
 def await_first_byte(worker: Worker, client: Stream) -> bool:
-    """Wait until a client that has just come says something; return whether it does."""
+    """Wait until a client that has just come says something; return whether it does.
+
+    A head then has as long again.
+    """
     with contextlib.suppress(Refused):
         try:
             return client.fill()  # it has probably come with the connection
@@ -3644,7 +3651,7 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
 
 
 def serve_client(worker: Worker) -> bool:
-    """Serve one client, from accept() to its lines in the log.
+    """Serve one client, from accept() to its lines in the log, if it says a word.
 
     Returns False when there is none, because it is time to leave.
     """
@@ -3664,7 +3671,7 @@ def serve_client(worker: Worker) -> bool:
         with contextlib.closing(HttpConnection(worker)) as http:
             asks = True
             while asks:
-                # serve() reads a request, asks who sends it, finds its target, has the
+                # serve() reads a request, finds its target, asks who sends it, has the
                 # rules judge that, dials it and carries the answer; what stops it on
                 # this way, refuse() tells the client; record() writes the line.
                 exchange = Exchange(http)

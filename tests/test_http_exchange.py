@@ -1401,6 +1401,24 @@ def test_a_refused_connect_ends_the_connection(
     assert http_wire.uncalled(server)
 
 
+def test_a_tunnel_does_not_hold_the_server_that_was_kept(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    ended = threading.Event()
+
+    def keep(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.OK)
+        wire.read_all(connection)
+        ended.set()
+
+    with gateway.connect() as client:
+        assert http_wire.exchange(client, http_wire.request(origin(keep))).status == 200
+        asked = http_wire.request(origin(origins.echo), method=b"CONNECT")
+        assert http_wire.exchange(client, asked, b"CONNECT").status == 200
+        assert ended.wait(10) and wire.echoes(client)
+
+
 def test_a_refused_connect_ends_a_kept_connection(
     gateway: running.Gateway, origin: origins.Start
 ) -> None:

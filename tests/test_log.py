@@ -469,7 +469,7 @@ def forge(number, pid, user):
     session.user, session.method, session.target = user, "CONNECT", "a:1"
     session.address, session.source, session.status = "b:2", "c:3", "200"
     slot = natwork.Slot(board, number)
-    slot.begin(pid)
+    slot.clear(pid)
     slot.publish(session)
     slot.set_state(natwork.BUSY)
 for number, pid in enumerate(map(int, sys.argv[2:])):

@@ -360,7 +360,7 @@ def crowd(gateway: running.Gateway, count: int) -> list[program.Slot]:
         if number % 10 == 9:
             client = f"fd00:1234:5678:9abc:def0:1234:5678:{number:x}"
             address = f"2001:db8:1234:5678:9abc:def0:1234:{number:x}"
-        slot.begin(NO_PID + number)
+        slot.clear(NO_PID + number)
         slot.moved(dice.randint(0, 99999), 10 ** dice.randint(0, 12))
         session = program.Session(
             program.endpoint((client, dice.randint(32768, 60999))),
