@@ -2664,7 +2664,7 @@ def mended(head: bytes) -> bytes:
     """
     if b"\0" in head:
         raise Refused(BAD_RESPONSE, "NUL in the head")
-    head = re.sub(rb"\r?\n[\t ]+", b" ", head)
+    head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b" ", head)
     head = re.sub(rb"\r(?!\n)|[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]", b" ", head)
     line, *others = head.split(b"\n")
     fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
