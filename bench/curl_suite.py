@@ -51,6 +51,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ from bench import RECIPES
 from bench import BenchError
 from bench import Place
 from bench import installed
+from bench import left_by
 from bench import machine
 from bench import prepare
 from bench import started
@@ -72,6 +74,7 @@ from bench import stop
 MIRROR = "http://deb.debian.org/debian"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 BUILD_TIMEOUT = 1800.0  # seconds a step of the build may take
+TEST_TIMEOUT = 30.0  # seconds of silence of runtests.pl; no test needs them
 INSIDE = "CURL_SUITE_INSIDE"  # set in the environment: the namespace is ours
 
 # What the tests of HTTP can do without; --enable-debug makes more of them run.
@@ -310,9 +313,8 @@ def run_tests(
             start_new_session=True,
         )
         try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            note(f"the limit of {limit:.0f} s is over; the rest has no verdict")
+            if not await_end(process, output, tree, time.monotonic() + limit):
+                note(f"the limit of {limit:.0f} s is over; the rest has no verdict")
         finally:
             stop(process)
             stop_servers(tree)
@@ -327,11 +329,41 @@ def run_tests(
         verdicts[number] = judge(number, text, seen)
         if show:
             print(f"--- test {number}: {verdicts[number].failed or 'ok'}")
+            print(text)
             for path in sorted(seen.glob(f"{number}-*")):
                 print(path.read_text("latin-1"))
     if not verdicts:
         raise BenchError(f"runtests.pl ran nothing: {said.strip()[-300:]}")
     return verdicts
+
+
+def await_end(
+    process: "subprocess.Popen[bytes]", output: Path, tree: Path, deadline: float
+) -> bool:
+    """Wait until runtests.pl has ended; end a curl that hangs.  Return whether it has.
+
+    Most tests bring no limit of time, since nothing hangs without a proxy.
+    """
+    size, since = 0, time.monotonic()
+    while not left_by(process, time.monotonic() + 1.0):
+        now = time.monotonic()
+        if now > deadline:
+            return False
+        if output.stat().st_size != size:
+            size, since = output.stat().st_size, now
+        elif now - since > TEST_TIMEOUT:
+            end_clients(tree)
+            since = now
+    return True
+
+
+def end_clients(tree: Path) -> None:
+    """End each curl, and each other client of the tests, of a tree."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            program = os.readlink(process / "exe")
+            if program.startswith((f"{tree}/src/", f"{tree}/tests/libtest/")):
+                os.kill(int(process.name), signal.SIGTERM)
 
 
 def stop_servers(tree: Path) -> None:
@@ -499,6 +531,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
                 f"| {through} | {len(passed)} | {sum(v.line_ends for v in passed)} |"
                 f" {len(good) - len(passed) - skipped} | {skipped} |"
             )
+            note(rows[-1])
             reports.append((through, verdicts))
     print("\n| through | passed | with line ends | failed | skipped |")
     print("|---|---:|---:|---:|---:|")
