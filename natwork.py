@@ -2723,6 +2723,8 @@ class ResponseHead:
         self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
         self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
         self.fields, self.forwarded, self.options = read_fields(section, READ_ANSWERED)
+        if self.status < 200 and b"date" in self.fields:  # answer_head() has the others
+            self.forwarded += b"Date: %b\r\n" % self.fields[b"date"]
 
 
 def parse_length(digits: bytes, bad: Outcome) -> int:

@@ -179,4 +179,5 @@ def test_curl_gives_a_user_where_socks_asks_for_none(gateway, origin) -> None:
     proxy = "u:p@%s:%d" % gateway.address
     words = "--proxy", "", "--socks5-hostname", proxy, server.url + "/"
     assert curl(gateway, *words) == "ok"
-    assert gateway.line_about(server)["proto"] == "socks5"
+    line = gateway.line_about(server)
+    assert (line["proto"], line["user"]) == ("socks5", "u")  # as claimed: R87

@@ -976,14 +976,13 @@ def test_interim_answers_travel_at_once(
 
     def handle(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
-        connection.sendall(http_wire.response(status=b"103 Hints"))
+        connection.sendall(http_wire.response(b"Date: then", status=b"103 Hints"))
         if seen.wait(10):
             connection.sendall(http_wire.OK)
 
     with gateway.connect() as client:
-        assert (
-            http_wire.exchange(client, http_wire.request(origin(handle))).status == 103
-        )
+        early = http_wire.exchange(client, http_wire.request(origin(handle)))
+        assert (early.status, early.values(b"Date")) == (103, [b"then"])
         seen.set()
         assert http_wire.read_answer(client).status == 200
 
