@@ -354,7 +354,7 @@ def read_settings(path: str) -> dict[str, str]:
         }.get(type(error).__name__, "it is not NAME = VALUE")
         raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
     for section in set(parser.sections()) - {"natwork"}:
-        raise ConfigError(f"{path}: [{section}]: the only section is [natwork]")
+        raise ConfigError(f"{path}: [{masked(section)}]: the only section is [natwork]")
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}
 
 
@@ -2530,7 +2530,7 @@ STATUS_LINE = rb"%b(?: (%b))?" % (STATUS, TEXT)
 REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
 RESPONSE_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (STATUS_LINE, LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
-FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:(%b)\r?" % (TOKEN, TEXT))
+FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(
@@ -2546,7 +2546,7 @@ AUTHORITY = re.compile(
 ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*)?")
 # The log shows no password, and no query, which may hold one; a %09 ends what a
 # gopher URL selects.
-BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:\?|%09).*", re.DOTALL)
+BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OWN_PAGE = b""  # the scheme of a request in origin-form: it is for the gateway itself
@@ -2662,14 +2662,15 @@ def mended(head: bytes) -> bytes:
     Lines may end with LF alone or be folded, there may be blanks before a colon and
     control bytes in a value; a line that is no field is left out.
     """
-    if b"\0" in head:
-        raise Refused(BAD_RESPONSE, "NUL in the head")
-    head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b" ", head)
-    head = re.sub(rb"\r(?!\n)|[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]", b" ", head)
-    line, *others = head.split(b"\n")
+    if b"\0" in head or b"\n\r\r" in head:
+        raise Refused(BAD_RESPONSE, "NUL, or a line of CRs, in the head")
+    # In place of a fold a NUL: it continues a value, and neither a name nor a status.
+    head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b"\0", head)
+    line, *others = (line.removesuffix(b"\r") for line in head.split(b"\n"))
     fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
-    lines = [line.rstrip(b"\r"), *(match.expand(rb"\1:\2") for match in fields)]
-    return CRLF.join([*lines, b"", b""])
+    lines = [line.partition(b"\0")[0], *(b"%b:%b" % match.groups() for match in fields)]
+    clean = [re.sub(rb"[\0-\x08\x0b-\x1f\x7f]", b" ", line) for line in lines]
+    return CRLF.join([*clean, b"", b""])
 
 
 class RequestHead:
@@ -2770,7 +2771,7 @@ def response_length(head: ResponseHead) -> int | None:
     digits = head.fields.get(b"content-length", b"")
     if b"," in digits:
         lengths = set(members(digits))
-        if len(lengths) > 1:
+        if len(lengths) != 1:
             raise Refused(BAD_RESPONSE, "lengths that differ")
         digits = b"".join(lengths)
     return parse_length(digits, BAD_RESPONSE) if digits else None
@@ -2816,8 +2817,11 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
-    if scheme == b"gopher" and at or b"@" in user and scheme == b"http":
-        raise Refused(BAD_REQUEST, "user name in the target")
+    user_form = rb"[0-9A-Za-z._~%!$&'()*+,;=:-]*"  # RFC 3986 section 3.2.1
+    if at and (
+        scheme == b"gopher" or scheme == b"http" and not re.fullmatch(user_form, user)
+    ):
+        raise Refused(BAD_REQUEST, "malformed user name in the target")
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
@@ -2922,6 +2926,7 @@ class HttpConnection:
     server_for = "", "", 0  # the user, host and port it was dialed for
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
+    expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
     blanks = 0  # empty lines before this request
 
     def __init__(self, worker: Worker) -> None:
@@ -3058,6 +3063,9 @@ class Exchange:
             self.then = KEEP
         if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
+        asked, self.http.expecting = self.http.expecting, None
+        if asked and (head.expected or asked != (head.method, head.target)):
+            raise Refused(BAD_REQUEST, "not the request again that met a 417")
         return head
 
     def await_head(self) -> bytes:
@@ -3096,7 +3104,7 @@ class Exchange:
             session.target = "*"
             return Target("", 0, b"", b"*")
         raw = head.target
-        if raw[:5].lower() == b"ws://" and b"upgrade" in head.options:  # RFC 6455's
+        if raw[:5].lower() == b"ws://" and self.offers_upgrade(head):  # RFC 6455's
             raw = b"http" + raw[2:]
         target, head.path = parse_target(head.method, raw)
         session.target = target.shown(head)
@@ -3106,6 +3114,19 @@ class Exchange:
             if self.worker.policy.means_us(target.host, target.port):
                 return target._replace(scheme=OWN_PAGE)
         return target
+
+    def offers_upgrade(self, head: RequestHead) -> bool:
+        """Return whether there is an upgrade that may travel: RFC 9110 section 7.8.
+
+        It travels with the fields that Connection names for it, or not at all; HTTP/2
+        not at all, because it is us that the server speaks with.
+        """
+        named = NOT_NAMED.issuperset(head.options) and b"upgrade" in head.options
+        if head.minor and named:
+            offered = head.fields.get(b"upgrade", b"").split(b",")
+            known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
+            self.offered = b",".join(known).strip(b" \t")
+        return bool(self.offered)
 
     def check_via(self, via: bytes) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
@@ -3179,13 +3200,7 @@ class Exchange:
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        if head.minor and b"upgrade" in head.options:  # RFC 9110 section 7.8
-            # It travels with the fields that Connection names for it, or not at all;
-            # HTTP/2 not at all: it is us that the server speaks with.
-            if NOT_NAMED.issuperset(head.options):
-                offered = head.fields.get(b"upgrade", b"").split(b",")
-                others = [x for x in offered if x.strip(b" \t").lower() != b"h2c"]
-                self.offered = b",".join(others)
+        self.offers_upgrade(head)
         # RFC 9110 section 9.2.2: only what had no effect may go out again.
         repeatable = not self.length and head.method in IDEMPOTENT
         server = http.kept_server(session, target.host, target.port, repeatable)
@@ -3349,8 +3364,9 @@ class Exchange:
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
             up.cancel()
-            # It asks again, and expects nothing.
+            # It asks the same again, and expects nothing.
             self.unsent = response.status == 417 and not self.client.received
+            self.http.expecting = self.head.method, self.head.target
         closing = up.state == RUNNING and not self.server_keeps
         if closing or up.state == CANCELED and not self.unsent:
             self.then = CLOSE
@@ -3849,6 +3865,9 @@ def serve_nobody(generation: Generation) -> None:
     policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
     chapters, lifeline = Chapters(config, policy, board), generation[-2:]
     with contextlib.ExitStack() as stack:
+        for _ in range(8):  # descriptors for it, or it would wait for one
+            stack.callback(os.close, os.dup(lifeline[0]))
+        stack.pop_all().close()
         stack.callback(os.close, board.fd)
         stack.callback(os.close, log.fd)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))

@@ -70,6 +70,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
 
     Returns the exit code: 0 for what is allowed, else 1.
     """
+    natwork.find_chapters()
     config, board = natwork.load_config(path, options), natwork.Scoreboard()
     listeners = natwork.endpoints(config)
     own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]

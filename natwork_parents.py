@@ -90,7 +90,7 @@ class Parent(NamedTuple):
 def parse_parent(text: str) -> Parent:
     """Return the parent that a line of `parents` describes.
 
-    Raises ValueError or Refused, which do not quote the line: it may hold a password.
+    Raises ValueError, which does not quote the line: it may hold a password.
     """
     words, lists = natwork.parse_line(text, ("to", "scheme"))
     if lists.get("scheme", ["http"]) != ["http"]:
@@ -99,7 +99,10 @@ def parse_parent(text: str) -> Parent:
     if not match:
         raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
     scheme, user, password, authority = match.groups(default="")
-    host, port = natwork.parse_authority(authority.encode(), 0)
+    try:
+        host, port = natwork.parse_authority(authority.encode(), 0)
+    except Refused as refusal:
+        raise ValueError(refusal.detail) from None
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
     name, secret = (
         re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
@@ -264,9 +267,6 @@ class Parents:
 def join(chapters: natwork.Chapters) -> None:
     """Dial by way of parents from now on, if there are any; raise ConfigError."""
     config = chapters.config
-    try:
-        parents = [parse_parent(line) for line in config.lines("parents")]
-    except (ValueError, Refused) as error:
-        raise config.refuse("parents", str(error)) from None
+    parents = config.parsed("parents", parse_parent, config.lines("parents"))
     if parents:
         chapters.parents = Parents(parents, chapters.policy)

@@ -589,6 +589,13 @@ def test_what_was_probably_meant_is_said(tmp_path: Path, text: str, hint: str) -
     assert hint in "".join(faults(tmp_path, text))
 
 
+def test_a_section_that_is_a_url_keeps_its_password(tmp_path: Path) -> None:
+    (tmp_path / "natwork.conf").write_text("[http://u:kQ7x@127.0.0.1:1]\na = b\n")
+    done = running.command("-t", cwd=tmp_path)
+    assert done.returncode == 78 and "kQ7x" not in done.stderr
+    assert re.fullmatch(ONE_LINE, done.stderr)
+
+
 def test_without_its_chapter_a_fault_is_said_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "natwork.py").write_bytes((running.ROOT / "natwork.py").read_bytes())
     program = [sys.executable, "natwork.py"]

@@ -871,6 +871,28 @@ def test_a_failed_expectation_leaves_the_connection_to_ask_without_it(
     assert server.received == [b"hello"]
 
 
+@pytest.mark.parametrize("late", [0, 0.3])
+def test_a_body_that_follows_a_417_is_no_request(
+    gateway: running.Gateway, origin: origins.Start, late: float
+) -> None:
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.sized(b"no", status=b"417 No"))
+        wire.read_all(connection)
+
+    server, victim = origin(refuse), origin(http_wire.Script())  # R94
+    body = http_wire.request(victim)
+    head = http_wire.post(server, EXPECT, b"Content-Length: %d" % len(body))
+    with gateway.connect() as client:
+        assert http_wire.exchange(client, head).status == 417
+        time.sleep(late)
+        wire.send(client, body)  # by a client that would not wait for an answer
+        answer = http_wire.read_answer(client)
+        assert (answer.status, answer.closes) == (400, True)
+        assert wire.at_end(client)
+    assert http_wire.uncalled(victim)
+
+
 def test_a_denied_target_is_told_before_the_body(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R63
         head = http_wire.request(
@@ -1111,6 +1133,7 @@ def test_a_demand_to_upgrade_says_to_what(
     [
         (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: A"),
         (b"Connection: Upgrade", b"Upgrade: H2C", b"HTTP2-Settings: A"),
+        (b"Connection: Upgrade", b"Upgrade: h2c, ,,"),
         (b"Connection: Upgrade, X-A", b"Upgrade: own/1", b"X-A: 1"),
     ],
 )

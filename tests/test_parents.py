@@ -134,6 +134,8 @@ def joined(lines: str) -> Parents:
     config = Config(parents=lines)
     chapters = Chapters(config, Policy(config, []), Scoreboard())
     join(chapters)
+    if config.errors:
+        raise ConfigError("\n".join(config.errors))
     assert isinstance(chapters.parents, Parents)
     return chapters.parents
 
@@ -151,6 +153,15 @@ def test_a_password_is_not_quoted_though_the_url_ends_too_early() -> None:
         with pytest.raises(ConfigError) as caught:
             joined(value)
         assert "SEKRIT" not in str(caught.value) and "pu:***" in str(caught.value)
+
+
+def test_each_bad_line_is_said_in_words(tmp_path: Path) -> None:
+    bad = "http://127.0.0.1:99999; http://1.2.3:3128; http://127.0.0.1:1 port 80"
+    done = running.command("-t", "-o", f"parents={bad}", cwd=tmp_path)
+    said = done.stderr.splitlines()
+    assert done.returncode == 78 and len(said) == 3
+    assert said[0].endswith(": port not from 1 to 65535")
+    assert said[1].endswith(": '1.2.3' is not an address")
 
 
 @pytest.mark.parametrize(

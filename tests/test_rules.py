@@ -698,6 +698,15 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
         assert not re.search(r"AF_INET6?, SOCK_STREAM", calls), calls
 
 
+@pytest.mark.parametrize(
+    "setting", ["max_per_client=3", "bind_ports=1024-2000", "gateways=a:1"]
+)
+def test_explain_knows_the_settings_of_chapters(tmp_path: Path, setting: str) -> None:
+    words = "-o", setting, "--explain", "10.0.0.7", "192.0.2.1:80"
+    done = running.command(*words, cwd=tmp_path)
+    assert done.returncode in (0, 1) and "allowed by" in done.stdout, done
+
+
 @pytest.mark.parametrize("port", ["0008443", "8443", "00000000000000000008443"])
 def test_a_port_is_all_of_its_digits(closed: running.Gateway, port: str) -> None:
     answer, count = b"", len(closed.lines())

@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
         why = failed(running.command("-o", f"listen=*:{port}", cwd=tmp_path), 1)
         words = f"natwork: cannot listen on [::]:{port}: address already in use\n"
         assert why == words
+
+
+@pytest.mark.parametrize("limit", range(9, 26))
+def test_few_descriptors_are_no_endless_start(tmp_path: Path, limit: int) -> None:
+    few = ["prlimit", f"--nofile={limit}", *running.PROGRAM, "-o", "listen=127.0.0.1:0"]
+    with subprocess.Popen(few, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        time.sleep(0.7)  # it has started by then, or given up
+        process.terminate()
+        assert process.wait(15) in (0, 1)
 
 
 @pytest.mark.parametrize("limit", [7, 8])
