@@ -323,6 +323,7 @@ def test_term_drains(daemon: running.Start, origin: origins.Start) -> None:
         assert (
             http_wire.exchange(kept, http_wire.request(http_wire.DENIED)).status == 403
         )
+        assert len(gateway.lines(1)) == 1  # that session is over
         busy = gateway.worker_of(client)
         wait.until(lambda: kernel.title(gateway.process.pid).endswith(" 3 busy"))
         gateway.process.terminate()
