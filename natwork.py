@@ -887,8 +887,8 @@ RUNNING, DONE, CANCELED = range(3)  # the states of a direction
 def reset_on_close(sock: socket.socket, wanted: bool = True) -> None:
     """Have a close, even the kernel's when the process dies, be a reset; or not."""
     with contextlib.suppress(OSError):  # it has been closed
-        linger = struct.pack("ii", wanted, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        value = struct.pack("ii", wanted, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
 
 
 class Stream:
@@ -3065,7 +3065,7 @@ class Exchange:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
         if asked and (head.expected or asked != (head.method, head.target)):
-            raise Refused(BAD_REQUEST, "not the request again that met a 417")
+            raise Refused(BAD_REQUEST._replace(error=""))  # perhaps the body, too late
         return head
 
     def await_head(self) -> bytes:

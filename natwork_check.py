@@ -31,7 +31,8 @@ def hinted(fault: str) -> str:
     near = difflib.get_close_matches(name, natwork.DEFAULTS, 1)
     if near and name not in natwork.DEFAULTS:
         return f"{fault}; did you mean {near[0]}?"
-    if re.search(r"\s[#;]", value):
+    comment = r"\s#" if name in ("rules", "parents") else r"\s[#;]"
+    if re.search(comment, value):
         return f"{fault}; a comment has a line of its own"
     if "," in value and name in ("listen", "inside", "outside", "gateways"):
         return f"{fault}; blanks stand between them, and no commas"

@@ -596,6 +596,11 @@ def test_a_section_that_is_a_url_keeps_its_password(tmp_path: Path) -> None:
     assert re.fullmatch(ONE_LINE, done.stderr)
 
 
+def test_a_list_in_parts_is_not_called_a_comment(tmp_path: Path) -> None:
+    (said,) = faults(tmp_path, "rules = allow to * ; deny nothing")
+    assert "comment" not in said
+
+
 def test_without_its_chapter_a_fault_is_said_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "natwork.py").write_bytes((running.ROOT / "natwork.py").read_bytes())
     program = [sys.executable, "natwork.py"]

@@ -887,9 +887,8 @@ def test_a_body_that_follows_a_417_is_no_request(
         assert http_wire.exchange(client, head).status == 417
         time.sleep(late)
         wire.send(client, body)  # by a client that would not wait for an answer
-        answer = http_wire.read_answer(client)
-        assert (answer.status, answer.closes) == (400, True)
-        assert wire.at_end(client)
+        # No answer: a client that means another request makes it elsewhere.
+        assert wire.read_all(client) == b""
     assert http_wire.uncalled(victim)
 
 
