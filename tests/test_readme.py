@@ -288,7 +288,8 @@ class Town:
             shutil.copy(path, folder)
         self.people()
         for name in ("ssh", "dante.conf", "chromium.d"):
-            (folder / name).rename(Path("/etc/netns", box.name("inside"), name))
+            # It may be on another file system.
+            shutil.move(folder / name, Path("/etc/netns", box.name("inside"), name))
         (folder / "web").mkdir()
         web.certificates(folder / "web")
         self.web = web.Nginx(box, folder / "web")

@@ -262,38 +262,23 @@ def test_a_number_of_sockets_that_is_none_is_one_line(
     assert failed(done, 1).strip() == why
 
 
-def test_a_socket_that_is_none_of_tcp_is_one_line(tmp_path: Path) -> None:
-    shell = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {shlex.join(running.PROGRAM)}"
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(str(tmp_path / "door"))
-        door.listen()
-        done = subprocess.run(
-            ["sh", "-c", shell],
-            preexec_fn=lambda: os.dup2(door.fileno(), 3) and None,
-            pass_fds=[3],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=30,
-        )
-    why = "cannot take descriptor 3 of LISTEN_FDS=1: it is no TCP socket that listens"
-    assert failed(done, 1).strip() == f"natwork: {why}"
-
-
-@pytest.mark.parametrize("passed", ["nothing", "a file", "one that does not listen"])
-def test_a_descriptor_that_does_not_listen_is_one_line(
+@pytest.mark.parametrize("passed", ["nothing", "a file", "unix", "not listening"])
+def test_a_descriptor_that_is_no_tcp_listener_is_one_line(
     tmp_path: Path, passed: str
 ) -> None:
-    redirect = {"nothing": "3<&-", "a file": "3</dev/null"}.get(passed, "")
-    running_it = f"exec {shlex.join(running.PROGRAM)} {redirect}"
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        if not redirect:
-            redirect = f"exec 3<&{door.fileno()}; "
-            running_it = redirect + running_it
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket() as deaf:
+        unix.bind(str(tmp_path / "door"))
+        unix.listen()
+        by = {
+            "nothing": "<&-",
+            "a file": "</dev/null",
+            "unix": f"<&{unix.fileno()}",
+            "not listening": f"<&{deaf.fileno()}",
+        }[passed]
+        words = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {shlex.join(running.PROGRAM)} 3{by}"
         done = subprocess.run(
-            ["bash", "-c", f"export LISTEN_PID=$$ LISTEN_FDS=1; {running_it}"],
-            pass_fds=[door.fileno()],
+            ["bash", "-c", words],
+            pass_fds=[unix.fileno(), deaf.fileno()],
             capture_output=True,
             text=True,
             cwd=tmp_path,
