@@ -28,7 +28,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_pages.py       the live table, /metrics, /proxy.pac
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
-    natwork_check.py       what is probably not meant; --settings
+    natwork_check.py       what is probably not meant; the text of --settings
     natwork_explain.py     --explain
     natwork_daemon.py      -d and the pid file
 
@@ -331,31 +331,36 @@ def read_file(path: str) -> tuple[bytes, int]:
         return file.read(), mode
 
 
-def read_settings(path: str) -> dict[str, str]:
-    """Return the [natwork] section of an INI file; raise ConfigError."""
+def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
+    """Return an INI file's [natwork] section, and its faults; raise ConfigError."""
     import configparser  # 240 KiB that the workers never need
 
-    parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
         # An editor may begin a file with a byte order mark.
-        text = read_file(path)[0].decode("utf-8-sig")
-        parser.read_string(text)
+        lines = read_file(path)[0].decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
-    except configparser.Error as error:
-        number = getattr(error, "lineno", 0) or vars(error)["errors"][0][0]
-        line = text.split("\n")[number - 1].strip()
-        why = {
-            "DuplicateOptionError": "this setting stands in the file twice",
-            "DuplicateSectionError": "this section stands in the file twice",
-            "MissingSectionHeaderError": "it stands before the line [natwork]",
-        }.get(type(error).__name__, "it is not NAME = VALUE")
-        raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
-    for section in set(parser.sections()) - {"natwork"}:
-        raise ConfigError(f"{path}: [{masked(section)}]: the only section is [natwork]")
-    return dict(parser["natwork"]) if parser.has_section("natwork") else {}
+    faults: list[str] = []
+    while len(faults) < 20:  # a file of something else has more
+        parser = configparser.ConfigParser(interpolation=None, default_section="")
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        try:
+            parser.read_string("\n".join(lines))
+            break
+        except configparser.Error as error:
+            number = getattr(error, "lineno", 0) or vars(error)["errors"][0][0]
+            why = {
+                "DuplicateOptionError": "this setting stands in the file twice",
+                "DuplicateSectionError": "this section stands in the file twice",
+                "MissingSectionHeaderError": "it stands before the line [natwork]",
+            }.get(type(error).__name__, "it is not NAME = VALUE")
+            line = masked(lines[number - 1].strip())
+            faults.append(f"{path}: line {number}: {line}: {why}")
+            lines[number - 1] = ""  # and what is wrong besides?
+    for section in sorted(set(parser.sections()) - {"natwork"}):
+        faults.append(f"{path}: [{masked(section)}]: the only section is [natwork]")
+    return dict(parser["natwork"]) if parser.has_section("natwork") else {}, faults
 
 
 def load_config(path: str, options: Iterable[str]) -> Config:
@@ -367,13 +372,15 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     for place in ("natwork.conf", "/etc/natwork/natwork.conf"):
         if not path and os.path.lexists(place):
             path = place
-    given = [(path, *pair) for pair in read_settings(path).items()] if path else []
+    found, errors = read_settings(path) if path else ({}, [])
+    given = [(path, *pair) for pair in found.items()]
     for option in options:
         name, equals, text = option.partition("=")
-        if not equals:
-            raise ConfigError(f"option -o {masked(option)}: must be NAME=VALUE")
-        given.append(("option -o", name.strip(), text.strip()))
-    settings, where, errors = {}, {}, []
+        if equals:
+            given.append(("option -o", name.strip(), text.strip()))
+        else:
+            errors.append(f"option -o {masked(option)}: must be NAME=VALUE")
+    settings, where = {}, {}
     for place, name, text in given:
         try:
             settings[name], where[name] = parse_setting(name, text), place
@@ -2526,9 +2533,8 @@ LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-STATUS_LINE = rb"%b(?: (%b))?" % (STATUS, TEXT)
 REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
-RESPONSE_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (STATUS_LINE, LINES))
+RESPONSE_HEAD = re.compile(rb"%b(?: (%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -2890,7 +2896,9 @@ def chunked(
         if len(section) > HEAD_LIMIT:
             raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
     if not re.fullmatch(LINES, section):
-        raise Refused(bad, "malformed field line in the trailers")
+        if bad is BAD_REQUEST:
+            raise Refused(bad, "malformed field line in the trailers")
+        section = mended(CRLF + section + CRLF)[2:-2]
     if framed:
         dropped = NOT_IN_TRAILERS.union(head.options)
         one.out += b"0\r\n%b\r\n" % without(section, dropped)
@@ -4030,8 +4038,18 @@ def print_table(in_json: bool) -> int:
     return 0
 
 
+def print_settings(config: Config, mark: str = "") -> None:
+    """Print every setting in the form of natwork.conf, with a mark before each."""
+    print("[natwork]")
+    for name in DEFAULTS:
+        text = config.spelled(name)
+        if name in ("rules", "parents"):  # a line of ";..." would be a comment
+            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
+        print(f"{mark}{name} = {text}".rstrip(), flush=True)
+
+
 def check(path: str, options: list[str]) -> int:
-    """Print every setting in force, in the form of natwork.conf; raise ConfigError.
+    """Print every setting in force; raise ConfigError.
 
     It finds what a start would fail at, as far as that opens nothing.
     """
@@ -4041,12 +4059,7 @@ def check(path: str, options: list[str]) -> int:
     examine(config, Scoreboard(), *([checks.examine_files] if checks else []))
     if checks:
         checks.warn(config)
-    print("[natwork]")
-    for name in DEFAULTS:
-        text = config.spelled(name)
-        if name in ("rules", "parents"):  # a line of ";..." would be a comment
-            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
-        print(f"{name} = {text}".rstrip(), flush=True)
+    print_settings(config)
     say(f"ok: {config.file or 'the defaults'}")
     return 0
 
@@ -4087,7 +4100,10 @@ def command(arguments: list[str]) -> int:
     if given.passwd is not None:
         return int(need_chapter("users", "--passwd").passwd(given.passwd))
     if given.settings:
-        print(need_chapter("check", "--settings").SETTINGS, end="")
+        if checks := load_chapter("check"):
+            print(checks.SETTINGS, end="")
+        else:
+            print_settings(Config(), "#")
         return 0
     if given.test:
         return check(path, options)

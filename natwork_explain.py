@@ -50,7 +50,7 @@ def explain_dials(
     """Print what would be dialed for some allowed addresses; return whether any is."""
     attempts = natwork.ways_to(policy, allowed, port, board)
     if allowed and not attempts:
-        print("refused: unreachable: no uplink has an address of its family")
+        print("cannot dial it: unreachable: no uplink has an address of its family")
     for attempt in attempts:
         route = natwork.route_to(attempt.packed)
         if attempt.uplink:
@@ -93,7 +93,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     except natwork.Refused as refusal:
         unknown = host and parents and parents.trusts(client, user, host, port)
         if not unknown or not parents.parent_for(proto, host, []):
-            print(f"refused: {refusal.outcome.word}: {refusal.detail}")
+            print(f"cannot serve it: {refusal.outcome.word}: {refusal.detail}")
             return 1
         print(f"{refusal.detail}; a rule allows the name")
     allowed = []

@@ -298,6 +298,26 @@ def test_a_line_that_is_no_setting_is_told_by_its_number(
     assert said.startswith(f"natwork: bad.conf: line {why}")
 
 
+def test_all_lines_that_are_no_setting_are_told_and_bad_settings_too(
+    tmp_path: Path,
+) -> None:
+    text = (
+        "early = 1\n[natwork]\nname a\nmax_workers = x\nuser = a\nuser = b\n[squid]\n"
+    )
+    (tmp_path / "bad.conf").write_text(text)
+    done = running.command("-t", "-c", "bad.conf", "-o", "x", cwd=tmp_path)
+    said = [line.split(": ")[2] for line in done.stderr.splitlines()]
+    assert done.returncode == 78 and done.stdout == ""
+    assert set(said[:4]) == {"line 1", "line 3", "line 6", "[squid]"}
+    assert "max_workers = x" in said and "must be NAME=VALUE" in done.stderr
+
+
+def test_a_file_that_is_something_else_is_told_in_few_lines(tmp_path: Path) -> None:
+    (tmp_path / "bad.conf").write_text("what is this\n" * 5000)
+    done = running.command("-t", "-c", "bad.conf", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (78, 20)
+
+
 def test_the_mark_of_an_editor_before_the_first_line_is_no_matter(
     tmp_path: Path,
 ) -> None:
