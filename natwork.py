@@ -249,6 +249,8 @@ class Config:
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is refused."""
         where, value = self.where.get(name, "default"), masked(self.spelled(name))
+        if len(value) > 200:  # the reason must have room on the line
+            value = f"{value[:200]}..."
         return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
 
     def note(self, name: str, why: str) -> None:
@@ -260,11 +262,12 @@ class Config:
     ) -> list[Any]:
         """Return what parse() makes of a setting's pieces; note what it refuses."""
         found = []
-        for piece in pieces:
+        for number, piece in enumerate(pieces, 1):
             try:
                 found.append(parse(piece))
             except ValueError as error:
-                self.note(name, str(error))
+                line = f"line {number}: " if "\n" in getattr(self, name) else ""
+                self.note(name, f"{line}{error}")
         return found
 
     def spelled(self, name: str) -> str:
@@ -300,7 +303,10 @@ FORMS: dict[str | type, tuple[str, str]] = {
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
     int: ("(?!0*$)[0-9]{1,9}", "is not a whole number of 1 or more"),
-    float: (r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number of seconds"),
+    float: (
+        r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?",
+        "is not a number of seconds above 0",
+    ),
 }
 
 
@@ -829,10 +835,6 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            if stat.S_ISREG(os.fstat(1).st_mode):
-                # It may be cut, and begins anew; and standard error may be it, too.
-                mode = fcntl.fcntl(1, fcntl.F_GETFL)
-                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
             try:
                 # Opened again, so that O_NONBLOCK is ours and not the terminal's.
                 self.fd = os.open("/proc/self/fd/1", flags)
@@ -861,11 +863,13 @@ class AccessLog:
         slot.settle(session, outcome)
         try:
             if not self.may_block or self.has_room.poll(0):
-                written = os.write(self.fd, data)
-                if written < len(data):  # the disk is full: leave no half of a line
-                    os.ftruncate(self.fd, os.lseek(self.fd, 0, os.SEEK_CUR) - written)
+                while written < len(data):
+                    written += os.write(self.fd, data[written:])
         except OSError as error:
             why = f" ({reason(error)})"
+            with contextlib.suppress(OSError):  # leave no half of a line in a file
+                at = os.lseek(self.fd, 0, os.SEEK_CUR)
+                os.ftruncate(self.fd, at - written)
         if written < len(data):
             slot.words[LOST] += 1
             board.words[UNREPORTED] = 1
@@ -1756,8 +1760,8 @@ class Master:
             fresh = self.load(old)
         except (ConfigError, OSError, ImportError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
-            why = why.replace("\n", "; ")
-            say(f"configuration not reloaded, the old one stays: {why}")
+            for line in why.splitlines():
+                say(f"configuration not reloaded, the old one stays: {line}")
             notify("READY=1")
             return
         # The new workers take what is still queued at a removed listener.
@@ -2534,7 +2538,7 @@ REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
 REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
-RESPONSE_HEAD = re.compile(rb"%b(?: (%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
+RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -3558,8 +3562,7 @@ class Exchange:
             if outcome is NO_LOGIN:
                 realm = f"ftp://{self.target.authority.decode()}"
             lines += f'{field}-Authenticate: Basic realm="{realm}", charset="UTF-8"\r\n'
-        decided = outcome.error in ("http_request_denied", LOOP.error)
-        did = "refused" if decided else "could not serve"
+        did = "refused" if outcome.error == DENIED.error else "could not serve"
         page = (
             f"{outcome.status_text()}\n\n{name} (NATWork) {did} {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
@@ -3942,7 +3945,8 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         for fd in fds:
             daemon.write_pid(fd)
         if not find_set_title():
-            say("setproctitle is not installed: process titles will be missing")
+            missing = "setproctitle is not installed (apt install python3-setproctitle)"
+            say(f"{missing}: process titles will be missing")
         if user:
             become(user, config, master.generation.log)
         if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
@@ -4058,7 +4062,7 @@ def check(path: str, options: list[str]) -> int:
     checks = load_chapter("check")
     examine(config, Scoreboard(), *([checks.examine_files] if checks else []))
     if checks:
-        checks.warn(config)
+        checks.warn_of_test(config)
     print_settings(config)
     say(f"ok: {config.file or 'the defaults'}")
     return 0
@@ -4070,8 +4074,9 @@ def command(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="natwork",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(__doc__ or "").partition("\n")[0],
-        epilog="It listens on port 8080 unless told otherwise, as by: "
+        epilog="It listens on port 8080 unless told otherwise, as by:\n  "
         "natwork.py -o listen=10.0.0.1:3128 -o log=/var/log/natwork/access.log",
     )
     add = parser.add_argument
@@ -4119,6 +4124,10 @@ def main() -> int:
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
+    for fd in (1, 2):  # both may be one file, which may be cut and begin anew
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            fcntl.fcntl(fd, fcntl.F_SETFL, mode | os.O_APPEND)
     return guard(lambda: command(sys.argv[1:]))
 
 

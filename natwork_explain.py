@@ -36,6 +36,8 @@ def explain_client(
 
 def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
     """Return protocol, host and port of a URL, or of HOST:PORT; raise Refused."""
+    if wanted[:5].lower() == b"ws://":  # which an upgrade begins
+        wanted = b"http" + wanted[2:]
     if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
         return "connect", *natwork.parse_authority(secure[1], 443)
     if b"://" in wanted:

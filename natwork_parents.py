@@ -28,9 +28,12 @@ from natwork import Worker
 VERSION = "0.1.0"
 
 URL = re.compile(r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?([^@/]+:[0-9]+)/?")
+# It wants another user than we have for it, or one at all.
+UNKNOWN = natwork.CONNECT_FAILED._replace(advice=natwork.ASK_OPERATOR)
 # What a parent's refusal is to our client; anything else: it could not connect.
 OUTCOME_OF_STATUS = {
     403: natwork.DENIED,
+    407: UNKNOWN,
     503: natwork.OVERLOAD,
     504: natwork.CONNECT_TIMEOUT,
 }
@@ -145,13 +148,13 @@ def ask_socks(server: Stream, parent: Parent, host: str, port: int) -> natwork.S
         raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
     failed = natwork.CONNECT_FAILED
     if method not in methods:
-        raise Refused(failed._replace(word="auth-required"), "it wants a user")
+        raise Refused(UNKNOWN._replace(word="auth-required"), "it wants a user")
     if method == 2:
         login = b"\1%c%b%c%b" % (len(user), user, len(password), password)
         yield from server.send_all(bytearray(login))
         if (yield from server.exactly(2))[1]:
             why = "it does not know our user"
-            raise Refused(failed._replace(word="auth-failed"), why)
+            raise Refused(UNKNOWN._replace(word="auth-failed"), why)
     try:
         packed = natwork.pack(host)
         address = (b"\1" if len(packed) == 4 else b"\4") + packed
