@@ -613,23 +613,23 @@ class Scoreboard:
         """Remember that an uplink, by its number, has just failed."""
         self.words[UPLINKS + uplink % UPLINK_LIMIT] = int(time.monotonic())
 
-    def total(self, word: int) -> int:
-        """Return the sum of one word of all slots that ever were used."""
-        first, step = SLOTS // 8, SLOT_SIZE // 8
-        return sum(self.words[first + word : first + self.words[USED] * step : step])
+    def column(self, word: int) -> list[int]:
+        """Return one word of all slots that ever were used."""
+        first, step = SLOTS // 8 + word, SLOT_SIZE // 8
+        return self.words[first : first + self.words[USED] * step : step].tolist()
 
 
 class Slot:
     """One worker's place on the scoreboard."""
 
     def __init__(self, board: Scoreboard, number: int) -> None:
-        self.board, self.memory, self.number = board, board.memory, number
-        self.base = SLOTS + number * SLOT_SIZE
-        self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
+        self.board, self.number, start = board, number, SLOTS + number * SLOT_SIZE
+        self.bytes = memoryview(board.memory)[start : start + SLOT_SIZE]
+        self.words = self.bytes.cast("Q")
 
     def set_state(self, state: int) -> None:
         """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
-        self.memory[STATES + self.number] = state
+        self.board.memory[STATES + self.number] = state
 
     def clear(self, pid: int) -> None:
         """Begin with a clean row; the totals are the slot's and go on growing."""
@@ -643,27 +643,20 @@ class Slot:
         There is room for two, and a word that says which one is whole, so a
         reader never sees half a row, not even after kill -9.
         """
-        words, row = self.words, session.row()[: ROW_SIZE - 1] + b"\n"
-        place = ROWS if words[WHICH] != ROWS else ROWS + ROW_SIZE
-        start = self.base + place
-        self.memory[start : start + len(row)] = row
-        words[WHICH] = place
+        row = session.row()[: ROW_SIZE - 1] + b"\n"
+        place = ROWS if self.words[WHICH] != ROWS else ROWS + ROW_SIZE
+        self.bytes[place : place + len(row)] = row
+        self.words[WHICH] = place
 
     def row(self) -> bytes:
         """Return the row that is up, or b"" for none."""
-        if not (place := self.words[WHICH]):
-            return b""
-        start = self.base + place
-        return self.memory[start : start + ROW_SIZE].partition(b"\n")[0]
+        place = self.words[WHICH]
+        row = bytes(self.bytes[place : place + ROW_SIZE]) if place else b""
+        return row.partition(b"\n")[0]
 
     def moved(self, up: int, down: int) -> None:
         """Show how many bytes the session has moved so far."""
         self.words[UP], self.words[DOWN] = up, down
-
-    def connected(self, seconds: float) -> None:
-        """Count a connection that was made, and how long that took."""
-        self.words[CONNECTIONS] += 1
-        self.words[CONNECTING] += int(seconds * 1e6)
 
     def settle(self, session: Session, outcome: str) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
@@ -675,7 +668,7 @@ class Slot:
         ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
         # In one piece: kill -9 must not find the bytes in two places, or in none.
         head = struct.pack("7Q", 0, words[PID], 0, 0, ends, ups, downs)
-        self.memory[self.base : self.base + len(head)] = head
+        self.bytes[: len(head)] = head
         words[PEER] = 0
 
     def count(self) -> None:
@@ -829,10 +822,9 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            if stat.S_ISREG(os.fstat(1).st_mode):
-                # It may be cut, and begins anew; and standard error may be it, too.
-                mode = fcntl.fcntl(1, fcntl.F_GETFL)
-                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
+            # A file may be cut, and begins anew; and standard error may be it, too.
+            mode = fcntl.fcntl(1, fcntl.F_GETFL)
+            fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
             try:
                 # Opened again, so that O_NONBLOCK is ours and not the terminal's.
                 self.fd = os.open("/proc/self/fd/1", flags)
@@ -921,6 +913,13 @@ class Stream:
         del self.received[:count]
         return piece
 
+    def take_until(
+        self, mark: re.Pattern[bytes], looked: int = 0, limit: int = HEAD_LIMIT
+    ) -> bytes:
+        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
+        found = mark.search(self.received, looked, limit)
+        return self.take(found.end()) if found else b""
+
     def failed(self, error: OSError) -> Refused:
         """Return the refusal for an error of the socket, and remember a reset.
 
@@ -929,24 +928,19 @@ class Stream:
         self.was_reset = not isinstance(error, BrokenPipeError)
         return Refused(self.lost, reason(error))
 
-    def check_end(self) -> None:
-        """Raise Refused if what looks like the stream's end was a reset."""
-        if self.was_reset:
-            raise Refused(self.lost, "connection reset")
-
     def fill(self) -> bool:
-        """Receive what is there; return False at the end.
+        """Receive what is there, if anything; return False at the end.
 
-        Raises BlockingIOError if nothing is there, and Refused.
+        Raises Refused.
         """
         try:
             data = self.sock.recv(COPY_SIZE)
         except BlockingIOError:
-            raise
+            return True
         except OSError as error:
             raise self.failed(error) from None
-        if not data:
-            self.check_end()
+        if not data and self.was_reset:
+            raise Refused(self.lost, "connection reset")
         self.received += data
         return bool(data)
 
@@ -955,9 +949,8 @@ class Stream:
         before = len(self.received)
         while len(self.received) == before:
             yield self.fd, POLLIN
-            with contextlib.suppress(BlockingIOError):
-                if not self.fill():
-                    raise Refused(self.lost, "the connection ended too early")
+            if not self.fill():
+                raise Refused(self.lost, "the connection ended too early")
 
     def exactly(self, count: int) -> Steps:
         """Take so many bytes; raise Refused."""
@@ -1018,24 +1011,8 @@ class Stream:
 LINE_END = re.compile(rb"\n")
 
 
-def take_until(
-    received: bytearray,
-    mark: re.Pattern[bytes],
-    looked: int = 0,
-    limit: int = HEAD_LIMIT,
-) -> bytes:
-    """Take the bytes up to and with a mark, b"" if it is not there within the limit."""
-    found = mark.search(received, looked, limit)
-    if not found:
-        return b""
-    end = found.end()
-    taken = bytes(received[:end])
-    del received[:end]
-    return taken
-
-
 def read_until(
-    source: Stream | Direction,
+    source: Stream,
     mark: re.Pattern[bytes],
     limit: int,
     bad: Outcome,
@@ -1047,7 +1024,7 @@ def read_until(
     Refused.
     """
     received, looked = source.received, 0
-    while not (taken := take_until(received, mark, looked, limit)):
+    while not (taken := source.take_until(mark, looked, limit)):
         inspect(received)
         if len(received) >= limit:
             raise Refused(bad, f"over {limit} bytes without an end")
@@ -1159,11 +1136,10 @@ class Direction:
     held = 0  # bytes in the pipe
     state = RUNNING
     may_fail = False  # without an end to the other direction
+    idle_limit = TIME_LIMIT  # seconds without an event; less in a half-closed tunnel
 
-    def __init__(self, source: Stream, sink: Stream, idle_timeout: float) -> None:
-        """Make a direction; idle_timeout is in seconds without an event."""
-        self.source, self.sink, self.idle_timeout = source, sink, idle_timeout
-        self.received = source.received
+    def __init__(self, source: Stream, sink: Stream) -> None:
+        self.source, self.sink = source, sink
         self.out = bytearray()  # to be sent before anything else
 
     def step(self) -> None:
@@ -1194,48 +1170,33 @@ class Direction:
         """Send what is gathered in out."""
         yield from self.sink.send_all(self.out)
 
-    def need(self) -> Steps:
-        """Send what is gathered, and receive more; the source's end is a failure."""
-        yield from self.flush()
-        yield from self.source.need()
-
     def move(self, count: int) -> Steps:
         """Pass count bytes on as they are, ALL until the source ends.
 
         The last of them may stay in out.  Raises Refused when the source ends early.
         """
-        until_end = count == ALL
+        until_end, received = count == ALL, self.source.received
         bulk, full = BULK_SIZE <= count < ALL, False
         while count > 0:
-            if self.received:
-                count -= self.gather(count)
+            if received:
+                piece = received[:count]
+                del received[:count]
+                self.out += piece
+                count -= len(piece)
                 continue
             yield from self.flush()
             if not full:
                 yield self.source.fd, POLLIN
             moved = (yield from self.splice(count)) if bulk else 0
             count -= moved
-            try:
-                ended = not moved and not self.source.fill()
-            except BlockingIOError:
-                full = False
-                continue
-            if ended and until_end:
-                return
-            if ended:
+            if not moved and not self.source.fill():
+                if until_end:
+                    return
                 raise Refused(self.source.lost, "the body ended too early")
             # A full read means that more is there: do not wait before the next one.
-            bulk = full = max(moved, len(self.received)) >= COPY_SIZE
-
-    def gather(self, count: int) -> int:
-        """Move at most count of the bytes received to out; return how many."""
-        if count < len(self.received):
-            self.out += self.source.take(count)
-            return count
-        count = len(self.received)
-        self.out += self.received  # all of it, and so in one copy
-        self.received.clear()
-        return count
+            full = max(moved, len(received)) >= COPY_SIZE
+            if moved or received:
+                bulk = full
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through the pipe; return how many.
@@ -1286,15 +1247,7 @@ class Direction:
         """Pass everything on, then its end; after that the other has less time."""
         yield from self.move(ALL)
         self.sink.end()
-        other.idle_timeout = min(other.idle_timeout, HALF_CLOSED_TIMEOUT)
-
-
-def both_ways(
-    client: Stream, server: Stream, idle_timeout: float
-) -> tuple[Direction, Direction]:
-    """Return the direction up, to the server, and the one down, to the client."""
-    up = Direction(client, server, idle_timeout)
-    return up, Direction(server, client, idle_timeout)
+        other.idle_limit = HALF_CLOSED_TIMEOUT
 
 
 def awaited(directions: list[Direction]) -> dict[int, int]:
@@ -1307,7 +1260,9 @@ def awaited(directions: list[Direction]) -> dict[int, int]:
     return wanted
 
 
-def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
+def relay(
+    watch: Watch, slot: Slot, up: Direction, down: Direction, idle_timeout: float
+) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
@@ -1328,7 +1283,7 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             slot.moved(server.sent, client.sent)
             # A user's pipe memory is limited: an idle tunnel gives its pipes back.
             spare = [one for one in (up, down) if one.pipe and not one.held]
-            seconds = max(one.idle_timeout for one in running)
+            seconds = min(idle_timeout, *(one.idle_limit for one in running))
             ready = watch.wait(awaited(running), PIPE_KEEP_TIME if spare else seconds)
             moving = [one for one in running if one.waits_for[0] in ready]
             if moving:
@@ -1444,10 +1399,6 @@ class Worker:
         self.idle_poll = select.epoll()  # made after the fork: it is no other's
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
         self.is_in_line = False  # for clients
-
-    def is_retired(self) -> bool:
-        """Return whether this worker should take no more clients or requests."""
-        return bool(readable([self.lifeline]))
 
     def accept(self) -> Client | None:
         """Wait for a client and return it; None when it is time to leave."""
@@ -1594,7 +1545,7 @@ class Master:
         self.generation = load(None)
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
-        self.stopping = self.retiring = False
+        self.stopping = self.reloading = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
@@ -1610,7 +1561,7 @@ class Master:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.retire_old()
+                    self.say_reloaded()
                     self.close_unused()
                 self.kill_late()
                 self.show_title()
@@ -1737,7 +1688,7 @@ class Master:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             slot.clear(os.getpid())
             for _ in range(worker.config.clients_per_worker):
-                if worker.is_retired() or not self.serve(worker):
+                if readable([worker.lifeline]) or not self.serve(worker):
                     break
             # Not sys.exit(): we inherited the master's atexit list, pid file included.
             os._exit(0)
@@ -1763,22 +1714,18 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
+        os.write(old.lifeline_write, b"d")  # nobody reads it: each worker sees it
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
-        self.generation, self.retiring = fresh, True
+        self.generation, self.reloading = fresh, True
         self.generations.append(fresh)
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def retire_old(self) -> None:
-        """Have idle workers of old generations leave: for them, no fork may succeed."""
-        if not self.retiring:
-            return
-        for generation in self.generations[:-1]:
-            with contextlib.suppress(OSError):  # told enough; or nobody is left
-                os.write(generation.lifeline_write, b"d")  # again does no harm
-        if not any(map(self.idle, self.generations[:-1])):
-            self.retiring = False
+    def say_reloaded(self) -> None:
+        """Say that no idle worker is left that would take a client by old settings."""
+        if self.reloading and not any(map(self.idle, self.generations[:-1])):
+            self.reloading = False
             say("configuration reloaded")
             notify("READY=1")
 
@@ -2451,7 +2398,8 @@ def dial(
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
         server = Race(worker, session).run(attempts)
-    worker.slot.connected(time.monotonic() - began)
+    worker.slot.words[CONNECTIONS] += 1
+    worker.slot.words[CONNECTING] += int((time.monotonic() - began) * 1e6)
     return server
 
 
@@ -2478,7 +2426,7 @@ def linger(watch: Watch, client: Stream) -> None:
     """
     client.end()
     deadline = time.monotonic() + LINGER_LIMIT
-    with contextlib.suppress(BlockingIOError, Refused):
+    with contextlib.suppress(Refused):
         while (left := deadline - time.monotonic()) > 0:
             if not watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT)):
                 return
@@ -2497,11 +2445,11 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     client, watch = worker.client.stream, worker.watch
     worker.stand_in_line(False)
     server.tune()
-    up, down = both_ways(client, server, worker.config.tunnel_timeout)
+    up, down = Direction(client, server), Direction(server, client)
     up.steps, down.steps = up.pass_all(down), down.pass_all(up)
     down.out += opening
     try:
-        relay(watch, worker.slot, up, down)
+        relay(watch, worker.slot, up, down, worker.config.tunnel_timeout)
         if up.state == CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
@@ -2858,9 +2806,11 @@ def answer_head(
     return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
 
 
-def read_line(source: Direction, limit: int, bad: Outcome) -> Steps:
+def read_line(one: Direction, limit: int, bad: Outcome) -> Steps:
     """Take one line of a chunked body, CRLF included; raise Refused."""
-    line: bytes = yield from read_until(source, LINE_END, limit, bad)
+    if b"\n" not in one.source.received:
+        yield from one.flush()
+    line: bytes = yield from read_until(one.source, LINE_END, limit, bad)
     if not line.endswith(CRLF):
         raise Refused(bad, "bare LF in a chunked body")
     return line
@@ -2884,9 +2834,9 @@ def chunked(
         if framed:
             one.out += b"%x\r\n" % size
         yield from one.move(size)
-        while len(one.received) < 2:
-            yield from one.need()
-        if one.source.take(2) != CRLF:
+        if len(one.source.received) < 2:
+            yield from one.flush()
+        if (yield from one.source.exactly(2)) != CRLF:
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
@@ -3056,7 +3006,7 @@ class Exchange:
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
         silent = self.http.drop_blanks()
-        raw = b"" if silent else take_until(self.client.received, HEAD_END)
+        raw = b"" if silent else self.client.take_until(HEAD_END)
         raw = raw or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
@@ -3267,11 +3217,8 @@ class Exchange:
         if not server.received:
             if not watch.wait({server.fd: POLLIN, client.fd: 0}, seconds):
                 raise Refused(ANSWER_TIMEOUT, late)
-            try:
-                server.fill()
-            except BlockingIOError:
-                pass  # it was the client; if that is a reset, run() says so
-        raw = take_until(server.received, HEAD_END)
+            server.fill()  # or it was the client; if that is a reset, run() says so
+        raw = server.take_until(HEAD_END)
         response = ResponseHead(raw) if raw else None
         if not response or response.status < 200:
             steps = self.read_response(server, response)
@@ -3286,7 +3233,7 @@ class Exchange:
             self.progress = WHOLE
             return
         slot.publish(self.session)
-        up, down = both_ways(client, server, seconds)
+        up, down = Direction(client, server), Direction(server, client)
         up.steps = up.flush()  # nothing more
         down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
@@ -3297,7 +3244,7 @@ class Exchange:
         Returns whether the server took all of the request; raises Refused.
         """
         server.tune()
-        up, down = both_ways(self.client, server, self.config.idle_timeout)
+        up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
         up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)
@@ -3313,7 +3260,7 @@ class Exchange:
         """
         self.worker.stand_in_line(False)
         try:
-            relay(self.watch, self.worker.slot, up, down)
+            relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
             if refusal.outcome is not IDLE or self.progress >= BEGUN:
                 raise
@@ -3361,7 +3308,7 @@ class Exchange:
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
-        response = yield from self.read_response(down)
+        response = yield from self.read_response(down.source)
         if response.status == 101 and self.offered:
             self.switching = response  # once the body has been sent
             return
@@ -3387,7 +3334,7 @@ class Exchange:
             up.cancel()
 
     def read_response(
-        self, source: Stream | Direction, response: ResponseHead | None = None
+        self, source: Stream, response: ResponseHead | None = None
     ) -> Steps:
         """Return a final response head; interim ones are passed on.
 
@@ -3492,7 +3439,7 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        if self.then is KEEP and self.worker.is_retired():
+        if self.then is KEEP and readable([self.worker.lifeline]):
             self.then = CLOSE
         line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
         head = answer_head(line, lines, len(body), keep)
@@ -3668,12 +3615,10 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
     A head then has as long again.
     """
     with contextlib.suppress(Refused):
-        try:
-            return client.fill()  # it has probably come with the connection
-        except BlockingIOError:
-            found = worker.await_word([client], worker.config.head_timeout, True)
-            return bool(found) and client.fill()
-    return False
+        if client.fill() and not client.received:  # it comes with most connections
+            if worker.await_word([client], worker.config.head_timeout, True):
+                client.fill()
+    return bool(client.received)
 
 
 def serve_client(worker: Worker) -> bool:
