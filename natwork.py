@@ -41,8 +41,6 @@ Usage:
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
     natwork.py --passwd USER                         a line for the file of users
 
-Settings are in natwork.conf, each explained and commented out at its default.
-
 Signals to the master: TERM and INT stop accepting and let busy workers finish
 (a second one ends them now); HUP reads the configuration again and, if that is
 good, reopens the access log.  TERM to a worker ends that one session.
@@ -52,9 +50,8 @@ configuration.
 
 Reading order.  Every section uses only the ones above it, so what a function
 calls stands further up; within a class, methods stand in the order of events.
-To follow a request, start at serve_client(); to
-follow the daemon, start at main().  If you read only two sections, read Relay
-and Master and workers.
+To follow a request, start at serve_client(); to follow the daemon, at main().
+If you read only two sections, read Relay and Master and workers.
 
 It does not cache, decrypt, filter or balance, and it will not: chain it to
 the programs that do.
@@ -416,10 +413,7 @@ OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 
 class Outcome(NamedTuple):
-    """How a session ended, and what the client may do about it.
-
-    OUTCOMES has them all by their words, which are the columns of /metrics, too.
-    """
+    """How a session ended, and what the client may do about it."""
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
@@ -507,13 +501,10 @@ def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
 
 
 class Refused(Exception):
-    """The session cannot go on, whatever stops it: a rule, a fault or the time.
-
-    Carries the Outcome, the detail for the page, and the user that a client claimed to
-    be, if that is why.
-    """
+    """The session cannot go on, whatever stops it: a rule, a fault or the time."""
 
     def __init__(self, outcome: Outcome, detail: str = "", user: str = "") -> None:
+        """Take the detail for the page, and who the client claimed to be, if known."""
         self.outcome, self.detail, self.user = outcome, detail, user
 
 
@@ -528,23 +519,19 @@ class Refused(Exception):
 
 FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's next word
 
-# The header, as 64-bit words: the master's pid, the slots that ever were used, the
-# Unix time of the start, and forks.
-MASTER, USED, BEGAN, FORKS, FORKS_FAILED = range(5)
-# The second in which board.say() was last heard; lost lines were not reported yet.
-LAST_SAID, UNREPORTED = range(5, 7)
+# The header, as 64-bit words: the master's pid; the slots that ever were used; the
+# Unix time of the start; forks; the second in which board.say() was last heard; whether
+# lost lines are still to be reported.
+MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 STATES = 4096  # offset of the state bytes
 SLOTS = STATES + SLOT_LIMIT  # offset of the slots
 
 # A slot's first page begins with these words: where that one of its two rows stands
 # which is whole, 0 for none; the worker's pid; the bytes of the session that goes on;
-# the word that is to count it, once its log line is written; the bytes of all sessions
-# that have ended.
-WHICH, PID, UP, DOWN, ENDS, UPS, DOWNS = range(7)
-# Log lines that were lost; connections made, and the microseconds that they took; a
-# number that stands for the client of the session that goes on, 0 for none.
-LOST, CONNECTIONS, CONNECTING, PEER = range(7, 11)
+# the bytes of all that have ended; log lines that were lost; connections made, and the
+# microseconds that they took; a number for the client of the session that goes on.
+WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
 SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 2000  # bytes
 # Its second page counts the sessions that have ended, by protocol and outcome.
 ENDED_BY = 512
@@ -658,24 +645,18 @@ class Slot:
         """Show how many bytes the session has moved so far."""
         self.words[UP], self.words[DOWN] = up, down
 
-    def settle(self, session: Session, outcome: str) -> None:
+    def settle(self, session: Session) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
 
-        Its log line is written next, and only then it is counted: a worker that is
-        killed in between is counted by the master, and gets no second line.
+        Its log line is written next: of a worker that is killed in between the master
+        writes no second one.
         """
-        words, ends = self.words, ended_by(session.proto, outcome)
+        words = self.words
         ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
         # In one piece: kill -9 must not find the bytes in two places, or in none.
-        head = struct.pack("7Q", 0, words[PID], 0, 0, ends, ups, downs)
+        head = struct.pack("6Q", 0, words[PID], 0, 0, ups, downs)
         self.bytes[: len(head)] = head
         words[PEER] = 0
-
-    def count(self) -> None:
-        """Count the session that has been settled, if there is one."""
-        if ends := self.words[ENDS]:
-            self.words[ends] += 1
-            self.words[ENDS] = 0
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
@@ -773,8 +754,7 @@ def as_json(line: str) -> str:
     """Return a line of the access log as a JSON object, its numbers as numbers."""
     import json
 
-    kinds: dict[str, type] = dict.fromkeys(("pid", "status", "up", "down"), int)
-    kinds["secs"] = float
+    kinds = {"pid": int, "status": int, "up": int, "down": int, "secs": float}
     fields = dict(word.split("=", 1) for word in line.split(" "))
     shown = {k: kinds.get(k, str)(v) if v != "-" else None for k, v in fields.items()}
     return json.dumps(shown)
@@ -847,10 +827,10 @@ class AccessLog:
             as_json("pid=-")  # load json here, and not in every worker
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
-        """Settle a session that has ended and write its line, or count it as lost."""
+        """Write the line of a session that has ended, and count it; or it is lost."""
         line, board, why = session.line(outcome), slot.board, ""
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
-        slot.settle(session, outcome)
+        slot.settle(session)
         try:
             if not self.may_block or self.has_room.poll(0):
                 written = os.write(self.fd, data)
@@ -861,7 +841,7 @@ class AccessLog:
         if written < len(data):
             slot.words[LOST] += 1
             board.words[UNREPORTED] = 1
-        slot.count()
+        slot.words[ended_by(session.proto, outcome)] += 1
         if board.words[UNREPORTED]:  # perhaps standard error took nothing either
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
@@ -988,12 +968,6 @@ class Stream:
             return int.from_bytes(queue, sys.byteorder)
         return 0
 
-    def has_more(self) -> bool:
-        """Return whether bytes are unread: to close the socket would be a reset."""
-        size = bytearray(4)  # writable, or ioctl() would make an error of it before
-        fcntl.ioctl(self.fd, 0x541B, size)  # FIONREAD
-        return bool(self.received) or any(size)
-
     def end(self) -> None:
         """Say that nothing more will be sent; go on receiving."""
         with contextlib.suppress(OSError):  # the peer has gone
@@ -1037,9 +1011,10 @@ class Watch:
     """How a worker waits for sockets.
 
     The lifeline is in every wait.  It is a pipe of which only the master holds
-    the other end.  A byte in it: take no more requests, and finish this one in peace.
-    When it closes, the master is leaving or dead, and what goes on here must come to
-    its end within drain_timeout.  Events 0 wait for POLLERR and POLLHUP alone.
+    the other end.  A byte in it, which nobody reads: take no more requests, and finish
+    this one in peace.  When it closes, the master is leaving or dead, and what goes on
+    here must come to its end within drain_timeout.  Events 0 wait for POLLERR and
+    POLLHUP alone.
     """
 
     def __init__(
@@ -1291,11 +1266,7 @@ def relay(
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                # The server takes no more.  After its end that is EPIPE; anything
-                # else is a reset, which the direction down would take for an end.
-                number = server.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                server.was_reset = number != errno.EPIPE
-                up.cancel()
+                up.cancel()  # the server takes no more; why, the next recv() says
             elif spare:
                 for one in spare:
                     one.close_pipe()
@@ -1318,10 +1289,8 @@ def relay(
 # loop is reap, top up, sleep, act.  Its signals are blocked, and taken one by one
 # when it sleeps, so no code of ours runs in the middle of other code of ours; a
 # worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
-# asks a worker whose client is silent, by SIGURG, to leave.  The lifeline, of which
-# each generation of the configuration has one, tells workers to leave.  A byte in it
-# means: take no more clients under these settings.  Its end means: the master is
-# leaving, or dead.
+# asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
+# configuration are told to leave by their lifeline: see Watch.
 
 MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 
@@ -1573,9 +1542,10 @@ class Master:
 
     def sleep(self) -> None:
         """Wait for a signal, and act on it, or for the time to look around."""
-        full = self.is_full()
-        if full and readable(s.fileno() for s in self.generation.listeners.values()):
-            self.make_room()
+        limit = self.generation.config.max_workers
+        full = len(self.workers) >= limit and not self.idle(self.generation)
+        if full and not self.stopping:
+            self.make_room(limit)
         # The kernel gives HUP before TERM, however many come.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
         taken = taken or signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
@@ -1591,16 +1561,12 @@ class Master:
         own = [slot for slot, one in self.workers.values() if one is generation]
         return sum(states[slot.number] == IDLE_STATE for slot in own)
 
-    def is_full(self) -> bool:
-        """Return whether a client that comes now finds no worker."""
-        full = len(self.workers) >= self.generation.config.max_workers
-        return full and not self.stopping and not self.idle(self.generation)
-
-    def make_room(self) -> None:
-        """Have a worker with a silent client leave: others wait for a worker."""
+    def make_room(self, limit: int) -> None:
+        """Have a worker with a silent client leave, if others wait for a worker."""
+        if not readable(s.fileno() for s in self.generation.listeners.values()):
+            return
         if time.monotonic() >= self.full_said_at + 60:
             self.full_said_at = time.monotonic()
-            limit = self.generation.config.max_workers
             say(f"all {limit} workers are busy and clients wait (max_workers)")
         states = self.board.states()
         for pid, (slot, _) in self.workers.items():
@@ -1633,7 +1599,6 @@ class Master:
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
             ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
             self.generation.log.write(session, ends.get(code, KILLED).word, slot)
-        slot.count()  # one that was settled and not counted, if it was killed there
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken."""
@@ -1714,7 +1679,7 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
-        os.write(old.lifeline_write, b"d")  # nobody reads it: each worker sees it
+        os.write(old.lifeline_write, b"d")  # its workers take no more clients
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
         self.generation, self.reloading = fresh, True
@@ -1730,10 +1695,7 @@ class Master:
             notify("READY=1")
 
     def close_unused(self) -> None:
-        """Close the lifelines that no worker has, and listeners that a reload removed.
-
-        Such a listener goes when no client waits there.
-        """
+        """Close lifelines that no worker has, and removed listeners without a queue."""
         for generation in self.generations[:-1]:
             if not any(one is generation for _, one in self.workers.values()):
                 self.generations.remove(generation)
@@ -3205,8 +3167,8 @@ class Exchange:
         A client that said close, and no more, has sent nothing that ours could reset;
         one of which the request was not taken whole goes on sending.
         """
-        more = not whole or self.head.keep_alive or self.client.has_more()
-        self.then = LINGER if more else CLOSE
+        more = not whole or self.head.keep_alive or self.client.received
+        self.then = LINGER if more or readable([self.client.fd]) else CLOSE
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
