@@ -909,14 +909,11 @@ class Stream:
         return Refused(self.lost, reason(error))
 
     def fill(self) -> bool:
-        """Receive what is there, if anything; return False at the end.
-
-        Raises Refused.
-        """
+        """Receive what is there; return False at the end; raise Refused."""
         try:
             data = self.sock.recv(COPY_SIZE)
         except BlockingIOError:
-            return True
+            return True  # nothing is there yet
         except OSError as error:
             raise self.failed(error) from None
         if not data and self.was_reset:
