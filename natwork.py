@@ -1151,10 +1151,10 @@ class Direction:
         bulk, full = BULK_SIZE <= count < ALL, False
         while count > 0:
             if received:
-                piece = received[:count]
-                del received[:count]
-                self.out += piece
-                count -= len(piece)
+                size = min(count, len(received))
+                self.out += received[:size]
+                del received[:size]
+                count -= size
                 continue
             yield from self.flush()
             if not full:
