@@ -1055,8 +1055,6 @@ class Watch:
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end; refuse queued clients at once."""
         self.drain_at = time.monotonic() + self.drain_timeout
-        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
-        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
         while self.listeners:  # so that a successor can bind, also if we go on
             self.listeners.popitem()[1].close()
 
@@ -1373,10 +1371,8 @@ class Worker:
         while True:
             self.slot.set_state(IDLE_STATE)
             ready = [fd for fd, _ in self.idle_poll.poll(SURPLUS_TIME, 8)]
-            # EPOLLEXCLUSIVE wakes one worker a client, so look at the listeners
-            # before the lifeline.  Look after a timeout too: the worker that was
-            # woken may have been killed before it accepted.
-            for fd in ready or list(self.listeners):
+            # EPOLLEXCLUSIVE wakes one worker a client: look here before the lifeline.
+            for fd in ready:
                 if fd in self.listeners and (client := self.accept_from(fd)):
                     return client
             if self.lifeline in ready:
@@ -1594,8 +1590,8 @@ class Master:
         """Write the log line that a worker could not write itself."""
         if row := slot.row():
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
-            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-            self.generation.log.write(session, ends.get(code, KILLED).word, slot)
+            outcome = OPERATOR if code == -signal.SIGTERM else KILLED
+            self.generation.log.write(session, outcome.word, slot)
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken."""
