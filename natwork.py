@@ -41,8 +41,6 @@ Usage:
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
     natwork.py --passwd USER                         a line for the file of users
 
-Settings are in natwork.conf, each explained and commented out at its default.
-
 Signals to the master: TERM and INT stop accepting and let busy workers finish
 (a second one ends them now); HUP reads the configuration again and, if that is
 good, reopens the access log.  TERM to a worker ends that one session.
@@ -52,9 +50,8 @@ configuration.
 
 Reading order.  Every section uses only the ones above it, so what a function
 calls stands further up; within a class, methods stand in the order of events.
-To follow a request, start at serve_client(); to
-follow the daemon, start at main().  If you read only two sections, read Relay
-and Master and workers.
+To follow a request, start at serve_client(); to follow the daemon, at main().
+If you read only two sections, read Relay and Master and workers.
 
 It does not cache, decrypt, filter or balance, and it will not: chain it to
 the programs that do.
@@ -422,10 +419,7 @@ OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
 
 
 class Outcome(NamedTuple):
-    """How a session ended, and what the client may do about it.
-
-    OUTCOMES has them all by their words, which are the columns of /metrics, too.
-    """
+    """How a session ended, and what the client may do about it."""
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
@@ -513,13 +507,10 @@ def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
 
 
 class Refused(Exception):
-    """The session cannot go on, whatever stops it: a rule, a fault or the time.
-
-    Carries the Outcome, the detail for the page, and the user that a client claimed to
-    be, if that is why.
-    """
+    """The session cannot go on, whatever stops it: a rule, a fault or the time."""
 
     def __init__(self, outcome: Outcome, detail: str = "", user: str = "") -> None:
+        """Take the detail for the page, and who the client claimed to be, if known."""
         self.outcome, self.detail, self.user = outcome, detail, user
 
 
@@ -534,23 +525,19 @@ class Refused(Exception):
 
 FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's next word
 
-# The header, as 64-bit words: the master's pid, the slots that ever were used, the
-# Unix time of the start, and forks.
-MASTER, USED, BEGAN, FORKS, FORKS_FAILED = range(5)
-# The second in which board.say() was last heard; lost lines were not reported yet.
-LAST_SAID, UNREPORTED = range(5, 7)
+# The header, as 64-bit words: the master's pid; the slots that ever were used; the
+# Unix time of the start; forks; the second in which board.say() was last heard; whether
+# lost lines are still to be reported.
+MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 STATES = 4096  # offset of the state bytes
 SLOTS = STATES + SLOT_LIMIT  # offset of the slots
 
 # A slot's first page begins with these words: where that one of its two rows stands
 # which is whole, 0 for none; the worker's pid; the bytes of the session that goes on;
-# the word that is to count it, once its log line is written; the bytes of all sessions
-# that have ended.
-WHICH, PID, UP, DOWN, ENDS, UPS, DOWNS = range(7)
-# Log lines that were lost; connections made, and the microseconds that they took; a
-# number that stands for the client of the session that goes on, 0 for none.
-LOST, CONNECTIONS, CONNECTING, PEER = range(7, 11)
+# the bytes of all that have ended; log lines that were lost; connections made, and the
+# microseconds that they took; a number for the client of the session that goes on.
+WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
 SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 2000  # bytes
 # Its second page counts the sessions that have ended, by protocol and outcome.
 ENDED_BY = 512
@@ -619,23 +606,23 @@ class Scoreboard:
         """Remember that an uplink, by its number, has just failed."""
         self.words[UPLINKS + uplink % UPLINK_LIMIT] = int(time.monotonic())
 
-    def total(self, word: int) -> int:
-        """Return the sum of one word of all slots that ever were used."""
-        first, step = SLOTS // 8, SLOT_SIZE // 8
-        return sum(self.words[first + word : first + self.words[USED] * step : step])
+    def column(self, word: int) -> list[int]:
+        """Return one word of all slots that ever were used."""
+        first, step = SLOTS // 8 + word, SLOT_SIZE // 8
+        return self.words[first : first + self.words[USED] * step : step].tolist()
 
 
 class Slot:
     """One worker's place on the scoreboard."""
 
     def __init__(self, board: Scoreboard, number: int) -> None:
-        self.board, self.memory, self.number = board, board.memory, number
-        self.base = SLOTS + number * SLOT_SIZE
-        self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
+        self.board, self.number, start = board, number, SLOTS + number * SLOT_SIZE
+        self.bytes = memoryview(board.memory)[start : start + SLOT_SIZE]
+        self.words = self.bytes.cast("Q")
 
     def set_state(self, state: int) -> None:
         """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
-        self.memory[STATES + self.number] = state
+        self.board.memory[STATES + self.number] = state
 
     def clear(self, pid: int) -> None:
         """Begin with a clean row; the totals are the slot's and go on growing."""
@@ -649,46 +636,33 @@ class Slot:
         There is room for two, and a word that says which one is whole, so a
         reader never sees half a row, not even after kill -9.
         """
-        words, row = self.words, session.row()[: ROW_SIZE - 1] + b"\n"
-        place = ROWS if words[WHICH] != ROWS else ROWS + ROW_SIZE
-        start = self.base + place
-        self.memory[start : start + len(row)] = row
-        words[WHICH] = place
+        row = session.row()[: ROW_SIZE - 1] + b"\n"
+        place = ROWS if self.words[WHICH] != ROWS else ROWS + ROW_SIZE
+        self.bytes[place : place + len(row)] = row
+        self.words[WHICH] = place
 
     def row(self) -> bytes:
         """Return the row that is up, or b"" for none."""
-        if not (place := self.words[WHICH]):
-            return b""
-        start = self.base + place
-        return self.memory[start : start + ROW_SIZE].partition(b"\n")[0]
+        place = self.words[WHICH]
+        row = bytes(self.bytes[place : place + ROW_SIZE]) if place else b""
+        return row.partition(b"\n")[0]
 
     def moved(self, up: int, down: int) -> None:
         """Show how many bytes the session has moved so far."""
         self.words[UP], self.words[DOWN] = up, down
 
-    def connected(self, seconds: float) -> None:
-        """Count a connection that was made, and how long that took."""
-        self.words[CONNECTIONS] += 1
-        self.words[CONNECTING] += int(seconds * 1e6)
-
-    def settle(self, session: Session, outcome: str) -> None:
+    def settle(self, session: Session) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
 
-        Its log line is written next, and only then it is counted: a worker that is
-        killed in between is counted by the master, and gets no second line.
+        Its log line is written next: of a worker that is killed in between the master
+        writes no second one.
         """
-        words, ends = self.words, ended_by(session.proto, outcome)
+        words = self.words
         ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
         # In one piece: kill -9 must not find the bytes in two places, or in none.
-        head = struct.pack("7Q", 0, words[PID], 0, 0, ends, ups, downs)
-        self.memory[self.base : self.base + len(head)] = head
+        head = struct.pack("6Q", 0, words[PID], 0, 0, ups, downs)
+        self.bytes[: len(head)] = head
         words[PEER] = 0
-
-    def count(self) -> None:
-        """Count the session that has been settled, if there is one."""
-        if ends := self.words[ENDS]:
-            self.words[ends] += 1
-            self.words[ENDS] = 0
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
@@ -786,8 +760,7 @@ def as_json(line: str) -> str:
     """Return a line of the access log as a JSON object, its numbers as numbers."""
     import json
 
-    kinds: dict[str, type] = dict.fromkeys(("pid", "status", "up", "down"), int)
-    kinds["secs"] = float
+    kinds = {"pid": int, "status": int, "up": int, "down": int, "secs": float}
     fields = dict(word.split("=", 1) for word in line.split(" "))
     shown = {k: kinds.get(k, str)(v) if v != "-" else None for k, v in fields.items()}
     return json.dumps(shown)
@@ -857,10 +830,10 @@ class AccessLog:
             as_json("pid=-")  # load json here, and not in every worker
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
-        """Settle a session that has ended and write its line, or count it as lost."""
+        """Write the line of a session that has ended, and count it; or it is lost."""
         line, board, why = session.line(outcome), slot.board, ""
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
-        slot.settle(session, outcome)
+        slot.settle(session)
         try:
             if not self.may_block or self.has_room.poll(0):
                 while written < len(data):
@@ -873,7 +846,7 @@ class AccessLog:
         if written < len(data):
             slot.words[LOST] += 1
             board.words[UNREPORTED] = 1
-        slot.count()
+        slot.words[ended_by(session.proto, outcome)] += 1
         if board.words[UNREPORTED]:  # perhaps standard error took nothing either
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
@@ -925,6 +898,13 @@ class Stream:
         del self.received[:count]
         return piece
 
+    def take_until(
+        self, mark: re.Pattern[bytes], looked: int = 0, limit: int = HEAD_LIMIT
+    ) -> bytes:
+        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
+        found = mark.search(self.received, looked, limit)
+        return self.take(found.end()) if found else b""
+
     def failed(self, error: OSError) -> Refused:
         """Return the refusal for an error of the socket, and remember a reset.
 
@@ -933,24 +913,16 @@ class Stream:
         self.was_reset = not isinstance(error, BrokenPipeError)
         return Refused(self.lost, reason(error))
 
-    def check_end(self) -> None:
-        """Raise Refused if what looks like the stream's end was a reset."""
-        if self.was_reset:
-            raise Refused(self.lost, "connection reset")
-
     def fill(self) -> bool:
-        """Receive what is there; return False at the end.
-
-        Raises BlockingIOError if nothing is there, and Refused.
-        """
+        """Receive what is there; return False at the end; raise Refused."""
         try:
             data = self.sock.recv(COPY_SIZE)
         except BlockingIOError:
-            raise
+            return True  # nothing is there yet
         except OSError as error:
             raise self.failed(error) from None
-        if not data:
-            self.check_end()
+        if not data and self.was_reset:
+            raise Refused(self.lost, "connection reset")
         self.received += data
         return bool(data)
 
@@ -959,9 +931,8 @@ class Stream:
         before = len(self.received)
         while len(self.received) == before:
             yield self.fd, POLLIN
-            with contextlib.suppress(BlockingIOError):
-                if not self.fill():
-                    raise Refused(self.lost, "the connection ended too early")
+            if not self.fill():
+                raise Refused(self.lost, "the connection ended too early")
 
     def exactly(self, count: int) -> Steps:
         """Take so many bytes; raise Refused."""
@@ -999,12 +970,6 @@ class Stream:
             return int.from_bytes(queue, sys.byteorder)
         return 0
 
-    def has_more(self) -> bool:
-        """Return whether bytes are unread: to close the socket would be a reset."""
-        size = bytearray(4)  # writable, or ioctl() would make an error of it before
-        fcntl.ioctl(self.fd, 0x541B, size)  # FIONREAD
-        return bool(self.received) or any(size)
-
     def end(self) -> None:
         """Say that nothing more will be sent; go on receiving."""
         with contextlib.suppress(OSError):  # the peer has gone
@@ -1022,24 +987,8 @@ class Stream:
 LINE_END = re.compile(rb"\n")
 
 
-def take_until(
-    received: bytearray,
-    mark: re.Pattern[bytes],
-    looked: int = 0,
-    limit: int = HEAD_LIMIT,
-) -> bytes:
-    """Take the bytes up to and with a mark, b"" if it is not there within the limit."""
-    found = mark.search(received, looked, limit)
-    if not found:
-        return b""
-    end = found.end()
-    taken = bytes(received[:end])
-    del received[:end]
-    return taken
-
-
 def read_until(
-    source: Stream | Direction,
+    source: Stream,
     mark: re.Pattern[bytes],
     limit: int,
     bad: Outcome,
@@ -1051,7 +1000,7 @@ def read_until(
     Refused.
     """
     received, looked = source.received, 0
-    while not (taken := take_until(received, mark, looked, limit)):
+    while not (taken := source.take_until(mark, looked, limit)):
         inspect(received)
         if len(received) >= limit:
             raise Refused(bad, f"over {limit} bytes without an end")
@@ -1064,9 +1013,10 @@ class Watch:
     """How a worker waits for sockets.
 
     The lifeline is in every wait.  It is a pipe of which only the master holds
-    the other end.  A byte in it: take no more requests, and finish this one in peace.
-    When it closes, the master is leaving or dead, and what goes on here must come to
-    its end within drain_timeout.  Events 0 wait for POLLERR and POLLHUP alone.
+    the other end.  A byte in it, which nobody reads: take no more requests, and finish
+    this one in peace.  When it closes, the master is leaving or dead, and what goes on
+    here must come to its end within drain_timeout.  Events 0 wait for POLLERR and
+    POLLHUP alone.
     """
 
     def __init__(
@@ -1110,8 +1060,6 @@ class Watch:
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end; refuse queued clients at once."""
         self.drain_at = time.monotonic() + self.drain_timeout
-        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
-        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
         while self.listeners:  # so that a successor can bind, also if we go on
             self.listeners.popitem()[1].close()
 
@@ -1163,11 +1111,10 @@ class Direction:
     held = 0  # bytes in the pipe
     state = RUNNING
     may_fail = False  # without an end to the other direction
+    idle_limit = TIME_LIMIT  # seconds without an event; less in a half-closed tunnel
 
-    def __init__(self, source: Stream, sink: Stream, idle_timeout: float) -> None:
-        """Make a direction; idle_timeout is in seconds without an event."""
-        self.source, self.sink, self.idle_timeout = source, sink, idle_timeout
-        self.received = source.received
+    def __init__(self, source: Stream, sink: Stream) -> None:
+        self.source, self.sink = source, sink
         self.out = bytearray()  # to be sent before anything else
 
     def step(self) -> None:
@@ -1198,48 +1145,33 @@ class Direction:
         """Send what is gathered in out."""
         yield from self.sink.send_all(self.out)
 
-    def need(self) -> Steps:
-        """Send what is gathered, and receive more; the source's end is a failure."""
-        yield from self.flush()
-        yield from self.source.need()
-
     def move(self, count: int) -> Steps:
         """Pass count bytes on as they are, ALL until the source ends.
 
         The last of them may stay in out.  Raises Refused when the source ends early.
         """
-        until_end = count == ALL
+        until_end, received = count == ALL, self.source.received
         bulk, full = BULK_SIZE <= count < ALL, False
         while count > 0:
-            if self.received:
-                count -= self.gather(count)
+            if received:
+                size = min(count, len(received))
+                self.out += received[:size]
+                del received[:size]
+                count -= size
                 continue
             yield from self.flush()
             if not full:
                 yield self.source.fd, POLLIN
             moved = (yield from self.splice(count)) if bulk else 0
             count -= moved
-            try:
-                ended = not moved and not self.source.fill()
-            except BlockingIOError:
-                full = False
-                continue
-            if ended and until_end:
-                return
-            if ended:
+            if not moved and not self.source.fill():
+                if until_end:
+                    return
                 raise Refused(self.source.lost, "the body ended too early")
             # A full read means that more is there: do not wait before the next one.
-            bulk = full = max(moved, len(self.received)) >= COPY_SIZE
-
-    def gather(self, count: int) -> int:
-        """Move at most count of the bytes received to out; return how many."""
-        if count < len(self.received):
-            self.out += self.source.take(count)
-            return count
-        count = len(self.received)
-        self.out += self.received  # all of it, and so in one copy
-        self.received.clear()
-        return count
+            full = max(moved, len(received)) >= COPY_SIZE
+            if moved or received:
+                bulk = full
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through the pipe; return how many.
@@ -1290,15 +1222,7 @@ class Direction:
         """Pass everything on, then its end; after that the other has less time."""
         yield from self.move(ALL)
         self.sink.end()
-        other.idle_timeout = min(other.idle_timeout, HALF_CLOSED_TIMEOUT)
-
-
-def both_ways(
-    client: Stream, server: Stream, idle_timeout: float
-) -> tuple[Direction, Direction]:
-    """Return the direction up, to the server, and the one down, to the client."""
-    up = Direction(client, server, idle_timeout)
-    return up, Direction(server, client, idle_timeout)
+        other.idle_limit = HALF_CLOSED_TIMEOUT
 
 
 def awaited(directions: list[Direction]) -> dict[int, int]:
@@ -1311,7 +1235,9 @@ def awaited(directions: list[Direction]) -> dict[int, int]:
     return wanted
 
 
-def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
+def relay(
+    watch: Watch, slot: Slot, up: Direction, down: Direction, idle_timeout: float
+) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
@@ -1332,7 +1258,7 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             slot.moved(server.sent, client.sent)
             # A user's pipe memory is limited: an idle tunnel gives its pipes back.
             spare = [one for one in (up, down) if one.pipe and not one.held]
-            seconds = max(one.idle_timeout for one in running)
+            seconds = min(idle_timeout, *(one.idle_limit for one in running))
             ready = watch.wait(awaited(running), PIPE_KEEP_TIME if spare else seconds)
             moving = [one for one in running if one.waits_for[0] in ready]
             if moving:
@@ -1340,11 +1266,7 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                # The server takes no more.  After its end that is EPIPE; anything
-                # else is a reset, which the direction down would take for an end.
-                number = server.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                server.was_reset = number != errno.EPIPE
-                up.cancel()
+                up.cancel()  # the server takes no more; why, the next recv() says
             elif spare:
                 for one in spare:
                     one.close_pipe()
@@ -1367,10 +1289,8 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
 # loop is reap, top up, sleep, act.  Its signals are blocked, and taken one by one
 # when it sleeps, so no code of ours runs in the middle of other code of ours; a
 # worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
-# asks a worker whose client is silent, by SIGURG, to leave.  The lifeline, of which
-# each generation of the configuration has one, tells workers to leave.  A byte in it
-# means: take no more clients under these settings.  Its end means: the master is
-# leaving, or dead.
+# asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
+# configuration are told to leave by their lifeline: see Watch.
 
 MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 
@@ -1449,10 +1369,6 @@ class Worker:
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
         self.is_in_line = False  # for clients
 
-    def is_retired(self) -> bool:
-        """Return whether this worker should take no more clients or requests."""
-        return bool(readable([self.lifeline]))
-
     def accept(self) -> Client | None:
         """Wait for a client and return it; None when it is time to leave."""
         set_title("natwork: idle")
@@ -1460,10 +1376,8 @@ class Worker:
         while True:
             self.slot.set_state(IDLE_STATE)
             ready = [fd for fd, _ in self.idle_poll.poll(SURPLUS_TIME, 8)]
-            # EPOLLEXCLUSIVE wakes one worker a client, so look at the listeners
-            # before the lifeline.  Look after a timeout too: the worker that was
-            # woken may have been killed before it accepted.
-            for fd in ready or list(self.listeners):
+            # EPOLLEXCLUSIVE wakes one worker a client: look here before the lifeline.
+            for fd in ready:
                 if fd in self.listeners and (client := self.accept_from(fd)):
                     return client
             if self.lifeline in ready:
@@ -1598,7 +1512,7 @@ class Master:
         self.generation = load(None)
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
-        self.stopping = self.retiring = False
+        self.stopping = self.reloading = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
@@ -1614,7 +1528,7 @@ class Master:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.retire_old()
+                    self.say_reloaded()
                     self.close_unused()
                 self.kill_late()
                 self.show_title()
@@ -1626,9 +1540,10 @@ class Master:
 
     def sleep(self) -> None:
         """Wait for a signal, and act on it, or for the time to look around."""
-        full = self.is_full()
-        if full and readable(s.fileno() for s in self.generation.listeners.values()):
-            self.make_room()
+        limit = self.generation.config.max_workers
+        full = len(self.workers) >= limit and not self.idle(self.generation)
+        if full and not self.stopping:
+            self.make_room(limit)
         # The kernel gives HUP before TERM, however many come.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
         taken = taken or signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
@@ -1644,16 +1559,12 @@ class Master:
         own = [slot for slot, one in self.workers.values() if one is generation]
         return sum(states[slot.number] == IDLE_STATE for slot in own)
 
-    def is_full(self) -> bool:
-        """Return whether a client that comes now finds no worker."""
-        full = len(self.workers) >= self.generation.config.max_workers
-        return full and not self.stopping and not self.idle(self.generation)
-
-    def make_room(self) -> None:
-        """Have a worker with a silent client leave: others wait for a worker."""
+    def make_room(self, limit: int) -> None:
+        """Have a worker with a silent client leave, if others wait for a worker."""
+        if not readable(s.fileno() for s in self.generation.listeners.values()):
+            return
         if time.monotonic() >= self.full_said_at + 60:
             self.full_said_at = time.monotonic()
-            limit = self.generation.config.max_workers
             say(f"all {limit} workers are busy and clients wait (max_workers)")
         states = self.board.states()
         for pid, (slot, _) in self.workers.items():
@@ -1684,9 +1595,8 @@ class Master:
         """Write the log line that a worker could not write itself."""
         if row := slot.row():
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
-            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-            self.generation.log.write(session, ends.get(code, KILLED).word, slot)
-        slot.count()  # one that was settled and not counted, if it was killed there
+            outcome = OPERATOR if code == -signal.SIGTERM else KILLED
+            self.generation.log.write(session, outcome.word, slot)
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken."""
@@ -1741,7 +1651,7 @@ class Master:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             slot.clear(os.getpid())
             for _ in range(worker.config.clients_per_worker):
-                if worker.is_retired() or not self.serve(worker):
+                if readable([worker.lifeline]) or not self.serve(worker):
                     break
             # Not sys.exit(): we inherited the master's atexit list, pid file included.
             os._exit(0)
@@ -1767,30 +1677,23 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
+        os.write(old.lifeline_write, b"d")  # its workers take no more clients
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
-        self.generation, self.retiring = fresh, True
+        self.generation, self.reloading = fresh, True
         self.generations.append(fresh)
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def retire_old(self) -> None:
-        """Have idle workers of old generations leave: for them, no fork may succeed."""
-        if not self.retiring:
-            return
-        for generation in self.generations[:-1]:
-            with contextlib.suppress(OSError):  # told enough; or nobody is left
-                os.write(generation.lifeline_write, b"d")  # again does no harm
-        if not any(map(self.idle, self.generations[:-1])):
-            self.retiring = False
+    def say_reloaded(self) -> None:
+        """Say that no idle worker is left that would take a client by old settings."""
+        if self.reloading and not any(map(self.idle, self.generations[:-1])):
+            self.reloading = False
             say("configuration reloaded")
             notify("READY=1")
 
     def close_unused(self) -> None:
-        """Close the lifelines that no worker has, and listeners that a reload removed.
-
-        Such a listener goes when no client waits there.
-        """
+        """Close lifelines that no worker has, and removed listeners without a queue."""
         for generation in self.generations[:-1]:
             if not any(one is generation for _, one in self.workers.values()):
                 self.generations.remove(generation)
@@ -2455,7 +2358,8 @@ def dial(
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
         server = Race(worker, session).run(attempts)
-    worker.slot.connected(time.monotonic() - began)
+    worker.slot.words[CONNECTIONS] += 1
+    worker.slot.words[CONNECTING] += int((time.monotonic() - began) * 1e6)
     return server
 
 
@@ -2482,7 +2386,7 @@ def linger(watch: Watch, client: Stream) -> None:
     """
     client.end()
     deadline = time.monotonic() + LINGER_LIMIT
-    with contextlib.suppress(BlockingIOError, Refused):
+    with contextlib.suppress(Refused):
         while (left := deadline - time.monotonic()) > 0:
             if not watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT)):
                 return
@@ -2501,11 +2405,11 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     client, watch = worker.client.stream, worker.watch
     worker.stand_in_line(False)
     server.tune()
-    up, down = both_ways(client, server, worker.config.tunnel_timeout)
+    up, down = Direction(client, server), Direction(server, client)
     up.steps, down.steps = up.pass_all(down), down.pass_all(up)
     down.out += opening
     try:
-        relay(watch, worker.slot, up, down)
+        relay(watch, worker.slot, up, down, worker.config.tunnel_timeout)
         if up.state == CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
@@ -2862,9 +2766,11 @@ def answer_head(
     return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
 
 
-def read_line(source: Direction, limit: int, bad: Outcome) -> Steps:
+def read_line(one: Direction, limit: int, bad: Outcome) -> Steps:
     """Take one line of a chunked body, CRLF included; raise Refused."""
-    line: bytes = yield from read_until(source, LINE_END, limit, bad)
+    if b"\n" not in one.source.received:
+        yield from one.flush()
+    line: bytes = yield from read_until(one.source, LINE_END, limit, bad)
     if not line.endswith(CRLF):
         raise Refused(bad, "bare LF in a chunked body")
     return line
@@ -2888,9 +2794,9 @@ def chunked(
         if framed:
             one.out += b"%x\r\n" % size
         yield from one.move(size)
-        while len(one.received) < 2:
-            yield from one.need()
-        if one.source.take(2) != CRLF:
+        if len(one.source.received) < 2:
+            yield from one.flush()
+        if (yield from one.source.exactly(2)) != CRLF:
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
@@ -3060,7 +2966,7 @@ class Exchange:
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
         silent = self.http.drop_blanks()
-        raw = b"" if silent else take_until(self.client.received, HEAD_END)
+        raw = b"" if silent else self.client.take_until(HEAD_END)
         raw = raw or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
@@ -3259,8 +3165,8 @@ class Exchange:
         A client that said close, and no more, has sent nothing that ours could reset;
         one of which the request was not taken whole goes on sending.
         """
-        more = not whole or self.head.keep_alive or self.client.has_more()
-        self.then = LINGER if more else CLOSE
+        more = not whole or self.head.keep_alive or self.client.received
+        self.then = LINGER if more or readable([self.client.fd]) else CLOSE
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
@@ -3271,11 +3177,8 @@ class Exchange:
         if not server.received:
             if not watch.wait({server.fd: POLLIN, client.fd: 0}, seconds):
                 raise Refused(ANSWER_TIMEOUT, late)
-            try:
-                server.fill()
-            except BlockingIOError:
-                pass  # it was the client; if that is a reset, run() says so
-        raw = take_until(server.received, HEAD_END)
+            server.fill()  # or it was the client; if that is a reset, run() says so
+        raw = server.take_until(HEAD_END)
         response = ResponseHead(raw) if raw else None
         if not response or response.status < 200:
             steps = self.read_response(server, response)
@@ -3290,7 +3193,7 @@ class Exchange:
             self.progress = WHOLE
             return
         slot.publish(self.session)
-        up, down = both_ways(client, server, seconds)
+        up, down = Direction(client, server), Direction(server, client)
         up.steps = up.flush()  # nothing more
         down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
@@ -3301,7 +3204,7 @@ class Exchange:
         Returns whether the server took all of the request; raises Refused.
         """
         server.tune()
-        up, down = both_ways(self.client, server, self.config.idle_timeout)
+        up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
         up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)
@@ -3317,7 +3220,7 @@ class Exchange:
         """
         self.worker.stand_in_line(False)
         try:
-            relay(self.watch, self.worker.slot, up, down)
+            relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
             if refusal.outcome is not IDLE or self.progress >= BEGUN:
                 raise
@@ -3365,7 +3268,7 @@ class Exchange:
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
-        response = yield from self.read_response(down)
+        response = yield from self.read_response(down.source)
         if response.status == 101 and self.offered:
             self.switching = response  # once the body has been sent
             return
@@ -3391,7 +3294,7 @@ class Exchange:
             up.cancel()
 
     def read_response(
-        self, source: Stream | Direction, response: ResponseHead | None = None
+        self, source: Stream, response: ResponseHead | None = None
     ) -> Steps:
         """Return a final response head; interim ones are passed on.
 
@@ -3496,7 +3399,7 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        if self.then is KEEP and self.worker.is_retired():
+        if self.then is KEEP and readable([self.worker.lifeline]):
             self.then = CLOSE
         line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
         head = answer_head(line, lines, len(body), keep)
@@ -3671,12 +3574,10 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
     A head then has as long again.
     """
     with contextlib.suppress(Refused):
-        try:
-            return client.fill()  # it has probably come with the connection
-        except BlockingIOError:
-            found = worker.await_word([client], worker.config.head_timeout, True)
-            return bool(found) and client.fill()
-    return False
+        if client.fill() and not client.received:  # it comes with most connections
+            if worker.await_word([client], worker.config.head_timeout, True):
+                client.fill()
+    return bool(client.received)
 
 
 def serve_client(worker: Worker) -> bool:
@@ -4125,9 +4026,7 @@ def main() -> int:
         pass
     os.close(fd)
     for fd in (1, 2):  # both may be one file, which may be cut and begin anew
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
-            fcntl.fcntl(fd, fcntl.F_SETFL, mode | os.O_APPEND)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
     return guard(lambda: command(sys.argv[1:]))
 
 

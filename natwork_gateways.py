@@ -107,9 +107,8 @@ def until_end(source: Stream) -> natwork.Steps:
     """Take all that comes until a stream ends; raise Refused."""
     while len(source.received) <= PAGE_LIMIT:
         yield source.fd, natwork.POLLIN
-        with contextlib.suppress(BlockingIOError):
-            if not source.fill():
-                return source.take(PAGE_LIMIT)
+        if not source.fill():
+            return source.take(PAGE_LIMIT)
     raise Refused(natwork.BAD_RESPONSE, f"over {PAGE_LIMIT} bytes in a page")
 
 
@@ -318,8 +317,8 @@ def ftp_put(exchange: Exchange, path: str) -> None:
     """Store a request's body; raise Refused."""
     head, replaces = exchange.head, ask_size(exchange, path) is not None
     with data_connection(exchange) as data:
-        seconds = exchange.config.idle_timeout
-        up, down = natwork.both_ways(exchange.client, data, seconds)
+        up = natwork.Direction(exchange.client, data)
+        down = natwork.Direction(data, exchange.client)
         up.steps, down.steps = exchange.send_body(up, False), down.flush()
         up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")

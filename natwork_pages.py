@@ -245,7 +245,7 @@ def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     counts = {}
     for proto in natwork.PROTOCOLS:
         for word in natwork.OUTCOME_WORDS:
-            if count := board.total(natwork.ended_by(proto, word)):
+            if count := sum(board.column(natwork.ended_by(proto, word))):
                 counts[proto, word] = count
     return counts
 
@@ -337,13 +337,13 @@ def metrics(exchange: Exchange) -> str:
         for (proto, word), count in ended(board).items()
     }
     by_way = {
-        '{direction="up"}': board.total(natwork.UPS),
-        '{direction="down"}': board.total(natwork.DOWNS),
+        '{direction="up"}': sum(board.column(natwork.UPS)),
+        '{direction="down"}': sum(board.column(natwork.DOWNS)),
     }
     by_state = {f'{{state="{state}"}}': found[state] for state in ("idle", "busy")}
     took = {
-        "_sum": board.total(natwork.CONNECTING) / 1e6,
-        "_count": board.total(natwork.CONNECTIONS),
+        "_sum": sum(board.column(natwork.CONNECTING)) / 1e6,
+        "_count": sum(board.column(natwork.CONNECTIONS)),
     }
     values: dict[str, dict[str, Any]] = {
         "build_info": {f'{{version="{natwork.__version__}"}}': 1},
@@ -354,7 +354,7 @@ def metrics(exchange: Exchange) -> str:
         "workers_limit": {"": found["limit"]},
         "forks_total": {"": words[natwork.FORKS]},
         "forks_failed_total": {"": words[natwork.FORKS_FAILED]},
-        "log_lines_lost_total": {"": board.total(natwork.LOST)},
+        "log_lines_lost_total": {"": sum(board.column(natwork.LOST))},
         "start_time_seconds": {"": words[natwork.BEGAN]},
     }
     lines = []

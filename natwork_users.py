@@ -213,12 +213,10 @@ class Users:
         if not self.limit:
             return
         own = worker.client.number
-        first, step = natwork.SLOTS // 8 + natwork.PEER, natwork.SLOT_SIZE // 8
-        words = self.board.words
         for _ in range(SHARE_LOOKS):
             # Held for microseconds, so this waits; the kernel frees it of the dead.
             fcntl.lockf(self.board.fd, fcntl.LOCK_EX, 1, SHARE_LOCK)
-            peers = words[first : first + words[natwork.USED] * step : step].tolist()
+            peers = self.board.column(natwork.PEER)
             if free := peers.count(own) < self.limit:
                 worker.slot.words[natwork.PEER] = own
             fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, SHARE_LOCK)
