@@ -2624,6 +2624,14 @@ class RequestHead:
         lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
         return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
 
+    def login(self, name: bytes) -> bytes:
+        """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
+        field = b", ".join(self.values(name))  # two are none
+        match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
+        with contextlib.suppress(binascii.Error):
+            return binascii.a2b_base64(match[1]) if match else b""
+        return b""
+
 
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
@@ -2691,9 +2699,14 @@ def response_length(head: ResponseHead) -> int | None:
     return parse_length(digits, BAD_RESPONSE) if digits else None
 
 
+def unescaped(part: bytes) -> bytes:
+    """Return a part of a URL as it is meant: RFC 3986 section 2.1."""
+    return re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), part)
+
+
 def credentials(login: bytes) -> bytes:
     """Return user:password, as a URL spells it, for a Basic field: RFC 7617."""
-    plain = re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), login)
+    plain = unescaped(login)
     return binascii.b2a_base64(plain if b":" in plain else plain + b":", newline=False)
 
 
@@ -2822,8 +2835,6 @@ def chunked(
 # has a body that is still on its way.
 
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-# After these there is no end of the request from which to go on.
-NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
 # How far the answer to a request is: nothing was sent, or interim responses and these
 # whole; one of them is half sent; the final one is; that, and only the close ends it;
@@ -3013,7 +3024,7 @@ class Exchange:
     def identify(self, field: bytes) -> None:
         """Learn by a field who asks: RFC 9110 section 3.3; raise Refused."""
         if users := self.worker.chapters.users:
-            self.session.user = users.identify(self.worker, self.head.values(field))
+            self.session.user = users.identify(self.worker, self.head.login(field))
 
     def find_target(self, head: RequestHead) -> Target:
         """Return where the request wants to go, and tell the log; raise Refused."""
@@ -3434,7 +3445,8 @@ class Exchange:
             return outcome
         # What was not understood has no end from which to go on, and the body of
         # what was refused is not read.
-        if not self.understood or outcome.status in NOT_UNDERSTOOD or self.length:
+        unclear = outcome.status in (400, 408, 414, 417, 431, 501, 505)
+        if not self.understood or unclear or self.length:
             self.then = CLOSE
         with contextlib.suppress(Refused):  # the client may have gone
             page = self.explain(outcome, refusal.detail)

@@ -84,7 +84,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):
         return 1
-    host, addresses = "", []
+    host, addresses, parent = "", [], None
     try:
         proto, host, port = parse_wanted(os.fsencode(words[1]))
         print(f"target {natwork.endpoint((host, port))}")
@@ -93,8 +93,9 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
             return 0
         addresses = natwork.resolve(host, port)
     except natwork.Refused as refusal:
-        unknown = host and parents and parents.trusts(client, user, host, port)
-        if not unknown or not parents.parent_for(proto, host, []):
+        if host and parents:
+            parent = parents.that_may_know(refusal, client, user, proto, host, port)
+        if not parent:
             print(f"cannot serve it: {refusal.outcome.word}: {refusal.detail}")
             return 1
         print(f"{refusal.detail}; a rule allows the name")
@@ -105,8 +106,9 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{natwork.unpack(packed)}: {word} by {rule}")
         if outcome is natwork.OK:
             allowed.append(packed)
-    if parents and (allowed or not addresses):
-        if parent := parents.parent_for(proto, host, allowed):
-            print(f"would ask the parent {parent.name}")
-            return 0
+    if parents and allowed:
+        parent = parents.parent_for(proto, host, allowed)
+    if parent:
+        print(f"would ask the parent {parent.name}")
+        return 0
     return 0 if explain_dials(policy, board, allowed, port) else 1
