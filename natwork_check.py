@@ -45,7 +45,7 @@ def hinted(fault: str) -> str:
 
 def examine_listeners(config: Config) -> None:
     """Raise ConfigError if two addresses of `listen` cannot be together."""
-    found = natwork.endpoints(Config(listen=config.listen))
+    found = natwork.endpoints(config)
     for host, port in found:
         if found.count((host, port)) > 1:
             twice = natwork.endpoint((host, port))
@@ -95,29 +95,27 @@ def warn_of_start(
 
 def warn(config: Config) -> None:
     """Say what is probably not meant; raise OSError."""
-    if not config.inside.split():
+    policy = natwork.Policy(config, [])
+    if not policy.inside:
         natwork.say("inside: nobody is a client, it is empty")
-    if not config.users and any(
-        natwork.Rule(line, 0).users for line in config.lines("rules")
-    ):
+    if not config.users and any(rule.users for rule in policy.rules):
         natwork.say("rules: a rule with user fits nobody, users is not set")
     theirs = set()
-    for uplink in map(natwork.parse_uplink, config.outside.split()):
+    for uplink in policy.uplinks:
         one = uplink.packed
         theirs |= {one} if one else {*natwork.device_addresses(uplink.name)}
-    hosts = {host for host, _ in natwork.endpoints(Config(listen=config.listen))}
+    hosts = {host for host, _ in natwork.endpoints(config)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
         natwork.say("listen: nobody is a client at an address of outside")
-    for uplink in map(natwork.parse_uplink, config.outside.split()):
+    for uplink in policy.uplinks:
         if not uplink.is_there():
             natwork.say(f"outside: {uplink.name} is not there now")
     anywhere = natwork.pack("192.0.2.1")
     device = "" if config.outside else natwork.route_to(anywhere).device
-    inside = natwork.networks(config.inside)
     for packed in natwork.device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
-        is_global = not natwork.contains(natwork.LINK_LOCAL, packed)
-        if len(packed) == 4 and is_global and natwork.contains(inside, packed):
+        near = len(packed) == 16 or natwork.contains(natwork.LINK_LOCAL, packed)
+        if not near and natwork.contains(policy.inside, packed):
             natwork.say(
                 f"{device} leads outside and has {natwork.unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"

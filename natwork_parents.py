@@ -230,8 +230,8 @@ class Parents:
         deadline = time.monotonic() + worker.config.connect_timeout
         # A parent inside or on this box is not reached by way of the outside.
         inside = [packed for packed in found if policy.closes(packed)]
-        attempts = [natwork.Attempt(p, parent.port, None, 0.0) for p in inside]
         outside = [packed for packed in found if packed not in inside]
+        attempts = [natwork.Attempt(one, parent.port, None, 0.0) for one in inside]
         attempts += natwork.ways_to(policy, outside, parent.port, worker.board)
         server = natwork.Race(worker, session).run(attempts)
         if parent.scheme == "socks5":
