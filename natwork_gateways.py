@@ -127,8 +127,7 @@ def answer_page(exchange: Exchange, title: str, lines: list[str]) -> None:
     # As Latin-1 the text had the server's bytes, which may be UTF-8.
     page = page.encode("latin-1").decode(errors="replace")
     kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
-    outcome = exchange.session.outcome
-    status = "200 OK" if outcome is natwork.OK else outcome.status_text()
+    status = exchange.session.outcome.status_text()
     exchange.answer(status, kind + natwork.CRLF, page.encode())
 
 
