@@ -677,6 +677,9 @@ def test_a_name_unknown_here_goes_on_if_a_rule_names_it(
     line = parents(f"http://{origin(http_wire.Script()).authority}")
     gateway = natwork(line, f"rules={rules}", NAMED, loopback=False)
     assert http_wire.ask(gateway, NOWHERE).status == status
+    # A name whose address is known, and closed, is not unknown: no parent opens it.
+    gateway = natwork(line, "rules=allow to *", NAMED, loopback=False)
+    assert http_wire.ask(gateway, b"localhost").status == 403
 
 
 def test_a_name_unknown_here_goes_to_no_server(
