@@ -2858,14 +2858,6 @@ def answer_head(
     return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
 
 
-def read_line(source: Direction, limit: int, bad: Outcome) -> Steps:
-    """Take one line of a chunked body, CRLF included; raise Refused."""
-    line: bytes = yield from read_until(source, LINE_END, limit, bad)
-    if not line.endswith(CRLF):
-        raise Refused(bad, "bare LF in a chunked body")
-    return line
-
-
 def chunked(
     one: Direction, head: RequestHead | ResponseHead, framed: bool, bad: Outcome
 ) -> Steps:
@@ -2875,7 +2867,7 @@ def chunked(
     """
     form = CHUNK_LINE if bad is BAD_REQUEST else FAULTY_CHUNK_LINE
     while True:
-        line = yield from read_line(one, CHUNK_LINE_LIMIT, bad)
+        line = yield from read_until(one, LINE_END, CHUNK_LINE_LIMIT, bad)
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
@@ -2890,18 +2882,14 @@ def chunked(
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
-    section = b""
-    while (line := (yield from read_line(one, HEAD_LIMIT, bad))) != CRLF:
-        section += line
-        if len(section) > HEAD_LIMIT:
-            raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
-    if not re.fullmatch(LINES, section):
-        if bad is BAD_REQUEST:
+    one.received[:0] = CRLF  # of the last size: with an empty line it ends the body
+    section = yield from read_until(one, HEAD_END, HEAD_LIMIT, bad)
+    if not re.fullmatch(b"\r\n%b\r\n" % LINES, section):
+        if bad is BAD_REQUEST or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
-        section = mended(CRLF + section + CRLF)[2:-2]
+        section = mended(section)
     if framed:
-        dropped = NOT_IN_TRAILERS.union(head.options)
-        one.out += b"0\r\n%b\r\n" % without(section, dropped)
+        one.out += b"0%b" % without(section, NOT_IN_TRAILERS.union(head.options))
 
 
 # --- HTTP exchanges -----------------------------------------------------------
