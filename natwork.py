@@ -1511,16 +1511,15 @@ class Worker:
         """Return whether enough workers are idle, this one not counted."""
         return self.board.states().count(IDLE_STATE) >= self.config.spare_workers
 
-    def await_word(self, streams: list[Stream], seconds: float, new: bool) -> set[int]:
-        """Wait for a client's next word; return which streams can be read.
+    def await_word(self, seconds: float, new: bool) -> bool:
+        """Wait for the client's next word, and receive it; return whether it came.
 
-        They are descriptors; none when the time is over, or to leave.  A new client is
-        not sent away by a reload.  Another has a moment to ask its next request, which
-        would else cross with our leaving.
+        Else the time is over, or it is time to leave.  A new client is not sent away by
+        a reload.  Another has a moment to ask its next request, which would else cross
+        with our leaving.
         """
-        poll = select.poll()
-        for stream in streams:
-            poll.register(stream.fd, POLLIN)
+        client, poll = self.client.stream, select.poll()
+        poll.register(client.fd, POLLIN)
         poll.register(self.lifeline, 0 if new else POLLIN)  # POLLHUP comes unasked
         ready = dict(poll.poll(min(seconds, SHORT_SILENCE) * 1000))
         if not ready and seconds > SHORT_SILENCE:
@@ -1531,7 +1530,9 @@ class Worker:
         if ready == {self.lifeline: POLLIN}:
             poll.modify(self.lifeline, 0)
             ready = dict(poll.poll(CROSSING_TIME * 1000))
-        return {*ready} - {self.lifeline}
+        with contextlib.suppress(Refused):
+            return client.fd in ready and client.fill()
+        return False
 
     def make_room(self, *_: object) -> None:
         """Leave for another client, as the master asks, if ours is silent still."""
@@ -2933,32 +2934,14 @@ class HttpConnection:
         self.own_via = b"1.0 " + name, b"1.1 " + name
 
     def await_request(self) -> bool:
-        """Wait for the next request of a kept-alive client; return whether it comes.
-
-        A server that closes meanwhile, or says what was not asked for, is dropped:
-        RFC 9112 section 6.3.
-        """
+        """Wait for the next request of a kept-alive client; return whether it comes."""
         self.blanks = 0
-        if not self.drop_blanks():  # the request came with the one before
-            self.check_server()
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
-            streams = [self.client, self.server] if self.server else [self.client]
             left = max(0.0, deadline - time.monotonic())
-            ready = self.worker.await_word(streams, left, False)
-            if self.server and self.server.fd in ready:
-                self.close()
-            try:
-                if not ready or self.client.fd in ready and not self.client.fill():
-                    return False
-            except Refused:
+            if not self.worker.await_word(left, new=False):
                 return False
         return True
-
-    def check_server(self) -> None:
-        """Drop the kept server if it has closed, or says what was not asked for."""
-        if self.server and readable([self.server.fd]):
-            self.close()
 
     def drop_blanks(self) -> bool:
         """Drop empty lines before a request; return whether nothing else is there.
@@ -2988,6 +2971,8 @@ class HttpConnection:
         may not be repeated must not meet the close of a server that waited long.
         """
         if not self.server or self.server_for != (session.user, host, port):
+            return None
+        if readable([self.server.fd]):  # closed; or unasked, RFC 9112 section 6.3
             return None
         if not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME:
             return None
@@ -3043,9 +3028,10 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        silent = self.http.drop_blanks()
-        raw = b"" if silent else take_until(self.client.received, HEAD_END)
-        raw = raw or self.await_head()
+        why = "the request head did not come to its end"
+        deadline = time.monotonic() + self.config.head_timeout
+        steps = self.await_head()
+        raw: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
         self.understood, session = True, self.session
@@ -3064,18 +3050,13 @@ class Exchange:
             raise Refused(BAD_REQUEST._replace(error=""))  # perhaps the body, too late
         return head
 
-    def await_head(self) -> bytes:
+    def await_head(self) -> Steps:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        why = "the request head did not come to its end"
-        deadline = time.monotonic() + self.config.head_timeout
+        client, bad = self.client, HEAD_TOO_LARGE
         while self.http.drop_blanks():
-            self.watch.run(self.client.need(), HEAD_TIMEOUT, why, deadline=deadline)
-        steps = read_until(
-            self.client, HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun
-        )
-        head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
-        self.http.check_server()  # it has had time since await_request()
-        return head
+            yield from client.need()
+        steps = read_until(client, HEAD_END, HEAD_LIMIT, bad, self.check_begun)
+        return (yield from steps)
 
     def check_begun(self, received: bytearray) -> None:
         """Refuse a head that does not begin as one; raise Refused."""
@@ -3655,13 +3636,12 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
 
     A head then has as long again.
     """
-    with contextlib.suppress(Refused):
-        try:
-            return client.fill()  # it has probably come with the connection
-        except BlockingIOError:
-            found = worker.await_word([client], worker.config.head_timeout, True)
-            return bool(found) and client.fill()
-    return False
+    try:
+        return client.fill()  # it has probably come with the connection
+    except BlockingIOError:
+        return worker.await_word(worker.config.head_timeout, new=True)
+    except Refused:
+        return False
 
 
 def serve_client(worker: Worker) -> bool:
