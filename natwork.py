@@ -2904,10 +2904,9 @@ IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
 # After these there is no end of the request from which to go on.
 NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
-# How far the answer to a request is: nothing was sent, or interim responses and these
-# whole; one of them is half sent; the final one is; that, and only the close ends it;
-# it is whole.
-NOTHING, INTERIM, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(5)
+# How far the answer to a request is: nothing was sent, but whole interim responses; a
+# part of a response; that, and only the close ends it; it is whole.
+NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
 KEEP, CLOSE, LINGER = range(3)  # what becomes of the client's connection then
 
 
@@ -3233,19 +3232,9 @@ class Exchange:
         late, slot = "the server did not answer", self.worker.slot
         watch.send(server, request, "the server takes no more", seconds)
         slot.moved(server.sent, 0)  # for the table, while we wait
-        if not server.received:
-            if not watch.wait({server.fd: POLLIN, client.fd: 0}, seconds):
-                raise Refused(ANSWER_TIMEOUT, late)
-            try:
-                server.fill()
-            except BlockingIOError:
-                pass  # it was the client; if that is a reset, run() says so
-        raw = take_until(server.received, HEAD_END)
-        response = ResponseHead(raw) if raw else None
-        if not response or response.status < 200:
-            steps = self.read_response(server, response)
-            response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
-        if response.status == 101 and self.offered:
+        steps = self.read_response(server)
+        response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
+        if response.status == 101:
             return self.switch(server, response)
         size = self.decide_answer(response)
         head = self.response_head(response, size)
@@ -3330,8 +3319,8 @@ class Exchange:
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
-        response = yield from self.read_response(down)
-        if response.status == 101 and self.offered:
+        response = yield from self.read_response(up.sink)
+        if response.status == 101:
             self.switching = response  # once the body has been sent
             return
         size = self.decide_answer(response)
@@ -3355,30 +3344,24 @@ class Exchange:
         if size == UNTIL_CLOSE or not self.server_keeps:
             up.cancel()
 
-    def read_response(
-        self, source: Stream | Direction, response: ResponseHead | None = None
-    ) -> Steps:
-        """Return a final response head; interim ones are passed on.
+    def read_response(self, server: Stream) -> Steps:
+        """Return a final response head, or one that switches; raise Refused.
 
-        The first may have been read.  Raises Refused.
+        Interim ones are passed on.
         """
-        for count in range(INTERIM_LIMIT + 1):
-            if not response:
-                raw = yield from read_until(
-                    source, HEAD_END, HEAD_LIMIT, BAD_RESPONSE, check_response_begun
-                )
-                response = ResponseHead(raw)
+        bad, check = BAD_RESPONSE, check_response_begun
+        for _ in range(INTERIM_LIMIT):
+            raw = yield from read_until(server, HEAD_END, HEAD_LIMIT, bad, check)
+            response = ResponseHead(raw)
             if response.status >= 200 or response.status == 101:
                 return response
-            if count == INTERIM_LIMIT:
-                raise Refused(BAD_RESPONSE, f"over {count} interim responses")
             self.continued |= response.status == 100
             if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
-                self.progress = INTERIM
+                self.progress = BEGUN
                 lines = response.line + response.forwarded + self.via_line(response)
                 yield from self.client.send_all(bytearray(lines + CRLF))
                 self.progress = NOTHING
-            response = None
+        raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
 
     def decide_answer(self, response: ResponseHead) -> int:
         """Decide how the answer ends, and which of the two connections goes on.
@@ -3390,8 +3373,6 @@ class Exchange:
         if response.status == 407 and parent:  # it is us that the parent does not know
             unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
             raise Refused(unknown, "it wants a user")
-        if response.status == 101:
-            raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         told = None if response.status == 204 else response_length(response)
         if self.head_only or response.status in (204, 304):
             # RFC 9112 section 6.3: a length is told of nothing.
