@@ -1573,6 +1573,7 @@ class Worker:
         except OSError as error:
             outcome = refuse(Refused(outcome_of(error), reason(error)))
         finally:
+            session.down += self.client.stream.counted()
             self.generation.log.write(session, outcome.word, self.slot)
 
 
@@ -2513,7 +2514,6 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         raise
     finally:
         session.up += server.counted()
-        session.down += client.counted()
         server.close()
 
 
@@ -2534,7 +2534,9 @@ LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
+# What check_request_line() refuses does not match.
+LIKELY = rb"(?=\S{1,%d} \S+ HTTP/1)" % METHOD_LIMIT
+REQUEST_HEAD = re.compile(rb"%b%b\r(\n%b)\r\n" % (LIKELY, REQUEST_LINE, LINES))
 RESPONSE_HEAD = re.compile(rb"%b(?: (%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
@@ -2686,16 +2688,10 @@ class RequestHead:
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
         match = REQUEST_HEAD.fullmatch(head)
-        if not match:
+        if not match or match.end(3) > LINE_LIMIT:
             check_request_line(head.partition(CRLF)[0])
             raise Refused(BAD_REQUEST, "malformed field line")
         self.method, self.target, version, section = match.groups()
-        if (
-            version[:1] != b"1"
-            or len(self.method) > METHOD_LIMIT
-            or match.end(3) > LINE_LIMIT
-        ):
-            check_request_line(head[: match.end(3)])
         self.minor = 0 if version == b"1.0" else 1
         self.path = self.target  # as its server is asked for it, once that is parsed
         self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
@@ -2703,8 +2699,7 @@ class RequestHead:
         host = self.fields.get(b"host")
         if host is None and self.minor and self.method != b"CONNECT":
             raise Refused(BAD_REQUEST, "no Host field")
-        if host:
-            parse_authority(host, 80)
+        self.host = parse_authority(host, 80)[0] if host else ""
         # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
@@ -2716,6 +2711,18 @@ class RequestHead:
             return [self.fields[name]]
         lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
         return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
+
+    def upgrade(self) -> bytes:
+        """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
+
+        It travels with the fields that Connection names for it, or not at all; HTTP/2
+        not at all, because it is us that the server speaks with.
+        """
+        if b"upgrade" not in self.options or not NOT_NAMED.issuperset(self.options):
+            return b""
+        offered = self.fields.get(b"upgrade", b"").split(b",") if self.minor else []
+        known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
+        return b",".join(known).strip(b" \t")
 
 
 class ResponseHead:
@@ -2907,7 +2914,6 @@ NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 # How far the answer to a request is: nothing was sent, but whole interim responses; a
 # part of a response; that, and only the close ends it; it is whole.
 NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
-KEEP, CLOSE, LINGER = range(3)  # what becomes of the client's connection then
 
 
 def upgrade_lines(protocols: bytes) -> bytes:
@@ -2994,10 +3000,10 @@ class Exchange:
     head_only = False  # the method is HEAD
     length: int | None = None  # of the request's body
     told: int | None = None  # of the answer's, as its head has it
-    progress, then = NOTHING, CLOSE
+    progress = NOTHING
+    keep = False  # the client's connection goes on after the answer
     continued = False  # the client was told to send its body
     server_keeps = False  # the server's connection goes on after its answer
-    unsent = False  # the client sends no byte of its body, and goes on without
     offered = b""  # protocols for an upgrade
     switching: ResponseHead | None = None  # the answer that takes one
 
@@ -3016,7 +3022,7 @@ class Exchange:
         target = self.target = self.find_target(head)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
-            return self.answer_options(head)
+            return
         if head.method == b"CONNECT":
             return self.serve_connect(target)
         if target.scheme == b"http":
@@ -3040,8 +3046,8 @@ class Exchange:
             session.proto = "connect"
             if self.length:
                 raise Refused(BAD_REQUEST, "CONNECT with a body")
-        elif head.keep_alive:
-            self.then = KEEP
+        else:
+            self.keep = head.keep_alive and not self.length  # or once that is taken
         if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
@@ -3080,29 +3086,17 @@ class Exchange:
             session.target = "*"
             return Target("", 0, b"", b"*")
         raw = head.target
-        if raw[:5].lower() == b"ws://" and self.offers_upgrade(head):  # RFC 6455's
+        self.offered = head.upgrade()
+        if self.offered and raw[:5].lower() == b"ws://":  # RFC 6455's
             raw = b"http" + raw[2:]
         target, head.path = parse_target(head.method, raw)
         session.target = target.shown(head)
         if b"via" in head.fields:
             self.check_via(head.fields[b"via"])
-        if target.scheme == b"http":
-            if self.worker.policy.means_us(target.host, target.port):
-                return target._replace(scheme=OWN_PAGE)
+        here = self.worker.policy.means_us
+        if target.scheme == b"http" and here(target.host, target.port):
+            return target._replace(scheme=OWN_PAGE)
         return target
-
-    def offers_upgrade(self, head: RequestHead) -> bool:
-        """Return whether there is an upgrade that may travel: RFC 9110 section 7.8.
-
-        It travels with the fields that Connection names for it, or not at all; HTTP/2
-        not at all, because it is us that the server speaks with.
-        """
-        named = NOT_NAMED.issuperset(head.options) and b"upgrade" in head.options
-        if head.minor and named:
-            offered = head.fields.get(b"upgrade", b"").split(b",")
-            known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
-            self.offered = b",".join(known).strip(b" \t")
-        return bool(self.offered)
 
     def check_via(self, via: bytes) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
@@ -3112,42 +3106,37 @@ class Exchange:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
     def ends_here(self, head: RequestHead) -> bool:
-        """Return whether TRACE or OPTIONS may go no further: RFC 9110 section 7.6.2.
+        """Answer TRACE or OPTIONS if it may go no further; return whether that is so.
 
-        Raises Refused.
+        Else it may go one hop less: RFC 9110 section 7.6.2.  Raises Refused.
         """
         if head.method == b"TRACE" and self.length is not None:
             raise Refused(BAD_REQUEST, "TRACE with a body")
         hops = head.fields.get(b"max-forwards")
-        if hops is not None and not re.fullmatch(rb"[0-9]{1,32}", hops):
-            raise Refused(BAD_REQUEST, "invalid Max-Forwards")
-        return hops is not None and int(hops) == 0 or head.target == b"*"
-
-    def answer_options(self, head: RequestHead) -> None:
-        """Answer OPTIONS with what is possible here; TRACE is not; raise Refused."""
+        if hops is not None:
+            if not re.fullmatch(rb"[0-9]{1,32}", hops):
+                raise Refused(BAD_REQUEST, "invalid Max-Forwards")
+            head.fields[b"max-forwards"] = b"%d" % (int(hops) - 1)
+        if head.target != b"*" and (hops is None or int(hops) > 0):
+            return False
         if head.method == b"TRACE":
             raise Refused(NOT_IMPLEMENTED, "TRACE is not answered by this gateway")
-        if self.length:
-            self.then = CLOSE  # its body is not read
         methods = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
         self.answer("200 OK", methods, b"")
+        return True
 
     # What travels on.
 
     def answer_as_origin(self, head: RequestHead) -> None:
         """Answer a request for our own pages, which ask by themselves who it is."""
-        path, host = BEFORE_AT_OR_QUERY.sub(b"", head.target), ""
+        path = BEFORE_AT_OR_QUERY.sub(b"", head.target)
         self.session.target = printable(path, TARGET_SIZE)
-        with contextlib.suppress(Refused):
-            host, _ = parse_authority(head.fields.get(b"host", b""), 80)
-        self.target = Target(host, 0, b"", OWN_PAGE)
+        self.target = Target(head.host, 0, b"", OWN_PAGE)
         self.by_chapter(self.target)
 
     def by_chapter(self, target: Target) -> None:
         """Answer what a chapter answers, by the target's scheme; raise Refused."""
         if serve := self.worker.chapters.schemes.get(target.scheme):
-            if self.length:  # until its body is read
-                self.then = CLOSE
             return serve(self)
         if target.scheme == OWN_PAGE:
             why = "the gateway's own pages need natwork_pages.py"
@@ -3169,14 +3158,13 @@ class Exchange:
         """Answer, and pass on all that comes after it, both ways; raise Refused."""
         session = self.session
         session.status, session.outcome = status, ENDED
-        self.progress, self.then = WHOLE, CLOSE  # so refuse() writes nothing
+        self.progress, self.keep = BEGUN, False  # so refuse() writes nothing
         self.worker.proceed(session)
         tunnel(self.worker, session, server, answer)
 
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        self.offers_upgrade(head)
         # RFC 9110 section 9.2.2: only what had no effect may go out again.
         repeatable = not self.length and head.method in IDEMPOTENT
         server = http.kept_server(session, target.host, target.port, repeatable)
@@ -3196,35 +3184,20 @@ class Exchange:
 
     def carry(self, server: Stream) -> None:
         """Carry a request to its server and the answer back; raise Refused."""
-        keeps, whole = False, True  # the latter: the server takes the whole request
+        keeps = False
         try:
-            request = self.request_head(server)
-            if self.length:
-                whole = self.carry_both(server, request)
-            else:
-                self.carry_answer(server, request)
+            carry = self.carry_both if self.length else self.carry_answer
+            carry(server, self.request_head(server))
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
-            keeps = whole and self.server_keeps and not server.received
+            keeps = self.server_keeps and not server.received
             self.http.answered_at = time.monotonic()
         except Refused as refusal:
             # A parent is to blame for what it did to a connection that leads to it.
             raise server.parent.blamed(refusal) if server.parent else refusal from None
         finally:
             self.session.up += server.counted()
-            self.session.down += self.client.counted()
             if not keeps:
                 self.http.close()
-        if self.then is not KEEP or not whole and not self.unsent:
-            self.choose_close(whole)
-
-    def choose_close(self, whole: bool = True) -> None:
-        """Choose how the client's connection is closed after a whole answer.
-
-        A client that said close, and no more, has sent nothing that ours could reset;
-        one of which the request was not taken whole goes on sending.
-        """
-        more = not whole or self.head.keep_alive or self.client.has_more()
-        self.then = LINGER if more else CLOSE
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
@@ -3249,10 +3222,10 @@ class Exchange:
         down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
 
-    def carry_both(self, server: Stream, request: bytes) -> bool:
+    def carry_both(self, server: Stream, request: bytes) -> None:
         """Carry a request with a body, and its answer, both ways at the same time.
 
-        Returns whether the server took all of the request; raises Refused.
+        Raises Refused.
         """
         server.tune()
         up, down = both_ways(self.client, server, self.config.idle_timeout)
@@ -3261,7 +3234,9 @@ class Exchange:
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
-        return up.state == DONE
+        if up.state != DONE:  # no request can follow a part of this one
+            self.server_keeps = False
+            self.keep = self.keep and bool(self.http.expecting)
 
     def join(self, up: Direction, down: Direction) -> None:
         """Carry both ways what there is to carry; raise Refused.
@@ -3289,8 +3264,6 @@ class Exchange:
         head, authority = self.head, self.target.authority
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
-            if head.method in (b"TRACE", b"OPTIONS"):
-                hops = b"%d" % (int(hops) - 1)
             extra += b"Max-Forwards: %b\r\n" % hops
         if self.target.login and not head.values(b"authorization"):  # what it meant
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
@@ -3298,7 +3271,7 @@ class Exchange:
             extra += b"Expect: 100-continue\r\n"
         if self.offered:
             extra += upgrade_lines(self.offered)
-        elif not self.length and self.then is not KEEP:
+        elif not self.length and not self.keep:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
             extra += b"Connection: close\r\n"
@@ -3323,19 +3296,19 @@ class Exchange:
         if response.status == 101:
             self.switching = response  # once the body has been sent
             return
+        self.keep, up.may_fail = self.head.keep_alive, True
         size = self.decide_answer(response)
-        up.may_fail = True
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
             up.cancel()
-            # It asks the same again, and expects nothing.
-            self.unsent = response.status == 417 and not self.client.received
-            self.http.expecting = self.head.method, self.head.target
+            if response.status == 417 and not self.client.received:
+                # It asks the same again, and expects nothing.
+                self.http.expecting = self.head.method, self.head.target
         closing = up.state == RUNNING and not self.server_keeps
-        if closing or up.state == CANCELED and not self.unsent:
-            self.then = CLOSE
+        if closing or up.state == CANCELED and not self.http.expecting:
+            self.keep = False
         self.worker.slot.publish(self.session)
         head = self.response_head(response, size)
         yield from self.send_answer(down, response, head, size)
@@ -3385,10 +3358,10 @@ class Exchange:
         self.server_keeps = not closing and size != UNTIL_CLOSE
         self.progress = BEGUN
         if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
-            self.progress, self.then, told = BEGUN_UNTIL_CLOSE, CLOSE, None
+            self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
         self.told = told
         if self.watch.retired:
-            self.then = CLOSE
+            self.keep = False
         self.session.status = str(response.status)
         return size
 
@@ -3400,7 +3373,7 @@ class Exchange:
         date = fields.get(b"date", b"")
         if date.count(b",") > 1:  # of two Date lines the first: there is one in it
             date = b",".join(date.split(b",")[:2])
-        return answer_head(response.line, lines, self.told, self.then is KEEP, date)
+        return answer_head(response.line, lines, self.told, self.keep, date)
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3442,23 +3415,13 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        if self.then is KEEP and self.worker.is_retired():
-            self.then = CLOSE
-        line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
-        head = answer_head(line, lines, len(body), keep)
-        self.progress, seconds = BEGUN, self.config.idle_timeout
-        try:
-            whole = head if self.head_only else head + body
-            self.watch.send(self.client, whole, "the client takes no more", seconds)
-        except Refused:
-            self.then = CLOSE
-            self.client.abort()  # what comes next would be taken for the rest of it
-            raise
-        finally:
-            self.session.down += self.client.counted()
-        self.progress = WHOLE
-        if not keep:
-            self.then = LINGER
+        keep, self.keep = self.keep and not self.worker.is_retired(), False
+        head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
+        whole = head if self.head_only else head + body
+        # So that a part of it ends by a reset.
+        self.progress, seconds = BEGUN_UNTIL_CLOSE, self.config.idle_timeout
+        self.watch.send(self.client, whole, "the client takes no more", seconds)
+        self.progress, self.keep = WHOLE, keep
 
     def refuse(self, refusal: Refused) -> Outcome:
         """Tell the client why not, or cut its answer short; return the outcome."""
@@ -3468,21 +3431,28 @@ class Exchange:
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
         if self.progress is not NOTHING or not outcome.error:
-            self.then = CLOSE
+            self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.progress == BEGUN_UNTIL_CLOSE:
                 if outcome.error == SERVER_GONE.error:  # or a parent's fault
                     deliver(self.watch, self.client)
                 self.client.abort()
             return outcome
-        # What was not understood has no end from which to go on, and the body of
-        # what was refused is not read.
-        if not self.understood or outcome.status in NOT_UNDERSTOOD or self.length:
-            self.then = CLOSE
+        if outcome.status in NOT_UNDERSTOOD or self.length:  # of a body not all is read
+            self.keep = False
         with contextlib.suppress(Refused):  # the client may have gone
             page = self.explain(outcome, refusal.detail)
             self.answer(outcome.status_text(), *page)
         return outcome
+
+    def lingers(self) -> bool:
+        """Return whether the client may say more after a whole answer, before a close.
+
+        One that said close, and no more, has sent nothing that ours could reset.
+        """
+        expects = not self.understood or self.head.keep_alive or self.length
+        more = bool(expects) or self.client.has_more()
+        return self.progress == WHOLE and not self.keep and more
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""
@@ -3651,8 +3621,8 @@ def serve_client(worker: Worker) -> bool:
                 # this way, refuse() tells the client; record() writes the line.
                 exchange = Exchange(http)
                 worker.record(exchange.session, exchange.serve, exchange.refuse)
-                asks = exchange.then is KEEP and http.await_request()
-            if exchange.then is LINGER:
+                asks = exchange.keep and http.await_request()
+            if exchange.lingers():
                 linger(worker.watch, client.stream)
     return True
 
