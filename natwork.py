@@ -2559,7 +2559,7 @@ BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OWN_PAGE = b""  # the scheme of a request in origin-form: it is for the gateway itself
-CHUNKED, UNTIL_CLOSE = -1, -2  # in place of a body's length
+CHUNKED = -1  # in place of a body's length
 # RFC 9110 section 7.6.1, and what this hop alone may read.
 HOP_BY_HOP = frozenset(
     b"connection proxy-connection proxy-authorization keep-alive te transfer-encoding "
@@ -2844,7 +2844,7 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
 
 def framing_lines(length: int | None) -> bytes:
     """Return the field line that says how long a body is, if one does."""
-    if length is None or length == UNTIL_CLOSE:
+    if length is None:
         return b""
     if length == CHUNKED:
         return b"Transfer-Encoding: chunked\r\n"
@@ -2929,18 +2929,13 @@ class HttpConnection:
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
     expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
-    blanks = 0  # empty lines before this request
 
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
         self.worker, self.client = worker, worker.client.stream
-        name = worker.config.name.encode()
-        # What we add to a message's Via, by its sender's minor version.
-        self.own_via = b"1.0 " + name, b"1.1 " + name
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes."""
-        self.blanks = 0
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             left = max(0.0, deadline - time.monotonic())
@@ -2953,10 +2948,10 @@ class HttpConnection:
 
         RFC 9112 section 2.2.  There may be a few; the next is a malformed request.
         """
-        received = self.client.received
-        while received[:2] == CRLF and self.blanks < BLANK_LIMIT:
+        received, left = self.client.received, BLANK_LIMIT
+        while left and received[:2] == CRLF:
             del received[:2]
-            self.blanks += 1
+            left -= 1
         return not received or received == b"\r"
 
     def dial(self, session: Session, host: str, port: int) -> Stream:
@@ -2977,9 +2972,9 @@ class HttpConnection:
         """
         if not self.server or self.server_for != (session.user, host, port):
             return None
-        if readable([self.server.fd]):  # closed; or unasked, RFC 9112 section 6.3
-            return None
-        if not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME:
+        late = not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME
+        # What can be read is its end, or unasked: RFC 9112 section 6.3.
+        if late or readable([self.server.fd]):
             return None
         session.address, session.source = self.server_ends
         return self.server
@@ -2999,7 +2994,6 @@ class Exchange:
     understood = False
     head_only = False  # the method is HEAD
     length: int | None = None  # of the request's body
-    told: int | None = None  # of the answer's, as its head has it
     progress = NOTHING
     keep = False  # the client's connection goes on after the answer
     continued = False  # the client was told to send its body
@@ -3209,8 +3203,8 @@ class Exchange:
         response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
         if response.status == 101:
             return self.switch(server, response)
-        size = self.decide_answer(response)
-        head = self.response_head(response, size)
+        size, told = self.decide_answer(response)
+        head = self.response_head(response, told)
         if 0 <= size <= len(server.received):  # the answer has come whole
             whole = head + server.take(size)
             watch.send(client, whole, "the client takes no more", seconds)
@@ -3297,7 +3291,7 @@ class Exchange:
             self.switching = response  # once the body has been sent
             return
         self.keep, up.may_fail = self.head.keep_alive, True
-        size = self.decide_answer(response)
+        size, told = self.decide_answer(response)
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
@@ -3310,11 +3304,11 @@ class Exchange:
         if closing or up.state == CANCELED and not self.http.expecting:
             self.keep = False
         self.worker.slot.publish(self.session)
-        head = self.response_head(response, size)
+        head = self.response_head(response, told)
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
-        if size == UNTIL_CLOSE or not self.server_keeps:
+        if not self.server_keeps:
             up.cancel()
 
     def read_response(self, server: Stream) -> Steps:
@@ -3336,11 +3330,11 @@ class Exchange:
                 self.progress = NOTHING
         raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
 
-    def decide_answer(self, response: ResponseHead) -> int:
+    def decide_answer(self, response: ResponseHead) -> tuple[int, int | None]:
         """Decide how the answer ends, and which of the two connections goes on.
 
-        Returns the size of what follows its head: bytes, CHUNKED or UNTIL_CLOSE.
-        Raises Refused.
+        Returns the size of what follows its head, CHUNKED, or ALL that comes until the
+        close; and the length that the head tells, None for none.  Raises Refused.
         """
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
@@ -3351,21 +3345,20 @@ class Exchange:
             # RFC 9112 section 6.3: a length is told of nothing.
             told, size = None if told == CHUNKED else told, 0
         else:
-            size = UNTIL_CLOSE if told is None else told
+            size = ALL if told is None else told
         closing = response.minor == 0 or b"close" in response.options
         # A length beside chunked does not count, and who says so is not asked again.
         closing = closing or size == CHUNKED and b"content-length" in response.fields
-        self.server_keeps = not closing and size != UNTIL_CLOSE
+        self.server_keeps = not closing and size != ALL
         self.progress = BEGUN
-        if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
+        if size == ALL or size == CHUNKED and self.head.minor == 0:
             self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
-        self.told = told
         if self.watch.retired:
             self.keep = False
         self.session.status = str(response.status)
-        return size
+        return size, told
 
-    def response_head(self, response: ResponseHead, size: int) -> bytes:
+    def response_head(self, response: ResponseHead, told: int | None) -> bytes:
         """Return the head of the answer as it travels on."""
         lines, fields = response.forwarded + self.via_line(response), response.fields
         if response.status == 426 and b"upgrade" in fields:
@@ -3373,7 +3366,7 @@ class Exchange:
         date = fields.get(b"date", b"")
         if date.count(b",") > 1:  # of two Date lines the first: there is one in it
             date = b",".join(date.split(b",")[:2])
-        return answer_head(response.line, lines, self.told, self.keep, date)
+        return answer_head(response.line, lines, told, self.keep, date)
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3385,7 +3378,7 @@ class Exchange:
             if size == CHUNKED:
                 yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
             else:
-                yield from down.move(ALL if size == UNTIL_CLOSE else size)
+                yield from down.move(size)
             yield from down.flush()
         except Refused:
             if self.client.sent == before:
@@ -3395,10 +3388,9 @@ class Exchange:
 
     def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
-        ours, earlier = self.http.own_via[head.minor], head.fields.get(b"via")
-        return (
-            b"Via: %b, %b\r\n" % (earlier, ours) if earlier else b"Via: %b\r\n" % ours
-        )
+        ours = b"1.%d %b" % (head.minor, self.config.name.encode())
+        earlier = head.fields.get(b"via")
+        return b"Via: %b\r\n" % (b"%b, %b" % (earlier, ours) if earlier else ours)
 
     def switch(self, server: Stream, response: ResponseHead) -> None:
         """Make it a tunnel, if the server took what was offered; raise Refused."""
