@@ -3233,11 +3233,7 @@ class Exchange:
             self.keep = self.keep and bool(self.http.expecting)
 
     def join(self, up: Direction, down: Direction) -> None:
-        """Carry both ways what there is to carry; raise Refused.
-
-        Where the end of a stream is the end of a message, a failure is passed on as
-        a reset.
-        """
+        """Carry both ways what there is to carry; raise Refused."""
         self.worker.stand_in_line(False)
         try:
             relay(self.watch, self.worker.slot, up, down)
@@ -3247,11 +3243,6 @@ class Exchange:
             if up.state == RUNNING and up.waits_for[0] == self.client.fd:
                 raise Refused(BODY_TIMEOUT, "the request body did not end") from None
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
-        finally:
-            if self.progress == BEGUN_UNTIL_CLOSE:
-                up.sink.abort()
-        if up.state == CANCELED and self.progress == BEGUN_UNTIL_CLOSE:
-            raise Refused(SERVER_GONE, "the server took no more")
 
     def request_head(self, server: Stream) -> bytes:
         """Return the head of the request as it travels on."""
