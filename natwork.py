@@ -1530,9 +1530,10 @@ class Worker:
         if ready == {self.lifeline: POLLIN}:
             poll.modify(self.lifeline, 0)
             ready = dict(poll.poll(CROSSING_TIME * 1000))
-        with contextlib.suppress(Refused):
+        try:
             return client.fd in ready and client.fill()
-        return False
+        except Refused:
+            return False
 
     def make_room(self, *_: object) -> None:
         """Leave for another client, as the master asks, if ours is silent still."""
@@ -2760,8 +2761,8 @@ def request_length(head: RequestHead) -> int | None:
     if b"transfer-encoding" in head.fields:
         codings = members(head.fields[b"transfer-encoding"])
         if digits is not None or not head.minor:
-            why = "in HTTP/1.0" if digits is None else "with Content-Length"
-            raise Refused(BAD_REQUEST, f"Transfer-Encoding {why}")
+            why = "Transfer-Encoding with Content-Length, or in HTTP/1.0"
+            raise Refused(BAD_REQUEST, why)
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
             raise Refused(BAD_REQUEST, "Transfer-Encoding does not end in one chunked")
         if len(codings) > 1:  # which is no fault, but nothing that we do
@@ -3027,10 +3028,8 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        why = "the request head did not come to its end"
-        deadline = time.monotonic() + self.config.head_timeout
-        steps = self.await_head()
-        raw: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
+        self.http.drop_blanks()
+        raw = take_until(self.client.received, HEAD_END) or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
         self.understood, session = True, self.session
@@ -3049,13 +3048,16 @@ class Exchange:
             raise Refused(BAD_REQUEST._replace(error=""))  # perhaps the body, too late
         return head
 
-    def await_head(self) -> Steps:
+    def await_head(self) -> bytes:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        client, bad = self.client, HEAD_TOO_LARGE
+        client, why = self.client, "the request head did not come to its end"
+        deadline = time.monotonic() + self.config.head_timeout
         while self.http.drop_blanks():
-            yield from client.need()
-        steps = read_until(client, HEAD_END, HEAD_LIMIT, bad, self.check_begun)
-        return (yield from steps)
+            self.watch.run(client.need(), HEAD_TIMEOUT, why, deadline=deadline)
+        bad, check = HEAD_TOO_LARGE, self.check_begun
+        steps = read_until(client, HEAD_END, HEAD_LIMIT, bad, check)
+        head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
+        return head
 
     def check_begun(self, received: bytearray) -> None:
         """Refuse a head that does not begin as one; raise Refused."""
@@ -3168,7 +3170,7 @@ class Exchange:
                 return self.carry(server)
             except Refused as refusal:
                 # It does if the connection closed before the server heard it.
-                answered = self.progress or self.continued or server.received
+                answered = self.progress or server.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
                     raise
@@ -3309,6 +3311,8 @@ class Exchange:
         """
         bad, check = BAD_RESPONSE, check_response_begun
         for _ in range(INTERIM_LIMIT):
+            if not server.received:  # as a rule: then there is nothing to look for
+                yield from server.need()
             raw = yield from read_until(server, HEAD_END, HEAD_LIMIT, bad, check)
             response = ResponseHead(raw)
             if response.status >= 200 or response.status == 101:
@@ -3565,19 +3569,6 @@ def admit(worker: Worker, client: Client) -> bool:
     return False
 
 
-def await_first_byte(worker: Worker, client: Stream) -> bool:
-    """Wait until a client that has just come says something; return whether it does.
-
-    A head then has as long again.
-    """
-    try:
-        return client.fill()  # it has probably come with the connection
-    except BlockingIOError:
-        return worker.await_word(worker.config.head_timeout, new=True)
-    except Refused:
-        return False
-
-
 def serve_client(worker: Worker) -> bool:
     """Serve one client, from accept() to its lines in the log, if it says a word.
 
@@ -3591,8 +3582,8 @@ def serve_client(worker: Worker) -> bool:
             return True
         if chapters.redirect and chapters.redirect(worker):
             return True
-        if not await_first_byte(worker, client.stream):
-            return True
+        if not worker.await_word(worker.config.head_timeout, new=True):
+            return True  # a head then has as long again
         if client.stream.received[0] in (4, 5) and chapters.socks:
             chapters.socks(worker)
             return True
