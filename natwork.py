@@ -2909,17 +2909,13 @@ def chunked(
 # has a body that is still on its way.
 
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
+UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
 # After these there is no end of the request from which to go on.
 NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
 # How far the answer to a request is: nothing was sent, but whole interim responses; a
 # part of a response; that, and only the close ends it; it is whole.
 NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
-
-
-def upgrade_lines(protocols: bytes) -> bytes:
-    """Return the field lines that name protocols to change to: RFC 9110 section 7.8."""
-    return b"Connection: upgrade\r\nUpgrade: %b\r\n" % protocols
 
 
 class HttpConnection:
@@ -3169,7 +3165,7 @@ class Exchange:
             try:
                 return self.carry(server)
             except Refused as refusal:
-                # It does if the connection closed before the server heard it.
+                # It goes out again if the server closed before it heard it.
                 answered = self.progress or server.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
@@ -3257,7 +3253,7 @@ class Exchange:
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if self.offered:
-            extra += upgrade_lines(self.offered)
+            extra += UPGRADE_LINES % self.offered
         elif not self.length and not self.keep:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
@@ -3357,7 +3353,7 @@ class Exchange:
         """Return the head of the answer as it travels on."""
         lines, fields = response.forwarded + self.via_line(response), response.fields
         if response.status == 426 and b"upgrade" in fields:
-            lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
+            lines += UPGRADE_LINES % fields[b"upgrade"]  # RFC 9110 section 15.5.22
         date = fields.get(b"date", b"")
         if date.count(b",") > 1:  # of two Date lines the first: there is one in it
             date = b",".join(date.split(b",")[:2])
@@ -3394,7 +3390,7 @@ class Exchange:
         if not taken or not taken.issubset(members(self.offered)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.forwarded + self.via_line(response) + upgrade_lines(chosen)
+        lines = response.forwarded + self.via_line(response) + UPGRADE_LINES % chosen
         self.join_as_tunnel(server, "101", response.line + lines + CRLF)
 
     # Answers of our own.
@@ -3437,9 +3433,10 @@ class Exchange:
 
         One that said close, and no more, has sent nothing that ours could reset.
         """
-        expects = not self.understood or self.head.keep_alive or self.length
-        more = bool(expects) or self.client.has_more()
-        return self.progress == WHOLE and not self.keep and more
+        if self.keep or self.progress != WHOLE:
+            return False
+        may = not self.understood or self.head.keep_alive or bool(self.length)
+        return may or self.client.has_more()
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""
@@ -3456,15 +3453,17 @@ class Exchange:
             "Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
             "X-Content-Type-Options: nosniff\r\n"
         )
-        if outcome.status == 503:
-            lines += "Retry-After: 5\r\n"
-        if outcome.status == 405:
-            lines += "Allow: GET, HEAD\r\n"
-        if outcome.status in (401, 407):
-            field, realm = "WWW" if outcome.status == 401 else "Proxy", name
-            if outcome is NO_LOGIN:
-                realm = f"ftp://{self.target.authority.decode()}"
-            lines += f'{field}-Authenticate: Basic realm="{realm}", charset="UTF-8"\r\n'
+        realm = (
+            f"ftp://{self.target.authority.decode()}" if outcome is NO_LOGIN else name
+        )
+        basic = f'Basic realm="{realm}", charset="UTF-8"'
+        more = {
+            401: f"WWW-Authenticate: {basic}\r\n",
+            405: "Allow: GET, HEAD\r\n",
+            407: f"Proxy-Authenticate: {basic}\r\n",
+            503: "Retry-After: 5\r\n",
+        }
+        lines += more.get(outcome.status, "")
         decided = outcome.error in ("http_request_denied", LOOP.error)
         did = "refused" if decided else "could not serve"
         page = (
