@@ -2926,6 +2926,7 @@ class HttpConnection:
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
     expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
+    blanks = 0  # empty lines before this request
 
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
@@ -2933,6 +2934,7 @@ class HttpConnection:
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes."""
+        self.blanks = 0
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             left = max(0.0, deadline - time.monotonic())
@@ -2945,10 +2947,10 @@ class HttpConnection:
 
         RFC 9112 section 2.2.  There may be a few; the next is a malformed request.
         """
-        received, left = self.client.received, BLANK_LIMIT
-        while left and received[:2] == CRLF:
+        received = self.client.received
+        while received[:2] == CRLF and self.blanks < BLANK_LIMIT:
             del received[:2]
-            left -= 1
+            self.blanks += 1
         return not received or received == b"\r"
 
     def dial(self, session: Session, host: str, port: int) -> Stream:
