@@ -246,25 +246,21 @@ class Config:
         host = re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
         self.name = self.name or host or "natwork"
 
-    def refuse(self, name: str, why: str) -> ConfigError:
-        """Return the error that says where a setting stands and why it is refused."""
+    def refuse(self, name: str, why: str) -> None:
+        """Note why a setting is refused; examine() raises all that was noted."""
         where, value = self.where.get(name, "default"), masked(self.spelled(name))
-        return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
-
-    def note(self, name: str, why: str) -> None:
-        """Note why a setting is refused; examine() raises what was noted."""
-        self.errors.append(str(self.refuse(name, why)))
+        self.errors.append(f"{where}: {name} = {value}: {masked(why)}")
 
     def parsed(
         self, name: str, parse: Callable[[Any], Any], pieces: Iterable[Any]
     ) -> list[Any]:
-        """Return what parse() makes of a setting's pieces; note what it refuses."""
+        """Return what parse() makes of a setting's pieces; refuse what it cannot."""
         found = []
         for piece in pieces:
             try:
                 found.append(parse(piece))
             except ValueError as error:
-                self.note(name, str(error))
+                self.refuse(name, str(error))
         return found
 
     def spelled(self, name: str) -> str:
@@ -394,9 +390,9 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     if "spare_workers" not in where:
         config.spare_workers = min(config.spare_workers, config.max_workers)
     if config.spare_workers > config.max_workers:
-        config.note("spare_workers", "must be at most max_workers")
+        config.refuse("spare_workers", "must be at most max_workers")
     if config.max_workers > SLOT_LIMIT:
-        config.note("max_workers", f"must be at most {SLOT_LIMIT}")
+        config.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
     return config
 
 
@@ -1581,18 +1577,19 @@ class Master:
     def __init__(
         self,
         board: Scoreboard,
-        load: Callable[[Generation | None], Generation],
+        generation: Generation,
+        load: Callable[[Generation], Generation],
         serve: Callable[[Worker], bool],
         fds: list[int],
     ) -> None:
-        """Take what loads a generation, and what a worker does for one client.
+        """Take the first generation, what loads another, and what serves one client.
 
         serve() returns False when it is time to leave.  The descriptors are for the
-        master alone.  Raises what load() raises.
+        master alone.
         """
         self.board, self.load, self.serve, self.fds = board, load, serve, fds
-        self.generation = load(None)
-        self.generations = [self.generation]  # the last is in force
+        self.generation = generation
+        self.generations = [generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.stopping = self.retiring = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
@@ -2100,14 +2097,9 @@ def denied(word: str, rule: str) -> tuple[Outcome, str]:
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
 
-    def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
-        """Parse the settings; listeners are the gateway's own addresses and ports.
-
-        What is wrong is noted in the configuration.
-        """
+    def __init__(self, config: Config) -> None:
+        """Parse the settings; what is wrong is noted in the configuration."""
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
-        for host, port, *_ in listeners:
-            self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
         self.own_names = "localhost", config.name.lower()
         self.inside = config.parsed("inside", parse_network, config.inside.split())
         lines = ((line, n) for n, line in enumerate(config.lines("rules"), 1))
@@ -2117,6 +2109,10 @@ class Policy:
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
+
+    def listens_at(self, host: str, port: int) -> None:
+        """Take note of an address of the gateway itself, which is not dialed."""
+        self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
 
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
         """Return whether a peer is on the inside, and came to us from there.
@@ -3616,37 +3612,21 @@ def load_chapter(name: str) -> Any:
     return module
 
 
-def need_chapter(name: str, wanted: str, config: Config | None = None) -> Any:
-    """Return the chapter of an option, or of a setting there; raise ConfigError."""
+def lack_of(name: str) -> str:
+    return f"needs {chapter_file(name)}, which is not there"
+
+
+def need_chapter(name: str, option: str) -> Any:
+    """Return the chapter that an option needs; raise ConfigError."""
     if module := load_chapter(name):
         return module
-    why = f"needs {chapter_file(name)}, which is not there"
-    raise config.refuse(wanted, why) if config else ConfigError(f"{wanted} {why}")
+    raise ConfigError(f"{option} {lack_of(name)}")
 
 
-def find_chapters() -> list[str]:
-    """Load the chapters that are there, and return their names; raise ConfigError."""
-    return [name for name in CHAPTERS if load_chapter(name)]
-
-
-def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
-    """Return what the chapters do under a configuration.
-
-    Raises ConfigError: what passes here can be put in force.
-    """
-    chapters = Chapters(config, policy, board)
-    for name, settings in CHAPTERS.items():
-        # A value that is the default asks for nothing.
-        asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
-        # Loaded at the start, and not later, when it may be of another version.
-        try:
-            if module := sys.modules.get(f"natwork_{name}"):
-                module.join(chapters)
-            elif asked:
-                config.note(asked[0], f"needs {chapter_file(name)}, which is not there")
-        except ConfigError as error:
-            config.errors.append(str(error))
-    return chapters
+def find_chapters() -> None:
+    """Load the chapters that are there; raise ConfigError."""
+    for name in CHAPTERS:
+        load_chapter(name)
 
 
 def admit(worker: Worker, client: Client) -> bool:
@@ -3731,7 +3711,7 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 def endpoints(config: Config) -> list[tuple[str, int]]:
     """Return the hosts and ports of `listen`, and note what is wrong with it."""
     if not config.listen.split():
-        config.note("listen", "must name an address")
+        config.refuse("listen", "must name an address")
     return config.parsed("listen", parse_endpoint, config.listen.split())
 
 
@@ -3787,78 +3767,75 @@ def open_listeners(
 
 
 def find_user(config: Config) -> tuple[int, int] | None:
-    """Return user and group to become, None if we are not root; raise ConfigError.
+    """Return user and group to become, None if we are not root.
 
     A user that the settings name must exist in any case: a restart would need it.
     """
     import pwd
 
     is_root = os.geteuid() == 0 and config.user != "root"
-    if not is_root and "user" not in config.where:
-        return None
-    try:
-        entry = pwd.getpwnam(config.user)
-    except KeyError:
-        raise config.refuse("user", "there is no such user") from None
-    return (entry.pw_uid, entry.pw_gid) if is_root else None
-
-
-def examine(
-    config: Config, board: Scoreboard, *more: Callable[[Config], object]
-) -> None:
-    """Look at a configuration, in more ways too, before anything changes.
-
-    Raises ConfigError, with all that is wrong.
-    """
-    checks, policy = load_chapter("check"), Policy(config, [])
-    steps: list[Callable[[Config], Any]] = [endpoints, find_user]
-    if config.pidfile:
-        steps.append(functools.partial(need_chapter, "daemon", "pidfile"))
-    steps += [checks.examine_listeners] if checks else []
-    for step in (*steps, *more):
+    if is_root or "user" in config.where:
         try:
-            step(config)
-        except ConfigError as error:
-            config.errors.append(str(error))
-    prepare(config, policy, board)
+            entry = pwd.getpwnam(config.user)
+            return (entry.pw_uid, entry.pw_gid) if is_root else None
+        except KeyError:
+            config.refuse("user", "there is no such user")
+    return None
+
+
+def examine(config: Config, board: Scoreboard) -> Chapters:
+    """Return the policy of a configuration, and what the chapters do under it.
+
+    What passes here can be put in force.  Raises ConfigError, with all that is wrong.
+    """
+    checks, policy = load_chapter("check"), Policy(config)
+    listens = endpoints(config)
+    if checks:
+        checks.examine_listeners(config, listens)
+    find_user(config)
+    chapters = Chapters(config, policy, board)
+    for name, settings in CHAPTERS.items():
+        # A value that is the default asks for nothing.
+        asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
+        # Loaded at the start, and not later, when it may be of another version.
+        if module := sys.modules.get(f"natwork_{name}"):
+            module.join(chapters)
+        elif asked:
+            config.refuse(asked[0], lack_of(name))
+    if config.pidfile and not load_chapter("daemon"):
+        config.refuse("pidfile", lack_of("daemon"))
     if config.errors:
         hinted = checks.hinted if checks else str
         raise ConfigError("\n".join(map(hinted, dict.fromkeys(config.errors))))
+    return chapters
 
 
-def load_generation(
-    path: str, options: list[str], board: Scoreboard, old: Generation | None
-) -> Generation:
-    """Return the configuration in force from now on, ready to serve.
+def open_generation(chapters: Chapters, old: Generation | None = None) -> Generation:
+    """Return a configuration that is in force from now on, ready to serve.
 
-    The first one finds the chapters, and what systemd passed; a later one goes on
-    with the old one's listeners.  Raises ConfigError or OSError; then nothing has
-    changed.
+    It goes on with the listeners of the old one, the first with those that systemd
+    passed.  Raises OSError; then nothing has changed.
     """
-    # The file that was there at the start does not become no file.
-    config = load_config(path or (old.config.file if old else ""), options)
-    found = [] if old else find_chapters()
-    examine(config, board)
-    held = old.listeners if old else passed_listeners()
+    config, held = chapters.config, old.listeners if old else passed_listeners()
     with contextlib.ExitStack() as undo:
         listeners = open_listeners(config, held, undo)
-        policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
-        chapters = prepare(config, policy, board)
         log = AccessLog(config)
         undo.callback(os.close, log.fd)
         lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
     if not old:
+        found = " ".join(name for name in CHAPTERS if f"natwork_{name}" in sys.modules)
         which = config.file or "the defaults"
-        say(f"chapters: {' '.join(found) or 'none'}; settings: {which}")
+        say(f"chapters: {found or 'none'}; settings: {which}")
     for sock in listeners.values():
+        chapters.policy.listens_at(*sock.getsockname()[:2])
         if not old or sock not in held.values():
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
         if checks := load_chapter("check"):
             checks.warn_of_start(config, held, old)
             checks.warn(config)
-    return Generation(config, listeners, log, policy, chapters, *lifeline)
+    return Generation(config, listeners, log, chapters.policy, chapters, *lifeline)
 
 
 def serve_nobody(generation: Generation) -> None:
@@ -3870,7 +3847,7 @@ def serve_nobody(generation: Generation) -> None:
     # Of spare workers it has enough, so it does not wake the master for more.
     config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
     config.log = os.devnull
-    policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
+    policy, board, log = Policy(config), Scoreboard(), AccessLog(config)
     chapters, lifeline = Chapters(config, policy, board), generation[-2:]
     with contextlib.ExitStack() as stack:
         for _ in range(8):  # descriptors for it, or it would wait for one
@@ -3923,8 +3900,14 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     """
     config, board, fds = load_config(path, options), Scoreboard(), []
     find_chapters()
-    examine(config, board)
+    chapters = examine(config, board)
     user = find_user(config)
+
+    def reload(old: Generation) -> Generation:
+        # The file that was there at the start does not become no file.
+        fresh = load_config(path or old.config.file, options)
+        return open_generation(examine(fresh, board), old)
+
     # A reader of "listening on" may send us a signal: it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
     # Silence from a name server must not outlast the client's patience.
@@ -3935,21 +3918,21 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         raise OSError(f"cannot ask the kernel for a route: {reason(error)}") from None
     with contextlib.ExitStack() as undo:
         if config.pidfile:
-            daemon = need_chapter("daemon", "pidfile", config)
+            daemon = need_chapter("daemon", "pidfile")
             fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
-        load = functools.partial(load_generation, path, options, board)
-        master = Master(board, load, serve_client, fds)
+        first = open_generation(chapters)
+        master = Master(board, first, reload, serve_client, fds)
         for fd in fds:
             daemon.write_pid(fd)
         if not find_set_title():
             say("setproctitle is not installed: process titles will be missing")
         if user:
-            become(user, config, master.generation.log)
+            become(user, config, first.log)
         if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
             # SCHED_BATCH: a process that wakes does not preempt the one that runs.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        warm(master.generation)
+        warm(first)
         ready()
         notify("READY=1")
         master.run()
@@ -4053,10 +4036,11 @@ def check(path: str, options: list[str]) -> int:
 
     It finds what a start would fail at, as far as that opens nothing.
     """
-    config = load_config(path, options)
+    config, checks = load_config(path, options), load_chapter("check")
     find_chapters()
-    checks = load_chapter("check")
-    examine(config, Scoreboard(), *([checks.examine_files] if checks else []))
+    if checks:
+        checks.examine_files(config)
+    examine(config, Scoreboard())
     if checks:
         checks.warn(config)
     print_settings(config)

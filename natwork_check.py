@@ -41,32 +41,32 @@ def hinted(fault: str) -> str:
     return fault
 
 
-def examine_listeners(config: Config) -> None:
-    """Raise ConfigError if two addresses of `listen` cannot be together."""
-    found = natwork.endpoints(Config(listen=config.listen))
+def examine_listeners(config: Config, found: list[tuple[str, int]]) -> None:
+    """Refuse two addresses of `listen` that cannot be together."""
     for host, port in found:
         if found.count((host, port)) > 1:
             twice = natwork.endpoint((host, port))
-            raise config.refuse("listen", f"names {twice} twice")
+            config.refuse("listen", f"names {twice} twice")
         for every in ("*", "::" if ":" in host else "0.0.0.0"):
             if host not in ("*", every) and port and (every, port) in found:
                 whole = natwork.endpoint((every, port))
-                raise config.refuse("listen", f"{whole} has {host} in it")
+                config.refuse("listen", f"{whole} has {host} in it")
 
 
 def examine_files(config: Config) -> None:
-    """Raise ConfigError if a file that a start would write cannot be."""
-    makes = ["pidfile"] if natwork.find_user(config) else []  # its directory, too
+    """Refuse a file that a start would write, if it cannot be."""
+    root = os.geteuid() == 0 and config.user != "root"
+    makes = ["pidfile"] if root else []  # its directory, too
     for name in ("log", "pidfile"):
         file = getattr(config, name)
         folder = os.path.dirname(file) or "."
         if file in ("", "-") or name in makes and not os.path.exists(folder):
             continue
-        if not os.path.isdir(folder):
-            raise config.refuse(name, "there is no such directory")
         there = file if os.path.exists(file) else folder
-        if os.path.isdir(file) or not os.access(there, os.W_OK):
-            raise config.refuse(name, "it cannot be written")
+        if not os.path.isdir(folder):
+            config.refuse(name, "there is no such directory")
+        elif os.path.isdir(file) or not os.access(there, os.W_OK):
+            config.refuse(name, "it cannot be written")
 
 
 def warn_of_start(

@@ -265,7 +265,7 @@ class Parents:
 
 
 def join(chapters: natwork.Chapters) -> None:
-    """Dial by way of parents from now on, if there are any; raise ConfigError."""
+    """Dial by way of parents from now on, if there are any."""
     config = chapters.config
     parents = config.parsed("parents", parse_parent, config.lines("parents"))
     if parents:

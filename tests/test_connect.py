@@ -86,7 +86,7 @@ def test_the_families_take_turns(addresses: list[str], order: list[str]) -> None
 def test_uplinks_go_by_preference_and_failed_ones_last(
     outside: str, failed: dict[int, float], order: list[tuple[str, str]]
 ) -> None:
-    policy = natwork.Policy(natwork.Config(outside=outside), [])
+    policy = natwork.Policy(natwork.Config(outside=outside))
     board = natwork.Scoreboard()
     for number, ago in failed.items():
         board.words[natwork.UPLINKS + number] = int(time.monotonic() - ago)
@@ -97,7 +97,7 @@ def test_uplinks_go_by_preference_and_failed_ones_last(
 
 
 def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
-    policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"), [])
+    policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"))
     addresses = [natwork.pack(f"192.0.2.{n}") for n in range(100, 140)]
     addresses.insert(1, natwork.pack(SIX[0]))
     attempts = natwork.ways_to(policy, addresses, 80, natwork.Scoreboard())
@@ -671,7 +671,7 @@ def test_a_bind_is_where_its_caller_knows_the_client(
 
 def uplinks_of(outside: str) -> natwork.Policy:
     """Return the policy of a gateway with some uplinks."""
-    return natwork.Policy(natwork.Config(outside=outside), [])
+    return natwork.Policy(natwork.Config(outside=outside))
 
 
 def race_of(lifeline: int) -> natwork.Race:

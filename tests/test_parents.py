@@ -132,7 +132,7 @@ BAD = [
 def joined(lines: str) -> Parents:
     """Return what the chapter makes of `parents`."""
     config = Config(parents=lines)
-    chapters = Chapters(config, Policy(config, []), Scoreboard())
+    chapters = Chapters(config, Policy(config), Scoreboard())
     join(chapters)
     if config.errors:
         raise ConfigError("\n".join(config.errors))
