@@ -28,9 +28,9 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_pages.py       the live table, /metrics, /proxy.pac
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
+    natwork_daemon.py      -d and the pid file
     natwork_check.py       what is probably not meant; the text of --settings
     natwork_explain.py     --explain
-    natwork_daemon.py      -d and the pid file
 
 Usage:
 
@@ -145,6 +145,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "pages": ("gateways",),
     "users": ("users", "max_per_client"),
     "parents": ("parents",),
+    "daemon": ("pidfile",),
 }
 
 
@@ -2025,7 +2026,7 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
-    def __init__(self, text: str, number: int) -> None:
+    def __init__(self, text: str) -> None:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
             raise ValueError(f"{text!r} does not begin with allow or deny")
@@ -2038,8 +2039,7 @@ class Rule:
                 names.add(target.lower().rstrip("."))
             else:
                 raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
-        self.word = f"rule-{number}"  # in the log
-        self.text = f"rule {number}: {' '.join(words)}"
+        self.text = " ".join(words)
         self.allow = words[0] == "allow"
         self.sources = [parse_network(source) for source in lists.get("from", ())]
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
@@ -2102,8 +2102,7 @@ class Policy:
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
         self.own_names = "localhost", config.name.lower()
         self.inside = config.parsed("inside", parse_network, config.inside.split())
-        lines = ((line, n) for n, line in enumerate(config.lines("rules"), 1))
-        self.rules = config.parsed("rules", lambda line: Rule(*line), lines)
+        self.rules = config.parsed("rules", Rule, config.lines("rules"))
         words = ((word, n) for n, word in enumerate(config.outside.split()))
         self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
         self.closed = (*CLOSED, ("inside", self.inside))
@@ -2137,7 +2136,7 @@ class Policy:
             theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
             if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
-        if self.uplinks or not link_local:
+        if self.uplinks:
             return True
         anywhere = pack("192.0.2.1"), pack("2001:db8::1")
         return device not in [route_to(there).device for there in anywhere]
@@ -2188,15 +2187,16 @@ class Policy:
         if self.is_own_listener(found, port):
             return LOOP, "the gateway's own listener"
         client = address_of(peer)
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules, 1):
             if not rule.matches(client, user, host, port, found):
                 continue
+            text = f"rule {number}: {rule.text}"
             if not rule.allow:
-                return denied(rule.word, rule.text)
+                return denied(f"rule-{number}", text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not self.closes(packed)):
-                return OK, rule.text
+                return OK, text
         if closed := self.closes(packed):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
@@ -2272,19 +2272,17 @@ def ways_to(
     Uplinks go side by side, failed ones last.  An address of the inside is not dialed
     by a device of the outside: another host could answer for it there.
     """
-    if not policy.uplinks:  # by the routing table
-        each = enumerate(addresses)
-        return [Attempt(packed, port, None, n * ATTEMPT_DELAY) for n, packed in each]
-    ways: list[Uplink | None] = [*policy.uplinks]
-    ways.sort(key=lambda way: bool(way and board.failed_recently(way.number)))
+    uplinks = sorted(policy.uplinks, key=lambda one: board.failed_recently(one.number))
+    ways: list[Uplink | None] = [*uplinks]
     devices = [uplink for uplink in policy.uplinks if not uplink.packed]
     inside = [packed for packed in addresses if devices and policy.closes(packed)]
     if devices == policy.uplinks:
-        ways.insert(0, None)  # else the inside is reached from the source addresses
+        # By the routing table; else source addresses reach the inside, too.
+        ways.insert(0, None)
     attempts, begin = [], 0.0
     for way in ways:
         if not way:
-            usable = inside
+            usable = inside if devices else addresses
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
@@ -2338,9 +2336,9 @@ class Race:
         self.waiting = attempts[::-1]
         try:
             while (now := time.monotonic()) < deadline:
-                while self.waiting and (now >= self.due or not self.pending):
+                if self.waiting and (now >= self.due or not self.pending):
                     self.start(self.waiting.pop(), now)
-                if server := self.ask():
+                if server := self.ask(now):
                     return server
                 if not self.pending and not self.waiting:
                     raise defeat(self.failed)
@@ -2355,7 +2353,7 @@ class Race:
                 self.session.address = endpoint(self.last.where())
 
     def start(self, attempt: Attempt, now: float) -> None:
-        """Begin an attempt, and give it its time."""
+        """Give an attempt its socket, and its time."""
         if self.waiting:
             self.due = now + self.waiting[-1].at - attempt.at
         family = INET if len(attempt.packed) == 4 else INET6
@@ -2365,24 +2363,22 @@ class Race:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
             self.last = attempt
-            number = sock.connect_ex(attempt.where())
-            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
-                number = errno.EAGAIN
-            if number not in (0, errno.EINPROGRESS):
-                raise OSError(number, os.strerror(number))
-            self.asked.setdefault(attempt.uplink, now)
         except OSError as error:
             self.fail(error, attempt)
 
-    def ask(self) -> Stream | None:
+    def ask(self, now: float) -> Stream | None:
         """Return the connection of an attempt that has succeeded, if there is one."""
         for attempt, sock in [*self.pending.items()]:
             # Called again, connect() tells what has become of the first call.
             number = sock.connect_ex(attempt.where())
             if number in (0, errno.EISCONN):
                 return self.win(attempt)
-            if number != errno.EALREADY:
-                self.fail(OSError(number, os.strerror(number)), attempt)
+            if number in (errno.EINPROGRESS, errno.EALREADY):
+                self.asked.setdefault(attempt.uplink, now)
+                continue
+            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
+                number = errno.EAGAIN
+            self.fail(OSError(number, os.strerror(number)), attempt)
         return None
 
     def fail(self, error: OSError, attempt: Attempt) -> None:
@@ -3582,6 +3578,7 @@ class Chapters:
         self.schemes: dict[bytes, Callable[[Exchange], None]] = {}
         self.users: Any = None  # has identify() and check_share()
         self.parents: Any = None  # has dial()
+        self.pid_file: Any = None  # holds it, and yields its descriptor
 
 
 def chapter_file(name: str) -> str:
@@ -3590,10 +3587,15 @@ def chapter_file(name: str) -> str:
     return os.path.join(folder, f"natwork_{name}.py")
 
 
-def load_chapter(name: str) -> Any:
-    """Return a chapter, None if it is not there; raise ConfigError."""
+def load_chapter(name: str, option: str = "") -> Any:
+    """Return a chapter, None if it is not there and no option needs it.
+
+    Raises ConfigError.
+    """
     path = chapter_file(name)
     if not os.path.lexists(path):
+        if option:
+            raise ConfigError(f"{option} needs {path}, which is not there")
         return None
     # Run as a script, this is the module that chapters import, and not a second one.
     sys.modules["natwork"] = sys.modules[__name__]
@@ -3610,23 +3612,6 @@ def load_chapter(name: str) -> Any:
     if version != __version__:
         raise ConfigError(f"{path}: its version is {version}, not {__version__}")
     return module
-
-
-def lack_of(name: str) -> str:
-    return f"needs {chapter_file(name)}, which is not there"
-
-
-def need_chapter(name: str, option: str) -> Any:
-    """Return the chapter that an option needs; raise ConfigError."""
-    if module := load_chapter(name):
-        return module
-    raise ConfigError(f"{option} {lack_of(name)}")
-
-
-def find_chapters() -> None:
-    """Load the chapters that are there; raise ConfigError."""
-    for name in CHAPTERS:
-        load_chapter(name)
 
 
 def admit(worker: Worker, client: Client) -> bool:
@@ -3801,9 +3786,7 @@ def examine(config: Config, board: Scoreboard) -> Chapters:
         if module := sys.modules.get(f"natwork_{name}"):
             module.join(chapters)
         elif asked:
-            config.refuse(asked[0], lack_of(name))
-    if config.pidfile and not load_chapter("daemon"):
-        config.refuse("pidfile", lack_of("daemon"))
+            config.refuse(asked[0], f"needs {chapter_file(name)}, which is not there")
     if config.errors:
         hinted = checks.hinted if checks else str
         raise ConfigError("\n".join(map(hinted, dict.fromkeys(config.errors))))
@@ -3899,7 +3882,6 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     it cannot start.
     """
     config, board, fds = load_config(path, options), Scoreboard(), []
-    find_chapters()
     chapters = examine(config, board)
     user = find_user(config)
 
@@ -3917,13 +3899,12 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     except OSError as error:
         raise OSError(f"cannot ask the kernel for a route: {reason(error)}") from None
     with contextlib.ExitStack() as undo:
-        if config.pidfile:
-            daemon = need_chapter("daemon", "pidfile")
-            fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
+        if chapters.pid_file:
+            fds.append(undo.enter_context(chapters.pid_file(config.pidfile, user)))
         first = open_generation(chapters)
         master = Master(board, first, reload, serve_client, fds)
         for fd in fds:
-            daemon.write_pid(fd)
+            os.write(fd, b"%d\n" % os.getpid())
         if not find_set_title():
             say("setproctitle is not installed: process titles will be missing")
         if user:
@@ -3951,16 +3932,13 @@ def guard(work: Callable[[], int]) -> int:
         for line in str(error).splitlines():
             say(line)
         return 78
-    except BrokenPipeError:  # as by "| head"
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-        return 0
     except OSError as error:
-        # Those of ours have a text and no number.
-        say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
+        nobody_reads = isinstance(error, BrokenPipeError)  # as by "| head"
+        if not nobody_reads:  # those of ours have a text and no number
+            say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
         with contextlib.suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)  # what nobody takes is not tried again
-        return 1
+        return 0 if nobody_reads else 1
     except KeyboardInterrupt:
         return 1
 
@@ -4037,7 +4015,6 @@ def check(path: str, options: list[str]) -> int:
     It finds what a start would fail at, as far as that opens nothing.
     """
     config, checks = load_config(path, options), load_chapter("check")
-    find_chapters()
     if checks:
         checks.examine_files(config)
     examine(config, Scoreboard())
@@ -4078,11 +4055,13 @@ def command(arguments: list[str]) -> int:
     path, options = given.config or "", given.option or []
     if given.table:
         return print_table(given.json)
+    for name in CHAPTERS:
+        load_chapter(name)
     if given.explain:
-        explain = need_chapter("explain", "--explain").explain
+        explain = load_chapter("explain", "--explain").explain
         return int(explain(path, options, given.explain))
     if given.passwd is not None:
-        return int(need_chapter("users", "--passwd").passwd(given.passwd))
+        return int(load_chapter("users", "--passwd").passwd(given.passwd))
     if given.settings:
         if checks := load_chapter("check"):
             print(checks.SETTINGS, end="")
@@ -4092,7 +4071,7 @@ def command(arguments: list[str]) -> int:
     if given.test:
         return check(path, options)
     if given.daemon:
-        return int(need_chapter("daemon", "-d").run_daemon(path, options))
+        return int(load_chapter("daemon", "-d").run_daemon(path, options))
     return run(path, options, lambda: None)
 
 

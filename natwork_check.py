@@ -91,7 +91,7 @@ def warn(config: Config) -> None:
     if not config.inside.split():
         natwork.say("inside: nobody is a client, it is empty")
     if not config.users and any(
-        natwork.Rule(line, 0).users for line in config.lines("rules")
+        natwork.Rule(line).users for line in config.lines("rules")
     ):
         natwork.say("rules: a rule with user fits nobody, users is not set")
     services = config.file == SERVICE_FILE and "LISTEN_FDS" not in os.environ

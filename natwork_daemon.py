@@ -42,6 +42,7 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     except OSError:
         raise OSError(f"another natwork holds the pid file {path}") from None
     if os.fstat(fd).st_nlink:
+        os.ftruncate(fd, 0)
         return fd
     os.close(fd)
     return lock_pidfile(path, user)  # the one before has just removed it
@@ -51,7 +52,8 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
 def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
     """Hold a pid file, which becomes the user's, and remove it at the end.
 
-    Yields its descriptor, to be given to write_pid().  Raises OSError.
+    Yields its descriptor; the file is empty until there is something to say in it.
+    Raises OSError.
     """
     fd = lock_pidfile(path, user)
     try:
@@ -61,12 +63,6 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
         # Without privileges the directory may refuse: then an empty file stays.
         with contextlib.suppress(OSError):
             os.unlink(path)
-
-
-def write_pid(fd: int) -> None:
-    """Write down the process that serves, once its listeners are open."""
-    os.ftruncate(fd, 0)
-    os.write(fd, b"%d\n" % os.getpid())
 
 
 def run_daemon(path: str, options: list[str]) -> int:
@@ -112,3 +108,9 @@ def run_daemon(path: str, options: list[str]) -> int:
             os.write(news_in, bytes([status]))
     finally:
         os._exit(status)
+
+
+def join(chapters: natwork.Chapters) -> None:
+    """Hold a pid file from now on, if one is wanted."""
+    if chapters.config.pidfile:
+        chapters.pid_file = pid_file

@@ -70,7 +70,6 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
 
     Returns the exit code: 0 for what is allowed, else 1.
     """
-    natwork.find_chapters()
     config, board = natwork.load_config(path, options), natwork.Scoreboard()
     chapters = natwork.examine(config, board)
     print(f"settings: {config.file or 'the defaults'}")

@@ -110,7 +110,7 @@ def parse_parent(text: str) -> Parent:
     )
     if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}", 0)
+    targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}")
     shown, plain = f"{scheme}://{authority}", "scheme" in lists
     return Parent(shown, scheme, host, port, name, secret, targets, plain)
 

@@ -164,7 +164,7 @@ def test_a_bad_rule_is_refused_and_the_error_names_it(
     line: str, complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
-        natwork.Rule(line, 1)
+        natwork.Rule(line)
     config = natwork.Config(rules=f"deny to a; {line}")
     natwork.Policy(config)
     (error,) = config.errors
@@ -172,9 +172,9 @@ def test_a_bad_rule_is_refused_and_the_error_names_it(
 
 
 def test_a_rule_is_its_words_whatever_the_blanks() -> None:
-    rule = natwork.Rule("  deny   to a.example , .b.example  port 80,90-99 ", 3)
-    assert rule.text == "rule 3: deny to a.example,.b.example port 80,90-99"
-    assert (rule.word, rule.allow) == ("rule-3", False)
+    rule = natwork.Rule("  deny   to a.example , .b.example  port 80,90-99 ")
+    assert rule.text == "deny to a.example,.b.example port 80,90-99"
+    assert not rule.allow
 
 
 # --- Verdicts -----------------------------------------------------------------

@@ -220,11 +220,7 @@ def test_the_heart_names_every_chapter() -> None:
     assert sorted(listed) == sorted(CHAPTERS)
     # All but the two that are loaded when they are asked for.
     joining = {f"natwork_{name}" for name in heart.CHAPTERS}
-    assert set(CHAPTERS) - joining == {
-        "natwork_check",
-        "natwork_explain",
-        "natwork_daemon",
-    }
+    assert set(CHAPTERS) - joining == {"natwork_check", "natwork_explain"}
 
 
 def test_a_box_that_installs_it_gets_every_chapter() -> None:
