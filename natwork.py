@@ -204,10 +204,7 @@ class ConfigError(Exception):
 
 
 class Config:
-    """Every setting and its default.  Times are seconds, as float.
-
-    The type of a default says how natwork.conf spells the setting; FORMS has it.
-    """
+    """Every setting and its default.  Times are seconds, as float."""
 
     listen = "*:8080"
     inside = (
@@ -238,8 +235,9 @@ class Config:
     pidfile = ""
 
     def __init__(self, **settings: Any) -> None:
-        """Take settings as parse_setting() returns them; and file and where."""
+        """Take settings as parse_setting() returns them, and what is named here."""
         self.errors: list[str] = []  # noted so far
+        self.options: list[str] = []
         self.file = ""  # that they came from, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         vars(self).update(settings)
@@ -360,7 +358,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}, faults
 
 
-def load_config(path: str, options: Iterable[str]) -> Config:
+def load_config(path: str, options: list[str]) -> Config:
     """Return the settings of a file, overridden by NAME=VALUE options.
 
     The path "" stands for natwork.conf here, else in /etc/natwork, else the defaults.
@@ -383,7 +381,7 @@ def load_config(path: str, options: Iterable[str]) -> Config:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
             errors.append(f"{place}: {masked(f'{name} = {text}')}: {error}")
-    config = Config(file=path, where=where, errors=errors, **settings)
+    config = Config(file=path, options=options, where=where, errors=errors, **settings)
     for name in ("log", "users", "pidfile"):
         if where.get(name) == path and getattr(config, name) not in ("", "-"):
             file = os.path.join(os.path.dirname(path), getattr(config, name))
@@ -1857,10 +1855,7 @@ MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
 def embedded_addresses(packed: bytes) -> list[bytes]:
-    """Return an address and the IPv4 addresses that it stands for, if any.
-
-    Each of these forms reaches an IPv4 host under another name.
-    """
+    """Return an address and the IPv4 addresses that it stands for, if any."""
     if len(packed) == 4:
         return [packed]
     tail, found = packed[12:], []
@@ -1983,11 +1978,9 @@ def device_addresses(device: str) -> list[bytes]:
 
     Raises OSError.
     """
-    found, index = [], 0
-    with contextlib.suppress(OSError):
-        index = socket.if_nametoindex(device)
+    found, names = [], dict(socket.if_nameindex())
     for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
-        if struct.unpack_from("=I", data, 4)[0] == index:
+        if names.get(struct.unpack_from("=I", data, 4)[0]) == device:
             fields = dict(parts_of(data[8:], "=HH"))
             found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
     return found
@@ -2070,7 +2063,6 @@ class Uplink(NamedTuple):
 
     name: str
     packed: bytes  # empty for a device
-    number: int  # on the scoreboard
 
     def is_there(self) -> bool:
         """Return whether this box has it now."""
@@ -2079,15 +2071,15 @@ class Uplink(NamedTuple):
         return bool(device_addresses(self.name))
 
 
-def parse_uplink(text: str, number: int = 0) -> Uplink:
+def parse_uplink(text: str) -> Uplink:
     """Return the uplink that a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
         packed = address_of(text)
-        return Uplink(unpack(packed), packed, number)
+        return Uplink(unpack(packed), packed)
     # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is neither an address nor a device name")
-    return Uplink(text, b"", number)
+    return Uplink(text, b"")
 
 
 def denied(word: str, rule: str) -> tuple[Outcome, str]:
@@ -2103,8 +2095,7 @@ class Policy:
         self.own_names = "localhost", config.name.lower()
         self.inside = config.parsed("inside", parse_network, config.inside.split())
         self.rules = config.parsed("rules", Rule, config.lines("rules"))
-        words = ((word, n) for n, word in enumerate(config.outside.split()))
-        self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
+        self.uplinks = config.parsed("outside", parse_uplink, config.outside.split())
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
@@ -2272,11 +2263,12 @@ def ways_to(
     Uplinks go side by side, failed ones last.  An address of the inside is not dialed
     by a device of the outside: another host could answer for it there.
     """
-    uplinks = sorted(policy.uplinks, key=lambda one: board.failed_recently(one.number))
-    ways: list[Uplink | None] = [*uplinks]
-    devices = [uplink for uplink in policy.uplinks if not uplink.packed]
+    uplinks = policy.uplinks
+    order = sorted(uplinks, key=lambda one: board.failed_recently(uplinks.index(one)))
+    ways: list[Uplink | None] = [*order]
+    devices = [uplink for uplink in uplinks if not uplink.packed]
     inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    if devices == policy.uplinks:
+    if devices == uplinks:
         # By the routing table; else source addresses reach the inside, too.
         ways.insert(0, None)
     attempts, begin = [], 0.0
@@ -2320,7 +2312,6 @@ class Race:
         self.waiting: list[Attempt] = []  # the next is the last
         self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
-        self.last: Attempt | None = None  # that was dialed, or has won
         self.failed: list[tuple[OSError, Attempt]] = []
         # When each uplink was asked, monotonic.  After an answer that is infinity,
         # which is never too long ago; any other error uses up the uplink's time.
@@ -2349,8 +2340,6 @@ class Race:
         finally:
             for sock in self.pending.values():
                 sock.close()
-            if self.last:
-                self.session.address = endpoint(self.last.where())
 
     def start(self, attempt: Attempt, now: float) -> None:
         """Give an attempt its socket, and its time."""
@@ -2362,7 +2351,7 @@ class Race:
             self.pending[attempt] = sock
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
-            self.last = attempt
+            self.session.address = endpoint(attempt.where())
         except OSError as error:
             self.fail(error, attempt)
 
@@ -2400,24 +2389,22 @@ class Race:
         answer, and another has won; not if it has no way there: that costs nothing,
         and other targets may have one.
         """
-        late = time.monotonic() - UPLINK_DELAY
+        late, worker = time.monotonic() - UPLINK_DELAY, self.worker
         for uplink, since in self.asked.items():
             if uplink == attempt.uplink:
                 break
             if uplink and since <= late:
-                self.worker.board.note_failure(uplink.number)
-        self.last, sock = attempt, self.pending.pop(attempt)
+                worker.board.note_failure(worker.policy.uplinks.index(uplink))
+        sock = self.pending.pop(attempt)
         self.session.source = endpoint(sock.getsockname())
+        self.session.address = endpoint(attempt.where())
         return Stream(sock, SERVER_GONE)
 
 
 def judged(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> list[bytes]:
-    """Return the addresses of a host that may be dialed; raise Refused if none may.
-
-    Of the host's addresses it may be told to take only one.
-    """
+    """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed: list[bytes] = []
     peer, user, proto = worker.client.host, session.user, session.proto
     for packed in [pack(only)] if only else resolve(host, port):
@@ -2432,10 +2419,7 @@ def judged(
 def dial(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> Stream:
-    """Return a connection to a target, or to only one of its addresses; raise Refused.
-
-    The session learns its two ends.
-    """
+    """Return a connection to a target, or to one of its addresses; raise Refused."""
     began = time.monotonic()
     if worker.chapters.parents:
         server: Stream = worker.chapters.parents.dial(worker, session, host, port, only)
@@ -3816,8 +3800,7 @@ def open_generation(chapters: Chapters, old: Generation | None = None) -> Genera
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
         if checks := load_chapter("check"):
-            checks.warn_of_start(config, held, old)
-            checks.warn(config)
+            checks.warn(config, held, old)
     return Generation(config, listeners, log, chapters.policy, chapters, *lifeline)
 
 
@@ -3875,19 +3858,18 @@ def become(user: tuple[int, int], config: Config, log: AccessLog) -> None:
         say(f"users: {who}, so no reload will work: see to its group")
 
 
-def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
+def run(config: Config, ready: Callable[[], None]) -> int:
     """Run the gateway until it is told to stop; return the exit code.
 
     Calls ready() when clients are served.  Raises ConfigError or OSError when
     it cannot start.
     """
-    config, board, fds = load_config(path, options), Scoreboard(), []
-    chapters = examine(config, board)
-    user = find_user(config)
+    board, fds = Scoreboard(), []
+    chapters, user = examine(config, board), find_user(config)
 
     def reload(old: Generation) -> Generation:
         # The file that was there at the start does not become no file.
-        fresh = load_config(path or old.config.file, options)
+        fresh = load_config(old.config.file, old.config.options)
         return open_generation(examine(fresh, board), old)
 
     # A reader of "listening on" may send us a signal: it waits for the master.
@@ -4009,17 +3991,17 @@ def print_settings(config: Config, mark: str = "") -> None:
         print(f"{mark}{name} = {text}".rstrip(), flush=True)
 
 
-def check(path: str, options: list[str]) -> int:
+def check(config: Config) -> int:
     """Print every setting in force; raise ConfigError.
 
     It finds what a start would fail at, as far as that opens nothing.
     """
-    config, checks = load_config(path, options), load_chapter("check")
+    checks = load_chapter("check")
     if checks:
         checks.examine_files(config)
     examine(config, Scoreboard())
     if checks:
-        checks.warn(config)
+        checks.warn(config, {}, None)
     print_settings(config)
     say(f"ok: {config.file or 'the defaults'}")
     return 0
@@ -4052,14 +4034,8 @@ def command(arguments: list[str]) -> int:
         parser.error("--json goes with --table")
     if given.explain and len(given.explain) not in (2, 3):
         parser.error("--explain takes CLIENT TARGET [USER]")
-    path, options = given.config or "", given.option or []
     if given.table:
         return print_table(given.json)
-    for name in CHAPTERS:
-        load_chapter(name)
-    if given.explain:
-        explain = load_chapter("explain", "--explain").explain
-        return int(explain(path, options, given.explain))
     if given.passwd is not None:
         return int(load_chapter("users", "--passwd").passwd(given.passwd))
     if given.settings:
@@ -4068,11 +4044,17 @@ def command(arguments: list[str]) -> int:
         else:
             print_settings(Config(), "#")
         return 0
+    for name in CHAPTERS:
+        load_chapter(name)
+    config = load_config(given.config or "", given.option or [])
+    if given.explain:
+        explain = load_chapter("explain", "--explain").explain
+        return int(explain(config, given.explain))
     if given.test:
-        return check(path, options)
+        return check(config)
     if given.daemon:
-        return int(load_chapter("daemon", "-d").run_daemon(path, options))
-    return run(path, options, lambda: None)
+        return int(load_chapter("daemon", "-d").run_daemon(config))
+    return run(config, lambda: None)
 
 
 def main() -> int:

@@ -86,8 +86,11 @@ def warn_of_start(
         natwork.say("listen is not used: systemd passes the listeners (natwork.socket)")
 
 
-def warn(config: Config) -> None:
-    """Say what is probably not meant; raise OSError."""
+def warn(
+    config: Config, held: dict[str, socket.socket], old: natwork.Generation | None
+) -> None:
+    """Say what is probably not meant, and what has no effect; raise OSError."""
+    warn_of_start(config, held, old)
     if not config.inside.split():
         natwork.say("inside: nobody is a client, it is empty")
     if not config.users and any(

@@ -65,7 +65,7 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
             os.unlink(path)
 
 
-def run_daemon(path: str, options: list[str]) -> int:
+def run_daemon(config: natwork.Config) -> int:
     """Detach, run the gateway after the launcher, and return the launcher's code."""
     try:
         import daemon
@@ -73,7 +73,6 @@ def run_daemon(path: str, options: list[str]) -> int:
         raise OSError(
             "cannot detach: python-daemon is not installed (pip install python-daemon)"
         ) from None
-    config = natwork.load_config(path, options)  # its faults are said before we detach
     news_out, news_in = os.pipe2(0)
     if os.fork():
         os.close(news_in)
@@ -91,7 +90,6 @@ def run_daemon(path: str, options: list[str]) -> int:
         os.write(news_in, b"\0")
         os.close(news_in)
 
-    path = os.path.abspath(path) if path else path
     status = 1
     try:
         daemon.DaemonContext(
@@ -103,7 +101,7 @@ def run_daemon(path: str, options: list[str]) -> int:
             stderr=sys.stderr,
             signal_map={},
         ).open()
-        status = natwork.guard(lambda: natwork.run(path, options, ready))
+        status = natwork.guard(lambda: natwork.run(config, ready))
         with contextlib.suppress(OSError):
             os.write(news_in, bytes([status]))
     finally:

@@ -65,12 +65,12 @@ def explain_dials(
     return bool(attempts)
 
 
-def explain(path: str, options: list[str], words: list[str]) -> int:
+def explain(config: natwork.Config, words: list[str]) -> int:
     """Print which rule decides about a client and a target; dial nothing.
 
     Returns the exit code: 0 for what is allowed, else 1.
     """
-    config, board = natwork.load_config(path, options), natwork.Scoreboard()
+    board = natwork.Scoreboard()
     chapters = natwork.examine(config, board)
     print(f"settings: {config.file or 'the defaults'}")
     policy, parents = chapters.policy, chapters.parents
