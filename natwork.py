@@ -1974,10 +1974,7 @@ route_to = remembered(1.0, find_route)
 
 
 def device_addresses(device: str) -> list[bytes]:
-    """Return the addresses of a network device, packed; none if it is not there.
-
-    Raises OSError.
-    """
+    """Return the addresses of a device, packed, if it is there; raise OSError."""
     found, names = [], dict(socket.if_nameindex())
     for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
         if names.get(struct.unpack_from("=I", data, 4)[0]) == device:
@@ -2303,8 +2300,7 @@ def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
 class Race:
     """Connection attempts side by side, of which the first to succeed wins.
 
-    The next one begins when its time has come, or at once when one has failed; then
-    those after it come as much earlier.
+    When one has failed, the next begins at once, and those after it as much earlier.
     """
 
     def __init__(self, worker: Worker, session: Session) -> None:
@@ -2456,9 +2452,8 @@ def linger(watch: Watch, client: Stream) -> None:
     deadline = time.monotonic() + LINGER_LIMIT
     with contextlib.suppress(BlockingIOError, Refused):
         while (left := deadline - time.monotonic()) > 0:
-            if not watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT)):
-                return
-            if not client.fill():
+            ready = watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT))
+            if not ready or not client.fill():
                 return
             client.received.clear()
 
@@ -3572,10 +3567,7 @@ def chapter_file(name: str) -> str:
 
 
 def load_chapter(name: str, option: str = "") -> Any:
-    """Return a chapter, None if it is not there and no option needs it.
-
-    Raises ConfigError.
-    """
+    """Return a chapter; None, or for an option ConfigError, if it is not there."""
     path = chapter_file(name)
     if not os.path.lexists(path):
         if option:
@@ -3992,10 +3984,7 @@ def print_settings(config: Config, mark: str = "") -> None:
 
 
 def check(config: Config) -> int:
-    """Print every setting in force; raise ConfigError.
-
-    It finds what a start would fail at, as far as that opens nothing.
-    """
+    """Print every setting, if a start would not fail by one; raise ConfigError."""
     checks = load_chapter("check")
     if checks:
         checks.examine_files(config)
