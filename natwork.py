@@ -288,6 +288,7 @@ DEFAULTS: dict[str, Any] = {
 FORMS: dict[str | type, tuple[str, str]] = {
     # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
     "name": ("[A-Za-z0-9_.-]{0,255}", "must be letters, digits, dots and dashes"),
+    "listen": (r"[^\0]*[^\0\s][^\0]*", "must name an address"),
     "log": (r"[^\0]+", "must be - or a file"),
     "log_format": ("text|json", "must be text or json"),
     "max_per_client": ("[0-9]{1,9}", "is not a whole number"),
@@ -3671,8 +3672,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 def endpoints(config: Config) -> list[tuple[str, int]]:
     """Return the hosts and ports of `listen`, and note what is wrong with it."""
-    if not config.listen.split():
-        config.refuse("listen", "must name an address")
     return config.parsed("listen", parse_endpoint, config.listen.split())
 
 
