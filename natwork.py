@@ -2326,7 +2326,7 @@ class Race:
             while (now := time.monotonic()) < deadline:
                 if self.waiting and (now >= self.due or not self.pending):
                     self.start(self.waiting.pop(), now)
-                if server := self.ask(now):
+                if server := self.ask():
                     return server
                 if not self.pending and not self.waiting:
                     raise defeat(self.failed)
@@ -2339,7 +2339,7 @@ class Race:
                 sock.close()
 
     def start(self, attempt: Attempt, now: float) -> None:
-        """Give an attempt its socket, and its time."""
+        """Begin an attempt, and give it its time."""
         if self.waiting:
             self.due = now + self.waiting[-1].at - attempt.at
         family = INET if len(attempt.packed) == 4 else INET6
@@ -2349,22 +2349,24 @@ class Race:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
             self.session.address = endpoint(attempt.where())
+            # ask() hears what becomes of it.
+            if sock.connect_ex(attempt.where()) == errno.EINPROGRESS:
+                self.asked.setdefault(attempt.uplink, now)
         except OSError as error:
             self.fail(error, attempt)
 
-    def ask(self, now: float) -> Stream | None:
+    def ask(self) -> Stream | None:
         """Return the connection of an attempt that has succeeded, if there is one."""
         for attempt, sock in [*self.pending.items()]:
-            # Called again, connect() tells what has become of the first call.
+            # Called again, connect() tells what has become of the first call; at once
+            # for a server on this box, which saves a wait.
             number = sock.connect_ex(attempt.where())
             if number in (0, errno.EISCONN):
                 return self.win(attempt)
-            if number in (errno.EINPROGRESS, errno.EALREADY):
-                self.asked.setdefault(attempt.uplink, now)
-                continue
             if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
                 number = errno.EAGAIN
-            self.fail(OSError(number, os.strerror(number)), attempt)
+            if number not in (errno.EINPROGRESS, errno.EALREADY):
+                self.fail(OSError(number, os.strerror(number)), attempt)
         return None
 
     def fail(self, error: OSError, attempt: Attempt) -> None:
