@@ -365,9 +365,8 @@ def load_config(path: str, options: list[str]) -> Config:
     The path "" stands for natwork.conf here, else in /etc/natwork, else the defaults.
     What is wrong with a setting is noted; raises ConfigError for a file as a whole.
     """
-    for place in ("natwork.conf", "/etc/natwork/natwork.conf"):
-        if not path and os.path.lexists(place):
-            path = place
+    places = "natwork.conf", "/etc/natwork/natwork.conf"
+    path = path or next(filter(os.path.lexists, places), "")
     found, errors = read_settings(path) if path else ({}, [])
     given = [(path, *pair) for pair in found.items()]
     for option in options:
@@ -2214,12 +2213,6 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
-def interleave(addresses: list[bytes]) -> list[bytes]:
-    """Return addresses with the families taking turns, RFC 8305 section 4."""
-    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
-    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
-
-
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
     try:
@@ -2230,15 +2223,16 @@ def resolve(host: str, port: int) -> list[bytes]:
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        why = error.args[1] if len(error.args) == 2 else "not a host name"
+    except socket.gaierror as error:
         outcome = NO_SUCH_HOST
         if error.args[0] == socket.EAI_AGAIN:  # of silence and of a refusal alike
             silent = time.monotonic() > began + 1.5
             outcome = DNS_TIMEOUT if silent else DNS_FAILED
-        raise Refused(outcome, f"{host}: {why}") from None
-    addresses = dict.fromkeys(address_of(str(info[4][0])) for info in found)
-    return interleave(list(addresses))
+        raise Refused(outcome, f"{host}: {error.args[1]}") from None
+    addresses = [*dict.fromkeys(address_of(str(info[4][0])) for info in found)]
+    # The families take turns: RFC 8305 section 4.
+    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
+    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
 
 
 class Attempt(NamedTuple):
