@@ -2352,8 +2352,7 @@ class Race:
     def ask(self) -> Stream | None:
         """Return the connection of an attempt that has succeeded, if there is one."""
         for attempt, sock in [*self.pending.items()]:
-            # Called again, connect() tells what has become of the first call; at once
-            # for a server on this box, which saves a wait.
+            # Called again, connect() tells what has become of the first call.
             number = sock.connect_ex(attempt.where())
             if number in (0, errno.EISCONN):
                 return self.win(attempt)
@@ -3694,7 +3693,7 @@ def open_listeners(
 ) -> dict[str, socket.socket]:
     """Return the listeners that systemd passed, or one for each address of `listen`.
 
-    Those held go on; what is opened here, undo closes.  Raises ConfigError or OSError.
+    Those held go on; what is opened here, undo closes.  Raises OSError.
     """
     open_one = functools.partial(socket.create_server, backlog=LISTEN_BACKLOG)
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
