@@ -1417,7 +1417,6 @@ class Generation(NamedTuple):
     config: Config
     listeners: dict[str, socket.socket]
     log: AccessLog
-    policy: Policy
     chapters: Chapters
     lifeline_read: int
     lifeline_write: int  # the master's alone: it is its life
@@ -1429,7 +1428,7 @@ class Worker:
     def __init__(self, generation: Generation, slot: Slot) -> None:
         """Begin in the new process, under the configuration of a generation."""
         self.generation, self.chapters = generation, generation.chapters
-        self.config, self.policy = generation.config, generation.policy
+        self.config, self.policy = generation.config, self.chapters.policy
         self.board, self.slot = slot.board, slot
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
@@ -3787,7 +3786,7 @@ def open_generation(chapters: Chapters, old: Generation | None = None) -> Genera
     with contextlib.suppress(OSError):
         if checks := load_chapter("check"):
             checks.warn(config, held, old)
-    return Generation(config, listeners, log, chapters.policy, chapters, *lifeline)
+    return Generation(config, listeners, log, chapters, *lifeline)
 
 
 def serve_nobody(generation: Generation) -> None:
@@ -3799,8 +3798,8 @@ def serve_nobody(generation: Generation) -> None:
     # Of spare workers it has enough, so it does not wake the master for more.
     config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
     config.log = os.devnull
-    policy, board, log = Policy(config), Scoreboard(), AccessLog(config)
-    chapters, lifeline = Chapters(config, policy, board), generation[-2:]
+    board, log, lifeline = Scoreboard(), AccessLog(config), generation[-2:]
+    chapters = Chapters(config, Policy(config), board)
     with contextlib.ExitStack() as stack:
         for _ in range(8):  # descriptors for it, or it would wait for one
             stack.callback(os.close, os.dup(lifeline[0]))
@@ -3812,7 +3811,7 @@ def serve_nobody(generation: Generation) -> None:
         client.connect(listener.getsockname())
         port = listener.getsockname()[1]
         client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n" % port)
-        own = Generation(config, {"": listener}, log, policy, chapters, *lifeline)
+        own = Generation(config, {"": listener}, log, chapters, *lifeline)
         serve_client(Worker(own, Slot(board, 0)))
 
 
