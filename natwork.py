@@ -2214,10 +2214,8 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
 
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
-    try:
+    with contextlib.suppress(ValueError):  # it is a name
         return [address_of(host)]
-    except ValueError:
-        pass  # it is a name
     began = time.monotonic()
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
