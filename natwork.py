@@ -237,7 +237,7 @@ class Config:
     def __init__(self, **settings: Any) -> None:
         """Take settings as parse_setting() returns them, and what is named here."""
         self.errors: list[str] = []  # noted so far
-        self.options: list[str] = []
+        self.options: list[str] = []  # NAME=VALUE
         self.file = ""  # that they came from, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         vars(self).update(settings)
@@ -3540,8 +3540,8 @@ class Exchange:
 class Chapters:
     """What the chapters beside this file do; None where a chapter is not there."""
 
-    def __init__(self, config: Config, policy: Policy, board: Scoreboard) -> None:
-        self.config, self.policy, self.board = config, policy, board
+    def __init__(self, config: Config, board: Scoreboard) -> None:
+        self.config, self.policy, self.board = config, Policy(config), board
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None
@@ -3740,12 +3740,11 @@ def examine(config: Config, board: Scoreboard) -> Chapters:
 
     What passes here can be put in force.  Raises ConfigError, with all that is wrong.
     """
-    checks, policy = load_chapter("check"), Policy(config)
+    checks, chapters = load_chapter("check"), Chapters(config, board)
     listens = endpoints(config)
     if checks:
         checks.examine_listeners(config, listens)
     find_user(config)
-    chapters = Chapters(config, policy, board)
     for name, settings in CHAPTERS.items():
         # A value that is the default asks for nothing.
         asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
@@ -3797,7 +3796,7 @@ def serve_nobody(generation: Generation) -> None:
     config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
     config.log = os.devnull
     board, log, lifeline = Scoreboard(), AccessLog(config), generation[-2:]
-    chapters = Chapters(config, Policy(config), board)
+    chapters = Chapters(config, board)
     with contextlib.ExitStack() as stack:
         for _ in range(8):  # descriptors for it, or it would wait for one
             stack.callback(os.close, os.dup(lifeline[0]))
