@@ -28,9 +28,9 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_pages.py       the live table, /metrics, /proxy.pac
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
+    natwork_daemon.py      -d and the pid file
     natwork_check.py       what is probably not meant; the text of --settings
     natwork_explain.py     --explain
-    natwork_daemon.py      -d and the pid file
 
 Usage:
 
@@ -142,6 +142,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "pages": ("gateways",),
     "users": ("users", "max_per_client"),
     "parents": ("parents",),
+    "daemon": ("pidfile",),
 }
 
 
@@ -200,10 +201,7 @@ class ConfigError(Exception):
 
 
 class Config:
-    """Every setting and its default.  Times are seconds, as float.
-
-    The type of a default says how natwork.conf spells the setting; FORMS has it.
-    """
+    """Every setting and its default.  Times are seconds, as float."""
 
     listen = "*:8080"
     inside = (
@@ -234,8 +232,9 @@ class Config:
     pidfile = ""
 
     def __init__(self, **settings: Any) -> None:
-        """Take settings as parse_setting() returns them; and file and where."""
+        """Take settings as parse_setting() returns them, and what is named here."""
         self.errors: list[str] = []  # noted so far
+        self.options: list[str] = []  # NAME=VALUE
         self.file = ""  # that they came from, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         vars(self).update(settings)
@@ -243,28 +242,24 @@ class Config:
         host = re.sub(r"[^A-Za-z0-9_.-]", "", socket.gethostname())
         self.name = self.name or host or "natwork"
 
-    def refuse(self, name: str, why: str) -> ConfigError:
-        """Return the error that says where a setting stands and why it is refused."""
+    def refuse(self, name: str, why: str) -> None:
+        """Note why a setting is refused; examine() raises all that was noted."""
         where, value = self.where.get(name, "default"), masked(self.spelled(name))
         if len(value) > 200:  # the reason must have room on the line
             value = f"{value[:200]}..."
-        return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
-
-    def note(self, name: str, why: str) -> None:
-        """Note why a setting is refused; examine() raises what was noted."""
-        self.errors.append(str(self.refuse(name, why)))
+        self.errors.append(f"{where}: {name} = {value}: {masked(why)}")
 
     def parsed(
         self, name: str, parse: Callable[[Any], Any], pieces: Iterable[Any]
     ) -> list[Any]:
-        """Return what parse() makes of a setting's pieces; note what it refuses."""
+        """Return what parse() makes of a setting's pieces; refuse what it cannot."""
         found = []
         for number, piece in enumerate(pieces, 1):
             try:
                 found.append(parse(piece))
             except ValueError as error:
                 line = f"line {number}: " if "\n" in getattr(self, name) else ""
-                self.note(name, f"{line}{error}")
+                self.refuse(name, f"{line}{error}")
         return found
 
     def spelled(self, name: str) -> str:
@@ -293,6 +288,7 @@ DEFAULTS: dict[str, Any] = {
 FORMS: dict[str | type, tuple[str, str]] = {
     # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
     "name": ("[A-Za-z0-9_.-]{0,255}", "must be letters, digits, dots and dashes"),
+    "listen": (r"[^\0]*[^\0\s][^\0]*", "must name an address"),
     "log": (r"[^\0]+", "must be - or a file"),
     "log_format": ("text|json", "must be text or json"),
     "max_per_client": ("[0-9]{1,9}", "is not a whole number"),
@@ -366,15 +362,14 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}, faults
 
 
-def load_config(path: str, options: Iterable[str]) -> Config:
+def load_config(path: str, options: list[str]) -> Config:
     """Return the settings of a file, overridden by NAME=VALUE options.
 
     The path "" stands for natwork.conf here, else in /etc/natwork, else the defaults.
     What is wrong with a setting is noted; raises ConfigError for a file as a whole.
     """
-    for place in ("natwork.conf", "/etc/natwork/natwork.conf"):
-        if not path and os.path.lexists(place):
-            path = place
+    places = "natwork.conf", "/etc/natwork/natwork.conf"
+    path = path or next(filter(os.path.lexists, places), "")
     found, errors = read_settings(path) if path else ({}, [])
     given = [(path, *pair) for pair in found.items()]
     for option in options:
@@ -389,7 +384,7 @@ def load_config(path: str, options: Iterable[str]) -> Config:
             settings[name], where[name] = parse_setting(name, text), place
         except ValueError as error:
             errors.append(f"{place}: {masked(f'{name} = {text}')}: {error}")
-    config = Config(file=path, where=where, errors=errors, **settings)
+    config = Config(file=path, options=options, where=where, errors=errors, **settings)
     for name in ("log", "users", "pidfile"):
         if where.get(name) == path and getattr(config, name) not in ("", "-"):
             file = os.path.join(os.path.dirname(path), getattr(config, name))
@@ -397,9 +392,9 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     if "spare_workers" not in where:
         config.spare_workers = min(config.spare_workers, config.max_workers)
     if config.spare_workers > config.max_workers:
-        config.note("spare_workers", "must be at most max_workers")
+        config.refuse("spare_workers", "must be at most max_workers")
     if config.max_workers > SLOT_LIMIT:
-        config.note("max_workers", f"must be at most {SLOT_LIMIT}")
+        config.refuse("max_workers", f"must be at most {SLOT_LIMIT}")
     return config
 
 
@@ -1346,7 +1341,6 @@ class Generation(NamedTuple):
     config: Config
     listeners: dict[str, socket.socket]
     log: AccessLog
-    policy: Policy
     chapters: Chapters
     lifeline_read: int
     lifeline_write: int  # the master's alone: it is its life
@@ -1358,7 +1352,7 @@ class Worker:
     def __init__(self, generation: Generation, slot: Slot) -> None:
         """Begin in the new process, under the configuration of a generation."""
         self.generation, self.chapters = generation, generation.chapters
-        self.config, self.policy = generation.config, generation.policy
+        self.config, self.policy = generation.config, self.chapters.policy
         self.board, self.slot = slot.board, slot
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
@@ -1502,18 +1496,19 @@ class Master:
     def __init__(
         self,
         board: Scoreboard,
-        load: Callable[[Generation | None], Generation],
+        generation: Generation,
+        load: Callable[[Generation], Generation],
         serve: Callable[[Worker], bool],
         fds: list[int],
     ) -> None:
-        """Take what loads a generation, and what a worker does for one client.
+        """Take the first generation, what loads another, and what serves one client.
 
         serve() returns False when it is time to leave.  The descriptors are for the
-        master alone.  Raises what load() raises.
+        master alone.
         """
         self.board, self.load, self.serve, self.fds = board, load, serve, fds
-        self.generation = load(None)
-        self.generations = [self.generation]  # the last is in force
+        self.generation = generation
+        self.generations = [generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.stopping = self.reloading = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
@@ -1769,10 +1764,7 @@ MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
 def embedded_addresses(packed: bytes) -> list[bytes]:
-    """Return an address and the IPv4 addresses that it stands for, if any.
-
-    Each of these forms reaches an IPv4 host under another name.
-    """
+    """Return an address and the IPv4 addresses that it stands for, if any."""
     if len(packed) == 4:
         return [packed]
     tail, found = packed[12:], []
@@ -1891,15 +1883,10 @@ route_to = remembered(1.0, find_route)
 
 
 def device_addresses(device: str) -> list[bytes]:
-    """Return the addresses of a network device, packed; none if it is not there.
-
-    Raises OSError.
-    """
-    found, index = [], 0
-    with contextlib.suppress(OSError):
-        index = socket.if_nametoindex(device)
+    """Return the addresses of a device, packed, if it is there; raise OSError."""
+    found, names = [], dict(socket.if_nameindex())
     for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
-        if struct.unpack_from("=I", data, 4)[0] == index:
+        if names.get(struct.unpack_from("=I", data, 4)[0]) == device:
             fields = dict(parts_of(data[8:], "=HH"))
             found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
     return found
@@ -1938,7 +1925,7 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
-    def __init__(self, text: str, number: int) -> None:
+    def __init__(self, text: str) -> None:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
             raise ValueError(f"{text!r} does not begin with allow or deny")
@@ -1951,8 +1938,7 @@ class Rule:
                 names.add(target.lower().rstrip("."))
             else:
                 raise ValueError(f"{target!r} is no CIDR, host.example, .example or *")
-        self.word = f"rule-{number}"  # in the log
-        self.text = f"rule {number}: {' '.join(words)}"
+        self.text = " ".join(words)
         self.allow = words[0] == "allow"
         self.sources = [parse_network(source) for source in lists.get("from", ())]
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
@@ -1983,7 +1969,6 @@ class Uplink(NamedTuple):
 
     name: str
     packed: bytes  # empty for a device
-    number: int  # on the scoreboard
 
     def is_there(self) -> bool:
         """Return whether this box has it now."""
@@ -1992,15 +1977,15 @@ class Uplink(NamedTuple):
         return bool(device_addresses(self.name))
 
 
-def parse_uplink(text: str, number: int = 0) -> Uplink:
+def parse_uplink(text: str) -> Uplink:
     """Return the uplink that a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
         packed = address_of(text)
-        return Uplink(unpack(packed), packed, number)
+        return Uplink(unpack(packed), packed)
     # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is neither an address nor a device name")
-    return Uplink(text, b"", number)
+    return Uplink(text, b"")
 
 
 def denied(word: str, rule: str) -> tuple[Outcome, str]:
@@ -2010,23 +1995,20 @@ def denied(word: str, rule: str) -> tuple[Outcome, str]:
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
 
-    def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
-        """Parse the settings; listeners are the gateway's own addresses and ports.
-
-        What is wrong is noted in the configuration.
-        """
+    def __init__(self, config: Config) -> None:
+        """Parse the settings; what is wrong is noted in the configuration."""
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
-        for host, port, *_ in listeners:
-            self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
         self.own_names = "localhost", config.name.lower()
         self.inside = config.parsed("inside", parse_network, config.inside.split())
-        lines = ((line, n) for n, line in enumerate(config.lines("rules"), 1))
-        self.rules = config.parsed("rules", lambda line: Rule(*line), lines)
-        words = ((word, n) for n, word in enumerate(config.outside.split()))
-        self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
+        self.rules = config.parsed("rules", Rule, config.lines("rules"))
+        self.uplinks = config.parsed("outside", parse_uplink, config.outside.split())
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
+
+    def listens_at(self, host: str, port: int) -> None:
+        """Take note of an address of the gateway itself, which is not dialed."""
+        self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
 
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
         """Return whether a peer is on the inside, and came to us from there.
@@ -2051,7 +2033,7 @@ class Policy:
             theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
             if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
-        if self.uplinks or not link_local:
+        if self.uplinks:
             return True
         anywhere = pack("192.0.2.1"), pack("2001:db8::1")
         return device not in [route_to(there).device for there in anywhere]
@@ -2102,15 +2084,16 @@ class Policy:
         if self.is_own_listener(found, port):
             return LOOP, "the gateway's own listener"
         client = address_of(peer)
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules, 1):
             if not rule.matches(client, user, host, port, found):
                 continue
+            text = f"rule {number}: {rule.text}"
             if not rule.allow:
-                return denied(rule.word, rule.text)
+                return denied(f"rule-{number}", text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not self.closes(packed)):
-                return OK, rule.text
+                return OK, text
         if closed := self.closes(packed):
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
@@ -2139,31 +2122,24 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
-def interleave(addresses: list[bytes]) -> list[bytes]:
-    """Return addresses with the families taking turns, RFC 8305 section 4."""
-    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
-    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
-
-
 def resolve(host: str, port: int) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
-    try:
+    with contextlib.suppress(ValueError):  # it is a name
         return [address_of(host)]
-    except ValueError:
-        pass  # it is a name
     began = time.monotonic()
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), port, type=STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        why = error.args[1] if len(error.args) == 2 else "not a host name"
+    except socket.gaierror as error:
         outcome = NO_SUCH_HOST
         if error.args[0] == socket.EAI_AGAIN:  # of silence and of a refusal alike
             silent = time.monotonic() > began + 1.5
             outcome = DNS_TIMEOUT if silent else DNS_FAILED
-        raise Refused(outcome, f"{host}: {why}") from None
-    addresses = dict.fromkeys(address_of(str(info[4][0])) for info in found)
-    return interleave(list(addresses))
+        raise Refused(outcome, f"{host}: {error.args[1]}") from None
+    addresses = [*dict.fromkeys(address_of(str(info[4][0])) for info in found)]
+    # The families take turns: RFC 8305 section 4.
+    family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
+    return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
 
 
 class Attempt(NamedTuple):
@@ -2186,19 +2162,18 @@ def ways_to(
     Uplinks go side by side, failed ones last.  An address of the inside is not dialed
     by a device of the outside: another host could answer for it there.
     """
-    if not policy.uplinks:  # by the routing table
-        each = enumerate(addresses)
-        return [Attempt(packed, port, None, n * ATTEMPT_DELAY) for n, packed in each]
-    ways: list[Uplink | None] = [*policy.uplinks]
-    ways.sort(key=lambda way: bool(way and board.failed_recently(way.number)))
-    devices = [uplink for uplink in policy.uplinks if not uplink.packed]
+    uplinks = policy.uplinks
+    order = sorted(uplinks, key=lambda one: board.failed_recently(uplinks.index(one)))
+    ways: list[Uplink | None] = [*order]
+    devices = [uplink for uplink in uplinks if not uplink.packed]
     inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    if devices == policy.uplinks:
-        ways.insert(0, None)  # else the inside is reached from the source addresses
+    if devices == uplinks:
+        # By the routing table; else source addresses reach the inside, too.
+        ways.insert(0, None)
     attempts, begin = [], 0.0
     for way in ways:
         if not way:
-            usable = inside
+            usable = inside if devices else addresses
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
@@ -2227,8 +2202,7 @@ def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
 class Race:
     """Connection attempts side by side, of which the first to succeed wins.
 
-    The next one begins when its time has come, or at once when one has failed; then
-    those after it come as much earlier.
+    When one has failed, the next begins at once, and those after it as much earlier.
     """
 
     def __init__(self, worker: Worker, session: Session) -> None:
@@ -2236,7 +2210,6 @@ class Race:
         self.waiting: list[Attempt] = []  # the next is the last
         self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
-        self.last: Attempt | None = None  # that was dialed, or has won
         self.failed: list[tuple[OSError, Attempt]] = []
         # When each uplink was asked, monotonic.  After an answer that is infinity,
         # which is never too long ago; any other error uses up the uplink's time.
@@ -2252,7 +2225,7 @@ class Race:
         self.waiting = attempts[::-1]
         try:
             while (now := time.monotonic()) < deadline:
-                while self.waiting and (now >= self.due or not self.pending):
+                if self.waiting and (now >= self.due or not self.pending):
                     self.start(self.waiting.pop(), now)
                 if server := self.ask():
                     return server
@@ -2265,8 +2238,6 @@ class Race:
         finally:
             for sock in self.pending.values():
                 sock.close()
-            if self.last:
-                self.session.address = endpoint(self.last.where())
 
     def start(self, attempt: Attempt, now: float) -> None:
         """Begin an attempt, and give it its time."""
@@ -2278,13 +2249,10 @@ class Race:
             self.pending[attempt] = sock
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
-            self.last = attempt
-            number = sock.connect_ex(attempt.where())
-            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
-                number = errno.EAGAIN
-            if number not in (0, errno.EINPROGRESS):
-                raise OSError(number, os.strerror(number))
-            self.asked.setdefault(attempt.uplink, now)
+            self.session.address = endpoint(attempt.where())
+            # ask() hears what becomes of it.
+            if sock.connect_ex(attempt.where()) == errno.EINPROGRESS:
+                self.asked.setdefault(attempt.uplink, now)
         except OSError as error:
             self.fail(error, attempt)
 
@@ -2295,7 +2263,9 @@ class Race:
             number = sock.connect_ex(attempt.where())
             if number in (0, errno.EISCONN):
                 return self.win(attempt)
-            if number != errno.EALREADY:
+            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
+                number = errno.EAGAIN
+            if number not in (errno.EINPROGRESS, errno.EALREADY):
                 self.fail(OSError(number, os.strerror(number)), attempt)
         return None
 
@@ -2318,24 +2288,22 @@ class Race:
         answer, and another has won; not if it has no way there: that costs nothing,
         and other targets may have one.
         """
-        late = time.monotonic() - UPLINK_DELAY
+        late, worker = time.monotonic() - UPLINK_DELAY, self.worker
         for uplink, since in self.asked.items():
             if uplink == attempt.uplink:
                 break
             if uplink and since <= late:
-                self.worker.board.note_failure(uplink.number)
-        self.last, sock = attempt, self.pending.pop(attempt)
+                worker.board.note_failure(worker.policy.uplinks.index(uplink))
+        sock = self.pending.pop(attempt)
         self.session.source = endpoint(sock.getsockname())
+        self.session.address = endpoint(attempt.where())
         return Stream(sock, SERVER_GONE)
 
 
 def judged(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> list[bytes]:
-    """Return the addresses of a host that may be dialed; raise Refused if none may.
-
-    Of the host's addresses it may be told to take only one.
-    """
+    """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed: list[bytes] = []
     peer, user, proto = worker.client.host, session.user, session.proto
     for packed in [pack(only)] if only else resolve(host, port):
@@ -2350,10 +2318,7 @@ def judged(
 def dial(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> Stream:
-    """Return a connection to a target, or to only one of its addresses; raise Refused.
-
-    The session learns its two ends.
-    """
+    """Return a connection to a target, or to one of its addresses; raise Refused."""
     began = time.monotonic()
     if worker.chapters.parents:
         server: Stream = worker.chapters.parents.dial(worker, session, host, port, only)
@@ -2391,9 +2356,8 @@ def linger(watch: Watch, client: Stream) -> None:
     deadline = time.monotonic() + LINGER_LIMIT
     with contextlib.suppress(Refused):
         while (left := deadline - time.monotonic()) > 0:
-            if not watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT)):
-                return
-            if not client.fill():
+            ready = watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT))
+            if not ready or not client.fill():
                 return
             client.received.clear()
 
@@ -3415,8 +3379,8 @@ class Exchange:
 class Chapters:
     """What the chapters beside this file do; None where a chapter is not there."""
 
-    def __init__(self, config: Config, policy: Policy, board: Scoreboard) -> None:
-        self.config, self.policy, self.board = config, policy, board
+    def __init__(self, config: Config, board: Scoreboard) -> None:
+        self.config, self.policy, self.board = config, Policy(config), board
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None
@@ -3425,6 +3389,7 @@ class Chapters:
         self.schemes: dict[bytes, Callable[[Exchange], None]] = {}
         self.users: Any = None  # has identify() and check_share()
         self.parents: Any = None  # has dial()
+        self.pid_file: Any = None  # holds it, and yields its descriptor
 
 
 def chapter_file(name: str) -> str:
@@ -3433,10 +3398,12 @@ def chapter_file(name: str) -> str:
     return os.path.join(folder, f"natwork_{name}.py")
 
 
-def load_chapter(name: str) -> Any:
-    """Return a chapter, None if it is not there; raise ConfigError."""
+def load_chapter(name: str, option: str = "") -> Any:
+    """Return a chapter; None, or for an option ConfigError, if it is not there."""
     path = chapter_file(name)
     if not os.path.lexists(path):
+        if option:
+            raise ConfigError(f"{option} needs {path}, which is not there")
         return None
     # Run as a script, this is the module that chapters import, and not a second one.
     sys.modules["natwork"] = sys.modules[__name__]
@@ -3453,39 +3420,6 @@ def load_chapter(name: str) -> Any:
     if version != __version__:
         raise ConfigError(f"{path}: its version is {version}, not {__version__}")
     return module
-
-
-def need_chapter(name: str, wanted: str, config: Config | None = None) -> Any:
-    """Return the chapter of an option, or of a setting there; raise ConfigError."""
-    if module := load_chapter(name):
-        return module
-    why = f"needs {chapter_file(name)}, which is not there"
-    raise config.refuse(wanted, why) if config else ConfigError(f"{wanted} {why}")
-
-
-def find_chapters() -> list[str]:
-    """Load the chapters that are there, and return their names; raise ConfigError."""
-    return [name for name in CHAPTERS if load_chapter(name)]
-
-
-def prepare(config: Config, policy: Policy, board: Scoreboard) -> Chapters:
-    """Return what the chapters do under a configuration.
-
-    Raises ConfigError: what passes here can be put in force.
-    """
-    chapters = Chapters(config, policy, board)
-    for name, settings in CHAPTERS.items():
-        # A value that is the default asks for nothing.
-        asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
-        # Loaded at the start, and not later, when it may be of another version.
-        try:
-            if module := sys.modules.get(f"natwork_{name}"):
-                module.join(chapters)
-            elif asked:
-                config.note(asked[0], f"needs {chapter_file(name)}, which is not there")
-        except ConfigError as error:
-            config.errors.append(str(error))
-    return chapters
 
 
 def admit(worker: Worker, client: Client) -> bool:
@@ -3555,8 +3489,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 def endpoints(config: Config) -> list[tuple[str, int]]:
     """Return the hosts and ports of `listen`, and note what is wrong with it."""
-    if not config.listen.split():
-        config.note("listen", "must name an address")
     return config.parsed("listen", parse_endpoint, config.listen.split())
 
 
@@ -3583,7 +3515,7 @@ def open_listeners(
 ) -> dict[str, socket.socket]:
     """Return the listeners that systemd passed, or one for each address of `listen`.
 
-    Those held go on; what is opened here, undo closes.  Raises ConfigError or OSError.
+    Those held go on; what is opened here, undo closes.  Raises OSError.
     """
     open_one = functools.partial(socket.create_server, backlog=LISTEN_BACKLOG)
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
@@ -3612,78 +3544,71 @@ def open_listeners(
 
 
 def find_user(config: Config) -> tuple[int, int] | None:
-    """Return user and group to become, None if we are not root; raise ConfigError.
+    """Return user and group to become, None if we are not root.
 
     A user that the settings name must exist in any case: a restart would need it.
     """
     import pwd
 
     is_root = os.geteuid() == 0 and config.user != "root"
-    if not is_root and "user" not in config.where:
-        return None
-    try:
-        entry = pwd.getpwnam(config.user)
-    except KeyError:
-        raise config.refuse("user", "there is no such user") from None
-    return (entry.pw_uid, entry.pw_gid) if is_root else None
-
-
-def examine(
-    config: Config, board: Scoreboard, *more: Callable[[Config], object]
-) -> None:
-    """Look at a configuration, in more ways too, before anything changes.
-
-    Raises ConfigError, with all that is wrong.
-    """
-    checks, policy = load_chapter("check"), Policy(config, [])
-    steps: list[Callable[[Config], Any]] = [endpoints, find_user]
-    if config.pidfile:
-        steps.append(functools.partial(need_chapter, "daemon", "pidfile"))
-    steps += [checks.examine_listeners] if checks else []
-    for step in (*steps, *more):
+    if is_root or "user" in config.where:
         try:
-            step(config)
-        except ConfigError as error:
-            config.errors.append(str(error))
-    prepare(config, policy, board)
+            entry = pwd.getpwnam(config.user)
+            return (entry.pw_uid, entry.pw_gid) if is_root else None
+        except KeyError:
+            config.refuse("user", "there is no such user")
+    return None
+
+
+def examine(config: Config, board: Scoreboard) -> Chapters:
+    """Return the policy of a configuration, and what the chapters do under it.
+
+    What passes here can be put in force.  Raises ConfigError, with all that is wrong.
+    """
+    checks, chapters = load_chapter("check"), Chapters(config, board)
+    listens = endpoints(config)
+    if checks:
+        checks.examine_listeners(config, listens)
+    find_user(config)
+    for name, settings in CHAPTERS.items():
+        # A value that is the default asks for nothing.
+        asked = [s for s in settings if getattr(config, s) != DEFAULTS[s]]
+        # Loaded at the start, and not later, when it may be of another version.
+        if module := sys.modules.get(f"natwork_{name}"):
+            module.join(chapters)
+        elif asked:
+            config.refuse(asked[0], f"needs {chapter_file(name)}, which is not there")
     if config.errors:
         hinted = checks.hinted if checks else str
         raise ConfigError("\n".join(map(hinted, dict.fromkeys(config.errors))))
+    return chapters
 
 
-def load_generation(
-    path: str, options: list[str], board: Scoreboard, old: Generation | None
-) -> Generation:
-    """Return the configuration in force from now on, ready to serve.
+def open_generation(chapters: Chapters, old: Generation | None = None) -> Generation:
+    """Return a configuration that is in force from now on, ready to serve.
 
-    The first one finds the chapters, and what systemd passed; a later one goes on
-    with the old one's listeners.  Raises ConfigError or OSError; then nothing has
-    changed.
+    It goes on with the listeners of the old one, the first with those that systemd
+    passed.  Raises OSError; then nothing has changed.
     """
-    # The file that was there at the start does not become no file.
-    config = load_config(path or (old.config.file if old else ""), options)
-    found = [] if old else find_chapters()
-    examine(config, board)
-    held = old.listeners if old else passed_listeners()
+    config, held = chapters.config, old.listeners if old else passed_listeners()
     with contextlib.ExitStack() as undo:
         listeners = open_listeners(config, held, undo)
-        policy = Policy(config, [sock.getsockname() for sock in listeners.values()])
-        chapters = prepare(config, policy, board)
         log = AccessLog(config)
         undo.callback(os.close, log.fd)
         lifeline = os.pipe2(PIPE_FLAGS)
         undo.pop_all()
     if not old:
+        found = " ".join(name for name in CHAPTERS if f"natwork_{name}" in sys.modules)
         which = config.file or "the defaults"
-        say(f"chapters: {' '.join(found) or 'none'}; settings: {which}")
+        say(f"chapters: {found or 'none'}; settings: {which}")
     for sock in listeners.values():
+        chapters.policy.listens_at(*sock.getsockname()[:2])
         if not old or sock not in held.values():
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
         if checks := load_chapter("check"):
-            checks.warn_of_start(config, held, old)
-            checks.warn(config)
-    return Generation(config, listeners, log, policy, chapters, *lifeline)
+            checks.warn(config, held, old)
+    return Generation(config, listeners, log, chapters, *lifeline)
 
 
 def serve_nobody(generation: Generation) -> None:
@@ -3695,8 +3620,8 @@ def serve_nobody(generation: Generation) -> None:
     # Of spare workers it has enough, so it does not wake the master for more.
     config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
     config.log = os.devnull
-    policy, board, log = Policy(config, []), Scoreboard(), AccessLog(config)
-    chapters, lifeline = Chapters(config, policy, board), generation[-2:]
+    board, log, lifeline = Scoreboard(), AccessLog(config), generation[-2:]
+    chapters = Chapters(config, board)
     with contextlib.ExitStack() as stack:
         for _ in range(8):  # descriptors for it, or it would wait for one
             stack.callback(os.close, os.dup(lifeline[0]))
@@ -3708,7 +3633,7 @@ def serve_nobody(generation: Generation) -> None:
         client.connect(listener.getsockname())
         port = listener.getsockname()[1]
         client.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost:\r\n\r\n" % port)
-        own = Generation(config, {"": listener}, log, policy, chapters, *lifeline)
+        own = Generation(config, {"": listener}, log, chapters, *lifeline)
         serve_client(Worker(own, Slot(board, 0)))
 
 
@@ -3740,16 +3665,20 @@ def become(user: tuple[int, int], config: Config, log: AccessLog) -> None:
         say(f"users: {who}, so no reload will work: see to its group")
 
 
-def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
+def run(config: Config, ready: Callable[[], None]) -> int:
     """Run the gateway until it is told to stop; return the exit code.
 
     Calls ready() when clients are served.  Raises ConfigError or OSError when
     it cannot start.
     """
-    config, board, fds = load_config(path, options), Scoreboard(), []
-    find_chapters()
-    examine(config, board)
-    user = find_user(config)
+    board, fds = Scoreboard(), []
+    chapters, user = examine(config, board), find_user(config)
+
+    def reload(old: Generation) -> Generation:
+        # The file that was there at the start does not become no file.
+        fresh = load_config(old.config.file, old.config.options)
+        return open_generation(examine(fresh, board), old)
+
     # A reader of "listening on" may send us a signal: it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
     # Silence from a name server must not outlast the client's patience.
@@ -3759,23 +3688,22 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
     except OSError as error:
         raise OSError(f"cannot ask the kernel for a route: {reason(error)}") from None
     with contextlib.ExitStack() as undo:
-        if config.pidfile:
-            daemon = need_chapter("daemon", "pidfile", config)
-            fds.append(undo.enter_context(daemon.pid_file(config.pidfile, user)))
-        load = functools.partial(load_generation, path, options, board)
-        master = Master(board, load, serve_client, fds)
+        if chapters.pid_file:
+            fds.append(undo.enter_context(chapters.pid_file(config.pidfile, user)))
+        first = open_generation(chapters)
+        master = Master(board, first, reload, serve_client, fds)
         for fd in fds:
-            daemon.write_pid(fd)
+            os.write(fd, b"%d\n" % os.getpid())
         if not find_set_title():
             missing = "setproctitle is not installed (apt install python3-setproctitle)"
             say(f"{missing}: process titles will be missing")
         if user:
-            become(user, config, master.generation.log)
+            become(user, config, first.log)
         if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
             # SCHED_BATCH: a process that wakes does not preempt the one that runs.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        warm(master.generation)
+        warm(first)
         ready()
         notify("READY=1")
         master.run()
@@ -3794,16 +3722,13 @@ def guard(work: Callable[[], int]) -> int:
         for line in str(error).splitlines():
             say(line)
         return 78
-    except BrokenPipeError:  # as by "| head"
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-        return 0
     except OSError as error:
-        # Those of ours have a text and no number.
-        say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
+        nobody_reads = isinstance(error, BrokenPipeError)  # as by "| head"
+        if not nobody_reads:  # those of ours have a text and no number
+            say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
         with contextlib.suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)  # what nobody takes is not tried again
-        return 1
+        return 0 if nobody_reads else 1
     except KeyboardInterrupt:
         return 1
 
@@ -3874,15 +3799,12 @@ def print_settings(config: Config, mark: str = "") -> None:
         print(f"{mark}{name} = {text}".rstrip(), flush=True)
 
 
-def check(path: str, options: list[str]) -> int:
-    """Print every setting in force; raise ConfigError.
-
-    It finds what a start would fail at, as far as that opens nothing.
-    """
-    config = load_config(path, options)
-    find_chapters()
+def check(config: Config) -> int:
+    """Print every setting, if a start would not fail by one; raise ConfigError."""
     checks = load_chapter("check")
-    examine(config, Scoreboard(), *([checks.examine_files] if checks else []))
+    if checks:
+        checks.examine_files(config)
+    examine(config, Scoreboard())
     if checks:
         checks.warn_of_test(config)
     print_settings(config)
@@ -3918,25 +3840,27 @@ def command(arguments: list[str]) -> int:
         parser.error("--json goes with --table")
     if given.explain and len(given.explain) not in (2, 3):
         parser.error("--explain takes CLIENT TARGET [USER]")
-    path, options = given.config or "", given.option or []
     if given.table:
         return print_table(given.json)
-    if given.explain:
-        explain = need_chapter("explain", "--explain").explain
-        return int(explain(path, options, given.explain))
     if given.passwd is not None:
-        return int(need_chapter("users", "--passwd").passwd(given.passwd))
+        return int(load_chapter("users", "--passwd").passwd(given.passwd))
     if given.settings:
         if checks := load_chapter("check"):
             print(checks.SETTINGS, end="")
         else:
             print_settings(Config(), "#")
         return 0
+    for name in CHAPTERS:
+        load_chapter(name)
+    config = load_config(given.config or "", given.option or [])
+    if given.explain:
+        explain = load_chapter("explain", "--explain").explain
+        return int(explain(config, given.explain))
     if given.test:
-        return check(path, options)
+        return check(config)
     if given.daemon:
-        return int(need_chapter("daemon", "-d").run_daemon(path, options))
-    return run(path, options, lambda: None)
+        return int(load_chapter("daemon", "-d").run_daemon(config))
+    return run(config, lambda: None)
 
 
 def main() -> int:

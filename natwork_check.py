@@ -43,37 +43,36 @@ def hinted(fault: str) -> str:
     return fault
 
 
-def examine_listeners(config: Config) -> None:
-    """Raise ConfigError if two addresses of `listen` cannot be together."""
-    found = natwork.endpoints(config)
+def examine_listeners(config: Config, found: list[tuple[str, int]]) -> None:
+    """Refuse two addresses of `listen` that cannot be together."""
     for host, port in found:
         if found.count((host, port)) > 1:
             twice = natwork.endpoint((host, port))
-            raise config.refuse("listen", f"names {twice} twice")
+            config.refuse("listen", f"names {twice} twice")
         for every in ("*", "::" if ":" in host else "0.0.0.0"):
             if host not in ("*", every) and port and (every, port) in found:
                 whole = natwork.endpoint((every, port))
-                raise config.refuse("listen", f"{whole} has {host} in it")
+                config.refuse("listen", f"{whole} has {host} in it")
 
 
 def examine_files(config: Config) -> None:
-    """Note which files that a start would write cannot be."""
-    makes = ["pidfile"] if os.geteuid() == 0 else []  # its directory, too
+    """Refuse a file that a start would write, if it cannot be."""
+    root = os.geteuid() == 0 and config.user != "root"
+    makes = ["pidfile"] if root else []  # its directory, too
     for name in ("log", "pidfile"):
         file = getattr(config, name)
         folder = os.path.dirname(file) or "."
         if file in ("", "-") or name in makes and not os.path.exists(folder):
             continue
-        if not os.path.isdir(folder):
-            config.note(name, "there is no such directory")
-            continue
         there = file if os.path.exists(file) else folder
-        if os.path.isdir(file):
-            config.note(name, "it is a directory")
+        if not os.path.isdir(folder):
+            config.refuse(name, "there is no such directory")
+        elif os.path.isdir(file):
+            config.refuse(name, "it is a directory")
         elif not os.access(there, os.W_OK):
             fixed = os.statvfs(there).f_flag & os.ST_RDONLY
             why = "read-only file system" if fixed else "permission denied"
-            config.note(name, f"it cannot be written: {why}")
+            config.refuse(name, f"it cannot be written: {why}")
 
 
 def warn_of_start(
@@ -93,9 +92,12 @@ def warn_of_start(
         natwork.say("listen is not used: systemd passes the listeners (natwork.socket)")
 
 
-def warn(config: Config) -> None:
-    """Say what is probably not meant; raise OSError."""
-    policy = natwork.Policy(config, [])
+def warn(
+    config: Config, held: dict[str, socket.socket], old: natwork.Generation | None
+) -> None:
+    """Say what is probably not meant, and what has no effect; raise OSError."""
+    warn_of_start(config, held, old)
+    policy = natwork.Policy(config)
     if not policy.inside:
         natwork.say("inside: nobody is a client, it is empty")
     if not config.users and any(rule.users for rule in policy.rules):
@@ -144,7 +146,7 @@ def warn_of_test(config: Config) -> None:
         natwork.say(
             "listen: the service does not use it, natwork.socket listens for it"
         )
-    warn(config)
+    warn(config, {}, None)
 
 
 SETTINGS = """\

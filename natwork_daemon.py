@@ -42,6 +42,7 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     except OSError:
         raise OSError(f"another natwork holds the pid file {path}") from None
     if os.fstat(fd).st_nlink:
+        os.ftruncate(fd, 0)
         return fd
     os.close(fd)
     return lock_pidfile(path, user)  # the one before has just removed it
@@ -51,7 +52,8 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
 def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
     """Hold a pid file, which becomes the user's, and remove it at the end.
 
-    Yields its descriptor, to be given to write_pid().  Raises OSError.
+    Yields its descriptor; the file is empty until there is something to say in it.
+    Raises OSError.
     """
     fd = lock_pidfile(path, user)
     try:
@@ -63,24 +65,13 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
             os.unlink(path)
 
 
-def write_pid(fd: int) -> None:
-    """Write down the process that serves, its listeners open; raise OSError."""
-    try:
-        os.ftruncate(fd, 0)
-        os.write(fd, b"%d\n" % os.getpid())
-    except OSError as error:
-        why = natwork.reason(error)
-        raise OSError(f"cannot write the pid file: {why}") from None
-
-
-def run_daemon(path: str, options: list[str]) -> int:
+def run_daemon(config: natwork.Config) -> int:
     """Detach, run the gateway after the launcher, and return the launcher's code."""
     try:
         import daemon
     except ImportError:
         missing = "python-daemon is not installed (apt install python3-daemon)"
         raise OSError(f"cannot detach: {missing}") from None
-    config = natwork.load_config(path, options)  # its faults are said before we detach
     news_out, news_in = os.pipe2(0)
     if os.fork():
         os.close(news_in)
@@ -98,7 +89,6 @@ def run_daemon(path: str, options: list[str]) -> int:
         os.write(news_in, b"\0")
         os.close(news_in)
 
-    path = os.path.abspath(path) if path else path
     status = 1
     try:
         daemon.DaemonContext(
@@ -110,8 +100,14 @@ def run_daemon(path: str, options: list[str]) -> int:
             stderr=sys.stderr,
             signal_map={},
         ).open()
-        status = natwork.guard(lambda: natwork.run(path, options, ready))
+        status = natwork.guard(lambda: natwork.run(config, ready))
         with contextlib.suppress(OSError):
             os.write(news_in, bytes([status]))
     finally:
         os._exit(status)
+
+
+def join(chapters: natwork.Chapters) -> None:
+    """Hold a pid file from now on, if one is wanted."""
+    if chapters.config.pidfile:
+        chapters.pid_file = pid_file

@@ -67,19 +67,17 @@ def explain_dials(
     return bool(attempts)
 
 
-def explain(path: str, options: list[str], words: list[str]) -> int:
+def explain(config: natwork.Config, words: list[str]) -> int:
     """Print which rule decides about a client and a target; dial nothing.
 
     Returns the exit code: 0 for what is allowed, else 1.
     """
-    natwork.find_chapters()
-    config, board = natwork.load_config(path, options), natwork.Scoreboard()
-    natwork.examine(config, board)
+    board = natwork.Scoreboard()
+    chapters = natwork.examine(config, board)
     print(f"settings: {config.file or 'the defaults'}")
-    listeners = natwork.endpoints(config)
-    own = [("0.0.0.0" if host == "*" else host, port) for host, port in listeners]
-    policy = natwork.Policy(config, own)
-    parents = natwork.prepare(config, policy, board).parents
+    policy, parents = chapters.policy, chapters.parents
+    for host, port in natwork.endpoints(config):
+        policy.listens_at("0.0.0.0" if host == "*" else host, port)
     client = words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):

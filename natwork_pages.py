@@ -365,13 +365,13 @@ def metrics(exchange: Exchange) -> str:
 
 
 def other_gateways(config: natwork.Config) -> list[str]:
-    """Return the words of `gateways`; raise ConfigError for what is not HOST:PORT."""
+    """Return the words of `gateways`; refuse what is not HOST:PORT."""
     words = config.gateways.split()
     for word in words:
         try:
             natwork.parse_authority(os.fsencode(word), 0)
         except Refused:
-            raise config.refuse("gateways", f"{word!r} is not HOST:PORT") from None
+            config.refuse("gateways", f"{word!r} is not HOST:PORT")
     return words
 
 
@@ -440,7 +440,7 @@ def own_page(exchange: Exchange) -> None:
 
 
 def join(chapters: natwork.Chapters) -> None:
-    """Answer for the gateway itself from now on; raise ConfigError."""
+    """Answer for the gateway itself from now on."""
     import json  # noqa: F401  # later a worker may be unable to read it
 
     other_gateways(chapters.config)

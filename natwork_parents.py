@@ -97,7 +97,7 @@ def parse_parent(text: str) -> Parent:
     parts = map(natwork.unescaped, login.encode().split(b":"))
     if any(len(part) > 255 for part in parts):  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
-    targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}", 0)
+    targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}")
     shown, plain = f"{scheme}://{authority}", "scheme" in lists
     return Parent(shown, scheme, host, port, login.encode(), targets, plain)
 
@@ -254,7 +254,7 @@ class Parents:
 
 
 def join(chapters: natwork.Chapters) -> None:
-    """Dial by way of parents from now on, if there are any; raise ConfigError."""
+    """Dial by way of parents from now on, if there are any."""
     config = chapters.config
     parents = config.parsed("parents", parse_parent, config.lines("parents"))
     if parents:

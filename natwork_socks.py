@@ -440,7 +440,7 @@ def serve(ports: range, worker: Worker) -> None:
 
 
 def join(chapters: natwork.Chapters) -> None:
-    """Serve SOCKS clients from now on; raise ConfigError for bad bind_ports."""
+    """Serve SOCKS clients from now on, and refuse bad bind_ports."""
     config = chapters.config
     text = config.bind_ports
     words = [] if text == "0" else [text]

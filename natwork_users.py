@@ -90,7 +90,7 @@ def parse_users(text: bytes) -> dict[str, Line]:
 
 
 def read_users(config: natwork.Config) -> dict[str, Line] | None:
-    """Return salt and hash of each user, None if all may ask; raise ConfigError."""
+    """Return salt and hash of each user, None if all may ask; refuse a bad file."""
     if not config.users:
         return None
     try:
@@ -109,7 +109,8 @@ def read_users(config: natwork.Config) -> dict[str, Line] | None:
         why = natwork.reason(error)
     except (AttributeError, ValueError) as error:
         why = str(error)
-    raise config.refuse("users", why)
+    config.refuse("users", why)
+    return {}
 
 
 class Users:
@@ -251,7 +252,7 @@ def passwd(name: str) -> int:
 
 
 def join(chapters: natwork.Chapters) -> None:
-    """Ask who a client is from now on, where that is wanted; raise ConfigError."""
+    """Ask who a client is from now on, where that is wanted."""
     config = chapters.config
     lines = read_users(config)
     if lines is not None or config.max_per_client:

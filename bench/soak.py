@@ -593,7 +593,7 @@ class Report:
         ]
         odd = [line for line in lines if list(line) != list(lines[0])]
         self.line("lines that are no lines", str(len(odd)), not odd)
-        pages = gateway.program.need_chapter("pages", "this")
+        pages = gateway.program.load_chapter("pages", "this")
         lost, ended = gateway.total("LOST"), pages.ended(gateway.board)
         sessions = sum(ended.values())
         self.line("lines lost", str(lost), lost == 0)

@@ -230,7 +230,7 @@ def test_the_heart_is_one_module(tmp_path: Path) -> None:
 
 def test_imported_the_heart_is_that_module(tmp_path: Path) -> None:
     code = (
-        "import natwork, sys; natwork.find_chapters(); import natwork_socks; "
+        "import natwork, sys; natwork.load_chapter('socks'); import natwork_socks; "
         "print(natwork_socks.natwork is natwork, '__main__' != natwork.__name__)"
     )
     laid(tmp_path / "here", "socks")

@@ -62,9 +62,12 @@ FOUR, SIX = ["192.0.2.1", "192.0.2.2", "192.0.2.3"], ["2001:db8::1", "2001:db8::
         (FOUR + SIX[:1], [FOUR[0], SIX[0], *FOUR[1:]]),
     ],
 )
-def test_the_families_take_turns(addresses: list[str], order: list[str]) -> None:
-    packed = [natwork.pack(address) for address in addresses]
-    found = [natwork.unpack(address) for address in natwork.interleave(packed)]
+def test_the_families_take_turns(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], order: list[str]
+) -> None:
+    answer = [(0, 0, 0, "", (address, 80)) for address in addresses]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: answer)
+    found = [natwork.unpack(address) for address in natwork.resolve("a.example", 80)]
     assert found == order  # RFC 8305 section 4
 
 
@@ -86,7 +89,7 @@ def test_the_families_take_turns(addresses: list[str], order: list[str]) -> None
 def test_uplinks_go_by_preference_and_failed_ones_last(
     outside: str, failed: dict[int, float], order: list[tuple[str, str]]
 ) -> None:
-    policy = natwork.Policy(natwork.Config(outside=outside), [])
+    policy = natwork.Policy(natwork.Config(outside=outside))
     board = natwork.Scoreboard()
     for number, ago in failed.items():
         board.words[natwork.UPLINKS + number] = int(time.monotonic() - ago)
@@ -97,7 +100,7 @@ def test_uplinks_go_by_preference_and_failed_ones_last(
 
 
 def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
-    policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"), [])
+    policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"))
     addresses = [natwork.pack(f"192.0.2.{n}") for n in range(100, 140)]
     addresses.insert(1, natwork.pack(SIX[0]))
     attempts = natwork.ways_to(policy, addresses, 80, natwork.Scoreboard())
@@ -671,7 +674,7 @@ def test_a_bind_is_where_its_caller_knows_the_client(
 
 def uplinks_of(outside: str) -> natwork.Policy:
     """Return the policy of a gateway with some uplinks."""
-    return natwork.Policy(natwork.Config(outside=outside), [])
+    return natwork.Policy(natwork.Config(outside=outside))
 
 
 def race_of(lifeline: int) -> natwork.Race:
@@ -679,6 +682,7 @@ def race_of(lifeline: int) -> natwork.Race:
     worker = SimpleNamespace(
         watch=natwork.Watch(lifeline, 1.0, {}),
         board=natwork.Scoreboard(),
+        policy=uplinks_of(" ".join(UPLINKS)),
         config=natwork.Config(connect_timeout=20.0),
     )
     return natwork.Race(worker, natwork.Session("127.0.0.1:1", "1"))
@@ -708,7 +712,7 @@ def test_an_uplink_that_has_no_way_to_a_target_has_not_failed(
         board = race.worker.board
         attempts = natwork.ways_to(policy, [packed], server.port, board)
         race.run(attempts).close()
-    assert race.last and race.last.uplink == policy.uplinks[1]
+    assert race.session.source.startswith(f"{policy.uplinks[1].name}:")
     assert len(race.failed) == 1
     assert not board.failed_recently(0) and not board.failed_recently(1)
 
@@ -724,7 +728,7 @@ def test_an_uplink_asked_later_has_not_failed_when_the_first_wins(
         board = race.worker.board
         attempts = natwork.ways_to(policy, addresses, server.port, board)
         race.run(attempts).close()
-    assert race.last and race.last.uplink == policy.uplinks[0]
+    assert race.session.source.startswith(f"{policy.uplinks[0].name}:")
     assert set(race.asked) == set(policy.uplinks)
     assert not board.failed_recently(0) and not board.failed_recently(1)
 
@@ -748,7 +752,7 @@ def test_a_failure_brings_all_later_attempts_forward(
         began = time.monotonic()
         race.run(attempts).close()
         took = time.monotonic() - began
-    assert race.last == attempts[3]
+    assert race.session.address == f"127.0.1.9:{server.port}"
     assert [attempt for _, attempt in race.failed] == [attempts[1]]
     assert 0.6 <= took < 10
 
@@ -781,7 +785,7 @@ def test_a_target_that_has_refused_is_not_asked_by_the_next_uplink(
 def test_an_uplink_has_failed_that_had_its_time_and_brought_nothing(
     ago: float, error: OSError | None, failed: bool
 ) -> None:
-    ways = [natwork.parse_uplink(host, n) for n, host in enumerate(UPLINKS)]
+    ways = uplinks_of(" ".join(UPLINKS)).uplinks
     race = race_of(-1)
     board = race.worker.board
     lost, won = (natwork.Attempt(b"\x7f\0\0\1", 80, way, 0.0) for way in ways)

@@ -26,7 +26,6 @@ import natwork
 from natwork import Chapters
 from natwork import Config
 from natwork import ConfigError
-from natwork import Policy
 from natwork import Scoreboard
 from natwork import pack
 from natwork_parents import Parents
@@ -132,7 +131,7 @@ BAD = [
 def joined(lines: str) -> Parents:
     """Return what the chapter makes of `parents`."""
     config = Config(parents=lines)
-    chapters = Chapters(config, Policy(config, []), Scoreboard())
+    chapters = Chapters(config, Scoreboard())
     join(chapters)
     if config.errors:
         raise ConfigError("\n".join(config.errors))

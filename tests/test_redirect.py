@@ -141,7 +141,7 @@ def test_a_closed_address_is_refused_to_the_redirected_too(
     word: str, target: str
 ) -> None:
     rules = "allow to *; allow port 1-65535; allow to localhost; allow to .example"
-    policy = natwork.Policy(natwork.Config(rules=rules), [])
+    policy = natwork.Policy(natwork.Config(rules=rules))
     with contextlib.suppress(ValueError):  # a name is never dialed here
         packed = natwork.pack(target.strip("[]"))
         for claim in (natwork.unpack(packed), "localhost", "a.example"):
@@ -163,7 +163,7 @@ def test_a_closed_address_is_refused_to_the_redirected_too(
 def test_mail_is_open_and_a_name_opens_nothing(
     rules: str, port: int, word: str
 ) -> None:
-    policy = natwork.Policy(natwork.Config(rules=rules), [])
+    policy = natwork.Policy(natwork.Config(rules=rules))
     packed = natwork.pack("198.51.100.1")
     verdict = policy.judge("10.0.0.7", "-", "198.51.100.1", port, packed, "redirect")
     assert verdict[0].word == word

@@ -164,17 +164,17 @@ def test_a_bad_rule_is_refused_and_the_error_names_it(
     line: str, complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
-        natwork.Rule(line, 1)
+        natwork.Rule(line)
     config = natwork.Config(rules=f"deny to a; {line}")
-    natwork.Policy(config, [])
+    natwork.Policy(config)
     (error,) = config.errors
     assert re.search("rules = .*" + re.escape(complaint), error)
 
 
 def test_a_rule_is_its_words_whatever_the_blanks() -> None:
-    rule = natwork.Rule("  deny   to a.example , .b.example  port 80,90-99 ", 3)
-    assert rule.text == "rule 3: deny to a.example,.b.example port 80,90-99"
-    assert (rule.word, rule.allow) == ("rule-3", False)
+    rule = natwork.Rule("  deny   to a.example , .b.example  port 80,90-99 ")
+    assert rule.text == "deny to a.example,.b.example port 80,90-99"
+    assert not rule.allow
 
 
 # --- Verdicts -----------------------------------------------------------------
@@ -316,7 +316,8 @@ VERDICTS = [
 def test_the_first_rule_that_fits_decides(
     rules: str, host: str, port: int, address: str, word: str
 ) -> None:
-    policy = natwork.Policy(natwork.Config(rules=rules), [("192.168.0.1", 8080)])
+    policy = natwork.Policy(natwork.Config(rules=rules))
+    policy.listens_at("192.168.0.1", 8080)
     host, port = natwork.parse_authority(f"{host}:{port}".encode(), 0)  # as it comes
     verdict = policy.judge(CLIENT, "ann", host, port, natwork.pack(address))
     word = "denied-rule-1" if word == "!" else word
@@ -332,7 +333,7 @@ def test_the_first_rule_that_fits_decides(
 
 
 def test_a_client_has_one_address_however_it_is_written() -> None:
-    policy = natwork.Policy(natwork.Config(rules="deny from 10.0.0.7"), [])
+    policy = natwork.Policy(natwork.Config(rules="deny from 10.0.0.7"))
     packed = natwork.pack(OUTSIDE)
     for client in ("10.0.0.7", "::ffff:10.0.0.7"):
         assert policy.judge(client, "-", "a.example", 80, packed)[0] is not natwork.OK
@@ -362,7 +363,8 @@ OPEN = "allow to 0.0.0.0/0, ::/0 port 1-65535, 8080"
 def test_no_rule_opens_the_gateways_own_listener(
     rules: str, listener: str, address: str
 ) -> None:
-    policy = natwork.Policy(natwork.Config(rules=rules), [(listener, 8080)])
+    policy = natwork.Policy(natwork.Config(rules=rules))
+    policy.listens_at(listener, 8080)
     packed = natwork.pack(address)
     verdict = policy.judge(CLIENT, "-", "a.example", 8080, packed)
     assert (verdict[0] is natwork.OK, verdict[0].word) == (False, "loop")
@@ -378,7 +380,8 @@ def test_no_rule_opens_the_gateways_own_listener(
 def test_the_unspecified_address_is_loopback_to_who_dials_it(
     rules: str, listener: str, address: str
 ) -> None:
-    policy = natwork.Policy(natwork.Config(rules=rules), [(listener, 8080)])
+    policy = natwork.Policy(natwork.Config(rules=rules))
+    policy.listens_at(listener, 8080)
     packed = natwork.pack(address)
     assert policy.judge(CLIENT, "-", "a.example", 8080, packed)[0] is not natwork.OK
 
@@ -627,7 +630,7 @@ def test_explain_says_what_the_rules_say(
     word: str,
 ) -> None:
     # A literal: what a name leads to is not ours to say.
-    policy = natwork.Policy(natwork.Config(rules=rules), [])
+    policy = natwork.Policy(natwork.Config(rules=rules))
     place = natwork.endpoint((address, port))
     verdict = policy.judge(CLIENT, "ann", address, port, natwork.pack(address))
     said = explained(capsys, closed, CLIENT, place, "-o", f"rules={rules}", "ann")
@@ -790,7 +793,7 @@ def test_a_kernel_that_tells_no_routes_is_told_at_the_start(tmp_path: Path) -> N
 def test_what_cannot_be_asked_of_the_routes_is_not_allowed() -> None:
     code = """
 import os, resource, natwork
-policy = natwork.Policy(natwork.Config(), [])
+policy = natwork.Policy(natwork.Config())
 policy.judge("127.0.0.1", "-", "h", 80, natwork.pack("192.0.2.1"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 try:

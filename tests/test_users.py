@@ -929,10 +929,9 @@ def test_a_reload_that_cannot_load_the_hashes_says_so(tmp_path: Path) -> None:
     code = """
 import sys, natwork, natwork_users
 sys.modules["hashlib"] = None
-try:
-    natwork_users.read_users(natwork.Config(users="users", user="nobody"))
-except natwork.ConfigError as error:
-    print(error)
+config = natwork.Config(users="users", user="nobody")
+assert natwork_users.read_users(config) == {}
+print(*config.errors)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=running.ROOT, capture_output=True
