@@ -1443,7 +1443,7 @@ class Worker:
             poll.modify(self.lifeline, 0)
             ready = dict(poll.poll(CROSSING_TIME * 1000))
         try:
-            return client.fd in ready and client.fill()
+            return client.fd in ready and client.fill() and bool(client.received)
         except Refused:
             return False
 
