@@ -25,7 +25,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_socks.py       SOCKS 4, 4a and 5
     natwork_redirect.py    TCP that nftables redirects here
     natwork_gateways.py    ftp:// and gopher:// URLs
-    natwork_pages.py       the live table, /metrics, /proxy.pac
+    natwork_pages.py       the live table, /metrics, /proxy.pac, /lat.json
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
     natwork_check.py       what is probably not meant; --settings
@@ -231,6 +231,8 @@ class Config:
     drain_timeout = 30.0
     bind_ports = "0"
     udp_from_anyone = False
+    mappings = False
+    max_mappings = 16
     log = "-"
     log_format = "text"
     user = "nobody"
@@ -405,7 +407,7 @@ USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNE
 SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "It leads to this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
-OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
+OWN_PAGES = "It has /, /table.json, /metrics, /proxy.pac, /wpad.dat and /lat.json."
 
 
 class Outcome(NamedTuple):
@@ -2068,11 +2070,13 @@ class Uplink(NamedTuple):
     packed: bytes  # empty for a device
     number: int  # on the scoreboard
 
+    def addresses(self) -> list[bytes]:
+        """Return the addresses that a connection may leave from; raise OSError."""
+        return [self.packed] if self.packed else device_addresses(self.name)
+
     def is_there(self) -> bool:
-        """Return whether this box has it now."""
-        if self.packed:
-            return bool(route_to(self.packed).local)
-        return bool(device_addresses(self.name))
+        """Return whether this box has it now; raise OSError."""
+        return any(route_to(packed).local for packed in self.addresses())
 
 
 def parse_uplink(text: str, number: int = 0) -> Uplink:
@@ -2092,6 +2096,9 @@ def denied(word: str, rule: str) -> tuple[Outcome, str]:
 
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
+
+    # Some address of the outside, where but the way there is asked for; by its size.
+    ANYWHERE = {4: pack("192.0.2.1"), 16: pack("2001:db8::1")}
 
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
@@ -2131,13 +2138,30 @@ class Policy:
         if link_local:  # each device has those: the addresses beside them say its side
             here += device_addresses(device)
         for uplink in self.uplinks:
-            theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
+            theirs = uplink.addresses()
             if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
         if self.uplinks or not link_local:
             return True
-        anywhere = pack("192.0.2.1"), pack("2001:db8::1")
-        return device not in [route_to(there).device for there in anywhere]
+        return device not in [way.device for way in self.defaults()]
+
+    def defaults(self) -> list[Route]:
+        """Return the default routes of both families; raise OSError."""
+        return [route_to(there) for there in self.ANYWHERE.values()]
+
+    def outside(self) -> dict[bytes, Uplink | None]:
+        """Return the addresses that the outside sees, each with its uplink.
+
+        Without uplinks they are those of the default routes.  Raises OSError.
+        """
+        found = {packed: way for way in self.uplinks for packed in way.addresses()}
+        if not self.uplinks:
+            found = {pack(way.source): None for way in self.defaults() if way.source}
+        return {
+            packed: uplink
+            for packed, uplink in found.items()
+            if route_to(packed).local and not contains(LINK_LOCAL, packed)
+        }
 
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.

@@ -37,8 +37,6 @@ NO_LOGIN, PASSWORD = 0, 2  # methods: RFC 1928 section 3
 GRANTED, REJECTED = 90, 91  # version 4 has no other replies to give
 NUL = re.compile(b"\0")  # ends a string in version 4
 ANY_PORT = range(1)  # port 0: the kernel chooses
-# In place of 0.0.0.0 and ::, which are no way to anyone: by size.
-ANYONE = {4: natwork.pack("192.0.2.1"), 16: natwork.pack("2001:db8::1")}
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
 Connection = tuple[natwork.Stream, SocketAddress]  # and the address to reply
 Way = tuple[bytes, socket.socket]  # an address, and a socket of ours to use with it
@@ -388,7 +386,9 @@ class Socks:
         # It may call from any port, so rules with ports do not speak of it.
         allowed = self.consult(natwork.judged, host, 0)
         expected = [one for one in allowed if self.version == 5 or len(one) == 4]
-        there = [one if any(one) else ANYONE[len(one)] for one in expected]
+        there = [
+            one if any(one) else natwork.Policy.ANYWHERE[len(one)] for one in expected
+        ]
         _, listener = open_outside(self, there, 0, {})
         with listener:
             here = listener.getsockname()
