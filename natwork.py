@@ -491,6 +491,8 @@ OUTCOME_OF_ERRNO = {
     **dict.fromkeys((errno.ENETUNREACH, errno.ENETDOWN), UNROUTABLE),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
     **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM, errno.EADDRINUSE), OVERLOAD),
+    socket.EAI_NONAME: NO_SUCH_HOST,
+    socket.EAI_AGAIN: DNS_FAILED,
 }
 
 OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
@@ -2023,6 +2025,8 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
+    SOME_PORT = -1  # to ask whether a target may be dialed at all
+
     def __init__(self, text: str, number: int) -> None:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
@@ -2053,7 +2057,8 @@ class Rule:
             return False
         if self.users and user not in self.users:
             return False
-        if self.ports and not any(port in ports for ports in self.ports):
+        some = port == self.SOME_PORT and self.allow
+        if self.ports and not some and not any(port in ports for ports in self.ports):
             return False
         if not self.names and not self.blocks or contains(self.blocks, *found):
             return True
@@ -2112,6 +2117,9 @@ class Policy:
         self.inside = config.parsed("inside", parse_network, config.inside.split())
         lines = ((line, n) for n, line in enumerate(config.lines("rules"), 1))
         self.rules = config.parsed("rules", lambda line: Rule(*line), lines)
+        ports = [word for word in [config.bind_ports] if word != "0"]
+        # 0, the port that lets the kernel choose, if no others are named.
+        (self.ports,) = config.parsed("bind_ports", parse_ports, ports) or [range(1)]
         words = ((word, n) for n, word in enumerate(config.outside.split()))
         self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
         self.closed = (*CLOSED, ("inside", self.inside))
@@ -2252,7 +2260,7 @@ def interleave(addresses: list[bytes]) -> list[bytes]:
     return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
 
 
-def resolve(host: str, port: int) -> list[bytes]:
+def resolve(host: str) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
     try:
         return [address_of(host)]
@@ -2261,7 +2269,7 @@ def resolve(host: str, port: int) -> list[bytes]:
     began = time.monotonic()
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
-        found = socket.getaddrinfo(host.encode(), port, type=STREAM)
+        found = socket.getaddrinfo(host.encode(), None, type=STREAM)
     except (socket.gaierror, UnicodeError) as error:
         why = error.args[1] if len(error.args) == 2 else "not a host name"
         outcome = NO_SUCH_HOST
@@ -2444,8 +2452,9 @@ def judged(
     Of the host's addresses it may be told to take only one.
     """
     allowed: list[bytes] = []
-    peer, user, proto = worker.client.host, session.user, session.proto
-    for packed in [pack(only)] if only else resolve(host, port):
+    peer, proto = worker.client.host, session.proto
+    user = session.user if worker.config.users else "-"  # else it is but a claim
+    for packed in [pack(only)] if only else resolve(host):
         outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
