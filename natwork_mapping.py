@@ -112,12 +112,14 @@ class Pool:
             slot.clear(0)
         self.lock(fcntl.LOCK_UN)
 
-    def end_all(self, *_: object) -> None:
-        """End all processes that have a slot, as the master asks when time is over."""
-        for slot in self.slots:
-            if pid := slot.words[natwork.PID]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+    def end_callers(self, *_: object) -> None:
+        """End what is not our own child: the callers, as the master asks in the end."""
+        for pid in {slot.words[natwork.PID] for slot in self.slots} - {
+            0,
+            *self.children,
+        }:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 class Mapping(NamedTuple):
@@ -238,7 +240,7 @@ class Mapper:
             watch.drain_at < math.inf and len(pool.free()) < SLOT_COUNT
         ):
             if watch.drain_at < math.inf:
-                signal.signal(signal.SIGTERM, pool.end_all)
+                signal.signal(signal.SIGTERM, pool.end_callers)
             with contextlib.suppress(Refused):  # the time is over for them, not for us
                 watch.wait({}, LOOK_TIME)
             time.sleep(OPEN_TIME)
@@ -281,12 +283,12 @@ class Mapper:
         """
         data, notes, _, peer = sock.recvmsg(64, socket.CMSG_SPACE(12))
         index, here, asked = struct.unpack("=I4s4s", notes[0][2])
-        device = natwork.route_to(natwork.pack(peer[0])).device
-        if here != asked or device != socket.if_indextoname(index):
+        route = natwork.route_to(natwork.pack(peer[0]))
+        if here != asked or route.device != socket.if_indextoname(index):
             return
         if self.policy.uplinks and here in self.policy.outside():
             return
-        if not self.policy.is_client(peer, None):
+        if route.local or not self.policy.is_client(peer, None):
             return
         if answer := self.answer(data, peer[0], natwork.unpack(here)):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
@@ -348,6 +350,7 @@ class Mapper:
         self, host: str, here: str, port: int, wanted: int, seconds: int
     ) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
+        self.pool.reap(orphans=True)
         mine = {
             int(one.client.rpartition(":")[2]): (slot, one)
             for slot, one in self.mappings(host)
@@ -363,7 +366,7 @@ class Mapper:
             else ["-"]
         )
         inside = self.policy.closes(packed) == "inside"
-        if not users or not port or not inside or natwork.route_to(packed).local:
+        if not users or not port or not inside:
             return NOT_AUTHORIZED, 0
         if port in mine:
             slot, one = mine.pop(port)
