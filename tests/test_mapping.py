@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boxes
+import http_wire
 import kernel
 import needs
 import pmp
@@ -130,14 +131,26 @@ def called(box: boxes.Box, port: int, host: str = OUTSIDE) -> tuple[socket.socke
     return caller, seen.decode().strip()
 
 
+def page(box: boxes.Box, path: str) -> bytes:
+    """Return a page of the gateway."""
+    with box.connect("inside", ("10.9.0.1", 8080)) as client:
+        data = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode()
+        answer = http_wire.exchange(client, data)
+    assert answer.status == 200
+    return answer.body
+
+
 def rows(box: boxes.Box) -> list[dict[str, object]]:
-    """Return the state table, as the operator sees it."""
-    words = [*running.PROGRAM, "--table", "--json"]
-    done = box.run("gateway", *words)
+    """Return the rows of mappings in the state table."""
+    found = json.loads(page(box, "/table.json"))["sessions"]
+    return [row for row in found if row["protocol"] == "map"]
+
+
+def shown(box: boxes.Box) -> list[dict[str, object]]:
+    """Return the same as the operator sees it."""
+    done = box.run("gateway", *running.PROGRAM, "--table", "--json")
     assert done.returncode == 0, done
-    found = json.loads(done.stdout)
-    assert isinstance(found, list)
-    return found
+    return [row for row in json.loads(done.stdout) if row["protocol"] == "map"]
 
 
 def lines(gateway: running.Gateway, method: str = "-") -> list[dict[str, str]]:
@@ -145,10 +158,9 @@ def lines(gateway: running.Gateway, method: str = "-") -> list[dict[str, str]]:
     return [x for x in gateway.lines() if (x["proto"], x["method"]) == ("map", method)]
 
 
-def counted(box: boxes.Box, *settings: str) -> int:
+def counted(box: boxes.Box) -> int:
     """Return how many sessions of mappings the metrics count."""
-    url = "http://10.9.0.1:8080/metrics"
-    text = box.run("inside", "curl", "-s", "--max-time", "10", *settings, url).stdout
+    text = page(box, "/metrics").decode()
     found = re.findall(r'^natwork_sessions_total{protocol="map",.*} (\d+)$', text, re.M)
     return sum(map(int, found))
 
@@ -206,15 +218,14 @@ def test_a_caller_is_a_process_a_row_and_a_line(
         (mapping,) = mappings(gateway)
         assert kernel.children(mapping) == [pid]
         assert kernel.children(mapper(gateway)) == [mapping]
-        (own, row) = sorted(rows(box), key=lambda row: row["pid"] == pid)
+        (own, row) = sorted(shown(box), key=lambda row: row["pid"] == pid)
         assert (own["pid"], own["destination"]) == (mapping, f"{OUTSIDE}:8000")
         assert (own["source_ip"], own["original_source_port"]) == ("10.9.0.2", port)
         assert (row["protocol"], row["destination"]) == ("map", f"10.9.0.2:{port}")
         place = f"{row['source_ip']}:{row['original_source_port']}"
         assert place == client and seen == f"10.9.0.1:{row['new_source_port']}"
         # As the server may ask who it is.
-        url = f"http://10.9.0.1:8080/table.json?source_port={seen.split(':')[1]}"
-        told = json.loads(box.run("inside", "curl", "-s", url).stdout)
+        told = json.loads(page(box, f"/table.json?source_port={seen.split(':')[1]}"))
         assert [one["pid"] for one in told["sessions"]] == [pid]
         caller.sendall(b"x" * 300_000)
         caller.shutdown(socket.SHUT_WR)  # and what comes back is whole
@@ -305,13 +316,16 @@ while time.time() < ends_at:
 
 
 def test_transmission_is_forwarded(box: boxes.Box, start: Start, folder: Path) -> None:
-    needs.programs("transmission-cli")
+    needs.programs("transmission-cli", "upnpc")
     gateway, said = start(), folder / "said"
     words = ["-m", "-D", "-p", "51413", "-w", str(folder), "-g", str(folder / "conf")]
     with said.open("w") as errors:
         program = box.start(
             "inside", "transmission-cli", *words, MAGNET, folder=folder, errors=errors
         )
+    # Meanwhile: UPnP finds nothing.
+    done = box.run("inside", "upnpc", "-s")
+    assert done.returncode != 0 and "No IGD UPnP Device found" in done.stderr
     wait.until(lambda: "Port 51413 forwarded successfully" in said.read_text(), 40)
     (title,) = mappings(gateway).values()
     assert title.startswith(f"natwork: map {OUTSIDE}:51413 > 10.9.0.2:51413 ")
@@ -328,13 +342,6 @@ def test_libtorrent_is_told_its_port(box: boxes.Box, start: Start) -> None:
     assert done.stderr.strip() == told + "TCP/6881"
     (title,) = mappings(gateway).values()
     assert title.startswith(f"natwork: map {OUTSIDE}:6881 > 10.9.0.2:6881 ")
-
-
-def test_upnpc_finds_nothing(box: boxes.Box, start: Start) -> None:
-    needs.programs("upnpc")
-    start()
-    done = box.run("inside", "upnpc", "-s")
-    assert done.returncode != 0 and "No IGD UPnP Device found" in done.stderr
 
 
 # --- Who may have what --------------------------------------------------------
@@ -463,8 +470,7 @@ def test_with_users_a_machine_must_have_logged_in(
         caller, _ = called(box, 8000)
         with caller:
             assert wire.echoes(caller)
-            own = [row for row in rows(box) if row["protocol"] == "map"]
-            assert {row["user"] for row in own} == {"alice;app=web"} and len(own) == 2
+            assert [row["user"] for row in shown(box)] == ["alice;app=web"] * 2
             control.close()
             wait.until(lambda: refused(box, 8000))
             assert wire.echoes(caller)
@@ -525,7 +531,8 @@ def test_a_mapping_that_is_killed_leaves_its_callers(
         assert line["outcome"] == "killed"
         assert wire.echoes(caller) and wire.echoes(other)
         # They are in the table still, and one that is killed now has its line.
-        assert sorted(int(str(row["pid"])) for row in rows(box)) == sorted(orphans)
+        for table in (rows, shown):
+            assert sorted(int(str(x["pid"])) for x in table(box)) == sorted(orphans)
         os.kill(orphans[0], signal.SIGKILL)
         (line,) = wait.until(lambda: lines(gateway))
         assert line["outcome"] == "killed" and line["pid"] == str(orphans[0])
