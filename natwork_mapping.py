@@ -51,6 +51,16 @@ SIZES = {ADDRESS: 2, MAP_TCP: 12}
 OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range(6)
 
 
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended, and no process of ours will reap it.
+
+    In a container nobody else may, either: then it stays a zombie.
+    """
+    stat = natwork.stat_of(pid)
+    is_zombie = stat[:1] == [b"Z"]
+    return not stat or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
+
+
 class Pool:
     """Our slots on the scoreboard, and the processes that this one has forked.
 
@@ -98,8 +108,7 @@ class Pool:
                 break
             self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
         for slot in self.slots if orphans else ():
-            pid = slot.words[natwork.PID]
-            if pid and not os.path.exists(f"/proc/{pid}"):
+            if (pid := slot.words[natwork.PID]) and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
         self.lock(fcntl.LOCK_UN)
 
