@@ -149,9 +149,13 @@ class Mapper:
             if not self.sockets:
                 self.open()
             wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
-            for fd in watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME):
-                with contextlib.suppress(OSError, KeyError):  # it will be asked again
+            ready = watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME)
+            for fd in ready.keys() & self.sockets.keys():
+                try:
                     self.receive(self.sockets[fd])
+                except OSError as error:
+                    why = natwork.reason(error)
+                    self.pool.board.say(f"cannot answer a machine: {why}")
             self.look()
         natwork.set_title("natwork: mapper that leaves")
         signal.signal(signal.SIGTERM, self.pool.end_callers)
@@ -359,10 +363,15 @@ class Mapper:
             listener.close()
             self.serve(slot, mapping, natwork.Client(sock, address), here)
 
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             sock, address = listener.accept()
             with sock:
                 self.pool.fork(work, None, 0)
+        except (BlockingIOError, ConnectionAbortedError):
+            pass
+        except OSError as error:
+            self.pool.board.say(f"cannot take a caller: {natwork.reason(error)}")
+            time.sleep(LOOK_TIME)
 
     # The process of a caller.
 
