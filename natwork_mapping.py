@@ -150,13 +150,13 @@ class Mapper:
                 self.open()
             wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
             ready = watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME)
-            for fd in ready.keys() & self.sockets.keys():
-                try:
+            try:
+                for fd in ready.keys() & self.sockets.keys():
                     self.receive(self.sockets[fd])
-                except OSError as error:
-                    why = natwork.reason(error)
-                    self.pool.board.say(f"cannot answer a machine: {why}")
-            self.look()
+                self.look()
+            except OSError as error:
+                why = natwork.reason(error)
+                self.pool.board.say(f"the mapper goes on after an error: {why}")
         natwork.set_title("natwork: mapper that leaves")
         signal.signal(signal.SIGTERM, self.pool.end_callers)
         while self.sockets:
