@@ -56,9 +56,13 @@ def is_gone(pid: int) -> bool:
 
     In a container nobody else may, either: then it stays a zombie.
     """
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):  # or another user's has its number
+        return True
     stat = natwork.stat_of(pid)
     is_zombie = stat[:1] == [b"Z"]
-    return not stat or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
+    return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
 
 
 class Pool:
