@@ -276,7 +276,7 @@ def test_a_lease_ends_its_port_and_no_caller(
     box: boxes.Box, start: Start, echo: Callable[..., int]
 ) -> None:
     gateway, port = start(), echo()
-    assert pmp.mapped(box, port, 8000, 1).seconds == 1
+    assert pmp.mapped(box, port, 8000, 2).seconds == 2
     caller, _ = called(box, 8000)
     with caller:
         wait.until(lambda: refused(box, 8000))
