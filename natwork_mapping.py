@@ -112,8 +112,11 @@ class Pool:
                 break
             self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
         for slot in self.slots if orphans else ():
-            if (pid := slot.words[natwork.PID]) and is_gone(pid):
+            pid = slot.words[natwork.PID]
+            if pid and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
+            elif not pid and slot.row():
+                slot.clear(0)  # of a mapper that was killed before it forked
         self.lock(fcntl.LOCK_UN)
 
     def give_back(self, slot: Slot, code: int) -> None:
