@@ -272,26 +272,25 @@ class Mapper:
     ) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
         self.pool.reap(orphans=True)
-        key, ends_at = (
-            natwork.endpoint((host, port)),
-            time.monotonic_ns() + seconds * 10**9,
-        )
+        key, now = natwork.endpoint((host, port)), time.monotonic_ns()
         mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
             for client, (slot, _) in mine.items():
                 slot.words[LEASE] *= port > 0 and client != key  # port 0: all of them
             return OK, 0
-        users = sorted(user for at, user in self.users() if at == host)
-        users = users if self.config.users else ["-"]
+        users, ends_at = ["-"], now + seconds * 10**9
+        if self.config.users:
+            users = sorted(user for at, user in self.users() if at == host)
         if not users or not port or self.policy.closes(natwork.pack(host)) != "inside":
             return NOT_AUTHORIZED, 0
         if key in mine:
             slot, one = mine.pop(key)
             wanted = int(one.address.rpartition(":")[2])
-            if slot.words[natwork.PID] in self.pool.children:
+            is_ours = slot.words[natwork.PID] in self.pool.children
+            if is_ours and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, wanted
-            # An earlier mapper made it, under earlier settings: make it anew.
+            # It is over, or of an earlier mapper with other settings: make it anew.
             slot.words[LEASE], until = 0, time.monotonic() + RELEASE_TIME
             while slot.row() and time.monotonic() < until:
                 time.sleep(OPEN_TIME)

@@ -289,6 +289,20 @@ def test_a_lease_ends_its_port_and_no_caller(
     wait.until(lambda: len(mappings(gateway)) == 1)
 
 
+def test_what_is_given_back_may_be_asked_for_at_once(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start(), echo()
+    for _ in range(5):
+        assert pmp.mapped(box, port, 8000).port == 8000
+        assert pmp.mapped(box, port, 0, 0).result == pmp.OK
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller:
+        assert wire.echoes(caller)
+    wait.until(lambda: len(lines(gateway, "MAP")) == 5)
+
+
 def test_a_lease_is_two_hours_at_most(box: boxes.Box, start: Start) -> None:
     start()
     assert pmp.mapped(box, 8000, 8000, 1 << 31).seconds == 7200
