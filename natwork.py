@@ -1457,16 +1457,15 @@ class Worker:
         """Return whether enough workers are idle, this one not counted."""
         return self.board.states().count(IDLE_STATE) >= self.config.spare_workers
 
-    def await_word(self, streams: list[Stream], seconds: float, new: bool) -> set[int]:
-        """Wait for a client's next word; return which streams can be read.
+    def await_word(self, seconds: float, new: bool) -> bool:
+        """Wait for the client's next word, and receive it; return whether it came.
 
-        They are descriptors; none when the time is over, or to leave.  A new client is
-        not sent away by a reload.  Another has a moment to ask its next request, which
-        would else cross with our leaving.
+        Else the time is over, or it is time to leave.  A new client is not sent away by
+        a reload.  Another has a moment to ask its next request, which would else cross
+        with our leaving.
         """
-        poll = select.poll()
-        for stream in streams:
-            poll.register(stream.fd, POLLIN)
+        client, poll = self.client.stream, select.poll()
+        poll.register(client.fd, POLLIN)
         poll.register(self.lifeline, 0 if new else POLLIN)  # POLLHUP comes unasked
         ready = dict(poll.poll(min(seconds, SHORT_SILENCE) * 1000))
         if not ready and seconds > SHORT_SILENCE:
@@ -1477,7 +1476,10 @@ class Worker:
         if ready == {self.lifeline: POLLIN}:
             poll.modify(self.lifeline, 0)
             ready = dict(poll.poll(CROSSING_TIME * 1000))
-        return {*ready} - {self.lifeline}
+        try:
+            return client.fd in ready and client.fill()
+        except Refused:
+            return False
 
     def make_room(self, *_: object) -> None:
         """Leave for another client, as the master asks, if ours is silent still."""
@@ -1518,6 +1520,7 @@ class Worker:
         except OSError as error:
             outcome = refuse(Refused(outcome_of(error), reason(error)))
         finally:
+            session.down += self.client.stream.counted()
             self.generation.log.write(session, outcome.word, self.slot)
 
 
@@ -2479,7 +2482,6 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         raise
     finally:
         session.up += server.counted()
-        session.down += client.counted()
         server.close()
 
 
@@ -2500,7 +2502,9 @@ LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
+# What check_request_line() refuses does not match.
+LIKELY = rb"(?=\S{1,%d} \S+ HTTP/1)" % METHOD_LIMIT
+REQUEST_HEAD = re.compile(rb"%b%b\r(\n%b)\r\n" % (LIKELY, REQUEST_LINE, LINES))
 RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
@@ -2523,7 +2527,7 @@ BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OWN_PAGE = b""  # the scheme of a request in origin-form: it is for the gateway itself
-CHUNKED, UNTIL_CLOSE = -1, -2  # in place of a body's length
+CHUNKED = -1  # in place of a body's length
 # RFC 9110 section 7.6.1, and what this hop alone may read.
 HOP_BY_HOP = frozenset(
     b"connection proxy-connection proxy-authorization keep-alive te transfer-encoding "
@@ -2652,16 +2656,10 @@ class RequestHead:
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
         match = REQUEST_HEAD.fullmatch(head)
-        if not match:
+        if not match or match.end(3) > LINE_LIMIT:
             check_request_line(head.partition(CRLF)[0])
             raise Refused(BAD_REQUEST, "malformed field line")
         self.method, self.target, version, section = match.groups()
-        if (
-            version[:1] != b"1"
-            or len(self.method) > METHOD_LIMIT
-            or match.end(3) > LINE_LIMIT
-        ):
-            check_request_line(head[: match.end(3)])
         self.minor = 0 if version == b"1.0" else 1
         self.path = self.target  # as its server is asked for it, once that is parsed
         self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
@@ -2669,8 +2667,7 @@ class RequestHead:
         host = self.fields.get(b"host")
         if host is None and self.minor and self.method != b"CONNECT":
             raise Refused(BAD_REQUEST, "no Host field")
-        if host:
-            parse_authority(host, 80)
+        self.host = parse_authority(host, 80)[0] if host else ""
         # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
@@ -2690,6 +2687,18 @@ class RequestHead:
         with contextlib.suppress(binascii.Error):
             return binascii.a2b_base64(match[1]) if match else b""
         return b""
+
+    def upgrade(self) -> bytes:
+        """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
+
+        It travels with the fields that Connection names for it, or not at all; HTTP/2
+        not at all, because it is us that the server speaks with.
+        """
+        if b"upgrade" not in self.options or not NOT_NAMED.issuperset(self.options):
+            return b""
+        offered = self.fields.get(b"upgrade", b"").split(b",") if self.minor else []
+        known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
+        return b",".join(known).strip(b" \t")
 
 
 class ResponseHead:
@@ -2727,8 +2736,8 @@ def request_length(head: RequestHead) -> int | None:
     if b"transfer-encoding" in head.fields:
         codings = members(head.fields[b"transfer-encoding"])
         if digits is not None or not head.minor:
-            why = "in HTTP/1.0" if digits is None else "with Content-Length"
-            raise Refused(BAD_REQUEST, f"Transfer-Encoding {why}")
+            why = "Transfer-Encoding with Content-Length, or in HTTP/1.0"
+            raise Refused(BAD_REQUEST, why)
         if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
             raise Refused(BAD_REQUEST, "Transfer-Encoding does not end in one chunked")
         if len(codings) > 1:  # which is no fault, but nothing that we do
@@ -2816,7 +2825,7 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
 
 def framing_lines(length: int | None) -> bytes:
     """Return the field line that says how long a body is, if one does."""
-    if length is None or length == UNTIL_CLOSE:
+    if length is None:
         return b""
     if length == CHUNKED:
         return b"Transfer-Encoding: chunked\r\n"
@@ -2838,14 +2847,13 @@ def answer_head(
     return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
 
 
-def read_line(one: Direction, limit: int, bad: Outcome) -> Steps:
-    """Take one line of a chunked body, CRLF included; raise Refused."""
-    if b"\n" not in one.source.received:
+def read_chunked(
+    one: Direction, mark: re.Pattern[bytes], limit: int, bad: Outcome
+) -> Steps:
+    """Take bytes as read_until(); before it waits for them, send what is gathered."""
+    if not mark.search(one.source.received):
         yield from one.flush()
-    line: bytes = yield from read_until(one.source, LINE_END, limit, bad)
-    if not line.endswith(CRLF):
-        raise Refused(bad, "bare LF in a chunked body")
-    return line
+    return (yield from read_until(one.source, mark, limit, bad))
 
 
 def chunked(
@@ -2857,7 +2865,7 @@ def chunked(
     """
     form = CHUNK_LINE if bad is BAD_REQUEST else FAULTY_CHUNK_LINE
     while True:
-        line = yield from read_line(one, CHUNK_LINE_LIMIT, bad)
+        line = yield from read_chunked(one, LINE_END, CHUNK_LINE_LIMIT, bad)
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
@@ -2872,18 +2880,15 @@ def chunked(
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
-    section = b""
-    while (line := (yield from read_line(one, HEAD_LIMIT, bad))) != CRLF:
-        section += line
-        if len(section) > HEAD_LIMIT:
-            raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
-    if not re.fullmatch(LINES, section):
-        if bad is BAD_REQUEST:
+    # The line end of the last size: with an empty line it ends the body.
+    one.source.received[:0] = CRLF
+    section = yield from read_chunked(one, HEAD_END, HEAD_LIMIT, bad)
+    if not re.fullmatch(b"\r\n%b\r\n" % LINES, section):
+        if bad is BAD_REQUEST or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
-        section = mended(CRLF + section + CRLF)[2:-2]
+        section = mended(section)
     if framed:
-        dropped = NOT_IN_TRAILERS.union(head.options)
-        one.out += b"0\r\n%b\r\n" % without(section, dropped)
+        one.out += b"0%b" % without(section, NOT_IN_TRAILERS.union(head.options))
 
 
 # --- HTTP exchanges -----------------------------------------------------------
@@ -2894,17 +2899,13 @@ def chunked(
 # has a body that is still on its way.
 
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
+UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
+# After these there is no end of the request from which to go on.
+NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
-# How far the answer to a request is: nothing was sent, or interim responses and these
-# whole; one of them is half sent; the final one is; that, and only the close ends it;
-# it is whole.
-NOTHING, INTERIM, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(5)
-KEEP, CLOSE, LINGER = range(3)  # what becomes of the client's connection then
-
-
-def upgrade_lines(protocols: bytes) -> bytes:
-    """Return the field lines that name protocols to change to: RFC 9110 section 7.8."""
-    return b"Connection: upgrade\r\nUpgrade: %b\r\n" % protocols
+# How far the answer to a request is: nothing was sent, but whole interim responses; a
+# part of a response; that, and only the close ends it; it is whole.
+NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
 
 
 class HttpConnection:
@@ -2920,37 +2921,16 @@ class HttpConnection:
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
         self.worker, self.client = worker, worker.client.stream
-        name = worker.config.name.encode()
-        # What we add to a message's Via, by its sender's minor version.
-        self.own_via = b"1.0 " + name, b"1.1 " + name
 
     def await_request(self) -> bool:
-        """Wait for the next request of a kept-alive client; return whether it comes.
-
-        A server that closes meanwhile, or says what was not asked for, is dropped:
-        RFC 9112 section 6.3.
-        """
+        """Wait for the next request of a kept-alive client; return whether it comes."""
         self.blanks = 0
-        if not self.drop_blanks():  # the request came with the one before
-            self.check_server()
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
-            streams = [self.client, self.server] if self.server else [self.client]
             left = max(0.0, deadline - time.monotonic())
-            ready = self.worker.await_word(streams, left, False)
-            if self.server and self.server.fd in ready:
-                self.close()
-            try:
-                if not ready or self.client.fd in ready and not self.client.fill():
-                    return False
-            except Refused:
+            if not self.worker.await_word(left, new=False):
                 return False
         return True
-
-    def check_server(self) -> None:
-        """Drop the kept server if it has closed, or says what was not asked for."""
-        if self.server and readable([self.server.fd]):
-            self.close()
 
     def drop_blanks(self) -> bool:
         """Drop empty lines before a request; return whether nothing else is there.
@@ -2981,7 +2961,9 @@ class HttpConnection:
         """
         if not self.server or self.server_for != (session.user, host, port):
             return None
-        if not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME:
+        late = not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME
+        # What can be read is its end, or unasked: RFC 9112 section 6.3.
+        if late or readable([self.server.fd]):
             return None
         session.address, session.source = self.server_ends
         return self.server
@@ -3001,11 +2983,10 @@ class Exchange:
     understood = False
     head_only = False  # the method is HEAD
     length: int | None = None  # of the request's body
-    told: int | None = None  # of the answer's, as its head has it
-    progress, then = NOTHING, CLOSE
+    progress = NOTHING
+    keep = False  # the client's connection goes on after the answer
     continued = False  # the client was told to send its body
     server_keeps = False  # the server's connection goes on after its answer
-    unsent = False  # the client sends no byte of its body, and goes on without
     offered = b""  # protocols for an upgrade
     switching: ResponseHead | None = None  # the answer that takes one
 
@@ -3024,7 +3005,7 @@ class Exchange:
         target = self.target = self.find_target(head)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
-            return self.answer_options(head)
+            return
         if head.method == b"CONNECT":
             return self.serve_connect(target)
         if target.scheme == b"http":
@@ -3035,9 +3016,8 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        silent = self.http.drop_blanks()
-        raw = b"" if silent else self.client.take_until(HEAD_END)
-        raw = raw or self.await_head()
+        self.http.drop_blanks()
+        raw = self.client.take_until(HEAD_END) or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
         self.understood, session = True, self.session
@@ -3047,8 +3027,8 @@ class Exchange:
             session.proto = "connect"
             if self.length:
                 raise Refused(BAD_REQUEST, "CONNECT with a body")
-        elif head.keep_alive:
-            self.then = KEEP
+        else:
+            self.keep = head.keep_alive and not self.length  # or once that is taken
         if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
@@ -3058,15 +3038,13 @@ class Exchange:
 
     def await_head(self) -> bytes:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        why = "the request head did not come to its end"
+        client, why = self.client, "the request head did not come to its end"
         deadline = time.monotonic() + self.config.head_timeout
         while self.http.drop_blanks():
-            self.watch.run(self.client.need(), HEAD_TIMEOUT, why, deadline=deadline)
-        steps = read_until(
-            self.client, HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun
-        )
+            self.watch.run(client.need(), HEAD_TIMEOUT, why, deadline=deadline)
+        bad, check = HEAD_TOO_LARGE, self.check_begun
+        steps = read_until(client, HEAD_END, HEAD_LIMIT, bad, check)
         head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
-        self.http.check_server()  # it has had time since await_request()
         return head
 
     def check_begun(self, received: bytearray) -> None:
@@ -3092,29 +3070,17 @@ class Exchange:
             session.target = "*"
             return Target("", 0, b"", b"*")
         raw = head.target
-        if raw[:5].lower() == b"ws://" and self.offers_upgrade(head):  # RFC 6455's
+        self.offered = head.upgrade()
+        if self.offered and raw[:5].lower() == b"ws://":  # RFC 6455's
             raw = b"http" + raw[2:]
         target, head.path = parse_target(head.method, raw)
         session.target = target.shown(head)
         if b"via" in head.fields:
             self.check_via(head.fields[b"via"])
-        if target.scheme == b"http":
-            if self.worker.policy.means_us(target.host, target.port):
-                return target._replace(scheme=OWN_PAGE)
+        here = self.worker.policy.means_us
+        if target.scheme == b"http" and here(target.host, target.port):
+            return target._replace(scheme=OWN_PAGE)
         return target
-
-    def offers_upgrade(self, head: RequestHead) -> bool:
-        """Return whether there is an upgrade that may travel: RFC 9110 section 7.8.
-
-        It travels with the fields that Connection names for it, or not at all; HTTP/2
-        not at all, because it is us that the server speaks with.
-        """
-        named = NOT_NAMED.issuperset(head.options) and b"upgrade" in head.options
-        if head.minor and named:
-            offered = head.fields.get(b"upgrade", b"").split(b",")
-            known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
-            self.offered = b",".join(known).strip(b" \t")
-        return bool(self.offered)
 
     def check_via(self, via: bytes) -> None:
         """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
@@ -3124,42 +3090,37 @@ class Exchange:
                 raise Refused(LOOP, "the request has been here before, says its Via")
 
     def ends_here(self, head: RequestHead) -> bool:
-        """Return whether TRACE or OPTIONS may go no further: RFC 9110 section 7.6.2.
+        """Answer TRACE or OPTIONS if it may go no further; return whether that is so.
 
-        Raises Refused.
+        Else it may go one hop less: RFC 9110 section 7.6.2.  Raises Refused.
         """
         if head.method == b"TRACE" and self.length is not None:
             raise Refused(BAD_REQUEST, "TRACE with a body")
         hops = head.fields.get(b"max-forwards")
-        if hops is not None and not re.fullmatch(rb"[0-9]{1,32}", hops):
-            raise Refused(BAD_REQUEST, "invalid Max-Forwards")
-        return hops is not None and int(hops) == 0 or head.target == b"*"
-
-    def answer_options(self, head: RequestHead) -> None:
-        """Answer OPTIONS with what is possible here; TRACE is not; raise Refused."""
+        if hops is not None:
+            if not re.fullmatch(rb"[0-9]{1,32}", hops):
+                raise Refused(BAD_REQUEST, "invalid Max-Forwards")
+            head.fields[b"max-forwards"] = b"%d" % (int(hops) - 1)
+        if head.target != b"*" and (hops is None or int(hops) > 0):
+            return False
         if head.method == b"TRACE":
             raise Refused(NOT_IMPLEMENTED, "TRACE is not answered by this gateway")
-        if self.length:
-            self.then = CLOSE  # its body is not read
         methods = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
         self.answer("200 OK", methods, b"")
+        return True
 
     # What travels on.
 
     def answer_as_origin(self, head: RequestHead) -> None:
         """Answer a request for our own pages, which ask by themselves who it is."""
-        path, host = BEFORE_AT_OR_QUERY.sub(b"", head.target), ""
+        path = BEFORE_AT_OR_QUERY.sub(b"", head.target)
         self.session.target = printable(path, TARGET_SIZE)
-        with contextlib.suppress(Refused):
-            host, _ = parse_authority(head.fields.get(b"host", b""), 80)
-        self.target = Target(host, 0, b"", OWN_PAGE)
+        self.target = Target(head.host, 0, b"", OWN_PAGE)
         self.by_chapter(self.target)
 
     def by_chapter(self, target: Target) -> None:
         """Answer what a chapter answers, by the target's scheme; raise Refused."""
         if serve := self.worker.chapters.schemes.get(target.scheme):
-            if self.length:  # until its body is read
-                self.then = CLOSE
             return serve(self)
         if target.scheme == OWN_PAGE:
             why = "the gateway's own pages need natwork_pages.py"
@@ -3181,14 +3142,13 @@ class Exchange:
         """Answer, and pass on all that comes after it, both ways; raise Refused."""
         session = self.session
         session.status, session.outcome = status, ENDED
-        self.progress, self.then = WHOLE, CLOSE  # so refuse() writes nothing
+        self.progress, self.keep = BEGUN, False  # so refuse() writes nothing
         self.worker.proceed(session)
         tunnel(self.worker, session, server, answer)
 
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        self.offers_upgrade(head)
         # RFC 9110 section 9.2.2: only what had no effect may go out again.
         repeatable = not self.length and head.method in IDEMPOTENT
         server = http.kept_server(session, target.host, target.port, repeatable)
@@ -3197,8 +3157,8 @@ class Exchange:
             try:
                 return self.carry(server)
             except Refused as refusal:
-                # It does if the connection closed before the server heard it.
-                answered = self.progress or self.continued or server.received
+                # It goes out again if the server closed before it heard it.
+                answered = self.progress or server.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
                     raise
@@ -3208,35 +3168,20 @@ class Exchange:
 
     def carry(self, server: Stream) -> None:
         """Carry a request to its server and the answer back; raise Refused."""
-        keeps, whole = False, True  # the latter: the server takes the whole request
+        keeps = False
         try:
-            request = self.request_head(server)
-            if self.length:
-                whole = self.carry_both(server, request)
-            else:
-                self.carry_answer(server, request)
+            carry = self.carry_both if self.length else self.carry_answer
+            carry(server, self.request_head(server))
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
-            keeps = whole and self.server_keeps and not server.received
+            keeps = self.server_keeps and not server.received
             self.http.answered_at = time.monotonic()
         except Refused as refusal:
             # A parent is to blame for what it did to a connection that leads to it.
             raise server.parent.blamed(refusal) if server.parent else refusal from None
         finally:
             self.session.up += server.counted()
-            self.session.down += self.client.counted()
             if not keeps:
                 self.http.close()
-        if self.then is not KEEP or not whole and not self.unsent:
-            self.choose_close(whole)
-
-    def choose_close(self, whole: bool = True) -> None:
-        """Choose how the client's connection is closed after a whole answer.
-
-        A client that said close, and no more, has sent nothing that ours could reset;
-        one of which the request was not taken whole goes on sending.
-        """
-        more = not whole or self.head.keep_alive or self.client.received
-        self.then = LINGER if more or readable([self.client.fd]) else CLOSE
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
@@ -3244,19 +3189,12 @@ class Exchange:
         late, slot = "the server did not answer", self.worker.slot
         watch.send(server, request, "the server takes no more", seconds)
         slot.moved(server.sent, 0)  # for the table, while we wait
-        if not server.received:
-            if not watch.wait({server.fd: POLLIN, client.fd: 0}, seconds):
-                raise Refused(ANSWER_TIMEOUT, late)
-            server.fill()  # or it was the client; if that is a reset, run() says so
-        raw = server.take_until(HEAD_END)
-        response = ResponseHead(raw) if raw else None
-        if not response or response.status < 200:
-            steps = self.read_response(server, response)
-            response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
-        if response.status == 101 and self.offered:
+        steps = self.read_response(server)
+        response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
+        if response.status == 101:
             return self.switch(server, response)
-        size = self.decide_answer(response)
-        head = self.response_head(response, size)
+        size, told = self.decide_answer(response)
+        head = self.response_head(response, told)
         if 0 <= size <= len(server.received):  # the answer has come whole
             whole = head + server.take(size)
             watch.send(client, whole, "the client takes no more", seconds)
@@ -3268,10 +3206,10 @@ class Exchange:
         down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
 
-    def carry_both(self, server: Stream, request: bytes) -> bool:
+    def carry_both(self, server: Stream, request: bytes) -> None:
         """Carry a request with a body, and its answer, both ways at the same time.
 
-        Returns whether the server took all of the request; raises Refused.
+        Raises Refused.
         """
         server.tune()
         up, down = Direction(self.client, server), Direction(server, self.client)
@@ -3280,14 +3218,12 @@ class Exchange:
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
-        return up.state == DONE
+        if up.state != DONE:  # no request can follow a part of this one
+            self.server_keeps = False
+            self.keep = self.keep and bool(self.http.expecting)
 
     def join(self, up: Direction, down: Direction) -> None:
-        """Carry both ways what there is to carry; raise Refused.
-
-        Where the end of a stream is the end of a message, a failure is passed on as
-        a reset.
-        """
+        """Carry both ways what there is to carry; raise Refused."""
         self.worker.stand_in_line(False)
         try:
             relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
@@ -3297,27 +3233,20 @@ class Exchange:
             if up.state == RUNNING and up.waits_for[0] == self.client.fd:
                 raise Refused(BODY_TIMEOUT, "the request body did not end") from None
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
-        finally:
-            if self.progress == BEGUN_UNTIL_CLOSE:
-                up.sink.abort()
-        if up.state == CANCELED and self.progress == BEGUN_UNTIL_CLOSE:
-            raise Refused(SERVER_GONE, "the server took no more")
 
     def request_head(self, server: Stream) -> bytes:
         """Return the head of the request as it travels on."""
         head, authority = self.head, self.target.authority
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
-            if head.method in (b"TRACE", b"OPTIONS"):
-                hops = b"%d" % (int(hops) - 1)
             extra += b"Max-Forwards: %b\r\n" % hops
         if self.target.login and not head.values(b"authorization"):  # what it meant
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if self.offered:
-            extra += upgrade_lines(self.offered)
-        elif not self.length and self.then is not KEEP:
+            extra += UPGRADE_LINES % self.offered
+        elif not self.length and not self.keep:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
             extra += b"Connection: close\r\n"
@@ -3338,96 +3267,89 @@ class Exchange:
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
-        response = yield from self.read_response(down.source)
-        if response.status == 101 and self.offered:
+        response = yield from self.read_response(up.sink)
+        if response.status == 101:
             self.switching = response  # once the body has been sent
             return
-        size = self.decide_answer(response)
-        up.may_fail = True
+        self.keep, up.may_fail = self.head.keep_alive, True
+        size, told = self.decide_answer(response)
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
             up.cancel()
-            # It asks the same again, and expects nothing.
-            self.unsent = response.status == 417 and not self.client.received
-            self.http.expecting = self.head.method, self.head.target
+            if response.status == 417 and not self.client.received:
+                # It asks the same again, and expects nothing.
+                self.http.expecting = self.head.method, self.head.target
         closing = up.state == RUNNING and not self.server_keeps
-        if closing or up.state == CANCELED and not self.unsent:
-            self.then = CLOSE
+        if closing or up.state == CANCELED and not self.http.expecting:
+            self.keep = False
         self.worker.slot.publish(self.session)
-        head = self.response_head(response, size)
+        head = self.response_head(response, told)
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
-        if size == UNTIL_CLOSE or not self.server_keeps:
+        if not self.server_keeps:
             up.cancel()
 
-    def read_response(
-        self, source: Stream, response: ResponseHead | None = None
-    ) -> Steps:
-        """Return a final response head; interim ones are passed on.
+    def read_response(self, server: Stream) -> Steps:
+        """Return a final response head, or one that switches; raise Refused.
 
-        The first may have been read.  Raises Refused.
+        Interim ones are passed on.
         """
-        for count in range(INTERIM_LIMIT + 1):
-            if not response:
-                raw = yield from read_until(
-                    source, HEAD_END, HEAD_LIMIT, BAD_RESPONSE, check_response_begun
-                )
-                response = ResponseHead(raw)
+        bad, check = BAD_RESPONSE, check_response_begun
+        for _ in range(INTERIM_LIMIT):
+            if not server.received:  # as a rule: then there is nothing to look for
+                yield from server.need()
+            raw = yield from read_until(server, HEAD_END, HEAD_LIMIT, bad, check)
+            response = ResponseHead(raw)
             if response.status >= 200 or response.status == 101:
                 return response
-            if count == INTERIM_LIMIT:
-                raise Refused(BAD_RESPONSE, f"over {count} interim responses")
             self.continued |= response.status == 100
             if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
-                self.progress = INTERIM
+                self.progress = BEGUN
                 lines = response.line + response.forwarded + self.via_line(response)
                 yield from self.client.send_all(bytearray(lines + CRLF))
                 self.progress = NOTHING
-            response = None
+        raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
 
-    def decide_answer(self, response: ResponseHead) -> int:
+    def decide_answer(self, response: ResponseHead) -> tuple[int, int | None]:
         """Decide how the answer ends, and which of the two connections goes on.
 
-        Returns the size of what follows its head: bytes, CHUNKED or UNTIL_CLOSE.
-        Raises Refused.
+        Returns the size of what follows its head, CHUNKED, or ALL that comes until the
+        close; and the length that the head tells, None for none.  Raises Refused.
         """
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
             unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
             raise Refused(unknown, "it wants a user")
-        if response.status == 101:
-            raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         told = None if response.status == 204 else response_length(response)
         if self.head_only or response.status in (204, 304):
             # RFC 9112 section 6.3: a length is told of nothing.
             told, size = None if told == CHUNKED else told, 0
         else:
-            size = UNTIL_CLOSE if told is None else told
+            size = ALL if told is None else told
         closing = response.minor == 0 or b"close" in response.options
         # A length beside chunked does not count, and who says so is not asked again.
         closing = closing or size == CHUNKED and b"content-length" in response.fields
-        self.server_keeps = not closing and size != UNTIL_CLOSE
+        self.server_keeps = not closing and size != ALL
         self.progress = BEGUN
-        if size == UNTIL_CLOSE or size == CHUNKED and self.head.minor == 0:
-            self.progress, self.then, told = BEGUN_UNTIL_CLOSE, CLOSE, None
-        self.told = told
+        if size == ALL or size == CHUNKED and self.head.minor == 0:
+            self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
         if self.watch.retired:
-            self.then = CLOSE
+            self.keep = False
         self.session.status = str(response.status)
-        return size
+        return size, told
 
-    def response_head(self, response: ResponseHead, size: int) -> bytes:
+    def response_head(self, response: ResponseHead, told: int | None) -> bytes:
         """Return the head of the answer as it travels on."""
         lines, fields = response.forwarded + self.via_line(response), response.fields
         if response.status == 426 and b"upgrade" in fields:
-            lines += upgrade_lines(fields[b"upgrade"])  # RFC 9110 section 15.5.22
+            lines += UPGRADE_LINES % fields[b"upgrade"]  # RFC 9110 section 15.5.22
         date = fields.get(b"date", b"")
         if date.count(b",") > 1:  # of two Date lines the first: there is one in it
             date = b",".join(date.split(b",")[:2])
-        return answer_head(response.line, lines, self.told, self.then is KEEP, date)
+        return answer_head(response.line, lines, told, self.keep, date)
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3439,7 +3361,7 @@ class Exchange:
             if size == CHUNKED:
                 yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
             else:
-                yield from down.move(ALL if size == UNTIL_CLOSE else size)
+                yield from down.move(size)
             yield from down.flush()
         except Refused:
             if self.client.sent == before:
@@ -3449,10 +3371,9 @@ class Exchange:
 
     def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
-        ours, earlier = self.http.own_via[head.minor], head.fields.get(b"via")
-        return (
-            b"Via: %b, %b\r\n" % (earlier, ours) if earlier else b"Via: %b\r\n" % ours
-        )
+        ours = b"1.%d %b" % (head.minor, self.config.name.encode())
+        earlier = head.fields.get(b"via")
+        return b"Via: %b\r\n" % (b"%b, %b" % (earlier, ours) if earlier else ours)
 
     def switch(self, server: Stream, response: ResponseHead) -> None:
         """Make it a tunnel, if the server took what was offered; raise Refused."""
@@ -3461,7 +3382,7 @@ class Exchange:
         if not taken or not taken.issubset(members(self.offered)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.forwarded + self.via_line(response) + upgrade_lines(chosen)
+        lines = response.forwarded + self.via_line(response) + UPGRADE_LINES % chosen
         self.join_as_tunnel(server, "101", response.line + lines + CRLF)
 
     # Answers of our own.
@@ -3469,23 +3390,13 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        if self.then is KEEP and readable([self.worker.lifeline]):
-            self.then = CLOSE
-        line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
-        head = answer_head(line, lines, len(body), keep)
-        self.progress, seconds = BEGUN, self.config.idle_timeout
-        try:
-            whole = head if self.head_only else head + body
-            self.watch.send(self.client, whole, "the client takes no more", seconds)
-        except Refused:
-            self.then = CLOSE
-            self.client.abort()  # what comes next would be taken for the rest of it
-            raise
-        finally:
-            self.session.down += self.client.counted()
-        self.progress = WHOLE
-        if not keep:
-            self.then = LINGER
+        keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
+        head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
+        whole = head if self.head_only else head + body
+        # So that a part of it ends by a reset.
+        self.progress, seconds = BEGUN_UNTIL_CLOSE, self.config.idle_timeout
+        self.watch.send(self.client, whole, "the client takes no more", seconds)
+        self.progress, self.keep = WHOLE, keep
 
     def refuse(self, refusal: Refused) -> Outcome:
         """Tell the client why not, or cut its answer short; return the outcome."""
@@ -3495,22 +3406,30 @@ class Exchange:
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
         if self.progress is not NOTHING or not outcome.error:
-            self.then = CLOSE
+            self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.progress == BEGUN_UNTIL_CLOSE:
                 if outcome.error == SERVER_GONE.error:  # or a parent's fault
                     deliver(self.watch, self.client)
                 self.client.abort()
             return outcome
-        # What was not understood has no end from which to go on, and the body of
-        # what was refused is not read.
-        unclear = outcome.status in (400, 408, 414, 417, 431, 501, 505)
-        if not self.understood or unclear or self.length:
-            self.then = CLOSE
+        if outcome.status in NOT_UNDERSTOOD or self.length:  # of a body not all is read
+            self.keep = False
         with contextlib.suppress(Refused):  # the client may have gone
             page = self.explain(outcome, refusal.detail)
             self.answer(outcome.status_text(), *page)
         return outcome
+
+    def lingers(self) -> bool:
+        """Return whether the client may say more after a whole answer, before a close.
+
+        One that said close, and no more, has sent nothing that ours could reset.
+        """
+        if self.keep or self.progress != WHOLE:
+            return False
+        if not self.understood or self.head.keep_alive or self.length:
+            return True
+        return bool(self.client.received or readable([self.client.fd]))
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""
@@ -3527,15 +3446,17 @@ class Exchange:
             "Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
             "X-Content-Type-Options: nosniff\r\n"
         )
-        if outcome.status == 503:
-            lines += "Retry-After: 5\r\n"
-        if outcome.status == 405:
-            lines += "Allow: GET, HEAD\r\n"
-        if outcome.status in (401, 407):
-            field, realm = "WWW" if outcome.status == 401 else "Proxy", name
-            if outcome is NO_LOGIN:
-                realm = f"ftp://{self.target.authority.decode()}"
-            lines += f'{field}-Authenticate: Basic realm="{realm}", charset="UTF-8"\r\n'
+        realm = (
+            f"ftp://{self.target.authority.decode()}" if outcome is NO_LOGIN else name
+        )
+        basic = f'Basic realm="{realm}", charset="UTF-8"'
+        more = {
+            401: f"WWW-Authenticate: {basic}\r\n",
+            405: "Allow: GET, HEAD\r\n",
+            407: f"Proxy-Authenticate: {basic}\r\n",
+            503: "Retry-After: 5\r\n",
+        }
+        lines += more.get(outcome.status, "")
         did = "refused" if outcome.error == DENIED.error else "could not serve"
         page = (
             f"{outcome.status_text()}\n\n{name} (NATWork) {did} {asked}\n\n"
@@ -3641,18 +3562,6 @@ def admit(worker: Worker, client: Client) -> bool:
     return False
 
 
-def await_first_byte(worker: Worker, client: Stream) -> bool:
-    """Wait until a client that has just come says something; return whether it does.
-
-    A head then has as long again.
-    """
-    with contextlib.suppress(Refused):
-        if client.fill() and not client.received:  # it comes with most connections
-            if worker.await_word([client], worker.config.head_timeout, True):
-                client.fill()
-    return bool(client.received)
-
-
 def serve_client(worker: Worker) -> bool:
     """Serve one client, from accept() to its lines in the log, if it says a word.
 
@@ -3666,8 +3575,8 @@ def serve_client(worker: Worker) -> bool:
             return True
         if chapters.redirect and chapters.redirect(worker):
             return True
-        if not await_first_byte(worker, client.stream):
-            return True
+        if not worker.await_word(worker.config.head_timeout, new=True):
+            return True  # a head then has as long again
         if client.stream.received[0] in (4, 5) and chapters.socks:
             chapters.socks(worker)
             return True
@@ -3679,8 +3588,8 @@ def serve_client(worker: Worker) -> bool:
                 # this way, refuse() tells the client; record() writes the line.
                 exchange = Exchange(http)
                 worker.record(exchange.session, exchange.serve, exchange.refuse)
-                asks = exchange.then is KEEP and http.await_request()
-            if exchange.then is LINGER:
+                asks = exchange.keep and http.await_request()
+            if exchange.lingers():
                 linger(worker.watch, client.stream)
     return True
 

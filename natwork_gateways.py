@@ -83,10 +83,7 @@ def dialed(exchange: Exchange) -> Iterator[Stream]:
         yield server
     finally:
         session.up += server.counted()
-        session.down += exchange.client.counted()
         exchange.http.close()
-    if exchange.then is not natwork.KEEP:
-        exchange.choose_close()
 
 
 def send_line(exchange: Exchange, line: str) -> None:
@@ -294,6 +291,7 @@ def ftp_get(exchange: Exchange, path: str) -> None:
     elif size is None and not exchange.head_only:
         exchange.progress = natwork.BEGUN_UNTIL_CLOSE
         hear(exchange, "2")  # or what came was not all, and the answer is cut
+        exchange.progress = natwork.WHOLE
 
 
 def check_put(head: natwork.RequestHead, path: str) -> None:
@@ -321,8 +319,7 @@ def ftp_put(exchange: Exchange, path: str) -> None:
     hear(exchange, "2")
     if up.state == natwork.CANCELED:
         raise Refused(natwork.SERVER_GONE, "the server took no more")
-    if head.keep_alive:
-        exchange.then = natwork.KEEP
+    exchange.keep = head.keep_alive
     # RFC 9110 section 9.3.4.
     exchange.answer("200 OK" if replaces else "201 Created", b"", b"")
 

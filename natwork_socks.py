@@ -355,7 +355,6 @@ class Socks:
         """Send a few bytes, for which a new connection has room; raise Refused."""
         watch, seconds = self.worker.watch, self.worker.config.head_timeout
         watch.send(self.client, data, "the client takes no reply", seconds)
-        self.session.down += self.client.counted()
 
     def reply(self, outcome: natwork.Outcome, address: SocketAddress) -> bytes:
         """Return the reply for an outcome, with an address: RFC 1928 section 6."""

@@ -1353,6 +1353,20 @@ def test_a_reset_goes_through_the_tunnel(
         assert left.wait(5)
 
 
+def test_the_worker_of_a_reset_tunnel_serves_the_next_client(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=1")
+    asked = http_wire.request(origin(origins.echo), method=b"CONNECT")
+    for _ in range(3):
+        with gateway.connect() as client:
+            # Of HTTP/1.0, so nothing is to be expected after an answer.
+            client.sendall(asked.replace(b"HTTP/1.1", b"HTTP/1.0"))
+            assert http_wire.read_head(client) == http_wire.ACCEPTED
+            wire.reset(client)
+    assert len({line["pid"] for line in gateway.lines(3)}) == 1
+
+
 def test_a_server_reset_ends_the_tunnel(
     gateway: running.Gateway, origin: origins.Start
 ) -> None:
