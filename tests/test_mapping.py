@@ -476,6 +476,20 @@ def test_with_two_addresses_each_machine_has_its_own(
     assert places == {f"{OUTSIDE}:8000", f"{SECOND}:8000", f"{SECOND}:8001"}
 
 
+@pytest.mark.parametrize("outside", ["", "wan", "wan wan2"])
+def test_programs_are_told_of_it(box: boxes.Box, start: Start, outside: str) -> None:
+    start(f"outside={outside}", "name=gate.corp.example")
+    table = json.loads(page(box, "/lat.json"))
+    both = [OUTSIDE, "2001:db8:9::1"]
+    if "wan2" in outside:
+        both += [SECOND, "2001:db8:19::1"]
+    assert sorted(table["outside"]) == sorted(both) and table["outside"][0] == OUTSIDE
+    assert (table["mappings"], table["socks"]) == (True, "10.9.0.1:8080")
+    assert table["domains"] == ["corp.example"]
+    # Without uplinks a machine is told the same.
+    assert pmp.address(box) == OUTSIDE
+
+
 # --- Users --------------------------------------------------------------------
 
 
