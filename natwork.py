@@ -25,9 +25,10 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_socks.py       SOCKS 4, 4a and 5
     natwork_redirect.py    TCP that nftables redirects here
     natwork_gateways.py    ftp:// and gopher:// URLs
-    natwork_pages.py       the live table, /metrics, /proxy.pac
+    natwork_pages.py       the live table, /metrics, /proxy.pac, /lat.json
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
+    natwork_mapping.py     NAT-PMP: a machine of the inside listens on the outside
     natwork_daemon.py      -d and the pid file
     natwork_check.py       what is probably not meant; the text of --settings
     natwork_explain.py     --explain
@@ -87,7 +88,6 @@ from http import HTTPStatus
 from importlib.machinery import PathFinder
 from typing import Any
 from typing import NamedTuple
-from typing import NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("natwork: needs Python 3.10 or later")
@@ -142,6 +142,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "pages": ("gateways",),
     "users": ("users", "max_per_client"),
     "parents": ("parents",),
+    "mapping": ("mappings", "max_mappings"),
     "daemon": ("pidfile",),
 }
 
@@ -226,6 +227,8 @@ class Config:
     drain_timeout = 30.0
     bind_ports = "0"
     udp_from_anyone = False
+    mappings = False
+    max_mappings = 16
     log = "-"
     log_format = "text"
     user = "nobody"
@@ -410,7 +413,7 @@ USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNE
 SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "It leads to this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
-OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
+OWN_PAGES = "It has /, /table.json, /metrics, /proxy.pac, /wpad.dat and /lat.json."
 
 
 class Outcome(NamedTuple):
@@ -491,6 +494,8 @@ OUTCOME_OF_ERRNO = {
     **dict.fromkeys((errno.ENETUNREACH, errno.ENETDOWN), UNROUTABLE),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
     **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM, errno.EADDRINUSE), OVERLOAD),
+    socket.EAI_NONAME: NO_SUCH_HOST,
+    socket.EAI_AGAIN: DNS_FAILED,
 }
 
 OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
@@ -518,7 +523,8 @@ class Refused(Exception):
 # memory that all processes share.  A slot has a single writer, and in the header
 # the last write wins, so there is no lock that a killed worker could keep.
 
-FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's next word
+# SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
+FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
 # The header, as 64-bit words: the master's pid; the slots that ever were used; the
 # Unix time of the start; forks; the second in which board.say() was last heard; whether
@@ -533,12 +539,12 @@ SLOTS = STATES + SLOT_LIMIT  # offset of the slots
 # the bytes of all that have ended; log lines that were lost; connections made, and the
 # microseconds that they took; a number for the client of the session that goes on.
 WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
-SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 2000  # bytes
-# Its second page counts the sessions that have ended, by protocol and outcome.
-ENDED_BY = 512
+SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 1892  # bytes
+# The rest of it counts the sessions that have ended, by protocol and outcome.
+ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
 OUTCOME_WORDS = ["other", *OUTCOMES]
-PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect ftp gopher".split()
-TARGET_SIZE = 1100  # characters of a path that the log keeps, so that a row has room
+PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect map ftp gopher".split()
+TARGET_SIZE = 1000  # characters of a path that the log keeps, so that a row has room
 NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 
 
@@ -591,6 +597,21 @@ class Scoreboard:
         if said:
             self.words[LAST_SAID] = second
         return said
+
+    def fork(self, work: Callable[[], None]) -> int:
+        """Return the pid of a new process, which does some work; raise OSError."""
+        if pid := os.fork():
+            return pid
+        try:
+            work()
+            # Not sys.exit(): we inherited the master's atexit list, pid file included.
+            os._exit(0)
+        except OSError as error:
+            self.say(f"a process ends early: {reason(error)}")
+        except Exception:
+            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
+        finally:
+            os._exit(1)
 
     def failed_recently(self, uplink: int) -> bool:
         """Return whether an uplink, by its number, is to be tried last."""
@@ -846,6 +867,13 @@ class AccessLog:
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
             board.words[UNREPORTED] = not board.say(lost)
+
+    def write_killed(self, slot: Slot, code: int) -> None:
+        """Write the line that a process could not write itself, by its exit code."""
+        if row := slot.row():
+            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
+            outcome = OPERATOR if code == -signal.SIGTERM else KILLED
+            self.write(session, outcome.word, slot)
 
 
 # --- Relay --------------------------------------------------------------------
@@ -1510,6 +1538,7 @@ class Master:
         self.generation = generation
         self.generations = [generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
+        self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
@@ -1522,7 +1551,7 @@ class Master:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
             signal.signal(number, signal.SIG_IGN)
-        while self.workers or not self.stopping:
+        while self.workers or self.mappers or not self.stopping:
             try:
                 if not self.stopping:
                     self.keep_spares()
@@ -1572,15 +1601,18 @@ class Master:
 
     def reap(self) -> None:
         """Collect every worker that has ended, and free its slot."""
-        while self.workers:
+        while self.workers or self.mappers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
+            if self.mappers.pop(pid, None) and status:
+                self.fork_at = time.monotonic() + 1
             if pid not in self.workers:  # a child we inherited, as process 1 does
                 continue
             slot, _ = self.workers.pop(pid)
             if status:
-                self.log_killed(slot, os.waitstatus_to_exitcode(status))
+                code = os.waitstatus_to_exitcode(status)
+                self.generation.log.write_killed(slot, code)
             slot.set_state(FREE)
             if status and not slot.words[PID]:  # nor would the next one get further
                 self.fork_at = time.monotonic() + 1
@@ -1589,23 +1621,24 @@ class Master:
                 # looks at the queue before it waits.
                 self.spawn(1)
 
-    def log_killed(self, slot: Slot, code: int) -> None:
-        """Write the log line that a worker could not write itself."""
-        if row := slot.row():
-            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
-            outcome = OPERATOR if code == -signal.SIGTERM else KILLED
-            self.generation.log.write(session, outcome.word, slot)
-
     def keep_spares(self) -> None:
-        """Fork until enough workers are idle or every slot is taken."""
+        """Fork until enough workers are idle or every slot is taken; and the mapper."""
         missing = self.generation.config.spare_workers - self.idle(self.generation)
-        if missing > 0 and time.monotonic() >= self.fork_at:
+        if time.monotonic() >= self.fork_at and (missing > 0 or self.missing_mapper()):
             self.spawn(missing)
 
+    def missing_mapper(self) -> Callable[[Generation], None] | None:
+        """Return the work of the mapper, if one is wanted and none is there."""
+        there = any(one is self.generation for one in self.mappers.values())
+        return None if there else self.generation.chapters.mapper
+
     def spawn(self, count: int) -> None:
-        """Fork some workers, as many as max_workers leaves room for."""
+        """Fork some workers, as many as max_workers leaves room for; and the mapper."""
         room = self.generation.config.max_workers - len(self.workers)
         try:
+            if mapper := self.missing_mapper():
+                pid = self.board.fork(lambda: self.become(mapper, self.generation))
+                self.mappers[pid] = self.generation
             for _ in range(min(count, room)):
                 self.spawn_one()
             self.fork_at = 0.0
@@ -1624,41 +1657,34 @@ class Master:
         slot.clear(0)
         slot.set_state(IDLE_STATE)
         try:
-            pid = os.fork()
+            pid = self.board.fork(lambda: self.become(self.serve_clients, slot))
         except OSError:
             slot.set_state(FREE)
             raise
-        if pid == 0:
-            self.become_worker(slot)
         words[FORKS] += 1
         self.workers[pid] = slot, self.generation
 
-    def become_worker(self, slot: Slot) -> NoReturn:
-        """Serve clients in this new process, and never return."""
-        try:
-            for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
-                os.close(fd)
-            worker = Worker(self.generation, slot)
-            # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
-            for number in (signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGURG, worker.make_room)  # sent by the master
-            if os.geteuid() != 0:
-                # Serving needs neither fork nor threads; root is above that limit.
-                resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
-            slot.clear(os.getpid())
-            for _ in range(worker.config.clients_per_worker):
-                if readable([worker.lifeline]) or not self.serve(worker):
-                    break
-            # Not sys.exit(): we inherited the master's atexit list, pid file included.
-            os._exit(0)
-        except OSError as error:
-            self.board.say(f"a worker ends early: {reason(error)}")
-        except Exception:
-            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
-        finally:
-            os._exit(1)
+    def become(self, work: Callable[[Any], None], what: Any) -> None:
+        """Do some work in this new process, which is the master no more."""
+        for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
+            os.close(fd)
+        # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+        work(what)
+
+    def serve_clients(self, slot: Slot) -> None:
+        """Be a worker, until it is time to leave."""
+        worker = Worker(self.generation, slot)
+        signal.signal(signal.SIGURG, worker.make_room)  # sent by the master
+        if os.geteuid() != 0:
+            # Serving needs neither fork nor threads; root is above that limit.
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        slot.clear(os.getpid())
+        for _ in range(worker.config.clients_per_worker):
+            if readable([worker.lifeline]) or not self.serve(worker):
+                return
 
     def reload(self) -> None:
         """Put a new configuration in force, or say why the old one stays."""
@@ -1693,7 +1719,8 @@ class Master:
     def close_unused(self) -> None:
         """Close lifelines that no worker has, and removed listeners without a queue."""
         for generation in self.generations[:-1]:
-            if not any(one is generation for _, one in self.workers.values()):
+            used = [one for _, one in self.workers.values()], self.mappers.values()
+            if not any(one is generation for ones in used for one in ones):
                 self.generations.remove(generation)
                 os.close(generation.lifeline_write)
         listeners = self.generation.listeners
@@ -1719,9 +1746,9 @@ class Master:
             say(f"stopping: sessions that have {seconds:g} s to end: {count}")
 
     def kill_late(self) -> None:
-        """End the workers that have not left in time, after 5 s more by SIGKILL."""
+        """End the processes that have not left in time, after 5 s more by SIGKILL."""
         late = time.monotonic() - self.kill_at
-        for pid in self.workers if late >= 0 else ():
+        for pid in (*self.workers, *self.mappers) if late >= 0 else ():
             os.kill(pid, signal.SIGKILL if late >= 5 else signal.SIGTERM)
 
     def show_title(self) -> None:
@@ -1925,6 +1952,8 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
+    SOME_PORT = -1  # to ask whether a target may be dialed at all
+
     def __init__(self, text: str) -> None:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
@@ -1954,7 +1983,8 @@ class Rule:
             return False
         if self.users and user not in self.users:
             return False
-        if self.ports and not any(port in ports for ports in self.ports):
+        some = port == self.SOME_PORT and self.allow
+        if self.ports and not some and not any(port in ports for ports in self.ports):
             return False
         if not self.names and not self.blocks or contains(self.blocks, *found):
             return True
@@ -1970,11 +2000,13 @@ class Uplink(NamedTuple):
     name: str
     packed: bytes  # empty for a device
 
+    def addresses(self) -> list[bytes]:
+        """Return the addresses that a connection may leave from; raise OSError."""
+        return [self.packed] if self.packed else device_addresses(self.name)
+
     def is_there(self) -> bool:
-        """Return whether this box has it now."""
-        if self.packed:
-            return bool(route_to(self.packed).local)
-        return bool(device_addresses(self.name))
+        """Return whether this box has it now; raise OSError."""
+        return any(route_to(packed).local for packed in self.addresses())
 
 
 def parse_uplink(text: str) -> Uplink:
@@ -1995,12 +2027,18 @@ def denied(word: str, rule: str) -> tuple[Outcome, str]:
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
 
+    # Some address of the outside, where but the way there is asked for; by its size.
+    ANYWHERE = {4: pack("192.0.2.1"), 16: pack("2001:db8::1")}
+
     def __init__(self, config: Config) -> None:
         """Parse the settings; what is wrong is noted in the configuration."""
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
         self.own_names = "localhost", config.name.lower()
         self.inside = config.parsed("inside", parse_network, config.inside.split())
         self.rules = config.parsed("rules", Rule, config.lines("rules"))
+        ports = [word for word in [config.bind_ports] if word != "0"]
+        # 0, the port that lets the kernel choose, if no others are named.
+        (self.ports,) = config.parsed("bind_ports", parse_ports, ports) or [range(1)]
         self.uplinks = config.parsed("outside", parse_uplink, config.outside.split())
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
@@ -2030,13 +2068,30 @@ class Policy:
         if link_local:  # each device has those: the addresses beside them say its side
             here += device_addresses(device)
         for uplink in self.uplinks:
-            theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
+            theirs = uplink.addresses()
             if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
         if self.uplinks:
             return True
-        anywhere = pack("192.0.2.1"), pack("2001:db8::1")
-        return device not in [route_to(there).device for there in anywhere]
+        return device not in [way.device for way in self.defaults()]
+
+    def defaults(self) -> list[Route]:
+        """Return the default routes of both families; raise OSError."""
+        return [route_to(there) for there in self.ANYWHERE.values()]
+
+    def outside(self) -> dict[bytes, Uplink | None]:
+        """Return the addresses that the outside sees, each with its uplink.
+
+        Without uplinks they are those of the default routes.  Raises OSError.
+        """
+        found = {packed: way for way in self.uplinks for packed in way.addresses()}
+        if not self.uplinks:
+            found = {pack(way.source): None for way in self.defaults() if way.source}
+        return {
+            packed: uplink
+            for packed, uplink in found.items()
+            if route_to(packed).local and not contains(LINK_LOCAL, packed)
+        }
 
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.
@@ -2078,6 +2133,9 @@ class Policy:
         """
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
+        closed = self.closes(packed)
+        if proto == "map" and closed == "inside":  # where the target itself has asked
+            closed = ""
         # A redirected client did not choose a gateway to send its mail through.
         mail = port == 25 and proto != "redirect"
         found = embedded_addresses(packed)
@@ -2092,9 +2150,9 @@ class Policy:
                 return denied(f"rule-{number}", text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
-            if (not mail or rule.names_mail) and (named or not self.closes(packed)):
+            if (not mail or rule.names_mail) and (named or not closed):
                 return OK, text
-        if closed := self.closes(packed):
+        if closed:
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
@@ -2122,14 +2180,14 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
 
 
-def resolve(host: str, port: int) -> list[bytes]:
+def resolve(host: str) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
     with contextlib.suppress(ValueError):  # it is a name
         return [address_of(host)]
     began = time.monotonic()
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
-        found = socket.getaddrinfo(host.encode(), port, type=STREAM)
+        found = socket.getaddrinfo(host.encode(), None, type=STREAM)
     except socket.gaierror as error:
         outcome = NO_SUCH_HOST
         if error.args[0] == socket.EAI_AGAIN:  # of silence and of a refusal alike
@@ -2305,8 +2363,9 @@ def judged(
 ) -> list[bytes]:
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed: list[bytes] = []
-    peer, user, proto = worker.client.host, session.user, session.proto
-    for packed in [pack(only)] if only else resolve(host, port):
+    peer, proto = worker.client.host, session.proto
+    user = session.user if worker.config.users else "-"  # else it is but a claim
+    for packed in [pack(only)] if only else resolve(host):
         outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
@@ -3390,6 +3449,8 @@ class Chapters:
         self.users: Any = None  # has identify() and check_share()
         self.parents: Any = None  # has dial()
         self.pid_file: Any = None  # holds it, and yields its descriptor
+        # This is a process beside the workers, and may fork.
+        self.mapper: Callable[[Generation], None] | None = None
 
 
 def chapter_file(name: str) -> str:
@@ -3758,11 +3819,11 @@ def boards() -> dict[int, Scoreboard]:
     return found
 
 
-def parent_of(pid: int) -> int:
-    """Return the process whose child a process is, 0 if it has ended."""
+def stat_of(pid: int) -> list[bytes]:
+    """Return state, parent, group, session and more of a process, [] if it is gone."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[1])
-    return 0
+        return file.read().rpartition(b")")[2].split()
+    return []
 
 
 def print_table(in_json: bool) -> int:
@@ -3772,8 +3833,10 @@ def print_table(in_json: bool) -> int:
         why = "no gateway that you may look at runs on this box"
         raise OSError(f"cannot show the table: {why}")
     for master, board in sorted(found.items()):
-        # Any user may have made that board, and what is printed here may be killed.
-        rows += [row for row in table_rows(board) if parent_of(row["pid"]) == master]
+        # Any user may have made that board, and what is printed here may be killed:
+        # so it must be of one session with the master, setsid(2).
+        ours = stat_of(master)[3:4]
+        rows += [row for row in table_rows(board) if stat_of(row["pid"])[3:4] == ours]
     if in_json:
         import json
 

@@ -89,7 +89,7 @@ def explain(config: natwork.Config, words: list[str]) -> int:
         if proto == "http" and policy.means_us(host, port):
             print("answered by the gateway itself, with its own pages")
             return 0
-        addresses = natwork.resolve(host, port)
+        addresses = natwork.resolve(host)
     except natwork.Refused as refusal:
         if host and parents:
             parent = parents.that_may_know(refusal, client, user, proto, host, port)

@@ -196,7 +196,8 @@ class Parents:
 
         Raises Refused.
         """
-        client, user, proto = worker.client.host, session.user, session.proto
+        client, proto = worker.client.host, session.proto
+        user = session.user if worker.config.users else "-"  # else it is but a claim
         try:
             addresses = natwork.judged(worker, session, host, port)
             parent = self.parent_for(proto, host, addresses)
@@ -223,7 +224,7 @@ class Parents:
         and the stream says so.
         """
         policy = self.policy
-        found = natwork.resolve(parent.host, parent.port)
+        found = natwork.resolve(parent.host)
         if policy.is_own_listener(found, parent.port):
             # SOCKS has no Via that would tell.
             raise Refused(natwork.LOOP, "it is this gateway")
