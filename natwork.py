@@ -25,7 +25,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_socks.py       SOCKS 4, 4a and 5
     natwork_redirect.py    TCP that nftables redirects here
     natwork_gateways.py    ftp:// and gopher:// URLs
-    natwork_pages.py       the live table, /metrics, /proxy.pac
+    natwork_pages.py       the live table, /metrics, /proxy.pac, /lat.json
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
     natwork_check.py       what is probably not meant; --settings
@@ -231,6 +231,8 @@ class Config:
     drain_timeout = 30.0
     bind_ports = "0"
     udp_from_anyone = False
+    mappings = False
+    max_mappings = 16
     log = "-"
     log_format = "text"
     user = "nobody"
@@ -405,7 +407,7 @@ USE_CONNECT = "http://, ftp:// and gopher:// can be asked for, all else by CONNE
 SAY_WHO = "Give the name and the password that the operator gave you."
 ASK_ANOTHER = "It leads to this gateway itself: ask for the host you mean."
 ASK_PROXY = "To reach another host through it, send the whole URL: it is a proxy."
-OWN_PAGES = "Its pages are /, /table.json, /metrics, /proxy.pac and /wpad.dat."
+OWN_PAGES = "It has /, /table.json, /metrics, /proxy.pac, /wpad.dat and /lat.json."
 
 
 class Outcome(NamedTuple):
@@ -489,6 +491,8 @@ OUTCOME_OF_ERRNO = {
     **dict.fromkeys((errno.ENETUNREACH, errno.ENETDOWN), UNROUTABLE),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.EAGAIN), OVERLOAD),
     **dict.fromkeys((errno.ENOBUFS, errno.ENOMEM, errno.EADDRINUSE), OVERLOAD),
+    socket.EAI_NONAME: NO_SUCH_HOST,
+    socket.EAI_AGAIN: DNS_FAILED,
 }
 
 OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome)}
@@ -2021,6 +2025,8 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
+    SOME_PORT = -1  # to ask whether a target may be dialed at all
+
     def __init__(self, text: str, number: int) -> None:
         """Parse a line; raise ValueError."""
         if text.split()[0] not in ("allow", "deny"):
@@ -2051,7 +2057,8 @@ class Rule:
             return False
         if self.users and user not in self.users:
             return False
-        if self.ports and not any(port in ports for ports in self.ports):
+        some = port == self.SOME_PORT and self.allow
+        if self.ports and not some and not any(port in ports for ports in self.ports):
             return False
         if not self.names and not self.blocks or contains(self.blocks, *found):
             return True
@@ -2068,11 +2075,13 @@ class Uplink(NamedTuple):
     packed: bytes  # empty for a device
     number: int  # on the scoreboard
 
+    def addresses(self) -> list[bytes]:
+        """Return the addresses that a connection may leave from; raise OSError."""
+        return [self.packed] if self.packed else device_addresses(self.name)
+
     def is_there(self) -> bool:
-        """Return whether this box has it now."""
-        if self.packed:
-            return bool(route_to(self.packed).local)
-        return bool(device_addresses(self.name))
+        """Return whether this box has it now; raise OSError."""
+        return any(route_to(packed).local for packed in self.addresses())
 
 
 def parse_uplink(text: str, number: int = 0) -> Uplink:
@@ -2093,6 +2102,9 @@ def denied(word: str, rule: str) -> tuple[Outcome, str]:
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
 
+    # Some address of the outside, where but the way there is asked for; by its size.
+    ANYWHERE = {4: pack("192.0.2.1"), 16: pack("2001:db8::1")}
+
     def __init__(self, config: Config, listeners: Iterable[tuple[Any, ...]]) -> None:
         """Parse the settings; listeners are the gateway's own addresses and ports.
 
@@ -2105,6 +2117,9 @@ class Policy:
         self.inside = config.parsed("inside", parse_network, config.inside.split())
         lines = ((line, n) for n, line in enumerate(config.lines("rules"), 1))
         self.rules = config.parsed("rules", lambda line: Rule(*line), lines)
+        ports = [word for word in [config.bind_ports] if word != "0"]
+        # 0, the port that lets the kernel choose, if no others are named.
+        (self.ports,) = config.parsed("bind_ports", parse_ports, ports) or [range(1)]
         words = ((word, n) for n, word in enumerate(config.outside.split()))
         self.uplinks = config.parsed("outside", lambda word: parse_uplink(*word), words)
         self.closed = (*CLOSED, ("inside", self.inside))
@@ -2131,13 +2146,30 @@ class Policy:
         if link_local:  # each device has those: the addresses beside them say its side
             here += device_addresses(device)
         for uplink in self.uplinks:
-            theirs = [uplink.packed] if uplink.packed else device_addresses(uplink.name)
+            theirs = uplink.addresses()
             if device == uplink.name or not set(here).isdisjoint(theirs):
                 return False
         if self.uplinks or not link_local:
             return True
-        anywhere = pack("192.0.2.1"), pack("2001:db8::1")
-        return device not in [route_to(there).device for there in anywhere]
+        return device not in [way.device for way in self.defaults()]
+
+    def defaults(self) -> list[Route]:
+        """Return the default routes of both families; raise OSError."""
+        return [route_to(there) for there in self.ANYWHERE.values()]
+
+    def outside(self) -> dict[bytes, Uplink | None]:
+        """Return the addresses that the outside sees, each with its uplink.
+
+        Without uplinks they are those of the default routes.  Raises OSError.
+        """
+        found = {packed: way for way in self.uplinks for packed in way.addresses()}
+        if not self.uplinks:
+            found = {pack(way.source): None for way in self.defaults() if way.source}
+        return {
+            packed: uplink
+            for packed, uplink in found.items()
+            if route_to(packed).local and not contains(LINK_LOCAL, packed)
+        }
 
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.
@@ -2228,7 +2260,7 @@ def interleave(addresses: list[bytes]) -> list[bytes]:
     return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
 
 
-def resolve(host: str, port: int) -> list[bytes]:
+def resolve(host: str) -> list[bytes]:
     """Return the addresses of a host, best first; raise Refused."""
     try:
         return [address_of(host)]
@@ -2237,7 +2269,7 @@ def resolve(host: str, port: int) -> list[bytes]:
     began = time.monotonic()
     try:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
-        found = socket.getaddrinfo(host.encode(), port, type=STREAM)
+        found = socket.getaddrinfo(host.encode(), None, type=STREAM)
     except (socket.gaierror, UnicodeError) as error:
         why = error.args[1] if len(error.args) == 2 else "not a host name"
         outcome = NO_SUCH_HOST
@@ -2420,8 +2452,9 @@ def judged(
     Of the host's addresses it may be told to take only one.
     """
     allowed: list[bytes] = []
-    peer, user, proto = worker.client.host, session.user, session.proto
-    for packed in [pack(only)] if only else resolve(host, port):
+    peer, proto = worker.client.host, session.proto
+    user = session.user if worker.config.users else "-"  # else it is but a claim
+    for packed in [pack(only)] if only else resolve(host):
         outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)

@@ -105,8 +105,9 @@ def warn(config: Config) -> None:
     for uplink in map(natwork.parse_uplink, config.outside.split()):
         if not uplink.is_there():
             natwork.say(f"outside: {uplink.name} is not there now")
-    anywhere = natwork.pack("192.0.2.1")
-    device = "" if config.outside else natwork.route_to(anywhere).device
+    device = (
+        "" if config.outside else natwork.route_to(natwork.Policy.ANYWHERE[4]).device
+    )
     inside = natwork.networks(config.inside)
     for packed in natwork.device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
@@ -194,8 +195,9 @@ SETTINGS = """\
 
 # What Via, Proxy-Status and the pages call this gateway, and by what name its
 # pages may be asked for besides its addresses.  Gateways that are
-# chained need different names, or they take each other for a loop.  Empty: the
-# host name.
+# chained need different names, or they take each other for a loop.  What follows
+# the first dot is the domain that /lat.json calls the inside's.  Empty: the host
+# name.
 #name =
 
 # --- How many? ----------------------------------------------------------------
@@ -235,11 +237,12 @@ SETTINGS = """\
 # Busy workers may go on for this long after TERM.
 #drain_timeout = 30
 
-# --- What is opened on the outside, for SOCKS clients? ------------------------
+# --- What is opened on the outside, for clients? ------------------------------
 
 # Ports for what a client has opened on the outside: the one where a server calls
-# it back (BIND) and the one of its datagrams (UDP ASSOCIATE).  LOW-HIGH, or 0
-# to let the kernel choose.  A firewall on the outside must let these in.
+# it back (BIND), the one of its datagrams (UDP ASSOCIATE: the one that it asks for,
+# if that is free) and its mappings.  LOW-HIGH, or 0 to let the kernel choose.  A
+# firewall on the outside must let these in.
 # Needs natwork_socks.py beside natwork.py.
 #bind_ports = 0
 
@@ -247,6 +250,17 @@ SETTINGS = """\
 # Games and voice between two such boxes may need it.
 # Needs natwork_socks.py beside natwork.py.
 #udp_from_anyone = no
+
+# Answer NAT-PMP (RFC 6886) on UDP port 5351 of the inside: yes or no.  A machine
+# of the inside then gets a TCP port of an outside address, for itself and for two
+# hours at most, from bind_ports or, where that is 0, from 1024 on.  The rules judge
+# each caller: "from" is its address, "to" and "port" are the machine's.
+# Needs natwork_mapping.py beside natwork.py.
+#mappings = no
+
+# Such ports at once for one machine.
+# Needs natwork_mapping.py beside natwork.py.
+#max_mappings = 16
 
 # --- What is written down, and as whom? ---------------------------------------
 

@@ -89,7 +89,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         if proto == "http" and policy.means_us(host, port):
             print("answered by the gateway itself, with its own pages")
             return 0
-        addresses = natwork.resolve(host, port)
+        addresses = natwork.resolve(host)
     except natwork.Refused as refusal:
         unknown = host and parents and parents.trusts(client, user, host, port)
         if not unknown or not parents.parent_for(proto, host, []):

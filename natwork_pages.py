@@ -4,9 +4,10 @@
     /table.json     the same as data; ?source_port=N for what leaves from port N
     /metrics        figures for Prometheus, in its text format
     /proxy.pac      which gateway a browser asks for what; also /wpad.dat
+    /lat.json       the Local Address Table: what natrun need not ask the gateway for
 
 It is not a web server and not a way to change anything: it reads the scoreboard
-and answers GET and HEAD.  All but the last two want a Host field that is this
+and answers GET and HEAD.  All but the last three want a Host field that is this
 gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name to
 our address sends that name, and so is not shown the table.
 """
@@ -105,8 +106,8 @@ tbody tr:hover { background: var(--line) }
 <header><h1>NATWork <small>%(name)s, version %(version)s</small></h1>
 <nav aria-label="The same as data"><a href="/metrics">/metrics</a>
 <a href="/table.json">/table.json</a> <a href="/proxy.pac">/proxy.pac</a></nav></header>
-<noscript>Without JavaScript this stays as it was loaded, times in seconds; the same as
-data is /table.json.</noscript>
+<noscript>Without JavaScript this stays as it was loaded, in seconds and bytes; the same
+as data is /table.json.</noscript>
 <dl>%(figures)s</dl>
 <div id="bar"><label>Filter<input type="search" autocomplete="off"
 placeholder="client, host, user or protocol"></label><p>Sessions: %(count)s</p></div>
@@ -253,39 +254,23 @@ def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
 def figures(exchange: Exchange) -> dict[str, int]:
     """Return the gateway's figures, by name."""
     board = exchange.worker.board
-    states, served, refused, failed = board.states(), 0, 0, 0
+    states, counts = board.states(), dict.fromkeys(("served", "refused", "failed"), 0)
     for (_, word), count in ended(board).items():
         outcome = natwork.OUTCOMES.get(word, natwork.BROKEN)
-        if outcome in (natwork.OK, natwork.ENDED):
-            served += count
-        elif outcome is natwork.OUTSIDER or outcome.error.startswith("http_request"):
-            refused += count
-        else:
-            failed += count
-    idle = states.count(natwork.IDLE_STATE)
+        served = outcome in (natwork.OK, natwork.ENDED)
+        no = outcome is natwork.OUTSIDER or outcome.error.startswith("http_request")
+        counts["served" if served else "refused" if no else "failed"] += count
     return {
-        "idle": idle,
-        "busy": len(states) - states.count(natwork.FREE) - idle,
+        "idle": states.count(natwork.IDLE_STATE),
+        "busy": states.count(natwork.BUSY) + states.count(natwork.SILENT),
         "limit": exchange.config.max_workers,
-        "served": served,
-        "refused": refused,
-        "failed": failed,
+        **counts,
         "uptime": int(time.time()) - board.words[natwork.BEGAN],
     }
 
 
-def amount(count: float) -> str:
-    """Return a number of bytes as the page's script writes it, too: 1.2 kB."""
-    unit = 0
-    while count >= 999.5 and unit < 4:
-        count, unit = count / 1000, unit + 1
-    digits = 1 if unit and count < 9.95 else 0
-    return f"{count:.{digits}f} {'B kB MB GB TB'.split()[unit]}"
-
-
 def table_row(row: dict[str, Any]) -> str:
     """Return the row of a session in HTML, where no word of it is markup."""
-    row = {**row, "up": amount(row["up"]), "down": amount(row["down"])}
     cells = ((key, "-" if row.get(key) is None else str(row[key])) for key in KEYS)
     tags = (f'<td class="{key}">{text.translate(ESCAPED)}' for key, text in cells)
     return "<tr>" + "".join(tags)
@@ -311,13 +296,11 @@ def table_page(exchange: Exchange, nonce: str) -> str:
     }
 
 
-def table_json(exchange: Exchange) -> str:
-    """Return the figures and the sessions that go on, as JSON (RFC 8259).
+def table_data(exchange: Exchange) -> dict[str, Any]:
+    """Return the figures and the sessions that go on, for JSON (RFC 8259).
 
     With ?source_port=N it has only those that leave from port N; raise Refused.
     """
-    import json
-
     rows = natwork.table_rows(exchange.worker.board)
     query = exchange.head.path.partition(b"?")[2]
     if asked := re.search(b"(?:^|&)source_port=([^&]*)", query):
@@ -325,36 +308,35 @@ def table_json(exchange: Exchange) -> str:
             raise Refused(natwork.BAD_REQUEST, "source_port is not a port's number")
         rows = [row for row in rows if row["new_source_port"] == int(asked[1])]
     gateway = {"name": exchange.config.name, **figures(exchange)}
-    return json.dumps({"gateway": gateway, "sessions": rows})
+    return {"gateway": gateway, "sessions": rows}
 
 
 def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
-    words = board.words
-    by_kind = {
-        f'{{protocol="{proto}",outcome="{word}"}}': count
-        for (proto, word), count in ended(board).items()
-    }
-    by_way = {
-        '{direction="up"}': board.total(natwork.UPS),
-        '{direction="down"}': board.total(natwork.DOWNS),
-    }
-    by_state = {f'{{state="{state}"}}': found[state] for state in ("idle", "busy")}
-    took = {
-        "_sum": board.total(natwork.CONNECTING) / 1e6,
-        "_count": board.total(natwork.CONNECTIONS),
-    }
+    words, total = board.words, board.total
+
+    def by(label: str, **counts: int) -> dict[str, Any]:
+        return {f'{{{label}="{word}"}}': count for word, count in counts.items()}
+
     values: dict[str, dict[str, Any]] = {
         "build_info": {f'{{version="{natwork.__version__}"}}': 1},
-        "sessions_total": by_kind,
-        "bytes_total": by_way,
-        "connect_seconds": took,
-        "workers": by_state,
+        "sessions_total": {
+            f'{{protocol="{proto}",outcome="{word}"}}': count
+            for (proto, word), count in ended(board).items()
+        },
+        "bytes_total": by(
+            "direction", up=total(natwork.UPS), down=total(natwork.DOWNS)
+        ),
+        "connect_seconds": {
+            "_sum": total(natwork.CONNECTING) / 1e6,
+            "_count": total(natwork.CONNECTIONS),
+        },
+        "workers": by("state", idle=found["idle"], busy=found["busy"]),
         "workers_limit": {"": found["limit"]},
         "forks_total": {"": words[natwork.FORKS]},
         "forks_failed_total": {"": words[natwork.FORKS_FAILED]},
-        "log_lines_lost_total": {"": board.total(natwork.LOST)},
+        "log_lines_lost_total": {"": total(natwork.LOST)},
         "start_time_seconds": {"": words[natwork.BEGAN]},
     }
     lines = []
@@ -364,15 +346,12 @@ def metrics(exchange: Exchange) -> str:
     return "".join(lines)
 
 
-def other_gateways(config: natwork.Config) -> list[str]:
-    """Return the words of `gateways`; raise ConfigError for what is not HOST:PORT."""
-    words = config.gateways.split()
-    for word in words:
-        try:
-            natwork.parse_authority(os.fsencode(word), 0)
-        except Refused:
-            raise config.refuse("gateways", f"{word!r} is not HOST:PORT") from None
-    return words
+def check_gateway(word: str) -> None:
+    """Raise ValueError for a word of `gateways` that is not HOST:PORT."""
+    try:
+        natwork.parse_authority(os.fsencode(word), 0)
+    except Refused:
+        raise ValueError(f"{word!r} is not HOST:PORT") from None
 
 
 def pac(exchange: Exchange) -> str:
@@ -384,15 +363,32 @@ def pac(exchange: Exchange) -> str:
     worker, host = exchange.worker, exchange.target.host
     here, port = exchange.client.sock.getsockname()[:2]
     if not worker.policy.means_us(host, port):
-        host = here.partition("%")[0].removeprefix("::ffff:")
+        host = natwork.unpack(natwork.address_of(here))
     own = natwork.endpoint((host, port))
-    left, order = sorted({own, *other_gateways(exchange.config)}), []
+    left, order = sorted({own, *exchange.config.gateways.split()}), []
     number = int.from_bytes(natwork.address_of(worker.client.host), "big")
     while left:
         number, place = divmod(number, len(left))
         order.append(f"PROXY {left.pop(place)}")
     blocks = [f'["{a.hex()}", "{b.hex()}"]' for a, b in worker.policy.inside]
     return PAC % (", ".join(blocks), "; ".join(order))
+
+
+def local_address_table(exchange: Exchange) -> dict[str, Any]:
+    """Return what leads here and what does not, for natrun's JSON; raise OSError.
+
+    The domain of the inside is what follows the first dot of `name`.
+    """
+    worker, config = exchange.worker, exchange.config
+    here, port = exchange.client.sock.getsockname()[:2]
+    return {
+        "inside": config.inside.split(),
+        "outside": [natwork.unpack(packed) for packed in worker.policy.outside()],
+        "domains": config.name.lower().split(".", 1)[1:],
+        "socks": natwork.endpoint((natwork.unpack(natwork.address_of(here)), port)),
+        "mappings": config.mappings,
+        "udp": worker.chapters.socks is not None,
+    }
 
 
 def admit(exchange: Exchange) -> None:
@@ -417,17 +413,21 @@ def admit(exchange: Exchange) -> None:
 
 def own_page(exchange: Exchange) -> None:
     """Answer what was asked of the gateway itself; raise Refused."""
+    import json
+
     head, nonce = exchange.head, os.urandom(16).hex()
     pac_file = "application/x-ns-proxy-autoconfig", lambda: pac(exchange)
+    lat_file = "application/json", lambda: json.dumps(local_address_table(exchange))
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
         b"/": ("text/html; charset=utf-8", lambda: table_page(exchange, nonce)),
-        b"/table.json": ("application/json", lambda: table_json(exchange)),
+        b"/table.json": ("application/json", lambda: json.dumps(table_data(exchange))),
         b"/metrics": ("text/plain; version=0.0.4", lambda: metrics(exchange)),
         b"/proxy.pac": pac_file,
         b"/wpad.dat": pac_file,
+        b"/lat.json": lat_file,
     }
     page = pages.get(head.path.partition(b"?")[0])
-    if page is not pac_file:
+    if page not in (pac_file, lat_file):
         admit(exchange)
     if not page:
         raise Refused(natwork.NO_PAGE, "the gateway has no such page")
@@ -443,5 +443,6 @@ def join(chapters: natwork.Chapters) -> None:
     """Answer for the gateway itself from now on; raise ConfigError."""
     import json  # noqa: F401  # later a worker may be unable to read it
 
-    other_gateways(chapters.config)
+    config = chapters.config
+    config.parsed("gateways", check_gateway, config.gateways.split())
     chapters.schemes[natwork.OWN_PAGE] = own_page

@@ -209,8 +209,9 @@ class Parents:
         except Refused as refusal:
             # A parent may know the name, if it is one that may be asked for.
             nameless = refusal.outcome in (natwork.NO_SUCH_HOST, natwork.DNS_TIMEOUT)
-            client = worker.client.host
-            if not nameless or not self.trusts(client, session.user, host, port):
+            client, user = worker.client.host, session.user
+            user = user if worker.config.users else "-"  # else it is but a claim
+            if not nameless or not self.trusts(client, user, host, port):
                 raise
             unknown = refusal
         if parent := self.parent_for(session.proto, host, addresses):
@@ -234,7 +235,7 @@ class Parents:
         and the stream says so.
         """
         policy, board = self.policy, worker.board
-        found = natwork.resolve(parent.host, parent.port)
+        found = natwork.resolve(parent.host)
         if policy.is_own_listener(found, parent.port):
             # SOCKS has no Via that would tell.
             raise Refused(natwork.LOOP, "it is this gateway")

@@ -3,7 +3,8 @@
 Version 5 is RFC 1928, with names and passwords by RFC 1929; version 4 and its
 extension 4a have no standard but their authors' notes.  A client may ask for a
 connection to a host (CONNECT), for one from a host (BIND), or for a relay of datagrams
-(UDP ASSOCIATE).  Each is answered with the outside address that it happens from.
+(UDP ASSOCIATE).  Each is answered with the outside address that it happens from.  And
+it may ask for an address or a name (Tor's RESOLVE, RESOLVE_PTR), which is all it gets.
 
 It does not offer GSSAPI, which RFC 1928 section 3 asks for: no client needs it.
 """
@@ -31,14 +32,11 @@ VERSION = "0.1.0"
 
 UDP_PEERS = 8192  # peers that may answer one association, and their hosts
 WAY_TIME = 60.0  # routes change; and a dead name server delays us once a minute
-COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE"}
+COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE", 240: "RESOLVE", 241: "RESOLVE_PTR"}
 IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
 NO_LOGIN, PASSWORD = 0, 2  # methods: RFC 1928 section 3
 GRANTED, REJECTED = 90, 91  # version 4 has no other replies to give
 NUL = re.compile(b"\0")  # ends a string in version 4
-ANY_PORT = range(1)  # port 0: the kernel chooses
-# In place of 0.0.0.0 and ::, which are no way to anyone: by size.
-ANYONE = {4: natwork.pack("192.0.2.1"), 16: natwork.pack("2001:db8::1")}
 SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
 Connection = tuple[natwork.Stream, SocketAddress]  # and the address to reply
 Way = tuple[bytes, socket.socket]  # an address, and a socket of ours to use with it
@@ -73,23 +71,12 @@ def write_address(address: SocketAddress) -> bytes:
     return struct.pack("!B%dsH" % len(packed), len(packed) // 4, packed, address[1])
 
 
-def parse_datagram(data: bytes) -> tuple[str, int, bytes]:
-    """Return host, port and payload: RFC 1928 section 7; raise as read_address()."""
-    message = io.BytesIO(data)
-    if message.read(3) != bytes(3):
-        raise Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
-    name, port = read_address(message.read)
-    return parse_name(name), port, message.read()
-
-
 def open_port(
-    kind: int, where: SocketAddress, ports: range, uplink: natwork.Uplink | None = None
+    kind: int, where: SocketAddress, ports: list[int], uplink: natwork.Uplink | None
 ) -> socket.socket:
-    """Return a socket at one of some ports of an address; raise OSError."""
+    """Return a socket at the first free of some ports of an address; raise OSError."""
     family = natwork.INET6 if ":" in where[0] else natwork.INET
-    # The first to be tried is not to be guessed, nor contended for.
-    first = int.from_bytes(os.urandom(4), "big") % len(ports)
-    for port in (*ports[first:], *ports[:first]):
+    for port in ports:
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
         try:
             if uplink and not uplink.packed:
@@ -138,10 +125,14 @@ def open_outside(
             if (name(session.client), name(session.address)) in pairs
         }
         ways = [way for way in ways if way[1][0] in known] or ways
+    ports, first = worker.policy.ports, int.from_bytes(os.urandom(4), "big")
+    # The first port to be tried is the one wanted, or not to be guessed.
+    first = (ports.index(socks.wanted) if socks.wanted in ports else first) % len(ports)
+    order = [*ports[first:], *ports[:first]]
     for attempt, where in ways:
         try:
             if where[0] not in opened:
-                opened[where[0]] = open_port(kind, where, socks.ports, attempt.uplink)
+                opened[where[0]] = open_port(kind, where, order, attempt.uplink)
             return attempt.packed, opened[where[0]]
         except OSError as error:
             failed.append((error, attempt))
@@ -159,13 +150,13 @@ class Association:
         """Open a port where the client has reached us; raise OSError."""
         self.socks, self.worker, self.session = socks, socks.worker, socks.session
         here = socks.client.sock.getsockname()
-        self.inner = open_port(socket.SOCK_DGRAM, here, ANY_PORT)
+        self.inner = open_port(socket.SOCK_DGRAM, here, [0], None)
         self.outer: dict[str, socket.socket] = {}  # by source address
         self.client_at: SocketAddress = ()  # where its latest datagram came from
         # The same by peer, and by host with port 0; the latest is the last.
         self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
-        self.refusal: Refused | None = None  # of the latest refused datagram
+        self.refusal: Refused | None = None  # of the latest way that was refused
         # Monotonic; what is dropped does not put it off.
         self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
@@ -191,22 +182,26 @@ class Association:
         """Receive a datagram and send it, or raise why not."""
         data, sender = sock.recvfrom(natwork.COPY_SIZE)
         if sock is self.inner:
-            self.session.up += self.send_out(data, sender)
+            self.session.up += self.send_out(io.BytesIO(data), sender)
         else:
             self.session.down += self.send_in(data, sender)
         self.worker.slot.moved(self.session.up, self.session.down)
         self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
-    def send_out(self, data: bytes, sender: SocketAddress) -> int:
-        """Send what the client wants sent; return its size, or raise Refused."""
+    def send_out(self, message: io.BytesIO, sender: SocketAddress) -> int:
+        """Send what the client wants sent (RFC 1928 section 7); return its size.
+
+        Raises Refused, or as read_address().
+        """
         if natwork.address_of(sender[0]) != natwork.address_of(self.worker.client.host):
             raise Refused(natwork.OUTSIDER, "not the client's address")
-        host, port, payload = parse_datagram(data)
+        if message.read(3) != bytes(3):
+            raise Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
+        name, port = read_address(message.read)
+        host, payload = parse_name(name), message.read()
         self.client_at = sender
-        way = self.way(host, port)
-        if isinstance(way, Refused):
-            self.refusal = way
-            raise way
+        if not (way := self.way(host, port)):
+            return 0
         packed, sock = way
         there = natwork.unpack(packed), port
         sock.sendto(payload, there)
@@ -223,13 +218,14 @@ class Association:
             self.worker.proceed(session)
         return len(payload)
 
-    def find_way(self, host: str, port: int) -> Way | Refused:
-        """Return a host's address and the socket to use, or why it may not be used."""
+    def find_way(self, host: str, port: int) -> Way | None:
+        """Return a host's address and the socket to use; None if it may not be used."""
         try:
-            addresses = self.socks.consult(natwork.judged, host, port)
+            addresses = natwork.judged(self.worker, self.session, host, port)
             return open_outside(self.socks, addresses, port, self.outer)
         except Refused as refusal:
-            return refusal
+            self.refusal = refusal
+        return None
 
     def send_in(self, data: bytes, sender: SocketAddress) -> int:
         """Send the client what came for it; return its size, or raise Refused."""
@@ -238,7 +234,7 @@ class Association:
         if not writer:
             if not self.worker.config.udp_from_anyone:
                 raise Refused(natwork.OUTSIDER, "it was not written to")
-            self.socks.consult(natwork.judged, natwork.unpack(packed), port)
+            natwork.judged(self.worker, self.session, natwork.unpack(packed), port)
             writer = self.client_at  # it has written: that opened the socket
         self.inner.sendto(bytes(3) + write_address(sender) + data, writer)
         return len(data)
@@ -251,9 +247,9 @@ class Association:
 class Socks:
     """One client's SOCKS session, from the version's byte on."""
 
-    def __init__(self, ports: range, worker: Worker) -> None:
-        """Take a worker whose client has sent its first byte; ports: bind_ports."""
-        self.ports, self.worker, self.client = ports, worker, worker.client.stream
+    def __init__(self, worker: Worker) -> None:
+        """Take a worker whose client has sent its first byte."""
+        self.worker, self.client = worker, worker.client.stream
         self.version = self.client.received[0]
         name, proto = worker.client.endpoint, f"socks{self.version}"
         self.session = natwork.Session(name, worker.pid_text, proto)
@@ -263,7 +259,7 @@ class Socks:
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
         # What a refusal has to say, b"" for its reply, None for nothing.
         self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
-        self.lingers = False  # the client may not have its last bytes yet
+        self.wanted = 0  # the port of the outside that datagrams should leave from
 
     def serve(self) -> None:
         """Read a request and do what it asks for; raise Refused."""
@@ -271,13 +267,16 @@ class Socks:
         command, name, port = self.ask4() if self.version == 4 else self.ask5()
         session.method = COMMANDS.get(command, "-")
         if session.method == "ASSOCIATE" and self.version == 5:
-            return self.associate()  # its address is where the client may send from
+            self.wanted = port  # and the host is where the client may send from
+            return self.associate()
         session.target = natwork.printable(name)
         host = parse_name(name)
         session.target = natwork.endpoint((host, port))
         if self.version == 4 and self.users:
             raise Refused(natwork.AUTH_REQUIRED, "version 4 has no passwords")
         self.worker.begin(session)
+        if session.method.startswith("RESOLVE") and self.version == 5:
+            return self.look_up(host, port)
         if session.method == "BIND":
             server, address = self.bind(host)
         elif session.method != "CONNECT":
@@ -285,7 +284,7 @@ class Socks:
         elif not port:
             raise Refused(natwork.BAD_REQUEST, "port 0")
         else:
-            server = self.consult(natwork.dial, host, port)
+            server = natwork.dial(self.worker, session, host, port)
             address = server.sock.getsockname()
         opening = self.reply(natwork.OK, address)
         self.worker.proceed(session)
@@ -297,7 +296,6 @@ class Socks:
         if self.owed is not None:
             with contextlib.suppress(Refused):
                 self.send(self.owed or self.reply(refusal.outcome, ("0.0.0.0", 0)))
-                self.lingers = True
         return refusal.outcome
 
     def run(self, steps: natwork.Steps) -> bytes:
@@ -324,15 +322,15 @@ class Socks:
 
     def ask5(self) -> tuple[int, bytes, int]:
         """Return command, name and port: RFC 1928 section 4; raise Refused."""
-        self.choose_method(self.take(self.take(2)[1]))
+        self.log_in(self.take(self.take(2)[1]))
         self.owed = b""
         version, command, reserved = self.take(3)
         if version != 5 or reserved:
             raise Refused(natwork.BAD_REQUEST, "not a SOCKS request")
         return command, *read_address(self.take)
 
-    def choose_method(self, methods: bytes) -> None:
-        """Agree on a way to log in: RFC 1928 section 3; raise Refused."""
+    def log_in(self, methods: bytes) -> None:
+        """Agree on a method, and learn the user: RFC 1928 section 3; raise Refused."""
         # Without `users` each name is right: a claim, for the log.
         method = PASSWORD if self.users or PASSWORD in methods else NO_LOGIN
         if method not in methods:
@@ -341,13 +339,10 @@ class Socks:
             outcome = natwork.AUTH_REQUIRED if method else natwork.NO_METHOD
             raise Refused(outcome, f"method {method} is not offered")
         self.send(bytes([5, method]))
-        if method == PASSWORD:
-            self.log_in()
-
-    def log_in(self) -> None:
-        """Learn the user by name and password: RFC 1929; raise Refused."""
+        if method == NO_LOGIN:
+            return
         self.owed = b"\1\1"
-        if self.take(1) != b"\1":
+        if self.take(1) != b"\1":  # RFC 1929
             raise Refused(natwork.BAD_REQUEST, "not a name and a password")
         name, password = (self.take(self.take(1)[0]) for _ in range(2))
         user = natwork.printable(name, natwork.NAME_SIZE)
@@ -355,15 +350,6 @@ class Socks:
             user = self.users.authenticate(self.worker, name, password)
         self.session.user = user
         self.send(b"\1\0")
-
-    def consult(self, ask: Callable[..., Any], host: str, port: int) -> Any:
-        """Return what judged() or dial() does, by rules that see no claimed name."""
-        session, user = self.session, self.session.user
-        session.user = user if self.users else "-"
-        try:
-            return ask(self.worker, session, host, port)
-        finally:
-            session.user = user
 
     def send(self, data: bytes) -> None:
         """Send a few bytes, for which a new connection has room; raise Refused."""
@@ -382,13 +368,31 @@ class Socks:
         packed = packed if len(packed) == 4 else bytes(4)  # no room for IPv6
         return struct.pack("!BBH4s", 0, code, address[1], packed)
 
+    def look_up(self, host: str, port: int) -> None:
+        """Reply with an address of a host, or with the name of it; raise Refused.
+
+        These are Tor's commands.  A host that may be dialed at some port is answered.
+        """
+        session, at = self.session, port or natwork.Rule.SOME_PORT
+        allowed = natwork.judged(self.worker, session, host, at)
+        # IPv4 first: the client cannot say which it wants.
+        found = natwork.unpack(min(allowed, key=len))
+        session.address = natwork.endpoint((found, port))
+        reply = self.reply(natwork.OK, (found, 0))
+        if session.method == "RESOLVE_PTR":
+            named = socket.getnameinfo((found, 0), socket.NI_NAMEREQD)[0]
+            name = parse_name(os.fsencode(named)).encode()
+            reply = reply[:3] + b"%c%c%b\0\0" % (NAME, len(name), name)
+        self.send(reply)
+        self.owed, session.outcome = None, natwork.OK
+
     def bind(self, host: str) -> Connection:
         """Return a connection from a host: RFC 1928 section 4; raise Refused."""
-        worker, session = self.worker, self.session
+        worker, session, anywhere = self.worker, self.session, natwork.Policy.ANYWHERE
         # It may call from any port, so rules with ports do not speak of it.
-        allowed = self.consult(natwork.judged, host, 0)
+        allowed = natwork.judged(worker, session, host, 0)
         expected = [one for one in allowed if self.version == 5 or len(one) == 4]
-        there = [one if any(one) else ANYONE[len(one)] for one in expected]
+        there = [one if any(one) else anywhere[len(one)] for one in expected]
         _, listener = open_outside(self, there, 0, {})
         with listener:
             here = listener.getsockname()
@@ -414,7 +418,8 @@ class Socks:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 sock, address = listener.accept()
                 with contextlib.suppress(Refused):
-                    allowed = expected or self.consult(natwork.judged, address[0], 0)
+                    worker, session = self.worker, self.session
+                    allowed = expected or natwork.judged(worker, session, address[0], 0)
                     if natwork.address_of(address[0]) in allowed:
                         sock.setblocking(False)
                         return natwork.Stream(sock, natwork.SERVER_GONE), address
@@ -432,19 +437,14 @@ class Socks:
             association.run()
 
 
-def serve(ports: range, worker: Worker) -> None:
+def serve(worker: Worker) -> None:
     """Serve a client whose first byte, 4 or 5, has been received."""
-    socks = Socks(ports, worker)
+    socks = Socks(worker)
     worker.record(socks.session, socks.serve, socks.refuse)
-    if socks.lingers:
+    if socks.owed is not None:  # the client may not have its last bytes yet
         natwork.linger(worker.watch, socks.client)
 
 
 def join(chapters: natwork.Chapters) -> None:
-    """Serve SOCKS clients from now on; raise ConfigError for bad bind_ports."""
-    config = chapters.config
-    text = config.bind_ports
-    words = [] if text == "0" else [text]
-    found = config.parsed("bind_ports", natwork.parse_ports, words)
-    ports = found[0] if found else ANY_PORT
-    chapters.socks = lambda worker: serve(ports, worker)
+    """Serve SOCKS clients from now on."""
+    chapters.socks = serve

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import running
 import wire
 
-CONNECT, BIND, ASSOCIATE = 1, 2, 3
+CONNECT, BIND, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 2, 3, 0xF0, 0xF1
 HELLO, AGREED = b"\5\1\0", b"\5\0"
 KNOWN = b"\5\2\1\0"  # what is told to a client that has named itself
 Address = tuple[str, int]
@@ -106,14 +106,18 @@ class Association:
     """A client's UDP association: its control connection and its socket."""
 
     def __init__(
-        self, control: socket.socket, host: str = "127.0.0.1", name: bytes = b""
+        self,
+        control: socket.socket,
+        host: str = "127.0.0.1",
+        name: bytes = b"",
+        port: int = 0,
     ) -> None:
-        """Open it, by a name if there is one, for a socket of a host."""
+        """Open it, by a name if there is one, for a socket of a host, at a port."""
         self.control = control
         told = KNOWN if name else AGREED
         control.sendall(login(name) if name else HELLO)
         assert wire.read_exactly(control, len(told)) == told
-        control.sendall(five(addressed("0.0.0.0", 0), ASSOCIATE))
+        control.sendall(five(addressed("0.0.0.0", port), ASSOCIATE))
         code, self.relay = read_five(control)
         assert code == 0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -140,10 +144,12 @@ class Association:
 
 
 @contextlib.contextmanager
-def associated(gateway: running.Gateway, name: bytes = b"") -> Iterator[Association]:
+def associated(
+    gateway: running.Gateway, name: bytes = b"", port: int = 0
+) -> Iterator[Association]:
     """Open a UDP association with a gateway, and close it."""
     with gateway.connect() as control:
-        association = Association(control, name=name)
+        association = Association(control, name=name, port=port)
         with association.sock:
             yield association
 

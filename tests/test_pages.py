@@ -1,4 +1,4 @@
-"""Own pages: the live table, the metrics and the PAC file, in real clients."""
+"""Own pages: the live table, the metrics, the PAC file and the Local Address Table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,9 +39,10 @@ PAGES = {
     "/metrics": "text/plain; version=0.0.4",
     "/proxy.pac": "application/x-ns-proxy-autoconfig",
     "/wpad.dat": "application/x-ns-proxy-autoconfig",
+    "/lat.json": "application/json",
 }
 PAC = ["/proxy.pac", "/wpad.dat"]
-SHOWN = [path for path in PAGES if path not in PAC]
+SHOWN = [path for path in PAGES if path not in (*PAC, "/lat.json")]
 CROWDED = 1000  # the first slot of crowd(), where no worker comes
 NO_PID = 4194304  # and the first of its pids: PID_MAX_LIMIT of the kernel
 HOSTS = [
@@ -762,3 +764,77 @@ def test_a_gateway_that_is_none_is_refused(word: str, tmp_path: Path) -> None:
         )
         assert done.returncode == 78 and "gateways" in done.stderr, done
         assert repr(word) in done.stderr
+
+
+# --- The Local Address Table --------------------------------------------------
+
+
+def lat(gateway: running.Gateway, *words: str) -> dict[str, object]:
+    """Return what /lat.json says, asked by curl with some words more."""
+    status, _, body = curl(*words, gateway.url + "/lat.json")
+    table = json.loads(body)
+    assert status == 200 and isinstance(table, dict)
+    return table
+
+
+def test_the_local_address_table_tells_where_one_is(natwork: running.Start) -> None:
+    inside = ["127.0.0.0/8", "::1", "10.1.0.0/16"]
+    gateway = natwork(f"inside={' '.join(inside)}", "outside=127.0.0.2 127.0.0.3")
+    host, port = gateway.address
+    assert lat(gateway) == {
+        "inside": inside,
+        "outside": ["127.0.0.2", "127.0.0.3"],
+        "domains": [],
+        "socks": f"{host}:{port}",
+        "mappings": False,
+        "udp": True,
+    }
+
+
+def test_its_outside_is_what_this_box_has_now(natwork: running.Start) -> None:
+    # TEST-NET-3 has nobody.
+    gateway = natwork("outside=203.0.113.9 nosuch0 127.0.0.4")
+    assert lat(gateway)["outside"] == ["127.0.0.4"]
+
+
+def test_without_uplinks_its_outside_is_where_the_default_routes_leave_from(
+    natwork: running.Start,
+) -> None:
+    found = [
+        program.find_route(there).source for there in program.Policy.ANYWHERE.values()
+    ]
+    assert lat(natwork())["outside"] == [source for source in found if source]
+
+
+@pytest.mark.parametrize(
+    "name, domains", [("gate", []), ("Gate.Corp.example", ["corp.example"])]
+)
+def test_its_domain_is_that_of_the_gateway(
+    natwork: running.Start, name: str, domains: list[str]
+) -> None:
+    assert lat(natwork(f"name={name}"))["domains"] == domains
+
+
+@pytest.mark.parametrize("host", ["wpad", "gate.evil.example"])
+def test_it_answers_any_host_and_never_quotes_it(
+    gateway: running.Gateway, host: str
+) -> None:
+    assert lat(gateway, "-H", f"Host: {host}") == lat(gateway)
+
+
+@needs.ipv6
+def test_its_socks_is_the_address_by_which_one_came(tmp_path: Path) -> None:
+    gateway = running.Gateway.configured(tmp_path, listen="[::]:0 127.0.0.1:0")
+    for (_, port), host in zip(gateway.listening(), ("[::1]", "127.0.0.1")):
+        _, _, body = curl(f"http://{host}:{port}/lat.json")
+        assert json.loads(body)["socks"] == f"{host}:{port}"
+    gateway.stop()
+
+
+def test_without_its_chapter_there_is_no_udp(tmp_path: Path) -> None:
+    for name in ("natwork.py", "natwork_pages.py"):
+        (tmp_path / name).write_bytes((running.ROOT / name).read_bytes())
+    command = [sys.executable, str(tmp_path / "natwork.py")]
+    gateway = running.Gateway.activated(tmp_path, program=command)
+    assert lat(gateway)["udp"] is False
+    gateway.stop()

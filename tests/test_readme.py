@@ -60,6 +60,7 @@ RUNS = {
     "test_readme.test_socks_by_ssh": ["ssh"],
     "test_readme.test_an_ftp_server_calls_back": ["socksify tnftp"],
     "test_readme.test_a_name_server_is_asked": ["socksify drill"],
+    "test_readme.test_a_name_is_asked_for": ["tor-resolve"],
     "test_readme.test_ftp": [
         "curl -x http://10.0.0.1:8080 ftp:",
         "curl -x http://10.0.0.1:8080 -T",
@@ -589,6 +590,12 @@ def test_a_name_server_is_asked(town: Town) -> None:
     said = town.run("inside", the("socksify drill"))
     assert re.search(r"^www\.example\.com\.\s.*\s192\.0\.2\.80$", said, re.M), said
     assert town.entry()["proto"] == "udp"
+
+
+def test_a_name_is_asked_for(town: Town) -> None:
+    needs.programs("tor-resolve")
+    assert town.run("inside", the("tor-resolve")) == "192.0.2.80\n"
+    assert town.entry()["method"] == "RESOLVE"
 
 
 def test_ftp(town: Town) -> None:

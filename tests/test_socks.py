@@ -688,6 +688,81 @@ def test_curl_names_itself(
     assert gateway.line_about(server)["user"] == user
 
 
+# --- RESOLVE and RESOLVE_PTR --------------------------------------------------
+
+RESOLVED = {
+    "name": (socks_wire.RESOLVE, "localhost", socks_wire.five_reply(0, "127.0.0.1")),
+    "address": (socks_wire.RESOLVE, "127.0.0.9", socks_wire.five_reply(0, "127.0.0.9")),
+    "IPv6": (socks_wire.RESOLVE, "::1", socks_wire.five_reply(0, "::1")),
+    "back": (
+        socks_wire.RESOLVE_PTR,
+        "127.0.0.1",
+        socks_wire.five_reply(0, "localhost"),
+    ),
+    "denied": (socks_wire.RESOLVE, "10.1.2.3", socks_wire.five_reply(2)),
+    "denied back": (socks_wire.RESOLVE_PTR, "10.1.2.3", socks_wire.five_reply(2)),
+    "no name": (socks_wire.RESOLVE, "a b", socks_wire.five_reply(1)),
+}
+
+
+@pytest.mark.parametrize("pieces", ["whole", "bytes"])
+@pytest.mark.parametrize("case", RESOLVED)
+def test_a_client_may_ask_for_an_address_or_a_name(
+    gateway: running.Gateway, case: str, pieces: str
+) -> None:
+    line = fresh(gateway)
+    command, host, reply = RESOLVED[case]
+    asked = socks_wire.HELLO + socks_wire.five(socks_wire.addressed(host, 0), command)
+    with gateway.connect() as client:
+        feed(client, asked, pieces)
+        # This reply is all, whatever more is said.
+        assert wire.read_all(client) == socks_wire.AGREED + reply
+    ended = line()
+    method = "RESOLVE_PTR" if command == socks_wire.RESOLVE_PTR else "RESOLVE"
+    assert (ended["proto"], ended["method"]) == ("socks5", method)
+    words = {0: "ok", 1: "bad-request", 2: "denied-inside"}
+    assert (ended["status"], ended["outcome"]) == (str(reply[1]), words[reply[1]])
+    found = {"back": "127.0.0.1", "name": "127.0.0.1"}.get(case, host)
+    dialed = "-" if reply[1] else endpoint((found, 0))
+    assert (ended["address"], ended["source"]) == (dialed, "-")
+
+
+@pytest.mark.parametrize(
+    ("rules", "port", "reply"),
+    [
+        # Some port may be dialed, so the address may be known.
+        ("allow to 127.0.0.3/32 port 80,443; deny", 0, 0),
+        ("allow to 127.0.0.3/32 port 80,443; deny", 443, 0),
+        ("allow to 127.0.0.3/32 port 80,443; deny", 81, 2),
+        ("deny port 80; allow to 127.0.0.0/8", 0, 0),
+        ("deny port 80; allow to 127.0.0.0/8", 80, 2),
+        ("deny to 127.0.0.3; allow to 127.0.0.0/8", 0, 2),
+        ("allow to 127.0.0.4/32 port 80", 0, 2),
+        ("allow port 80", 0, 2),
+        ("allow user bob to 127.0.0.3/32", 0, 2),
+    ],
+)
+def test_what_may_be_dialed_at_some_port_may_be_asked_for(
+    natwork: running.Start, rules: str, port: int, reply: int
+) -> None:
+    started = natwork(f"rules={rules}", loopback=False)
+    where = socks_wire.addressed("127.0.0.3", port)
+    with started.connect() as client:
+        client.sendall(socks_wire.login(b"bob"))  # which is but a claim
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        client.sendall(socks_wire.five(where, socks_wire.RESOLVE))
+        code, (host, _) = socks_wire.read_five(client)
+    assert code == reply and (host == "127.0.0.3") == (reply == 0)
+    assert started.lines(1)[0]["user"] == "bob"
+
+
+def test_version_4_asks_for_no_address(gateway: running.Gateway) -> None:
+    for command in (socks_wire.RESOLVE, socks_wire.RESOLVE_PTR):
+        with gateway.connect() as client:
+            client.sendall(socks_wire.four("127.0.0.3", 0, command))
+            assert wire.read_all(client) == socks_wire.four_reply(91)
+
+
 # --- BIND ---------------------------------------------------------------------
 
 
@@ -1146,6 +1221,36 @@ def test_datagrams_leave_by_the_uplink_and_from_bind_ports(
         assert len(server.senders) == 2
     # He of whom no datagram went out is told apart.
     assert {x["outcome"] for x in started.lines(2)} <= {"closed", "overload"}
+
+
+def test_datagrams_leave_from_the_port_that_is_asked_for(
+    natwork: running.Start, udp: Udp
+) -> None:
+    low = wire.free_port()
+    server, far = udp(), 1024 if low > 2048 else 65000
+    where = socks_wire.addressed(server.host, server.port)
+    started = natwork("outside=127.0.0.2", f"bind_ports={low}-{low + 20}")
+
+    def port_of(client: socks_wire.Association) -> int:
+        client.exchange(where, b"x")
+        return server.senders[-1][1]
+
+    with socks_wire.associated(started, port=low + 7) as first:
+        assert port_of(first) == low + 7
+        for taken in (low + 7, far):  # by the first; and not one of bind_ports
+            with socks_wire.associated(started, port=taken) as second:
+                assert low <= port_of(second) <= low + 20
+                assert port_of(second) not in (low + 7, far)
+        assert port_of(first) == low + 7
+
+
+def test_without_bind_ports_a_port_is_not_for_the_asking(
+    gateway: running.Gateway, udp: Udp
+) -> None:
+    server, port = udp(), wire.free_port()
+    with socks_wire.associated(gateway, port=port) as client:
+        client.exchange(socks_wire.addressed(server.host, server.port), b"x")
+        assert server.senders[-1][1] != port
 
 
 def test_the_largest_datagrams_pass_and_larger_ones_drop(

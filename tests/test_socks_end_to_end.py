@@ -313,3 +313,38 @@ def test_nobody_may_call_by_a_way_that_is_not_there(rig: web.Rig) -> None:
     assert socks_wire.ask_five(client, asked) == (3, ("0.0.0.0", 0))
     client.close()
     assert gateway.lines(1)[0]["outcome"] == "unreachable"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["www.example.com"], "203.0.113.80"),
+        (["dual-stack.example.com"], "203.0.113.80"),  # IPv4 first
+        (["six.example.com"], "2001:db8:9::80"),
+        (["-x", "203.0.113.81"], "www.example.net"),
+    ],
+)
+def test_tor_resolve_is_told(rig: web.Rig, words: list[str], told: str) -> None:
+    needs.programs("tor-resolve")
+    gateway = rig.natwork("rules=allow to .example.com, 203.0.113.81 port 443; deny")
+    asked = output(rig, "tor-resolve", "-p", "8080", *words, "10.9.0.1")
+    assert asked == f"{told}\n"
+    line = gateway.lines(1)[-1]
+    assert (line["outcome"], line["source"]) == ("ok", "-")
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        (["nosuch.example.com"], "no-such-host"),
+        (["rebound.example.com"], "denied-inside"),  # 10.9.0.2
+        (["-x", "203.0.113.1"], "denied-own"),
+        (["-x", "203.0.113.99"], "no-such-host"),
+    ],
+)
+def test_tor_resolve_is_refused(rig: web.Rig, words: list[str], outcome: str) -> None:
+    needs.programs("tor-resolve")
+    gateway = rig.natwork()
+    done = rig.box.run("inside", "tor-resolve", "-p", "8080", *words, "10.9.0.1")
+    assert done.returncode != 0 and done.stdout == ""
+    assert gateway.lines(1)[0]["outcome"] == outcome
