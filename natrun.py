@@ -67,6 +67,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Coroutine
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -108,8 +109,12 @@ def say(text: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    words = error.strerror if isinstance(error, OSError) else None
-    return (words or str(error) or type(error).__name__).lower()
+    if isinstance(error, OSError) and error.errno and not isinstance(error, Lost):
+        known = errno.errorcode.get(error.errno) and os.strerror(error.errno)
+        return (known or error.strerror or str(error)).lower()
+    return (
+        getattr(error, "strerror", "") or str(error) or type(error).__name__
+    ).lower()
 
 
 def failure(code: int) -> OSError:
@@ -564,6 +569,19 @@ def default_route() -> str:
     return ""
 
 
+@contextlib.contextmanager
+def quick_resolver() -> Iterator[None]:
+    """Have a name server that is not there cost little."""
+    before = os.environ.get("RES_OPTIONS")
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
+    try:
+        yield
+    finally:
+        del os.environ["RES_OPTIONS"]
+        if before is not None:
+            os.environ["RES_OPTIONS"] = before
+
+
 def find_gateway(option: str, settings: Settings) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
@@ -571,7 +589,8 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
     tried = []
     for text, port in places:
         try:
-            return look(text, port)
+            with quick_resolver():
+                return look(text, port)
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             if named and not isinstance(error, OSError):  # SOCKS servers speak no HTTP
                 return look(f"socks5://{text}" if ":" in text else "", 1080)
@@ -1164,8 +1183,9 @@ class Supervisor:
 
     def connect_again(self, call: Call, sock: socket.socket, flow: Flow | None) -> None:
         """Answer connect() on a socket that has been connected, or tried to."""
-        if not flow or not flow.pending and not flow.error:
+        if is_connected(sock) and not (flow and flow.pending and flow.waits):
             return call.answer(errno.EISCONN)
+        assert flow
         if flow.error:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             self.forget(cookie(sock))
@@ -1245,7 +1265,8 @@ class Supervisor:
             flow, family = self.flows.get(cookie(sock)), sock.family
             if not flow or not flow.peer:
                 return call.proceed()
-            if flow.pending or not is_connected(sock):
+            # Out of the waiting room, it is connected before the flow is settled.
+            if flow.pending and flow.waits or not is_connected(sock):
                 return call.answer(errno.ENOTCONN)
         call.write_address(family, flow.peer)
         call.answer()
