@@ -117,7 +117,10 @@ class Rig(web.Rig):
         wait.until(lambda: "192.0.2.1.9" in self.astray())
         assert before == "", before
         self.box.stop(self.tcpdump)
-        super().check()
+        for gateway in self.gateways:
+            gateway.stop()
+        callers = {entry["client"] for entry in self.web.entries()}
+        assert callers <= {*boxes.OUTSIDE_ADDRESSES, SERVER}, callers  # sshd is there
 
 
 class Background:
