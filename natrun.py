@@ -88,6 +88,7 @@ ANSWER_TIME = 130.0  # for it to answer: Linux tries a dead host for 127
 FIND_TIME = 2.0  # for a page of it
 QUERY_TIME = 2.0  # for an answer about a name
 NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
+SWEEP_TIME = 10.0  # between two looks for sockets that are gone
 LOOK_TIME = 0.1  # between two looks for signals to what waits
 PIPE_SIZE = 1 << 20  # at once; a pipe may be smaller
 RECORDS = 4096  # of sockets, before those that are gone are looked for
@@ -826,6 +827,18 @@ class Call:
         """Let the kernel do what it would have done without us."""
         self.answer(flags=CONTINUE)
 
+    def give(self, sock: socket.socket, flags: int, end: int = 0) -> None:
+        """Answer with a new descriptor, which is a socket of ours; raise OSError."""
+        sock.setblocking(not flags & socket.SOCK_NONBLOCK)
+        cloexec = flags & socket.SOCK_CLOEXEC  # which is O_CLOEXEC
+        raw = struct.pack("=QIIII", self.id, ADDFD_SEND, sock.fileno(), 0, cloexec)
+        try:
+            fcntl.ioctl(self.listener, NOTIF_ADDFD, raw)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise  # it is not there any more
+            self.answer(error.errno or errno.EMFILE)
+
     def is_alive(self) -> bool:
         try:
             fcntl.ioctl(self.listener, NOTIF_ID_VALID, struct.pack("=Q", self.id))
@@ -948,6 +961,11 @@ class WaitingRoom:
             raise
 
 
+def netns(sock: socket.socket) -> bytes:
+    """Return what the network namespace of a socket is known by."""
+    return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+
+
 def is_connected(sock: socket.socket) -> bool:
     try:
         return bool(sock.getpeername())
@@ -966,6 +984,318 @@ def free(sock: socket.socket) -> None:
             sock.setsockopt(level, option, value)
 
 
+# --- Datagrams ----------------------------------------------------------------
+#
+# Sockets of UDP are made in a network namespace of the run, whose only way out is a
+# cable to us.  So the kernel does all that a program can ask of such a socket.  We
+# read packets off the cable and wrap them for the gateway, one association (RFC 1928
+# section 7) for each port; packets that come back go in by the cable, from the
+# address that they came from.
+
+NEWUSER, NEWNET = 0x10000000, 0x40000000
+RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
+UP, NOARP, NODAD = 0x1, 0x80, 0x2
+SOL_PACKET, IGNORE_OUTGOING, SO_NETNS_COOKIE = 263, 23, 71
+CABLE = "natrun0", "natrun1"  # the namespace's end, and ours
+ENDS = b"\2natru", b"\2natrU"  # their addresses, made up
+SYSCTLS = {
+    "ipv4/ip_nonlocal_bind": "1",
+    "ipv6/ip_nonlocal_bind": "1",
+    "ipv4/conf/all/rp_filter": "0",
+    "ipv4/conf/natrun0/rp_filter": "0",
+    "ipv4/conf/natrun0/route_localnet": "1",  # name servers are often on loopback
+}
+IP, IP6 = 0x0800, 0x86DD
+
+
+def attribute(kind: int, data: bytes) -> bytes:
+    """Return a struct rtattr."""
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def change(sock: socket.socket, kind: int, body: bytes) -> None:
+    """Have netlink do something; raise OSError."""
+    flags = 0x605  # REQUEST, ACK, CREATE, EXCL
+    sock.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
+    (code,) = struct.unpack_from("=i", sock.recv(4096), 16)
+    if code:
+        raise failure(-code)
+
+
+def link(end: int) -> bytes:
+    """Return what netlink wants to know of an end of the cable."""
+    head = struct.pack("=BxHiII", 0, 0, 0, NOARP, NOARP)
+    name = attribute(3, CABLE[end].encode() + b"\0")
+    # As large as a datagram can be; and one packet is one datagram.
+    sizes = attribute(4, struct.pack("=I", 65535)) + attribute(40, b"\1\0\0\0")
+    return head + name + attribute(1, ENDS[end]) + sizes
+
+
+def make_namespace(outside: Blocks) -> socket.socket:
+    """Put this process into a namespace with a cable; return its other end."""
+    user, group = os.getuid(), os.getgid()
+    system(LIBC.unshare, NEWUSER | NEWNET)
+    maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1"}
+    for name, text in {**maps, "gid_map": f"{group} {group} 1"}.items():
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
+        peer = attribute(2, attribute(1, link(1)))
+        change(
+            netlink, RTM_NEWLINK, link(0) + attribute(18, attribute(1, b"veth") + peer)
+        )
+        for name in CABLE:  # only now: an end cannot be up without the other
+            index = socket.if_nametoindex(name)
+            change(netlink, RTM_SETLINK, struct.pack("=BxHiII", 0, 0, index, UP, UP))
+        index = socket.if_nametoindex(CABLE[0])
+        for name, value in SYSCTLS.items():
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/sys/net/{name}", "w") as file,
+            ):
+                file.write(value)
+        for packed, _ in outside:
+            family, bits = Endpoint(packed, 0).family, 8 * len(packed)
+            head = struct.pack("=BBBBI", family, bits, NODAD, 0, index)
+            both = attribute(1, packed) + attribute(2, packed)
+            change(netlink, RTM_NEWADDR, head + both)
+            scope = 253 if family == socket.AF_INET else 0
+            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 3, scope, 1, 0)
+            route = head + attribute(4, struct.pack("=i", index))
+            with contextlib.suppress(FileExistsError):  # of two addresses
+                change(netlink, RTM_NEWROUTE, route)
+    cable = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
+    cable.bind((CABLE[1], 3))  # ETH_P_ALL
+    return cable
+
+
+def fork_namespace(outside: Blocks) -> tuple[socket.socket, socket.socket, int]:
+    """Start a process that makes sockets in a namespace; raise Fault.
+
+    Return the socket to ask it by, the cable, and its process number.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        why, fds, _, _ = socket.recv_fds(ours, 200, 1)
+        if not fds:
+            raise Fault(why.decode())
+        cable = socket.socket(fileno=fds[0])
+        for sock in (ours, cable):
+            sock.setblocking(False)
+        return ours, cable, pid
+    ours.close()
+    try:
+        cable = make_namespace(outside)
+        socket.send_fds(theirs, [b"+"], [cable.fileno()])
+        while asked := theirs.recv(16):
+            with socket.socket(*struct.unpack("=ii", asked)) as sock:
+                socket.send_fds(theirs, [b"+"], [sock.fileno()])
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            theirs.send(reason(error).encode())
+    finally:
+        os._exit(0)
+
+
+def checksum(data: bytes) -> int:
+    """Return the checksum of RFC 1071."""
+    # The sum of 16-bit words, with carries added, is the number modulo 0xFFFF.
+    return 0xFFFF - int.from_bytes(data + bytes(len(data) % 2), "big") % 0xFFFF
+
+
+def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
+    """Return source, target and payload of a packet, None if it is not UDP."""
+    if raw[0] >> 4 == 4 and raw[9] == socket.IPPROTO_UDP:
+        at, source, target = 4 * (raw[0] & 15), raw[12:16], raw[16:20]
+    elif raw[0] >> 4 == 6 and raw[6] == socket.IPPROTO_UDP:
+        at, source, target = 40, raw[8:24], raw[24:40]
+    else:
+        return None
+    here, there, size = struct.unpack_from("!HHH", raw, at)
+    return Endpoint(source, here), Endpoint(target, there), raw[at + 8 : at + size]
+
+
+def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
+    """Return a packet of UDP."""
+    size, addresses = 8 + len(data), source.packed + target.packed
+    ports = struct.pack("!HHH", source.port, target.port, size)
+    if len(source.packed) == 4:  # there, UDP need not have a checksum
+        head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
+        head = head[:10] + checksum(head).to_bytes(2, "big") + head[12:]
+        return head + ports + bytes(2) + data
+    head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
+    pseudo = addresses + struct.pack("!II", size, 17)
+    total = checksum(pseudo + ports + bytes(2) + data)
+    return head + ports + total.to_bytes(2, "big") + data
+
+
+class Association:
+    """A port of the namespace, and how its datagrams leave the machine."""
+
+    def __init__(self, here: Endpoint) -> None:
+        self.here = here
+        self.relayed: socket.socket | None = None  # by the gateway, once it is open
+        self.queue: list[bytes] = []  # until then
+        self.near: dict[int, socket.socket] = {}  # by family, to the inside
+        self.task: asyncio.Task[None] | None = None
+
+
+class Datagrams:
+    """The datagrams of a run."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        names: Names,
+        login: Callable[[str], list[bytes]],
+        app: str,
+    ) -> None:
+        """Make the namespace; raise Fault."""
+        self.gateway, self.names, self.login, self.app = gateway, names, login, app
+        self.maker, self.cable, self.pid = fork_namespace(gateway.outside)
+        self.asked: list[Call] = []  # for sockets, in order
+        self.associations: dict[Endpoint, Association] = {}
+        self.queries: set[asyncio.Task[None]] = set()
+
+    def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.cable, self.read_cable)
+        loop.add_reader(self.maker, self.hand_out)
+        self.sweeping = loop.create_task(self.sweep())
+
+    def make(self, call: Call) -> None:
+        """Have socket() answered with one of the namespace; raise OSError."""
+        family, kind, _ = call.arguments[:3]
+        self.maker.send(struct.pack("=ii", family & WHOLE, kind & 15))
+        self.asked.append(call)
+
+    def hand_out(self) -> None:
+        """Answer a call with the socket that has been made for it."""
+        _, fds, _, _ = socket.recv_fds(self.maker, 1, 1)
+        if not fds:  # it has been killed
+            asyncio.get_running_loop().remove_reader(self.maker)
+            return
+        with socket.socket(fileno=fds[0]) as sock:
+            call = self.asked.pop(0)
+            call.give(sock, call.arguments[1])
+
+    def read_cable(self) -> None:
+        """Carry what programs have sent."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):  # then others have their turn
+                packet = read_packet(self.cable.recv(65535 + 40))
+                if packet:
+                    with contextlib.suppress(OSError):  # one lost datagram
+                        self.carry(*packet)
+
+    def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
+        """Send a datagram to where it goes; raise OSError."""
+        one = self.associations.get(here)
+        if not one:
+            one = self.associations[here] = Association(here)
+        loop = asyncio.get_running_loop()
+        if there.port == 53:
+            task = loop.create_task(self.answer(here, there, data))
+            self.queries.add(task)
+            task.add_done_callback(self.queries.discard)
+        elif self.gateway.has_inside(there.packed):
+            family = there.family
+            if family not in one.near:
+                sock = one.near[family] = socket.socket(family, socket.SOCK_DGRAM)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                sock.setblocking(False)
+                loop.add_reader(sock, self.read_near, one, sock)
+            one.near[family].sendto(data, there.pair())
+        else:
+            message = bytes(3) + request_of(0, there)[3:] + data
+            if one.relayed:
+                one.relayed.send(message)
+            elif len(one.queue) < 64:
+                one.queue.append(message)
+            if not one.task:
+                one.task = loop.create_task(self.associate(one))
+
+    async def answer(self, here: Endpoint, there: Endpoint, query: bytes) -> None:
+        found = await self.names.answer(query, there, self.app, False)
+        self.inject(there, here, found)
+
+    def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
+        """Put a datagram into the namespace."""
+        kind = IP if len(source.packed) == 4 else IP6
+        with contextlib.suppress(OSError):  # one lost datagram
+            packet = write_packet(source, target, data)
+            self.cable.sendto(packet, (CABLE[1], kind, 0, 0, ENDS[0]))
+
+    def read_near(self, one: Association, sock: socket.socket) -> None:
+        """Take answers of the inside."""
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                data, sender = sock.recvfrom(65535)
+                self.inject(endpoint(sender), one.here, data)
+
+    def read_relayed(self, one: Association, sock: socket.socket) -> None:
+        """Take what the gateway passes on: RFC 1928 section 7."""
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                data = sock.recv(65535)
+                size = {1: 4, 4: 16}.get(data[3] if len(data) > 10 else 0)
+                if size and data[:3] == bytes(3):
+                    port = int.from_bytes(data[4 + size : 6 + size], "big")
+                    source = Endpoint(data[4 : 4 + size], port)
+                    self.inject(source, one.here, data[6 + size :])
+
+    async def associate(self, one: Association) -> None:
+        """Open an association with the gateway, and keep it until it ends."""
+        loop = asyncio.get_running_loop()
+        try:
+            with socket.socket(self.gateway.at.family) as control:
+                await self.gateway.reach(control)
+                # From the same port of the outside, where it is free.
+                where, who = Endpoint(bytes(4), one.here.port), self.login(self.app)
+                host, port = await self.gateway.ask(control, ASSOCIATE, where, who)
+                relay = Endpoint(host if any(host) else self.gateway.at.packed, port)
+                with socket.socket(relay.family, socket.SOCK_DGRAM) as sock:
+                    sock.setblocking(False)
+                    sock.connect(relay.pair())
+                    loop.add_reader(sock, self.read_relayed, one, sock)
+                    one.relayed = sock
+                    try:
+                        for message in one.queue:
+                            sock.send(message)
+                        one.queue.clear()
+                        await receive(control, 1)
+                    finally:
+                        loop.remove_reader(sock)
+        except OSError as error:
+            if not one.relayed:
+                say(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
+        finally:
+            one.relayed, one.task = None, None
+
+    async def sweep(self) -> None:
+        """End associations of sockets that have been closed, now and then."""
+        while True:
+            await asyncio.sleep(SWEEP_TIME)
+            ports = set()
+            for name in ("udp", "udp6"):
+                with open(f"/proc/{self.pid}/net/{name}") as table:
+                    lines = [line.split() for line in table][1:]
+                    ports |= {int(line[1].rpartition(":")[2], 16) for line in lines}
+            for here in [*self.associations]:
+                if here.port not in ports:
+                    self.end(self.associations.pop(here))
+
+    def end(self, one: Association) -> None:
+        if one.task:
+            one.task.cancel()
+        for sock in one.near.values():
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+
+
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
@@ -974,6 +1304,8 @@ def free(sock: socket.socket) -> None:
 
 class Supervisor:
     """The answers to the calls of a run."""
+
+    datagrams: Datagrams | None = None
 
     def __init__(
         self, settings: Settings, gateway: Gateway, relay: socket.socket, verbose: bool
@@ -994,6 +1326,7 @@ class Supervisor:
             "getsockopt": self.getsockopt,
             "getsockname": self.getsockname,
             "getpeername": self.getpeername,
+            "socket": self.make_socket,
         }
 
     def login(self, app: str) -> list[bytes]:
@@ -1015,6 +1348,15 @@ class Supervisor:
         task.add_done_callback(self.tasks.discard)
         return task
 
+    def carry_datagrams(self, app: str) -> None:
+        """Have datagrams carried, if gateway and kernel can; say why not."""
+        if not self.gateway.udp:
+            return
+        try:
+            self.datagrams = Datagrams(self.gateway, self.names, self.login, app)
+        except Fault as fault:
+            self.once(f"datagrams are not carried, but for names: {fault}")
+
     async def serve(self, listener: int, machine: str) -> None:
         """Answer the calls that a listener brings, until none can come."""
         loop, over = asyncio.get_running_loop(), asyncio.Event()
@@ -1022,6 +1364,8 @@ class Supervisor:
         self.server.bind(("127.0.0.1", 0))
         self.server.setblocking(False)
         loop.add_reader(self.server, self.read_query)
+        if self.datagrams:
+            self.datagrams.serve()
         poll = select.poll()
         poll.register(listener, select.POLLIN)
 
@@ -1194,10 +1538,22 @@ class Supervisor:
             return self.hold(call, flow)
         call.answer(errno.EALREADY)
 
+    def make_socket(self, call: Call) -> None:
+        """Answer socket() of UDP: it is one of the namespace."""
+        program, protocol = self.settings.of(call.app), call.arguments[2]
+        if program.udp == "no":
+            call.answer(errno.EACCES)
+        elif not self.datagrams or program.udp == "local" or protocol not in (0, 17):
+            call.proceed()
+        else:
+            self.datagrams.make(call)
+
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint
     ) -> None:
         """Answer connect() of what is no stream: a query is for our name server."""
+        if self.datagrams and netns(sock) != netns(self.server):
+            return call.proceed()
         program = self.settings.of(call.app)
         ours = program.redirect and program.dns != "local" and target.port == 53
         if not ours or sock.type != socket.SOCK_DGRAM:
@@ -1433,8 +1789,10 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED, signal.SIGCHLD})
     control = fork_relay()
-    command = Command(words, machine, assemble(machine, False))
     supervisor = Supervisor(settings, gateway, control, verbose)
+    supervisor.carry_datagrams(os.path.basename(words[0]))
+    code = assemble(machine, bool(supervisor.datagrams))
+    command = Command(words, machine, code)
 
     async def serve() -> None:
         command.attend(asyncio.get_running_loop())
