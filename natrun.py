@@ -67,6 +67,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Coroutine
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
@@ -88,6 +89,7 @@ ANSWER_TIME = 130.0  # for it to answer: Linux tries a dead host for 127
 FIND_TIME = 2.0  # for a page of it
 QUERY_TIME = 2.0  # for an answer about a name
 NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
+LEASE = 120  # that a mapping lives without being renewed
 SWEEP_TIME = 10.0  # between two looks for sockets that are gone
 LOOK_TIME = 0.1  # between two looks for signals to what waits
 PIPE_SIZE = 1 << 20  # at once; a pipe may be smaller
@@ -138,7 +140,7 @@ NUMBERS = {  # of CALLS, by machine, with its AUDIT_ARCH
 PIDFD_GETFD = 438
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
 NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
-CONTINUE, ADDFD_SEND = 1, 2
+CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
 ERESTARTSYS = 512  # not in errno: no program is to see it
 SO_COOKIE, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 57, 0x20000000, 30
@@ -211,13 +213,13 @@ def guarded(tests: Tests, action: int) -> Code:
     return code
 
 
-def assemble(machine: str, datagrams: bool) -> bytes:
-    """Return the filter, an array of struct sock_filter."""
+def assemble(machine: str, calls: Iterable[str]) -> bytes:
+    """Return the filter for some calls, an array of struct sock_filter."""
     architecture, *numbers = NUMBERS[machine]
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, ALLOW)]
     code.append((LOAD, 0, 0, 0))  # the number of the call
     for number, name in zip(numbers, CALLS):
-        if name == "seccomp" or name == "socket" and not datagrams:
+        if name not in calls and name not in REFUSED:
             continue
         refused, tests = REFUSED.get(name, (0, TESTS.get(name, [])))
         block = guarded(tests, ERROR | refused if refused else NOTIFY)
@@ -706,6 +708,17 @@ def labels_of(question: bytes) -> list[bytes]:
     return labels
 
 
+def reversed_address(name: bytes, kind: int) -> Endpoint | None:
+    """Return the address whose name is asked for, None if none is."""
+    labels = name.split(b".")[::-1]
+    with contextlib.suppress(ValueError):
+        if kind == PTR and labels[1] == b"in-addr" and len(labels) == 6:
+            return Endpoint(bytes(map(int, labels[2:])), 0)
+        if kind == PTR and labels[1] == b"ip6" and len(labels) == 34:
+            return Endpoint(bytes.fromhex(b"".join(labels[2:]).decode()), 0)
+    return None
+
+
 class Names:
     """Who has which name, for all programs of a run."""
 
@@ -731,8 +744,11 @@ class Names:
         kind, end, data = int.from_bytes(match[1], "big"), match.end(), b""
         try:
             name = b".".join(labels_of(match[0])).lower()
-            if self.is_near(name) or kind not in (A, AAAA, SVCB, HTTPS):
-                near = self.is_near(name)
+            near, target = self.is_near(name), reversed_address(name, kind)
+            if target and not self.gateway.has_inside(target.packed):
+                data = await self.look_back(target, app)
+                return reply_to(query, 0, end, kind, data)
+            if near or kind not in (A, AAAA, SVCB, HTTPS):
                 forwarded = self.forward(query, server, app, near)
                 return await asyncio.wait_for(forwarded, QUERY_TIME)
             if kind in (A, AAAA):
@@ -769,7 +785,7 @@ class Names:
         until, known = self.known.get(name, (0.0, None))
         if not known or until < time.monotonic():
             # A resolver asks for A and AAAA at once: that is one question.
-            known = asyncio.ensure_future(self.resolve(name, app))
+            known = asyncio.ensure_future(self.resolve(RESOLVE, name + bytes(2), app))
             remember(self.known, name, (time.monotonic() + NAME_TIME, known))
         if not fake and not self.only_fakes:
             try:
@@ -785,13 +801,19 @@ class Names:
             self.called[self.fakes[name]] = name
         return self.fakes[name]
 
-    async def resolve(self, name: bytes, app: str) -> bytes:
-        """Return the address that the gateway finds for a name; raise OSError."""
+    async def look_back(self, target: Endpoint, app: str) -> bytes:
+        """Return the name of an address as a query has it; raise OSError."""
+        name = self.called.get(target.packed)
+        name = name or await self.resolve(RESOLVE_PTR, target, app)
+        labels = [label[:63] for label in name[:253].strip(b".").split(b".")]
+        return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+
+    async def resolve(self, command: int, what: Endpoint | bytes, app: str) -> bytes:
+        """Return what the gateway finds for a name or an address; raise OSError."""
         with socket.socket(self.gateway.at.family) as sock:
             await self.gateway.reach(sock)
-            who = self.login(app)
-            packed, _ = await self.gateway.ask(sock, RESOLVE, name + bytes(2), who)
-            return unmapped(packed)
+            found, _ = await self.gateway.ask(sock, command, what, self.login(app))
+            return unmapped(found)
 
 
 def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -838,6 +860,23 @@ class Call:
             if error.errno == errno.ENOENT:
                 raise  # it is not there any more
             self.answer(error.errno or errno.EMFILE)
+
+    def swap(self, old: socket.socket) -> None:
+        """Put an ordinary socket in the place of one of the namespace."""
+        fd = self.arguments[0] & WHOLE
+        with open(f"/proc/{self.tid}/fdinfo/{fd}") as file:
+            flags = int(dict(line.split(":") for line in file)["flags"], 8)
+        with socket.socket(old.family, old.type) as new:
+            for option in (
+                socket.SO_REUSEADDR,
+                socket.SO_REUSEPORT,
+                socket.SO_BROADCAST,
+            ):
+                value = old.getsockopt(socket.SOL_SOCKET, option)
+                new.setsockopt(socket.SOL_SOCKET, option, value)
+            new.setblocking(not flags & os.O_NONBLOCK)
+            fields = self.id, ADDFD_SETFD, new.fileno(), fd, flags & os.O_CLOEXEC
+            fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
 
     def is_alive(self) -> bool:
         try:
@@ -1296,6 +1335,133 @@ class Datagrams:
             sock.close()
 
 
+# --- Mappings -----------------------------------------------------------------
+#
+# A program that listens on the outside address listens on this machine, and the
+# gateway passes on to it who calls there: NAT-PMP, RFC 6886.
+
+
+PMP_PORT = 5351
+RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
+
+
+@dataclass(eq=False)
+class Mapping:
+    """A port of the outside that leads to a port here."""
+
+    internal: int
+    external: int
+    inode: int  # of the listener
+    since: float
+    listened: bool = False
+
+
+async def readable(sock: socket.socket) -> None:
+    """Wait until there is something to read, or to accept."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
+
+
+class Mappings:
+    """The mappings of a run: they are renewed as long as somebody listens."""
+
+    def __init__(self, gateway: Gateway, who: list[bytes]) -> None:
+        self.gateway, self.who = gateway, who
+        self.held: dict[bytes, Mapping] = {}  # by the listener's cookie
+        self.task: asyncio.Task[None] | None = None
+
+    async def ask(self, internal: int, external: int, seconds: int) -> int:
+        """Have the gateway map a port, or unmap it; return the port outside."""
+        loop, at = (
+            asyncio.get_running_loop(),
+            Endpoint(self.gateway.at.packed, PMP_PORT),
+        )
+        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
+        with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(at.pair())
+            for patience in (0.25, 0.5, 1.0):
+                await loop.sock_sendall(sock, request)
+                with contextlib.suppress(asyncio.TimeoutError, ConnectionRefusedError):
+                    answer = await asyncio.wait_for(loop.sock_recv(sock, 64), patience)
+                    _, code, result, _ = struct.unpack_from("!BBHI", answer)
+                    if code == 130 and result == 0 and answer[8:10] == request[4:6]:
+                        return int.from_bytes(answer[10:12], "big")
+                    raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
+        raise failure(errno.ENETUNREACH)
+
+    async def add(self, sock: socket.socket, where: Endpoint) -> int:
+        """Bind a socket, and map a port of the outside to it; return that port."""
+        anywhere = "::" if sock.family == socket.AF_INET6 else ""
+        if not where.port:
+            sock.bind((anywhere, 0))
+        internal = where.port or sock.getsockname()[1]
+        if (
+            self.who[1] and not self.task
+        ):  # with `users`, only who has a session may map
+            self.task = asyncio.ensure_future(self.stay())
+            await asyncio.sleep(LOOK_TIME)
+        external = await self.ask(internal, internal, LEASE)
+        try:
+            if where.port:
+                if external != where.port:
+                    raise failure(errno.EADDRINUSE)
+                sock.bind((anywhere, where.port))
+        except OSError:
+            await self.ask(internal, 0, 0)
+            raise
+        inode = os.fstat(sock.fileno()).st_ino
+        mapping = Mapping(internal, external, inode, time.monotonic())
+        self.held[cookie(sock)] = mapping
+        return external
+
+    async def stay(self) -> None:
+        """Keep a session open."""
+        with socket.socket(self.gateway.at.family) as control:
+            with contextlib.suppress(OSError):
+                await self.gateway.reach(control)
+                await self.gateway.ask(control, ASSOCIATE, NOWHERE, self.who)
+                await receive(control, 1)
+        self.task = None
+
+    async def keep(self) -> None:
+        """Renew mappings in use, and end those whose listener is gone."""
+        while True:
+            await asyncio.sleep(1)
+            live, now = inodes() if self.held else set(), time.monotonic()
+            for number, one in [*self.held.items()]:
+                one.listened = one.listened or one.inode in live
+                gone = one.inode not in live and (
+                    one.listened or now > one.since + LEASE
+                )
+                with contextlib.suppress(OSError):
+                    if gone:
+                        del self.held[number]
+                        await self.ask(one.internal, 0, 0)
+                    elif now > one.since + LEASE / 2:
+                        one.since = now
+                        await self.ask(one.internal, one.external, LEASE)
+
+    async def end(self) -> None:
+        """Unmap all."""
+        ends = [self.ask(one.internal, 0, 0) for one in self.held.values()]
+        await asyncio.gather(*ends, return_exceptions=True)
+
+
+def inodes() -> set[int]:
+    """Return the inodes of TCP sockets that listen or are connected."""
+    found = set()
+    for path in "/proc/net/tcp", "/proc/net/tcp6":
+        with contextlib.suppress(OSError), open(path) as table:
+            found |= {int(line.split()[9]) for line in table if ":" in line[:8]}
+    return found
+
+
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
@@ -1319,6 +1485,8 @@ class Supervisor:
         self.waiting: dict[int, Call] = {}
         self.looking: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+        self.mappings = Mappings(gateway, self.login("natrun"))
+        self.kept: dict[bytes, list[socket.socket]] = {}  # accepted for nobody yet
         self.server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.asked: dict[int, tuple[Endpoint, str, bool]] = {}  # by the asker's port
         self.stories: dict[str, Callable[[Call], None]] = {
@@ -1327,7 +1495,17 @@ class Supervisor:
             "getsockname": self.getsockname,
             "getpeername": self.getpeername,
             "socket": self.make_socket,
+            "bind": self.bind,
+            "accept": self.accept,
+            "accept4": self.accept,
         }
+
+    def calls(self) -> list[str]:
+        """Return the calls that it is to be notified of."""
+        without = set() if self.datagrams else {"socket"}
+        if not self.gateway.mappings:
+            without |= {"accept", "accept4", *({"bind"} if without else ())}
+        return [name for name in self.stories if name not in without]
 
     def login(self, app: str) -> list[bytes]:
         """Return the user that the gateway's log is to have, and a password."""
@@ -1382,7 +1560,10 @@ class Supervisor:
                     self.handle(Call(listener, bytes(raw), names))
 
         loop.add_reader(listener, take)
+        keeping = self.start(self.mappings.keep())
         await over.wait()
+        keeping.cancel()
+        await self.mappings.end()
 
     def handle(self, call: Call) -> None:
         """Answer a call, or begin to."""
@@ -1627,6 +1808,102 @@ class Supervisor:
         call.write_address(family, flow.peer)
         call.answer()
 
+    def bind(self, call: Call) -> None:
+        """Answer bind(): to the outside address, or to a port that is to be there."""
+        where, program = call.target(), self.settings.of(call.app)
+        if not where:
+            return call.proceed()
+        outside = within(self.gateway.outside, where.packed)
+        listens = any(where.port in ports for ports in program.listen)
+        near = any(where.packed) and self.gateway.has_inside(where.packed)
+        if not (
+            outside or near and self.datagrams or listens and not any(where.packed)
+        ):
+            return call.proceed()
+        sock = call.borrow()
+        if sock.type == socket.SOCK_STREAM and not near and self.gateway.mappings:
+            self.hold(call)
+            call.task = self.start(self.map(call, sock, where))
+            return
+        with sock:
+            if (
+                sock.type == socket.SOCK_DGRAM
+                and near
+                and netns(sock) != netns(self.server)
+            ):
+                call.swap(sock)
+        call.proceed()
+
+    async def map(self, call: Call, sock: socket.socket, where: Endpoint) -> None:
+        """Bind a socket to a port that the gateway has outside."""
+        error = 0
+        with sock:
+            try:
+                port = await self.mappings.add(sock, where)
+                flow = Flow(None, Endpoint(where.packed, port))
+                self.record(sock, flow)
+            except OSError as failed:
+                error = failed.errno or errno.EIO
+        self.waiting.pop(call.id, None)
+        call.answer(error)
+
+    def accept(self, call: Call) -> None:
+        """Answer accept() on a socket that has a port outside."""
+        if not self.mappings.held:
+            return call.proceed()
+        sock = call.borrow()
+        if cookie(sock) not in self.mappings.held:
+            sock.close()
+            return call.proceed()
+        self.hold(call)
+        call.task = self.start(self.take_caller(call, sock))
+
+    async def take_caller(self, call: Call, sock: socket.socket) -> None:
+        """Accept a connection, and say who it is that called."""
+        with sock:
+            waits, kept = os.get_blocking(sock.fileno()), cookie(sock)
+            queue = self.kept.setdefault(kept, [])
+            try:
+                while not queue:
+                    sock.setblocking(False)  # another may have been faster
+                    try:
+                        queue.append(sock.accept()[0])
+                    except BlockingIOError:
+                        if not waits:
+                            raise
+                        sock.setblocking(True)
+                        await readable(sock)
+                    finally:
+                        sock.setblocking(waits)
+                # It stays in the queue until it is delivered: a signal may come.
+                one = queue.pop(0)
+                try:
+                    await self.present(call, one, self.flows[kept])
+                except BaseException:
+                    queue.insert(0, one)
+                    raise
+                one.close()
+            except OSError as error:
+                call.answer(error.errno or errno.EIO)
+            finally:
+                self.waiting.pop(call.id, None)
+
+    async def present(self, call: Call, one: socket.socket, flow: Flow) -> None:
+        """Give a caller to the program, with its true address; raise OSError."""
+        peer, local = endpoint(one.getpeername()), flow.local or NOWHERE
+        who = self.login("natrun")
+        if peer.packed == self.gateway.at.packed:
+            path = f"/table.json?source_port={peer.port}"
+            with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+                page = self.gateway.fetch(path, who)
+                row = (await asyncio.wait_for(page, FIND_TIME))["sessions"][0]
+                peer = endpoint((row["source_ip"], row["original_source_port"]))
+        here = local.packed if any(local.packed) else self.gateway.address(NOWHERE)
+        self.record(one, Flow(peer, Endpoint(here, local.port)))
+        if call.arguments[1]:
+            call.write_address(one.family, peer)
+        call.give(one, call.arguments[3] if call.name == "accept4" else 0)
+
     def hold(self, call: Call, flow: Flow | None = None) -> None:
         """Let a call wait, for the end of a flow or of its own task."""
         self.waiting[call.id] = call
@@ -1656,15 +1933,6 @@ class Supervisor:
                     call.task.cancel()
                 # The kernel runs the handler, then restarts the call or gives EINTR.
                 call.answer(ERESTARTSYS)
-
-
-def inodes() -> set[int]:
-    """Return the inodes of TCP sockets that are open."""
-    found = set()
-    for path in "/proc/net/tcp", "/proc/net/tcp6":
-        with contextlib.suppress(OSError), open(path) as table:
-            found |= {int(line.split()[9]) for line in table if ":" in line[:8]}
-    return found
 
 
 def user_name() -> str:
@@ -1791,8 +2059,7 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
     control = fork_relay()
     supervisor = Supervisor(settings, gateway, control, verbose)
     supervisor.carry_datagrams(os.path.basename(words[0]))
-    code = assemble(machine, bool(supervisor.datagrams))
-    command = Command(words, machine, code)
+    command = Command(words, machine, assemble(machine, supervisor.calls()))
 
     async def serve() -> None:
         command.attend(asyncio.get_running_loop())
