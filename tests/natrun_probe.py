@@ -240,6 +240,153 @@ def daemonized(host: str, port: str) -> None:
     os._exit(0)
 
 
+def where(place: str) -> Address:
+    host, _, port = place.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def peers(*places: str) -> list[Any]:
+    """Write to several peers from one socket; return who answered what."""
+    family = socket.AF_INET6 if "[" in places[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        for place in places:
+            sock.sendto(b"hello", where(place))
+        found = [sock.recvfrom(1000) for _ in places]
+        return sorted([sender[0], sender[1], data.decode()] for data, sender in found)
+
+
+def connected(place: str) -> list[str]:
+    """Write on a connected socket; return what comes, and both addresses."""
+    family = socket.AF_INET6 if "[" in place else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        sock.connect(where(place))
+        sock.send(b"hello")
+        said = sock.recv(1000).decode()
+        return [said, sock.getsockname()[0], sock.getpeername()[0]]
+
+
+def third_party(place: str, third: str) -> list[Any]:
+    """Have a third party write to the port that a peer has seen."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(2)
+        sock.sendto(b"hello", where(place))
+        sock.recvfrom(1000)
+        sock.sendto(b"call " + third.encode(), where(place))
+        found = []
+        with contextlib.suppress(TimeoutError):
+            for _ in range(2):
+                data, sender = sock.recvfrom(1000)
+                found.append([sender[0], data.decode()])
+        return sorted(found)
+
+
+def many(count: str, *places: str) -> dict[str, int]:
+    """Exchange many datagrams with several peers; none may have a wrong source."""
+    wanted, sent, got, wrong = int(count), 0, 0, 0
+    targets = [where(place) for place in places]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        sock.settimeout(2)
+        with contextlib.suppress(TimeoutError):
+            while got < wanted:
+                while sent < wanted and sent - got < 64:
+                    target = targets[sent % len(targets)]
+                    sock.sendto(b"to %s:%d" % (target[0].encode(), target[1]), target)
+                    sent += 1
+                data, sender = sock.recvfrom(1000)
+                got += 1
+                named = b"to %s:%d" % (sender[0].encode(), sender[1])
+                wrong += not data.startswith(named)
+    return {"sent": sent, "got": got, "wrong": wrong}
+
+
+def near_datagrams(place: str) -> dict[str, Any]:
+    """Use UDP inside: the LAN, and loopback between two sockets of the run."""
+    found: dict[str, Any] = {"lan": peers(place)}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(5)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(5)
+            client.sendto(b"ping", server.getsockname())
+            data, sender = server.recvfrom(100)
+            server.sendto(data + b"pong", sender)
+            found["loopback"] = [sender[0], client.recv(100).decode()]
+    return found
+
+
+def query(name: str) -> str:
+    """Ask a name server by a socket that is not connected; return the address."""
+    labels = b"".join(bytes([len(one)]) + one.encode() for one in name.split("."))
+    asked = b"\0\7\1\0\0\1\0\0\0\0\0\0" + labels + b"\0\0\1\0\1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        sock.sendto(asked, ("198.51.100.53", 53))
+        answer, sender = sock.recvfrom(1000)
+        assert sender == ("198.51.100.53", 53) and answer[:2] == asked[:2]
+        return socket.inet_ntoa(answer[-4:])
+
+
+def make_datagram_socket() -> str:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+        return "ok"
+    except OSError as error:
+        return code(error.errno or 0)
+
+
+def bind_to(*places: str) -> list[Any]:
+    """Bind a listener to each place; return its address, or the error."""
+    found: list[Any] = []
+    kept = []
+    for place in places:
+        sock = socket.socket()
+        kept.append(sock)
+        try:
+            sock.bind(where(place))
+            sock.listen()
+            found.append(sock.getsockname())
+        except OSError as error:
+            found.append(code(error.errno or 0))
+    return found
+
+
+def serve(place: str, count: str) -> list[Any]:
+    """Accept so many callers, in three processes; say who each was."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(where(place))
+    listener.listen(100)
+    print(json.dumps(listener.getsockname()), flush=True)
+    for number in range(3):
+        if number == 2 or not os.fork():
+            while True:
+                sock, peer = listener.accept()
+                assert sock.getblocking() and peer == sock.getpeername()
+                local = sock.getsockname()[:2]
+                sock.sendall(json.dumps([peer, local]).encode())
+                sock.close()
+    return []
+
+
+def waiting(place: str) -> float:
+    """Wait in accept() until SIGTERM; its handler leaves."""
+    listener = socket.socket()
+    listener.bind(where(place))
+    listener.listen()
+
+    def leave(*_: Any) -> None:
+        print("handled", flush=True)
+        os._exit(4)
+
+    signal.signal(signal.SIGTERM, leave)
+    print("ready", flush=True)
+    listener.accept()
+    return 0.0
+
+
 def main() -> None:
     function = globals()[sys.argv[1]]
     print(json.dumps(function(*sys.argv[2:])), flush=True)
