@@ -28,6 +28,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_pages.py       the live table, /metrics, /proxy.pac, /lat.json
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
+    natwork_mapping.py     NAT-PMP: a machine of the inside listens on the outside
     natwork_check.py       what is probably not meant; --settings
     natwork_explain.py     --explain
     natwork_daemon.py      -d and the pid file
@@ -90,7 +91,6 @@ from http import HTTPStatus
 from importlib.machinery import PathFinder
 from typing import Any
 from typing import NamedTuple
-from typing import NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("natwork: needs Python 3.10 or later")
@@ -145,6 +145,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "pages": ("gateways",),
     "users": ("users", "max_per_client"),
     "parents": ("parents",),
+    "mapping": ("mappings", "max_mappings"),
 }
 
 
@@ -523,7 +524,8 @@ class Refused(Exception):
 # memory that all processes share.  A slot has a single writer, and in the header
 # the last write wins, so there is no lock that a killed worker could keep.
 
-FREE, IDLE_STATE, BUSY, SILENT = range(4)  # SILENT: it waits for a client's next word
+# SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
+FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
 # The header, as 64-bit words: the master's pid, the slots that ever were used, the
 # Unix time of the start, and forks.
@@ -542,12 +544,12 @@ WHICH, PID, UP, DOWN, ENDS, UPS, DOWNS = range(7)
 # Log lines that were lost; connections made, and the microseconds that they took; a
 # number that stands for the client of the session that goes on, 0 for none.
 LOST, CONNECTIONS, CONNECTING, PEER = range(7, 11)
-SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 2000  # bytes
-# Its second page counts the sessions that have ended, by protocol and outcome.
-ENDED_BY = 512
+SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 1892  # bytes
+# The rest of it counts the sessions that have ended, by protocol and outcome.
+ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
 OUTCOME_WORDS = ["other", *OUTCOMES]
-PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect ftp gopher".split()
-TARGET_SIZE = 1100  # characters of a path that the log keeps, so that a row has room
+PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect map ftp gopher".split()
+TARGET_SIZE = 1000  # characters of a path that the log keeps, so that a row has room
 NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 
 
@@ -600,6 +602,21 @@ class Scoreboard:
         if said:
             self.words[LAST_SAID] = second
         return said
+
+    def fork(self, work: Callable[[], None]) -> int:
+        """Return the pid of a new process, which does some work; raise OSError."""
+        if pid := os.fork():
+            return pid
+        try:
+            work()
+            # Not sys.exit(): we inherited the master's atexit list, pid file included.
+            os._exit(0)
+        except OSError as error:
+            self.say(f"a process ends early: {reason(error)}")
+        except Exception:
+            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
+        finally:
+            os._exit(1)
 
     def failed_recently(self, uplink: int) -> bool:
         """Return whether an uplink, by its number, is to be tried last."""
@@ -871,6 +888,14 @@ class AccessLog:
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
             board.words[UNREPORTED] = not board.say(lost)
+
+    def write_killed(self, slot: Slot, code: int) -> None:
+        """Write the line that a process could not write itself, by its exit code."""
+        if row := slot.row():
+            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
+            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
+            self.write(session, ends.get(code, KILLED).word, slot)
+        slot.count()  # one that was settled and not counted, if it was killed there
 
 
 # --- Relay --------------------------------------------------------------------
@@ -1591,6 +1616,7 @@ class Master:
         self.generation = load(None)
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
+        self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.retiring = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
@@ -1603,7 +1629,7 @@ class Master:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
             signal.signal(number, signal.SIG_IGN)
-        while self.workers or not self.stopping:
+        while self.workers or self.mappers or not self.stopping:
             try:
                 if not self.stopping:
                     self.keep_spares()
@@ -1656,15 +1682,18 @@ class Master:
 
     def reap(self) -> None:
         """Collect every worker that has ended, and free its slot."""
-        while self.workers:
+        while self.workers or self.mappers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
+            if self.mappers.pop(pid, None) and status:
+                self.fork_at = time.monotonic() + 1
             if pid not in self.workers:  # a child we inherited, as process 1 does
                 continue
             slot, _ = self.workers.pop(pid)
             if status:
-                self.log_killed(slot, os.waitstatus_to_exitcode(status))
+                code = os.waitstatus_to_exitcode(status)
+                self.generation.log.write_killed(slot, code)
             slot.set_state(FREE)
             if status and not slot.words[PID]:  # nor would the next one get further
                 self.fork_at = time.monotonic() + 1
@@ -1673,24 +1702,24 @@ class Master:
                 # looks at the queue before it waits.
                 self.spawn(1)
 
-    def log_killed(self, slot: Slot, code: int) -> None:
-        """Write the log line that a worker could not write itself."""
-        if row := slot.row():
-            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
-            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-            self.generation.log.write(session, ends.get(code, KILLED).word, slot)
-        slot.count()  # one that was settled and not counted, if it was killed there
-
     def keep_spares(self) -> None:
-        """Fork until enough workers are idle or every slot is taken."""
+        """Fork until enough workers are idle or every slot is taken; and the mapper."""
         missing = self.generation.config.spare_workers - self.idle(self.generation)
-        if missing > 0 and time.monotonic() >= self.fork_at:
+        if time.monotonic() >= self.fork_at and (missing > 0 or self.missing_mapper()):
             self.spawn(missing)
 
+    def missing_mapper(self) -> Callable[[Generation], None] | None:
+        """Return the work of the mapper, if one is wanted and none is there."""
+        there = any(one is self.generation for one in self.mappers.values())
+        return None if there else self.generation.chapters.mapper
+
     def spawn(self, count: int) -> None:
-        """Fork some workers, as many as max_workers leaves room for."""
+        """Fork some workers, as many as max_workers leaves room for; and the mapper."""
         room = self.generation.config.max_workers - len(self.workers)
         try:
+            if mapper := self.missing_mapper():
+                pid = self.board.fork(lambda: self.become(mapper, self.generation))
+                self.mappers[pid] = self.generation
             for _ in range(min(count, room)):
                 self.spawn_one()
             self.fork_at = 0.0
@@ -1709,41 +1738,34 @@ class Master:
         slot.clear(0)
         slot.set_state(IDLE_STATE)
         try:
-            pid = os.fork()
+            pid = self.board.fork(lambda: self.become(self.serve_clients, slot))
         except OSError:
             slot.set_state(FREE)
             raise
-        if pid == 0:
-            self.become_worker(slot)
         words[FORKS] += 1
         self.workers[pid] = slot, self.generation
 
-    def become_worker(self, slot: Slot) -> NoReturn:
-        """Serve clients in this new process, and never return."""
-        try:
-            for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
-                os.close(fd)
-            worker = Worker(self.generation, slot)
-            # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
-            for number in (signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGURG, worker.make_room)  # sent by the master
-            if os.geteuid() != 0:
-                # Serving needs neither fork nor threads; root is above that limit.
-                resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
-            slot.clear(os.getpid())
-            for _ in range(worker.config.clients_per_worker):
-                if worker.is_retired() or not self.serve(worker):
-                    break
-            # Not sys.exit(): we inherited the master's atexit list, pid file included.
-            os._exit(0)
-        except OSError as error:
-            self.board.say(f"a worker ends early: {reason(error)}")
-        except Exception:
-            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
-        finally:
-            os._exit(1)
+    def become(self, work: Callable[[Any], None], what: Any) -> None:
+        """Do some work in this new process, which is the master no more."""
+        for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
+            os.close(fd)
+        # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+        work(what)
+
+    def serve_clients(self, slot: Slot) -> None:
+        """Be a worker, until it is time to leave."""
+        worker = Worker(self.generation, slot)
+        signal.signal(signal.SIGURG, worker.make_room)  # sent by the master
+        if os.geteuid() != 0:
+            # Serving needs neither fork nor threads; root is above that limit.
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        slot.clear(os.getpid())
+        for _ in range(worker.config.clients_per_worker):
+            if worker.is_retired() or not self.serve(worker):
+                return
 
     def reload(self) -> None:
         """Put a new configuration in force, or say why the old one stays."""
@@ -1785,7 +1807,8 @@ class Master:
         Such a listener goes when no client waits there.
         """
         for generation in self.generations[:-1]:
-            if not any(one is generation for _, one in self.workers.values()):
+            used = [one for _, one in self.workers.values()], self.mappers.values()
+            if not any(one is generation for ones in used for one in ones):
                 self.generations.remove(generation)
                 os.close(generation.lifeline_write)
         listeners = self.generation.listeners
@@ -1811,9 +1834,9 @@ class Master:
             say(f"stopping: sessions that have {seconds:g} s to end: {count}")
 
     def kill_late(self) -> None:
-        """End the workers that have not left in time, after 5 s more by SIGKILL."""
+        """End the processes that have not left in time, after 5 s more by SIGKILL."""
         late = time.monotonic() - self.kill_at
-        for pid in self.workers if late >= 0 else ():
+        for pid in (*self.workers, *self.mappers) if late >= 0 else ():
             os.kill(pid, signal.SIGKILL if late >= 5 else signal.SIGTERM)
 
     def show_title(self) -> None:
@@ -2211,6 +2234,9 @@ class Policy:
         """
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
+        closed = self.closes(packed)
+        if proto == "map" and closed == "inside":  # where the target itself has asked
+            closed = ""
         # A redirected client did not choose a gateway to send its mail through.
         mail = port == 25 and proto != "redirect"
         found = embedded_addresses(packed)
@@ -2224,9 +2250,9 @@ class Policy:
                 return denied(rule.word, rule.text)
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
-            if (not mail or rule.names_mail) and (named or not self.closes(packed)):
+            if (not mail or rule.names_mail) and (named or not closed):
                 return OK, rule.text
-        if closed := self.closes(packed):
+        if closed:
             return denied(closed, f"built-in rule: {closed} addresses are not reached")
         if mail:
             return denied("port-25", "built-in rule: port 25 (mail) is not reached")
@@ -3611,6 +3637,8 @@ class Chapters:
         self.schemes: dict[bytes, Callable[[Exchange], None]] = {}
         self.users: Any = None  # has identify() and check_share()
         self.parents: Any = None  # has dial()
+        # This is a process beside the workers, and may fork.
+        self.mapper: Callable[[Generation], None] | None = None
 
 
 def chapter_file(name: str) -> str:
@@ -4032,10 +4060,10 @@ def boards() -> dict[int, Scoreboard]:
     return found
 
 
-def parent_of(pid: int) -> int:
-    """Return the process whose child a process is, 0 if it has ended."""
+def session_of(pid: int) -> int:
+    """Return the session that a process is of, 0 if it has ended: setsid(2)."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[1])
+        return int(file.read().rpartition(b")")[2].split()[3])
     return 0
 
 
@@ -4047,7 +4075,8 @@ def print_table(in_json: bool) -> int:
         raise OSError(f"cannot show the table: {why}")
     for master, board in sorted(found.items()):
         # Any user may have made that board, and what is printed here may be killed.
-        rows += [row for row in table_rows(board) if parent_of(row["pid"]) == master]
+        ours = session_of(master)
+        rows += [row for row in table_rows(board) if session_of(row["pid"]) == ours]
     if in_json:
         import json
 

@@ -128,6 +128,8 @@ GIVEN = {
     "users": ("users", "/etc/natwork/users"),
     "max_per_client": ("users", "9"),
     "parents": ("parents", "http://127.0.0.1:3128"),
+    "mappings": ("mapping", "yes"),
+    "max_mappings": ("mapping", "4"),
 }
 
 
