@@ -1000,6 +1000,18 @@ class WaitingRoom:
             raise
 
 
+def accept_now(sock: socket.socket) -> socket.socket:
+    """Accept a connection if one is there; raise OSError."""
+    waits = os.get_blocking(sock.fileno())
+    if waits:  # another process may have been faster
+        sock.setblocking(False)
+    try:
+        return sock.accept()[0]
+    finally:
+        if waits:
+            sock.setblocking(True)
+
+
 def netns(sock: socket.socket) -> bytes:
     """Return what the network namespace of a socket is known by."""
     return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
@@ -1672,7 +1684,8 @@ class Supervisor:
 
     def give_back(self, sock: socket.socket, flow: Flow) -> None:
         """Let go of a borrowed socket, as it was."""
-        sock.setblocking(flow.waits)
+        if flow.waits:  # else the program may have changed it meanwhile
+            sock.setblocking(True)
         sock.close()
 
     def settle(self, sock: socket.socket, flow: Flow, error: int) -> None:
@@ -1865,16 +1878,12 @@ class Supervisor:
             queue = self.kept.setdefault(kept, [])
             try:
                 while not queue:
-                    sock.setblocking(False)  # another may have been faster
                     try:
-                        queue.append(sock.accept()[0])
+                        queue.append(accept_now(sock))
                     except BlockingIOError:
                         if not waits:
                             raise
-                        sock.setblocking(True)
                         await readable(sock)
-                    finally:
-                        sock.setblocking(waits)
                 # It stays in the queue until it is delivered: a signal may come.
                 one = queue.pop(0)
                 try:
@@ -1892,12 +1901,15 @@ class Supervisor:
         """Give a caller to the program, with its true address; raise OSError."""
         peer, local = endpoint(one.getpeername()), flow.local or NOWHERE
         who = self.login("natrun")
-        if peer.packed == self.gateway.at.packed:
-            path = f"/table.json?source_port={peer.port}"
-            with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        path = f"/table.json?source_port={peer.port}"
+        # The row may be written after the connection has been made.
+        for pause in (0, 0.01, 0.1) if peer.packed == self.gateway.at.packed else ():
+            await asyncio.sleep(pause)
+            with contextlib.suppress(OSError, ValueError, LookupError):
                 page = self.gateway.fetch(path, who)
                 row = (await asyncio.wait_for(page, FIND_TIME))["sessions"][0]
                 peer = endpoint((row["source_ip"], row["original_source_port"]))
+                break
         here = local.packed if any(local.packed) else self.gateway.address(NOWHERE)
         self.record(one, Flow(peer, Endpoint(here, local.port)))
         if call.arguments[1]:
