@@ -1197,15 +1197,9 @@ class Association:
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(
-        self,
-        gateway: Gateway,
-        names: Names,
-        login: Callable[[str], list[bytes]],
-        app: str,
-    ) -> None:
+    def __init__(self, gateway: Gateway, names: Names, app: str, dns: str) -> None:
         """Make the namespace; raise Fault."""
-        self.gateway, self.names, self.login, self.app = gateway, names, login, app
+        self.gateway, self.names, self.app, self.dns = gateway, names, app, dns
         self.maker, self.cable, self.pid = fork_namespace(gateway.outside)
         self.asked: list[Call] = []  # for sockets, in order
         self.associations: dict[Endpoint, Association] = {}
@@ -1226,10 +1220,12 @@ class Datagrams:
     def hand_out(self) -> None:
         """Answer a call with the socket that has been made for it."""
         _, fds, _, _ = socket.recv_fds(self.maker, 1, 1)
-        if not fds:  # it has been killed
+        if not fds:  # its maker has been killed
             asyncio.get_running_loop().remove_reader(self.maker)
+            for call in self.asked:
+                call.answer(errno.EIO)
             return
-        with socket.socket(fileno=fds[0]) as sock:
+        with socket.socket(fileno=fds[0]) as sock, contextlib.suppress(OSError):
             call = self.asked.pop(0)
             call.give(sock, call.arguments[1])
 
@@ -1248,7 +1244,7 @@ class Datagrams:
         if not one:
             one = self.associations[here] = Association(here)
         loop = asyncio.get_running_loop()
-        if there.port == 53:
+        if there.port == 53 and self.dns != "local":
             task = loop.create_task(self.answer(here, there, data))
             self.queries.add(task)
             task.add_done_callback(self.queries.discard)
@@ -1270,7 +1266,8 @@ class Datagrams:
                 one.task = loop.create_task(self.associate(one))
 
     async def answer(self, here: Endpoint, there: Endpoint, query: bytes) -> None:
-        found = await self.names.answer(query, there, self.app, False)
+        fake = self.dns == "fake"
+        found = await self.names.answer(query, there, self.app, fake)
         self.inject(there, here, found)
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
@@ -1305,7 +1302,10 @@ class Datagrams:
             with socket.socket(self.gateway.at.family) as control:
                 await self.gateway.reach(control)
                 # From the same port of the outside, where it is free.
-                where, who = Endpoint(bytes(4), one.here.port), self.login(self.app)
+                where, who = (
+                    Endpoint(bytes(4), one.here.port),
+                    self.names.login(self.app),
+                )
                 host, port = await self.gateway.ask(control, ASSOCIATE, where, who)
                 relay = Endpoint(host if any(host) else self.gateway.at.packed, port)
                 with socket.socket(relay.family, socket.SOCK_DGRAM) as sock:
@@ -1480,6 +1480,12 @@ def inodes() -> set[int]:
 # nothing may block.  What fails here is an answer, too, and never "go on".
 
 
+def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Say what has gone wrong in steps that should never fail."""
+    error = context.get("exception")
+    say(f"fault: {type(error).__name__}: {error or context.get('message')}")
+
+
 class Supervisor:
     """The answers to the calls of a run."""
 
@@ -1543,13 +1549,15 @@ class Supervisor:
         if not self.gateway.udp:
             return
         try:
-            self.datagrams = Datagrams(self.gateway, self.names, self.login, app)
+            dns = self.settings.of(app).dns
+            self.datagrams = Datagrams(self.gateway, self.names, app, dns)
         except Fault as fault:
             self.once(f"datagrams are not carried, but for names: {fault}")
 
     async def serve(self, listener: int, machine: str) -> None:
         """Answer the calls that a listener brings, until none can come."""
         loop, over = asyncio.get_running_loop(), asyncio.Event()
+        loop.set_exception_handler(tell_fault)
         names = dict(zip(NUMBERS[machine][1:], CALLS))
         self.server.bind(("127.0.0.1", 0))
         self.server.setblocking(False)
@@ -1934,7 +1942,9 @@ class Supervisor:
             for call in [*self.waiting.values()]:
                 alive = call.is_alive()
                 with contextlib.suppress(OSError):
-                    if alive and not call.is_interrupted():
+                    if call.task and call.task.done():  # by a fault in it
+                        call.answer(errno.EIO)
+                    elif alive and not call.is_interrupted():
                         continue
                 del self.waiting[call.id]
                 for flow in [one for one in self.flows.values() if call in one.calls]:
@@ -1963,6 +1973,7 @@ PASSED = {
     getattr(signal, f"SIG{n}") for n in "HUP INT QUIT TERM USR1 USR2 WINCH".split()
 }
 SI_KERNEL = 0x80
+YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
 
 class Command:
@@ -2083,6 +2094,65 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
     asyncio.run(serve())
 
 
+def in_child(function: Callable[[], object]) -> str:
+    """Return why a function fails in a child, "" if it does not."""
+    told, tell = os.pipe()
+    if not os.fork():
+        try:
+            function()
+        except Exception as error:
+            os.write(tell, reason(error).encode())
+        finally:
+            os._exit(0)
+    os.close(tell)
+    with open(told) as pipe:
+        return pipe.read()
+
+
+def borrow_from_child() -> None:
+    """Take a descriptor of a child, as is done at each connection; raise OSError."""
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    with open(os.pidfd_open(pid)) as process:
+        try:
+            system(LIBC.syscall, PIDFD_GETFD, process.fileno(), 0, 0)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def check(option: str, settings: Settings) -> int:
+    """Say what works on this machine, and what does not and why."""
+    machine, failed = platform.machine(), 0
+    say(f"Linux {platform.release()} on {machine}, Python {platform.python_version()}")
+    filters = functools.partial(assemble, machine, CALLS[:8])
+    probes: list[tuple[str, Callable[[], object], str]] = [
+        ("seccomp notification", lambda: install(machine, filters()), "nothing works"),
+        ("pidfd_getfd", lambda: in_child(borrow_from_child), "nothing works"),
+        ("namespace", lambda: make_namespace([]), "datagrams are not carried"),
+    ]
+    with contextlib.suppress(OSError), open(YAMA) as file:
+        level = int(file.read())
+        say(
+            f"Yama: {level}, " + ("which will do" if level < 2 else "only root may run")
+        )
+    for name, probe, cost in probes:
+        why = in_child(probe)
+        say(f"{name}: " + (f"no, {why}: {cost}" if why else "yes"))
+        failed |= bool(why) and cost == "nothing works"
+    try:
+        gateway = find_gateway(option, settings)
+    except Fault as fault:
+        say(f"gateway: no, {fault}")
+        return 125
+    what = "NATWork" if gateway.natwork else "a SOCKS server, names get 198.18.0.0/15"
+    say(f"gateway: {gateway.at}, {what}")
+    for name, have in (("datagrams", gateway.udp), ("listening", gateway.mappings)):
+        say(f"{name}: " + ("yes" if have else "no, the gateway does not offer it"))
+    return 125 if failed else 0
+
+
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
@@ -2094,6 +2164,8 @@ def main() -> int:
             print(f"natrun {__version__}" if version else __doc__)
             return 0
         settings = find_settings(given.get("-c", ""))
+        if "--check" in given:
+            return check(given.get("-g", ""), settings)
         gateway = find_gateway(given.get("-g", ""), settings)
         if not words:
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")

@@ -579,6 +579,26 @@ def test_a_bad_command_line_is_told(words: list[str], told: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@users
+def test_it_says_what_works(rig: Rig, user: str) -> None:
+    done = rig.natrun(user, "--check")
+    said = [line.removeprefix("natrun: ") for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and said[0].startswith("Linux ")
+    assert said[-6:] == [
+        "seccomp notification: yes",
+        "pidfd_getfd: yes",
+        "namespace: yes",
+        f"gateway: {natrun_rig.GATEWAY}, NATWork",
+        "datagrams: yes",
+        "listening: no, the gateway does not offer it",
+    ]
+    lost = rig.natrun(user, "--check", gateway="10.9.0.1:9")
+    assert lost.returncode == 125
+    assert lost.stderr.endswith(
+        "gateway: no, cannot use the gateway: 10.9.0.1:9: connection refused\n"
+    )
+
+
 def test_it_says_what_it_is() -> None:
     assert local("--version").stdout.startswith("natrun 0.")
     assert "Usage:" in local("--help").stdout
