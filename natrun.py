@@ -1046,7 +1046,7 @@ def free(sock: socket.socket) -> None:
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
 UP, NOARP, NODAD = 0x1, 0x80, 0x2
-SOL_PACKET, IGNORE_OUTGOING, SO_NETNS_COOKIE = 263, 23, 71
+SOL_PACKET, IGNORE_OUTGOING, SO_NETNS_COOKIE, RCVBUFFORCE = 263, 23, 71, 33
 CABLE = "natrun0", "natrun1"  # the namespace's end, and ours
 ENDS = b"\2natru", b"\2natrU"  # their addresses, made up
 SYSCTLS = {
@@ -1117,6 +1117,7 @@ def make_namespace(outside: Blocks) -> socket.socket:
                 change(netlink, RTM_NEWROUTE, route)
     cable = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
     cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
+    cable.setsockopt(socket.SOL_SOCKET, RCVBUFFORCE, 4 << 20)
     cable.bind((CABLE[1], 3))  # ETH_P_ALL
     return cable
 
