@@ -619,6 +619,9 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
         stack.callback(os.close, into)
         try:
             while size := os.splice(source.fileno(), into, PIPE_SIZE):
+                if size == 65536:  # all that it holds: bulk comes
+                    with contextlib.suppress(OSError):
+                        fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
                 while size:
                     size -= os.splice(out, sink.fileno(), size)
             sink.shutdown(socket.SHUT_WR)
