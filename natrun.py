@@ -543,8 +543,11 @@ def read_lat(at: Endpoint, lat: dict[str, Any]) -> Gateway:
     return Gateway(at, inside, True, outside, domains, *flags)
 
 
-def look(text: str, port: int) -> Gateway:
-    """Return the gateway at a place; raise OSError, or ValueError for what is none."""
+def look(text: str, port: int, named: bool) -> Gateway:
+    """Return the gateway at a place; raise OSError, or ValueError for what is none.
+
+    What was named, and speaks no HTTP, is a SOCKS server.
+    """
     plain = text.startswith("socks5://")
     host = re.sub(r"^\w+://|/$", "", text)
     if match := re.fullmatch(r"\[?([^]]+?)\]?:(\d+)|\[(.+)\]", host):
@@ -558,8 +561,13 @@ def look(text: str, port: int) -> Gateway:
     page = asyncio.wait_for(gateway.fetch("/lat.json", [b"", b""]), FIND_TIME)
     try:
         return read_lat(at, asyncio.run(page))
-    except (KeyError, TypeError, ValueError, ConnectionResetError) as error:
-        raise ValueError(f"it has no /lat.json: {reason(error)}") from None
+    except (LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError):
+        pass
+    except asyncio.TimeoutError:  # it is not yet a TimeoutError in Python 3.10
+        pass
+    if not named:
+        raise ValueError("it has no /lat.json")
+    return gateway
 
 
 def default_route() -> str:
@@ -593,10 +601,8 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
     for text, port in places:
         try:
             with quick_resolver():
-                return look(text, port)
-        except (OSError, ValueError, asyncio.TimeoutError) as error:
-            if named and not isinstance(error, OSError):  # SOCKS servers speak no HTTP
-                return look(f"socks5://{text}" if ":" in text else "", 1080)
+                return look(text, port, bool(named))
+        except (OSError, ValueError) as error:
             tried.append(f"{text or 'no default route'}: {reason(error)}")
     what = (
         "cannot use the gateway" if named else "cannot find a gateway (name it by -g)"
@@ -785,19 +791,20 @@ class Names:
 
     async def look_up(self, name: bytes, app: str, fake: bool) -> bytes:
         """Return the address of a name; raise OSError."""
-        until, known = self.known.get(name, (0.0, None))
-        if not known or until < time.monotonic():
-            # A resolver asks for A and AAAA at once: that is one question.
-            known = asyncio.ensure_future(self.resolve(RESOLVE, name + bytes(2), app))
-            remember(self.known, name, (time.monotonic() + NAME_TIME, known))
         if not fake and not self.only_fakes:
+            until, known = self.known.get(name, (0.0, None))
+            if not known or until < time.monotonic():
+                # A resolver asks for A and AAAA at once: that is one question.
+                steps = self.resolve(RESOLVE, name + bytes(2), app)
+                known = asyncio.ensure_future(steps)
+                remember(self.known, name, (time.monotonic() + NAME_TIME, known))
             try:
                 return await known
             except OSError as error:
                 none = self.gateway.natwork or error.errno != errno.ECONNREFUSED
                 if none and error.errno != errno.EOPNOTSUPP:
                     raise
-        self.only_fakes = not fake
+        self.only_fakes = self.only_fakes or not fake
         if name not in self.fakes:
             number = (198 << 24) + (18 << 16) + 1 + len(self.fakes) % 131070
             self.fakes[name] = number.to_bytes(4, "big")
@@ -1049,7 +1056,7 @@ def free(sock: socket.socket) -> None:
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
 UP, NOARP, NODAD = 0x1, 0x80, 0x2
-SOL_PACKET, IGNORE_OUTGOING, SO_NETNS_COOKIE, RCVBUFFORCE = 263, 23, 71, 33
+SOL_PACKET, IGNORE_OUTGOING, SO_NETNS_COOKIE = 263, 23, 71
 CABLE = "natrun0", "natrun1"  # the namespace's end, and ours
 ENDS = b"\2natru", b"\2natrU"  # their addresses, made up
 SYSCTLS = {
@@ -1120,7 +1127,6 @@ def make_namespace(outside: Blocks) -> socket.socket:
                 change(netlink, RTM_NEWROUTE, route)
     cable = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
     cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
-    cable.setsockopt(socket.SOL_SOCKET, RCVBUFFORCE, 4 << 20)
     cable.bind((CABLE[1], 3))  # ETH_P_ALL
     return cable
 

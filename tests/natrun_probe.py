@@ -240,6 +240,58 @@ def daemonized(host: str, port: str) -> None:
     os._exit(0)
 
 
+def half_closed(host: str, port: str) -> list[Any]:
+    """Send the end before the answer comes, on sockets of both kinds."""
+    found = []
+    for blocks in (True, False):
+        with socket.socket() as sock:
+            sock.setblocking(blocks)
+            sock.connect_ex((host, int(port)))
+            select.select([], [sock], [], 10)
+            sock.setblocking(True)
+            for byte in b"some words":
+                sock.send(bytes([byte]))
+            sock.shutdown(socket.SHUT_WR)
+            said = b""
+            while piece := sock.recv(100):
+                said += piece
+            found.append(said.decode())
+    return found
+
+
+def reset(host: str, port: str) -> list[str]:
+    """Be reset by the server; and reset it, on sockets of both kinds."""
+    found = []
+    for blocks in (True, False):
+        with socket.socket() as sock:
+            sock.setblocking(blocks)
+            sock.connect_ex((host, int(port)))
+            select.select([], [sock], [], 10)
+            sock.setblocking(True)
+            sock.sendall(b"reset")
+            try:
+                found.append(str(sock.recv(100)))
+            except OSError as error:
+                found.append(code(error.errno or 0))
+    return found
+
+
+def crowd(host: str, port: str, count: str) -> int:
+    """Connect many times at once; return how many have had an answer."""
+
+    async def one() -> bool:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /page HTTP/1.0\r\n\r\n")
+        said = await reader.read()
+        writer.close()
+        return said.endswith(b"a page")
+
+    async def run() -> int:
+        return sum(await asyncio.gather(*[one() for _ in range(int(count))]))
+
+    return asyncio.run(run())
+
+
 def where(place: str) -> Address:
     host, _, port = place.rpartition(":")
     return host.strip("[]"), int(port)

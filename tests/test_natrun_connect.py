@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +15,12 @@ from pathlib import Path
 import kernel
 import natrun_rig
 import needs
+import origins
 import pytest
 import running
 import wait
 import web
+import wire
 from natrun_rig import NOBODY_THERE
 from natrun_rig import PYTHON
 from natrun_rig import SERVER
@@ -337,6 +341,30 @@ def test_the_gateway_decides_what_goes_through_it(rig: Rig) -> None:
         rig.box.run("inside", "ip", "route", "del", "blackhole", SERVER)
         second.stop()
     assert gateway.process.poll() is None
+
+
+@users
+def test_an_end_and_a_reset_go_through(rig: Rig, user: str) -> None:
+    make = functools.partial(origins.Origin, say_or_reset, SERVER)
+    server = rig.box.within("outside", make)
+    words = [SERVER, str(server.port)]
+    assert rig.probe(user, "half_closed", *words) == ["SOME WORDS"] * 2
+    assert rig.probe(user, "reset", *words) == ["ECONNRESET"] * 2
+    server.close()
+
+
+def say_or_reset(connection: socket.socket, origin: origins.Origin) -> None:
+    """Answer what comes until the end; or with a reset, if that is asked for."""
+    said = b""
+    while piece := connection.recv(100):
+        said += piece
+        if said == b"reset":
+            return wire.reset(connection)
+    connection.sendall(said.upper())
+
+
+def test_many_connect_at_once(rig: Rig) -> None:
+    assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
 
 
 # Signals, processes, faults.
