@@ -1923,7 +1923,8 @@ class Supervisor:
         # The row may be written after the connection has been made.
         for pause in (0, 0.01, 0.1) if peer.packed == self.gateway.at.packed else ():
             await asyncio.sleep(pause)
-            with contextlib.suppress(OSError, ValueError, LookupError):
+            failures = OSError, ValueError, LookupError, asyncio.TimeoutError
+            with contextlib.suppress(*failures):
                 page = self.gateway.fetch(path, who)
                 row = (await asyncio.wait_for(page, FIND_TIME))["sessions"][0]
                 peer = endpoint((row["source_ip"], row["original_source_port"]))
