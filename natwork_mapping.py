@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
+import functools
 import os
 import resource
 import select
@@ -28,11 +28,9 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import natwork
-from natwork import Generation
-from natwork import Refused
 from natwork import Session
 from natwork import Slot
 
@@ -46,7 +44,7 @@ RELEASE_TIME = 2.0  # for it to do so
 KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
 LEASE = natwork.PEER + 1  # the word of a slot that says when its lease is over
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
-PKTINFO, V6ONLY = 8, 26  # of ip(7) and ipv6(7); 3.10 does not name the first
+PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 # Operations with their requests' sizes, and results: sections 3.2, 3.3 and 3.5.
 ADDRESS, MAP_TCP, ANSWER = 0, 2, 128
 SIZES = {ADDRESS: 2, MAP_TCP: 12}
@@ -56,11 +54,11 @@ OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range
 class Pool:
     """Our slots on the scoreboard, and the processes that this one has forked.
 
-    What a process could not write down that was killed, its parent writes, or, where
-    that is gone, the mapper.
+    A lock is held where a slot is taken or given back.  What a process could not write
+    down that was killed, its parent writes, or, where that is gone, the mapper.
     """
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: natwork.Generation) -> None:
         self.board, self.log = generation.chapters.board, generation.log
         first = int.from_bytes(self.board.region("mapping", 8)[:], "big") - 1
         self.slots = [Slot(self.board, first + n) for n in range(SLOT_COUNT)]
@@ -73,156 +71,71 @@ class Pool:
         return [slot for slot in self.slots if not slot.words[natwork.PID]]
 
     def fork(
-        self, work: Callable[[Slot], None], session: Session | None, ends_at: int = 0
+        self, work: Callable[[Slot], None], session: Session | None, ends_at: int
     ) -> bool:
         """Have a new process, with a slot, do some work; return whether it does."""
         self.lock(fcntl.LOCK_EX)
-        slot = next(iter(self.free()), None)
-        if slot:
-            slot.clear(os.getpid())
-        self.lock(fcntl.LOCK_UN)
-        if not slot:
-            return False
-        if session:
+        if slot := next(iter(self.free()), None):
             slot.words[LEASE] = ends_at
-            slot.publish(session)
-        try:
-            self.children[self.board.fork(lambda: work(slot))] = slot
-        except OSError as error:
-            self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
-            slot.clear(0)
-            return False
-        return True
+            if session:
+                slot.publish(session)
+            try:
+                pid = self.board.fork(functools.partial(work, slot))
+                self.children[pid], slot.words[natwork.PID] = slot, pid
+            except OSError as error:
+                self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
+                slot.clear(0)
+                slot = None
+        self.lock(fcntl.LOCK_UN)
+        return slot is not None
 
     def reap(self, orphans: bool = False) -> None:
-        """Free the slots of our children that have ended; and those of dead parents."""
+        """Give back the slots of children that have ended, or of their children too."""
         self.lock(fcntl.LOCK_EX)
-        ended = []
         while self.children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 break
-            ended.append((self.children.pop(pid), os.waitstatus_to_exitcode(status)))
+            self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
         for slot in self.slots if orphans else ():
             pid = slot.words[natwork.PID]
             if pid and not os.path.exists(f"/proc/{pid}"):
-                ended.append((slot, -signal.SIGKILL))
-        for slot, code in ended:
-            self.log.write_killed(slot, code)
-            slot.clear(0)
+                self.give_back(slot, -signal.SIGKILL)
         self.lock(fcntl.LOCK_UN)
 
-    def end_all(self, *_: object) -> None:
-        """End all processes that have a slot, as the master asks when time is over."""
-        for slot in self.slots:
-            if pid := slot.words[natwork.PID]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+    def give_back(self, slot: Slot, code: int) -> None:
+        self.log.write_killed(slot, code)
+        slot.clear(0)
 
-
-class Mapping(NamedTuple):
-    """A port of the outside, and the machine of the inside that it leads to."""
-
-    generation: Generation
-    session: Session  # its client is the machine, its address the port of the outside
-    sock: socket.socket
-    here: str  # where the machine has reached us
-
-    def run(self, slot: Slot) -> None:
-        """Be the process that listens until the lease is over; see the callers out."""
-        pool, is_open = Pool(self.generation), True
-        way = f"{self.session.address} > {self.session.client}"
-        slot.words[natwork.PID], self.session.pid = os.getpid(), str(os.getpid())
-        slot.publish(self.session)
-        while is_open or pool.children:
-            left = slot.words[LEASE] - time.monotonic()
-            poll = select.poll()
-            poll.register(self.generation.lifeline_read, 0)  # POLLHUP comes unasked
-            # One mapping has no more callers than there is room for those of others.
-            if is_open and len(pool.children) < len(pool.free()):
-                poll.register(self.sock, natwork.POLLIN)
-            rest = f"{max(0, round(left))}s left" if is_open else "over"
-            natwork.set_title(f"natwork: map {way} {rest}")
-            ready = dict(poll.poll(LOOK_TIME * 1000))
-            pool.reap()
-            if is_open and (left <= 0 or self.generation.lifeline_read in ready):
-                is_open = False
-                natwork.shut(self.sock)
-                pool.log.write(self.session, natwork.ENDED.word, slot)
-            elif is_open and ready:
-                self.accept(pool)
-            elif ready:  # the master leaves, and callers have a while yet
-                time.sleep(LOOK_TIME)
-
-    def accept(self, pool: Pool) -> None:
-        """Have a new process serve a caller that has come."""
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-            sock, address = self.sock.accept()
-            with sock:
-                client = natwork.Client(sock, address)
-                pool.fork(lambda slot: self.serve(slot, client), None)
-
-    def serve(self, slot: Slot, client: natwork.Client) -> None:
-        """Be the process of a caller, and join it to the machine of the mapping."""
-        self.sock.close()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        if os.geteuid() != 0:
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
-        slot.clear(os.getpid())
-        worker = natwork.Worker(self.generation, slot)
-        worker.client = client
-        session = Session(client.endpoint, worker.pid_text, "map")
-        session.target, session.user = self.session.client, self.session.user
-
-        def serve() -> None:
-            worker.begin(session)
-            server = self.dial(worker, session)
-            worker.proceed(session)
-            client.stream.tune()
-            session.outcome = natwork.ENDED
-            natwork.tunnel(worker, session, server, b"")
-
-        def refuse(refusal: Refused) -> natwork.Outcome:
-            client.stream.abort()  # no byte of ours belongs in what the two say
-            return refusal.outcome
-
-        with contextlib.closing(client):
-            worker.record(session, serve, refuse)
-
-    def dial(self, worker: natwork.Worker, session: Session) -> natwork.Stream:
-        """Return a connection to the machine, from our address there; raise Refused."""
-        host, port = natwork.parse_endpoint(self.session.client)
-        (packed,) = natwork.judged(worker, session, host, port)
-        here = natwork.Uplink(self.here, natwork.pack(self.here), 0)
-        began, attempt = time.monotonic(), natwork.Attempt(packed, port, here, 0.0)
-        server = natwork.Race(worker, session).run([attempt])
-        worker.slot.connected(time.monotonic() - began)
-        return server
+    def end_callers(self, *_: object) -> None:
+        """End what is not our own child, as the master asks when time is over."""
+        pids = {slot.words[natwork.PID] for slot in self.slots}
+        for pid in pids - {0, *self.children}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 class Mapper:
-    """The process that answers NAT-PMP, and forks one for each mapping."""
+    """The process that answers NAT-PMP, then what it forks: a mapping, and a caller."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: natwork.Generation) -> None:
         """Begin in the new process, which takes no clients."""
-        self.hosts = set()  # where clients reach us by IPv4
-        for sock in generation.listeners.values():
-            host = sock.getsockname()[0]
-            if host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, V6ONLY):
-                host = "0.0.0.0"
-            self.hosts |= set() if ":" in host else {host}
-            sock.close()
-        self.hosts = {"0.0.0.0"} & self.hosts or self.hosts
+        for listener in generation.listeners.values():
+            listener.close()
         self.generation, self.pool = generation._replace(listeners={}), Pool(generation)
         self.config, self.policy = generation.config, generation.policy
+        places = [place for some in self.policy.listeners.values() for place in some]
+        # Whoever listens at :: takes IPv4 clients too.
+        hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
+        self.hosts = {bytes(4)} & hosts or hosts
         self.sockets: dict[int, socket.socket] = {}
         self.patient_until = time.monotonic() + RELEASE_TIME
 
     def run(self) -> None:
-        """Answer until it is time to leave; then wait for mappings and callers."""
+        """Answer until it is time to leave; then see mappings and callers out."""
         signal.signal(signal.SIGALRM, signal.SIG_IGN)  # our children count on us
-        pool, timeout = self.pool, self.config.drain_timeout
-        watch = natwork.Watch(self.generation.lifeline_read, timeout, self.sockets)
+        timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
+        watch = natwork.Watch(lifeline, timeout, self.sockets)
         while not watch.retired:
             if not self.sockets:
                 self.open()
@@ -232,45 +145,49 @@ class Mapper:
                     self.receive(self.sockets[fd])
             self.look()
         natwork.set_title("natwork: mapper that leaves")
+        signal.signal(signal.SIGTERM, self.pool.end_callers)
         while self.sockets:
             self.sockets.popitem()[1].close()
-        while pool.children or (
-            watch.drain_at < math.inf and len(pool.free()) < SLOT_COUNT
-        ):
-            if watch.drain_at < math.inf:
-                signal.signal(signal.SIGTERM, pool.end_all)
-            with contextlib.suppress(Refused):  # the time is over for them, not for us
-                watch.wait({}, LOOK_TIME)
-            time.sleep(OPEN_TIME)
-            pool.reap(orphans=True)
+        while self.is_needed():
+            time.sleep(LOOK_TIME)
+
+    def is_needed(self) -> bool:
+        """Return whether a process is left to be seen out; in the end, anybody's."""
+        self.pool.reap(orphans=True)
+        lifeline = self.generation.lifeline_read
+        in_the_end = natwork.readable([lifeline])[lifeline] & select.POLLHUP
+        orphans = in_the_end and len(self.pool.free()) < SLOT_COUNT
+        return bool(self.pool.children or orphans)
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
         try:
-            for host in self.hosts:
+            for packed in self.hosts:
                 sock = socket.socket(natwork.INET, socket.SOCK_DGRAM)
                 self.sockets[sock.fileno()] = sock
                 sock.setblocking(False)
                 sock.setsockopt(socket.SOL_IP, PKTINFO, 1)
-                sock.bind((host, PORT))
+                sock.bind((natwork.unpack(packed), PORT))
                 natwork.set_title("natwork: mapper")
         except OSError as error:
             while self.sockets:
                 self.sockets.popitem()[1].close()
             if time.monotonic() > self.patient_until:
-                self.patient_until = math.inf
-                why = natwork.reason(error)
-                natwork.say(f"cannot answer NAT-PMP at {host}:{PORT}: {why}")
+                self.patient_until += natwork.TIME_LIMIT
+                where = natwork.endpoint((natwork.unpack(packed), PORT))
+                natwork.say(
+                    f"cannot answer NAT-PMP at {where}: {natwork.reason(error)}"
+                )
 
     def look(self) -> None:
         """Free what has ended, and end the mappings that are no longer due."""
         self.pool.reap(orphans=True)
-        found = self.mappings()
-        users = self.users() if found else set()
-        for slot, one in found:
+        mappings = list(self.mappings())
+        users = self.users() if mappings else set()
+        for slot, one in mappings:
             host, place = map(natwork.host_of, (one.client, one.address))
-            due = (host, one.user) in users or not self.config.users
-            if not due or not natwork.route_to(natwork.pack(place)).local:
+            is_there = natwork.route_to(natwork.pack(place)).local
+            if not is_there or self.config.users and (host, one.user) not in users:
                 slot.words[LEASE] = 0
 
     def receive(self, sock: socket.socket) -> None:
@@ -281,12 +198,10 @@ class Mapper:
         """
         data, notes, _, peer = sock.recvmsg(64, socket.CMSG_SPACE(12))
         index, here, asked = struct.unpack("=I4s4s", notes[0][2])
-        device = natwork.route_to(natwork.pack(peer[0])).device
-        if here != asked or device != socket.if_indextoname(index):
-            return
-        if self.policy.uplinks and here in self.policy.outside():
-            return
-        if not self.policy.is_client(peer, None):
+        route, policy = natwork.route_to(natwork.pack(peer[0])), self.policy
+        is_near = route.device == socket.if_indextoname(index) and not route.local
+        to_outside = here != asked or policy.uplinks and here in policy.outside()
+        if not is_near or to_outside or not policy.is_client(peer, None):
             return
         if answer := self.answer(data, peer[0], natwork.unpack(here)):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
@@ -296,77 +211,60 @@ class Mapper:
         """Return the answer to what a machine asks, b"" for what is no request."""
         if len(data) < 2 or data[1] >= ANSWER:
             return b""
-        operation, result, rest = data[1], OK, b""
-        if data[0]:
-            result = BAD_VERSION
-        elif operation not in SIZES:
-            result = BAD_OPERATION
-        elif len(data) != SIZES[operation]:
+        version, operation = data[:2]
+        result, rest = BAD_VERSION if version else BAD_OPERATION, b""
+        if not version and len(data) != SIZES.get(operation, len(data)):
             return b""
-        elif operation == ADDRESS:
+        if not version and operation == ADDRESS:
             rest = next(iter(self.places(host)), bytes(4))
             result = OK if any(rest) else NO_ADDRESS
-        else:
+        elif not version and operation == MAP_TCP:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
             result, wanted = self.map(host, here, port, wanted, seconds)
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = int(time.time()) - self.pool.board.words[natwork.BEGAN]
-        return struct.pack("!BBHI", 0, ANSWER + operation, result, max(0, age)) + rest
+        age = max(0, int(time.time()) - self.pool.board.words[natwork.BEGAN])
+        return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
-    def mappings(self, host: str = "") -> list[tuple[Slot, Session]]:
-        """Return the mappings, or those of a machine."""
-        rows = [(slot, row) for slot in self.pool.slots if (row := slot.row())]
-        found = [(slot, Session.from_row(row, 0, 0)) for slot, row in rows]
-        return [
-            (slot, one)
-            for slot, one in found
-            if one.method == "MAP" and host in ("", natwork.host_of(one.client))
-        ]
+    def mappings(self, host: str = "") -> Iterator[tuple[Slot, Session]]:
+        """Yield the mappings, or those of a machine."""
+        for slot in self.pool.slots:
+            if row := slot.row():
+                one = Session.from_row(row, 0, 0)
+                if one.method == "MAP" and host in ("", natwork.host_of(one.client)):
+                    yield slot, one
 
     def users(self) -> set[tuple[str, str]]:
-        """Return the machines with sessions of users, and these."""
-        found = [one for _, one in natwork.sessions(self.pool.board)]
-        return {
-            (natwork.host_of(one.client), one.user)
-            for one in found
-            if one.user != "-" and one.proto != "map"
-        }
+        """Return the machines that have sessions of users, with these."""
+        found = (one for _, one in natwork.sessions(self.pool.board))
+        named = (one for one in found if one.user != "-" and one.proto != "map")
+        return {(natwork.host_of(one.client), one.user) for one in named}
 
     def places(self, host: str) -> dict[bytes, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
         mine = [natwork.host_of(one.address) for _, one in self.mappings(host)]
-        outside = self.policy.outside()
-        kept = {natwork.pack(place) for place in mine} or outside.keys()
+        places = {p: way for p, way in self.policy.outside().items() if len(p) == 4}
         return {
-            place: way
-            for place, way in outside.items()
-            if len(place) == 4 and place in kept
-        }
+            p: way for p, way in places.items() if natwork.unpack(p) in mine
+        } or places
 
     def map(
         self, host: str, here: str, port: int, wanted: int, seconds: int
     ) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
-        mine = {
-            int(one.client.rpartition(":")[2]): (slot, one)
-            for slot, one in self.mappings(host)
-        }
+        self.pool.reap(orphans=True)
+        key, ends_at = natwork.endpoint((host, port)), int(time.monotonic()) + seconds
+        mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
-            for number, (slot, _) in mine.items():
-                slot.words[LEASE] *= port not in (0, number)
+            for client, (slot, _) in mine.items():
+                slot.words[LEASE] *= port > 0 and client != key  # port 0: all of them
             return OK, 0
-        packed, ends_at = natwork.pack(host), int(time.monotonic()) + seconds
-        users = (
-            sorted(user for at, user in self.users() if at == host)
-            if self.config.users
-            else ["-"]
-        )
-        inside = self.policy.closes(packed) == "inside"
-        if not users or not port or not inside or natwork.route_to(packed).local:
+        users = sorted(user for at, user in self.users() if at == host)
+        users = users if self.config.users else ["-"]
+        if not users or not port or self.policy.closes(natwork.pack(host)) != "inside":
             return NOT_AUTHORIZED, 0
-        if port in mine:
-            slot, one = mine.pop(port)
+        if key in mine:
+            slot, one = mine.pop(key)
             wanted = int(one.address.rpartition(":")[2])
             if slot.words[natwork.PID] in self.pool.children:
                 slot.words[LEASE] = ends_at
@@ -375,29 +273,21 @@ class Mapper:
             slot.words[LEASE], until = 0, time.monotonic() + RELEASE_TIME
             while slot.row() and time.monotonic() < until:
                 time.sleep(OPEN_TIME)
-        if (
-            len(mine) >= self.config.max_mappings
-            or len(self.mappings()) >= MAPPING_LIMIT
-        ):
+        full = len(mine) >= self.config.max_mappings
+        if full or len(list(self.mappings())) >= MAPPING_LIMIT:
             return NO_RESOURCES, 0
         if not (sock := self.listen(host, wanted)):
             return NO_RESOURCES, 0
-        session = Session(natwork.endpoint((host, port)), "-", "map")
+        session = Session(key, "-", "map")
         session.method, session.user = "MAP", users[0]
         session.address = natwork.endpoint(sock.getsockname())
-        mapping = Mapping(self.generation, session, sock, here)
-        with sock:
-            if not self.pool.fork(
-                lambda slot: self.become(mapping, slot), session, ends_at
-            ):
-                return NO_RESOURCES, 0
-            return OK, int(sock.getsockname()[1])
 
-    def become(self, mapping: Mapping, slot: Slot) -> None:
-        """Be the process of a mapping, and the mapper no more."""
-        for sock in self.sockets.values():
-            sock.close()
-        mapping.run(slot)
+        def work(slot: Slot) -> None:
+            self.hold(slot, session, sock, here)
+
+        with sock:
+            made = self.pool.fork(work, session, ends_at)
+            return (OK, sock.getsockname()[1]) if made else (NO_RESOURCES, 0)
 
     def listen(self, host: str, wanted: int) -> socket.socket | None:
         """Return a socket that listens on the outside, at the wanted port if it may."""
@@ -406,24 +296,98 @@ class Mapper:
         first = int.from_bytes(os.urandom(2), "big") % len(ports)
         for port in [*[wanted] * fits, *ports[first:], *ports[:first]]:
             for place, uplink in places.items():
-                sock = socket.socket(
-                    natwork.INET, natwork.STREAM | socket.SOCK_NONBLOCK
-                )
+                sock = socket.socket(natwork.INET, natwork.STREAM)
                 with contextlib.suppress(OSError):  # the port has another owner
                     if uplink and not uplink.packed:
                         natwork.leave_by(sock, uplink)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     sock.bind((natwork.unpack(place), port))
                     sock.listen(64)
+                    sock.setblocking(False)
                     natwork.reset_on_close(sock)  # handed down to each caller's socket
                     if sock.getsockname()[1] not in self.policy.listeners:
                         return sock
                 sock.close()
         return None
 
+    # The process of a mapping.
+
+    def hold(
+        self, slot: Slot, session: Session, listener: socket.socket, here: str
+    ) -> None:
+        """Take callers until the lease is over, and see them out."""
+        for sock in self.sockets.values():
+            sock.close()
+        pool, lifeline, is_open = self.pool, self.generation.lifeline_read, True
+        pool.children.clear()
+        slot.words[natwork.PID], session.pid = os.getpid(), str(os.getpid())
+        slot.publish(session)
+        while is_open or pool.children:
+            left = slot.words[LEASE] - time.monotonic()
+            rest = f"{max(0, round(left))}s left" if is_open else "over"
+            natwork.set_title(
+                f"natwork: map {session.address} > {session.client} {rest}"
+            )
+            poll = select.poll()
+            if is_open:
+                poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
+            # One mapping has no more callers than there is room for those of others.
+            if is_open and len(pool.children) < len(pool.free()):
+                poll.register(listener, natwork.POLLIN)
+            ready = dict(poll.poll(LOOK_TIME * 1000))
+            pool.reap()
+            if is_open and (left <= 0 or lifeline in ready):
+                is_open = False
+                natwork.shut(listener)
+                pool.log.write(session, natwork.ENDED.word, slot)
+            elif ready:
+                self.accept(session, listener, here)
+
+    def accept(self, mapping: Session, listener: socket.socket, here: str) -> None:
+        """Have a new process serve a caller that has come."""
+
+        def work(slot: Slot) -> None:
+            listener.close()
+            self.serve(slot, mapping, natwork.Client(sock, address), here)
+
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+            sock, address = listener.accept()
+            with sock:
+                self.pool.fork(work, None, 0)
+
+    # The process of a caller.
+
+    def serve(
+        self, slot: Slot, mapping: Session, client: natwork.Client, here: str
+    ) -> None:
+        """Join a caller to the machine of a mapping, from where that has reached us."""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        if os.geteuid() != 0:
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
+        slot.clear(os.getpid())
+        worker = natwork.Worker(self.generation, slot)
+        worker.client = client
+        session = Session(client.endpoint, worker.pid_text, "map")
+        session.target, session.user = mapping.client, mapping.user
+        session.outcome = natwork.ENDED
+
+        def carry() -> None:
+            worker.begin(session)
+            host, port = natwork.parse_endpoint(mapping.client)
+            (packed,) = natwork.judged(worker, session, host, port)
+            way = natwork.Uplink(here, natwork.pack(here), 0)
+            attempt = natwork.Attempt(packed, port, way, 0.0)
+            server = natwork.Race(worker, session).run([attempt])
+            worker.proceed(session)
+            client.stream.tune()
+            natwork.tunnel(worker, session, server, b"")
+            client.close()  # in order: whatever ends us before is a reset
+
+        worker.record(session, carry, lambda refusal: refusal.outcome)
+
 
 def join(chapters: natwork.Chapters) -> None:
-    """Have a mapper from now on, and slots for its processes, where it is wanted."""
+    """Have a mapper, and slots for its processes, where `mappings` asks for it."""
     config, board = chapters.config, chapters.board
     if not config.mappings:
         return

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
 import boxes
+import http_wire
 import kernel
 import needs
 import pmp
 import pytest
 import running
+import socks_wire
 import wait
 import wire
 
 import natwork as heart
+import natwork_users
 
 pytestmark = pytest.mark.end_to_end
 
@@ -37,12 +44,19 @@ def box() -> Iterator[boxes.Box]:
 
 
 @pytest.fixture
-def start(box: boxes.Box, tmp_path: Path) -> Iterator[Start]:
+def folder() -> Iterator[Path]:
+    """Return a folder that the gateway, which is no longer root, may read in."""
+    with running.public_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def start(box: boxes.Box, folder: Path) -> Iterator[Start]:
     """Return a function that starts a gateway with mappings; stop it at the end."""
-    started = []
+    started: list[running.Gateway] = []
 
     def one(*settings: str) -> running.Gateway:
-        own = tmp_path / f"gateway{len(started)}"
+        own = folder / f"gateway{len(started)}"
         own.mkdir()
         file, log = own / "natwork.conf", own / "access.log"
         both = {"mappings": "yes", "outside": OUTSIDE, "spare_workers": "2"}
@@ -58,7 +72,6 @@ def start(box: boxes.Box, tmp_path: Path) -> Iterator[Start]:
         wait.until(lambda: mapper(gateway))
         return gateway
 
-    tmp_path.chmod(0o755)
     yield one
     for gateway in started:
         gateway.stop()
@@ -118,14 +131,26 @@ def called(box: boxes.Box, port: int, host: str = OUTSIDE) -> tuple[socket.socke
     return caller, seen.decode().strip()
 
 
+def page(box: boxes.Box, path: str) -> bytes:
+    """Return a page of the gateway."""
+    with box.connect("inside", ("10.9.0.1", 8080)) as client:
+        data = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode()
+        answer = http_wire.exchange(client, data)
+    assert answer.status == 200
+    return answer.body
+
+
 def rows(box: boxes.Box) -> list[dict[str, object]]:
-    """Return the state table, as the operator sees it."""
-    words = [*running.PROGRAM, "--table", "--json"]
-    done = box.run("gateway", *words)
+    """Return the rows of mappings in the state table."""
+    found = json.loads(page(box, "/table.json"))["sessions"]
+    return [row for row in found if row["protocol"] == "map"]
+
+
+def shown(box: boxes.Box) -> list[dict[str, object]]:
+    """Return the same as the operator sees it."""
+    done = box.run("gateway", *running.PROGRAM, "--table", "--json")
     assert done.returncode == 0, done
-    found = json.loads(done.stdout)
-    assert isinstance(found, list)
-    return found
+    return [row for row in json.loads(done.stdout) if row["protocol"] == "map"]
 
 
 def lines(gateway: running.Gateway, method: str = "-") -> list[dict[str, str]]:
@@ -133,21 +158,17 @@ def lines(gateway: running.Gateway, method: str = "-") -> list[dict[str, str]]:
     return [x for x in gateway.lines() if (x["proto"], x["method"]) == ("map", method)]
 
 
-def counted(box: boxes.Box, *settings: str) -> int:
+def counted(box: boxes.Box) -> int:
     """Return how many sessions of mappings the metrics count."""
-    url = "http://10.9.0.1:8080/metrics"
-    text = box.run("inside", "curl", "-s", "--max-time", "10", *settings, url).stdout
+    text = page(box, "/metrics").decode()
     found = re.findall(r'^natwork_sessions_total{protocol="map",.*} (\d+)$', text, re.M)
     return sum(map(int, found))
 
 
 def refused(box: boxes.Box, port: int, host: str = OUTSIDE) -> bool:
-    """Return whether nothing listens on a port of the outside."""
-    try:
-        box.connect("outside", (host, port)).close()
-    except ConnectionRefusedError:
-        return True
-    return False
+    """Return whether nothing listens on a port of the outside; call nobody."""
+    listening = box.run("gateway", "ss", "-Hltn", "src", f"{host}:{port}")
+    return not listening.stdout
 
 
 # --- One mapping --------------------------------------------------------------
@@ -197,15 +218,14 @@ def test_a_caller_is_a_process_a_row_and_a_line(
         (mapping,) = mappings(gateway)
         assert kernel.children(mapping) == [pid]
         assert kernel.children(mapper(gateway)) == [mapping]
-        (own, row) = sorted(rows(box), key=lambda row: row["pid"] == pid)
+        (own, row) = sorted(shown(box), key=lambda row: row["pid"] == pid)
         assert (own["pid"], own["destination"]) == (mapping, f"{OUTSIDE}:8000")
         assert (own["source_ip"], own["original_source_port"]) == ("10.9.0.2", port)
         assert (row["protocol"], row["destination"]) == ("map", f"10.9.0.2:{port}")
         place = f"{row['source_ip']}:{row['original_source_port']}"
         assert place == client and seen == f"10.9.0.1:{row['new_source_port']}"
         # As the server may ask who it is.
-        url = f"http://10.9.0.1:8080/table.json?source_port={seen.split(':')[1]}"
-        told = json.loads(box.run("inside", "curl", "-s", url).stdout)
+        told = json.loads(page(box, f"/table.json?source_port={seen.split(':')[1]}"))
         assert [one["pid"] for one in told["sessions"]] == [pid]
         caller.sendall(b"x" * 300_000)
         caller.shutdown(socket.SHUT_WR)  # and what comes back is whole
@@ -274,6 +294,54 @@ def test_where_nobody_answers_a_caller_is_reset(
                 wire.read_exactly(caller, 1)
     (line,) = wait.until(lambda: lines(gateway))
     assert line["outcome"] == ("refused" if how == "nobody" else "client-gone")
+
+
+# --- Programs as they are -----------------------------------------------------
+
+MAGNET = "magnet:?xt=urn:btih:" + 40 * "0"
+LIBTORRENT = """
+import libtorrent, time
+session = libtorrent.session({
+    "listen_interfaces": "10.9.0.2:6881", "enable_natpmp": True, "enable_upnp": False,
+    "enable_lsd": False, "enable_dht": False,
+    "alert_mask": libtorrent.alert.category_t.port_mapping_notification,
+})
+ends_at = time.time() + 20
+while time.time() < ends_at:
+    session.wait_for_alert(500)
+    for alert in session.pop_alerts():
+        if alert.what() == "portmap":
+            raise SystemExit(alert.message())
+"""
+
+
+def test_transmission_is_forwarded(box: boxes.Box, start: Start, folder: Path) -> None:
+    needs.programs("transmission-cli", "upnpc")
+    gateway, said = start(), folder / "said"
+    words = ["-m", "-D", "-p", "51413", "-w", str(folder), "-g", str(folder / "conf")]
+    with said.open("w") as errors:
+        program = box.start(
+            "inside", "transmission-cli", *words, MAGNET, folder=folder, errors=errors
+        )
+    # Meanwhile: UPnP finds nothing.
+    done = box.run("inside", "upnpc", "-s")
+    assert done.returncode != 0 and "No IGD UPnP Device found" in done.stderr
+    wait.until(lambda: "Port 51413 forwarded successfully" in said.read_text(), 40)
+    (title,) = mappings(gateway).values()
+    assert title.startswith(f"natwork: map {OUTSIDE}:51413 > 10.9.0.2:51413 ")
+    box.stop(program)
+
+
+def test_libtorrent_is_told_its_port(box: boxes.Box, start: Start) -> None:
+    gateway = start()
+    # It asks by PCP first, and for UDP too.
+    done = box.run("inside", "/usr/bin/python3", "-c", LIBTORRENT)
+    told = "successfully mapped port using NAT-PMP. local: 10.9.0.2 external port: "
+    if "No module" in done.stderr:
+        needs.unavailable("not installed: python3-libtorrent")
+    assert done.stderr.strip() == told + "TCP/6881"
+    (title,) = mappings(gateway).values()
+    assert title.startswith(f"natwork: map {OUTSIDE}:6881 > 10.9.0.2:6881 ")
 
 
 # --- Who may have what --------------------------------------------------------
@@ -376,6 +444,321 @@ def test_with_two_addresses_each_machine_has_its_own(
     assert targets == {f"10.9.0.2:{one}", f"{WEB}:{other}"}
     places = {row["destination"] for row in rows(box)}
     assert places == {f"{OUTSIDE}:8000", f"{SECOND}:8000", f"{SECOND}:8001"}
+
+
+# --- Users --------------------------------------------------------------------
+
+
+def test_with_users_a_machine_must_have_logged_in(
+    box: boxes.Box, start: Start, echo: Callable[..., int], folder: Path
+) -> None:
+    users = folder / "users"
+    users.write_bytes(natwork_users.user_line(b"alice", b"secret") + b"\n")
+    users.chmod(0o640)
+    shutil.chown(users, group="nogroup")
+    gateway, port = start(f"users={users}", "rules=deny user bob"), echo()
+    assert pmp.mapped(box, port, 8000).result == pmp.NOT_AUTHORIZED
+    with box.connect("inside", ("10.9.0.1", 8080)) as control:
+        control.sendall(socks_wire.login(b"alice;app=web", b"secret"))
+        control.sendall(
+            socks_wire.five(socks_wire.addressed("0.0.0.0", 0), socks_wire.ASSOCIATE)
+        )
+        assert wire.read_exactly(control, 8)[:6] == socks_wire.KNOWN + b"\5\0"
+        # Another machine has logged in nowhere.
+        assert pmp.mapped(box, port, 8001, host=WEB).result == pmp.NOT_AUTHORIZED
+        assert pmp.mapped(box, port, 8000) == (pmp.OK, port, 8000, 60)
+        caller, _ = called(box, 8000)
+        with caller:
+            assert wire.echoes(caller)
+            assert [row["user"] for row in shown(box)] == ["alice;app=web"] * 2
+            control.close()
+            wait.until(lambda: refused(box, 8000))
+            assert wire.echoes(caller)
+    assert pmp.mapped(box, port, 8000).result == pmp.NOT_AUTHORIZED
+    assert pmp.mapped(box, port, 0, 0).result == pmp.OK  # there is none
+    (line,) = wait.until(lambda: lines(gateway))
+    assert line["user"] == "alice;app=web"
+
+
+# --- Processes that end before their time -------------------------------------
+
+
+def agree(box: boxes.Box, gateway: running.Gateway, count: int) -> None:
+    """Wait until the log and the counters say the same of so many sessions."""
+
+    def same() -> bool:
+        ended = [line for line in gateway.lines() if line["proto"] == "map"]
+        return len(ended) == counted(box) == count
+
+    wait.until(same)
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGKILL, "killed"), (signal.SIGTERM, "operator")]
+)
+def test_a_caller_that_is_killed_has_its_line(
+    box: boxes.Box, start: Start, echo: Callable[..., int], number: int, word: str
+) -> None:
+    gateway, port = start(), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    (caller, _), (other, _) = called(box, 8000), called(box, 8000)
+    with caller, other:
+        client = caller.getsockname()
+        (pid,) = {r["pid"] for r in rows(box) if r["original_source_port"] == client[1]}
+        os.kill(int(str(pid)), number)
+        with pytest.raises(ConnectionResetError):
+            wire.read_exactly(caller, 1)
+        assert wire.echoes(other)
+        (line,) = wait.until(lambda: lines(gateway))
+        assert (line["outcome"], line["client"]) == (word, "%s:%d" % client)
+        assert len(rows(box)) == 2
+    wait.until(lambda: len(rows(box)) == 1)
+    agree(box, gateway, 2)
+
+
+def test_a_mapping_that_is_killed_leaves_its_callers(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start(), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    (caller, _), (other, _) = called(box, 8000), called(box, 8000)
+    with caller, other:
+        (mapping,) = mappings(gateway)
+        orphans = kernel.children(mapping)
+        os.kill(mapping, signal.SIGKILL)
+        wait.until(lambda: refused(box, 8000))
+        (line,) = wait.until(lambda: lines(gateway, "MAP"))
+        assert line["outcome"] == "killed"
+        assert wire.echoes(caller) and wire.echoes(other)
+        # They are in the table still, and one that is killed now has its line.
+        for table in (rows, shown):
+            assert sorted(int(str(x["pid"])) for x in table(box)) == sorted(orphans)
+        os.kill(orphans[0], signal.SIGKILL)
+        (line,) = wait.until(lambda: lines(gateway))
+        assert line["outcome"] == "killed" and line["pid"] == str(orphans[0])
+        # The machine asks again before its lease is over, and gets the port again.
+        assert pmp.mapped(box, port, 8000).port == 8000
+    agree(box, gateway, 3)
+    assert len(rows(box)) == 1
+
+
+def test_a_mapper_that_is_killed_has_a_successor_that_knows_all(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start(), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller:
+        killed, before = mapper(gateway), set(mappings(gateway))
+        os.kill(killed, signal.SIGKILL)
+        wait.until(lambda: mapper(gateway) not in (0, killed))
+        assert wire.echoes(caller) and set(mappings(gateway)) == before
+        another, _ = called(box, 8000)
+        with another:
+            assert wire.echoes(another)
+            # It makes the mapping anew when it is renewed, at the same port.
+            assert pmp.mapped(box, port, 0) == (pmp.OK, port, 8000, 60)
+            third, _ = called(box, 8000)
+            with third:
+                assert all(map(wire.echoes, (caller, another, third)))
+                assert pmp.mapped(box, port, 8000, 0).result == pmp.OK
+                wait.until(lambda: refused(box, 8000))
+    agree(box, gateway, 5)
+    assert not rows(box)
+
+
+def test_a_master_that_is_killed_takes_the_mappings_along(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start("drain_timeout=2"), echo()
+    gateway.expected = -signal.SIGKILL
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller:
+        os.kill(gateway.process.pid, signal.SIGKILL)
+        gateway.process.wait()
+        wait.until(lambda: refused(box, 8000))
+        assert wire.echoes(caller)  # as with a worker, it has drain_timeout
+        with pytest.raises(ConnectionResetError):
+            wire.read_exactly(caller, 1)
+    wait.until(lambda: not kernel.group(gateway.process.pid))
+    (line,) = lines(gateway)
+    assert line["outcome"] == "drained"
+
+
+# --- Drain and reload ---------------------------------------------------------
+
+
+def test_a_gateway_that_stops_sees_callers_out(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start(), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller:
+        gateway.process.send_signal(signal.SIGTERM)
+        wait.until(lambda: refused(box, 8000))
+        assert pmp.ask(box, b"\0\0") == b"" and wire.echoes(caller)
+        assert gateway.process.poll() is None
+    gateway.process.wait(timeout=10)
+    assert [line["outcome"] for line in lines(gateway)] == ["closed"]
+    assert [line["outcome"] for line in lines(gateway, "MAP")] == ["closed"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_callers_that_do_not_leave_are_ended(
+    box: boxes.Box, start: Start, echo: Callable[..., int], late: bool
+) -> None:
+    gateway, port = start(f"drain_timeout={1 if late else 30}"), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    (orphan, _), (mapping,) = called(box, 8000), mappings(gateway)
+    os.kill(mapping, signal.SIGKILL)
+    wait.until(lambda: refused(box, 8000))
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller, orphan:
+        gateway.process.send_signal(signal.SIGTERM)
+        wait.until(lambda: refused(box, 8000))
+        if not late:
+            gateway.process.send_signal(signal.SIGTERM)  # now
+        for one in (caller, orphan):
+            with pytest.raises(ConnectionResetError):
+                wire.read_exactly(one, 1)
+    gateway.stop()
+    words = sorted(line["outcome"] for line in lines(gateway))
+    # How an orphan has ended nobody can tell.
+    assert words == (["drained"] * 2 if late else ["killed", "operator"]), words
+
+
+def test_a_reload_keeps_mappings_and_gives_them_its_rules(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start(), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller:
+        old = mapper(gateway)
+        assert "configuration reloaded" in gateway.hangup(
+            rules="deny from 203.0.113.81"
+        )
+        wait.until(lambda: mapper(gateway) not in (0, old))
+        assert kernel.title(old) == "natwork: mapper that leaves"
+        another, _ = called(box, 8000)
+        another.close()
+        old = mapper(gateway)
+        gateway.hangup(rules="deny from 203.0.113.80")
+        wait.until(lambda: mapper(gateway) not in (0, old))
+        # It goes on under the rules that it began with until it is renewed.
+        another, _ = called(box, 8000)
+        another.close()
+        assert pmp.mapped(box, port, 8000).port == 8000
+        with box.connect("outside", (OUTSIDE, 8000)) as denied:
+            with pytest.raises(ConnectionResetError):
+                wire.read_exactly(denied, 1)
+        assert wire.echoes(caller)
+    wait.until(lambda: len(kernel.children(gateway.process.pid)) == 3)
+    agree(box, gateway, 5)
+    assert len(rows(box)) == 1
+
+
+def test_mappings_are_turned_off_and_on(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start(), echo()
+    assert pmp.mapped(box, port, 8000, 2).port == 8000
+    gateway.hangup(mappings="no")
+    wait.until(lambda: not mapper(gateway))
+    assert pmp.ask(box, b"\0\0") == b""
+    wait.until(lambda: refused(box, 8000))  # when its lease is over
+    wait.until(lambda: len(kernel.children(gateway.process.pid)) == 2)
+    gateway.hangup(mappings="yes")
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    caller.close()
+
+
+def test_off_the_port_is_closed(box: boxes.Box, tmp_path: Path) -> None:
+    gateway = box.natwork(tmp_path, f"outside={OUTSIDE}")
+
+    def asked() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(10)
+            sock.connect(("10.9.0.1", pmp.PORT))
+            sock.send(b"\0\0")
+            with pytest.raises(ConnectionRefusedError):
+                sock.recv(100)
+
+    box.within("inside", asked)
+    gateway.stop()
+
+
+def test_another_server_at_its_port_is_said_once(
+    box: boxes.Box, tmp_path: Path
+) -> None:
+    def other() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("10.9.0.1", pmp.PORT))
+        return sock
+
+    with box.within("gateway", other):
+        gateway = box.natwork(
+            tmp_path, "mappings=yes", "listen=10.9.0.1:8080 [::1]:8080"
+        )
+        why = "natwork: cannot answer NAT-PMP at 10.9.0.1:5351: address already in use"
+        wait.until(lambda: why in gateway.said())
+        time.sleep(0.5)
+        assert gateway.said().count(why) == 1 and not mapper(gateway)
+    wait.until(lambda: mapper(gateway))
+    assert pmp.address(box) == OUTSIDE
+    gateway.stop()
+
+
+# --- From where it is asked ---------------------------------------------------
+
+
+def test_the_outside_is_not_answered(box: boxes.Box, start: Start) -> None:
+    gateway = start()
+
+    def silent(source: str, to: str) -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_IP, 19, 1)  # IP_TRANSPARENT
+            sock.bind((source, 0))
+            sock.settimeout(0.2)
+            sock.sendto(pmp.request(8000, 8000, 60), (to, pmp.PORT))
+            try:
+                sock.recv(100)
+            except TimeoutError:
+                return True
+        return False
+
+    # The third speaks for a machine of the inside, to which no answer may go.
+    for source in ("203.0.113.80", "198.51.100.80", "10.9.0.2", "10.9.0.77"):
+        for to in (OUTSIDE, SECOND, "10.9.0.1"):
+            assert box.within("outside", lambda s=source, t=to: silent(s, t))
+    assert not mappings(gateway)
+
+
+def test_an_outside_address_is_no_place_to_ask(box: boxes.Box, start: Start) -> None:
+    gateway = start()
+    assert pmp.ask(box, pmp.request(8000, 8000, 60), gateway=OUTSIDE) == b""
+    assert pmp.ask(box, pmp.request(8000, 8000, 60)) and mappings(gateway)
+
+
+def test_the_gateway_itself_is_not_mapped(box: boxes.Box, start: Start) -> None:
+    gateway = start()
+
+    def silent(source: str) -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((source, 0))
+            sock.settimeout(0.5)
+            sock.sendto(pmp.request(22, 8000, 60), (source, pmp.PORT))
+            with pytest.raises(TimeoutError):
+                sock.recv(100)
+        return True
+
+    for source in ("10.9.0.1", "127.0.0.1"):
+        assert box.within("gateway", lambda s=source: silent(s))
+    assert not mappings(gateway)
 
 
 # --- The protocol -------------------------------------------------------------

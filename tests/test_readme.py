@@ -65,6 +65,11 @@ RUNS = {
     "test_readme.test_an_ftp_server_calls_back": ["socksify tnftp"],
     "test_readme.test_a_name_server_is_asked": ["socksify drill"],
     "test_readme.test_a_name_is_asked_for": ["tor-resolve"],
+    "test_readme.test_a_machine_is_called": [
+        "natwork.py -o mappings",
+        "natpmpc",
+        "natwork: mapper",
+    ],
     "test_readme.test_ftp": [
         "curl -x http://10.0.0.1:8080 ftp:",
         "curl -x http://10.0.0.1:8080 -T",
@@ -614,6 +619,27 @@ def test_a_name_is_asked_for(town: Town) -> None:
     needs.programs("tor-resolve")
     assert town.run("inside", the("tor-resolve")) == "192.0.2.80\n"
     assert town.entry()["method"] == "RESOLVE"
+
+
+def test_a_machine_is_called(idle_town: Town) -> None:
+    needs.programs("natpmpc", "curl")
+    town = idle_town
+    town.start(the("natwork.py -o mappings"))
+    words = "python3 -m http.server --bind 10.0.0.7 --directory site 8000".split()
+    server = town.box.start("inside", *words, folder=town.folder)
+    wait.until(lambda: ":8000 " in town.box.run("inside", "ss", "-Hltn").stdout)
+    said = town.run("inside", the("natpmpc"))
+    assert "Public IP address : 192.0.2.10" in said
+    assert "Mapped public port 8000 protocol TCP to local port 8000 liftime" in said
+    titles = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout
+    for title in the("natwork: mapper").splitlines()[:2]:
+        assert title.partition(":8000 3")[0] in titles
+    page = town.run("outside", "curl --silent http://192.0.2.10:8000/index.html")
+    assert "hello, web" in page
+    assert town.entry()["proto"] == "map"
+    town.box.stop(server)
 
 
 def test_ftp(town: Town) -> None:
