@@ -68,7 +68,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Coroutine
 from collections.abc import Iterable
-from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -184,19 +183,11 @@ WHOLE = 0xFFFFFFFF
 INTERNET: Tests = [(2, WHOLE, (16, 28, 128))]
 SO_ERROR: Tests = [(1, WHOLE, (socket.SOL_SOCKET,)), (2, WHOLE, (socket.SO_ERROR,))]
 UDP: Tests = [(0, WHOLE, (socket.AF_INET, socket.AF_INET6)), (1, 15, (2,))]
-TESTS: dict[str, Tests] = {
-    "connect": INTERNET,
-    "bind": INTERNET,
-    "getsockopt": SO_ERROR,
-    "socket": UDP,
-}
-# An implicit connect(); and what is used through memory: libraries do without both.
-REFUSED: dict[str, tuple[int, Tests]] = {
-    "sendto": (errno.EOPNOTSUPP, [(3, MSG_FASTOPEN, (MSG_FASTOPEN,))]),
-    "sendmsg": (errno.EOPNOTSUPP, [(2, MSG_FASTOPEN, (MSG_FASTOPEN,))]),
-    "sendmmsg": (errno.EOPNOTSUPP, [(3, MSG_FASTOPEN, (MSG_FASTOPEN,))]),
-    "io_uring_setup": (errno.ENOSYS, []),
-}
+TESTS: dict[str, Tests] = {"connect": INTERNET, "bind": INTERNET}
+TESTS |= {"getsockopt": SO_ERROR, "socket": UDP}
+# What is an implicit connect(), by the argument with the flags; and what the kernel
+# does by itself.  Libraries do without both.
+REFUSED = {"sendto": 3, "sendmsg": 2, "sendmmsg": 3, "io_uring_setup": None}
 
 
 def guarded(tests: Tests, action: int) -> Code:
@@ -221,8 +212,12 @@ def assemble(machine: str, calls: Iterable[str]) -> bytes:
     for number, name in zip(numbers, CALLS):
         if name not in calls and name not in REFUSED:
             continue
-        refused, tests = REFUSED.get(name, (0, TESTS.get(name, [])))
-        block = guarded(tests, ERROR | refused if refused else NOTIFY)
+        tests, action = TESTS.get(name, []), NOTIFY
+        if name in REFUSED:
+            at = REFUSED[name]
+            tests = [] if at is None else [(at, MSG_FASTOPEN, (MSG_FASTOPEN,))]
+            action = ERROR | (errno.ENOSYS if at is None else errno.EOPNOTSUPP)
+        block = guarded(tests, action)
         code += [(EQUAL, 0, len(block), number), *block]
     return b"".join(
         struct.pack("=HBBI", *one) for one in (*code, (RETURN, 0, 0, ALLOW))
@@ -501,7 +496,10 @@ class Gateway:
             if method == 2:
                 await loop.sock_sendall(sock, b"" if self.natwork else proof)
                 if (await receive(sock, 2))[1]:
-                    raise Lost(errno.EACCES, "it does not know the user and password")
+                    raise Lost(
+                        errno.EACCES,
+                        "it lets in nobody without a user and password that it knows",
+                    )
             await loop.sock_sendall(sock, b"" if self.natwork else request)
             _, reply, _, kind = await receive(sock, 4)
             if reply:
@@ -580,33 +578,23 @@ def default_route() -> str:
     return ""
 
 
-@contextlib.contextmanager
-def quick_resolver() -> Iterator[None]:
-    """Have a name server that is not there cost little."""
-    before = os.environ.get("RES_OPTIONS")
-    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
-    try:
-        yield
-    finally:
-        del os.environ["RES_OPTIONS"]
-        if before is not None:
-            os.environ["RES_OPTIONS"] = before
-
-
 def find_gateway(option: str, settings: Settings) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
     places = [(named, 8080)] if named else [("wpad", 80), (default_route(), 8080)]
-    tried = []
+    tried, before = [], os.environ.get("RES_OPTIONS")
     for text, port in places:
+        os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # no server may be there
         try:
-            with quick_resolver():
-                return look(text, port, bool(named))
+            return look(text, port, bool(named))
         except (OSError, ValueError) as error:
             tried.append(f"{text or 'no default route'}: {reason(error)}")
-    what = (
-        "cannot use the gateway" if named else "cannot find a gateway (name it by -g)"
-    )
+        finally:
+            if before is None:
+                os.environ.pop("RES_OPTIONS", None)
+            else:
+                os.environ["RES_OPTIONS"] = before
+    what = "cannot use the gateway" if named else "cannot find a gateway (-g names it)"
     raise Fault(f"{what}: {'; '.join(tried)}")
 
 
@@ -1723,19 +1711,13 @@ class Supervisor:
         calls, flow.calls = flow.calls, []
         for call in calls:
             if self.waiting.pop(call.id, None) and call.name == "connect":
-                self.tell(call, flow.peer, error)
                 call.answer(error)
                 if error:
                     self.forget(number)
             else:
                 self.handle(call)
-        if flow.paired and self.verbose:
-            say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
-
-    def tell(self, call: Call, target: Endpoint | None, error: int) -> None:
         if self.verbose:
-            how = os.strerror(error) if error else "connected"
-            say(f"{call.app} ({call.tid}): {target}: {how}")
+            say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
 
     def connect_again(self, call: Call, sock: socket.socket, flow: Flow | None) -> None:
         """Answer connect() on a socket that has been connected, or tried to."""
@@ -2105,63 +2087,28 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
     asyncio.run(serve())
 
 
-def in_child(function: Callable[[], object]) -> str:
-    """Return why a function fails in a child, "" if it does not."""
-    told, tell = os.pipe()
-    if not os.fork():
-        try:
-            function()
-        except Exception as error:
-            os.write(tell, reason(error).encode())
-        finally:
-            os._exit(0)
-    os.close(tell)
-    with open(told) as pipe:
-        return pipe.read()
-
-
-def borrow_from_child() -> None:
-    """Take a descriptor of a child, as is done at each connection; raise OSError."""
-    pid = os.fork()
-    if not pid:
-        signal.pause()
-    with open(os.pidfd_open(pid)) as process:
-        try:
-            system(LIBC.syscall, PIDFD_GETFD, process.fileno(), 0, 0)
-        finally:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def check(option: str, settings: Settings) -> int:
+def check(option: list[str], settings: Settings) -> int:
     """Say what works on this machine, and what does not and why."""
-    machine, failed = platform.machine(), 0
+    machine = platform.machine()
     say(f"Linux {platform.release()} on {machine}, Python {platform.python_version()}")
-    filters = functools.partial(assemble, machine, CALLS[:8])
-    probes: list[tuple[str, Callable[[], object], str]] = [
-        ("seccomp notification", lambda: install(machine, filters()), "nothing works"),
-        ("pidfd_getfd", lambda: in_child(borrow_from_child), "nothing works"),
-        ("namespace", lambda: make_namespace([]), "datagrams are not carried"),
-    ]
     with contextlib.suppress(OSError), open(YAMA) as file:
         level = int(file.read())
-        say(
-            f"Yama: {level}, " + ("which will do" if level < 2 else "only root may run")
-        )
-    for name, probe, cost in probes:
-        why = in_child(probe)
-        say(f"{name}: " + (f"no, {why}: {cost}" if why else "yes"))
-        failed |= bool(why) and cost == "nothing works"
+        say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     try:
-        gateway = find_gateway(option, settings)
+        fork_namespace([])
+        say("namespace: yes")
     except Fault as fault:
-        say(f"gateway: no, {fault}")
-        return 125
-    what = "NATWork" if gateway.natwork else "a SOCKS server, names get 198.18.0.0/15"
+        say(f"namespace: no, {fault}: of datagrams, only names are carried")
+    gateway = find_gateway("".join(option), settings)
+    what = "NATWork" if gateway.natwork else "a SOCKS server"
     say(f"gateway: {gateway.at}, {what}")
     for name, have in (("datagrams", gateway.udp), ("listening", gateway.mappings)):
-        say(f"{name}: " + ("yes" if have else "no, the gateway does not offer it"))
-    return 125 if failed else 0
+        say(f"{name}: {'yes' if have else 'no, the gateway does not offer it'}")
+    # It says itself what the kernel does not let it do.
+    words = [sys.executable, sys.argv[0], *(["-g", *option] if option else []), "true"]
+    code = os.spawnv(os.P_WAIT, sys.executable, words)
+    say(f"programs: {'no' if code else 'yes'}")
+    return 125 if code else 0
 
 
 def main() -> int:
@@ -2176,7 +2123,7 @@ def main() -> int:
             return 0
         settings = find_settings(given.get("-c", ""))
         if "--check" in given:
-            return check(given.get("-g", ""), settings)
+            return check([given["-g"]] if "-g" in given else [], settings)
         gateway = find_gateway(given.get("-g", ""), settings)
         if not words:
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -562,6 +563,37 @@ def test_settings_are_for_a_program(rig: Rig, user: str) -> None:
     assert line["target"] == "www.example.com:80"
 
 
+@users
+def test_a_user_logs_in(rig: Rig, user: str) -> None:
+    words = [sys.executable, str(running.ROOT / "natwork.py"), "--passwd", "ann"]
+    line = subprocess.run(words, input="secret\n", capture_output=True, text=True)
+    folder = rig.folder / f"users-{user}"
+    folder.mkdir()
+    (folder / "users").write_text(line.stdout)
+    (folder / "users").chmod(0o640)
+    shutil.chown(folder / "users", group="nogroup")  # natwork becomes nobody
+    where = "listen=10.9.0.1:8097 10.9.0.1:8098"
+    options = [f"users={folder / 'users'}", "mappings=yes", "outside=wan"]
+    gateway = rig.box.natwork(folder, where, *options, "bind_ports=45000-45009")
+    settings = rig.home(user) / "login.conf"
+    settings.write_text("[natrun]\nuser = ann\npassword = secret\n")
+    get = ["curl", "-sS", "http://www.example.com/page"]
+    at = "10.9.0.1:8097"
+    assert rig.output(user, "-c", str(settings), *get, gateway=at) == "a page"
+    assert {line["user"] for line in gateway.lines(3)[1:]} == {"ann"}
+    script = str(rig.folder / "natrun_probe.py")
+    bind = ["-c", str(settings), PYTHON, script, "bind_to", "203.0.113.1:45001"]
+    assert rig.output(user, *bind, gateway=at) == '[["203.0.113.1", 45001]]\n'
+    connect = [PYTHON, script, "errors", f"{SERVER}:80"]
+    refused = rig.natrun(user, *connect, gateway=at)
+    assert refused.stdout.count("EACCES") == 5
+    assert refused.stderr == (
+        f"natrun: cannot use the gateway {at}: it lets in nobody without a user and "
+        "password that it knows\n"
+    )
+    gateway.stop()
+
+
 CASES = {
     "[natrun]\nredirct = no\n": "[natrun] redirct: there is no such setting: ",
     "[curl]\nredirect = maybe\n": "[curl] redirect: 'maybe' is not one of: yes no",
@@ -612,18 +644,17 @@ def test_it_says_what_works(rig: Rig, user: str) -> None:
     done = rig.natrun(user, "--check")
     said = [line.removeprefix("natrun: ") for line in done.stderr.splitlines()]
     assert done.returncode == 0 and said[0].startswith("Linux ")
-    assert said[-6:] == [
-        "seccomp notification: yes",
-        "pidfd_getfd: yes",
+    assert said[-5:] == [
         "namespace: yes",
         f"gateway: {natrun_rig.GATEWAY}, NATWork",
         "datagrams: yes",
         "listening: no, the gateway does not offer it",
+        "programs: yes",
     ]
     lost = rig.natrun(user, "--check", gateway="10.9.0.1:9")
     assert lost.returncode == 125
     assert lost.stderr.endswith(
-        "gateway: no, cannot use the gateway: 10.9.0.1:9: connection refused\n"
+        "natrun: cannot use the gateway: 10.9.0.1:9: connection refused\n"
     )
 
 
