@@ -85,7 +85,7 @@ __version__ = "0.1.0"
 
 REACH_TIME = 5.0  # for the gateway to take a connection
 ANSWER_TIME = 130.0  # for it to answer: Linux tries a dead host for 127
-FIND_TIME = 2.0  # for a page of it
+FIND_TIME = 3.0  # for a page of it
 QUERY_TIME = 2.0  # for an answer about a name
 NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
 LEASE = 120  # that a mapping lives without being renewed
@@ -525,7 +525,7 @@ class Gateway:
             writer.write(head.encode())
             answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
         if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
-            raise Lost(errno.ENOENT, f"it answers {path} with {match[1].decode()}")
+            raise ValueError(f"it answers {path} with {match[1].decode()}")
         return json.loads(body)
 
 
@@ -565,6 +565,7 @@ def look(text: str, port: int, named: bool) -> Gateway:
         pass
     if not named:
         raise ValueError("it has no /lat.json")
+    say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
     return gateway
 
 
@@ -1054,7 +1055,8 @@ SYSCTLS = {
     "ipv4/conf/natrun0/rp_filter": "0",
     "ipv4/conf/natrun0/route_localnet": "1",  # name servers are often on loopback
 }
-IP, IP6 = 0x0800, 0x86DD
+TO_IP = ENDS[0] + ENDS[1] + b"\x08\0"  # Ethernet's header
+TO_IP6 = ENDS[0] + ENDS[1] + b"\x86\xdd"
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -1113,7 +1115,7 @@ def make_namespace(outside: Blocks) -> socket.socket:
             route = head + attribute(4, struct.pack("=i", index))
             with contextlib.suppress(FileExistsError):  # of two addresses
                 change(netlink, RTM_NEWROUTE, route)
-    cable = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
     cable.bind((CABLE[1], 3))  # ETH_P_ALL
     return cable
@@ -1157,10 +1159,10 @@ def checksum(data: bytes) -> int:
 
 def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
     """Return source, target and payload of a packet, None if it is not UDP."""
-    if raw[0] >> 4 == 4 and raw[9] == socket.IPPROTO_UDP:
-        at, source, target = 4 * (raw[0] & 15), raw[12:16], raw[16:20]
-    elif raw[0] >> 4 == 6 and raw[6] == socket.IPPROTO_UDP:
-        at, source, target = 40, raw[8:24], raw[24:40]
+    if raw[14] >> 4 == 4 and raw[23] == socket.IPPROTO_UDP:
+        at, source, target = 14 + 4 * (raw[14] & 15), raw[26:30], raw[30:34]
+    elif raw[14] >> 4 == 6 and raw[20] == socket.IPPROTO_UDP:
+        at, source, target = 54, raw[22:38], raw[38:54]
     else:
         return None
     here, there, size = struct.unpack_from("!HHH", raw, at)
@@ -1174,11 +1176,11 @@ def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
     if len(source.packed) == 4:  # there, UDP need not have a checksum
         head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
         head = head[:10] + checksum(head).to_bytes(2, "big") + head[12:]
-        return head + ports + bytes(2) + data
+        return TO_IP + head + ports + bytes(2) + data
     head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
     pseudo = addresses + struct.pack("!II", size, 17)
     total = checksum(pseudo + ports + bytes(2) + data)
-    return head + ports + total.to_bytes(2, "big") + data
+    return TO_IP6 + head + ports + total.to_bytes(2, "big") + data
 
 
 class Association:
@@ -1202,6 +1204,11 @@ class Datagrams:
         self.asked: list[Call] = []  # for sockets, in order
         self.associations: dict[Endpoint, Association] = {}
         self.queries: set[asyncio.Task[None]] = set()
+        # Asked for each datagram.
+        self.has_inside = functools.lru_cache(RECORDS)(gateway.has_inside)
+        self.head = functools.lru_cache(RECORDS)(
+            lambda there: bytes(3) + request_of(0, there)[3:]
+        )
 
     def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -1231,7 +1238,7 @@ class Datagrams:
         """Carry what programs have sent."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):  # then others have their turn
-                packet = read_packet(self.cable.recv(65535 + 40))
+                packet = read_packet(self.cable.recv(65535 + 54))
                 if packet:
                     with contextlib.suppress(OSError):  # one lost datagram
                         self.carry(*packet)
@@ -1246,7 +1253,7 @@ class Datagrams:
             task = loop.create_task(self.answer(here, there, data))
             self.queries.add(task)
             task.add_done_callback(self.queries.discard)
-        elif self.gateway.has_inside(there.packed):
+        elif self.has_inside(there.packed):
             family = there.family
             if family not in one.near:
                 sock = one.near[family] = socket.socket(family, socket.SOCK_DGRAM)
@@ -1255,7 +1262,7 @@ class Datagrams:
                 loop.add_reader(sock, self.read_near, one, sock)
             one.near[family].sendto(data, there.pair())
         else:
-            message = bytes(3) + request_of(0, there)[3:] + data
+            message = self.head(there) + data
             if one.relayed:
                 one.relayed.send(message)
             elif len(one.queue) < 64:
@@ -1270,10 +1277,8 @@ class Datagrams:
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace."""
-        kind = IP if len(source.packed) == 4 else IP6
         with contextlib.suppress(OSError):  # one lost datagram
-            packet = write_packet(source, target, data)
-            self.cable.sendto(packet, (CABLE[1], kind, 0, 0, ENDS[0]))
+            self.cable.send(write_packet(source, target, data))
 
     def read_near(self, one: Association, sock: socket.socket) -> None:
         """Take answers of the inside."""

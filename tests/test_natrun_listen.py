@@ -114,7 +114,7 @@ def test_a_server_knows_its_callers(rig: Rig, user: str) -> None:
         assert "%s:%d" % tuple(peer) == caller and local == [OUTSIDE, 40100]
     end_all(rig)
     server.process.wait(10)
-    wait.until(lambda: not is_open(rig, 40100), 1)
+    wait.until(lambda: not is_open(rig, 40100), 5)
 
 
 @users
@@ -131,7 +131,7 @@ def test_servers_of_other_languages(rig: Rig, user: str, kind: str) -> None:
     for said, caller in found:
         assert said.strip() == caller
     server.stop()
-    wait.until(lambda: not is_open(rig, 40200), 1)
+    wait.until(lambda: not is_open(rig, 40200), 5)
 
 
 @users
@@ -176,7 +176,7 @@ def test_a_port_of_the_settings_is_outside_too(rig: Rig, user: str) -> None:
         assert json.loads(near.recv(1000))[0] == [*near.getsockname()]
     end_all(rig)
     server.process.wait(10)
-    wait.until(lambda: not is_open(rig, 40505), 1)
+    wait.until(lambda: not is_open(rig, 40505), 5)
 
 
 @users
@@ -194,7 +194,7 @@ def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig, user: str) -> None
     os.kill(server.supervisor, signal.SIGKILL)
     server.process.wait(10)
     end_all(rig)
-    wait.until(lambda: not is_open(rig, 40600), 6)
+    wait.until(lambda: not is_open(rig, 40600), 15)
 
 
 @users
