@@ -75,10 +75,12 @@ def bulk(how, size):
     assert left <= 0
     return time.perf_counter() - began
 def hold(count):
+    global SERVER
+    SERVER = (SERVER[0], 9001)
     held = [dial("goes on") for _ in range(int(count))]
     for sock in held:
-        sock.sendall(b"HEAD /page HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert sock.recv(1000)
+        sock.sendall(b"x")
+        assert sock.recv(1000) == b"x"
     print(json.dumps(len(held)), flush=True)
     sys.stdin.read()
     return 0
@@ -182,6 +184,19 @@ async def serve(reader, writer):
 async def main():
     server = await asyncio.start_server(serve, "10.9.0.1", 1090)
     await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+# Outside: a server of many connections.
+ECHO = r"""
+import asyncio
+async def serve(reader, writer):
+    while data := await reader.read(1000):
+        writer.write(data)
+    writer.close()
+async def main():
+    await (await asyncio.start_server(serve, "203.0.113.80", 9001)).serve_forever()
 asyncio.run(main())
 """
 
@@ -347,6 +362,10 @@ def starting(bench: Bench) -> None:
     plain = bench.seconds("inside", "true")
     took = bench.seconds("inside", *bench.words(True, "true")) - plain
     bench.row("start", f"{took * 1000:.0f} ms", "at most 150 ms", took <= 0.15)
+    echo = [PYTHON, "-c", ECHO]
+    server = bench.box.start("outside", *echo, folder=bench.folder)
+    listens = ["ss", "-Hltn", "sport = :9001"]
+    wait.until(lambda: bench.box.run("outside", *listens).stdout)
     count = 100 if bench.quick else 500
     command = bench.words(True, PYTHON, "-c", CLIENT, "hold", str(count))
     output = bench.folder / "held"
@@ -366,6 +385,7 @@ def starting(bench: Bench) -> None:
     assert started.stdin
     started.stdin.close()
     started.wait(30)
+    bench.box.stop(server)
     idle = bench.box.start(
         "inside", *bench.words(True, "sleep", "100"), folder=bench.folder
     )
