@@ -4060,11 +4060,11 @@ def boards() -> dict[int, Scoreboard]:
     return found
 
 
-def session_of(pid: int) -> int:
-    """Return the session that a process is of, 0 if it has ended: setsid(2)."""
+def stat_of(pid: int) -> list[bytes]:
+    """Return state, parent, group, session and more of a process, [] if it is gone."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[3])
-    return 0
+        return file.read().rpartition(b")")[2].split()
+    return []
 
 
 def print_table(in_json: bool) -> int:
@@ -4074,9 +4074,10 @@ def print_table(in_json: bool) -> int:
         why = "no gateway that you may look at runs on this box"
         raise OSError(f"cannot show the table: {why}")
     for master, board in sorted(found.items()):
-        # Any user may have made that board, and what is printed here may be killed.
-        ours = session_of(master)
-        rows += [row for row in table_rows(board) if session_of(row["pid"]) == ours]
+        # Any user may have made that board, and what is printed here may be killed:
+        # so it must be of one session with the master, setsid(2).
+        ours = stat_of(master)[3:4]
+        rows += [row for row in table_rows(board) if stat_of(row["pid"])[3:4] == ours]
     if in_json:
         import json
 

@@ -51,6 +51,16 @@ SIZES = {ADDRESS: 2, MAP_TCP: 12}
 OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range(6)
 
 
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended, and no process of ours will reap it.
+
+    In a container nobody else may, either: then it stays a zombie.
+    """
+    stat = natwork.stat_of(pid)
+    is_zombie = stat[:1] == [b"Z"]
+    return not stat or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
+
+
 class Pool:
     """Our slots on the scoreboard, and the processes that this one has forked.
 
@@ -98,8 +108,7 @@ class Pool:
                 break
             self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
         for slot in self.slots if orphans else ():
-            pid = slot.words[natwork.PID]
-            if pid and not os.path.exists(f"/proc/{pid}"):
+            if (pid := slot.words[natwork.PID]) and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
         self.lock(fcntl.LOCK_UN)
 
@@ -140,10 +149,14 @@ class Mapper:
             if not self.sockets:
                 self.open()
             wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
-            for fd in watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME):
-                with contextlib.suppress(OSError, KeyError):  # it will be asked again
+            ready = watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME)
+            try:
+                for fd in ready.keys() & self.sockets.keys():
                     self.receive(self.sockets[fd])
-            self.look()
+                self.look()
+            except OSError as error:
+                why = natwork.reason(error)
+                self.pool.board.say(f"the mapper goes on after an error: {why}")
         natwork.set_title("natwork: mapper that leaves")
         signal.signal(signal.SIGTERM, self.pool.end_callers)
         while self.sockets:
@@ -350,10 +363,15 @@ class Mapper:
             listener.close()
             self.serve(slot, mapping, natwork.Client(sock, address), here)
 
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             sock, address = listener.accept()
             with sock:
                 self.pool.fork(work, None, 0)
+        except (BlockingIOError, ConnectionAbortedError):
+            pass
+        except OSError as error:
+            self.pool.board.say(f"cannot take a caller: {natwork.reason(error)}")
+            time.sleep(LOOK_TIME)
 
     # The process of a caller.
 

@@ -55,7 +55,7 @@ def start(box: boxes.Box, folder: Path) -> Iterator[Start]:
     """Return a function that starts a gateway with mappings; stop it at the end."""
     started: list[running.Gateway] = []
 
-    def one(*settings: str) -> running.Gateway:
+    def one(*settings: str, program: list[str] = running.PROGRAM) -> running.Gateway:
         own = folder / f"gateway{len(started)}"
         own.mkdir()
         file, log = own / "natwork.conf", own / "access.log"
@@ -63,7 +63,7 @@ def start(box: boxes.Box, folder: Path) -> Iterator[Start]:
         both |= dict(setting.split("=", 1) for setting in settings)
         file.write_text(running.configuration(both))
         with log.open("w") as output:
-            command = box.command("gateway", *running.PROGRAM, "-c", str(file))
+            command = box.command("gateway", *program, "-c", str(file))
             gateway = running.Gateway(
                 own, command, stdout=output, env=boxes.ENVIRONMENT
             )
@@ -584,6 +584,71 @@ def test_a_master_that_is_killed_takes_the_mappings_along(
     wait.until(lambda: not kernel.group(gateway.process.pid))
     (line,) = lines(gateway)
     assert line["outcome"] == "drained"
+
+
+def test_a_mapping_that_has_no_descriptor_left_goes_on(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    gateway, port = start("user=root"), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    (mapping,), answers = mappings(gateway), mapper(gateway)
+
+    def said(what: str) -> bool:
+        return f"natwork: {what}: " in gateway.errors.read_text()
+
+    with kernel.no_more_descriptors(answers):
+        assert pmp.ask(box, pmp.request(port + 1, 8001, 60)) == b""
+        wait.until(lambda: said("the mapper goes on after an error"))
+    with box.connect("outside", (OUTSIDE, 8000)) as ahead:
+        wire.read_exactly(ahead, 1)
+        with kernel.no_more_descriptors(mapping):
+            caller = box.connect("outside", (OUTSIDE, 8000))
+            wait.until(lambda: said("cannot take a caller"))
+        with caller:
+            wire.read_exactly(caller, 1)  # it was in the kernel's queue
+    assert list(mappings(gateway)) == [mapping] and mapper(gateway) == answers
+
+
+def test_one_mapping_does_not_take_all_room(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    few = running.program({"natwork_mapping.SLOT_COUNT": 9})
+    gateway, one, other = start(program=few), echo(), echo()
+    assert pmp.mapped(box, one, 8000).port == 8000
+    assert pmp.mapped(box, other, 8001).port == 8001
+    with contextlib.ExitStack() as stack:
+        callers = []
+        for _ in range(6):
+            caller = box.connect("outside", (OUTSIDE, 8000))
+            callers.append(stack.enter_context(caller))
+        # Seven slots are left: the first mapping has more than half of no others'.
+        wait.until(lambda: len(rows(box)) == 2 + 4)
+        for _ in range(2):
+            caller, _ = called(box, 8001)
+            stack.enter_context(caller)
+        assert len(rows(box)) == 2 + 6
+        for caller in callers[:4]:
+            caller.close()
+        for caller in callers[4:]:  # whose turn it is now
+            wire.read_exactly(caller, 1)
+    wait.until(lambda: len(rows(box)) == 2)
+    agree(box, gateway, 8)
+
+
+def test_a_process_that_cannot_be_forked_is_said(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    faulty = running.program(
+        {},
+        "import os; fork, master = os.fork, os.getpid()",
+        "fail = lambda: (_ for _ in ()).throw(BlockingIOError(11, ''))",
+        "os.fork = lambda: fork() if os.getpid() == master else next(fail())",
+    )
+    gateway = start(program=faulty)
+    assert pmp.mapped(box, echo(), 8000).result == pmp.NO_RESOURCES
+    said = "natwork: cannot fork for a mapping: resource temporarily unavailable"
+    wait.until(lambda: said in gateway.said())
+    assert not rows(box) and not mappings(gateway)
 
 
 # --- Drain and reload ---------------------------------------------------------
