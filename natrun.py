@@ -114,9 +114,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno and not isinstance(error, Lost):
         known = errno.errorcode.get(error.errno) and os.strerror(error.errno)
         return (known or error.strerror or str(error)).lower()
-    return (
-        getattr(error, "strerror", "") or str(error) or type(error).__name__
-    ).lower()
+    known = getattr(error, "strerror", "") or str(error) or type(error).__name__
+    return str(known).lower()
 
 
 def failure(code: int) -> OSError:
@@ -142,7 +141,8 @@ NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take b
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
 ERESTARTSYS = 512  # not in errno: no program is to see it
-SO_COOKIE, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 57, 0x20000000, 30
+SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 57, 71, 30
+MSG_FASTOPEN = 0x20000000
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
 
 
@@ -267,14 +267,14 @@ MAPPED = bytes(10) + b"\xff\xff"
 NOWHERE = Endpoint(bytes(4), 0)
 
 
+def unmapped(packed: bytes) -> bytes:
+    return packed[12:] if packed[:12] == MAPPED and len(packed) == 16 else packed
+
+
 def endpoint(address: tuple[Any, ...]) -> Endpoint:
     """Return the endpoint of an address as Python has it."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     return Endpoint(unmapped(socket.inet_pton(family, address[0])), address[1])
-
-
-def unmapped(packed: bytes) -> bytes:
-    return packed[12:] if packed[:12] == MAPPED and len(packed) == 16 else packed
 
 
 def parse_sockaddr(raw: bytes) -> Endpoint | None:
@@ -717,6 +717,13 @@ def reversed_address(name: bytes, kind: int) -> Endpoint | None:
     return None
 
 
+def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
+    """Put something into a table that does not grow for ever."""
+    table[key] = value
+    if len(table) > RECORDS:
+        del table[next(iter(table))]
+
+
 class Names:
     """Who has which name, for all programs of a run."""
 
@@ -815,13 +822,6 @@ class Names:
             return unmapped(found)
 
 
-def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
-    """Put something into a table that does not grow for ever."""
-    table[key] = value
-    if len(table) > RECORDS:
-        del table[next(iter(table))]
-
-
 # --- Calls --------------------------------------------------------------------
 
 
@@ -848,7 +848,7 @@ class Call:
         """Let the kernel do what it would have done without us."""
         self.answer(flags=CONTINUE)
 
-    def give(self, sock: socket.socket, flags: int, end: int = 0) -> None:
+    def give(self, sock: socket.socket, flags: int) -> None:
         """Answer with a new descriptor, which is a socket of ours; raise OSError."""
         sock.setblocking(not flags & socket.SOCK_NONBLOCK)
         cloexec = flags & socket.SOCK_CLOEXEC  # which is O_CLOEXEC
@@ -866,11 +866,8 @@ class Call:
         with open(f"/proc/{self.tid}/fdinfo/{fd}") as file:
             flags = int(dict(line.split(":") for line in file)["flags"], 8)
         with socket.socket(old.family, old.type) as new:
-            for option in (
-                socket.SO_REUSEADDR,
-                socket.SO_REUSEPORT,
-                socket.SO_BROADCAST,
-            ):
+            options = socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST
+            for option in options:
                 value = old.getsockopt(socket.SOL_SOCKET, option)
                 new.setsockopt(socket.SOL_SOCKET, option, value)
             new.setblocking(not flags & os.O_NONBLOCK)
@@ -927,9 +924,8 @@ class Call:
         return here.raw
 
     def write(self, there: int, data: bytes) -> None:
-        copy(
-            LIBC.process_vm_writev, self.tid, there, (ctypes.c_ubyte * len(data))(*data)
-        )
+        here = (ctypes.c_ubyte * len(data))(*data)
+        copy(LIBC.process_vm_writev, self.tid, there, here)
 
     def target(self) -> Endpoint | None:
         """Return the address that connect() or bind() is about; raise OSError."""
@@ -958,6 +954,8 @@ class Flow:
     paired: bool = False  # it went through the waiting room
     inode: int = 0
     since: float = field(default_factory=time.monotonic)
+    mapped: int = 0  # the port here that a port of the outside leads to
+    listened: bool = False
     task: asyncio.Task[None] | None = None
     calls: list[Call] = field(default_factory=list)  # that wait for its end
 
@@ -1045,7 +1043,7 @@ def free(sock: socket.socket) -> None:
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
 UP, NOARP, NODAD = 0x1, 0x80, 0x2
-SOL_PACKET, IGNORE_OUTGOING, SO_NETNS_COOKIE = 263, 23, 71
+SOL_PACKET, IGNORE_OUTGOING = 263, 23
 CABLE = "natrun0", "natrun1"  # the namespace's end, and ours
 ENDS = b"\2natru", b"\2natrU"  # their addresses, made up
 SYSCTLS = {
@@ -1100,11 +1098,9 @@ def make_namespace(outside: Blocks) -> socket.socket:
             change(netlink, RTM_SETLINK, struct.pack("=BxHiII", 0, 0, index, UP, UP))
         index = socket.if_nametoindex(CABLE[0])
         for name, value in SYSCTLS.items():
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/sys/net/{name}", "w") as file,
-            ):
-                file.write(value)
+            with contextlib.suppress(OSError):
+                with open(f"/proc/sys/net/{name}", "w") as file:
+                    file.write(value)
         for packed, _ in outside:
             family, bits = Endpoint(packed, 0).family, 8 * len(packed)
             head = struct.pack("=BBBBI", family, bits, NODAD, 0, index)
@@ -1204,6 +1200,7 @@ class Datagrams:
         self.asked: list[Call] = []  # for sockets, in order
         self.associations: dict[Endpoint, Association] = {}
         self.queries: set[asyncio.Task[None]] = set()
+        self.login = names.login(app)
         # Asked for each datagram.
         self.has_inside = functools.lru_cache(RECORDS)(gateway.has_inside)
         self.head = functools.lru_cache(RECORDS)(
@@ -1259,7 +1256,7 @@ class Datagrams:
                 sock = one.near[family] = socket.socket(family, socket.SOCK_DGRAM)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
                 sock.setblocking(False)
-                loop.add_reader(sock, self.read_near, one, sock)
+                loop.add_reader(sock, self.read, one, sock)
             one.near[family].sendto(data, there.pair())
         else:
             message = self.head(there) + data
@@ -1280,23 +1277,19 @@ class Datagrams:
         with contextlib.suppress(OSError):  # one lost datagram
             self.cable.send(write_packet(source, target, data))
 
-    def read_near(self, one: Association, sock: socket.socket) -> None:
-        """Take answers of the inside."""
+    def read(self, one: Association, sock: socket.socket) -> None:
+        """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
-                self.inject(endpoint(sender), one.here, data)
-
-    def read_relayed(self, one: Association, sock: socket.socket) -> None:
-        """Take what the gateway passes on: RFC 1928 section 7."""
-        with contextlib.suppress(OSError):
-            for _ in range(64):
-                data = sock.recv(65535)
-                size = {1: 4, 4: 16}.get(data[3] if len(data) > 10 else 0)
-                if size and data[:3] == bytes(3):
-                    port = int.from_bytes(data[4 + size : 6 + size], "big")
-                    source = Endpoint(data[4 : 4 + size], port)
-                    self.inject(source, one.here, data[6 + size :])
+                if sock is not one.relayed:
+                    self.inject(endpoint(sender), one.here, data)
+                elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
+                    at = 4 + 4 * data[3]
+                    source = Endpoint(
+                        data[4:at], int.from_bytes(data[at : at + 2], "big")
+                    )
+                    self.inject(source, one.here, data[at + 2 :])
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
@@ -1305,16 +1298,13 @@ class Datagrams:
             with socket.socket(self.gateway.at.family) as control:
                 await self.gateway.reach(control)
                 # From the same port of the outside, where it is free.
-                where, who = (
-                    Endpoint(bytes(4), one.here.port),
-                    self.names.login(self.app),
-                )
+                where, who = Endpoint(bytes(4), one.here.port), self.login
                 host, port = await self.gateway.ask(control, ASSOCIATE, where, who)
                 relay = Endpoint(host if any(host) else self.gateway.at.packed, port)
                 with socket.socket(relay.family, socket.SOCK_DGRAM) as sock:
                     sock.setblocking(False)
                     sock.connect(relay.pair())
-                    loop.add_reader(sock, self.read_relayed, one, sock)
+                    loop.add_reader(sock, self.read, one, sock)
                     one.relayed = sock
                     try:
                         for message in one.queue:
@@ -1360,17 +1350,6 @@ PMP_PORT = 5351
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
 
 
-@dataclass(eq=False)
-class Mapping:
-    """A port of the outside that leads to a port here."""
-
-    internal: int
-    external: int
-    inode: int  # of the listener
-    since: float
-    listened: bool = False
-
-
 async def readable(sock: socket.socket) -> None:
     """Wait until there is something to read, or to accept."""
     loop = asyncio.get_running_loop()
@@ -1382,19 +1361,28 @@ async def readable(sock: socket.socket) -> None:
         loop.remove_reader(sock)
 
 
+def inodes() -> set[int]:
+    """Return the inodes of TCP sockets that listen or are connected."""
+    found = set()
+    for path in "/proc/net/tcp", "/proc/net/tcp6":
+        with contextlib.suppress(OSError), open(path) as table:
+            found |= {int(line.split()[9]) for line in table if ":" in line[:8]}
+    return found
+
+
 class Mappings:
     """The mappings of a run: they are renewed as long as somebody listens."""
 
     def __init__(self, gateway: Gateway, who: list[bytes]) -> None:
         self.gateway, self.who = gateway, who
-        self.held: dict[bytes, Mapping] = {}  # by the listener's cookie
+        self.held: dict[bytes, Flow] = {}  # by the listener's cookie
         self.task: asyncio.Task[None] | None = None
 
     async def ask(self, internal: int, external: int, seconds: int) -> int:
         """Have the gateway map a port, or unmap it; return the port outside."""
-        loop, at = (
-            asyncio.get_running_loop(),
+        at, loop = (
             Endpoint(self.gateway.at.packed, PMP_PORT),
+            asyncio.get_running_loop(),
         )
         request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
         with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
@@ -1410,15 +1398,13 @@ class Mappings:
                     raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
         raise failure(errno.ENETUNREACH)
 
-    async def add(self, sock: socket.socket, where: Endpoint) -> int:
-        """Bind a socket, and map a port of the outside to it; return that port."""
+    async def add(self, sock: socket.socket, where: Endpoint) -> Flow:
+        """Bind a socket, and map a port of the outside to it; raise OSError."""
         anywhere = "::" if sock.family == socket.AF_INET6 else ""
         if not where.port:
             sock.bind((anywhere, 0))
         internal = where.port or sock.getsockname()[1]
-        if (
-            self.who[1] and not self.task
-        ):  # with `users`, only who has a session may map
+        if self.who[1] and not self.task:  # of users, only who has a session may map
             self.task = asyncio.ensure_future(self.stay())
             await asyncio.sleep(LOOK_TIME)
         external = await self.ask(internal, internal, LEASE)
@@ -1430,10 +1416,9 @@ class Mappings:
         except OSError:
             await self.ask(internal, 0, 0)
             raise
-        inode = os.fstat(sock.fileno()).st_ino
-        mapping = Mapping(internal, external, inode, time.monotonic())
-        self.held[cookie(sock)] = mapping
-        return external
+        flow = Flow(None, Endpoint(where.packed, external), mapped=internal)
+        self.held[cookie(sock)] = flow
+        return flow
 
     async def stay(self) -> None:
         """Keep a session open."""
@@ -1451,36 +1436,34 @@ class Mappings:
             live, now = inodes() if self.held else set(), time.monotonic()
             for number, one in [*self.held.items()]:
                 one.listened = one.listened or one.inode in live
-                gone = one.inode not in live and (
-                    one.listened or now > one.since + LEASE
-                )
+                over = one.listened or now > one.since + LEASE
                 with contextlib.suppress(OSError):
-                    if gone:
+                    if one.inode not in live and over:
                         del self.held[number]
-                        await self.ask(one.internal, 0, 0)
-                    elif now > one.since + LEASE / 2:
+                        await self.ask(one.mapped, 0, 0)
+                    elif now > one.since + LEASE / 2 and one.local:
                         one.since = now
-                        await self.ask(one.internal, one.external, LEASE)
+                        await self.ask(one.mapped, one.local.port, LEASE)
 
     async def end(self) -> None:
         """Unmap all."""
-        ends = [self.ask(one.internal, 0, 0) for one in self.held.values()]
+        ends = [self.ask(one.mapped, 0, 0) for one in self.held.values()]
         await asyncio.gather(*ends, return_exceptions=True)
-
-
-def inodes() -> set[int]:
-    """Return the inodes of TCP sockets that listen or are connected."""
-    found = set()
-    for path in "/proc/net/tcp", "/proc/net/tcp6":
-        with contextlib.suppress(OSError), open(path) as table:
-            found |= {int(line.split()[9]) for line in table if ":" in line[:8]}
-    return found
 
 
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
 # nothing may block.  What fails here is an answer, too, and never "go on".
+
+
+def user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -1834,9 +1817,8 @@ class Supervisor:
         outside = within(self.gateway.outside, where.packed)
         listens = any(where.port in ports for ports in program.listen)
         near = any(where.packed) and self.gateway.has_inside(where.packed)
-        if not (
-            outside or near and self.datagrams or listens and not any(where.packed)
-        ):
+        listens = listens and not any(where.packed)
+        if not (outside or listens or near and self.datagrams):
             return call.proceed()
         sock = call.borrow()
         if sock.type == socket.SOCK_STREAM and not near and self.gateway.mappings:
@@ -1844,11 +1826,8 @@ class Supervisor:
             call.task = self.start(self.map(call, sock, where))
             return
         with sock:
-            if (
-                sock.type == socket.SOCK_DGRAM
-                and near
-                and netns(sock) != netns(self.server)
-            ):
+            ours = sock.type == socket.SOCK_DGRAM and netns(sock) != netns(self.server)
+            if near and ours:
                 call.swap(sock)
         call.proceed()
 
@@ -1857,9 +1836,7 @@ class Supervisor:
         error = 0
         with sock:
             try:
-                port = await self.mappings.add(sock, where)
-                flow = Flow(None, Endpoint(where.packed, port))
-                self.record(sock, flow)
+                self.record(sock, await self.mappings.add(sock, where))
             except OSError as failed:
                 error = failed.errno or errno.EIO
         self.waiting.pop(call.id, None)
@@ -1955,15 +1932,6 @@ class Supervisor:
                 call.answer(ERESTARTSYS)
 
 
-def user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
-
-
 # --- The command --------------------------------------------------------------
 
 # What a person or a service manager sends; the rest mean a fault, or stop and go on.
@@ -2025,19 +1993,16 @@ class Command:
             say(f"cannot run {words[0]}: {reason(error)}")
             os._exit(127 if error.errno == errno.ENOENT else 126)
 
-    def attend(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Have signals passed on, and the dead reaped, from a thread of their own."""
-
-        def watch() -> None:
-            while True:
-                info = signal.sigwaitinfo({*PASSED, signal.SIGCHLD})
-                # A terminal's Ctrl-C has reached the command, too.
-                if info.si_code != SI_KERNEL or info.si_signo == signal.SIGCHLD:
-                    loop.call_soon_threadsafe(self.take, info.si_signo)
-
-        threading.Thread(target=watch, daemon=True).start()
+    def attend(self, loop: asyncio.AbstractEventLoop) -> NoReturn:
+        """Bring signals to a loop: the work of a thread."""
+        while True:
+            info = signal.sigwaitinfo({*PASSED, signal.SIGCHLD})
+            # A terminal's Ctrl-C has reached the command, too.
+            if info.si_code != SI_KERNEL or info.si_signo == signal.SIGCHLD:
+                loop.call_soon_threadsafe(self.take, info.si_signo)
 
     def take(self, number: int) -> None:
+        """Reap the dead, or pass a signal on."""
         if number == signal.SIGCHLD:
             return self.reap(os.WNOHANG)
         with contextlib.suppress(OSError):
@@ -2083,7 +2048,8 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
     command = Command(words, machine, assemble(machine, supervisor.calls()))
 
     async def serve() -> None:
-        command.attend(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=command.attend, args=[loop], daemon=True).start()
         await supervisor.serve(command.listener, machine)
         if verbose:
             say(f"{supervisor.notified} notifications")
