@@ -188,10 +188,9 @@ def go_client(rig: Rig) -> str:
     if not client.exists():
         environment = {
             "PATH": os.environ["PATH"],
-            "HOME": str(rig.folder),
+            "HOME": os.environ.get("HOME", "/"),  # its cache serves the next module
             "CGO_ENABLED": "0",
             "GO111MODULE": "off",
-            "GOCACHE": "/tmp/natwork-go-cache",
         }
         source = str(rig.folder / "natrun_client.go")
         words = ["go", "build", "-o", str(client), source]
