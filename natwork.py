@@ -29,7 +29,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_users.py       names and passwords, sessions a client
     natwork_parents.py     other proxies to go through
     natwork_mapping.py     NAT-PMP: a machine of the inside listens on the outside
-    natwork_check.py       what is probably not meant; --settings
+    natwork_check.py       what is probably not meant; the text of --settings
     natwork_explain.py     --explain
     natwork_daemon.py      -d and the pid file
 
@@ -42,8 +42,6 @@ Usage:
     natwork.py --explain CLIENT TARGET [USER]        which rule decides, and why
     natwork.py --passwd USER                         a line for the file of users
 
-Settings are in natwork.conf, each explained and commented out at its default.
-
 Signals to the master: TERM and INT stop accepting and let busy workers finish
 (a second one ends them now); HUP reads the configuration again and, if that is
 good, reopens the access log.  TERM to a worker ends that one session.
@@ -53,9 +51,8 @@ configuration.
 
 Reading order.  Every section uses only the ones above it, so what a function
 calls stands further up; within a class, methods stand in the order of events.
-To follow a request, start at serve_client(); to
-follow the daemon, start at main().  If you read only two sections, read Relay
-and Master and workers.
+To follow a request, start at serve_client(); to follow the daemon, at main().
+If you read only two sections, read Relay and Master and workers.
 
 It does not cache, decrypt, filter or balance, and it will not: chain it to
 the programs that do.
@@ -252,6 +249,8 @@ class Config:
     def refuse(self, name: str, why: str) -> ConfigError:
         """Return the error that says where a setting stands and why it is refused."""
         where, value = self.where.get(name, "default"), masked(self.spelled(name))
+        if len(value) > 200:  # the reason must have room on the line
+            value = f"{value[:200]}..."
         return ConfigError(f"{where}: {name} = {value}: {masked(why)}")
 
     def note(self, name: str, why: str) -> None:
@@ -263,11 +262,12 @@ class Config:
     ) -> list[Any]:
         """Return what parse() makes of a setting's pieces; note what it refuses."""
         found = []
-        for piece in pieces:
+        for number, piece in enumerate(pieces, 1):
             try:
                 found.append(parse(piece))
             except ValueError as error:
-                self.note(name, str(error))
+                line = f"line {number}: " if "\n" in getattr(self, name) else ""
+                self.note(name, f"{line}{error}")
         return found
 
     def spelled(self, name: str) -> str:
@@ -303,7 +303,10 @@ FORMS: dict[str | type, tuple[str, str]] = {
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
     int: ("(?!0*$)[0-9]{1,9}", "is not a whole number of 1 or more"),
-    float: (r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?", "is not a number of seconds"),
+    float: (
+        r"(?![0.]*$)[0-9]{1,9}(\.[0-9]{1,9})?",
+        "is not a number of seconds above 0",
+    ),
 }
 
 
@@ -334,31 +337,36 @@ def read_file(path: str) -> tuple[bytes, int]:
         return file.read(), mode
 
 
-def read_settings(path: str) -> dict[str, str]:
-    """Return the [natwork] section of an INI file; raise ConfigError."""
+def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
+    """Return an INI file's [natwork] section, and its faults; raise ConfigError."""
     import configparser  # 240 KiB that the workers never need
 
-    parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
         # An editor may begin a file with a byte order mark.
-        text = read_file(path)[0].decode("utf-8-sig")
-        parser.read_string(text)
+        lines = read_file(path)[0].decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
-    except configparser.Error as error:
-        number = getattr(error, "lineno", 0) or vars(error)["errors"][0][0]
-        line = text.split("\n")[number - 1].strip()
-        why = {
-            "DuplicateOptionError": "this setting stands in the file twice",
-            "DuplicateSectionError": "this section stands in the file twice",
-            "MissingSectionHeaderError": "it stands before the line [natwork]",
-        }.get(type(error).__name__, "it is not NAME = VALUE")
-        raise ConfigError(f"{path}: line {number}: {masked(line)}: {why}") from None
-    for section in set(parser.sections()) - {"natwork"}:
-        raise ConfigError(f"{path}: [{masked(section)}]: the only section is [natwork]")
-    return dict(parser["natwork"]) if parser.has_section("natwork") else {}
+    faults: list[str] = []
+    while len(faults) < 20:  # a file of something else has more
+        parser = configparser.ConfigParser(interpolation=None, default_section="")
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        try:
+            parser.read_string("\n".join(lines))
+            break
+        except configparser.Error as error:
+            number = getattr(error, "lineno", 0) or vars(error)["errors"][0][0]
+            why = {
+                "DuplicateOptionError": "this setting stands in the file twice",
+                "DuplicateSectionError": "this section stands in the file twice",
+                "MissingSectionHeaderError": "it stands before the line [natwork]",
+            }.get(type(error).__name__, "it is not NAME = VALUE")
+            line = masked(lines[number - 1].strip())
+            faults.append(f"{path}: line {number}: {line}: {why}")
+            lines[number - 1] = ""  # and what is wrong besides?
+    for section in sorted(set(parser.sections()) - {"natwork"}):
+        faults.append(f"{path}: [{masked(section)}]: the only section is [natwork]")
+    return dict(parser["natwork"]) if parser.has_section("natwork") else {}, faults
 
 
 def load_config(path: str, options: Iterable[str]) -> Config:
@@ -370,13 +378,15 @@ def load_config(path: str, options: Iterable[str]) -> Config:
     for place in ("natwork.conf", "/etc/natwork/natwork.conf"):
         if not path and os.path.lexists(place):
             path = place
-    given = [(path, *pair) for pair in read_settings(path).items()] if path else []
+    found, errors = read_settings(path) if path else ({}, [])
+    given = [(path, *pair) for pair in found.items()]
     for option in options:
         name, equals, text = option.partition("=")
-        if not equals:
-            raise ConfigError(f"option -o {masked(option)}: must be NAME=VALUE")
-        given.append(("option -o", name.strip(), text.strip()))
-    settings, where, errors = {}, {}, []
+        if equals:
+            given.append(("option -o", name.strip(), text.strip()))
+        else:
+            errors.append(f"option -o {masked(option)}: must be NAME=VALUE")
+    settings, where = {}, {}
     for place, name, text in given:
         try:
             settings[name], where[name] = parse_setting(name, text), place
@@ -412,10 +422,7 @@ OWN_PAGES = "It has /, /table.json, /metrics, /proxy.pac, /wpad.dat and /lat.jso
 
 
 class Outcome(NamedTuple):
-    """How a session ended, and what the client may do about it.
-
-    OUTCOMES has them all by their words, which are the columns of /metrics, too.
-    """
+    """How a session ended, and what the client may do about it."""
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
@@ -505,13 +512,10 @@ def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
 
 
 class Refused(Exception):
-    """The session cannot go on, whatever stops it: a rule, a fault or the time.
-
-    Carries the Outcome, the detail for the page, and the user that a client claimed to
-    be, if that is why.
-    """
+    """The session cannot go on, whatever stops it: a rule, a fault or the time."""
 
     def __init__(self, outcome: Outcome, detail: str = "", user: str = "") -> None:
+        """Take the detail for the page, and who the client claimed to be, if known."""
         self.outcome, self.detail, self.user = outcome, detail, user
 
 
@@ -527,23 +531,19 @@ class Refused(Exception):
 # SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
 FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
-# The header, as 64-bit words: the master's pid, the slots that ever were used, the
-# Unix time of the start, and forks.
-MASTER, USED, BEGAN, FORKS, FORKS_FAILED = range(5)
-# The second in which board.say() was last heard; lost lines were not reported yet.
-LAST_SAID, UNREPORTED = range(5, 7)
+# The header, as 64-bit words: the master's pid; the slots that ever were used; the
+# Unix time of the start; forks; the second in which board.say() was last heard; whether
+# lost lines are still to be reported.
+MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
 UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
 STATES = 4096  # offset of the state bytes
 SLOTS = STATES + SLOT_LIMIT  # offset of the slots
 
 # A slot's first page begins with these words: where that one of its two rows stands
 # which is whole, 0 for none; the worker's pid; the bytes of the session that goes on;
-# the word that is to count it, once its log line is written; the bytes of all sessions
-# that have ended.
-WHICH, PID, UP, DOWN, ENDS, UPS, DOWNS = range(7)
-# Log lines that were lost; connections made, and the microseconds that they took; a
-# number that stands for the client of the session that goes on, 0 for none.
-LOST, CONNECTIONS, CONNECTING, PEER = range(7, 11)
+# the bytes of all that have ended; log lines that were lost; connections made, and the
+# microseconds that they took; a number for the client of the session that goes on.
+WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
 SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 1892  # bytes
 # The rest of it counts the sessions that have ended, by protocol and outcome.
 ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
@@ -627,23 +627,23 @@ class Scoreboard:
         """Remember that an uplink, by its number, has just failed."""
         self.words[UPLINKS + uplink % UPLINK_LIMIT] = int(time.monotonic())
 
-    def total(self, word: int) -> int:
-        """Return the sum of one word of all slots that ever were used."""
-        first, step = SLOTS // 8, SLOT_SIZE // 8
-        return sum(self.words[first + word : first + self.words[USED] * step : step])
+    def column(self, word: int) -> list[int]:
+        """Return one word of all slots that ever were used."""
+        first, step = SLOTS // 8 + word, SLOT_SIZE // 8
+        return self.words[first : first + self.words[USED] * step : step].tolist()
 
 
 class Slot:
     """One worker's place on the scoreboard."""
 
     def __init__(self, board: Scoreboard, number: int) -> None:
-        self.board, self.memory, self.number = board, board.memory, number
-        self.base = SLOTS + number * SLOT_SIZE
-        self.words = board.words[self.base // 8 : (self.base + SLOT_SIZE) // 8]
+        self.board, self.number, start = board, number, SLOTS + number * SLOT_SIZE
+        self.bytes = memoryview(board.memory)[start : start + SLOT_SIZE]
+        self.words = self.bytes.cast("Q")
 
     def set_state(self, state: int) -> None:
         """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
-        self.memory[STATES + self.number] = state
+        self.board.memory[STATES + self.number] = state
 
     def clear(self, pid: int) -> None:
         """Begin with a clean row; the totals are the slot's and go on growing."""
@@ -657,46 +657,33 @@ class Slot:
         There is room for two, and a word that says which one is whole, so a
         reader never sees half a row, not even after kill -9.
         """
-        words, row = self.words, session.row()[: ROW_SIZE - 1] + b"\n"
-        place = ROWS if words[WHICH] != ROWS else ROWS + ROW_SIZE
-        start = self.base + place
-        self.memory[start : start + len(row)] = row
-        words[WHICH] = place
+        row = session.row()[: ROW_SIZE - 1] + b"\n"
+        place = ROWS if self.words[WHICH] != ROWS else ROWS + ROW_SIZE
+        self.bytes[place : place + len(row)] = row
+        self.words[WHICH] = place
 
     def row(self) -> bytes:
         """Return the row that is up, or b"" for none."""
-        if not (place := self.words[WHICH]):
-            return b""
-        start = self.base + place
-        return self.memory[start : start + ROW_SIZE].partition(b"\n")[0]
+        place = self.words[WHICH]
+        row = bytes(self.bytes[place : place + ROW_SIZE]) if place else b""
+        return row.partition(b"\n")[0]
 
     def moved(self, up: int, down: int) -> None:
         """Show how many bytes the session has moved so far."""
         self.words[UP], self.words[DOWN] = up, down
 
-    def connected(self, seconds: float) -> None:
-        """Count a connection that was made, and how long that took."""
-        self.words[CONNECTIONS] += 1
-        self.words[CONNECTING] += int(seconds * 1e6)
-
-    def settle(self, session: Session, outcome: str) -> None:
+    def settle(self, session: Session) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
 
-        Its log line is written next, and only then it is counted: a worker that is
-        killed in between is counted by the master, and gets no second line.
+        Its log line is written next: of a worker that is killed in between the master
+        writes no second one.
         """
-        words, ends = self.words, ended_by(session.proto, outcome)
+        words = self.words
         ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
         # In one piece: kill -9 must not find the bytes in two places, or in none.
-        head = struct.pack("7Q", 0, words[PID], 0, 0, ends, ups, downs)
-        self.memory[self.base : self.base + len(head)] = head
+        head = struct.pack("6Q", 0, words[PID], 0, 0, ups, downs)
+        self.bytes[: len(head)] = head
         words[PEER] = 0
-
-    def count(self) -> None:
-        """Count the session that has been settled, if there is one."""
-        if ends := self.words[ENDS]:
-            self.words[ends] += 1
-            self.words[ENDS] = 0
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
@@ -794,8 +781,7 @@ def as_json(line: str) -> str:
     """Return a line of the access log as a JSON object, its numbers as numbers."""
     import json
 
-    kinds: dict[str, type] = dict.fromkeys(("pid", "status", "up", "down"), int)
-    kinds["secs"] = float
+    kinds = {"pid": int, "status": int, "up": int, "down": int, "secs": float}
     fields = dict(word.split("=", 1) for word in line.split(" "))
     shown = {k: kinds.get(k, str)(v) if v != "-" else None for k, v in fields.items()}
     return json.dumps(shown)
@@ -843,10 +829,6 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if self.path == "-":
-            if stat.S_ISREG(os.fstat(1).st_mode):
-                # It may be cut, and begins anew; and standard error may be it, too.
-                mode = fcntl.fcntl(1, fcntl.F_GETFL)
-                fcntl.fcntl(1, fcntl.F_SETFL, mode | os.O_APPEND)
             try:
                 # Opened again, so that O_NONBLOCK is ours and not the terminal's.
                 self.fd = os.open("/proc/self/fd/1", flags)
@@ -869,21 +851,23 @@ class AccessLog:
             as_json("pid=-")  # load json here, and not in every worker
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
-        """Settle a session that has ended and write its line, or count it as lost."""
+        """Write the line of a session that has ended, and count it; or it is lost."""
         line, board, why = session.line(outcome), slot.board, ""
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
-        slot.settle(session, outcome)
+        slot.settle(session)
         try:
             if not self.may_block or self.has_room.poll(0):
-                written = os.write(self.fd, data)
-                if written < len(data):  # the disk is full: leave no half of a line
-                    os.ftruncate(self.fd, os.lseek(self.fd, 0, os.SEEK_CUR) - written)
+                while written < len(data):
+                    written += os.write(self.fd, data[written:])
         except OSError as error:
             why = f" ({reason(error)})"
+            with contextlib.suppress(OSError):  # leave no half of a line in a file
+                at = os.lseek(self.fd, 0, os.SEEK_CUR)
+                os.ftruncate(self.fd, at - written)
         if written < len(data):
             slot.words[LOST] += 1
             board.words[UNREPORTED] = 1
-        slot.count()
+        slot.words[ended_by(session.proto, outcome)] += 1
         if board.words[UNREPORTED]:  # perhaps standard error took nothing either
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
@@ -893,9 +877,8 @@ class AccessLog:
         """Write the line that a process could not write itself, by its exit code."""
         if row := slot.row():
             session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
-            ends = {-signal.SIGTERM: OPERATOR, -signal.SIGALRM: DRAINED}
-            self.write(session, ends.get(code, KILLED).word, slot)
-        slot.count()  # one that was settled and not counted, if it was killed there
+            outcome = OPERATOR if code == -signal.SIGTERM else KILLED
+            self.write(session, outcome.word, slot)
 
 
 # --- Relay --------------------------------------------------------------------
@@ -943,6 +926,13 @@ class Stream:
         del self.received[:count]
         return piece
 
+    def take_until(
+        self, mark: re.Pattern[bytes], looked: int = 0, limit: int = HEAD_LIMIT
+    ) -> bytes:
+        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
+        found = mark.search(self.received, looked, limit)
+        return self.take(found.end()) if found else b""
+
     def failed(self, error: OSError) -> Refused:
         """Return the refusal for an error of the socket, and remember a reset.
 
@@ -951,24 +941,16 @@ class Stream:
         self.was_reset = not isinstance(error, BrokenPipeError)
         return Refused(self.lost, reason(error))
 
-    def check_end(self) -> None:
-        """Raise Refused if what looks like the stream's end was a reset."""
-        if self.was_reset:
-            raise Refused(self.lost, "connection reset")
-
     def fill(self) -> bool:
-        """Receive what is there; return False at the end.
-
-        Raises BlockingIOError if nothing is there, and Refused.
-        """
+        """Receive what is there; return False at the end; raise Refused."""
         try:
             data = self.sock.recv(COPY_SIZE)
         except BlockingIOError:
-            raise
+            return True  # nothing is there yet
         except OSError as error:
             raise self.failed(error) from None
-        if not data:
-            self.check_end()
+        if not data and self.was_reset:
+            raise Refused(self.lost, "connection reset")
         self.received += data
         return bool(data)
 
@@ -977,9 +959,8 @@ class Stream:
         before = len(self.received)
         while len(self.received) == before:
             yield self.fd, POLLIN
-            with contextlib.suppress(BlockingIOError):
-                if not self.fill():
-                    raise Refused(self.lost, "the connection ended too early")
+            if not self.fill():
+                raise Refused(self.lost, "the connection ended too early")
 
     def exactly(self, count: int) -> Steps:
         """Take so many bytes; raise Refused."""
@@ -1017,12 +998,6 @@ class Stream:
             return int.from_bytes(queue, sys.byteorder)
         return 0
 
-    def has_more(self) -> bool:
-        """Return whether bytes are unread: to close the socket would be a reset."""
-        size = bytearray(4)  # writable, or ioctl() would make an error of it before
-        fcntl.ioctl(self.fd, 0x541B, size)  # FIONREAD
-        return bool(self.received) or any(size)
-
     def end(self) -> None:
         """Say that nothing more will be sent; go on receiving."""
         with contextlib.suppress(OSError):  # the peer has gone
@@ -1040,24 +1015,8 @@ class Stream:
 LINE_END = re.compile(rb"\n")
 
 
-def take_until(
-    received: bytearray,
-    mark: re.Pattern[bytes],
-    looked: int = 0,
-    limit: int = HEAD_LIMIT,
-) -> bytes:
-    """Take the bytes up to and with a mark, b"" if it is not there within the limit."""
-    found = mark.search(received, looked, limit)
-    if not found:
-        return b""
-    end = found.end()
-    taken = bytes(received[:end])
-    del received[:end]
-    return taken
-
-
 def read_until(
-    source: Stream | Direction,
+    source: Stream,
     mark: re.Pattern[bytes],
     limit: int,
     bad: Outcome,
@@ -1069,7 +1028,7 @@ def read_until(
     Refused.
     """
     received, looked = source.received, 0
-    while not (taken := take_until(received, mark, looked, limit)):
+    while not (taken := source.take_until(mark, looked, limit)):
         inspect(received)
         if len(received) >= limit:
             raise Refused(bad, f"over {limit} bytes without an end")
@@ -1082,9 +1041,10 @@ class Watch:
     """How a worker waits for sockets.
 
     The lifeline is in every wait.  It is a pipe of which only the master holds
-    the other end.  A byte in it: take no more requests, and finish this one in peace.
-    When it closes, the master is leaving or dead, and what goes on here must come to
-    its end within drain_timeout.  Events 0 wait for POLLERR and POLLHUP alone.
+    the other end.  A byte in it, which nobody reads: take no more requests, and finish
+    this one in peace.  When it closes, the master is leaving or dead, and what goes on
+    here must come to its end within drain_timeout.  Events 0 wait for POLLERR and
+    POLLHUP alone.
     """
 
     def __init__(
@@ -1128,8 +1088,6 @@ class Watch:
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end; refuse queued clients at once."""
         self.drain_at = time.monotonic() + self.drain_timeout
-        # SIGALRM ends a worker that is then in a call such as getaddrinfo().
-        signal.setitimer(signal.ITIMER_REAL, self.drain_timeout + 1)
         while self.listeners:  # so that a successor can bind, also if we go on
             self.listeners.popitem()[1].close()
 
@@ -1181,11 +1139,10 @@ class Direction:
     held = 0  # bytes in the pipe
     state = RUNNING
     may_fail = False  # without an end to the other direction
+    idle_limit = TIME_LIMIT  # seconds without an event; less in a half-closed tunnel
 
-    def __init__(self, source: Stream, sink: Stream, idle_timeout: float) -> None:
-        """Make a direction; idle_timeout is in seconds without an event."""
-        self.source, self.sink, self.idle_timeout = source, sink, idle_timeout
-        self.received = source.received
+    def __init__(self, source: Stream, sink: Stream) -> None:
+        self.source, self.sink = source, sink
         self.out = bytearray()  # to be sent before anything else
 
     def step(self) -> None:
@@ -1216,48 +1173,33 @@ class Direction:
         """Send what is gathered in out."""
         yield from self.sink.send_all(self.out)
 
-    def need(self) -> Steps:
-        """Send what is gathered, and receive more; the source's end is a failure."""
-        yield from self.flush()
-        yield from self.source.need()
-
     def move(self, count: int) -> Steps:
         """Pass count bytes on as they are, ALL until the source ends.
 
         The last of them may stay in out.  Raises Refused when the source ends early.
         """
-        until_end = count == ALL
+        until_end, received = count == ALL, self.source.received
         bulk, full = BULK_SIZE <= count < ALL, False
         while count > 0:
-            if self.received:
-                count -= self.gather(count)
+            if received:
+                size = min(count, len(received))
+                self.out += received[:size]
+                del received[:size]
+                count -= size
                 continue
             yield from self.flush()
             if not full:
                 yield self.source.fd, POLLIN
             moved = (yield from self.splice(count)) if bulk else 0
             count -= moved
-            try:
-                ended = not moved and not self.source.fill()
-            except BlockingIOError:
-                full = False
-                continue
-            if ended and until_end:
-                return
-            if ended:
+            if not moved and not self.source.fill():
+                if until_end:
+                    return
                 raise Refused(self.source.lost, "the body ended too early")
             # A full read means that more is there: do not wait before the next one.
-            bulk = full = max(moved, len(self.received)) >= COPY_SIZE
-
-    def gather(self, count: int) -> int:
-        """Move at most count of the bytes received to out; return how many."""
-        if count < len(self.received):
-            self.out += self.source.take(count)
-            return count
-        count = len(self.received)
-        self.out += self.received  # all of it, and so in one copy
-        self.received.clear()
-        return count
+            full = max(moved, len(received)) >= COPY_SIZE
+            if moved or received:
+                bulk = full
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through the pipe; return how many.
@@ -1308,15 +1250,7 @@ class Direction:
         """Pass everything on, then its end; after that the other has less time."""
         yield from self.move(ALL)
         self.sink.end()
-        other.idle_timeout = min(other.idle_timeout, HALF_CLOSED_TIMEOUT)
-
-
-def both_ways(
-    client: Stream, server: Stream, idle_timeout: float
-) -> tuple[Direction, Direction]:
-    """Return the direction up, to the server, and the one down, to the client."""
-    up = Direction(client, server, idle_timeout)
-    return up, Direction(server, client, idle_timeout)
+        other.idle_limit = HALF_CLOSED_TIMEOUT
 
 
 def awaited(directions: list[Direction]) -> dict[int, int]:
@@ -1329,7 +1263,9 @@ def awaited(directions: list[Direction]) -> dict[int, int]:
     return wanted
 
 
-def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
+def relay(
+    watch: Watch, slot: Slot, up: Direction, down: Direction, idle_timeout: float
+) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
@@ -1350,7 +1286,7 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             slot.moved(server.sent, client.sent)
             # A user's pipe memory is limited: an idle tunnel gives its pipes back.
             spare = [one for one in (up, down) if one.pipe and not one.held]
-            seconds = max(one.idle_timeout for one in running)
+            seconds = min(idle_timeout, *(one.idle_limit for one in running))
             ready = watch.wait(awaited(running), PIPE_KEEP_TIME if spare else seconds)
             moving = [one for one in running if one.waits_for[0] in ready]
             if moving:
@@ -1358,11 +1294,7 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                # The server takes no more.  After its end that is EPIPE; anything
-                # else is a reset, which the direction down would take for an end.
-                number = server.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                server.was_reset = number != errno.EPIPE
-                up.cancel()
+                up.cancel()  # the server takes no more; why, the next recv() says
             elif spare:
                 for one in spare:
                     one.close_pipe()
@@ -1385,10 +1317,8 @@ def relay(watch: Watch, slot: Slot, up: Direction, down: Direction) -> None:
 # loop is reap, top up, sleep, act.  Its signals are blocked, and taken one by one
 # when it sleeps, so no code of ours runs in the middle of other code of ours; a
 # worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
-# asks a worker whose client is silent, by SIGURG, to leave.  The lifeline, of which
-# each generation of the configuration has one, tells workers to leave.  A byte in it
-# means: take no more clients under these settings.  Its end means: the master is
-# leaving, or dead.
+# asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
+# configuration are told to leave by their lifeline: see Watch.
 
 MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 
@@ -1467,10 +1397,6 @@ class Worker:
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
         self.is_in_line = False  # for clients
 
-    def is_retired(self) -> bool:
-        """Return whether this worker should take no more clients or requests."""
-        return bool(readable([self.lifeline]))
-
     def accept(self) -> Client | None:
         """Wait for a client and return it; None when it is time to leave."""
         set_title("natwork: idle")
@@ -1478,10 +1404,8 @@ class Worker:
         while True:
             self.slot.set_state(IDLE_STATE)
             ready = [fd for fd, _ in self.idle_poll.poll(SURPLUS_TIME, 8)]
-            # EPOLLEXCLUSIVE wakes one worker a client, so look at the listeners
-            # before the lifeline.  Look after a timeout too: the worker that was
-            # woken may have been killed before it accepted.
-            for fd in ready or list(self.listeners):
+            # EPOLLEXCLUSIVE wakes one worker a client: look here before the lifeline.
+            for fd in ready:
                 if fd in self.listeners and (client := self.accept_from(fd)):
                     return client
             if self.lifeline in ready:
@@ -1617,7 +1541,7 @@ class Master:
         self.generations = [self.generation]  # the last is in force
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
-        self.stopping = self.retiring = False
+        self.stopping = self.reloading = False
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
@@ -1633,7 +1557,7 @@ class Master:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.retire_old()
+                    self.say_reloaded()
                     self.close_unused()
                 self.kill_late()
                 self.show_title()
@@ -1645,9 +1569,10 @@ class Master:
 
     def sleep(self) -> None:
         """Wait for a signal, and act on it, or for the time to look around."""
-        full = self.is_full()
-        if full and readable(s.fileno() for s in self.generation.listeners.values()):
-            self.make_room()
+        limit = self.generation.config.max_workers
+        full = len(self.workers) >= limit and not self.idle(self.generation)
+        if full and not self.stopping:
+            self.make_room(limit)
         # The kernel gives HUP before TERM, however many come.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
         taken = taken or signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
@@ -1663,16 +1588,12 @@ class Master:
         own = [slot for slot, one in self.workers.values() if one is generation]
         return sum(states[slot.number] == IDLE_STATE for slot in own)
 
-    def is_full(self) -> bool:
-        """Return whether a client that comes now finds no worker."""
-        full = len(self.workers) >= self.generation.config.max_workers
-        return full and not self.stopping and not self.idle(self.generation)
-
-    def make_room(self) -> None:
-        """Have a worker with a silent client leave: others wait for a worker."""
+    def make_room(self, limit: int) -> None:
+        """Have a worker with a silent client leave, if others wait for a worker."""
+        if not readable(s.fileno() for s in self.generation.listeners.values()):
+            return
         if time.monotonic() >= self.full_said_at + 60:
             self.full_said_at = time.monotonic()
-            limit = self.generation.config.max_workers
             say(f"all {limit} workers are busy and clients wait (max_workers)")
         states = self.board.states()
         for pid, (slot, _) in self.workers.items():
@@ -1764,7 +1685,7 @@ class Master:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         slot.clear(os.getpid())
         for _ in range(worker.config.clients_per_worker):
-            if worker.is_retired() or not self.serve(worker):
+            if readable([worker.lifeline]) or not self.serve(worker):
                 return
 
     def reload(self) -> None:
@@ -1775,37 +1696,30 @@ class Master:
             fresh = self.load(old)
         except (ConfigError, OSError, ImportError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
-            why = why.replace("\n", "; ")
-            say(f"configuration not reloaded, the old one stays: {why}")
+            for line in why.splitlines():
+                say(f"configuration not reloaded, the old one stays: {line}")
             notify("READY=1")
             return
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
+        os.write(old.lifeline_write, b"d")  # its workers take no more clients
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
-        self.generation, self.retiring = fresh, True
+        self.generation, self.reloading = fresh, True
         self.generations.append(fresh)
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def retire_old(self) -> None:
-        """Have idle workers of old generations leave: for them, no fork may succeed."""
-        if not self.retiring:
-            return
-        for generation in self.generations[:-1]:
-            with contextlib.suppress(OSError):  # told enough; or nobody is left
-                os.write(generation.lifeline_write, b"d")  # again does no harm
-        if not any(map(self.idle, self.generations[:-1])):
-            self.retiring = False
+    def say_reloaded(self) -> None:
+        """Say that no idle worker is left that would take a client by old settings."""
+        if self.reloading and not any(map(self.idle, self.generations[:-1])):
+            self.reloading = False
             say("configuration reloaded")
             notify("READY=1")
 
     def close_unused(self) -> None:
-        """Close the lifelines that no worker has, and listeners that a reload removed.
-
-        Such a listener goes when no client waits there.
-        """
+        """Close lifelines that no worker has, and removed listeners without a queue."""
         for generation in self.generations[:-1]:
             used = [one for _, one in self.workers.values()], self.mappers.values()
             if not any(one is generation for ones in used for one in ones):
@@ -2503,7 +2417,8 @@ def dial(
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
         server = Race(worker, session).run(attempts)
-    worker.slot.connected(time.monotonic() - began)
+    worker.slot.words[CONNECTIONS] += 1
+    worker.slot.words[CONNECTING] += int((time.monotonic() - began) * 1e6)
     return server
 
 
@@ -2530,7 +2445,7 @@ def linger(watch: Watch, client: Stream) -> None:
     """
     client.end()
     deadline = time.monotonic() + LINGER_LIMIT
-    with contextlib.suppress(BlockingIOError, Refused):
+    with contextlib.suppress(Refused):
         while (left := deadline - time.monotonic()) > 0:
             if not watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT)):
                 return
@@ -2549,11 +2464,11 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     client, watch = worker.client.stream, worker.watch
     worker.stand_in_line(False)
     server.tune()
-    up, down = both_ways(client, server, worker.config.tunnel_timeout)
+    up, down = Direction(client, server), Direction(server, client)
     up.steps, down.steps = up.pass_all(down), down.pass_all(up)
     down.out += opening
     try:
-        relay(watch, worker.slot, up, down)
+        relay(watch, worker.slot, up, down, worker.config.tunnel_timeout)
         if up.state == CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
@@ -2585,9 +2500,8 @@ LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-STATUS_LINE = rb"%b(?: (%b))?" % (STATUS, TEXT)
 REQUEST_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (REQUEST_LINE, LINES))
-RESPONSE_HEAD = re.compile(rb"%b\r(\n%b)\r\n" % (STATUS_LINE, LINES))
+RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -2769,6 +2683,14 @@ class RequestHead:
         lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
         return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
 
+    def login(self, name: bytes) -> bytes:
+        """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
+        field = b", ".join(self.values(name))  # two are none
+        match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
+        with contextlib.suppress(binascii.Error):
+            return binascii.a2b_base64(match[1]) if match else b""
+        return b""
+
 
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
@@ -2836,9 +2758,14 @@ def response_length(head: ResponseHead) -> int | None:
     return parse_length(digits, BAD_RESPONSE) if digits else None
 
 
+def unescaped(part: bytes) -> bytes:
+    """Return a part of a URL as it is meant: RFC 3986 section 2.1."""
+    return re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), part)
+
+
 def credentials(login: bytes) -> bytes:
     """Return user:password, as a URL spells it, for a Basic field: RFC 7617."""
-    plain = re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), login)
+    plain = unescaped(login)
     return binascii.b2a_base64(plain if b":" in plain else plain + b":", newline=False)
 
 
@@ -2911,9 +2838,11 @@ def answer_head(
     return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
 
 
-def read_line(source: Direction, limit: int, bad: Outcome) -> Steps:
+def read_line(one: Direction, limit: int, bad: Outcome) -> Steps:
     """Take one line of a chunked body, CRLF included; raise Refused."""
-    line: bytes = yield from read_until(source, LINE_END, limit, bad)
+    if b"\n" not in one.source.received:
+        yield from one.flush()
+    line: bytes = yield from read_until(one.source, LINE_END, limit, bad)
     if not line.endswith(CRLF):
         raise Refused(bad, "bare LF in a chunked body")
     return line
@@ -2937,9 +2866,9 @@ def chunked(
         if framed:
             one.out += b"%x\r\n" % size
         yield from one.move(size)
-        while len(one.received) < 2:
-            yield from one.need()
-        if one.source.take(2) != CRLF:
+        if len(one.source.received) < 2:
+            yield from one.flush()
+        if (yield from one.source.exactly(2)) != CRLF:
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
@@ -2949,7 +2878,9 @@ def chunked(
         if len(section) > HEAD_LIMIT:
             raise Refused(bad, f"trailers over {HEAD_LIMIT} bytes")
     if not re.fullmatch(LINES, section):
-        raise Refused(bad, "malformed field line in the trailers")
+        if bad is BAD_REQUEST:
+            raise Refused(bad, "malformed field line in the trailers")
+        section = mended(CRLF + section + CRLF)[2:-2]
     if framed:
         dropped = NOT_IN_TRAILERS.union(head.options)
         one.out += b"0\r\n%b\r\n" % without(section, dropped)
@@ -2963,8 +2894,6 @@ def chunked(
 # has a body that is still on its way.
 
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-# After these there is no end of the request from which to go on.
-NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
 # How far the answer to a request is: nothing was sent, or interim responses and these
 # whole; one of them is half sent; the final one is; that, and only the close ends it;
@@ -3107,7 +3036,7 @@ class Exchange:
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
         silent = self.http.drop_blanks()
-        raw = b"" if silent else take_until(self.client.received, HEAD_END)
+        raw = b"" if silent else self.client.take_until(HEAD_END)
         raw = raw or self.await_head()
         self.head_only = raw[:5] == b"HEAD "
         head = self.head = RequestHead(raw)
@@ -3154,7 +3083,7 @@ class Exchange:
     def identify(self, field: bytes) -> None:
         """Learn by a field who asks: RFC 9110 section 3.3; raise Refused."""
         if users := self.worker.chapters.users:
-            self.session.user = users.identify(self.worker, self.head.values(field))
+            self.session.user = users.identify(self.worker, self.head.login(field))
 
     def find_target(self, head: RequestHead) -> Target:
         """Return where the request wants to go, and tell the log; raise Refused."""
@@ -3306,8 +3235,8 @@ class Exchange:
         A client that said close, and no more, has sent nothing that ours could reset;
         one of which the request was not taken whole goes on sending.
         """
-        more = not whole or self.head.keep_alive or self.client.has_more()
-        self.then = LINGER if more else CLOSE
+        more = not whole or self.head.keep_alive or self.client.received
+        self.then = LINGER if more or readable([self.client.fd]) else CLOSE
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
@@ -3318,11 +3247,8 @@ class Exchange:
         if not server.received:
             if not watch.wait({server.fd: POLLIN, client.fd: 0}, seconds):
                 raise Refused(ANSWER_TIMEOUT, late)
-            try:
-                server.fill()
-            except BlockingIOError:
-                pass  # it was the client; if that is a reset, run() says so
-        raw = take_until(server.received, HEAD_END)
+            server.fill()  # or it was the client; if that is a reset, run() says so
+        raw = server.take_until(HEAD_END)
         response = ResponseHead(raw) if raw else None
         if not response or response.status < 200:
             steps = self.read_response(server, response)
@@ -3337,7 +3263,7 @@ class Exchange:
             self.progress = WHOLE
             return
         slot.publish(self.session)
-        up, down = both_ways(client, server, seconds)
+        up, down = Direction(client, server), Direction(server, client)
         up.steps = up.flush()  # nothing more
         down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
@@ -3348,7 +3274,7 @@ class Exchange:
         Returns whether the server took all of the request; raises Refused.
         """
         server.tune()
-        up, down = both_ways(self.client, server, self.config.idle_timeout)
+        up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
         up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)
@@ -3364,7 +3290,7 @@ class Exchange:
         """
         self.worker.stand_in_line(False)
         try:
-            relay(self.watch, self.worker.slot, up, down)
+            relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
             if refusal.outcome is not IDLE or self.progress >= BEGUN:
                 raise
@@ -3412,7 +3338,7 @@ class Exchange:
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
-        response = yield from self.read_response(down)
+        response = yield from self.read_response(down.source)
         if response.status == 101 and self.offered:
             self.switching = response  # once the body has been sent
             return
@@ -3438,7 +3364,7 @@ class Exchange:
             up.cancel()
 
     def read_response(
-        self, source: Stream | Direction, response: ResponseHead | None = None
+        self, source: Stream, response: ResponseHead | None = None
     ) -> Steps:
         """Return a final response head; interim ones are passed on.
 
@@ -3543,7 +3469,7 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        if self.then is KEEP and self.worker.is_retired():
+        if self.then is KEEP and readable([self.worker.lifeline]):
             self.then = CLOSE
         line, keep = f"HTTP/1.1 {status}\r\n".encode(), self.then is KEEP
         head = answer_head(line, lines, len(body), keep)
@@ -3578,7 +3504,8 @@ class Exchange:
             return outcome
         # What was not understood has no end from which to go on, and the body of
         # what was refused is not read.
-        if not self.understood or outcome.status in NOT_UNDERSTOOD or self.length:
+        unclear = outcome.status in (400, 408, 414, 417, 431, 501, 505)
+        if not self.understood or unclear or self.length:
             self.then = CLOSE
         with contextlib.suppress(Refused):  # the client may have gone
             page = self.explain(outcome, refusal.detail)
@@ -3609,8 +3536,7 @@ class Exchange:
             if outcome is NO_LOGIN:
                 realm = f"ftp://{self.target.authority.decode()}"
             lines += f'{field}-Authenticate: Basic realm="{realm}", charset="UTF-8"\r\n'
-        decided = outcome.error in ("http_request_denied", LOOP.error)
-        did = "refused" if decided else "could not serve"
+        did = "refused" if outcome.error == DENIED.error else "could not serve"
         page = (
             f"{outcome.status_text()}\n\n{name} (NATWork) {did} {asked}\n\n"
             f"Why: {why}.\nWhat to do: {outcome.advice}\n"
@@ -3721,12 +3647,10 @@ def await_first_byte(worker: Worker, client: Stream) -> bool:
     A head then has as long again.
     """
     with contextlib.suppress(Refused):
-        try:
-            return client.fill()  # it has probably come with the connection
-        except BlockingIOError:
-            found = worker.await_word([client], worker.config.head_timeout, True)
-            return bool(found) and client.fill()
-    return False
+        if client.fill() and not client.received:  # it comes with most connections
+            if worker.await_word([client], worker.config.head_timeout, True):
+                client.fill()
+    return bool(client.received)
 
 
 def serve_client(worker: Worker) -> bool:
@@ -3995,7 +3919,8 @@ def run(path: str, options: list[str], ready: Callable[[], None]) -> int:
         for fd in fds:
             daemon.write_pid(fd)
         if not find_set_title():
-            say("setproctitle is not installed: process titles will be missing")
+            missing = "setproctitle is not installed (apt install python3-setproctitle)"
+            say(f"{missing}: process titles will be missing")
         if user:
             become(user, config, master.generation.log)
         if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
@@ -4093,8 +4018,18 @@ def print_table(in_json: bool) -> int:
     return 0
 
 
+def print_settings(config: Config, mark: str = "") -> None:
+    """Print every setting in the form of natwork.conf, with a mark before each."""
+    print("[natwork]")
+    for name in DEFAULTS:
+        text = config.spelled(name)
+        if name in ("rules", "parents"):  # a line of ";..." would be a comment
+            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
+        print(f"{mark}{name} = {text}".rstrip(), flush=True)
+
+
 def check(path: str, options: list[str]) -> int:
-    """Print every setting in force, in the form of natwork.conf; raise ConfigError.
+    """Print every setting in force; raise ConfigError.
 
     It finds what a start would fail at, as far as that opens nothing.
     """
@@ -4103,13 +4038,8 @@ def check(path: str, options: list[str]) -> int:
     checks = load_chapter("check")
     examine(config, Scoreboard(), *([checks.examine_files] if checks else []))
     if checks:
-        checks.warn(config)
-    print("[natwork]")
-    for name in DEFAULTS:
-        text = config.spelled(name)
-        if name in ("rules", "parents"):  # a line of ";..." would be a comment
-            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
-        print(f"{name} = {text}".rstrip(), flush=True)
+        checks.warn_of_test(config)
+    print_settings(config)
     say(f"ok: {config.file or 'the defaults'}")
     return 0
 
@@ -4120,8 +4050,9 @@ def command(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="natwork",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(__doc__ or "").partition("\n")[0],
-        epilog="It listens on port 8080 unless told otherwise, as by: "
+        epilog="It listens on port 8080 unless told otherwise, as by:\n  "
         "natwork.py -o listen=10.0.0.1:3128 -o log=/var/log/natwork/access.log",
     )
     add = parser.add_argument
@@ -4150,7 +4081,10 @@ def command(arguments: list[str]) -> int:
     if given.passwd is not None:
         return int(need_chapter("users", "--passwd").passwd(given.passwd))
     if given.settings:
-        print(need_chapter("check", "--settings").SETTINGS, end="")
+        if checks := load_chapter("check"):
+            print(checks.SETTINGS, end="")
+        else:
+            print_settings(Config(), "#")
         return 0
     if given.test:
         return check(path, options)
@@ -4166,6 +4100,8 @@ def main() -> int:
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
+    for fd in (1, 2):  # both may be one file, which may be cut and begin anew
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
     return guard(lambda: command(sys.argv[1:]))
 
 

@@ -8,6 +8,7 @@ less.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -19,9 +20,8 @@ from natwork import Config
 VERSION = "0.1.0"
 
 SERVICE_FILE = "/etc/natwork/natwork.conf"
-# Where a unit that listens for the service may lie: systemd.unit(5).
-FOLDERS = "/etc/systemd/system", "/usr/local/lib/systemd/system", "/lib/systemd/system"
-UNITS = [f"{folder}/natwork.socket" for folder in FOLDERS]
+# There if a unit listens for the service: systemd.unit(5), of enabled ones.
+SOCKET_UNIT = "/etc/systemd/system/sockets.target.wants/natwork.socket"
 
 
 def hinted(fault: str) -> str:
@@ -34,8 +34,10 @@ def hinted(fault: str) -> str:
     comment = r"\s#" if name in ("rules", "parents") else r"\s[#;]"
     if re.search(comment, value):
         return f"{fault}; a comment has a line of its own"
-    if "," in value and name in ("listen", "inside", "outside", "gateways"):
+    if re.search("[,;]", value) and name in ("listen", "inside", "outside", "gateways"):
         return f"{fault}; blanks stand between them, and no commas"
+    if "is not pairs" in why:
+        return f"{fault}; commas stand between the members of a list, and no blanks"
     if re.fullmatch("[0-9.]+ *[a-z]+", value) and "number" in why:
         return f"{fault}; it has no unit"
     return fault
@@ -43,7 +45,7 @@ def hinted(fault: str) -> str:
 
 def examine_listeners(config: Config) -> None:
     """Raise ConfigError if two addresses of `listen` cannot be together."""
-    found = natwork.endpoints(Config(listen=config.listen))
+    found = natwork.endpoints(config)
     for host, port in found:
         if found.count((host, port)) > 1:
             twice = natwork.endpoint((host, port))
@@ -55,18 +57,23 @@ def examine_listeners(config: Config) -> None:
 
 
 def examine_files(config: Config) -> None:
-    """Raise ConfigError if a file that a start would write cannot be."""
-    makes = ["pidfile"] if natwork.find_user(config) else []  # its directory, too
+    """Note which files that a start would write cannot be."""
+    makes = ["pidfile"] if os.geteuid() == 0 else []  # its directory, too
     for name in ("log", "pidfile"):
         file = getattr(config, name)
         folder = os.path.dirname(file) or "."
         if file in ("", "-") or name in makes and not os.path.exists(folder):
             continue
         if not os.path.isdir(folder):
-            raise config.refuse(name, "there is no such directory")
+            config.note(name, "there is no such directory")
+            continue
         there = file if os.path.exists(file) else folder
-        if os.path.isdir(file) or not os.access(there, os.W_OK):
-            raise config.refuse(name, "it cannot be written")
+        if os.path.isdir(file):
+            config.note(name, "it is a directory")
+        elif not os.access(there, os.W_OK):
+            fixed = os.statvfs(there).f_flag & os.ST_RDONLY
+            why = "read-only file system" if fixed else "permission denied"
+            config.note(name, f"it cannot be written: {why}")
 
 
 def warn_of_start(
@@ -81,44 +88,64 @@ def warn_of_start(
             natwork.say(f"{name} is changed by a restart only")
             setattr(config, name, getattr(old.config, name))  # said once
     passed = any(name.startswith("systemd ") for name in held)
-    before = old.config.listen if old else Config.listen
-    if passed and config.listen != before:
+    before = old.config.listen if old else ""
+    if passed and "listen" in config.where and config.listen != before:
         natwork.say("listen is not used: systemd passes the listeners (natwork.socket)")
 
 
 def warn(config: Config) -> None:
     """Say what is probably not meant; raise OSError."""
-    if not config.inside.split():
+    policy = natwork.Policy(config, [])
+    if not policy.inside:
         natwork.say("inside: nobody is a client, it is empty")
-    if not config.users and any(
-        natwork.Rule(line, 0).users for line in config.lines("rules")
-    ):
+    if not config.users and any(rule.users for rule in policy.rules):
         natwork.say("rules: a rule with user fits nobody, users is not set")
-    services = config.file == SERVICE_FILE and "LISTEN_FDS" not in os.environ
-    for unit in UNITS if services and "listen" in config.where else ():
-        if os.path.exists(unit):
-            natwork.say(f"listen: the service does not use it, {unit} listens for it")
-    theirs = {u.packed for u in map(natwork.parse_uplink, config.outside.split())}
-    hosts = {host for host, _ in natwork.endpoints(Config(listen=config.listen))}
+    theirs = set()
+    for uplink in policy.uplinks:
+        one = uplink.packed
+        theirs |= {one} if one else {*natwork.device_addresses(uplink.name)}
+    hosts = {host for host, _ in natwork.endpoints(config)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
         natwork.say("listen: nobody is a client at an address of outside")
     if config.mappings and all(":" in host for host in hosts):
         natwork.say("mappings: nobody can ask, no listener has an IPv4 address")
-    for uplink in map(natwork.parse_uplink, config.outside.split()):
+    for uplink in policy.uplinks:
         if not uplink.is_there():
             natwork.say(f"outside: {uplink.name} is not there now")
-    device = (
-        "" if config.outside else natwork.route_to(natwork.Policy.ANYWHERE[4]).device
-    )
-    inside = natwork.networks(config.inside)
+    device = "" if config.outside else policy.defaults()[0].device
     for packed in natwork.device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
-        is_global = not natwork.contains(natwork.LINK_LOCAL, packed)
-        if len(packed) == 4 and is_global and natwork.contains(inside, packed):
+        near = len(packed) == 16 or natwork.contains(natwork.LINK_LOCAL, packed)
+        if not near and natwork.contains(policy.inside, packed):
             natwork.say(
                 f"{device} leads outside and has {natwork.unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
             )
+
+
+def may_read(path: str, user: str) -> bool:
+    """Return whether a user may read a file, by its mode; raise OSError or KeyError."""
+    import pwd
+
+    entry, status = pwd.getpwnam(user), os.stat(path)
+    bit = 0o400 if status.st_uid == entry.pw_uid else 0o004
+    if status.st_gid == entry.pw_gid and bit == 0o004:
+        bit = 0o040
+    return user == "root" or bool(status.st_mode & bit)
+
+
+def warn_of_test(config: Config) -> None:
+    """Say what is probably not meant, and what the service would fail at."""
+    serves = os.path.realpath(config.file or ".") == SERVICE_FILE
+    user = "natwork" if serves else config.user
+    with contextlib.suppress(OSError, KeyError):
+        if config.users and os.geteuid() == 0 and not may_read(config.users, user):
+            natwork.say(f"users: {user} cannot read {config.users}: see to its group")
+    if serves and "listen" in config.where and os.path.exists(SOCKET_UNIT):
+        natwork.say(
+            "listen: the service does not use it, natwork.socket listens for it"
+        )
+    warn(config)
 
 
 SETTINGS = """\

@@ -64,9 +64,13 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
 
 
 def write_pid(fd: int) -> None:
-    """Write down the process that serves, once its listeners are open."""
-    os.ftruncate(fd, 0)
-    os.write(fd, b"%d\n" % os.getpid())
+    """Write down the process that serves, its listeners open; raise OSError."""
+    try:
+        os.ftruncate(fd, 0)
+        os.write(fd, b"%d\n" % os.getpid())
+    except OSError as error:
+        why = natwork.reason(error)
+        raise OSError(f"cannot write the pid file: {why}") from None
 
 
 def run_daemon(path: str, options: list[str]) -> int:
@@ -74,9 +78,8 @@ def run_daemon(path: str, options: list[str]) -> int:
     try:
         import daemon
     except ImportError:
-        raise OSError(
-            "cannot detach: python-daemon is not installed (pip install python-daemon)"
-        ) from None
+        missing = "python-daemon is not installed (apt install python3-daemon)"
+        raise OSError(f"cannot detach: {missing}") from None
     config = natwork.load_config(path, options)  # its faults are said before we detach
     news_out, news_in = os.pipe2(0)
     if os.fork():

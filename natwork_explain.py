@@ -36,6 +36,8 @@ def explain_client(
 
 def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
     """Return protocol, host and port of a URL, or of HOST:PORT; raise Refused."""
+    if wanted[:5].lower() == b"ws://":  # which an upgrade begins
+        wanted = b"http" + wanted[2:]
     if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
         return "connect", *natwork.parse_authority(secure[1], 443)
     if b"://" in wanted:
@@ -50,7 +52,7 @@ def explain_dials(
     """Print what would be dialed for some allowed addresses; return whether any is."""
     attempts = natwork.ways_to(policy, allowed, port, board)
     if allowed and not attempts:
-        print("refused: unreachable: no uplink has an address of its family")
+        print("cannot dial it: unreachable: no uplink has an address of its family")
     for attempt in attempts:
         route = natwork.route_to(attempt.packed)
         if attempt.uplink:
@@ -82,7 +84,7 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
     if not explain_client(config, policy, client, user):
         return 1
-    host, addresses = "", []
+    host, addresses, parent = "", [], None
     try:
         proto, host, port = parse_wanted(os.fsencode(words[1]))
         print(f"target {natwork.endpoint((host, port))}")
@@ -91,9 +93,10 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
             return 0
         addresses = natwork.resolve(host)
     except natwork.Refused as refusal:
-        unknown = host and parents and parents.trusts(client, user, host, port)
-        if not unknown or not parents.parent_for(proto, host, []):
-            print(f"refused: {refusal.outcome.word}: {refusal.detail}")
+        if host and parents:
+            parent = parents.that_may_know(refusal, client, user, proto, host, port)
+        if not parent:
+            print(f"cannot serve it: {refusal.outcome.word}: {refusal.detail}")
             return 1
         print(f"{refusal.detail}; a rule allows the name")
     allowed = []
@@ -103,8 +106,9 @@ def explain(path: str, options: list[str], words: list[str]) -> int:
         print(f"{natwork.unpack(packed)}: {word} by {rule}")
         if outcome is natwork.OK:
             allowed.append(packed)
-    if parents and (allowed or not addresses):
-        if parent := parents.parent_for(proto, host, allowed):
-            print(f"would ask the parent {parent.name}")
-            return 0
+    if parents and allowed:
+        parent = parents.parent_for(proto, host, allowed)
+    if parent:
+        print(f"would ask the parent {parent.name}")
+        return 0
     return 0 if explain_dials(policy, board, allowed, port) else 1

@@ -13,7 +13,6 @@ and the URLs of RFC 1738 section 3.2; Gopher is RFC 1436 with the URLs of RFC 42
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import re
 import time
@@ -40,8 +39,6 @@ REPLY_LINE = re.compile(rb"[0-9]{3}[- \r\n]")
 PASV_REPLY = re.compile(r"227[\s\S]*?(?:[0-9]{1,3},){4}([0-9]{1,3}),([0-9]{1,3})")
 EPSV_REPLY = re.compile(r"229[\s\S]*?\((.)\1\1([0-9]{1,5})\1\)")
 SIZE_REPLY = re.compile(r"213 +([0-9]{1,18})\r?\n")
-PERCENT, CONTROL = re.compile(rb"%([0-9A-Fa-f]{2})"), re.compile(rb"[\r\n\0]")
-BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+)", re.IGNORECASE)
 FILE_TYPES = dict(
     word.split("=")
     for word in "css=text/css gif=image/gif gz=application/gzip htm=text/html "
@@ -55,12 +52,16 @@ PLAIN = re.compile("[A-Za-z0-9._~-]")  # RFC 3986 section 2.3
 ESCAPES = {n: f"%{n:02X}" for n in range(256) if not PLAIN.match(chr(n))}
 
 
+def words_of(raw: bytes) -> str:
+    """Return a part of a line to a server, its bytes as Latin-1; raise Refused."""
+    if re.search(rb"[\r\n\0]", raw):  # it would end the line, and begin another
+        raise Refused(natwork.BAD_REQUEST, "a control byte in what is asked for")
+    return raw.decode("latin-1")
+
+
 def decoded(raw: bytes) -> str:
-    """Return a part of a URL decoded, its bytes as Latin-1; raise Refused."""
-    part = PERCENT.sub(lambda match: bytes.fromhex(match[1].decode()), raw)
-    if CONTROL.search(part):  # it would end the line, and begin another
-        raise Refused(natwork.BAD_REQUEST, "a control byte in the target")
-    return part.decode("latin-1")
+    """Return the same of a part of a URL, decoded; raise Refused."""
+    return words_of(natwork.unescaped(raw))
 
 
 def quoted(text: str) -> str:
@@ -107,9 +108,8 @@ def until_end(source: Stream) -> natwork.Steps:
     """Take all that comes until a stream ends; raise Refused."""
     while len(source.received) <= PAGE_LIMIT:
         yield source.fd, natwork.POLLIN
-        with contextlib.suppress(BlockingIOError):
-            if not source.fill():
-                return source.take(PAGE_LIMIT)
+        if not source.fill():
+            return source.take(PAGE_LIMIT)
     raise Refused(natwork.BAD_RESPONSE, f"over {PAGE_LIMIT} bytes in a page")
 
 
@@ -127,8 +127,7 @@ def answer_page(exchange: Exchange, title: str, lines: list[str]) -> None:
     # As Latin-1 the text had the server's bytes, which may be UTF-8.
     page = page.encode("latin-1").decode(errors="replace")
     kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
-    outcome = exchange.session.outcome
-    status = "200 OK" if outcome is natwork.OK else outcome.status_text()
+    status = exchange.session.outcome.status_text()
     exchange.answer(status, kind + natwork.CRLF, page.encode())
 
 
@@ -243,16 +242,9 @@ def data_connection(exchange: Exchange) -> Iterator[Stream]:
 
 def ftp_login(head: natwork.RequestHead, login: bytes) -> tuple[str, str]:
     """Return user and password, the request's or the URL's; raise Refused."""
+    name, colon, secret = words_of(head.login(b"authorization")).partition(":")
     user, _, password = map(decoded, login.partition(b":"))
-    match = BASIC.fullmatch(b"".join(head.values(b"authorization")))
-    with contextlib.suppress(binascii.Error):
-        given = binascii.a2b_base64(match[1]) if match else b""
-        if CONTROL.search(given):
-            raise Refused(natwork.BAD_REQUEST, "a control byte in the login")
-        name, colon, secret = given.decode("latin-1").partition(":")
-        if colon:
-            return name, secret
-    return user, password
+    return (name, secret) if colon else (user, password)
 
 
 def ftp_entry(line: str, base: str) -> str:
@@ -318,8 +310,8 @@ def ftp_put(exchange: Exchange, path: str) -> None:
     """Store a request's body; raise Refused."""
     head, replaces = exchange.head, ask_size(exchange, path) is not None
     with data_connection(exchange) as data:
-        seconds = exchange.config.idle_timeout
-        up, down = natwork.both_ways(exchange.client, data, seconds)
+        up = natwork.Direction(exchange.client, data)
+        down = natwork.Direction(data, exchange.client)
         up.steps, down.steps = exchange.send_body(up, False), down.flush()
         up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")

@@ -42,7 +42,7 @@ LOOK_TIME = 0.2  # between looks at the end of a lease
 OPEN_TIME = 0.02  # between attempts at a port that another process is to let go
 RELEASE_TIME = 2.0  # for it to do so
 KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
-LEASE = natwork.PEER + 1  # the word of a slot that says when its lease is over
+LEASE = natwork.PEER + 1  # the word of a slot with the end of its lease, monotonic_ns
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 # Operations with their requests' sizes, and results: sections 3.2, 3.3 and 3.5.
@@ -56,9 +56,13 @@ def is_gone(pid: int) -> bool:
 
     In a container nobody else may, either: then it stays a zombie.
     """
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):  # or another user's has its number
+        return True
     stat = natwork.stat_of(pid)
     is_zombie = stat[:1] == [b"Z"]
-    return not stat or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
+    return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
 
 
 class Pool:
@@ -108,8 +112,11 @@ class Pool:
                 break
             self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
         for slot in self.slots if orphans else ():
-            if (pid := slot.words[natwork.PID]) and is_gone(pid):
+            pid = slot.words[natwork.PID]
+            if pid and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
+            elif not pid and slot.row():
+                slot.clear(0)  # of a mapper that was killed before it forked
         self.lock(fcntl.LOCK_UN)
 
     def give_back(self, slot: Slot, code: int) -> None:
@@ -142,7 +149,6 @@ class Mapper:
 
     def run(self) -> None:
         """Answer until it is time to leave; then see mappings and callers out."""
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # our children count on us
         timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
         watch = natwork.Watch(lifeline, timeout, self.sockets)
         while not watch.retired:
@@ -266,7 +272,10 @@ class Mapper:
     ) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
         self.pool.reap(orphans=True)
-        key, ends_at = natwork.endpoint((host, port)), int(time.monotonic()) + seconds
+        key, ends_at = (
+            natwork.endpoint((host, port)),
+            time.monotonic_ns() + seconds * 10**9,
+        )
         mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
             for client, (slot, _) in mine.items():
@@ -336,7 +345,7 @@ class Mapper:
         slot.words[natwork.PID], session.pid = os.getpid(), str(os.getpid())
         slot.publish(session)
         while is_open or pool.children:
-            left = slot.words[LEASE] - time.monotonic()
+            left = (slot.words[LEASE] - time.monotonic_ns()) / 1e9
             rest = f"{max(0, round(left))}s left" if is_open else "over"
             natwork.set_title(
                 f"natwork: map {session.address} > {session.client} {rest}"
@@ -379,7 +388,6 @@ class Mapper:
         self, slot: Slot, mapping: Session, client: natwork.Client, here: str
     ) -> None:
         """Join a caller to the machine of a mapping, from where that has reached us."""
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if os.geteuid() != 0:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
         slot.clear(os.getpid())

@@ -246,7 +246,7 @@ def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
     counts = {}
     for proto in natwork.PROTOCOLS:
         for word in natwork.OUTCOME_WORDS:
-            if count := board.total(natwork.ended_by(proto, word)):
+            if count := sum(board.column(natwork.ended_by(proto, word))):
                 counts[proto, word] = count
     return counts
 
@@ -314,7 +314,8 @@ def table_data(exchange: Exchange) -> dict[str, Any]:
 def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
-    words, total = board.words, board.total
+    words = board.words
+    total = [sum(board.column(word)) for word in range(natwork.PEER)]
 
     def by(label: str, **counts: int) -> dict[str, Any]:
         return {f'{{{label}="{word}"}}': count for word, count in counts.items()}
@@ -326,17 +327,17 @@ def metrics(exchange: Exchange) -> str:
             for (proto, word), count in ended(board).items()
         },
         "bytes_total": by(
-            "direction", up=total(natwork.UPS), down=total(natwork.DOWNS)
+            "direction", up=total[natwork.UPS], down=total[natwork.DOWNS]
         ),
         "connect_seconds": {
-            "_sum": total(natwork.CONNECTING) / 1e6,
-            "_count": total(natwork.CONNECTIONS),
+            "_sum": total[natwork.CONNECTING] / 1e6,
+            "_count": total[natwork.CONNECTIONS],
         },
         "workers": by("state", idle=found["idle"], busy=found["busy"]),
         "workers_limit": {"": found["limit"]},
         "forks_total": {"": words[natwork.FORKS]},
         "forks_failed_total": {"": words[natwork.FORKS_FAILED]},
-        "log_lines_lost_total": {"": total(natwork.LOST)},
+        "log_lines_lost_total": {"": total[natwork.LOST]},
         "start_time_seconds": {"": words[natwork.BEGAN]},
     }
     lines = []

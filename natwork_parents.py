@@ -14,7 +14,6 @@ server connection how to write the request, and whom to blame.
 
 from __future__ import annotations
 
-import binascii
 import re
 import time
 from typing import NamedTuple
@@ -27,24 +26,23 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
-URL = re.compile(r"(http|socks5)://(?:([^:@/]+):([^:@/]*)@)?([^@/]+:[0-9]+)/?")
+URL = re.compile(r"(http|socks5)://(?:([^:@/]+:[^:@/]*)@)?([^@/]+:[0-9]+)/?")
+# It wants another user than we have for it, or one at all.
+UNKNOWN = natwork.CONNECT_FAILED._replace(advice=natwork.ASK_OPERATOR)
 # What a parent's refusal is to our client; anything else: it could not connect.
-OUTCOME_OF_STATUS = {
-    403: natwork.DENIED,
+REFUSALS = {
+    403: natwork.DENIED,  # an HTTP status
+    407: UNKNOWN,
     503: natwork.OVERLOAD,
     504: natwork.CONNECT_TIMEOUT,
-}
-OUTCOME_OF_REPLY = {  # RFC 1928 section 6
-    2: natwork.DENIED,
+    2: natwork.DENIED,  # a reply of SOCKS: RFC 1928 section 6
     3: natwork.UNROUTABLE,
     4: natwork.HOST_UNREACHABLE,
     5: natwork.CONNECT_REFUSED,
     6: natwork.CONNECT_TIMEOUT,
 }
-# Faults of a server that are the parent's, if a connection leads to one.
-SERVER_FAULTS = (
-    "connection_terminated http_protocol_error http_response_timeout".split()
-)
+# Faults of the client or of this gateway; all others, by RFC 9209, are the parent's.
+OTHERS = "", "http_request_error", "http_upgrade_failed", "proxy_internal_error"
 
 
 class Parent(NamedTuple):
@@ -54,37 +52,29 @@ class Parent(NamedTuple):
     scheme: str  # http or socks5
     host: str
     port: int
-    user: bytes
-    password: bytes
+    login: bytes  # user:password, as the URL spells it
     targets: natwork.Rule
     plain: bool  # for http:// requests alone
 
-    def login(self) -> bytes:
+    def login_line(self) -> bytes:
         """Return the field line that tells the parent who we are, if it has to know."""
-        if not self.user:
-            return b""
-        pair = binascii.b2a_base64(b"%b:%b" % (self.user, self.password), newline=False)
-        return b"Proxy-Authorization: Basic %b\r\n" % pair
+        line = b"Proxy-Authorization: Basic %b\r\n"
+        return line % natwork.credentials(self.login) if self.login else b""
 
     def request_target(self, path: bytes, authority: bytes) -> tuple[bytes, bytes]:
         """Return the target of a request line to the parent, and a field line.
 
         RFC 9112 section 3.2.2: in absolute-form, and for "*" without a path.
         """
-        return b"http://%b%b" % (authority, path.removeprefix(b"*")), self.login()
+        return b"http://%b%b" % (authority, path.removeprefix(b"*")), self.login_line()
 
-    def failed(self, refusal: Refused) -> Refused:
-        """Return a refusal that says by which parent it came about."""
+    def blamed(self, refusal: Refused) -> Refused:
+        """Return a refusal that says by which parent it came about, if by one."""
         outcome, why = refusal.outcome, f"parent {self.name}: {refusal.detail}"
-        if outcome is natwork.DRAINED:
+        if outcome.error in OTHERS:
             return refusal
         word = f"{natwork.PARENT_FAILED.word}-{outcome.word}"
         return Refused(outcome._replace(word=word), why)
-
-    def blamed(self, refusal: Refused) -> Refused:
-        """Return a refusal of an exchange with the parent, as its fault if it is."""
-        is_fault = refusal.outcome.error in SERVER_FAULTS
-        return self.failed(refusal) if is_fault else refusal
 
 
 def parse_parent(text: str) -> Parent:
@@ -98,21 +88,18 @@ def parse_parent(text: str) -> Parent:
     match = URL.fullmatch(words[0])
     if not match:
         raise ValueError("a URL is http or socks5, ://, a host, a colon and a port")
-    scheme, user, password, authority = match.groups(default="")
+    scheme, login, authority = match.groups(default="")
     try:
         host, port = natwork.parse_authority(authority.encode(), 0)
     except Refused as refusal:
         raise ValueError(refusal.detail) from None
     # A ":", "@" or "/" in a user or a password is written as in any URL: %3A.
-    name, secret = (
-        re.sub(rb"%[0-9A-Fa-f]{2}", lambda m: bytes.fromhex(m[0][1:].decode()), part)
-        for part in (user.encode(), password.encode())
-    )
-    if len(name) > 255 or len(secret) > 255:  # RFC 1929 section 2
+    parts = map(natwork.unescaped, login.encode().split(b":"))
+    if any(len(part) > 255 for part in parts):  # RFC 1929 section 2
         raise ValueError("a user or a password is longer than 255 bytes")
     targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}", 0)
     shown, plain = f"{scheme}://{authority}", "scheme" in lists
-    return Parent(shown, scheme, host, port, name, secret, targets, plain)
+    return Parent(shown, scheme, host, port, login.encode(), targets, plain)
 
 
 def ask_http(
@@ -120,14 +107,14 @@ def ask_http(
 ) -> natwork.Steps:
     """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
-    request = lines % (target, target, via, parent.login())
+    request = lines % (target, target, via, parent.login_line())
     yield from server.send_all(bytearray(request))
     bad, end = natwork.BAD_RESPONSE, natwork.HEAD_END
     for _ in range(natwork.INTERIM_LIMIT):
         head = yield from natwork.read_until(server, end, natwork.HEAD_LIMIT, bad)
         answer = natwork.ResponseHead(head)
         if answer.status >= 300:
-            outcome = OUTCOME_OF_STATUS.get(answer.status, natwork.CONNECT_FAILED)
+            outcome = REFUSALS.get(answer.status, natwork.CONNECT_FAILED)
             why = answer.line[9:].decode("latin-1").strip()
             raise Refused(outcome._replace(word=str(answer.status)), why)
         if answer.status >= 200:
@@ -137,7 +124,7 @@ def ask_http(
 
 def ask_socks(server: Stream, parent: Parent, host: str, port: int) -> natwork.Steps:
     """Have a parent connect to a host: RFC 1928 and 1929; raise Refused."""
-    user, password = parent.user, parent.password
+    user, _, password = map(natwork.unescaped, parent.login.partition(b":"))
     methods = b"\0\2" if user else b"\0"
     yield from server.send_all(bytearray([5, len(methods), *methods]))
     version, method = yield from server.exactly(2)
@@ -145,13 +132,13 @@ def ask_socks(server: Stream, parent: Parent, host: str, port: int) -> natwork.S
         raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
     failed = natwork.CONNECT_FAILED
     if method not in methods:
-        raise Refused(failed._replace(word="auth-required"), "it wants a user")
+        raise Refused(UNKNOWN._replace(word="auth-required"), "it wants a user")
     if method == 2:
         login = b"\1%c%b%c%b" % (len(user), user, len(password), password)
         yield from server.send_all(bytearray(login))
         if (yield from server.exactly(2))[1]:
             why = "it does not know our user"
-            raise Refused(failed._replace(word="auth-failed"), why)
+            raise Refused(UNKNOWN._replace(word="auth-failed"), why)
     try:
         packed = natwork.pack(host)
         address = (b"\1" if len(packed) == 4 else b"\4") + packed
@@ -163,7 +150,7 @@ def ask_socks(server: Stream, parent: Parent, host: str, port: int) -> natwork.S
     if version != 5 or not reply and kind not in (1, 3, 4):
         raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
     if reply:
-        outcome = OUTCOME_OF_REPLY.get(reply, failed)._replace(word=f"reply-{reply}")
+        outcome = REFUSALS.get(reply, failed)._replace(word=f"reply-{reply}")
         raise Refused(outcome, f"SOCKS reply {reply}")
     size = {1: 4, 4: 16}.get(kind) or (yield from server.exactly(1))[0]
     yield from server.exactly(size + 2)
@@ -184,16 +171,23 @@ class Parents:
                     return parent
         return None
 
-    def trusts(self, client: str, user: str, host: str, port: int) -> bool:
-        """Return whether a rule allows a name of which no address is known here."""
+    def that_may_know(
+        self, refusal: Refused, client: str, user: str, proto: str, host: str, port: int
+    ) -> Parent | None:
+        """Return the parent of a name that was refused here as unknown, if it has one.
+
+        It is asked for what a rule allows by its name.
+        """
+        if refusal.outcome not in (natwork.NO_SUCH_HOST, natwork.DNS_TIMEOUT):
+            return None
         peer, name = natwork.address_of(client), user.partition(";")[0]
         for rule in self.policy.rules:
             if rule.matches(peer, name, host.rstrip("."), port, []):
                 if not rule.allow:
-                    return False
+                    return None
                 if rule.names and (port != 25 or rule.names_mail):
-                    return True
-        return False
+                    return self.parent_for(proto, host, [])
+        return None
 
     def dial(
         self, worker: Worker, session: Session, host: str, port: int, only: str
@@ -202,25 +196,20 @@ class Parents:
 
         Raises Refused.
         """
-        unknown = None
-        addresses: list[bytes] = []
+        client, proto = worker.client.host, session.proto
+        user = session.user if worker.config.users else "-"  # else it is but a claim
         try:
             addresses = natwork.judged(worker, session, host, port)
+            parent = self.parent_for(proto, host, addresses)
         except Refused as refusal:
-            # A parent may know the name, if it is one that may be asked for.
-            nameless = refusal.outcome in (natwork.NO_SUCH_HOST, natwork.DNS_TIMEOUT)
-            client, user = worker.client.host, session.user
-            user = user if worker.config.users else "-"  # else it is but a claim
-            if not nameless or not self.trusts(client, user, host, port):
+            parent = self.that_may_know(refusal, client, user, proto, host, port)
+            if not parent:
                 raise
-            unknown = refusal
-        if parent := self.parent_for(session.proto, host, addresses):
+        if parent:
             try:
                 return self.dial_parent(worker, session, parent, host, port)
             except Refused as refusal:
-                raise parent.failed(refusal) from None
-        if unknown:
-            raise unknown
+                raise parent.blamed(refusal) from None
         if only:
             addresses = natwork.judged(worker, session, host, port, only)
         attempts = natwork.ways_to(self.policy, addresses, port, worker.board)
@@ -234,7 +223,7 @@ class Parents:
         For an http:// request and a parent that takes such it is one to the parent,
         and the stream says so.
         """
-        policy, board = self.policy, worker.board
+        policy = self.policy
         found = natwork.resolve(parent.host)
         if policy.is_own_listener(found, parent.port):
             # SOCKS has no Via that would tell.
@@ -242,9 +231,9 @@ class Parents:
         deadline = time.monotonic() + worker.config.connect_timeout
         # A parent inside or on this box is not reached by way of the outside.
         inside = [packed for packed in found if policy.closes(packed)]
-        attempts = [natwork.Attempt(p, parent.port, None, 0.0) for p in inside]
         outside = [packed for packed in found if packed not in inside]
-        attempts += natwork.ways_to(policy, outside, parent.port, board)
+        attempts = [natwork.Attempt(one, parent.port, None, 0.0) for one in inside]
+        attempts += natwork.ways_to(policy, outside, parent.port, worker.board)
         server = natwork.Race(worker, session).run(attempts)
         if parent.scheme == "socks5":
             steps = ask_socks(server, parent, host, port)

@@ -34,15 +34,15 @@ VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so
 LOCK_PAUSE = 0.02  # until a waiting worker tries a lock again; a check takes 0.05
 SHARE_LOOKS = 20  # at a client's sessions, before it has too many
 
-# The shared memory: a key, then 256 sets of four places for pairs that were right.  A
-# place has the time and a digest of 24 bytes; the latest in a set is the first.
-KEY, PLACE_SIZE, SET_SIZE, REGION_SIZE = slice(0, 32), 32, 4 * 32, 32 + 256 * 4 * 32
+# The shared memory: a key, then places for pairs that were right.  A place has the time
+# and a digest of 24 bytes, which says where it is.  So few places are used that two
+# pairs hardly ever want the same one; that costs them time, and nothing else.
+KEY, PLACE_SIZE, PLACES = slice(0, 32), 32, 1 << 18
 # Record locks, by a byte of the scoreboard: the kernel frees one when its process ends.
 PASSWORD_LOCK, SHARE_LOCK = 0, 1
 
 Line = tuple[bytes, bytes]  # salt and hash
 NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
-BASIC = re.compile(rb"basic +([A-Za-z0-9+/]+=*)", re.IGNORECASE)
 USER_LINE = re.compile(
     rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
 )
@@ -121,23 +121,21 @@ class Users:
         """Take salt and hash of each user, None if all may ask; and max_per_client."""
         self.lines, self.limit, self.board = lines or {}, limit, board
         self.required = lines is not None  # clients must say who they are
-        self.memory = board.region("users", REGION_SIZE)
+        self.memory = board.region("users", PLACE_SIZE * (1 + PLACES))
         if not any(self.memory[KEY]):
             self.memory[KEY] = os.urandom(32)
 
-    def identify(self, worker: Worker, values: list[bytes]) -> str:
-        """Return who a client is by the values of its Authorization field.
+    def identify(self, worker: Worker, login: bytes) -> str:
+        """Return who a client is by its name:password, "-" where none is required.
 
-        The user is "-" where none is required.  Raises Refused.
+        Raises Refused.
         """
         if not self.required:
             return "-"
-        match = BASIC.fullmatch(b", ".join(values))  # two are no credentials
-        with contextlib.suppress(binascii.Error):
-            if match:
-                name, _, password = binascii.a2b_base64(match[1]).partition(b":")
-                return self.authenticate(worker, name, password)
-        raise Refused(natwork.AUTH_REQUIRED, "a name and a password are needed")
+        if not login:
+            raise Refused(natwork.AUTH_REQUIRED, "a name and a password are needed")
+        name, _, password = login.partition(b":")
+        return self.authenticate(worker, name, password)
 
     def authenticate(self, worker: Worker, name: bytes, password: bytes) -> str:
         """Return a user's name for the log, once the password is verified.
@@ -183,26 +181,24 @@ class Users:
         finally:
             fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, PASSWORD_LOCK)
 
-    def places(self, digest: bytes) -> slice:
-        """Return the set in the shared memory where a digest may be."""
-        first = KEY.stop + SET_SIZE * digest[0]
-        return slice(first, first + SET_SIZE)
+    def place(self, digest: bytes) -> slice:
+        """Return where in the shared memory a digest may be."""
+        first = PLACE_SIZE * (1 + int.from_bytes(digest[:4], "big") % PLACES)
+        return slice(first, first + PLACE_SIZE)
 
     def remembers(self, digest: bytes) -> bool:
         """Return whether a digest was put here a short while ago.
 
         Seen in mid-write an old one may look young: its pair was right, too.
         """
-        places = self.memory[self.places(digest)]
-        at = places.find(digest)
-        since = int.from_bytes(places[at - 8 : at], "big") if at > 0 else 0
-        return since > 0 and time.monotonic() - since < VERIFIED_TIME
+        place = self.memory[self.place(digest)]
+        age = time.monotonic() - int.from_bytes(place[:8], "big")
+        return place[8:] == digest and age < VERIFIED_TIME
 
     def remember(self, digest: bytes) -> None:
-        """Put a digest before the others of its set, the oldest of which is dropped."""
-        places, now = self.places(digest), int(time.monotonic()).to_bytes(8, "big")
-        kept = self.memory[places][:-PLACE_SIZE]
-        self.memory[places] = now + digest + kept
+        """Put a digest in its place, whatever was there."""
+        now = int(time.monotonic()).to_bytes(8, "big")
+        self.memory[self.place(digest)] = now + digest
 
     def check_share(self, worker: Worker) -> None:
         """Count a session that begins; raise Refused if its client has too many.
@@ -213,12 +209,10 @@ class Users:
         if not self.limit:
             return
         own = worker.client.number
-        first, step = natwork.SLOTS // 8 + natwork.PEER, natwork.SLOT_SIZE // 8
-        words = self.board.words
         for _ in range(SHARE_LOOKS):
             # Held for microseconds, so this waits; the kernel frees it of the dead.
             fcntl.lockf(self.board.fd, fcntl.LOCK_EX, 1, SHARE_LOCK)
-            peers = words[first : first + words[natwork.USED] * step : step].tolist()
+            peers = self.board.column(natwork.PEER)
             if free := peers.count(own) < self.limit:
                 worker.slot.words[natwork.PEER] = own
             fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, SHARE_LOCK)

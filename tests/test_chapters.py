@@ -60,6 +60,20 @@ def test_alone_it_serves_get_and_connect(
     assert "natwork: chapters: none; settings: the defaults" in bare.said()
 
 
+def test_alone_it_prints_all_settings_if_none_explained(
+    alone: list[str], tmp_path: Path
+) -> None:
+    done = running.command("--settings", cwd=tmp_path, program=alone)
+    assert done.returncode == 0 and done.stderr == ""
+    shipped = (running.ROOT / "natwork.conf").read_text()
+    listed = re.findall(r"^(#[a-z_]+) =", shipped, re.M)
+    assert re.findall(r"^(#[a-z_]+) =", done.stdout, re.M) == listed
+    (tmp_path / "natwork.conf").write_text(done.stdout.replace("#", ""))
+    done = running.command("-t", cwd=tmp_path, program=alone)
+    assert done.returncode == 0
+    assert done.stderr == "natwork: ok: natwork.conf\n"
+
+
 @pytest.mark.parametrize("greeting", [b"\5\1\0", b"\4\1\0\x50\x7f\0\0\1\0"])
 def test_alone_it_refuses_socks_as_it_does_garbage(
     bare: running.Gateway, greeting: bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import select
 import shlex
@@ -301,6 +302,39 @@ def test_a_line_that_is_no_setting_is_told_by_its_number(
     assert said.startswith(f"natwork: bad.conf: line {why}")
 
 
+def test_all_lines_that_are_no_setting_are_told_and_bad_settings_too(
+    tmp_path: Path,
+) -> None:
+    text = (
+        "early = 1\n[natwork]\nname a\nmax_workers = x\nuser = a\nuser = b\n[squid]\n"
+    )
+    (tmp_path / "bad.conf").write_text(text)
+    done = running.command("-t", "-c", "bad.conf", "-o", "x", cwd=tmp_path)
+    said = [line.split(": ")[2] for line in done.stderr.splitlines()]
+    assert done.returncode == 78 and done.stdout == ""
+    assert set(said[:4]) == {"line 1", "line 3", "line 6", "[squid]"}
+    assert "max_workers = x" in said and "must be NAME=VALUE" in done.stderr
+
+
+def test_the_fault_of_a_line_is_told_however_many_lines_there_are(
+    tmp_path: Path,
+) -> None:
+    lines = [f"    deny to host{n}.ads.example" for n in range(200)]
+    faulty = ["    dney to oops.example", "    deny port http"]
+    text = "\n".join(["[natwork]", "rules =", *lines, *faulty, ""])
+    (tmp_path / "long.conf").write_text(text)
+    done = running.command("-t", "-c", "long.conf", cwd=tmp_path)
+    first, second = done.stderr.splitlines()
+    assert first.endswith("'dney to oops.example' does not begin with allow or deny")
+    assert ": line 201: " in first and ": line 202: " in second
+
+
+def test_a_file_that_is_something_else_is_told_in_few_lines(tmp_path: Path) -> None:
+    (tmp_path / "bad.conf").write_text("what is this\n" * 5000)
+    done = running.command("-t", "-c", "bad.conf", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (78, 20)
+
+
 def test_the_mark_of_an_editor_before_the_first_line_is_no_matter(
     tmp_path: Path,
 ) -> None:
@@ -580,9 +614,11 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     [
         ("max_worker = 9", "; did you mean max_workers?"),
         ("keepalive_timeou = 9", "; did you mean keepalive_timeout?"),
-        ("idle_timeout = 5m", "is not a number of seconds; it has no unit"),
+        ("idle_timeout = 5m", "is not a number of seconds above 0; it has no unit"),
         ("idle_timeout = 5 ; or 6", "; a comment has a line of its own"),
         ("listen = *:8080 # all", "; a comment has a line of its own"),
+        ("listen = *:1; *:2", "; blanks stand between them, and no commas"),
+        ("rules = deny to a.example port 80 443", " of a list, and no blanks"),
         ("inside = 10.0.0.0/8, ::1", "; blanks stand between them, and no commas"),
         ("listen = 127.0.0.1:65536", "'127.0.0.1:65536' has no port from 0 to 65535"),
         ("rules = allow to a.example b", "pairs of a word and a list with commas"),
@@ -655,17 +691,43 @@ def test_the_file_in_etc_is_read_where_there_is_none_here(tmp_path: Path) -> Non
 @needs.root
 def test_a_listen_that_the_service_does_not_use_is_said(tmp_path: Path) -> None:
     program = in_etc(tmp_path, "[natwork]\nlisten = 127.0.0.1:0\n")
-    unit = tmp_path / "etc/systemd/system/natwork.socket"
+    words = (
+        "natwork: listen: the service does not use it, natwork.socket listens for it"
+    )
+    unit = tmp_path / "etc/systemd/system/sockets.target.wants/natwork.socket"
     unit.parent.mkdir(parents=True)
-    unit.write_text("[Socket]\n")
     said = running.command("-t", cwd=tmp_path, program=program).stderr.splitlines()
-    path = "/etc/systemd/system/natwork.socket"
-    words = f"natwork: listen: the service does not use it, {path} listens for it"
-    assert words in said and said[-1].startswith("natwork: ok: ")
+    assert words not in said  # it is not enabled
+    unit.write_text("[Socket]\n")
+    for file in ("/etc/natwork/natwork.conf", "/etc/natwork/../natwork/natwork.conf"):
+        done = running.command("-t", "-c", file, cwd=tmp_path, program=program)
+        said = done.stderr.splitlines()
+        assert words in said and said[-1].startswith("natwork: ok: ")
     (tmp_path / "other.conf").write_text("[natwork]\nlisten = 127.0.0.1:0\n")
     words = "-t", "-c", "other.conf"
     other = running.command(*words, cwd=tmp_path, program=program).stderr
     assert other == "natwork: ok: other.conf\n"
+
+
+def test_listeners_on_a_device_of_outside_alone_serve_nobody(tmp_path: Path) -> None:
+    done = running.command(
+        "-t", "-o", "outside=lo", "-o", "listen=127.0.0.1:1", cwd=tmp_path
+    )
+    said = "natwork: listen: nobody is a client at an address of outside\n"
+    assert done.returncode == 0 and said in done.stderr
+
+
+@needs.root
+def test_a_file_of_users_that_the_user_may_not_read_is_said(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.write_text("")
+    users.chmod(0o640)
+    words = "-t", "-o", "users=users", "-o"
+    said = "natwork: users: nobody cannot read users: see to its group\n"
+    assert said in running.command(*words, "user=nobody", cwd=tmp_path).stderr
+    assert said not in running.command(*words, "user=root", cwd=tmp_path).stderr
+    os.chown(users, 0, pwd.getpwnam("nobody").pw_gid)
+    assert said not in running.command(*words, "user=nobody", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

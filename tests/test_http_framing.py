@@ -767,9 +767,33 @@ IN_EXTENSIONS = {
     "control-in-quoted-extension",
     "semicolon-after-last-size",
 }
+# Of a response's trailers, what is no field is left out, as of its head.
+IN_TRAILERS = {
+    "cr-in-trailer": [(b"X", b"1 2")],
+    "no-colon-in-trailer": [],
+    "space-before-trailer-colon": [(b"X", b"1")],
+    "space-before-trailer": [],
+    "folded-trailer": [(b"X", b"1 2")],
+    "empty-trailer-name": [],
+    "request-as-trailer": [(b"X", b"1")],
+}
 
 
-@pytest.mark.parametrize("name", sorted(BAD_CHUNKS.keys() - IN_EXTENSIONS))
+@pytest.mark.parametrize("name", IN_TRAILERS)
+def test_trailers_of_a_response_are_cleaned(
+    gateway: running.Gateway, origin: origins.Start, name: str
+) -> None:
+    server = origin(
+        http_wire.Script(http_wire.response(CHUNKED, body=BAD_CHUNKS[name]))
+    )
+    answer = http_wire.ask(gateway, server)
+    assert (answer.body, answer.complete) == (b"hello", True)
+    assert answer.trailers == IN_TRAILERS[name]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(BAD_CHUNKS.keys() - IN_EXTENSIONS - IN_TRAILERS.keys())
+)
 def test_a_response_with_bad_chunks_looks_cut(
     gateway: running.Gateway, origin: origins.Start, name: str
 ) -> None:

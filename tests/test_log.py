@@ -618,6 +618,27 @@ def test_messages_do_not_write_over_lines_of_the_same_file(tmp_path: Path) -> No
     assert len([line for line in lines if LINE.fullmatch(line)]) == 4
 
 
+def test_what_is_said_into_the_log_itself_appends_too(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    both = ["sh", "-c", f'exec "$@" 2>{log}', "sh"]  # without O_APPEND
+    gateway = running.Gateway.activated(
+        tmp_path,
+        f"log={log}",
+        f"user={running.SELF}",
+        program=[*both, *running.PROGRAM],
+    )
+    for _ in range(3):
+        assert served(gateway)
+    wait.until(lambda: log.read_text().count("time=") == 3)
+    gateway.process.send_signal(signal.SIGHUP)
+    wait.until(lambda: "configuration reloaded\n" in log.read_text())
+    assert log.read_text().count("time=") == len(running.whole_lines(log)) - 3
+    os.truncate(log, 0)
+    gateway.process.send_signal(signal.SIGHUP)
+    wait.until(lambda: log.read_text() == "natwork: configuration reloaded\n")
+    gateway.stop()
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_half_a_line_is_not_joined_by_the_next(
     daemon: running.Start, rotated: bool
@@ -647,7 +668,7 @@ def test_half_a_line_is_not_joined_by_the_next(
 
 def lost_lines(gateway: running.Gateway) -> bool:
     """Say whether the gateway has said which file lost lines, and why."""
-    form = r"natwork: the access log /\S+ took no more: lines were lost( \([a-z ]+\))?"
+    form = r"natwork: the access log /\S+ took no more: lines were lost \([a-z ]+\)"
     lost = [line for line in gateway.said() if "lines were lost" in line]
     assert all(re.fullmatch(form, line) for line in lost), lost
     return bool(lost)

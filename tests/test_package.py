@@ -230,8 +230,10 @@ def test_bash_completes_its_words(host: package.Host) -> None:
         number = len(line.split()) - 1
         command = f"COMP_WORDS=({line}); COMP_CWORD={number}; _natwork natwork"
         command = f". {script}; {command}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        said = host.run(f"bash -uc {shlex.quote(command)}")
-        assert said.stdout.split() == words, said
+        for who in ("", "setpriv --reuid=games --regid=games --clear-groups "):
+            if not who or "/etc/natwork" not in line:  # which others may not read
+                said = host.run(f"{who}bash -uc {shlex.quote(command)}")
+                assert said.stdout.split() == words, said
     said = host.run("cd / && natwork --help").stdout
     offered = set(
         re.findall(r"(?<![\w-])--?[a-z]+", (host.root / script[1:]).read_text())

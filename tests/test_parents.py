@@ -323,6 +323,20 @@ def test_a_request_goes_out_again_in_the_same_form(
     assert len(parent.callers) == 5
     starts = {one.start for one in parent.handle.requests}
     assert starts == {b"GET http://127.0.0.3/ HTTP/1.1"}
+    # Nor does it say who we are to one that has no user for us.
+    assert not any(one.values(b"Proxy-Authorization") for one in parent.handle.requests)
+
+
+def test_a_fault_of_the_client_is_not_its_parents(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    parent = origin(lambda connection, origin: wire.read_all(connection))
+    gateway = natwork(parents(f"http://{parent.authority}"))
+    with gateway.connect() as client:
+        lines, body = b"Transfer-Encoding: chunked", b"no size\r\n"
+        data = http_wire.request(b"127.0.0.3", lines, method=b"PUT", body=body)
+        assert http_wire.exchange(client, data).status == 400
+    assert gateway.lines(1)[0]["outcome"] == "bad-request"
 
 
 def test_a_tunnel_leads_through_the_parents_tunnel(
@@ -596,6 +610,8 @@ def test_a_socks_parents_refusal_is_passed_on(
         with client:
             assert (answer.status, http_wire.proxy_error(answer)) == (status, error)
         assert f"parent socks5://{asked[number].authority}".encode() in answer.body
+        known = "auth" not in word
+        assert (b"Ask the operator" in answer.body) is (not known or status == 403)
         assert gateway.lines(number + 1)[number]["outcome"] == word
 
 
@@ -661,6 +677,9 @@ def test_a_name_unknown_here_goes_on_if_a_rule_names_it(
     line = parents(f"http://{origin(http_wire.Script()).authority}")
     gateway = natwork(line, f"rules={rules}", NAMED, loopback=False)
     assert http_wire.ask(gateway, NOWHERE).status == status
+    # A name whose address is known, and closed, is not unknown: no parent opens it.
+    gateway = natwork(line, "rules=allow to *", NAMED, loopback=False)
+    assert http_wire.ask(gateway, b"localhost").status == 403
 
 
 def test_a_name_unknown_here_goes_to_no_server(

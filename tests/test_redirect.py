@@ -247,6 +247,29 @@ def rig(whole_rig: Rig) -> Iterator[Rig]:
     assert whole_rig.box.pids("gateway") == []
 
 
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("host", ["203.0.113.1", "2001:db8:9::1"])
+def test_connections_from_outside_stay_and_new_ones_are_dropped(
+    whole_rig: Rig, host: str
+) -> None:
+    box, here = whole_rig.box, (host, 2222)
+    whole_rig.nft("")  # and so nobody has looked at connections before
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = box.within("gateway", lambda: socket.create_server(here, family=family))
+    with listener, box.connect("outside", here) as old:
+        served = listener.accept()[0]
+        with served:
+            whole_rig.nft(readme_lines())
+            old.settimeout(10)
+            served.settimeout(10)
+            old.sendall(b"the client speaks first")
+            assert served.recv(100) == b"the client speaks first"
+            served.sendall(b"and is answered")
+            assert old.recv(100) == b"and is answered"
+        with pytest.raises(TimeoutError):
+            box.within("outside", lambda: socket.create_connection(here, 2))
+
+
 FOUR, SIX = "203.0.113.80", "2001:db8:9::80"
 both = pytest.mark.parametrize("host", [FOUR, SIX])
 

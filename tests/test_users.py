@@ -90,7 +90,8 @@ def memory(gateway: running.Gateway) -> bytes:
 def pairs(gateway: running.Gateway) -> bytes:
     """Return the memory of the pairs of name and password that were right."""
     board_link(gateway)  # it has started
-    pid, size = gateway.process.pid, natwork_users.REGION_SIZE
+    pid, places = gateway.process.pid, 1 + natwork_users.PLACES
+    size = natwork_users.PLACE_SIZE * places
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as mem:
         for line in maps:
             begin, end = (int(x, 16) for x in line.split()[0].split("-"))
@@ -686,18 +687,19 @@ def test_who_dies_with_the_lock_leaves_it(
 
 def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     board = natwork_users.Users({}, 0, natwork.Scoreboard())
-    digests = [bytes([7]) + os.urandom(23) for _ in range(6)]
+    # The last two have one place.
+    digests = [bytes([0, 0, 0, n]) + os.urandom(20) for n in (1, 2, 3, 3)]
     for number, digest in enumerate(digests):
         monkeypatch.setattr(time, "monotonic", lambda now=number: 1000.0 + now)
         assert not board.remembers(digest)
         board.remember(digest)
         assert board.remembers(digest)
-    # The oldest make way, and nothing but the whole digest will do.
-    assert [board.remembers(d) for d in digests] == [False] * 2 + [True] * 4
-    assert not board.remembers(digests[4][:12] + digests[5][12:])
+    # The older makes way, and nothing but the whole digest will do.
+    assert [board.remembers(d) for d in digests] == [True, True, False, True]
+    assert not board.remembers(digests[0][:12] + digests[3][12:])
     assert not board.remembers(bytes(24))
-    monkeypatch.setattr(time, "monotonic", lambda: 1602.5)
-    assert [board.remembers(d) for d in digests[2:]] == [False] + [True] * 3
+    monkeypatch.setattr(time, "monotonic", lambda: 1600.5)
+    assert [board.remembers(d) for d in digests] == [False, True, False, True]
 
 
 # --- Secrets, the log, reload -------------------------------------------------
