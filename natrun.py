@@ -1975,8 +1975,9 @@ class Command:
         try:
             listener = install(machine, code)
         except OSError as error:
-            nested = error.errno == errno.EBUSY
-            why = "it runs in another natrun" if nested else reason(error)
+            told = {errno.EBUSY: "it runs in another natrun"}
+            told[errno.EINVAL] = "the kernel is older than Linux 5.19"
+            why = told.get(error.errno or 0) or reason(error)
             say(f"cannot install the filter: {why}")
             os._exit(125)
         # Not by a call that the filter has: nobody answers it yet.
