@@ -91,7 +91,7 @@ NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it h
 LEASE = 120  # that a mapping lives without being renewed
 SWEEP_TIME = 10.0  # between two looks for sockets that are gone
 LOOK_TIME = 0.1  # between two looks for signals to what waits
-PIPE_SIZE = 1 << 20  # at once; a pipe may be smaller
+PIPE_SIZE = 1 << 18  # at once; a larger pipe does not stay in the cache
 RECORDS = 4096  # of sockets, before those that are gone are looked for
 
 
