@@ -15,7 +15,7 @@ import natwork as heart
 
 PAGES = {
     name: (running.ROOT / "docs" / name).read_text()
-    for name in ("natwork.8", "natwork.conf.5")
+    for name in ("natwork.8", "natwork.conf.5", "natrun.1")
 }
 
 

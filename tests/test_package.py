@@ -86,10 +86,10 @@ def test_lintian_finds_nothing(deb: Path) -> None:
 def test_the_package_has_all_modules_and_pages(deb: Path) -> None:
     listed = package.run("dpkg-deb", "--contents", deb, cwd=deb.parent)
     names = {line.split()[5] for line in listed.splitlines()}
-    modules = [path.name for path in running.ROOT.glob("natwork*.py")]
+    modules = [path.name for path in running.ROOT.glob("nat*.py")]
     assert len(modules) > 1
     assert {f"./usr/share/natwork/{name}" for name in modules} <= names
-    for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz"):
+    for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz", "man1/natrun.1.gz"):
         assert f"./usr/share/man/{name}" in names
     assert not [name for name in names if "/test" in name or name.endswith(".pyc")]
 
@@ -104,11 +104,12 @@ def test_a_wheel_has_all_modules_and_pages(tmp_path: Path) -> None:
     package.run(*pip, *words, cwd=source)
     (wheel,) = source.glob("*.whl")
     assert wheel.name.startswith(f"natwork-{heart.__version__}-py3-none-any")
-    modules = {path.name for path in running.ROOT.glob("natwork*.py")}
+    modules = {path.name for path in running.ROOT.glob("nat*.py")}
     with zipfile.ZipFile(wheel) as file:
         names = {Path(name).name for name in file.namelist()}
         top = {name for name in file.namelist() if "/" not in name}
-    assert top == modules and {"natwork.8", "natwork.conf.5"} <= names
+    pages = {"natwork.8", "natwork.conf.5", "natrun.1"}
+    assert top == modules and pages <= names
     package.run(python, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     words = ["--python", tmp_path / "venv/bin/python", "install", "--no-index"]
     package.run(*pip, *words, "--quiet", "--no-deps", wheel, cwd=tmp_path)

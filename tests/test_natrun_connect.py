@@ -1,0 +1,669 @@
+"""natrun.py: unmodified programs connect and resolve names as if on the gateway."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import kernel
+import natrun_rig
+import needs
+import origins
+import pytest
+import running
+import wait
+import web
+import wire
+from natrun_rig import NOBODY_THERE
+from natrun_rig import PYTHON
+from natrun_rig import SERVER
+from natrun_rig import SERVER6
+from natrun_rig import Rig
+from natrun_rig import users
+
+pytestmark = pytest.mark.end_to_end
+
+BYTES = web.some_bytes(300_000)
+JAVA = """
+import java.net.*;
+import java.nio.channels.*;
+class Client {
+    public static void main(String[] words) throws Exception {
+        if (words[0].equals("get")) {
+            new URL(words[1]).openStream().transferTo(System.out);
+            return;
+        }
+        var address = new InetSocketAddress(words[1], Integer.parseInt(words[2]));
+        try (Socket socket = new Socket()) {
+            socket.connect(address, 20000);
+            System.out.println("ok");
+        } catch (Exception error) {
+            System.out.println(error.getMessage());
+        }
+        try (SocketChannel channel = SocketChannel.open()) {
+            channel.configureBlocking(false);
+            channel.connect(address);
+            Selector selector = Selector.open();
+            channel.register(selector, SelectionKey.OP_CONNECT);
+            selector.select(20000);
+            channel.finishConnect();
+            System.out.println("ok");
+        } catch (Exception error) {
+            System.out.println(error.getMessage());
+        }
+    }
+}
+"""
+SSHD = """\
+ListenAddress 203.0.113.80
+Port 22
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/key.pub
+PidFile {folder}/sshd.pid
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+AllowTcpForwarding yes
+Subsystem sftp internal-sftp
+"""
+SSH = {
+    "StrictHostKeyChecking": "no",
+    "UserKnownHostsFile": "/dev/null",
+    "IdentitiesOnly": "yes",
+    "BatchMode": "yes",
+    "LogLevel": "ERROR",
+}
+RULES = "rules=deny to 203.0.113.80/32 port 99; allow to 10.9.0.2/32 port 9"
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with natrun_rig.set_up() as made:
+        made.natwork("outside=wan", RULES)
+        made.web.write("page", b"a page")
+        made.web.write("bytes", BYTES)
+        # Who is not there is known to be after a second.
+        made.box.set("gateway", "ipv4/neigh/wan/mcast_solicit", "1")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def sshd(rig: Rig) -> str:
+    """Run a server of SSH outside; return the key of its only user."""
+    needs.programs("ssh", "scp", "ssh-keygen", "sshd")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for key in ("host", "key"):
+        words = ["-q", "-N", "", "-t", "ed25519", "-f", str(rig.folder / key)]
+        subprocess.run(["ssh-keygen", *words], check=True)
+    config = rig.folder / "sshd_config"
+    config.write_text(SSHD.format(folder=rig.folder))
+    words = ["/usr/sbin/sshd", "-D", "-f", str(config)]
+    rig.box.start("outside", *words, folder=rig.folder)
+    wait.until(lambda: rig.box.run("outside", "ss", "-Hltn", "sport = :22").stdout)
+    return str(rig.folder / "key")
+
+
+def ssh_options(rig: Rig, user: str, key: str) -> list[str]:
+    """Return options that make ssh and scp ask for nothing."""
+    own = rig.home(user) / "key"
+    own.write_bytes(Path(key).read_bytes())
+    own.chmod(0o600)
+    if user == "nobody":
+        os.chown(own, 65534, 65534)
+    words = [w for name, value in SSH.items() for w in ("-o", f"{name}={value}")]
+    return ["-F", "none", *words, "-i", str(own)]
+
+
+# Real programs.
+
+
+@users
+@pytest.mark.parametrize(
+    "words",
+    [
+        "curl -sS --max-time 20 -o {got} http://www.example.com/bytes",
+        "curl -sS --max-time 20 -k -o {got} https://www.example.com/bytes",
+        "curl -sS --max-time 20 -g -o {got} http://[2001:db8:9::80]/bytes",
+        "wget -q -T 20 -t 1 -O {got} http://six.example.com/bytes",
+        "wget -q -T 20 -t 1 -O {got} http://203.0.113.80/bytes",
+    ],
+)
+def test_a_program_gets_every_byte(rig: Rig, user: str, words: str) -> None:
+    needs.programs("curl", "wget")
+    got = rig.home(user) / "got"
+    rig.output(user, *words.format(got=got).split())
+    assert got.read_bytes() == BYTES
+    got.unlink()
+
+
+@users
+def test_a_static_program_gets_a_page(rig: Rig, user: str) -> None:
+    needs.programs("busybox")
+    static = subprocess.run(["ldd", "/bin/busybox"], capture_output=True, text=True)
+    assert "not a dynamic executable" in static.stdout + static.stderr
+    asks = "printf 'GET /page HTTP/1.0\\r\\n\\r\\n' | busybox nc www.example.com 80"
+    assert rig.output(user, "busybox", "sh", "-c", asks).endswith("\n\na page")
+
+
+@users
+def test_a_static_go_program_gets_a_page(rig: Rig, user: str) -> None:
+    client = natrun_rig.go_client(rig)
+    url = "http://www.example.com/page"
+    assert rig.output(user, client, "get", url) == "a page"
+    local, _, peer = rig.output(user, client, "dial", f"{SERVER}:80").partition(" ")
+    assert local.startswith("203.0.113.1:") and peer == f"{SERVER}:80\n"
+
+
+@users
+def test_node_gets_a_page(rig: Rig, user: str) -> None:
+    needs.programs("node")
+    script = "fetch(process.argv[1]).then(r => r.text()).then(t => console.log(t))"
+    page = rig.output(user, "node", "-e", script, "http://www.example.com/page")
+    assert page == "a page\n"
+
+
+@users
+def test_java_gets_a_page_and_the_errno(rig: Rig, user: str) -> None:
+    needs.programs("java", "javac")
+    source = rig.home(user) / "Client.java"
+    source.write_text(JAVA)
+    words = ["java", "-XX:TieredStopAtLevel=1", str(source)]
+    url = "http://www.example.com/page"
+    assert rig.output(user, *words, "get", url) == "a page"
+    told = rig.output(user, *words, "dial", SERVER, "81").splitlines()
+    assert told == ["Connection refused"] * 2
+    assert rig.output(user, *words, "dial", SERVER, "80").splitlines() == ["ok"] * 2
+
+
+@users
+def test_ssh_and_scp_carry_every_byte(rig: Rig, user: str, sshd: str) -> None:
+    options = ssh_options(rig, user, sshd)
+    there, here = rig.folder / f"there-{user}", rig.home(user) / "copied"
+    there.write_bytes(BYTES)
+    rig.output(user, "scp", *options, f"root@{SERVER}:{there}", str(here))
+    assert here.read_bytes() == BYTES
+    command = "echo $SSH_CLIENT; head -c 1000000 /dev/zero | wc -c"
+    said = rig.output(user, "ssh", *options, "root@www.example.com", command)
+    client, size = said.splitlines()
+    assert (client.split()[0], size) == ("203.0.113.1", "1000000")
+
+
+@users
+def test_apt_reads_a_repository(rig: Rig, user: str) -> None:
+    needs.programs("apt-get")
+    packages = b"Package: a\nVersion: 1\nArchitecture: all\nFilename: a.deb\n"
+    packages += b"Size: 1\nSHA256: " + b"0" * 64 + b"\nDescription: a\n\n"
+    rig.web.write("apt/Packages", packages)
+    home = rig.home(user)
+    source = home / "sources.list"
+    source.write_text("deb [trusted=yes] http://apt.example.com/apt ./\n")
+    for name in ("lists/partial", "cache/archives/partial"):
+        (home / name).mkdir(parents=True, exist_ok=True)
+    (home / "status").touch()
+    if user == "nobody":
+        subprocess.run(["chown", "-R", "65534:65534", str(home)], check=True)
+    settings = {
+        "Dir::Etc::sourcelist": str(source),
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::lists": str(home / "lists"),
+        "Dir::State::status": str(home / "status"),
+        "Dir::Cache": str(home / "cache"),
+        "APT::Architecture": "amd64",
+        "Acquire::Languages": "none",
+        "APT::Sandbox::User": "root",
+    }
+    options = [f"-o{name}={value}" for name, value in settings.items()]
+    said = rig.output(user, "apt-get", *options, "update")
+    assert "http://apt.example.com/apt" in said
+    assert any(b"Package: a" in p.read_bytes() for p in (home / "lists").glob("*Pack*"))
+
+
+@users
+def test_chromium_loads_a_page_with_twenty_objects(rig: Rig, user: str) -> None:
+    needs.programs("chromium")
+    scripts = "".join(f'<script src="/twenty/{n}.js"></script>' for n in range(20))
+    done = "<script>document.title = count</script>"
+    rig.web.write(
+        "twenty/index.html",
+        f"<script>count = 0</script>{scripts}<p id=a>{done}".encode(),
+    )
+    for n in range(20):
+        rig.web.write(f"twenty/{n}.js", b"count++;" + b" " * 20_000)
+    profile = rig.home(user) / "profile"
+    words = [*web.CHROMIUM, f"--user-data-dir={profile}", "--dump-dom"]
+    page = rig.output(user, *words, "http://www.example.com/twenty/index.html")
+    assert "<title>20</title>" in page
+
+
+# What a program sees.
+
+
+@users
+def test_errors_are_the_gateways(rig: Rig, user: str) -> None:
+    expected = {
+        f"{SERVER}:80": "ok",
+        f"{SERVER}:81": "ECONNREFUSED",
+        f"{SERVER}:99": "EACCES",
+        f"{NOBODY_THERE}:80": "EHOSTUNREACH",
+    }
+    begun = "EINPROGRESS"
+    for place, ways in rig.probe(user, "errors", *expected).items():
+        error = expected[place]
+        after = "EISCONN" if error == "ok" else error
+        assert ways == {
+            "blocking": [error],
+            "polled": [begun, error, "ok"],
+            "registered": [begun, error, "ok"],
+            "again": [begun, "EALREADY", after],
+            "looped": [error],
+        }, place
+    assert rig.probe(user, "no_such_host", "nobody.example.com") == "EAI_NONAME"
+    told = rig.natrun(user, natrun_rig.go_client(rig), "dial", f"{SERVER}:81")
+    assert (told.returncode, told.stdout) == (1, "connection refused\n")
+
+
+@users
+def test_a_gateway_that_is_away_is_named_once(rig: Rig, user: str) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "errors", f"{SERVER}:80"]
+    done = rig.natrun(user, *words, gateway="socks5://10.9.0.1:9")
+    assert done.returncode == 0
+    assert done.stdout.count("ENETUNREACH") == 5
+    assert done.stderr == (
+        "natrun: cannot use the gateway 10.9.0.1:9: connection refused\n"
+    )
+
+
+@users
+def test_addresses_are_those_of_the_gateway(rig: Rig, user: str) -> None:
+    found = rig.probe(user, "addresses", SERVER, "80")
+    assert len(found) == 6
+    for name, (before, during, local, peer, forked) in found.items():
+        here, there = "203.0.113.1", SERVER
+        if name.startswith("mapped"):
+            here, there = f"::ffff:{here}", f"::ffff:{there}"
+        if name.startswith("only"):
+            here, there = "2001:db8:9::1", SERVER6
+        assert before[0] in ("0.0.0.0", "::") and before[1] == 0
+        assert during == ([there, 80] if "waits" in name else "ENOTCONN")
+        assert (local[0], peer, forked) == (here, [there, 80], [there, 80]), name
+    assert rig.probe(user, "moved", SERVER, "80") == "a page"
+
+
+@users
+def test_what_is_near_is_left_alone(rig: Rig, user: str) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    done = rig.natrun(user, "-v", PYTHON, script, "near", "10.9.0.1", "8080")
+    assert done.returncode == 0, done.stderr
+    assert '"loopback": true, "accepted": true' in done.stdout
+    assert '"lan": ["10.9.0.1", "10.9.0.2"]' in done.stdout
+    (count,) = re.findall(r"natrun: (\d+) notifications\n", done.stderr)
+    assert 0 < int(count) < 20  # of 1,000 connections to AF_UNIX: none
+
+
+@users
+def test_the_log_says_who_it_was(rig: Rig, user: str) -> None:
+    gateway = rig.gateways[0]
+    before = len(gateway.lines())
+    rig.output(user, "curl", "-sS", "http://www.example.com/page")
+    lines = gateway.lines(before + 3)[before:]
+    (name,) = [line for line in lines if line["method"] == "RESOLVE"]
+    (line,) = [line for line in lines if line["method"] == "CONNECT"]
+    host = os.uname().nodename
+    assert line["user"] == name["user"] == f"{user};app=curl;host={host}"
+    assert name["target"] == "www.example.com:0"
+    assert line["target"] == f"{SERVER}:80"
+
+
+def test_the_gateway_decides_what_goes_through_it(rig: Rig) -> None:
+    gateway = rig.gateways[0]
+    words = ["curl", "-sS", "--max-time", "3", f"http://{SERVER}/page"]
+    assert rig.output("root", *words) == "a page"
+    folder = rig.folder / "elsewhere"
+    folder.mkdir()
+    other = "inside=10.0.0.0/8 fd00::/8 203.0.113.80"
+    second = rig.box.natwork(folder, "listen=10.9.0.1:8081 [fd00:9::1]:8081", other)
+    # It then goes where a machine without a route sends it: nowhere.
+    rig.box.within("inside", lambda: None)
+    blocked = rig.box.run("inside", "ip", "route", "add", "blackhole", SERVER)
+    assert blocked.returncode == 0
+    try:
+        done = rig.natrun("root", *words, gateway="10.9.0.1:8081")
+        assert done.returncode == 7 and rig.output("root", *words) == "a page"
+    finally:
+        rig.box.run("inside", "ip", "route", "del", "blackhole", SERVER)
+        second.stop()
+    assert gateway.process.poll() is None
+
+
+@users
+def test_an_end_and_a_reset_go_through(rig: Rig, user: str) -> None:
+    make = functools.partial(origins.Origin, say_or_reset, SERVER)
+    server = rig.box.within("outside", make)
+    words = [SERVER, str(server.port)]
+    assert rig.probe(user, "half_closed", *words) == ["SOME WORDS"] * 2
+    assert rig.probe(user, "reset", *words) == ["ECONNRESET"] * 2
+    server.close()
+
+
+def say_or_reset(connection: socket.socket, origin: origins.Origin) -> None:
+    """Answer what comes until the end; or with a reset, if that is asked for."""
+    said = b""
+    while piece := connection.recv(100):
+        said += piece
+        if said == b"reset":
+            return wire.reset(connection)
+    connection.sendall(said.upper())
+
+
+def test_many_connect_at_once(rig: Rig) -> None:
+    assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
+
+
+# Signals, processes, faults.
+
+
+@users
+def test_a_timer_ticks_while_a_dead_host_is_dialed(rig: Rig, user: str) -> None:
+    found = rig.probe(user, "ticking", NOBODY_THERE, "80")
+    assert found["answer"] == ["EHOSTUNREACH"] and found["ticks"] > 5
+
+
+@users
+def test_a_dead_supervisor_lets_nothing_through(rig: Rig, user: str) -> None:
+    go = rig.home(user) / "go"
+    go.unlink(missing_ok=True)
+    script = str(rig.folder / "natrun_probe.py")
+    words = [f"TMPDIR={rig.home(user)}", PYTHON, script, "broken", SERVER, "80"]
+    running_ = rig.start(user, "env", *words, name="broken")
+    assert running_.line() == "ready"
+    os.kill(running_.supervisor, signal.SIGKILL)
+    running_.process.wait(10)
+    go.touch()
+    wait.until(lambda: len(running_.said()) > 1)
+    assert running_.said()[1] == '["ENOSYS", "ENOSYS"]'
+    go.unlink()
+
+
+@users
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_reach_the_command(rig: Rig, user: str, number: int) -> None:
+    told = f"trap 'echo got {number}; exit 7' {number}; echo ready; "
+    command = told + "while :; do sleep 0.1; done"
+    started = rig.start(user, "sh", "-c", command, name="signals")
+    assert started.line() == "ready"
+    started.process.send_signal(number)
+    assert started.process.wait(10) == 7
+    assert started.said() == ["ready", f"got {number}"]
+
+
+def test_a_terminals_interrupt_is_seen_once(rig: Rig) -> None:
+    needs.programs("script")
+    seen = rig.home("root") / "seen"
+    command = f"trap 'echo x >>{seen}' INT; echo ready; sleep 1; sleep 1; exit 5"
+    inner = rig.command("root", "sh", "-c", command)
+    words = rig.box.command("inside", *inner[:-1], '"$COMMAND"')
+    line = "exec " + " ".join(words)
+    terminal = subprocess.Popen(
+        ["script", "-qec", line, "/dev/null"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "COMMAND": command, "SHELL": "/bin/sh"},
+    )
+    assert terminal.stdin and terminal.stdout
+    assert terminal.stdout.readline() == b"ready\r\n"
+    terminal.stdin.write(b"\x03")
+    terminal.stdin.flush()
+    assert terminal.wait(20) == 5
+    terminal.stdin.close()
+    terminal.stdout.close()
+    assert seen.read_text() == "x\n"
+
+
+@users
+def test_it_ends_as_the_command_ends(rig: Rig, user: str) -> None:
+    assert rig.natrun(user, "sh", "-c", "exit 9").returncode == 9
+    assert rig.natrun(user, "true").returncode == 0
+    killed = rig.start(user, "sh", "-c", "kill -KILL $$", name="killed")
+    assert killed.process.wait(10) == -signal.SIGKILL
+    lost = rig.natrun(user, "/nonexistent/program")
+    assert (lost.returncode, lost.stderr) == (
+        127,
+        "natrun: cannot run /nonexistent/program: no such file or directory\n",
+    )
+    barred = rig.natrun(user, "/etc")
+    assert (barred.returncode, barred.stderr) == (
+        126,
+        "natrun: cannot run /etc: permission denied\n",
+    )
+
+
+@users
+def test_a_daemon_outlives_the_command(rig: Rig, user: str) -> None:
+    home = rig.home(user)
+    (home / "daemon").unlink(missing_ok=True)
+    script = str(rig.folder / "natrun_probe.py")
+    done = rig.natrun(user, PYTHON, script, "daemonized", SERVER, "80")
+    assert done.returncode == 3  # the command's own, after the last has gone
+    assert (home / "daemon").read_text() == "ok"
+
+
+@users
+def test_it_does_not_run_in_itself(rig: Rig, user: str) -> None:
+    inner = rig.command("root", "true")
+    done = rig.natrun(user, *inner)
+    assert (done.returncode, done.stderr) == (
+        125,
+        "natrun: cannot install the filter: it runs in another natrun\n",
+    )
+
+
+def test_what_lets_nobody_look_into_it_does_not_connect(rig: Rig) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    done = rig.natrun("nobody", PYTHON, script, "deaf", SERVER, "80")
+    assert done.stdout == '["EACCES"]\n'
+    assert done.stderr == (
+        "natrun: cannot look into python3: not dumpable, so its connections are "
+        "refused\n"
+    )
+    assert rig.probe("root", "deaf", SERVER, "80") == ["ok"]  # root may look
+
+
+# Gateways and settings.
+
+
+@users
+@pytest.mark.parametrize("kind", ["microsocks", "ssh", "danted"])
+def test_another_server_of_socks_will_do(
+    rig: Rig, user: str, kind: str, sshd: str
+) -> None:
+    options = ssh_options(rig, "root", sshd)
+    config = rig.folder / "danted.conf"
+    config.write_text(
+        "logoutput: stderr\ninternal: 10.9.0.1 port = 1082\nexternal: wan\n"
+        "socksmethod: none\nclientmethod: none\nuser.privileged: root\n"
+        "user.unprivileged: nobody\n"
+        "client pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 }\n"
+    )
+    forward = ["-N", "-D", "10.9.0.1:1081", *options, f"root@{SERVER}"]
+    command, port = {
+        "microsocks": (["microsocks", "-i", "10.9.0.1", "-p", "1080"], 1080),
+        "ssh": (["ssh", *forward], 1081),
+        "danted": (["danted", "-f", str(config)], 1082),
+    }[kind]
+    needs.programs(command[0])
+    server = rig.box.start("gateway", *command, folder=rig.folder)
+    listens = ["ss", "-Hltn", f"sport = :{port}"]
+    wait.until(lambda: rig.box.run("gateway", *listens).stdout)
+    # sshd looks names up outside.
+    hosts = Path("/etc/netns", rig.box.name("outside"), "hosts")
+    url = "http://www.example.com/page" if kind != "ssh" else "http://localhost.x/page"
+    hosts.write_text(hosts.read_text() + f"{SERVER} localhost.x\n")
+    for gateway in (f"10.9.0.1:{port}", f"socks5://10.9.0.1:{port}"):
+        words = ["curl", "-sS", "--max-time", "20"]
+        if kind != "ssh":  # it was started before the name was known
+            assert rig.output(user, *words, url, gateway=gateway) == "a page"
+        url = f"http://{SERVER}/page"
+        assert rig.output(user, *words, url, gateway=gateway) == "a page"
+    refused = [PYTHON, str(rig.folder / "natrun_probe.py"), "errors", f"{SERVER}:81"]
+    told = rig.natrun(user, *refused, gateway=f"10.9.0.1:{port}").stdout
+    assert told.count("ECONNREFUSED") == 5 or kind == "ssh"
+    rig.box.stop(server)
+
+
+@users
+def test_the_gateway_is_found(rig: Rig, user: str) -> None:
+    words = ["curl", "-sS", f"http://{SERVER}/page"]
+    named = {"NATRUN_GATEWAY": "10.9.0.1"}
+    assert rig.output(user, *words, gateway="", **named) == "a page"
+    hosts = Path("/etc/netns", rig.box.name("inside"), "hosts")
+    before = hosts.read_text()
+    hosts.write_text(before + "192.0.2.99 wpad\n")  # no route: the default route's
+    lost = rig.box.run("inside", "ip", "route", "add", "unreachable", "192.0.2.99")
+    assert lost.returncode == 0
+    try:
+        assert rig.output(user, *words, gateway="") == "a page"
+    finally:
+        hosts.write_text(before)
+        rig.box.run("inside", "ip", "route", "del", "unreachable", "192.0.2.99")
+    settings = rig.home(user) / "natrun.conf"
+    settings.write_text("[natrun]\ngateway = 10.9.0.1:8080\n")
+    assert rig.output(user, "-c", str(settings), *words, gateway="") == "a page"
+
+
+@users
+def test_settings_are_for_a_program(rig: Rig, user: str) -> None:
+    settings = rig.home(user) / "natrun.conf"
+    settings.write_text("[natrun]\ndirect_ports = 80\n[curl]\ndirect_ports =\n")
+    option = ["-c", str(settings)]
+    blocked = ["ip", "route", "add", "unreachable", SERVER]
+    assert rig.box.run("inside", *blocked).returncode == 0
+    try:
+        url = f"http://{SERVER}/page"
+        assert rig.output(user, *option, "curl", "-sS", url) == "a page"
+        direct = rig.natrun(user, *option, "wget", "-q", "-t", "1", url)
+        assert direct.returncode == 4  # wget: network failure
+        settings.write_text("[natrun]\nredirect = yes\n[curl]\nredirect = no\n")
+        assert rig.natrun(user, *option, "curl", "-sS", url).returncode == 7
+        settings.write_text("[natrun]\ndns = fake\n")
+        page = rig.output(user, *option, "curl", "-sS", "http://www.example.com/page")
+        assert page == "a page"
+    finally:
+        blocked[2] = "del"
+        rig.box.run("inside", *blocked)
+    line = rig.gateways[0].lines()[-1]
+    assert line["target"] == "www.example.com:80"
+
+
+@users
+def test_a_user_logs_in(rig: Rig, user: str) -> None:
+    words = [sys.executable, str(running.ROOT / "natwork.py"), "--passwd", "ann"]
+    line = subprocess.run(words, input="secret\n", capture_output=True, text=True)
+    folder = rig.folder / f"users-{user}"
+    folder.mkdir()
+    (folder / "users").write_text(line.stdout)
+    (folder / "users").chmod(0o640)
+    shutil.chown(folder / "users", group="nogroup")  # natwork becomes nobody
+    where = "listen=10.9.0.1:8097 10.9.0.1:8098"
+    options = [f"users={folder / 'users'}", "mappings=yes", "outside=wan"]
+    gateway = rig.box.natwork(folder, where, *options, "bind_ports=45000-45009")
+    settings = rig.home(user) / "login.conf"
+    settings.write_text("[natrun]\nuser = ann\npassword = secret\n")
+    get = ["curl", "-sS", "http://www.example.com/page"]
+    at = "10.9.0.1:8097"
+    assert rig.output(user, "-c", str(settings), *get, gateway=at) == "a page"
+    assert {line["user"] for line in gateway.lines(3)[1:]} == {"ann"}
+    script = str(rig.folder / "natrun_probe.py")
+    bind = ["-c", str(settings), PYTHON, script, "bind_to", "203.0.113.1:45001"]
+    assert rig.output(user, *bind, gateway=at) == '[["203.0.113.1", 45001]]\n'
+    connect = [PYTHON, script, "errors", f"{SERVER}:80"]
+    refused = rig.natrun(user, *connect, gateway=at)
+    assert refused.stdout.count("EACCES") == 5
+    assert refused.stderr == (
+        f"natrun: cannot use the gateway {at}: it lets in nobody without a user and "
+        "password that it knows\n"
+    )
+    gateway.stop()
+
+
+CASES = {
+    "[natrun]\nredirct = no\n": "[natrun] redirct: there is no such setting: ",
+    "[curl]\nredirect = maybe\n": "[curl] redirect: 'maybe' is not one of: yes no",
+    "[curl]\ndirect = 10.0.0.0/99\n": "[curl] direct: '10.0.0.0/99' does not appear",
+    "[curl]\nlisten = 70000\n": "[curl] listen: '70000' is not a range of ports",
+    "gateway = x\n": "file contains no section headers",
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_bad_settings_are_told(tmp_path: Path, text: str) -> None:
+    settings = tmp_path / "natrun.conf"
+    settings.write_text(text)
+    done = local("-c", str(settings), "true")
+    assert done.returncode == 125 and done.stdout == ""
+    assert done.stderr.startswith(f"natrun: cannot use {settings}")
+    assert CASES[text] in done.stderr and done.stderr.count("\n") == 1
+
+
+def local(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run natrun.py here."""
+    return subprocess.run(
+        [sys.executable, str(running.ROOT / "natrun.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-g", "127.0.0.1:1", "true"], "cannot use the gateway: 127.0.0.1:1: conn"),
+        (["-c", "/nonexistent", "true"], "cannot use /nonexistent: no such file or"),
+        (["-g", "socks5://127.0.0.1:1"], "cannot run nothing: "),
+        (["-x", "true"], "option -x not recognized"),
+    ],
+)
+def test_a_bad_command_line_is_told(words: list[str], told: str) -> None:
+    done = local(*words)
+    assert done.returncode == 125 and done.stderr.startswith(f"natrun: {told}")
+    assert done.stderr.count("\n") == 1
+
+
+@users
+def test_it_says_what_works(rig: Rig, user: str) -> None:
+    done = rig.natrun(user, "--check")
+    said = [line.removeprefix("natrun: ") for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and said[0].startswith("Linux ")
+    assert said[-5:] == [
+        "namespace: yes",
+        f"gateway: {natrun_rig.GATEWAY}, NATWork",
+        "datagrams: yes",
+        "listening: no, the gateway does not offer it",
+        "programs: yes",
+    ]
+    lost = rig.natrun(user, "--check", gateway="10.9.0.1:9")
+    assert lost.returncode == 125
+    assert lost.stderr.endswith(
+        "natrun: cannot use the gateway: 10.9.0.1:9: connection refused\n"
+    )
+
+
+def test_it_says_what_it_is() -> None:
+    assert local("--version").stdout.startswith("natrun 0.")
+    assert "Usage:" in local("--help").stdout
+
+
+def test_nothing_is_left_of_a_run(rig: Rig) -> None:
+    rig.output("root", "curl", "-sS", f"http://{SERVER}/page")
+    wait.until(lambda: rig.box.pids("inside") == [])
+    assert kernel.children(os.getpid()) is not None

@@ -1,0 +1,265 @@
+"""natrun.py: unmodified programs listen on the gateway's outside address."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import natrun_rig
+import needs
+import pytest
+import wait
+import web
+from natrun_rig import PYTHON
+from natrun_rig import SERVER
+from natrun_rig import Rig
+from natrun_rig import users
+
+pytestmark = pytest.mark.end_to_end
+
+OUTSIDE = "203.0.113.1"
+VSFTPD = """\
+background=NO
+listen=YES
+anonymous_enable=YES
+anon_root={folder}/ftp
+secure_chroot_dir={folder}/empty
+seccomp_sandbox=NO
+pasv_enable=NO
+connect_from_port_20=YES
+xferlog_enable=YES
+dual_log_enable=YES
+vsftpd_log_file={folder}/vsftpd.log
+log_ftp_protocol=YES
+"""
+NODE = """\
+const server = require('net').createServer(socket => {
+  socket.end(socket.remoteAddress + ':' + socket.remotePort);
+});
+server.listen(Number(process.argv[2]), process.argv[1], () => {
+  console.log(server.address().address + ':' + server.address().port);
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with natrun_rig.set_up() as made:
+        limits = ["bind_ports=40000-49999", "max_mappings=64"]
+        made.natwork("outside=203.0.113.1", "mappings=yes", *limits)
+        yield made
+
+
+def call(rig: Rig, port: int) -> tuple[str, socket.socket]:
+    """Call a port of the outside; return what is said until the end, and the socket."""
+
+    def connect() -> socket.socket:
+        return socket.create_connection((OUTSIDE, port), 10)
+
+    sock, said = rig.box.within("outside", connect), b""
+    while piece := sock.recv(1000):
+        said += piece
+    return said.decode(), sock
+
+
+def is_open(rig: Rig, port: int) -> bool:
+    """Return whether somebody listens there outside."""
+    words = ["ss", "-Hltn", f"src {OUTSIDE} sport = :{port}"]
+    return bool(rig.box.run("gateway", *words).stdout)
+
+
+def call_often(rig: Rig, port: int, count: int) -> list[tuple[str, str]]:
+    """Call many times at once; return what was said, and who called."""
+    found: list[tuple[str, str]] = []
+
+    def one() -> None:
+        said, sock = call(rig, port)
+        with sock:
+            found.append((said, "%s:%d" % sock.getsockname()))
+
+    threads = [threading.Thread(target=one) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def end_all(rig: Rig) -> None:
+    """End the servers inside."""
+    for pid in rig.box.pids("inside"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+@users
+def test_a_server_knows_its_callers(rig: Rig, user: str) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "serve", f"{OUTSIDE}:40100", "50"]
+    server = rig.start(user, *words, name="serve")
+    assert json.loads(server.line()) == [OUTSIDE, 40100]
+    found = call_often(rig, 40100, 50)
+    assert len(found) == 50
+    for said, caller in found:
+        peer, local = json.loads(said)
+        assert "%s:%d" % tuple(peer) == caller and local == [OUTSIDE, 40100]
+    end_all(rig)
+    server.process.wait(10)
+    wait.until(lambda: not is_open(rig, 40100), 5)
+
+
+@users
+@pytest.mark.parametrize("kind", ["go", "node"])
+def test_servers_of_other_languages(rig: Rig, user: str, kind: str) -> None:
+    needs.programs("node")
+    words = [natrun_rig.go_client(rig), "serve", f"{OUTSIDE}:40200"]
+    if kind == "node":
+        words = ["node", "-e", NODE, OUTSIDE, "40200"]
+    server = rig.start(user, *words, name=kind)
+    assert server.line() == f"{OUTSIDE}:40200"
+    found = call_often(rig, 40200, 50)
+    assert len(found) == 50
+    for said, caller in found:
+        assert said.strip() == caller
+    server.stop()
+    wait.until(lambda: not is_open(rig, 40200), 5)
+
+
+@users
+def test_a_web_server_logs_its_callers(rig: Rig, user: str) -> None:
+    words = [PYTHON, "-u", "-m", "http.server", "-b", OUTSIDE, "40300"]
+    server = rig.start(user, *words, name="http")
+    assert f"on {OUTSIDE} port 40300" in server.line()
+    wait.until(lambda: is_open(rig, 40300))
+    get = ["curl", "-sS", f"http://{OUTSIDE}:40300/"]
+    assert "Directory listing" in rig.box.run("outside", *get).stdout
+    wait.until(lambda: f"{SERVER} - - [" in server.err.read_text())
+    server.stop()
+
+
+@users
+def test_a_port_that_is_taken_is_refused(rig: Rig, user: str) -> None:
+    taken = rig.box.within("gateway", lambda: socket.create_server((OUTSIDE, 40400)))
+    with taken:
+        places = [f"{OUTSIDE}:40400", f"{OUTSIDE}:0", f"{OUTSIDE}:40401"]
+        found = rig.probe(user, "bind_to", *places)
+    assert found[0] == "EADDRINUSE" and found[2] == [OUTSIDE, 40401]
+    assert found[1][0] == OUTSIDE and 40000 <= found[1][1] <= 49999
+
+
+@users
+def test_a_port_of_the_settings_is_outside_too(rig: Rig, user: str) -> None:
+    settings = rig.home(user) / "listen.conf"
+    settings.write_text("[natrun]\nlisten = 40500-40510\n")
+    script = str(rig.folder / "natrun_probe.py")
+    words = ["-c", str(settings), PYTHON, script, "serve", "0.0.0.0:40505", "1"]
+    server = rig.start(user, *words, name="settings")
+    assert json.loads(server.line()) == ["0.0.0.0", 40505]
+    said, sock = call(rig, 40505)
+    with sock:
+        assert json.loads(said)[0] == [*sock.getsockname()]
+        assert json.loads(said)[1] == [OUTSIDE, 40505]
+    # The inside calls it directly.
+    near = rig.box.within(
+        "gateway", lambda: socket.create_connection(("10.9.0.2", 40505), 10)
+    )
+    with near:
+        assert json.loads(near.recv(1000))[0] == [*near.getsockname()]
+    end_all(rig)
+    server.process.wait(10)
+    wait.until(lambda: not is_open(rig, 40505), 5)
+
+
+@users
+def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig, user: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(rig.folder)!r}); import natrun; "
+    code += "natrun.LEASE = 3; sys.exit(natrun.main())"
+    script = str(rig.folder / "natrun_probe.py")
+    words = ["-g", natrun_rig.GATEWAY, PYTHON, script, "serve", f"{OUTSIDE}:40600", "1"]
+    before = natrun_rig.UNPRIVILEGED if user == "nobody" else []
+    command = [*before, PYTHON, "-B", "-c", code, *words]
+    server = natrun_rig.Background(rig, command, rig.home(user) / "lease")
+    assert json.loads(server.line()) == [OUTSIDE, 40600]
+    time.sleep(4)  # it is renewed
+    assert is_open(rig, 40600)
+    os.kill(server.supervisor, signal.SIGKILL)
+    server.process.wait(10)
+    end_all(rig)
+    wait.until(lambda: not is_open(rig, 40600), 15)
+
+
+@users
+def test_a_signal_is_handled_while_accept_waits(rig: Rig, user: str) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "waiting", f"{OUTSIDE}:40700"]
+    server = rig.start(user, *words, name="waiting")
+    assert server.line() == "ready"
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.line(1) == "handled"
+    assert server.process.wait(10) == 4
+
+
+@pytest.fixture(scope="module")
+def vsftpd(rig: Rig) -> Path:
+    """Run an FTP server outside that only calls back; return its log."""
+    needs.programs("vsftpd")
+    for name in ("ftp", "empty"):
+        (rig.folder / name).mkdir()
+    (rig.folder / "ftp" / "file").write_bytes(web.some_bytes(300_000))
+    config = rig.folder / "vsftpd.conf"
+    config.write_text(VSFTPD.format(folder=rig.folder))
+    rig.box.start("outside", "vsftpd", str(config), folder=rig.folder)
+    wait.until(lambda: rig.box.run("outside", "ss", "-Hltn", "sport = :21").stdout)
+    return rig.folder / "vsftpd.log"
+
+
+@users
+def test_an_ftp_server_calls_back(rig: Rig, user: str, vsftpd: Path) -> None:
+    needs.programs("tnftp", "curl")
+    got = rig.home(user) / "file"
+    url = f"ftp://{SERVER}/file"
+    vsftpd.write_text("")
+    rig.output(user, "tnftp", "-A", "-q", "20", "-o", str(got), url)
+    assert got.read_bytes() == web.some_bytes(300_000)
+    for option in ("--eprt", "--disable-eprt"):
+        got.unlink()
+        words = ["-sS", "--max-time", "20", "-P", "-", option, "-o", str(got), url]
+        rig.output(user, "curl", *words)
+        assert got.read_bytes() == web.some_bytes(300_000)
+    listed = rig.output(user, "curl", "-sS", "-P", "-", f"ftp://{SERVER}/")
+    assert "300000" in listed
+    log = vsftpd.read_text()
+    assert f"EPRT |1|{OUTSIDE}|" in log
+    assert f"PORT {OUTSIDE.replace('.', ',')}," in log
+    assert '"226 ' in log and '"500 ' not in log
+
+
+def test_mappings_that_are_off_are_told(rig: Rig) -> None:
+    folder = rig.folder / "off"
+    folder.mkdir()
+    where = "listen=10.9.0.1:8095 10.9.0.1:8096"
+    gateway = rig.box.natwork(folder, "outside=203.0.113.1", where)
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "bind_to", f"{OUTSIDE}:40800"]
+    done = rig.natrun("root", *words, gateway="10.9.0.1:8095")
+    assert done.stdout == '["EADDRNOTAVAIL"]\n'
+    gateway.stop()
+
+
+def lines(rig: Rig) -> list[Any]:
+    return [line for line in rig.gateways[0].lines() if line["proto"] == "map"]
+
+
+def test_the_gateway_logs_each_caller(rig: Rig) -> None:
+    callers = [line for line in lines(rig) if line["client"].startswith(SERVER)]
+    assert len(callers) > 100 and sys.version_info
