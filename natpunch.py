@@ -4,12 +4,12 @@
 A server that both can reach tells each where the other was seen.  Both send there at
 once, each NAT takes what then comes for an answer, and the server is out of it:
 
-    A --- NAT ===+===  ===+=== NAT --- B
-                 +-server-+
+    A --- NAT ===+===========+=== NAT --- B
+                 +-- server -+
 
 Where no hole can be made, the server relays.  Usage:
 
-    natpunch.py serve [ADDRESS]... [--key FILE]        the server, at ports 3478 and 3479
+    natpunch.py serve [ADDRESS]... [--key FILE]        the server, ports 3478 and 3479
     natpunch.py -s SERVER ROOM                         standard input and output
     natpunch.py -s SERVER ROOM --to HOST:PORT          the far end: a port, as sshd's
     natpunch.py -s SERVER ROOM --listen PORT [--udp]   a local port
@@ -22,12 +22,12 @@ stream is plain TCP, or TLS by the secret where both sides have Python 3.13; dat
 are plain.
 
 Exit codes: 0 done, or asked to stop (TERM, INT); 1 it could not be done; 2 bad command
-line; 130 a stream was interrupted.  Streams outlive a far end or server that is ended.
+line; 130 a pipe was interrupted.  Streams outlive a server or a far end that is ended.
 
-Reading order.  Every section uses only the ones above it.  find_way() has the story:
-observe, meet, punch; then carry_stream() or carry_datagrams().
+Reading order.  Every section uses only the ones above it.  find_way() tells the story:
+observe, meet, punch, or relay; then carry() does the work.
 
-It does not carry a stream over to another address, and it does not speak ICE.
+It does not move a stream to another address, and it does not speak ICE.
 """
 # SPDX-License-Identifier: MIT
 
@@ -35,8 +35,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import heapq
 import hmac
 import ipaddress
 import os
@@ -51,7 +49,6 @@ import stat
 import struct
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
@@ -67,45 +64,38 @@ __version__ = "0.1.0"
 #
 # Sizes are bytes, times are seconds.
 
-PORT = 3478  # and the next one; RFC 8489 section 18.6
+PORT = 3478  # and the next one: RFC 8489 section 18.6
 LINE_LIMIT = 1024  # a message between us and the server
 READ_SIZE = 256 * 1024
 FAN = 24  # ports that are tried ahead of a stepping NAT
-BIRTHDAYS = 256  # ports of a random NAT; one of PROBES hits one with 98.3 %
+BIRTHDAYS = 256  # ports of a random NAT, of which PROBES hit one with 98.3 %
 PROBES = 1024  # that a round may send, at 8 in 4 ms
 STEP_LIMIT = 16  # a NAT that steps further is taken for random
-LOW_TTL = 2  # leaves our NAT, and does not reach the peer's behind a router
-LOW_TTL_TIME = 0.15  # for such a probe to open our side
+LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
 OBSERVE_TIME = 0.5  # for the server to say what it sees
 ANSWER_TIME = 10.0  # for a server, a peer's proof, or a client that has not joined
 PAIR_TIME = 30.0  # for a pair to have done with the server, or to want the relay
 WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
+RETRY_TIME = 5.0  # of a far end whose server is away
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
 SILENCE = 45.0  # of a hole that is then punched anew
 STUN_RATE = 10  # answers to one source in a second
-RETRY_TIME = 5.0
-FOREVER = float("inf")
 SOURCES = 10000  # that are answered in a second; forged ones have no end
+FOREVER = float("inf")
 
-INET, INET6 = socket.AF_INET, socket.AF_INET6
-STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
-POLLIN, POLLOUT, POLLRDHUP = select.POLLIN, select.POLLOUT, select.POLLRDHUP
+INET6, STREAM, DGRAM = socket.AF_INET6, socket.SOCK_STREAM, socket.SOCK_DGRAM
+POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
 # A round's time, and whether it begins with a low TTL: 6 s in all.
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
-AGAIN = {DGRAM: 0.25, STREAM: 0.1}  # until the same probe, or a refused connection
 NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Address = tuple[str, int]
 
 # --- What is said -------------------------------------------------------------
-#
-# A failure inside trying() ends the run with one line: what could not be done, and
-# why.  What came from the network is not in it.
 
 REFUSALS = {
     "full": "the server has no place now",
     "taken": "the room is taken",
     "key": "the server has another key",
-    "differ": "one side wants a stream and the other datagrams",
     "nobody": "nobody has come",
     "gone": "the peer has left",
     "relay": "no hole could be made, and it may not be relayed",
@@ -117,65 +107,56 @@ class Refused(Exception):
 
 
 class Failure(Exception):
-    """The end of a run, with exit code 1: the text says why."""
+    """The end of a run: the line that says why, and perhaps an exit code."""
 
 
-class Misuse(Exception):
-    """A command line or file that cannot be used: exit code 2."""
-
-
-def say(message: str) -> None:
+def say(message: object) -> None:
     """Write a line to standard error; where nobody reads it, it is lost."""
     with contextlib.suppress(OSError):
         os.write(2, f"natpunch: {message}\n".encode(errors="replace"))
 
 
-def reason(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return text[:1].lower() + text[1:]
-
-
 @contextlib.contextmanager
-def trying(to: str) -> Iterator[None]:
-    """Turn what fails into a Failure."""
+def trying(to: str, code: int = 1) -> Iterator[None]:
+    """Turn what fails into the one line of a Failure, with nothing of the network."""
     try:
         yield
     except Refused as refused:
-        raise Failure(f"cannot {to}: {REFUSALS[str(refused)]}") from refused
+        raise Failure(f"cannot {to}: {REFUSALS[str(refused)]}", code) from refused
     except OSError as error:
-        raise Failure(f"cannot {to}: {reason(error)}") from error
-    except (ValueError, KeyError) as error:
-        raise Failure(f"cannot {to}: that is not natpunch") from error
+        why = error.strerror or str(error)
+        raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
+    except (ValueError, LookupError) as error:
+        raise Failure(f"cannot {to}: that is not natpunch", code) from error
 
 
 def spelled(address: Any) -> str:
-    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def parse_address(text: str, host: str = "", port: str = "") -> Address:
-    """Return host and port of HOST:PORT, [HOST]:PORT, or less by the defaults."""
-    before, colon, after = text.rpartition(":")
-    if not colon or ":" in before and before[-1] != "]":
-        before, after = (text, port) if port else (host, text)
-    if not (after.isascii() and after.isdecimal() and 0 < int(after) < 65536):
-        raise Misuse(f"cannot use {text!r}: a port is 1 to 65535")
-    return before.strip("[]"), int(after)
+def parse_address(text: str, port: int = 0) -> Address:
+    """Return host and port of HOST:PORT or [HOST]:PORT, or a host and that port."""
+    host, colon, number = text.rpartition(":")
+    if port and (not colon or ":" in host and host[-1] != "]"):
+        host, number = text, str(port)
+    if not number.isdecimal() or not 0 < int(number) < 65535:
+        raise Failure(f"cannot use {text!r}: it has no port from 1 to 65534", 2)
+    return host.strip("[]"), int(number)
 
 
-def secret_of(variable: str, file: str, default: str = "") -> bytes:
-    """Return the secret of a file, else of the environment, else of the default."""
+def secret_of(variable: str, path: str, default: str) -> bytes:
+    """Return the secret of a file, else of the environment, else of a default file."""
     found = os.environ.get(variable, "").encode()
-    path = file or ("" if found else os.path.expanduser(default))
-    try:
-        if path and (file or os.path.exists(path)):
-            with open(path, "rb") as opened:
-                if os.fstat(opened.fileno()).st_mode & 0o077:
-                    raise Misuse(f"cannot use {path}: others may read it")
-                found = opened.read(LINE_LIMIT).strip()
-    except OSError as error:
-        raise Misuse(f"cannot read {path}: {reason(error)}") from error
-    if len(found) < 16 and (default or file or found):
-        raise Misuse(f"cannot use {path or variable}: 16 characters are the least")
+    path = path or ("" if found else os.path.expanduser(default))
+    with trying(f"read {path}", 2):
+        if path:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    raise OSError("others may read it")
+                found = file.read(LINE_LIMIT).strip()
+    if len(found) < 16 and (path or found):
+        raise Failure(f"cannot use {path or variable}: 16 characters are the least", 2)
     return found
 
 
@@ -186,24 +167,22 @@ def mac(key: bytes, *words: object) -> bytes:
 
 # --- STUN ---------------------------------------------------------------------
 #
-# RFC 8489, over UDP and TCP; with two addresses RFC 5780, too; and a client of
-# RFC 3489 has no cookie at the head of its transaction.
+# RFC 8489, with RFC 5780 where the server has two addresses.  A transaction is the
+# cookie and an identifier; that of an RFC 3489 client has no cookie.
 
 COOKIE = bytes.fromhex("2112a442")
 BINDING, SUCCESS, ERROR = 0x0001, 0x0101, 0x0111
 MAPPED, CHANGE, CHANGED, ERROR_CODE, UNKNOWN = 1, 3, 5, 9, 10
 XOR_MAPPED, OTHER = 0x0020, 0x802C
-KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and its proofs, to be ignored
+KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and proofs that nobody needs
 OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
 def stun(kind: int, transaction: bytes, *attributes: tuple[int, bytes]) -> bytes:
     """Return a message."""
-    packed = [
-        struct.pack("!HH", name, len(value)) + value + bytes(-len(value) % 4)
-        for name, value in attributes
-    ]
-    body = b"".join(packed)
+    body = b""
+    for name, value in attributes:
+        body += struct.pack("!HH", name, len(value)) + value + bytes(-len(value) % 4)
     return struct.pack("!HH", kind, len(body)) + transaction + body
 
 
@@ -212,29 +191,25 @@ def parse_stun(message: bytes) -> tuple[int, bytes, dict[int, bytes]]:
     if len(message) < 20 or len(message) - 20 != int.from_bytes(message[2:4], "big"):
         raise ValueError("not a message")
     found, rest = {}, message[20:]
-    while rest:
-        if len(rest) < 4:
-            raise ValueError("not an attribute")
+    while len(rest) >= 4:
         name, size = struct.unpack_from("!HH", rest)
-        found[name] = rest[4 : 4 + size]
-        rest = rest[4 + size + -size % 4 :]
+        found[name], rest = rest[4 : 4 + size], rest[4 + size + -size % 4 :]
     return int.from_bytes(message[:2], "big"), message[4:20], found
 
 
-def pack_address(address: Address, transaction: bytes = bytes(16)) -> bytes:
-    """Return an address as an attribute has it, hidden from NATs that meddle."""
+def hidden(raw: bytes, transaction: bytes) -> bytes:
+    """Return port and host as XOR-MAPPED-ADDRESS has them, or the reverse."""
+    return bytes(a ^ b for a, b in zip(raw, transaction[:2] + transaction))
+
+
+def packed(address: Address, transaction: bytes = bytes(16)) -> bytes:
+    """Return the value of an attribute that is an address."""
     host = ipaddress.ip_address(address[0]).packed
-    raw = address[1].to_bytes(2, "big") + host
-    hidden = [a ^ b for a, b in zip(raw, transaction[:2] + transaction)]
-    return bytes((0, 1 if len(host) == 4 else 2, *hidden))
+    raw = hidden(address[1].to_bytes(2, "big") + host, transaction)
+    return bytes((0, 1 if len(host) == 4 else 2)) + raw
 
 
-def unpack_address(value: bytes, transaction: bytes = bytes(16)) -> Address:
-    raw = bytes(a ^ b for a, b in zip(value[2:], transaction[:2] + transaction))
-    return str(ipaddress.ip_address(raw[2:])), int.from_bytes(raw[:2], "big")
-
-
-def answer_to(
+def stun_answer(
     message: bytes, source: Address, other: Address | None
 ) -> tuple[bytes, int]:
     """Return an answer, and the flags of CHANGE-REQUEST; raise ValueError.
@@ -247,20 +222,18 @@ def answer_to(
         raise ValueError("not a request")
     change = int.from_bytes(asked.get(CHANGE, b""), "big") & (OTHER_HOST | OTHER_PORT)
     unknown = [name for name in asked if name < 0x8000 and name not in KNOWN]
-    if change & OTHER_HOST and not other:
-        unknown.append(CHANGE)
-    if unknown:
-        names = b"".join(name.to_bytes(2, "big") for name in unknown)
+    if unknown or change & OTHER_HOST and not other:
+        names = struct.pack(f"!{len(unknown or [CHANGE])}H", *(unknown or [CHANGE]))
         code = ERROR_CODE, bytes((0, 0, 4, 20))
         return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
-    if transaction[:4] == COOKIE:
-        found = [(XOR_MAPPED, pack_address(source, transaction))]
-    else:
-        found = [(MAPPED, pack_address(source))]
-    if other:
-        name = OTHER if transaction[:4] == COOKIE else CHANGED
-        found.append((name, pack_address(other)))
-    return stun(SUCCESS, transaction, *found), change
+    is_old = transaction[:4] != COOKIE
+    where = (
+        (MAPPED, packed(source))
+        if is_old
+        else (XOR_MAPPED, packed(source, transaction))
+    )
+    more = [(CHANGED if is_old else OTHER, packed(other))] if other else []
+    return stun(SUCCESS, transaction, where, *more), change
 
 
 # --- Observing ----------------------------------------------------------------
@@ -279,30 +252,31 @@ def bound(kind: int, family: int, port: int = 0) -> socket.socket:
     return sock
 
 
-def port_of(sock: socket.socket) -> int:
-    return int(sock.getsockname()[1])
-
-
 def observe(
     listener: socket.socket, servers: list[Address], token: bytes
 ) -> list[Address]:
-    """Return as what servers see a local port, less those that are silent.
+    """Return as what the servers see a local port, less those that are silent.
 
     They know by the token whom they see.
     """
-    seen = []
+    seen, port = [], listener.getsockname()[1]
     for server in servers:
         transaction = COOKIE + token + os.urandom(4)
-        with (
-            contextlib.suppress(OSError, ValueError, KeyError),
-            bound(listener.type, listener.family, port_of(listener)) as sock,
-        ):
-            sock.settimeout(OBSERVE_TIME)
-            sock.connect(server)
-            sock.send(stun(BINDING, transaction))
-            _, answered, found = parse_stun(sock.recv(LINE_LIMIT))
-            if answered == transaction:
-                seen.append(unpack_address(found[XOR_MAPPED], transaction))
+        with bound(listener.type, listener.family, port) as sock:
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                sock.settimeout(OBSERVE_TIME)
+                sock.connect(server)
+                if sock.type == STREAM:
+                    sock.send(f"see {token.hex()}\n".encode())
+                    _, host, at = sock.recv(LINE_LIMIT).decode("ascii").split()
+                    seen.append((str(ipaddress.ip_address(host)), int(at)))
+                    continue
+                sock.send(stun(BINDING, transaction))
+                _, answered, found = parse_stun(sock.recv(LINE_LIMIT))
+                raw = hidden(found[XOR_MAPPED][2:], answered)
+                if answered == transaction:
+                    host = str(ipaddress.ip_address(raw[2:]))
+                    seen.append((host, int.from_bytes(raw[:2], "big")))
     return seen
 
 
@@ -319,22 +293,13 @@ def behavior(seen: list[Address]) -> tuple[str, int]:
 # --- Punching -----------------------------------------------------------------
 #
 # A probe proves the secret and says which role sends it.  Role 0 says SYN, role 1
-# answers ACK; the first ACK that role 0 hears is on the hole, and DONE tells role 1.
-# Nothing answers DONE, so later ones keep the hole open, and BYE leaves it.
+# answers ACK; the first ACK that role 0 hears names the hole, and DONE tells role 1.
+# Nothing answers DONE: later ones keep the hole open.  BYE leaves it.
 
 MAGIC, PROBE_SIZE = b"\xf5\x9d", 19
 SYN, ACK, DONE, BYE = b"\1", b"\2", b"\3", b"\4"
-REPLIES: tuple[dict[bytes, bytes], ...] = ({SYN: SYN, ACK: DONE}, {SYN: ACK})  # by role
-
-
-class Sight(NamedTuple):
-    """A peer's NAT, as the server sees it."""
-
-    host: str
-    port: int  # the last one seen
-    behavior: str  # same, step, random; none if nothing was seen
-    step: int
-    inside: list[Address]  # where a peer behind our own NAT is
+REPLIES: tuple[dict[bytes, bytes], ...] = ({SYN: SYN, ACK: DONE}, {SYN: ACK})
+LAST = ACK, DONE  # by role
 
 
 class Peers(NamedTuple):
@@ -344,7 +309,7 @@ class Peers(NamedTuple):
     key: bytes
 
     def probe(self, kind: bytes, role: int) -> bytes:
-        return MAGIC + kind + mac(self.key, role, kind[0])
+        return MAGIC + kind + mac(self.key, role, kind.hex())
 
     def say(self, sock: socket.socket, kind: bytes) -> None:
         """Send a probe, or lose it."""
@@ -353,10 +318,18 @@ class Peers(NamedTuple):
 
     def kind_of(self, data: bytes) -> bytes:
         """Return which probe of the peer this is, or nothing."""
-        if len(data) != PROBE_SIZE:
-            return b""
         right = self.probe(data[2:3], 1 - self.role)
         return data[2:3] if hmac.compare_digest(data, right) else b""
+
+
+class Sight(NamedTuple):
+    """A peer's NAT, as the server sees it."""
+
+    host: str
+    port: int  # the last one seen
+    behavior: str  # same, step or random; none if nothing was seen
+    step: int
+    inside: list[Address]  # of a peer behind the same NAT as we
 
 
 def aims(mine: str, theirs: Sight) -> tuple[int, list[Address]]:
@@ -365,110 +338,87 @@ def aims(mine: str, theirs: Sight) -> tuple[int, list[Address]]:
     Two stepping NATs fan in: each probe of ours takes one of our next ports, so that
     whichever of them the peer aims at has been opened towards it.
     """
+    last = [theirs.port]
     ahead = [theirs.port + theirs.step * n for n in range(1, FAN + 1)]
     table = {
-        ("same", "same"): (1, [theirs.port]),
+        ("same", "same"): (1, last),
         ("same", "step"): (1, ahead),
         ("same", "random"): (1, random.sample(range(1024, 65536), PROBES)),
-        ("step", "same"): (1, [theirs.port]),
+        ("step", "same"): (1, last),
         ("step", "step"): (FAN, ahead[FAN // 2 - 1 : FAN // 2]),
-        ("random", "same"): (BIRTHDAYS, [theirs.port]),
+        ("random", "same"): (BIRTHDAYS, last),
     }
     count, ports = table.get((mine, theirs.behavior), (1, []))
-    there = [(theirs.host, port) for port in ports if port < 65536]
-    return count, theirs.inside + there
-
-
-def set_ttl(sock: socket.socket, ttl: int) -> None:
-    """Set how many routers a packet may pass; -1 is as many as usual."""
-    if sock.family == INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
-    else:
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+    return count, theirs.inside + [
+        (theirs.host, port) for port in ports if port < 65536
+    ]
 
 
 class Puncher:
-    """Sockets that try to reach the peer: TCP and UDP differ little here."""
+    """Sockets that try to reach the peer; TCP and UDP differ little here."""
 
     def __init__(self, peers: Peers, listeners: list[socket.socket], kind: int) -> None:
-        self.peers, self.kind, self.left = peers, kind, PROBES
+        self.peers, self.is_tcp, self.left = peers, kind == STREAM, PROBES
         self.listeners = {sock.fileno(): sock for sock in listeners}
         self.socks: dict[int, socket.socket] = {}
         self.aimed: dict[tuple[int, Address], socket.socket] = {}
-        self.parts: dict[int, bytes] = {}  # of a probe, by connection
         self.poll = select.poll()
         for sock in listeners:
             self.poll.register(sock, POLLIN)
-            if kind == STREAM:
+            if self.is_tcp:
                 sock.listen()
 
     def add(self, sock: socket.socket) -> None:
-        """Watch a socket; a connection can be written to when it has been made."""
+        """Watch a socket; a connection can be written to once it has been made."""
         sock.setblocking(False)
         self.socks[sock.fileno()] = sock
-        self.poll.register(sock, POLLOUT if self.kind == STREAM else POLLIN)
+        self.poll.register(sock, POLLOUT if self.is_tcp else POLLIN)
 
-    def drop(self, fd: int) -> None:
-        self.poll.unregister(fd)
-        self.socks.pop(fd).close()
-        self.parts.pop(fd, None)
-
-    def shoot(self, listener: socket.socket, there: Address, ttl: int) -> socket.socket:
-        """Return the socket that aims from a port at an address, having sent."""
-        sock = self.aimed.get((listener.fileno(), there))
+    def shoot(self, fd: int, there: Address, ttl: int = -1) -> socket.socket:
+        """Return the socket that aims from a listener's port, having sent."""
+        sock, listener = self.aimed.get((fd, there)), self.listeners[fd]
+        level, name = socket.IPPROTO_IP, socket.IP_TTL
+        if listener.family == INET6:
+            level, name = socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS
         if not sock or sock.fileno() < 0:
-            sock = bound(self.kind, listener.family, port_of(listener))
-            self.aimed[listener.fileno(), there] = sock
+            sock = bound(listener.type, listener.family, listener.getsockname()[1])
+            self.aimed[fd, there] = sock
             self.add(sock)
-            set_ttl(sock, ttl)
+            sock.setsockopt(level, name, ttl)
             sock.connect_ex(there)
-            self.left -= self.kind == STREAM
-        if self.kind == DGRAM:
+            self.left -= self.is_tcp
+        if not self.is_tcp:
             self.peers.say(sock, SYN)
             self.left -= 1
-        set_ttl(sock, -1)
+        sock.setsockopt(level, name, -1)  # as usual
         return sock
 
-    def take(self, sock: socket.socket, data: bytes) -> socket.socket | None:
-        """Answer a probe; return the socket if that was the last one."""
-        kind, role = self.peers.kind_of(data), self.peers.role
+    def act(self, fd: int, event: int) -> socket.socket | None:
+        """Act on a socket that is ready; return the hole once it is one."""
+        role, sock = self.peers.role, self.listeners.get(fd) or self.socks[fd]
+        if self.is_tcp and fd in self.listeners:
+            self.add(sock.accept()[0])
+            return None
+        if event & POLLOUT and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.poll.modify(fd, POLLIN)
+            if role == 0:
+                self.peers.say(sock, SYN)
+            return None
+        # Not a byte more: after the last probe comes payload.
+        data, source = b"", ("", 0)
+        with contextlib.suppress(OSError):
+            data, source = sock.recvfrom(PROBE_SIZE)
+        kind = self.peers.kind_of(data)
+        if not kind:
+            if self.is_tcp:
+                self.poll.unregister(fd)
+                self.socks.pop(fd).close()
+            return None
+        if fd in self.listeners:  # a datagram from elsewhere than where we aim
+            sock = self.shoot(fd, source[:2])
         if kind in REPLIES[role]:
             self.peers.say(sock, REPLIES[role][kind])
-        return sock if kind == (ACK, DONE)[role] else None
-
-    def accept(self, listener: socket.socket) -> socket.socket | None:
-        """Take what comes from elsewhere than where we aim."""
-        if self.kind == STREAM:
-            self.add(listener.accept()[0])
-            return None
-        data, source = listener.recvfrom(PROBE_SIZE + 1, socket.MSG_DONTWAIT)
-        if not self.peers.kind_of(data):
-            return None
-        return self.take(self.shoot(listener, source[:2], -1), data)
-
-    def begin(self, fd: int) -> None:
-        """Let role 0 speak on a connection that has been made."""
-        if self.socks[fd].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return self.drop(fd)
-        self.parts[fd] = b""
-        self.poll.modify(fd, POLLIN)
-        if self.peers.role == 0:
-            self.peers.say(self.socks[fd], SYN)
-
-    def act(self, fd: int) -> socket.socket | None:
-        """Act on a socket that is ready; return the hole once it is one."""
-        if fd in self.listeners:
-            return self.accept(self.listeners[fd])
-        if self.kind == STREAM and fd not in self.parts:
-            return self.begin(fd)
-        part = self.parts.get(fd, b"")
-        data = self.socks[fd].recv(PROBE_SIZE - len(part))  # payload may follow
-        if self.kind == STREAM:
-            if not data:
-                return self.drop(fd)
-            data = part + data
-            self.parts[fd] = data if len(data) < PROBE_SIZE else b""
-        return self.take(self.socks[fd], data)
+        return sock if kind == LAST[role] else None
 
     def run(
         self, there: list[Address], seconds: float, low_ttl: bool = False
@@ -478,23 +428,23 @@ class Puncher:
         A probe with a low TTL opens our side and does not reach the other, where a
         gateway might take it for its own, and with it the port that we hope for.
         """
-        start = time.monotonic()
-        pairs = [(sock, at) for sock in self.listeners.values() for at in there]
-        low_ttl = low_ttl and len(pairs) <= BIRTHDAYS
-        again = AGAIN[self.kind] if len(pairs) < BIRTHDAYS else seconds
-        due = [(start + n // 8 * 0.004, n, low_ttl) for n in range(len(pairs))]
-        while (now := time.monotonic()) < start + seconds:
-            while due and due[0][0] <= now and self.left:
-                _, n, is_low = heapq.heappop(due)
+        now = start = time.monotonic()
+        pairs = [(fd, at) for fd in self.listeners for at in there]
+        ttl = LOW_TTL if low_ttl and len(pairs) <= BIRTHDAYS else -1
+        again = seconds if len(pairs) >= BIRTHDAYS else 0.1 if self.is_tcp else 0.25
+        due = [(start + n // 8 * 0.004, pair, ttl) for n, pair in enumerate(pairs)]
+        while now < start + seconds:
+            while due and due[0][0] <= now and self.left > 0:
+                _, pair, ttl = due.pop(0)
                 with contextlib.suppress(OSError):
-                    self.shoot(*pairs[n], LOW_TTL if is_low else -1)
-                pause = LOW_TTL_TIME if is_low else again
-                heapq.heappush(due, (now + pause, n, False))
-            soon = due[0][0] if due and self.left else start + seconds
-            for fd, _ in self.poll.poll(max(soon - now, 0) * 1000 + 1):
+                    self.shoot(*pair, ttl)
+                due.append((now + (again if ttl < 0 else LOW_TTL_TIME), pair, -1))
+            soon = due[0][0] if due and self.left > 0 else start + seconds
+            for fd, event in self.poll.poll(max(soon - now, 0) * 1000 + 1):
                 with contextlib.suppress(OSError):
-                    if hole := self.act(fd):
+                    if hole := self.act(fd, event):
                         return self.socks.pop(hole.fileno())
+            now = time.monotonic()
         return None
 
     def close(self) -> None:
@@ -512,44 +462,41 @@ class Puncher:
 def keep_alive(sock: socket.socket) -> None:
     """Let the kernel end a connection whose other side is silent for too long."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(KEEP_ALIVE))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(KEEP_ALIVE))
+    for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        sock.setsockopt(socket.IPPROTO_TCP, name, int(KEEP_ALIVE))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class Meeting:
-    """A connection to the server, and to the peer that was found there."""
+    """A connection to the server, and what was agreed there with the peer."""
 
     def __init__(self, options: Any) -> None:
-        """Connect; raise OSError, ValueError or Refused."""
+        """Connect; raise OSError, ValueError, LookupError or Refused."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
         self.sock = socket.create_connection(options.server, ANSWER_TIME)
         keep_alive(self.sock)
         self.tell("natpunch 1")
-        nonce, other = self.hear("natpunch")
-        self.nonce = bytes.fromhex(nonce)
-        host, port = self.sock.getpeername()[:2]
-        hosts = [host] if other == "-" else [host, other]
-        self.servers = [(host, port), (host, port + 1), (other, port)][: len(hosts) + 1]
+        nonce, *others = self.hear("natpunch")
+        self.nonce, (host, port) = bytes.fromhex(nonce), self.sock.getpeername()[:2]
+        # The first is host1:p, then host1:p+1 and host2:p.
+        self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def enter(self, seconds: float) -> None:
-        """Wait in the room for a peer; raise OSError, ValueError or Refused."""
-        options = self.options
-        can = "tls" if hasattr(ssl.SSLContext, "set_psk_client_callback") else "plain"
-        mine = f"{os.urandom(16).hex()} {can}"
-        room = mac(options.secret, "room", options.room).hex()
-        line = f"join {room} {self.kind:d} {options.side} {mine}"
-        self.tell(line, mac(options.key, self.nonce.hex(), line).hex())
+        """Wait in the room for a peer; raise as __init__()."""
+        has_psk = hasattr(ssl.SSLContext, "set_psk_client_callback")
+        mine = [os.urandom(16).hex(), "tls" if has_psk else "plain"]
+        room = mac(self.options.secret, "room", self.options.room).hex()
+        line = " ".join(("join", room, str(int(self.kind)), self.options.side, *mine))
+        self.tell(line, mac(self.options.key, self.nonce.hex(), line).hex())
         self.sock.settimeout(max(seconds, 0.1))
-        role, *words = self.hear("paired")
+        role, *theirs = self.hear("paired")
         self.sock.settimeout(PAIR_TIME)
-        both = [mine, " ".join(words)] if role == "0" else [" ".join(words), mine]
-        # What was agreed is in the key, so nobody has altered it on the way.
-        text = "\n".join((str(int(self.kind)), *both))
-        key = hmac.digest(options.secret, text.encode(), "sha256")
-        self.peers = Peers(int(role) & 1, key)
-        self.tls = can == words[1] == "tls" and self.kind == STREAM
+        # What was agreed is in the key: nobody has altered it on the way.
+        both = [mine, theirs] if role == "0" else [theirs, mine]
+        text = f"{self.kind:d} {both}".encode()
+        self.peers = Peers(int(role), hmac.digest(self.options.secret, text, "sha256"))
+        self.tls = self.kind == STREAM and mine[1] == theirs[1] == "tls"
 
     def tell(self, *words: object) -> None:
         self.sock.sendall(" ".join(map(str, words)).encode() + b"\n")
@@ -563,32 +510,29 @@ class Meeting:
                 raise OSError("the server has left")
             line += byte
         first, *words = line.decode("ascii").split()
-        if first == "no":
+        if first == "no" and words[0] in REFUSALS:
             raise Refused(words[0])
         if first != expected:
             raise ValueError(first)
         return words
 
-    def compare(
-        self, listener: socket.socket, seen: list[Address]
-    ) -> tuple[str, Sight]:
-        """Tell how our NAT behaves; return what the server makes of it, and the peer's."""
-        inside = self.sock.getsockname()[0], port_of(listener)
-        last = seen[-1][1] if seen else 0
-        self.tell("round", *behavior(seen), last, *inside)
+    def compare(self, here: Address, seen: list[Address]) -> tuple[str, Sight]:
+        """Tell how our NAT behaves; return what counts of it, and the peer's."""
+        self.tell("round", *behavior(seen), seen[-1][1] if seen else 0, *here)
         mine, host, port, kind, step, *inner = self.hear("peer")
-        within = [(str(ipaddress.ip_address(inner[0])), int(inner[1]))] if inner else []
+        inside = [(str(ipaddress.ip_address(inner[0])), int(inner[1]))] if inner else []
         address = str(ipaddress.ip_address(host))
-        return mine, Sight(address, int(port), kind, int(step), within)
+        return mine, Sight(address, int(port), kind, int(step), inside)
 
-    def punch(self, low_ttl: bool, seconds: float) -> tuple[socket.socket | None, str]:
-        """Observe, meet, punch: return a hole, if there is one, and for which pair."""
-        listener = bound(self.kind, self.sock.family)
-        seen = observe(listener, self.servers, self.nonce[:8])
-        mine, theirs = self.compare(listener, seen)
+    def punch(self, seconds: float, low_ttl: bool) -> tuple[socket.socket | None, str]:
+        """Observe, meet, punch; return the hole, or None, and for which pair."""
+        listeners = [bound(self.kind, self.sock.family)]
+        seen = observe(listeners[0], self.servers, self.nonce[:8])
+        here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
+        mine, theirs = self.compare(here, seen)
         count, there = aims(mine, theirs)
-        others = [bound(self.kind, listener.family) for _ in range(1, count)]
-        puncher = Puncher(self.peers, [listener, *others], self.kind)
+        listeners += [bound(self.kind, self.sock.family) for _ in range(1, count)]
+        puncher = Puncher(self.peers, listeners, self.kind)
         try:
             hole = puncher.run(there, seconds if there else 0, low_ttl)
         finally:
@@ -597,6 +541,8 @@ class Meeting:
 
     def relay(self) -> socket.socket:
         """Return the relayed connection, once the peer has proved the secret."""
+        if self.options.direct_only:
+            raise Refused("relay")
         self.tell("relay")
         self.hear("relay")
         puncher = Puncher(self.peers, [], STREAM)
@@ -615,14 +561,11 @@ def meet(options: Any) -> Meeting:
             try:
                 meeting.enter(min(left, 2 * WAIT_TIME))
                 return meeting
-            except Refused as refused:
-                if str(refused) not in ("full", "nobody"):
+            except (Refused, TimeoutError) as error:
+                if str(error) not in ("full", "nobody", "timed out"):
                     raise
-                say(f"waiting in {options.room}: {REFUSALS[str(refused)]}")
-                time.sleep(str(refused) == "full")
-            except TimeoutError:
-                if time.monotonic() < ends_at:
-                    raise
+                say(f"waiting in {options.room}: {REFUSALS.get(str(error), error)}")
+                time.sleep(str(error) == "full")
         raise OSError(f"nobody came in {options.wait:g} s")
 
 
@@ -631,17 +574,14 @@ def find_way(meeting: Meeting) -> tuple[socket.socket, bool]:
     started = time.monotonic()
     with trying("reach the peer"):
         for seconds, low_ttl in ROUNDS[meeting.kind]:
-            hole, pair = meeting.punch(low_ttl, seconds)
+            hole, pair = meeting.punch(seconds, low_ttl)
             if hole:
-                took = time.monotonic() - started
-                at = spelled(hole.getpeername())
+                took, at = time.monotonic() - started, spelled(hole.getpeername())
                 say(f"direct {at} ({pair}, {took:.2f} s)")
                 meeting.sock.close()
                 return hole, True
             if "none" in pair or "random" in pair and "same" not in pair:
-                break  # the table has nothing for them
-        if meeting.options.direct_only:
-            raise Refused("relay")
+                break  # no round will help
         way = meeting.relay()
         say(f"relay ({pair})")
         return way, False
@@ -655,19 +595,19 @@ def find_way(meeting: Meeting) -> tuple[socket.socket, bool]:
 
 
 def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
-    """Return a connection in TLS, by the secret and nothing else."""
-    psk = mac(peers.key, "tls")
-    kind = ssl.PROTOCOL_TLS_CLIENT if peers.role else ssl.PROTOCOL_TLS_SERVER
+    """Return a connection in TLS, by the secret and by nothing else."""
+    psk, is_client = mac(peers.key, "tls"), peers.role == 1
+    kind = ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER
     context: Any = ssl.SSLContext(kind)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # Role 0, if it declined the secret, would have to show a certificate, and
-    # verify_mode stays CERT_REQUIRED with none to trust.
-    context.check_hostname = False
-    if peers.role:
+    if is_client:
+        # Who declines the secret has to show a certificate: verify_mode stays
+        # CERT_REQUIRED, and none is trusted.
+        context.check_hostname = False
         context.set_psk_client_callback(lambda hint: ("peer", psk))
     else:
         context.set_psk_server_callback(lambda identity: psk)
-    made: ssl.SSLSocket = context.wrap_socket(sock, server_side=not peers.role)
+    made: ssl.SSLSocket = context.wrap_socket(sock, server_side=not is_client)
     return made
 
 
@@ -679,48 +619,60 @@ class Channel:
         keep_alive(sock)
         sock.settimeout(ANSWER_TIME)
         self.sock = with_tls(sock, meeting.peers) if meeting.tls else sock
-        self.buffer, self.ended = b"", False
+        self.sock.setblocking(False)
+        self.buffer, self.ended, self.gone = b"", False, False
 
     def seal(self, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + data
 
-    def send(self, data: bytes) -> None:
-        """Send a datagram, or lose it where the way is full; raise OSError."""
-        if data and select.select([], [self.sock], [], 0)[1]:
-            self.sock.sendall(self.seal(data))
+    def send(self, data: Any) -> int:
+        return self.sock.send(data)
 
-    def receive(self) -> list[bytes]:
-        """Return the frames that have come; raise OSError."""
+    def close(self) -> None:
+        self.sock.close()
+
+    def receive(self) -> list[Any]:
+        """Return the frames that have come; raise OSError or ValueError."""
         data = self.sock.recv(READ_SIZE)
         while isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
             data += self.sock.recv(READ_SIZE)
-        if not data:
+        self.gone = not data
+        if self.gone and not self.ended:
             raise OSError("the peer has vanished")
-        found, at, self.buffer = [], 0, self.buffer + data
-        while len(self.buffer) >= at + 4 and not self.ended:
-            size = int.from_bytes(self.buffer[at : at + 4], "big")
-            if size > READ_SIZE:
-                raise ValueError("too long")
-            if len(self.buffer) < at + 4 + size:
+        found, at, buffer = [], 0, memoryview(self.buffer + data)
+        while len(buffer) >= at + 4:
+            size = int.from_bytes(buffer[at : at + 4], "big")
+            if self.ended or size > READ_SIZE:
+                raise ValueError("not a frame")
+            if len(buffer) < at + 4 + size:
                 break
-            found.append(self.buffer[at + 4 : at + 4 + size])
+            found.append(buffer[at + 4 : at + 4 + size])
             self.ended, at = size == 0, at + 4 + size
-        self.buffer = self.buffer[at:]
+        self.buffer = bytes(buffer[at:])
         return found
 
 
 class Hole:
     """A hole that datagrams cross, used as a channel is."""
 
-    def __init__(self, sock: socket.socket, peers: Peers) -> None:
-        self.sock, self.peers, self.ended = sock, peers, False
+    def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
+        self.sock, self.peers, self.ended, self.gone = sock, meeting.peers, False, False
         self.heard_at = self.told_at = time.monotonic()
 
-    def send(self, data: bytes) -> None:
+    def seal(self, data: bytes) -> bytes:
+        return data
+
+    def send(self, data: Any) -> int:
+        """Send a datagram, or lose it."""
         with contextlib.suppress(OSError):
             self.sock.send(data)
+        return len(data)
 
-    def receive(self) -> list[bytes]:
+    def close(self) -> None:
+        self.peers.say(self.sock, BYE)
+        self.sock.close()
+
+    def receive(self) -> list[Any]:
         """Return a datagram, if one has come, and keep the hole open; raise OSError."""
         now = time.monotonic()
         if now > self.told_at + KEEP_ALIVE:
@@ -739,61 +691,47 @@ class Hole:
         return []
 
 
-def carry_datagrams(
-    way: Channel | Hole, local: socket.socket, client: Address | None
-) -> None:
-    """Carry datagrams of the client that wrote last; raise OSError or ValueError."""
-    poll = select.poll()
-    poll.register(way.sock, POLLIN)
-    poll.register(local, POLLIN)
-    while not way.ended:
-        ready = dict(poll.poll(KEEP_ALIVE * 500))
-        if isinstance(way, Hole) or way.sock.fileno() in ready:
-            for data in way.receive():
-                with contextlib.suppress(OSError):
-                    if client:
-                        local.sendto(data, client)
-        with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
-            data, client = local.recvfrom(READ_SIZE, socket.MSG_DONTWAIT)
-            way.send(data)
+class Local(NamedTuple):
+    """What is carried for: a pipe, a connection, or datagrams."""
+
+    source: int
+    read: Callable[[], bytes]
+    sink: int
+    write: Callable[[Any], int]
+    finish: Callable[[], object]
 
 
-def carry_stream(
-    channel: Channel, source: int, sink: int, finish: Callable[[], object]
-) -> None:
-    """Carry what comes from a descriptor, and to one; raise OSError or ValueError."""
-    sock, asking, finished = channel.sock, True, False
-    up = down = memoryview(b"")  # what is to be written
-    sock.setblocking(False)
-    while asking or up or down or not channel.ended:
-        # A peer that has ended both directions closes the connection.
-        hears = POLLRDHUP if channel.ended else 0 if down else POLLIN
-        wanted = {sock.fileno(): hears | (POLLOUT if up else 0)}
+def carry(way: Channel | Hole, local: Local) -> None:
+    """Carry both ways until both have ended; raise OSError or ValueError."""
+    peer, asking, up = way.sock.fileno(), True, memoryview(b"")
+    down: list[Any] = []
+    while not way.gone and (asking or up or down or not way.ended):
+        wanted = {peer: (0 if down else POLLIN) | (POLLOUT if up else 0)}
         if asking and not up:
-            wanted[source] = POLLIN
+            wanted[local.source] = POLLIN
         if down:
-            wanted[sink] = wanted.get(sink, 0) | POLLOUT
+            wanted[local.sink] = wanted.get(local.sink, 0) | POLLOUT
         poll = select.poll()
         for fd, events in wanted.items():
             poll.register(fd, events)
-        ready = dict(poll.poll())
-        if channel.ended and ready.get(sock.fileno(), 0) & POLLRDHUP:
-            return
-        if asking and not up and ready.get(source, 0) & ~POLLOUT:
-            data = os.read(source, READ_SIZE)
-            asking, up = bool(data), memoryview(channel.seal(data))
-        if up:
-            with contextlib.suppress(*NOT_YET):
-                up = up[sock.send(up) :]
-        if not channel.ended and not down and sock.fileno() in ready:
-            with contextlib.suppress(*NOT_YET):
-                down = memoryview(b"".join(channel.receive()))
-        if down:
-            with contextlib.suppress(BlockingIOError):
-                down = down[os.write(sink, down) :]
-        if channel.ended and not down and not finished:
-            finished = True
-            finish()
+        ready = dict(poll.poll(KEEP_ALIVE * 500))
+        with contextlib.suppress(*NOT_YET):
+            if asking and not up and local.source in ready:
+                data = local.read()
+                asking, up = bool(data), memoryview(way.seal(data))
+        with contextlib.suppress(*NOT_YET):
+            while up:
+                up = up[way.send(up) :]
+        with contextlib.suppress(*NOT_YET):
+            if not down and (peer in ready or isinstance(way, Hole)):
+                down = way.receive()
+        with contextlib.suppress(*NOT_YET):
+            while down:
+                if not down[0]:
+                    local.finish()
+                else:
+                    down[0] = down[0][local.write(down[0]) :]
+                down = down if down[0] else down[1:]
 
 
 # --- The server ---------------------------------------------------------------
@@ -806,14 +744,13 @@ def carry_stream(
 class Member:
     """A connection to the server."""
 
-    def __init__(self, sock: socket.socket, source: Address) -> None:
-        self.sock, self.source, self.buffer = sock, source, b""
+    def __init__(self, sock: socket.socket, source: Address, here: Address) -> None:
+        self.sock, self.source, self.here, self.buffer = sock, source, here, b""
         # Counted together: a customer has an address, or a /64 of IPv6.
         self.network = ipaddress.ip_address(source[0]).packed[:8]
-        self.nonce = os.urandom(16)
-        self.ends_at = time.monotonic() + ANSWER_TIME
+        self.nonce, self.ends_at = os.urandom(16), time.monotonic() + ANSWER_TIME
         self.room = self.side = ""
-        self.words: list[str] = []  # that the peer is told
+        self.words: list[str] = []  # for the peer
         self.peer: Member | None = None
         self.ports: set[int] = set()  # as which it was seen in this round
         self.said: list[str] = []  # in this round
@@ -824,15 +761,10 @@ class Member:
             self.sock.send(" ".join(map(str, words)).encode() + b"\n")
 
 
-def is_private(host: str) -> bool:
-    address = ipaddress.ip_address(host)
-    return address.is_private and not address.is_loopback
-
-
 def pour(source: socket.socket, sink: socket.socket, left: int) -> None:
     """Copy one direction to its end; at a failure, or at a limit, end both."""
     with contextlib.suppress(OSError):
-        while (data := source.recv(READ_SIZE)) and (left := left - len(data)) > 0:
+        while (data := source.recv(READ_SIZE)) and (left := left - len(data)) >= 0:
             sink.sendall(data)
         if not data:
             return sink.shutdown(socket.SHUT_WR)
@@ -847,38 +779,29 @@ class Server:
     def __init__(self, options: Any) -> None:
         """Open all sockets; raise Failure."""
         self.options, self.selector = options, selectors.DefaultSelector()
-        self.port = options.addresses[0][1]
         self.udp: dict[Address, socket.socket] = {}
-        self.members: set[Member] = set()
-        self.tokens: dict[bytes, Member] = {}
-        self.rooms: dict[str, list[Member]] = {}  # who waits
-        self.taken: set[str] = set()  # rooms that a pair has
-        self.far_until: dict[str, float] = {}  # rooms where pipes want the far end
+        self.members: dict[bytes, Member] = {}  # by token
+        self.rooms: dict[str, list[Member]] = {}  # who waits, and pairs of pipes
+        self.far_until: dict[str, float] = {}  # rooms where a pipe wants the far end
         self.relays: dict[int, str] = {}  # pid -> room
-        self.counts: Counter[bytes] = Counter()  # unpaired members, by network
-        self.asked: Counter[str] = Counter()  # of STUN, by source, in this second
-        self.second = 0.0
-        for host, port in options.addresses:
-            for number in (port, port + 1):
-                with trying("listen on " + spelled((host, number))):
-                    self.listen((host, number))
-            say(f"serving on {spelled((host, port))} and {port + 1}")
+        self.asked: dict[str, int] = {}  # of STUN, by source, in this second
+        for host, first in options.addresses:
+            for here in ((host, first), (host, first + 1)):
+                with trying(f"listen on {spelled(here)}"):
+                    self.listen(here)
+            say(f"serving on {spelled((host, first))} and {first + 1}")
 
     def listen(self, here: Address) -> None:
         """Open an address for both transports; raise OSError."""
-        family = INET6 if ":" in here[0] else INET
-        for kind, act in ((STREAM, self.accept), (DGRAM, self.observe)):
-            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == STREAM)
-            if family == INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(here)
-            if kind == STREAM:
-                sock.listen(1024)
-            else:
-                self.udp[here] = sock
-            run = functools.partial(act, sock, here)
-            self.selector.register(sock, selectors.EVENT_READ, run)
+        family = INET6 if ":" in here[0] else socket.AF_INET
+        tcp = socket.create_server(here, family=family, backlog=1024)
+        udp = self.udp[here] = socket.socket(family, DGRAM)
+        if family == INET6:
+            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        udp.bind(here)
+        for sock, act in ((tcp, self.accept), (udp, self.observe)):
+            sock.setblocking(False)
+            self.selector.register(sock, selectors.EVENT_READ, (act, sock, here))
 
     def other(self, here: Address) -> Address | None:
         """Return the other address, with the other port, where there are two."""
@@ -889,26 +812,27 @@ class Server:
 
     def run(self) -> None:
         """Serve until a signal."""
+        second = 0.0
         while True:
             for key, _ in self.selector.select(1.0):
-                key.data()
-            if (now := time.monotonic()) >= self.second + 1:
-                self.second = now
+                act, *what = key.data
+                act(*what)
+            if (now := time.monotonic()) >= second + 1:
+                second = now
                 self.sweep(now)
 
     def sweep(self, now: float) -> None:
-        """Forget what is over: once a second."""
+        """Forget what is over."""
         self.asked.clear()
-        for member in [member for member in self.members if member.ends_at < now]:
-            self.refuse(member, "gone" if member.peer else "nobody")
         self.far_until = {r: at for r, at in self.far_until.items() if at > now}
-        for pid in list(self.relays):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                self.taken.discard(self.relays.pop(pid))
+        for member in [m for m in self.members.values() if m.ends_at < now]:
+            self.drop(member, "gone" if member.peer else "nobody")
+        for pid in [p for p in self.relays if os.waitpid(p, os.WNOHANG)[0]]:
+            del self.relays[pid]
 
-    def note(self, message: bytes, source: Address) -> None:
+    def note(self, token: bytes, source: Address) -> None:
         """Remember as whom a member was seen, if that is where it comes from."""
-        member = self.tokens.get(message[8:16])
+        member = self.members.get(token)
         if member and member.source[0] == source[0] and len(member.ports) < FAN:
             member.ports.add(source[1])
 
@@ -916,315 +840,256 @@ class Server:
         """Answer a datagram."""
         with contextlib.suppress(OSError, ValueError):
             message, (host, port, *_) = sock.recvfrom(LINE_LIMIT)
-            other = self.other(here)
-            answer, change = answer_to(message, (host, port), other)
-            if self.asked[host] >= STUN_RATE or len(self.asked) >= SOURCES:
+            other, count = self.other(here), self.asked.get(host, 0)
+            answer, change = stun_answer(message, (host, port), other)
+            if count >= STUN_RATE or len(self.asked) >= SOURCES:
                 return
-            self.asked[host] += 1
-            self.note(message, (host, port))
+            self.asked[host] = count + 1
+            self.note(message[8:16], (host, port))
             away = other[0] if other and change & OTHER_HOST else here[0]
-            number = 2 * self.port + 1 - here[1] if change & OTHER_PORT else here[1]
-            self.udp[away, number].sendto(answer, (host, port))
+            flipped = 2 * self.options.addresses[0][1] + 1 - here[1]
+            at = flipped if change & OTHER_PORT else here[1]
+            self.udp[away, at].sendto(answer, (host, port))
 
     def accept(self, sock: socket.socket, here: Address) -> None:
-        """Take a connection, or close it where there are too many."""
+        """Take a connection, unless too many are waiting."""
         try:
             connection, source = sock.accept()
         except OSError:
             return time.sleep(0.01)  # no file is left: let one be closed
-        member, options = Member(connection, source[:2]), self.options
-        per_address = self.counts[member.network] >= 4 * options.per_address
-        if per_address or self.counts.total() >= 4 * options.waiting:
+        member = Member(connection, source[:2], here)
+        unpaired = [m.network for m in self.members.values() if not m.peer]
+        near = unpaired.count(member.network)
+        if near >= self.options.per_address or len(unpaired) >= self.options.waiting:
+            member.tell("no", "full")
             return connection.close()
         connection.setblocking(False)
         keep_alive(connection)
-        self.counts[member.network] += 1
-        self.members.add(member)
-        self.tokens[member.nonce[:8]] = member
-        run = functools.partial(self.read, member, here)
-        self.selector.register(connection, selectors.EVENT_READ, run)
+        self.members[member.nonce[:8]] = member
+        self.selector.register(connection, selectors.EVENT_READ, (self.read, member))
 
-    def forget(self, member: Member) -> None:
-        """Close our copy of a member's connection."""
-        self.members.remove(member)
-        self.selector.unregister(member.sock)
-        del self.tokens[member.nonce[:8]]
-        member.sock.close()
-
-    def drop(self, member: Member) -> None:
-        """Forget a member that has not been yet, and refuse its peer."""
-        if member not in self.members:
-            return
-        self.forget(member)
-        if member.peer:
-            member.peer.peer, peer = member, member.peer
-            self.taken.discard(member.room)
-            self.refuse(peer, "gone")
-        else:
+    def drop(self, member: Member, why: str = "") -> None:
+        """Forget a member, and then its peer."""
+        if self.members.pop(member.nonce[:8], None):
+            if why:
+                member.tell("no", why)
+            self.selector.unregister(member.sock)
+            member.sock.close()
             self.leave(member)
+            if member.peer:
+                self.drop(member.peer, "gone")
 
     def leave(self, member: Member) -> None:
-        """Count a member no more among those that wait."""
-        self.counts[member.network] -= 1
-        if not self.counts[member.network]:
-            del self.counts[member.network]
-        waiting = self.rooms.get(member.room, [])
-        if member in waiting:
-            waiting.remove(member)
-            if not waiting:
-                del self.rooms[member.room]
+        """Leave the room."""
+        room, member.room = member.room, ""
+        there = [other for other in self.rooms.pop(room, []) if other is not member]
+        if there:
+            self.rooms[room] = there
 
-    def refuse(self, member: Member, why: str) -> None:
-        member.tell("no", why)
-        self.drop(member)
-
-    def read(self, member: Member, here: Address) -> None:
-        """Act on what a member sends; drop it when that is its end, or nonsense."""
+    def read(self, member: Member) -> None:
+        """Act on what a member sends; drop it at its end, or at nonsense."""
         try:
             data = member.sock.recv(LINE_LIMIT)
-            if not data:
+            *lines, member.buffer = (member.buffer + data).split(b"\n")
+            if not data or max(map(len, (*lines, member.buffer))) >= LINE_LIMIT:
                 return self.drop(member)
-            member.buffer += data
-            while self.act(member, here):
-                pass
+            for line in lines:
+                self.obey(member, line.decode("ascii").split())
+        except BlockingIOError:
+            return
         except (OSError, ValueError):
             self.drop(member)
 
-    def act(self, member: Member, here: Address) -> bool:
-        """Act on one message; return whether there was a whole one; raise ValueError."""
-        buffer = member.buffer
-        if buffer[:1] == b"\0":  # STUN; our own messages are lines
-            size = 20 + int.from_bytes(buffer[2:4], "big")
-            whole = len(buffer) >= size
-        else:
-            size = buffer.find(b"\n") + 1
-            whole = size > 0
-        if size > LINE_LIMIT or not whole and len(buffer) >= LINE_LIMIT:
-            raise ValueError("too long")
-        if not whole or member not in self.members:
-            return False
-        message, member.buffer = buffer[:size], buffer[size:]
-        if message[0]:
-            self.obey(member, here, message.decode("ascii").split())
-        else:
-            self.note(message, member.source)
-            other = self.other(here)
-            member.sock.send(answer_to(message, member.source, other)[0])
-        return True
-
-    def obey(self, member: Member, here: Address, words: list[str]) -> None:
+    def obey(self, member: Member, words: list[str]) -> None:
         """Act on one line; raise ValueError."""
         match words:
+            case ["see", token]:
+                self.note(bytes.fromhex(token), member.source)
+                member.tell("seen", *member.source)
             case ["natpunch", "1"]:
-                other = self.other(here)
-                member.tell("natpunch", member.nonce.hex(), other[0] if other else "-")
+                other = self.other(member.here) or ()
+                member.tell("natpunch", member.nonce.hex(), *other[:1])
             case ["join", room, kind, side, nonce, can, proof] if not member.room:
                 line = " ".join(words[:-1])
                 right = mac(self.options.key, member.nonce.hex(), line).hex()
-                if not hmac.compare_digest(right, proof):
-                    return self.refuse(member, "key")
-                member.words = [nonce, can]
-                member.room, member.side = f"{room} {kind}", side
-                self.join(member)
-            case ["round", *_] if member.peer and len(words) == 6:
+                member.words, member.side = [nonce, can], side
+                if hmac.compare_digest(right, proof):
+                    return self.join(member, f"{room} {kind}")
+                self.drop(member, "key")
+            case ["round", _, _, _, _, _] if member.peer:
                 self.compare(member, member.peer, words[1:])
             case ["relay"] if member.peer:
                 self.relay(member, member.peer)
             case _:
                 raise ValueError("not a message")
 
-    def join(self, member: Member) -> None:
+    def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
-        room, side, now = member.room, member.side, time.monotonic()
-        waiting = self.rooms.setdefault(room, [])
-        sides = [other.side for other in waiting]
-        if room in self.taken or side == "far" and "far" in sides:
-            return self.refuse(member, "taken")
-        if side == "far":
-            self.far_until[room] = now + WAIT_TIME
+        here, now = self.rooms.get(room, []), time.monotonic()
+        waiting = [other for other in here if not other.peer]
+        far = member.side == "far" and any(other.side == "far" for other in waiting)
+        if far or waiting != here or room in self.relays.values():
+            return self.drop(member, "taken")
+        member.room, member.ends_at = room, now + WAIT_TIME
+        if member.side == "far":
+            self.far_until[room] = member.ends_at
+        self.rooms[room] = [*here, member]
         for other in waiting:
-            both = {side, other.side}
-            if "far" in both or "pipe" in both and room not in self.far_until:
+            sides = {member.side, other.side}
+            if "far" in sides or "pipe" in sides and room not in self.far_until:
                 return self.pair(other, member)
-        ours = [m for ms in self.rooms.values() for m in ms]
-        near = [m for m in ours if m.network == member.network]
-        if len(ours) >= self.options.waiting or len(near) >= self.options.per_address:
-            member.room = ""
-            return self.refuse(member, "full")
-        waiting.append(member)
-        member.ends_at = now + WAIT_TIME
 
     def pair(self, one: Member, two: Member) -> None:
-        """Tell two members of one another."""
+        """Tell two members of one another; a far end makes room for its next call."""
         for role, (member, peer) in enumerate(((one, two), (two, one))):
-            self.leave(member)
             member.peer, member.ends_at = peer, time.monotonic() + PAIR_TIME
             member.tell("paired", role, *peer.words)
-        if "far" not in (one.side, two.side):
-            self.taken.add(one.room)
+            if "far" in (one.side, two.side):
+                self.leave(member)
 
     def compare(self, member: Member, peer: Member, words: list[str]) -> None:
         """Tell both where the other was seen, once both have said how."""
         kind, step, port, host, inside = words
         if int(port) not in member.ports or not 0 <= int(step) <= STEP_LIMIT:
-            kind, port = "none", "0"
-        member.said = [kind, str(int(step)), str(int(port)), host, str(int(inside))]
-        if len(peer.said) != 5:
+            kind, step, port = "none", "0", "0"
+        address = ipaddress.ip_address(host)
+        is_private = address.is_private and not address.is_loopback
+        member.said = [kind, str(int(step)), str(int(port))]
+        member.said += [str(address), str(int(inside))] if is_private else []
+        if not peer.said or peer.said == ["relay"]:
             return
         for one, two in ((member, peer), (peer, member)):
-            kind, step, port, host, inside = two.said
-            same_side = one.source[0] == two.source[0] and is_private(host)
-            seen = [two.source[0], port, kind, step]
-            one.tell("peer", one.said[0], *seen, *[host, inside] * same_side)
+            kind, step, port, *inner = two.said
+            inner = inner if one.source[0] == two.source[0] else []
+            one.tell("peer", one.said[0], two.source[0], port, kind, step, *inner)
         for one in (member, peer):
             one.said, one.ports = [], set()
 
     def relay(self, member: Member, peer: Member) -> None:
         """Join two members' connections in two processes, once both want it."""
         if self.options.no_relay or len(self.relays) >= self.options.relays:
-            return self.refuse(member, "relay")
+            return self.drop(member, "relay")
         member.said = ["relay"]
         if peer.said != ["relay"]:
             return
-        for one in (member, peer):
-            one.tell("relay")
+        member.tell("relay")
+        peer.tell("relay")
         pid = os.fork()
         if pid == 0:
-            self.become_relay([member.sock, peer.sock])
-        self.relays[pid] = member.room
-        self.forget(member)
-        self.forget(peer)
+            self.become_relay(member.sock, peer.sock)
+        self.relays[pid], member.peer, peer.peer = member.room, None, None
+        self.drop(member)
+        self.drop(peer)
 
-    def become_relay(self, socks: list[socket.socket]) -> NoReturn:
+    def become_relay(self, one: socket.socket, two: socket.socket) -> NoReturn:
         """Copy between two connections in two processes, and end."""
-        for key in list(self.selector.get_map().values()):
-            if key.fileobj not in socks:
-                key.fileobj.close()
-        self.selector.close()
+        low, high = sorted((one.fileno(), two.fileno()))
+        for start, end in ((3, low), (low + 1, high), (high + 1, 1 << 20)):
+            os.closerange(start, end)  # or no end of a member would be seen
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        for sock in socks:
-            sock.setblocking(True)
+        one.setblocking(True)
+        two.setblocking(True)
         other = os.fork()
         signal.alarm(self.options.relay_time)
-        one, two = socks if other else socks[::-1]
-        pour(one, two, self.options.relay_bytes)
+        pour(*((one, two) if other else (two, one)), self.options.relay_bytes)
         if other:
             os.waitpid(other, 0)
         os._exit(0)
 
 
-# --- Which NAT is this --------------------------------------------------------
+# --- main ---------------------------------------------------------------------
+
+
+def serve(options: Any) -> None:
+    """Be a server."""
+    options.key = secret_of("NATPUNCH_KEY", options.key, "")
+    options.addresses = [
+        parse_address(at, PORT) for at in options.addresses or ["0.0.0.0"]
+    ]
+    if len({port for _, port in options.addresses}) > 1:
+        raise Failure("cannot serve: all addresses must have the same port", 2)
+    Server(options).run()
 
 
 def filtering(meeting: Meeting, listener: socket.socket) -> str:
-    """Return whose datagrams a NAT lets in, by RFC 5780 section 4.4."""
-    by = "address and port" if len(meeting.servers) > 2 else "port, perhaps by address"
-    both = [(OTHER_HOST | OTHER_PORT, "nothing"), (OTHER_PORT, "address")]
-    for flags, what in both if len(meeting.servers) > 2 else both[1:]:
-        request = stun(
-            BINDING, COOKIE + os.urandom(12), (CHANGE, bytes((0, 0, 0, flags)))
-        )
-        for _ in range(2):
-            with contextlib.suppress(OSError):
-                listener.sendto(request, meeting.servers[0])
-                listener.settimeout(OBSERVE_TIME)
-                while True:
-                    answer = listener.recv(LINE_LIMIT)
-                    if answer[4:20] == request[4:20]:
-                        return what if len(meeting.servers) > 2 else "at most " + what
-    return by
+    """Return what a datagram is let in by: RFC 5780 section 4.4."""
+    has_two = len(meeting.servers) > 2
+    tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
+    for flags, what in tests.items():
+        change = CHANGE, bytes((0, 0, 0, flags))
+        request = stun(BINDING, COOKIE + os.urandom(12), change)
+        for _ in range(2 if has_two or flags == OTHER_PORT else 0):
+            listener.sendto(request, meeting.servers[0])
+            if select.select([listener], [], [], OBSERVE_TIME)[0]:
+                answer = parse_stun(listener.recv(LINE_LIMIT))
+                if answer[:2] == (SUCCESS, request[4:20]):
+                    return what if has_two else f"{what} at most"
+    return "port, and perhaps address" if not has_two else "address and port"
 
 
 def tell_nat(options: Any) -> None:
-    """Print how the NAT behaves."""
-    with trying(f"reach {spelled(options.server)}"):
+    """Print which NAT this is."""
+    options.udp = True
+    with trying(f"ask {spelled(options.server)}"):
         meeting = Meeting(options)
         for name, kind in (("udp", DGRAM), ("tcp", STREAM)):
             listener = bound(kind, meeting.sock.family)
             seen = observe(listener, meeting.servers, meeting.nonce[:8])
-            what, step = behavior(seen)
-            text = f"{what} {step}" if step else what
-            filters = f"; filtering by {filtering(meeting, listener)}" * (kind == DGRAM)
-            print(
-                f"{name}: {text}; {port_of(listener)} seen as {' '.join(map(spelled, seen))}{filters}"
-            )
+            how, step = behavior(seen)
+            text = f"{name}: {how} {step or ''}".rstrip()
+            ports = " ".join(map(spelled, seen)) or "nowhere"
+            text += f", port {listener.getsockname()[1]} seen at {ports}"
+            if kind == DGRAM and seen:
+                text += f", filtered by {filtering(meeting, listener)}"
+            print(text)
 
 
-# --- main ---------------------------------------------------------------------
-
-
-def run(work: Callable[[], object], stopped: int = 0) -> int:
-    """Return the exit code of what is done."""
-    try:
-        work()
-        return 0
-    except Failure as failure:
-        say(str(failure))
-        return 1
-    except Misuse as misuse:
-        say(str(misuse))
-        return 2
-    except KeyboardInterrupt:
-        return stopped
-
-
-def carry(
-    meeting: Meeting, source: int, sink: int, finish: Callable[[], object]
-) -> None:
-    """Carry one stream; raise Failure."""
+def carry_stream(meeting: Meeting, local: Local) -> None:
+    """Carry one stream to the peer; raise Failure."""
     way, _ = find_way(meeting)
     with trying("carry the stream"):
         channel = Channel(way, meeting)
-        say(
-            "the stream is "
-            + (
-                f"encrypted"
-                if meeting.tls
-                else "plain: TLS needs Python 3.13 on both sides"
-            )
-        )
-        carry_stream(channel, source, sink, finish)
+        why = "plain: TLS needs Python 3.13 on both sides"
+        say(f"the stream is {'encrypted' if meeting.tls else why}")
+        carry(channel, local)
 
 
 def carry_socket(meeting: Meeting, sock: socket.socket) -> None:
+    """Carry a connection; raise Failure."""
     sock.setblocking(False)
     fd = sock.fileno()
-    carry(meeting, fd, fd, functools.partial(sock.shutdown, socket.SHUT_WR))
+
+    def finish() -> None:
+        with contextlib.suppress(OSError):  # it may have gone
+            sock.shutdown(socket.SHUT_WR)
+
+    carry_stream(
+        meeting, Local(fd, lambda: sock.recv(READ_SIZE), fd, sock.send, finish)
+    )
 
 
 def carry_pipe(options: Any) -> None:
-    """Join standard input and output with the peer."""
+    """Join standard input and output with the peer; raise Failure."""
     sink = 1
     with contextlib.suppress(OSError):
         if stat.S_ISFIFO(os.fstat(1).st_mode):
-            # Ours alone: others may share the one that we have.
+            # Not to block, as our own: others may share the one that we were given.
             sink = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
-    carry(meet(options), 0, sink, lambda: [os.close(fd) for fd in {1, sink}])
 
+    def finish() -> None:
+        for fd in {1, sink}:
+            os.close(fd)
 
-def spawn(work: Callable[[], object]) -> None:
-    """Do something in a process of its own."""
-    if os.fork() == 0:
-        os._exit(run(work))
+    def write(data: Any) -> int:
+        return os.write(sink, data)
 
-
-def answer_calls(options: Any) -> None:
-    """Be the far end of a room, for one stream after another."""
-
-    def work() -> None:
-        with trying("connect to " + spelled(options.to)):
-            sock = socket.create_connection(options.to, ANSWER_TIME)
-        carry_socket(meeting, sock)
-
-    while True:
-        meeting = meet_again(options)
-        spawn(work)
-        meeting.sock.close()
+    local = Local(0, lambda: os.read(0, READ_SIZE), sink, write, finish)
+    carry_stream(meet(options), local)
 
 
 def meet_again(options: Any) -> Meeting:
-    """Return a meeting, also when the server is away for a time; raise Failure."""
+    """Return a meeting, also after a time without a server; raise Failure."""
     while True:
         try:
             return meet(options)
@@ -1235,108 +1100,146 @@ def meet_again(options: Any) -> Meeting:
             time.sleep(RETRY_TIME)
 
 
+def spawn(work: Callable[[], object]) -> None:
+    """Do something in a process of its own."""
+    if os.fork() == 0:
+        os._exit(run(work))
+
+
+def answer_calls(options: Any) -> None:
+    """Be the far end of a room, for one stream after another; raise Failure."""
+
+    def answer(meeting: Meeting) -> None:
+        with trying(f"connect to {spelled(options.to)}"):
+            sock = socket.create_connection(options.to, ANSWER_TIME)
+        carry_socket(meeting, sock)
+
+    while True:
+        meeting = meet_again(options)
+        spawn(lambda: answer(meeting))  # noqa: B023
+        meeting.sock.close()
+
+
 def take_calls(options: Any) -> None:
-    """Carry each connection to a local port."""
-    with trying(f"listen on 127.0.0.1:{options.listen}"):
-        listener = socket.create_server(("127.0.0.1", options.listen))
+    """Carry each connection to a local port; raise Failure."""
+    with trying(f"listen on {spelled(options.listen)}"):
+        listener = socket.create_server(options.listen)
     while True:
         sock, _ = listener.accept()
-        spawn(lambda: carry_socket(meet(options), sock))
+        spawn(lambda: carry_socket(meet(options), sock))  # noqa: B023
         sock.close()
 
 
-def carry_all_datagrams(options: Any) -> None:
-    """Carry datagrams, by one way to the peer after another."""
-    local, client = socket.socket(INET, DGRAM), options.to
+def carry_datagrams(options: Any) -> None:
+    """Carry datagrams, by one way after another; raise Failure."""
+    sock, client = socket.socket(socket.AF_INET, DGRAM), options.to
+
+    def read() -> bytes:
+        nonlocal client
+        data, client = sock.recvfrom(READ_SIZE)
+        if not data:
+            raise BlockingIOError  # one of no bytes would be an end: it is lost
+        return data
+
+    def write(data: Any) -> int:
+        with contextlib.suppress(OSError):
+            if client:
+                sock.sendto(data, client)  # the one that wrote last
+        return len(data)
+
     with trying("open the local port"):
+        sock.setblocking(False)
         if client:
-            local.connect(client)
+            sock.connect(client)
         else:
-            local.bind(("127.0.0.1", options.listen))
+            sock.bind(options.listen)
+    local = Local(sock.fileno(), read, sock.fileno(), write, lambda: None)
     while True:
         meeting = meet_again(options)
         try:
-            way, direct = find_way(meeting)
+            way, is_direct = find_way(meeting)
             with trying("carry datagrams"):
-                hole = Hole(way, meeting.peers) if direct else Channel(way, meeting)
-                carry_datagrams(hole, local, client)
+                hole = Hole(way, meeting) if is_direct else Channel(way, meeting)
+                with contextlib.closing(hole):
+                    carry(hole, local)
         except Failure as failure:
             say(f"{failure}; meeting again")
 
 
+def work(options: Any) -> None:
+    """Do as a client what the command line wants; raise Failure."""
+    options.server = parse_address(options.server, PORT)
+    options.key = secret_of("NATPUNCH_KEY", options.key, "")
+    if options.room == "nat":
+        return tell_nat(options)
+    options.secret = secret_of("NATPUNCH_SECRET", options.secret, "~/.natpunch")
+    if options.udp and not options.to and not options.listen:
+        raise Failure("cannot use --udp without --to or --listen", 2)
+    options.side = "far" if options.to else "call" if options.listen else "pipe"
+    options.to = parse_address(options.to) if options.to else None
+    if options.listen:
+        at = options.listen
+        options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
+    if options.udp:
+        carry_datagrams(options)
+    elif options.to or options.listen:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        (answer_calls if options.to else take_calls)(options)
+    else:
+        carry_pipe(options)
+
+
+def run(work: Callable[[], object], stopped: int = 0) -> int:
+    """Return the exit code of what is done."""
+    try:
+        work()
+    except Failure as failure:
+        text, code = (*failure.args, 1)[:2]
+        say(text)
+        return int(code)
+    except KeyboardInterrupt:
+        return stopped
+    return 0
+
+
+# What a server allows unless told otherwise.
+ALLOWED = {
+    "waiting": 256,  # unpaired clients
+    "per-address": 16,  # of these from one address
+    "relays": 64,
+    "relay-bytes": 1 << 40,  # each way of each
+    "relay-time": 86400,
+}
+
+
 def main() -> int:
     """Do what the command line wants; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="natpunch",
-        usage="natpunch.py serve [ADDRESS]... | -s SERVER ROOM | -s SERVER nat",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--key", default="", metavar="FILE")
     serves = sys.argv[1:2] == ["serve"]
+    parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--key", default="", metavar="FILE", help="of the server")
     if serves:
         parser.add_argument("addresses", nargs="*", metavar="ADDRESS")
         parser.add_argument("--no-relay", action="store_true")
-        for name, number in {
-            "waiting": 256,
-            "per-address": 16,
-            "relays": 64,
-            "relay-bytes": 1 << 40,
-            "relay-time": 86400,
-        }.items():
+        for name, number in ALLOWED.items():
             parser.add_argument(f"--{name}", type=int, default=number, metavar="N")
     else:
         parser.add_argument("-s", "--server", required=True)
-        parser.add_argument("room", metavar="ROOM")
+        parser.add_argument("room", metavar="ROOM", help="or nat, to ask which it is")
         parser.add_argument("--secret", default="", metavar="FILE")
-        parser.add_argument("--to", metavar="HOST:PORT")
-        parser.add_argument("--listen", type=int, metavar="PORT")
+        end = parser.add_mutually_exclusive_group()
+        end.add_argument("--to", metavar="HOST:PORT")
+        end.add_argument("--listen", metavar="PORT")
         parser.add_argument("--udp", action="store_true")
         parser.add_argument("--wait", type=float, default=FOREVER, metavar="SECONDS")
         parser.add_argument("--direct-only", action="store_true")
     options = parser.parse_args(sys.argv[1 + serves :])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return run(
-        functools.partial(serve if serves else work, options),
-        0 if serves or options.to or options.listen else 130,
-    )
-
-
-def serve(options: Any) -> None:
-    options.key = secret_of("NATPUNCH_KEY", options.key)
-    options.addresses = [
-        parse_address(text, text, str(PORT))
-        for text in options.addresses or ["0.0.0.0"]
-    ]
-    Server(options).run()
-
-
-def work(options: Any) -> None:
-    options.key = secret_of("NATPUNCH_KEY", options.key)
-    options.server = parse_address(options.server, "", str(PORT))
-    if options.room == "nat":
-        return tell_nat(options)
-    options.secret = secret_of("NATPUNCH_SECRET", options.secret, "~/.natpunch")
-    if (
-        options.to
-        and options.listen
-        or options.udp
-        and not (options.to or options.listen)
-    ):
-        raise Misuse("cannot ...")
-    options.to = parse_address(options.to, "127.0.0.1") if options.to else None
-    options.side = "far" if options.to else "call" if options.listen else "pipe"
-    if options.udp:
-        return carry_all_datagrams(options)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    if options.to:
-        answer_calls(options)
-    elif options.listen:
-        take_calls(options)
-    else:
-        carry_pipe(options)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    is_pipe = not serves and not options.to and not options.listen
+    return run(lambda: (serve if serves else work)(options), 130 * is_pipe)
 
 
 if __name__ == "__main__":

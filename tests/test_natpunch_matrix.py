@@ -52,7 +52,7 @@ def by_udp(lab: natlab.Lab) -> list[str]:
     for process in (far, near):
         process.terminate()
         _, said = process.communicate(timeout=10)
-        assert process.returncode == 0 and b"Traceback" not in said, said
+        assert process.returncode == 0 and b"Traceback" not in said, (process.returncode, said)
     return found
 
 
