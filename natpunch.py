@@ -107,7 +107,11 @@ class Refused(Exception):
 
 
 class Failure(Exception):
-    """The end of a run: the line that says why, and perhaps an exit code."""
+    """The end of a run: the line that says why, and the exit code."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def say(message: object) -> None:
@@ -124,7 +128,7 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
     except Refused as refused:
         raise Failure(f"cannot {to}: {REFUSALS[str(refused)]}", code) from refused
     except OSError as error:
-        why = error.strerror or str(error)
+        why = (error.strerror or str(error)).partition(" (")[0]
         raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
     except (ValueError, LookupError) as error:
         raise Failure(f"cannot {to}: that is not natpunch", code) from error
@@ -1012,9 +1016,10 @@ def serve(options: Any) -> None:
     Server(options).run()
 
 
-def filtering(meeting: Meeting, listener: socket.socket) -> str:
+def filtering(meeting: Meeting) -> str:
     """Return what a datagram is let in by: RFC 5780 section 4.4."""
     has_two = len(meeting.servers) > 2
+    listener = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
     tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
     for flags, what in tests.items():
         change = CHANGE, bytes((0, 0, 0, flags))
@@ -1041,7 +1046,7 @@ def tell_nat(options: Any) -> None:
             ports = " ".join(map(spelled, seen)) or "nowhere"
             text += f", port {listener.getsockname()[1]} seen at {ports}"
             if kind == DGRAM and seen:
-                text += f", filtered by {filtering(meeting, listener)}"
+                text += f", filtered by {filtering(meeting)}"
             print(text)
 
 
@@ -1194,9 +1199,8 @@ def run(work: Callable[[], object], stopped: int = 0) -> int:
     try:
         work()
     except Failure as failure:
-        text, code = (*failure.args, 1)[:2]
-        say(text)
-        return int(code)
+        say(failure)
+        return failure.code
     except KeyboardInterrupt:
         return stopped
     return 0

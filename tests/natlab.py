@@ -106,7 +106,7 @@ def rules(kind: str, outside: str, careless: bool) -> str:
     }
     text = RULES
     for word, rule in words.items():
-        text = re.sub(rf"\b{word}\b", lambda _: rule, text)
+        text = text.replace(f" {word}\n", f" {rule}\n")
     return text
 
 

@@ -6,12 +6,10 @@ import contextlib
 import os
 import re
 import select
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import running
 from natlab import Lab
@@ -19,12 +17,20 @@ from natlab import Lab
 PROGRAM = str(running.ROOT / "natpunch.py")
 SECRET = "a secret of the tests"
 ENVIRONMENT = {"NATPUNCH_SECRET": SECRET}
-LINE = re.compile(r"natpunch: (?:direct \S+ \((\w+-\w+), (\S+) s\)|relay \((\w+-\w+)\))")
+LINE = re.compile(
+    r"natpunch: (?:direct \S+ \((\w+-\w+), (\S+) s\)|relay \((\w+-\w+)\))"
+)
 
 
-def words(*arguments: str, python: str = sys.executable) -> list[str]:
-    """Return the words that run natpunch.py."""
-    return [python, PROGRAM, *arguments]
+def words(
+    *arguments: str, python: str = sys.executable, changed: str = ""
+) -> list[str]:
+    """Return the words that run natpunch.py, perhaps with some names changed."""
+    if not changed:
+        return [python, PROGRAM, *arguments]
+    code = f"import sys; sys.path[0] = {str(running.ROOT)!r}; import natpunch; "
+    code += f"{changed}; sys.exit(natpunch.main())"
+    return [python, "-c", code, *arguments]
 
 
 def read_line(process: subprocess.Popen[bytes], seconds: float = 15) -> str:
@@ -61,16 +67,22 @@ def server(lab: Lab, *arguments: str, **environment: str) -> Iterator[str]:
         assert said == f"natpunch: serving on {address}:3478 and 3479\n"
     yield lab.servers[0]
     process.terminate()
-    _, said_last = process.communicate(timeout=10)
-    assert process.returncode == 0 and b"Traceback" not in said_last, said_last
+    assert process.wait(10) == 0 and process.stderr
+    os.set_blocking(process.stderr.fileno(), False)  # a relay may have it, too
+    assert b"Traceback" not in (process.stderr.read() or b"")
 
 
 def peer(
-    lab: Lab, place: str, *arguments: str, python: str = sys.executable, **how: str
+    lab: Lab,
+    place: str,
+    *arguments: str,
+    python: str = sys.executable,
+    changed: str = "",
+    **environment: str,
 ) -> subprocess.Popen[bytes]:
     """Start a peer."""
-    command = words("-s", lab.servers[0], *arguments, python=python)
-    return lab.start(place, *command, **{**ENVIRONMENT, **how})
+    command = words("-s", lab.servers[0], *arguments, python=python, changed=changed)
+    return lab.start(place, *command, **{**ENVIRONMENT, **environment})
 
 
 def talk(one: subprocess.Popen[bytes], other: subprocess.Popen[bytes]) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import natlab
-import pytest
 import punching
 
 KINDS = list(natlab.KINDS)
@@ -52,7 +49,10 @@ def by_udp(lab: natlab.Lab) -> list[str]:
     for process in (far, near):
         process.terminate()
         _, said = process.communicate(timeout=10)
-        assert process.returncode == 0 and b"Traceback" not in said, (process.returncode, said)
+        assert process.returncode == 0 and b"Traceback" not in said, (
+            process.returncode,
+            said,
+        )
     return found
 
 
