@@ -565,11 +565,13 @@ def meet(options: Any) -> Meeting:
             try:
                 meeting.enter(min(left, 2 * WAIT_TIME))
                 return meeting
-            except (Refused, TimeoutError) as error:
-                if str(error) not in ("full", "nobody", "timed out"):
+            except TimeoutError:
+                meeting.sock.close()
+            except Refused as refused:
+                if str(refused) not in ("full", "nobody"):
                     raise
-                say(f"waiting in {options.room}: {REFUSALS.get(str(error), error)}")
-                time.sleep(str(error) == "full")
+                say(f"waiting in {options.room}: {REFUSALS[str(refused)]}")
+                time.sleep(str(refused) == "full")
         raise OSError(f"nobody came in {options.wait:g} s")
 
 

@@ -22,7 +22,8 @@ import wait
 
 import natwork as heart
 
-SOURCES = "natwork*.py natwork.conf *.md LICENSE pyproject.toml systemd docs debian"
+SOURCES = "natwork*.py natpunch.py natwork.conf *.md LICENSE pyproject.toml"
+SOURCES += " systemd docs debian"
 DEB = f"natwork_{heart.__version__}_all.deb"
 INSTALL = readme.block("The service", "apt install")
 CONF = "/etc/natwork/natwork.conf"

@@ -88,8 +88,9 @@ def test_the_package_has_all_modules_and_pages(deb: Path) -> None:
     names = {line.split()[5] for line in listed.splitlines()}
     modules = [path.name for path in running.ROOT.glob("natwork*.py")]
     assert len(modules) > 1
+    modules.append("natpunch.py")
     assert {f"./usr/share/natwork/{name}" for name in modules} <= names
-    for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz"):
+    for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz", "man1/natpunch.1.gz"):
         assert f"./usr/share/man/{name}" in names
     assert not [name for name in names if "/test" in name or name.endswith(".pyc")]
 
@@ -105,10 +106,11 @@ def test_a_wheel_has_all_modules_and_pages(tmp_path: Path) -> None:
     (wheel,) = source.glob("*.whl")
     assert wheel.name.startswith(f"natwork-{heart.__version__}-py3-none-any")
     modules = {path.name for path in running.ROOT.glob("natwork*.py")}
+    modules.add("natpunch.py")
     with zipfile.ZipFile(wheel) as file:
         names = {Path(name).name for name in file.namelist()}
         top = {name for name in file.namelist() if "/" not in name}
-    assert top == modules and {"natwork.8", "natwork.conf.5"} <= names
+    assert top == modules and {"natwork.8", "natwork.conf.5", "natpunch.1"} <= names
     package.run(python, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     words = ["--python", tmp_path / "venv/bin/python", "install", "--no-index"]
     package.run(*pip, *words, "--quiet", "--no-deps", wheel, cwd=tmp_path)
