@@ -39,6 +39,7 @@ import hmac
 import ipaddress
 import os
 import random
+import re
 import resource
 import select
 import selectors
@@ -144,7 +145,7 @@ def parse_address(text: str, port: int = 0) -> Address:
     host, colon, number = text.rpartition(":")
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
-    if not number.isdecimal() or not 0 < int(number) < 65535:
+    if not re.fullmatch("[0-9]{1,5}", number) or not 0 < int(number) < 65535:
         raise Failure(f"cannot use {text!r}: it has no port from 1 to 65534", 2)
     return host.strip("[]"), int(number)
 
@@ -231,13 +232,12 @@ def stun_answer(
         code = ERROR_CODE, bytes((0, 0, 4, 20))
         return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
     is_old = transaction[:4] != COOKIE
-    where = (
-        (MAPPED, packed(source))
-        if is_old
-        else (XOR_MAPPED, packed(source, transaction))
-    )
-    more = [(CHANGED if is_old else OTHER, packed(other))] if other else []
-    return stun(SUCCESS, transaction, where, *more), change
+    found = [(XOR_MAPPED, packed(source, transaction))]
+    if is_old:
+        found = [(MAPPED, packed(source))]
+    if other:
+        found.append((CHANGED if is_old else OTHER, packed(other)))
+    return stun(SUCCESS, transaction, *found), change
 
 
 # --- Observing ----------------------------------------------------------------
@@ -719,7 +719,8 @@ def carry(way: Channel | Hole, local: Local) -> None:
             wanted[local.sink] = wanted.get(local.sink, 0) | POLLOUT
         poll = select.poll()
         for fd, events in wanted.items():
-            poll.register(fd, events)
+            if events:
+                poll.register(fd, events)
         ready = dict(poll.poll(KEEP_ALIVE * 500))
         with contextlib.suppress(*NOT_YET):
             if asking and not up and local.source in ready:
@@ -883,7 +884,7 @@ class Server:
             member.sock.close()
             self.leave(member)
             if member.peer:
-                self.drop(member.peer, "gone")
+                self.drop(member.peer, why if why == "relay" else "gone")
 
     def leave(self, member: Member) -> None:
         """Leave the room."""
@@ -900,7 +901,8 @@ class Server:
             if not data or max(map(len, (*lines, member.buffer))) >= LINE_LIMIT:
                 return self.drop(member)
             for line in lines:
-                self.obey(member, line.decode("ascii").split())
+                if member.nonce[:8] in self.members:  # it may have been refused
+                    self.obey(member, line.decode("ascii").split())
         except BlockingIOError:
             return
         except (OSError, ValueError):
@@ -915,7 +917,7 @@ class Server:
             case ["natpunch", "1"]:
                 other = self.other(member.here) or ()
                 member.tell("natpunch", member.nonce.hex(), *other[:1])
-            case ["join", room, kind, side, nonce, can, proof] if not member.room:
+            case ["join", room, kind, side, nonce, can, proof] if not member.words:
                 line = " ".join(words[:-1])
                 right = mac(self.options.key, member.nonce.hex(), line).hex()
                 member.words, member.side = [nonce, can], side
@@ -1005,6 +1007,18 @@ class Server:
 
 
 # --- main ---------------------------------------------------------------------
+
+
+def run(work: Callable[[], object], stopped: int = 0) -> int:
+    """Return the exit code of what is done."""
+    try:
+        work()
+    except Failure as failure:
+        say(failure)
+        return failure.code
+    except KeyboardInterrupt:
+        return stopped
+    return 0
 
 
 def serve(options: Any) -> None:
@@ -1173,7 +1187,7 @@ def carry_datagrams(options: Any) -> None:
             say(f"{failure}; meeting again")
 
 
-def work(options: Any) -> None:
+def be_client(options: Any) -> None:
     """Do as a client what the command line wants; raise Failure."""
     options.server = parse_address(options.server, PORT)
     options.key = secret_of("NATPUNCH_KEY", options.key, "")
@@ -1194,18 +1208,6 @@ def work(options: Any) -> None:
         (answer_calls if options.to else take_calls)(options)
     else:
         carry_pipe(options)
-
-
-def run(work: Callable[[], object], stopped: int = 0) -> int:
-    """Return the exit code of what is done."""
-    try:
-        work()
-    except Failure as failure:
-        say(failure)
-        return failure.code
-    except KeyboardInterrupt:
-        return stopped
-    return 0
 
 
 # What a server allows unless told otherwise.
@@ -1245,7 +1247,7 @@ def main() -> int:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     is_pipe = not serves and not options.to and not options.listen
-    return run(lambda: (serve if serves else work)(options), 130 * is_pipe)
+    return run(lambda: (serve if serves else be_client)(options), 130 * is_pipe)
 
 
 if __name__ == "__main__":

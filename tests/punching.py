@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import boxes
 import running
 from natlab import Lab
 
@@ -83,6 +84,11 @@ def peer(
     """Start a peer."""
     command = words("-s", lab.servers[0], *arguments, python=python, changed=changed)
     return lab.start(place, *command, **{**ENVIRONMENT, **environment})
+
+
+def pids(lab: Lab, place: str) -> list[int]:
+    """Return the processes that live in a namespace."""
+    return [int(pid) for pid in boxes.ip("netns", "pids", lab.name(place)).split()]
 
 
 def talk(one: subprocess.Popen[bytes], other: subprocess.Popen[bytes]) -> None:
