@@ -535,7 +535,9 @@ class Meeting:
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
         mine, theirs = self.compare(here, seen)
         count, there = aims(mine, theirs)
-        listeners += [bound(self.kind, self.sock.family) for _ in range(1, count)]
+        with contextlib.suppress(OSError):  # as many as we may have files
+            while len(listeners) < count:
+                listeners.append(bound(self.kind, self.sock.family))
         puncher = Puncher(self.peers, listeners, self.kind)
         try:
             hole = puncher.run(there, seconds if there else 0, low_ttl)
