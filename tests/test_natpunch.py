@@ -223,9 +223,8 @@ def test_it_has_the_form_of_the_others() -> None:
     assert not test_shape.FORBIDDEN.search(SOURCE)
     sizes = sorted((f.end_lineno or 0) - f.lineno + 1 for f in FUNCTIONS)
     assert sizes[len(sizes) // 2] <= 10 and sizes[-1] <= 50
-    bare = [f.name for f in FUNCTIONS if not ast.get_docstring(f)]
-    long = {f.name for f in FUNCTIONS if (f.end_lineno or 0) - f.lineno > 10}
-    assert not long & {*bare} - {"__init__"}
+    long = [f for f in FUNCTIONS if (f.end_lineno or 0) - f.lineno > 10]
+    assert [f.name for f in long if not ast.get_docstring(f)] == []
     assert lines[0] == "#!/usr/bin/env python3"
     assert Path(natpunch.__file__).stat().st_mode & 0o777 == 0o755
     assert natpunch.__version__ == test_shape.heart.__version__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -393,3 +395,96 @@ def test_a_server_that_alters_what_was_agreed_gets_no_pair(lab: natlab.Lab) -> N
     for process in peers:
         code, said = ended(process, 30)
         assert code == 1 and said.startswith("natpunch: cannot reach the peer: ")
+
+
+# One far end, many calls.
+
+ECHO = """
+import socket, sys, threading
+def echo(sock):
+    while data := sock.recv(65536):
+        sock.sendall(data)
+    sock.close()
+server = socket.create_server(("127.0.0.1", 7007))
+print("ready", file=sys.stderr, flush=True)
+while True:
+    threading.Thread(target=echo, args=server.accept()[:1], daemon=True).start()
+"""
+
+
+def echoed(lab: natlab.Lab, text: bytes) -> bool:
+    """Return whether a text comes back through a local port of a."""
+    place = ("127.0.0.1", 7008)
+    with lab.within("a", lambda: socket.create_connection(place, 5)) as sock:
+        sock.settimeout(15)
+        sock.sendall(text)
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):  # as the target's would be
+            return b"".join(iter(lambda: sock.recv(65536), b"")) == text
+    return False
+
+
+@pytest.mark.parametrize("kinds", [("port", "sequential"), ("fully", "fully")])
+def test_many_calls_are_carried_at_once(kinds: tuple[str, str]) -> None:
+    with natlab.lab(*kinds) as lab, punching.server(lab):
+        target = lab.start("b", sys.executable, "-c", ECHO)
+        assert punching.read_line(target) == "ready\n"
+        far = punching.peer(lab, "b", "calls", "--to", "127.0.0.1:7007")
+        near = punching.peer(lab, "a", "calls", "--listen", "7008")
+        wait.until(lambda: listening(lab, 7008))
+        texts = [os.urandom(200_000) for _ in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(lambda text: echoed(lab, text), texts))
+        target.kill()
+        target.wait()
+        assert not echoed(lab, b"x")  # nobody is there: said, and the end goes on
+        for process in (near, far):
+            process.terminate()
+            code, _ = ended(process)
+            assert code == 0
+
+
+def listening(lab: natlab.Lab, port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        text = lab.within("a", Path("/proc/thread-self/net/tcp").read_text)
+        return f":{port:04X} 00000000:0000 0A" in text
+    return False
+
+
+def test_a_far_end_outlives_its_server() -> None:
+    quick = "natpunch.RETRY_TIME = 0.5"
+    with natlab.lab("port", "port") as lab:
+        lab.start("b", sys.executable, "-c", ECHO)
+        with punching.server(lab):
+            to = ("--to", "127.0.0.1:7007")
+            far = punching.peer(lab, "b", "room", *to, changed=quick)
+            time.sleep(0.5)
+        assert punching.read_line(far).endswith("the server has left; trying again\n")
+        assert punching.read_line(far).endswith("refused; trying again\n")
+        with punching.server(lab):
+            time.sleep(1)
+            near = punching.peer(lab, "a", "room")
+            assert punching.got(near) == "direct"
+
+
+@pytest.mark.parametrize("kind", ["port", "fully"])
+def test_two_behind_one_nat_meet_inside(kind: str) -> None:
+    with natlab.lab(kind) as lab, punching.server(lab):
+        one, other = [punching.peer(lab, "a", "room") for _ in range(2)]
+        for process in (one, other):
+            said = punching.read_line(process)
+            assert said.startswith("natpunch: direct 10.0.0.2:"), said
+        punching.talk(one, other)
+
+
+def test_it_works_by_ipv6_too() -> None:
+    with natlab.lab() as lab:
+        server = lab.start("server", *punching.words("serve", "::1"))
+        assert punching.read_line(server) == (
+            "natpunch: serving on [::1]:3478 and 3479\n"
+        )
+        lab.servers = ["::1"]
+        one, other = [punching.peer(lab, "server", "room") for _ in range(2)]
+        for process in (one, other):
+            assert punching.read_line(process).startswith("natpunch: direct [::1]:")
+        punching.talk(one, other)
