@@ -73,6 +73,7 @@ BIRTHDAYS = 256  # ports of a random NAT, of which PROBES hit one with 98.3 %
 PROBES = 1024  # that a round may send, at 8 in 4 ms
 STEP_LIMIT = 16  # a NAT that steps further is taken for random
 LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
+BIRTHDAY_TIME = 0.7  # in which PROBES are sent
 OBSERVE_TIME = 0.5  # for the server to say what it sees
 ANSWER_TIME = 10.0  # for a server, a peer's proof, or a client that has not joined
 PAIR_TIME = 30.0  # for a pair to have done with the server, or to want the relay
@@ -434,15 +435,18 @@ class Puncher:
         """
         now = start = time.monotonic()
         pairs = [(fd, at) for fd in self.listeners for at in there]
+        again, pause = 0.1 if self.is_tcp else 0.25, LOW_TTL_TIME
+        if len(pairs) >= BIRTHDAYS:
+            # The peer has to have sent to all its ports before we are seen there.
+            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not self.is_tcp
         ttl = LOW_TTL if low_ttl and len(pairs) <= BIRTHDAYS else -1
-        again = seconds if len(pairs) >= BIRTHDAYS else 0.1 if self.is_tcp else 0.25
         due = [(start + n // 8 * 0.004, pair, ttl) for n, pair in enumerate(pairs)]
         while now < start + seconds:
             while due and due[0][0] <= now and self.left > 0:
                 _, pair, ttl = due.pop(0)
                 with contextlib.suppress(OSError):
                     self.shoot(*pair, ttl)
-                due.append((now + (again if ttl < 0 else LOW_TTL_TIME), pair, -1))
+                due.append((now + (again if ttl < 0 else pause), pair, -1))
             soon = due[0][0] if due and self.left > 0 else start + seconds
             for fd, event in self.poll.poll(max(soon - now, 0) * 1000 + 1):
                 with contextlib.suppress(OSError):
@@ -488,7 +492,7 @@ class Meeting:
 
     def enter(self, seconds: float) -> None:
         """Wait in the room for a peer; raise as __init__()."""
-        has_psk = hasattr(ssl.SSLContext, "set_psk_client_callback")
+        has_psk = getattr(ssl, "HAS_PSK", False)  # from Python 3.13
         mine = [os.urandom(16).hex(), "tls" if has_psk else "plain"]
         room = mac(self.options.secret, "room", self.options.room).hex()
         line = " ".join(("join", room, str(int(self.kind)), self.options.side, *mine))
@@ -873,7 +877,6 @@ class Server:
             member.tell("no", "full")
             return connection.close()
         connection.setblocking(False)
-        keep_alive(connection)
         self.members[member.nonce[:8]] = member
         self.selector.register(connection, selectors.EVENT_READ, (self.read, member))
 
@@ -940,6 +943,7 @@ class Server:
         far = member.side == "far" and any(other.side == "far" for other in waiting)
         if far or waiting != here or room in self.relays.values():
             return self.drop(member, "taken")
+        keep_alive(member.sock)
         member.room, member.ends_at = room, now + WAIT_TIME
         if member.side == "far":
             self.far_until[room] = member.ends_at

@@ -52,6 +52,13 @@ def serving(
     assert not process.stderr.read()
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[natlab.Lab]:
+    """Return a lab where a server runs for many tests."""
+    with natlab.lab() as made, serving(made):
+        yield made
+
+
 class Client:
     """A client that says what a test wants."""
 
@@ -89,10 +96,14 @@ class Client:
         return port
 
 
-def pair(lab: natlab.Lab, a: str = "a", b: str = "b") -> tuple[Client, Client]:
+def pair(
+    lab: natlab.Lab, a: str = "a", b: str = "b", room: str = ""
+) -> tuple[Client, Client]:
+    """Return two that have met, in a room of their own unless told otherwise."""
     one, other = Client(lab, a), Client(lab, b)
-    one.join()
-    other.join()
+    room = room or secrets.token_hex(16)
+    one.join(room)
+    other.join(room)
     roles = {one.hear()[:9], other.hear()[:9]}
     assert roles == {"paired 0 ", "paired 1 "}
     return one, other
@@ -103,7 +114,7 @@ def pair(lab: natlab.Lab, a: str = "a", b: str = "b") -> tuple[Client, Client]:
 
 def test_a_third_is_refused_and_the_pair_lives_on(lab: natlab.Lab) -> None:
     with serving(lab):
-        one, other = pair(lab)
+        one, other = pair(lab, room=ROOM)
         third = Client(lab)
         third.join()
         assert third.hear() == "no taken" and third.hear() == ""
@@ -247,15 +258,14 @@ def test_guesses_of_rooms_keep_no_pair_from_meeting(lab: natlab.Lab) -> None:
         b"\0" * 2000,
     ],
 )
-def test_nonsense_is_the_end_of_a_connection(lab: natlab.Lab, line: bytes) -> None:
-    with serving(lab):
-        client = Client(lab)
-        with contextlib.suppress(OSError):
-            client.sock.sendall(line)
-        with contextlib.suppress(OSError):
-            client.sock.shutdown(socket.SHUT_WR)
-        assert client.hear() in ("", "no nobody")
-        pair(lab)
+def test_nonsense_is_the_end_of_a_connection(served: natlab.Lab, line: bytes) -> None:
+    client = Client(served)
+    with contextlib.suppress(OSError):
+        client.sock.sendall(line)
+    with contextlib.suppress(OSError):
+        client.sock.shutdown(socket.SHUT_WR)
+    assert client.hear() in ("", "no nobody")
+    pair(served)
 
 
 @pytest.mark.parametrize(
@@ -268,17 +278,18 @@ def test_nonsense_is_the_end_of_a_connection(lab: natlab.Lab, line: bytes) -> No
         "join " + ROOM,
     ],
 )
-def test_nonsense_of_a_pair_ends_both(lab: natlab.Lab, said: str) -> None:
-    with serving(lab):
-        one, other = pair(lab)
-        one.say(said.format(port=one.see(lab)))
-        assert one.hear() == "" and other.hear() == "no gone"
+def test_nonsense_of_a_pair_ends_both(served: natlab.Lab, said: str) -> None:
+    one, other = pair(served)
+    one.say(said.format(port=one.see(served)))
+    assert one.hear() == "" and other.hear() == "no gone"
 
 
 @pytest.mark.parametrize("after", ["join", "pair"])
 def test_nobody_joins_twice(lab: natlab.Lab, after: str) -> None:
     with serving(lab):
-        one, other = pair(lab) if after == "pair" else (Client(lab), Client(lab, "b"))
+        one, other = Client(lab), Client(lab, "b")
+        if after == "pair":
+            one, other = pair(lab, room=ROOM)
         if after == "join":
             one.join()
         line = f"join {ROOM} 1 far {'0' * 32} plain"
@@ -294,55 +305,51 @@ def test_nobody_joins_twice(lab: natlab.Lab, after: str) -> None:
         assert not select.select([third.sock], [], [], 0.2)[0]
 
 
-def test_one_byte_at_a_time_is_slow_and_right(lab: natlab.Lab) -> None:
-    with serving(lab):
-        client = Client(lab)
-        for byte in b"natpunch 1\n":
-            client.sock.sendall(bytes((byte,)))
-            time.sleep(0.01)
-        assert client.hear().startswith("natpunch ")
+def test_one_byte_at_a_time_is_slow_and_right(served: natlab.Lab) -> None:
+    client = Client(served)
+    for byte in b"natpunch 1\n":
+        client.sock.sendall(bytes((byte,)))
+        time.sleep(0.01)
+    assert client.hear().startswith("natpunch ")
 
 
 # What is told.
 
 
-def test_a_peer_is_told_what_was_seen_and_no_third_address(lab: natlab.Lab) -> None:
-    with serving(lab):
-        one, other = pair(lab)
-        seen = one.see(lab), other.see(lab, "b")
-        one.say(f"round same 0 {seen[0]} 10.0.0.2 7")
-        other.say(f"round same 0 {seen[1]} 10.0.0.2 7")
-        assert one.hear() == f"peer same {lab.outside['b']} {seen[1]} same 0"
-        assert other.hear() == f"peer same {lab.outside['a']} {seen[0]} same 0"
-        # Not a port that was not seen in this round, nor one of another host.
-        other.say(f"round step 1 {seen[1]} 10.0.0.2 7")
-        stranger = Client(lab, "a", 3479)
-        stranger.say(f"see {other.nonce[:16]}")
-        port = int(stranger.hear().split()[2])
-        one.say(f"round same 0 {one.see(lab)} 10.0.0.2 7")
-        assert one.hear() == f"peer same {lab.outside['b']} 0 none 0"
-        other.say(f"round same 0 {port} 10.0.0.2 7")
-        one.say("round same 0 5 10.0.0.2 7")
-        assert one.hear() == f"peer none {lab.outside['b']} 0 none 0"
+def test_a_peer_is_told_what_was_seen_and_no_third_address(served: natlab.Lab) -> None:
+    one, other = pair(served)
+    seen = one.see(served), other.see(served, "b")
+    one.say(f"round same 0 {seen[0]} 10.0.0.2 7")
+    other.say(f"round same 0 {seen[1]} 10.0.0.2 7")
+    assert one.hear() == f"peer same {served.outside['b']} {seen[1]} same 0"
+    assert other.hear() == f"peer same {served.outside['a']} {seen[0]} same 0"
+    # Not a port that was not seen in this round, nor one of another host.
+    other.say(f"round step 1 {seen[1]} 10.0.0.2 7")
+    stranger = Client(served, "a", 3479)
+    stranger.say(f"see {other.nonce[:16]}")
+    port = int(stranger.hear().split()[2])
+    one.say(f"round same 0 {one.see(served)} 10.0.0.2 7")
+    assert one.hear() == f"peer same {served.outside['b']} 0 none 0"
+    other.say(f"round same 0 {port} 10.0.0.2 7")
+    one.say("round same 0 5 10.0.0.2 7")
+    assert one.hear() == f"peer none {served.outside['b']} 0 none 0"
 
 
-def test_inside_addresses_are_told_behind_one_nat_only(lab: natlab.Lab) -> None:
-    with serving(lab):
-        one, other = pair(lab, "a", "a")
-        for client, inside in ((one, "10.0.0.7 7"), (other, "8.8.8.8 9")):
-            client.say(f"round same 0 {client.see(lab)} {inside}")
-        assert re.fullmatch(r"peer same \S+ \d+ same 0", one.hear())  # it is public
-        assert other.hear().endswith(" same 0 10.0.0.7 7")
+def test_inside_addresses_are_told_behind_one_nat_only(served: natlab.Lab) -> None:
+    one, other = pair(served, "a", "a")
+    for client, inside in ((one, "10.0.0.7 7"), (other, "8.8.8.8 9")):
+        client.say(f"round same 0 {client.see(served)} {inside}")
+    assert re.fullmatch(r"peer same \S+ \d+ same 0", one.hear())  # it is public
+    assert other.hear().endswith(" same 0 10.0.0.7 7")
 
 
 # The relay.
 
 
-def test_the_relay_is_for_pairs_that_both_want_it(lab: natlab.Lab) -> None:
-    with serving(lab):
-        one, other = pair(lab)
-        one.say("relay")
-        assert not select.select([one.sock, other.sock], [], [], 0.3)[0]
+def test_the_relay_is_for_pairs_that_both_want_it(served: natlab.Lab) -> None:
+    one, other = pair(served)
+    one.say("relay")
+    assert not select.select([one.sock, other.sock], [], [], 0.3)[0]
 
 
 def test_there_may_be_no_relay(lab: natlab.Lab) -> None:
@@ -463,24 +470,22 @@ def test_an_answer_is_at_most_1_6_times_as_long_with_one_address() -> None:
 
 
 def test_with_two_addresses_the_other_one_is_told_as_rfc_5780_wants(
-    lab: natlab.Lab,
+    served: natlab.Lab,
 ) -> None:
-    with serving(lab):
-        answer = natpunch.parse_stun(stun(lab, request()))[2]
-        assert set(answer) == {natpunch.XOR_MAPPED, natpunch.OTHER}
-        old = stun(lab, request((natpunch.CHANGE, bytes(4)), cookie=b"olds"))
-        assert set(natpunch.parse_stun(old)[2]) == {natpunch.MAPPED, natpunch.CHANGED}
-        assert len(old) <= 1.6 * 28
+    answer = natpunch.parse_stun(stun(served, request()))[2]
+    assert set(answer) == {natpunch.XOR_MAPPED, natpunch.OTHER}
+    old = stun(served, request((natpunch.CHANGE, bytes(4)), cookie=b"olds"))
+    assert set(natpunch.parse_stun(old)[2]) == {natpunch.MAPPED, natpunch.CHANGED}
+    assert len(old) <= 1.6 * 28
 
 
 @pytest.mark.parametrize("attribute", UNKNOWN)
 def test_what_must_be_understood_and_is_not_is_420(
-    lab: natlab.Lab, attribute: tuple[int, bytes]
+    served: natlab.Lab, attribute: tuple[int, bytes]
 ) -> None:
-    with serving(lab):
-        kind, _, found = natpunch.parse_stun(stun(lab, request(attribute)))
-        assert kind == natpunch.ERROR and found[natpunch.ERROR_CODE][2:] == b"\4\x14"
-        assert found[natpunch.UNKNOWN] == struct.pack("!H", attribute[0])
+    kind, _, found = natpunch.parse_stun(stun(served, request(attribute)))
+    assert kind == natpunch.ERROR and found[natpunch.ERROR_CODE][2:] == b"\4\x14"
+    assert found[natpunch.UNKNOWN] == struct.pack("!H", attribute[0])
 
 
 @pytest.mark.parametrize(
@@ -495,9 +500,8 @@ def test_what_must_be_understood_and_is_not_is_420(
         os.urandom(500),
     ],
 )
-def test_what_is_no_request_has_no_answer(lab: natlab.Lab, message: bytes) -> None:
-    with serving(lab):
-        assert stun(lab, message) == b""
+def test_what_is_no_request_has_no_answer(served: natlab.Lab, message: bytes) -> None:
+    assert stun(served, message) == b""
 
 
 def test_a_source_has_ten_answers_a_second(lab: natlab.Lab) -> None:

@@ -387,7 +387,8 @@ def check_wire(lab: natlab.Lab, one: str, other: str) -> None:
 def test_a_server_that_alters_what_was_agreed_gets_no_pair(lab: natlab.Lab) -> None:
     # As one that wants a stream to be plain would.
     alters = (
-        "natpunch.ANSWER_TIME = 2; hear = natpunch.Meeting.hear; "
+        "natpunch.ANSWER_TIME = 1; natpunch.ROUNDS = {1: ((0.3, False),)}; "
+        "hear = natpunch.Meeting.hear; "
         "natpunch.Meeting.hear = lambda self, word: [w.replace('plain', 'other')"
         " if word == 'paired' else w for w in hear(self, word)]"
     )
