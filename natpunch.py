@@ -257,6 +257,27 @@ def bound(kind: int, family: int, port: int = 0) -> socket.socket:
     return sock
 
 
+def seen_by(server: Address, sock: socket.socket, token: bytes) -> Address:
+    """Return as what a server sees a socket; raise OSError, ValueError, LookupError."""
+    sock.settimeout(OBSERVE_TIME)
+    sock.connect(server)
+    if sock.type == STREAM:
+        sock.send(f"see {token.hex()}\n".encode())
+        _, host, port = sock.recv(LINE_LIMIT).decode("ascii").split()
+        return str(ipaddress.ip_address(host)), int(port)
+    transaction = COOKIE + token + os.urandom(4)
+    for _ in range(2):  # a datagram may be lost
+        sock.send(stun(BINDING, transaction))
+        with contextlib.suppress(TimeoutError):
+            _, answered, found = parse_stun(sock.recv(LINE_LIMIT))
+            raw = hidden(found[XOR_MAPPED][2:], answered)
+            if answered == transaction:
+                return str(ipaddress.ip_address(raw[2:])), int.from_bytes(
+                    raw[:2], "big"
+                )
+    raise TimeoutError
+
+
 def observe(
     listener: socket.socket, servers: list[Address], token: bytes
 ) -> list[Address]:
@@ -266,22 +287,9 @@ def observe(
     """
     seen, port = [], listener.getsockname()[1]
     for server in servers:
-        transaction = COOKIE + token + os.urandom(4)
-        with bound(listener.type, listener.family, port) as sock:
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                sock.settimeout(OBSERVE_TIME)
-                sock.connect(server)
-                if sock.type == STREAM:
-                    sock.send(f"see {token.hex()}\n".encode())
-                    _, host, at = sock.recv(LINE_LIMIT).decode("ascii").split()
-                    seen.append((str(ipaddress.ip_address(host)), int(at)))
-                    continue
-                sock.send(stun(BINDING, transaction))
-                _, answered, found = parse_stun(sock.recv(LINE_LIMIT))
-                raw = hidden(found[XOR_MAPPED][2:], answered)
-                if answered == transaction:
-                    host = str(ipaddress.ip_address(raw[2:]))
-                    seen.append((host, int.from_bytes(raw[:2], "big")))
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            with bound(listener.type, listener.family, port) as sock:
+                seen.append(seen_by(server, sock, token))
     return seen
 
 
@@ -421,8 +429,9 @@ class Puncher:
             return None
         if fd in self.listeners:  # a datagram from elsewhere than where we aim
             sock = self.shoot(fd, source[:2])
-        if kind in REPLIES[role]:
-            self.peers.say(sock, REPLIES[role][kind])
+        for _ in range(3 if kind == ACK and not self.is_tcp else 1):  # it may be lost
+            if kind in REPLIES[role]:
+                self.peers.say(sock, REPLIES[role][kind])
         return sock if kind == LAST[role] else None
 
     def run(
@@ -1216,16 +1225,6 @@ def be_client(options: Any) -> None:
         carry_pipe(options)
 
 
-# What a server allows unless told otherwise.
-ALLOWED = {
-    "waiting": 256,  # unpaired clients
-    "per-address": 16,  # of these from one address
-    "relays": 64,
-    "relay-bytes": 1 << 40,  # each way of each
-    "relay-time": 86400,
-}
-
-
 def main() -> int:
     """Do what the command line wants; return the exit code."""
     serves = sys.argv[1:2] == ["serve"]
@@ -1235,8 +1234,14 @@ def main() -> int:
     if serves:
         parser.add_argument("addresses", nargs="*", metavar="ADDRESS")
         parser.add_argument("--no-relay", action="store_true")
-        for name, number in ALLOWED.items():
-            parser.add_argument(f"--{name}", type=int, default=number, metavar="N")
+        for name, number in (
+            ("--waiting", 256),  # unpaired connections
+            ("--per-address", 16),  # of these
+            ("--relays", 64),
+            ("--relay-bytes", 1 << 40),  # each way of each
+            ("--relay-time", 86400),
+        ):
+            parser.add_argument(name, type=int, default=number, metavar="N")
     else:
         parser.add_argument("-s", "--server", required=True)
         parser.add_argument("room", metavar="ROOM", help="or nat, to ask which it is")
