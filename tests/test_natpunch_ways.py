@@ -22,6 +22,7 @@ from typing import Any
 
 import kernel
 import natlab
+import needs
 import punching
 import pytest
 import wait
@@ -316,6 +317,7 @@ def sent(dump: subprocess.Popen[bytes]) -> str:
 
 def watched(lab: natlab.Lab, place: str, *words: str) -> subprocess.Popen[bytes]:
     """Start tcpdump on the outside of a gateway."""
+    needs.programs("tcpdump")
     command = ["tcpdump", "-l", "-n", "--immediate-mode", *words, "-i", "wan"]
     dump = lab.start(place, *command)
     while "listening on" not in punching.read_line(dump):
