@@ -1,4 +1,4 @@
-"""The manual pages: natwork(8) and natwork.conf(5)."""
+"""The manual pages: natwork(8), natwork.conf(5) and natpunch(1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import natwork as heart
 
 PAGES = {
     name: (running.ROOT / "docs" / name).read_text()
-    for name in ("natwork.8", "natwork.conf.5", "natrun.1")
+    for name in ("natwork.8", "natwork.conf.5", "natrun.1", "natpunch.1")
 }
 
 

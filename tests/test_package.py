@@ -89,7 +89,8 @@ def test_the_package_has_all_modules_and_pages(deb: Path) -> None:
     modules = [path.name for path in running.ROOT.glob("nat*.py")]
     assert len(modules) > 1
     assert {f"./usr/share/natwork/{name}" for name in modules} <= names
-    for name in ("man8/natwork.8.gz", "man5/natwork.conf.5.gz", "man1/natrun.1.gz"):
+    pages = "man8/natwork.8", "man5/natwork.conf.5", "man1/natrun.1", "man1/natpunch.1"
+    for name in [f"{page}.gz" for page in pages]:
         assert f"./usr/share/man/{name}" in names
     assert not [name for name in names if "/test" in name or name.endswith(".pyc")]
 
@@ -108,7 +109,7 @@ def test_a_wheel_has_all_modules_and_pages(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {Path(name).name for name in file.namelist()}
         top = {name for name in file.namelist() if "/" not in name}
-    pages = {"natwork.8", "natwork.conf.5", "natrun.1"}
+    pages = {"natwork.8", "natwork.conf.5", "natrun.1", "natpunch.1"}
     assert top == modules and pages <= names
     package.run(python, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     words = ["--python", tmp_path / "venv/bin/python", "install", "--no-index"]

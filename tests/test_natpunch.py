@@ -1,0 +1,234 @@
+"""The pure parts of natpunch.py: what it reads, what it concludes, and its shape."""
+
+from __future__ import annotations
+
+import ast
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import running
+import test_shape
+
+import natpunch
+
+SOURCE = (running.ROOT / "natpunch.py").read_text()
+TREE = ast.parse(SOURCE)
+FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
+HOST = "192.0.2.7"
+
+
+@pytest.mark.parametrize(
+    ("ports", "expected"),
+    [
+        ([], ("none", 0)),
+        ([7], ("same", 0)),
+        ([7, 7, 7], ("same", 0)),
+        ([7, 8, 9], ("step", 1)),
+        ([7, 9, 25], ("step", 2)),
+        ([7, 8, 25], ("random", 0)),
+        ([7, 7, 8], ("random", 0)),
+        ([9, 8, 7], ("random", 0)),
+        ([34999, 30000, 30001], ("random", 0)),
+    ],
+)
+def test_a_nat_is_known_by_its_ports(
+    ports: list[int], expected: tuple[str, int]
+) -> None:
+    assert natpunch.behavior([(HOST, port) for port in ports]) == expected
+
+
+def sight(behavior: str, step: int = 0, *inside: tuple[str, int]) -> natpunch.Sight:
+    return natpunch.Sight(HOST, 4000, behavior, step, list(inside))
+
+
+ONE, AHEAD = [4000], [4000 + 2 * n for n in range(1, 25)]
+TABLE = {
+    ("same", "same"): (1, ONE),
+    ("same", "step"): (1, AHEAD),
+    ("step", "same"): (1, ONE),
+    ("step", "step"): (24, [4024]),
+    ("random", "same"): (256, ONE),
+    ("step", "random"): (1, []),
+    ("random", "step"): (1, []),
+    ("random", "random"): (1, []),
+    ("none", "same"): (1, []),
+    ("same", "none"): (1, []),
+}
+
+
+@pytest.mark.parametrize("pair", TABLE)
+def test_where_to_aim_is_the_table(pair: tuple[str, str]) -> None:
+    count, ports = TABLE[pair]
+    found = natpunch.aims(pair[0], sight(pair[1], 2 * (pair[1] == "step")))
+    assert found == (count, [(HOST, port) for port in ports])
+
+
+def test_a_birthday_aims_at_1024_ports_of_one_host() -> None:
+    count, there = natpunch.aims("same", sight("random"))
+    assert count == 1 and len(set(there)) == 1024
+    assert {host for host, _ in there} == {HOST}
+    assert all(1024 <= port < 65536 for _, port in there)
+
+
+def test_a_peer_behind_the_same_nat_is_aimed_at_there() -> None:
+    inside = ("10.0.0.7", 7)
+    assert natpunch.aims("random", sight("random", 0, inside)) == (1, [inside])
+    assert natpunch.aims("same", sight("same", 0, inside))[1] == [inside, (HOST, 4000)]
+
+
+def test_no_port_is_beyond_the_last() -> None:
+    last = natpunch.Sight(HOST, 65530, "step", 1, [])
+    assert [p for _, p in natpunch.aims("same", last)[1]] == [*range(65531, 65536)]
+    assert natpunch.aims("step", last)[1] == []
+
+
+def test_a_probe_is_known_by_key_and_role() -> None:
+    one, other = natpunch.Peers(0, b"key"), natpunch.Peers(1, b"key")
+    for kind in (natpunch.SYN, natpunch.ACK, natpunch.DONE, natpunch.BYE):
+        probe = one.probe(kind, 0)
+        assert len(probe) == natpunch.PROBE_SIZE and other.kind_of(probe) == kind
+        assert one.kind_of(probe) == b""  # our own, sent back
+        assert natpunch.Peers(1, b"another").kind_of(probe) == b""
+        for n in range(len(probe)):
+            wrong = probe[:n] + bytes((probe[n] ^ 1,)) + probe[n + 1 :]
+            assert other.kind_of(wrong) == b""
+            assert other.kind_of(probe[:n]) == b""
+        assert other.kind_of(probe + b"\0") == b""
+
+
+@pytest.mark.parametrize("host", [HOST, "2001:db8::7"])
+@pytest.mark.parametrize("cookie", [natpunch.COOKIE, b"olds"])
+def test_stun_tells_an_address(host: str, cookie: bytes) -> None:
+    transaction = cookie + os.urandom(12)
+    request = natpunch.stun(natpunch.BINDING, transaction)
+    answer, change = natpunch.stun_answer(request, (host, 50000), None)
+    kind, same, found = natpunch.parse_stun(answer)
+    assert (kind, same, change) == (natpunch.SUCCESS, transaction, 0)
+    assert len(answer) == (32 if host == HOST else 44)
+    (value,) = found.values()
+    is_new = cookie == natpunch.COOKIE
+    raw = natpunch.hidden(value[2:], transaction if is_new else bytes(16))
+    family = socket.AF_INET if host == HOST else socket.AF_INET6
+    assert raw == (50000).to_bytes(2, "big") + socket.inet_pton(family, host)
+    assert list(found) == [natpunch.XOR_MAPPED if is_new else natpunch.MAPPED]
+
+
+def test_a_message_of_rfc_5769_is_read() -> None:
+    # Section 2.2, an IPv4 response: 192.0.2.1 port 32853.
+    message = bytes.fromhex(
+        "0101003c2112a442b7e7a701bc34d686fa87dfae"
+        "8022000b7465737420766563746f7220"
+        "002000080001a147e112a643"
+        "000800142b91f599fd9e90c38c7489f92af9ba53f06be7d7"
+        "80280004c07d4c96"
+    )
+    kind, transaction, found = natpunch.parse_stun(message)
+    raw = natpunch.hidden(found[natpunch.XOR_MAPPED][2:], transaction)
+    assert kind == natpunch.SUCCESS
+    assert (int.from_bytes(raw[:2], "big"), raw[2:]) == (32853, bytes((192, 0, 2, 1)))
+
+
+def test_no_bytes_make_stun_fail_otherwise_than_by_value_error() -> None:
+    base = natpunch.stun(natpunch.BINDING, natpunch.COOKIE + bytes(12), (3, bytes(4)))
+    for at in range(len(base)):
+        for value in range(256):
+            message = base[:at] + bytes((value,)) + base[at + 1 :]
+            try:
+                natpunch.stun_answer(message, (HOST, 1), None)
+            except ValueError:
+                pass
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.example", ("a.example", 3478)),
+        ("a.example:7", ("a.example", 7)),
+        ("192.0.2.1:7", ("192.0.2.1", 7)),
+        ("[2001:db8::1]:7", ("2001:db8::1", 7)),
+        ("[2001:db8::1]", ("2001:db8::1", 3478)),
+        ("2001:db8::1", ("2001:db8::1", 3478)),
+    ],
+)
+def test_an_address_is_read(text: str, expected: natpunch.Address) -> None:
+    assert natpunch.parse_address(text, natpunch.PORT) == expected
+
+
+@pytest.mark.parametrize("text", ["a:0", "a:65535", "a:x", "a:", "a:-1", "a:\u0661"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(natpunch.Failure) as failure:
+        natpunch.parse_address(text, natpunch.PORT)
+    assert failure.value.code == 2
+
+
+class Wire:
+    """A connection of which a test says what comes."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = list(pieces)
+
+    def recv(self, size: int) -> bytes:
+        return self.pieces.pop(0) if self.pieces else b""
+
+
+def channel(*pieces: bytes) -> natpunch.Channel:
+    made: Any = natpunch.Channel.__new__(natpunch.Channel)
+    made.sock, made.buffer, made.ended, made.gone = Wire(*pieces), b"", False, False
+    return made  # type: ignore[no-any-return]
+
+
+def test_frames_come_whole_however_they_are_cut() -> None:
+    wire = b"".join(natpunch.Channel.seal(channel(), d) for d in (b"a", b"bc" * 9, b""))
+    for size in (1, 2, 3, 5, 7, len(wire)):
+        pieces = [wire[at : at + size] for at in range(0, len(wire), size)]
+        one = channel(*pieces)
+        found = [bytes(f) for _ in pieces for f in one.receive()]
+        assert found == [b"a", b"bc" * 9, b""] and one.ended and not one.gone
+        assert one.receive() == [] and one.gone
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [(b"",), (b"\0\0\0\1a", b""), (b"\xff\0\0\0",), (b"\0\0\0\0\0\0\0\1a",)],
+)
+def test_what_is_not_frames_is_refused(pieces: tuple[bytes, ...]) -> None:
+    one = channel(*pieces)
+    with pytest.raises((OSError, ValueError)):
+        for _ in pieces:
+            one.receive()
+
+
+# The shape.
+
+
+def test_it_stands_alone() -> None:
+    for node in ast.walk(TREE):
+        names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+    for path in running.ROOT.glob("natwork*.py"):
+        assert "import natpunch" not in path.read_text()
+
+
+def test_it_has_the_form_of_the_others() -> None:
+    assert test_shape.used_before(TREE) == []
+    lines = SOURCE.splitlines()
+    assert [line for line in lines if len(line) > 88 or line != line.rstrip()] == []
+    assert SOURCE.isascii() and "\t" not in SOURCE
+    assert not test_shape.BRITISH.search(SOURCE)
+    assert not test_shape.FORBIDDEN.search(SOURCE)
+    sizes = sorted((f.end_lineno or 0) - f.lineno + 1 for f in FUNCTIONS)
+    assert sizes[len(sizes) // 2] <= 10 and sizes[-1] <= 50
+    long = [f for f in FUNCTIONS if (f.end_lineno or 0) - f.lineno > 10]
+    assert [f.name for f in long if not ast.get_docstring(f)] == []
+    assert lines[0] == "#!/usr/bin/env python3"
+    assert Path(natpunch.__file__).stat().st_mode & 0o777 == 0o755
+    assert natpunch.__version__ == test_shape.heart.__version__
+
+
+def test_it_keeps_to_its_size() -> None:
+    assert SOURCE.count("\n") <= 1265

@@ -1,0 +1,142 @@
+"""natpunch(1): its first screen, as written; its options and its errors."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import natlab
+import punching
+import pytest
+import test_manuals
+import test_natpunch_clients
+
+keys = test_natpunch_clients.keys
+
+
+def test_the_first_screen_works_as_written(keys: Path, tmp_path: Path) -> None:
+    text = test_manuals.section("natpunch.1", "DESCRIPTION")
+    secret, serve, far, ssh = re.findall(r"^\.Dl \$ (.*)$", text, re.M)
+    program = tmp_path / "natpunch"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {punching.PROGRAM} "$@"\n')
+    program.chmod(0o755)
+    path = f"{tmp_path}:/usr/sbin:{os.environ.get('PATH', os.defpath)}"
+    how = {"PATH": path, "HOME": str(tmp_path)}
+    with natlab.lab("port", "sequential") as lab:
+        server = lab.start("server", "sh", "-c", "exec " + serve, **how)
+        said = punching.read_line(server)
+        assert said == "natpunch: serving on 0.0.0.0:3478 and 3479\n"
+        config = (keys / "sshd_config").read_text().replace("2222", "22")
+        (tmp_path / "sshd_config").write_text(config)
+        sshd = ["/usr/sbin/sshd", "-D", "-f", str(tmp_path / "sshd_config")]
+        lab.start("a", *sshd, **how)
+        lab.run("a", "sh", "-c", secret, **how)
+        commands = [
+            command.replace("server.example.org", lab.servers[0])
+            for command in (far, ssh)
+        ]
+        peer = lab.start("a", "sh", "-c", "exec " + commands[0], **how)
+        me = pwd.getpwuid(os.geteuid()).pw_name
+        options = f"ssh -i {keys}/user -o BatchMode=yes -o StrictHostKeyChecking=no"
+        options += f" -o UserKnownHostsFile={tmp_path}/known"
+        command = commands[1].replace("ssh", options, 1).replace("me@", f"{me}@")
+        done = lab.run("b", "sh", "-c", command + " 'echo seen'", **how)
+        assert done.stdout == "seen\n", done
+        shown = text.partition(".Bd -literal -offset indent\n")[2].partition(".Ed")[0]
+        for said in (done.stderr, punching.read_line(peer) + punching.read_line(peer)):
+            lines = [line for line in said.splitlines() if "natpunch:" in line]
+            assert forms(lines) == forms(shown.splitlines())
+
+
+def forms(lines: list[str]) -> list[str]:
+    """Return lines without what differs from one pair to the next."""
+    return [re.sub(r"\d+\.\d+\.\d+\.\d+:\d+ \(\w+-\w+, [\d.]+ s", "", x) for x in lines]
+
+
+def test_every_option_is_there() -> None:
+    offered = set()
+    for words in (["--help"], ["serve", "--help"]):
+        done = subprocess.run(
+            punching.words(*words), capture_output=True, text=True, timeout=30
+        )
+        offered |= set(re.findall(r"(?<![\w-])--?[a-z-]+\b", done.stdout))
+    page = test_manuals.PAGES["natpunch.1"]
+    items = re.findall(r"^\.It (Fl .*)$", page, re.M)
+    listed = {"-" + word for line in items for word in re.findall(r"Fl (\S+)", line)}
+    assert listed == offered
+
+
+def test_exit_codes_are_there() -> None:
+    text = test_manuals.section("natpunch.1", "EXIT STATUS")
+    assert re.findall(r"^\.It (\d+)$", text, re.M) == ["0", "1", "2", "130"]
+
+
+ERRORS = {
+    "no server": (1, "-s 127.0.0.1:9 room", "cannot meet in room at 127.0.0.1:9: "),
+    "no port": (2, "-s 127.0.0.1:70000 room", "cannot use '127.0.0.1:70000': "),
+    "no way": (2, "-s 127.0.0.1 room --udp", "cannot use --udp without "),
+    "no file": (2, "-s 127.0.0.1 room --secret /no", "cannot read /no: no such file"),
+    "no target": (2, "-s 127.0.0.1 room --to host", "cannot use 'host': "),
+    "taken port": (1, "-s 127.0.0.1 room --listen {port}", "cannot listen on 127."),
+    "taken, udp": (1, "-s 127.0.0.1 room --udp --listen {udp}", "cannot open the loc"),
+    "taken server": (1, "serve 127.0.0.1:{port}", "cannot listen on 127.0.0.1:"),
+    "two ports": (2, "serve 127.0.0.1:7 127.0.0.2:8", "cannot serve: "),
+    "no nat": (1, "-s 127.0.0.1:9 nat", "cannot ask 127.0.0.1:9: connection refused"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_cannot_be_is_said_in_one_line(name: str) -> None:
+    code, words, said = ERRORS[name]
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.bind(("127.0.0.1", 0))
+            numbers = {"port": taken.getsockname()[1], "udp": udp.getsockname()[1]}
+            done = subprocess.run(
+                punching.words(*words.format(**numbers).split()),
+                env={**os.environ, **punching.ENVIRONMENT},
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(f"natpunch: {re.escape(said)}.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_secret_that_others_may_read_is_none(mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(punching.SECRET)
+    path.chmod(mode)
+    words = punching.words("-s", "127.0.0.1:9", "room", "--secret", str(path))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and done.stderr.endswith(": others may read it\n")
+    path.chmod(0o600)
+    path.write_text("short")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "16 characters" in done.stderr
+
+
+def test_a_peer_that_never_comes_is_waited_for_as_long_as_told() -> None:
+    with natlab.lab() as lab, punching.server(lab):
+        waiting = punching.peer(lab, "a", "room", "--wait", "1")
+        said = punching.read_line(waiting)
+        assert said.endswith(": nobody came in 1 s\n") and waiting.wait(5) == 1
+
+
+def test_it_is_said_that_nobody_has_come() -> None:
+    with natlab.lab() as lab:
+        quick = "natpunch.WAIT_TIME = 1"
+        lab.start("server", *punching.words("serve", *lab.servers, changed=quick))
+        waiting = punching.peer(lab, "a", "room", "--wait", "5")
+        while "refused" in (said := punching.read_line(waiting)):
+            waiting = punching.peer(lab, "a", "room", "--wait", "5")
+        assert said == "natpunch: waiting in room: nobody has come\n"
+        other = punching.peer(lab, "b", "room")
+        assert punching.got(waiting) == punching.got(other) == "direct"

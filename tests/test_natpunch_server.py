@@ -1,0 +1,547 @@
+"""The server under attack: each promise of it, and what tries to break it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import kernel
+import natlab
+import needs
+import punching
+import pytest
+import wait
+
+import natpunch
+
+KEY = "a key of the server"
+ROOM = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[natlab.Lab]:
+    with natlab.lab() as made:
+        yield made
+
+
+@contextlib.contextmanager
+def serving(
+    lab: natlab.Lab, *options: str, changed: str = "", **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server, perhaps with other limits; it ends well."""
+    command = punching.words("serve", *lab.servers, *options, changed=changed)
+    process = lab.start("server", *command, **environment)
+    for _ in lab.servers:
+        assert "serving on" in punching.read_line(process)
+    try:
+        yield process
+    finally:
+        process.terminate()
+    assert process.wait(10) == 0 and process.stderr
+    os.set_blocking(process.stderr.fileno(), False)
+    assert not process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[natlab.Lab]:
+    """Return a lab where a server runs for many tests."""
+    with natlab.lab() as made, serving(made):
+        yield made
+
+
+class Client:
+    """A client that says what a test wants."""
+
+    def __init__(self, lab: natlab.Lab, place: str = "a", port: int = 3478) -> None:
+        address = lab.servers[0], port
+        self.sock = lab.within(place, lambda: socket.create_connection(address, 5))
+        self.nonce = ""
+
+    def say(self, line: str) -> None:
+        self.sock.sendall(line.encode() + b"\n")
+
+    def hear(self) -> str:
+        """Return a line, or "" at the end, however that comes."""
+        line = b""
+        with contextlib.suppress(ConnectionResetError):
+            while not line.endswith(b"\n"):
+                if not (byte := self.sock.recv(1)):
+                    break
+                line += byte
+        return line.decode().strip()
+
+    def join(self, room: str = ROOM, side: str = "pipe", key: bytes = b"") -> None:
+        self.say("natpunch 1")
+        word, self.nonce, _ = self.hear().split()
+        assert word == "natpunch"
+        line = f"join {room} 1 {side} {secrets.token_hex(16)} plain"
+        self.say(f"{line} {natpunch.mac(key, self.nonce, line).hex()}")
+
+    def see(self, lab: natlab.Lab, place: str = "a") -> int:
+        """Let the server see another port of ours; return it."""
+        other = Client(lab, place, 3479)
+        other.say(f"see {self.nonce[:16]}")
+        port = int(other.hear().split()[2])
+        other.sock.close()
+        return port
+
+
+def pair(
+    lab: natlab.Lab, a: str = "a", b: str = "b", room: str = ""
+) -> tuple[Client, Client]:
+    """Return two that have met, in a room of their own unless told otherwise."""
+    one, other = Client(lab, a), Client(lab, b)
+    room = room or secrets.token_hex(16)
+    one.join(room)
+    other.join(room)
+    roles = {one.hear()[:9], other.hear()[:9]}
+    assert roles == {"paired 0 ", "paired 1 "}
+    return one, other
+
+
+# Rooms.
+
+
+def test_a_third_is_refused_and_the_pair_lives_on(lab: natlab.Lab) -> None:
+    with serving(lab):
+        one, other = pair(lab, room=ROOM)
+        third = Client(lab)
+        third.join()
+        assert third.hear() == "no taken" and third.hear() == ""
+        one.say("relay")
+        other.say("relay")
+        assert one.hear() == other.hear() == "relay"
+        one.sock.sendall(b"hello")
+        assert other.sock.recv(5) == b"hello"
+        third = Client(lab)
+        third.join()
+        assert third.hear() == "no taken"
+        one.sock.close()
+        assert other.sock.recv(5) == b""
+        other.sock.close()
+
+        def joined() -> bool:
+            again = Client(lab)
+            again.join()
+            again.sock.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                return again.hear() == ""
+            return True
+
+        wait.until(joined)
+
+
+def test_a_far_end_takes_one_call_after_another_and_no_second_far_end(
+    lab: natlab.Lab,
+) -> None:
+    with serving(lab):
+        far, second = Client(lab, "b"), Client(lab, "b")
+        far.join(side="far")
+        time.sleep(0.05)
+        second.join(side="far")
+        assert second.hear() == "no taken"
+        calls = [Client(lab), Client(lab)]
+        for call in calls:
+            call.join()
+        assert calls[0].hear().startswith("paired 1") and far.hear()
+        assert not select.select([calls[1].sock], [], [], 0.2)[0]  # not by a pipe
+        third = Client(lab)
+        third.join()
+        assert not select.select([third.sock], [], [], 0.2)[0]
+        far = Client(lab, "b")
+        far.join(side="far")
+        assert calls[1].hear().startswith("paired 0")
+
+
+def test_who_waits_is_sent_away_and_who_says_nothing_too(lab: natlab.Lab) -> None:
+    quick = "natpunch.WAIT_TIME, natpunch.ANSWER_TIME, natpunch.PAIR_TIME = 1, 1, 1"
+    with serving(lab, changed=quick):
+        waiting, silent = Client(lab), Client(lab)
+        waiting.join()
+        assert waiting.hear() == "no nobody" and waiting.hear() == ""
+        assert silent.hear() in ("no nobody", "") and silent.hear() == ""
+        one, other = pair(lab)
+        assert one.hear() == other.hear() == "no gone"
+
+
+def test_sixteen_wait_from_an_address(lab: natlab.Lab) -> None:
+    with serving(lab):
+        clients = [Client(lab) for _ in range(16)]
+        for number, client in enumerate(clients, 1):
+            client.join(f"{number:032x}")
+        assert Client(lab).hear() == "no full"
+        pair(lab, "b", "server")  # others do not notice
+        clients.pop().sock.close()
+        wait.until(lambda: joins(Client(lab)))
+
+
+def joins(client: Client) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        client.join(secrets.token_hex(16))
+        return not select.select([client.sock], [], [], 0.2)[0]
+    return False
+
+
+def test_so_many_wait_in_all(lab: natlab.Lab) -> None:
+    with serving(lab, "--per-address", "1000"):
+        clients = [Client(lab) for _ in range(256)]
+        assert Client(lab, "b").hear() == "no full"
+        assert len(clients) == 256
+
+
+GUESSER = """
+import os, socket, sys, time
+sys.path[0] = {root!r}
+import natpunch
+end, guesses = time.time() + 10, 0
+while time.time() < end:
+    try:
+        sock = socket.create_connection(({server!r}, 3478), 1)
+        sock.settimeout(1)
+        sock.sendall(b"natpunch 1\\n")
+        nonce = sock.recv(100).decode().split()[1]
+        line = f"join {{os.urandom(16).hex()}} 1 pipe {{os.urandom(16).hex()}} plain"
+        sock.sendall(f"{{line}} {{natpunch.mac(b'', nonce, line).hex()}}\\n".encode())
+        sock.close()
+    except (OSError, IndexError):
+        pass
+    guesses += 1
+print(guesses)
+"""
+
+
+def test_guesses_of_rooms_keep_no_pair_from_meeting(lab: natlab.Lab) -> None:
+    with serving(lab):
+        code = GUESSER.format(root=str(punching.running.ROOT), server=lab.servers[0])
+        command = [punching.words()[0], "-c", code]
+        waiting = punching.peer(lab, "a", "room")
+        time.sleep(0.5)
+        guessers = [lab.start("b", *command) for _ in range(2)]
+        time.sleep(2)
+        for _ in range(3):
+            other = punching.peer(lab, "b", "room")
+            assert punching.got(waiting) == punching.got(other) == "direct"
+            punching.talk(waiting, other)
+            waiting = punching.peer(lab, "a", "room")
+        total = sum(int(g.communicate(timeout=30)[0]) for g in guessers)
+        assert total > 1000
+        waiting.kill()
+
+
+# Lines.
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"x" * (1 << 20),
+        b"x\n" * 1000,
+        b"\n",
+        b"\xff\xfe\n",
+        b"natpunch 2\n",
+        b"join\n",
+        b"round same 0 1 10.0.0.1 1\n",
+        b"relay\n",
+        b"see zz\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(range(256)),
+        b"\0" * 2000,
+    ],
+)
+def test_nonsense_is_the_end_of_a_connection(served: natlab.Lab, line: bytes) -> None:
+    client = Client(served)
+    with contextlib.suppress(OSError):
+        client.sock.sendall(line)
+    with contextlib.suppress(OSError):
+        client.sock.shutdown(socket.SHUT_WR)
+    assert client.hear() in ("", "no nobody")
+    pair(served)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "round same 0 {port} nobody 1",
+        "round same x {port} 10.0.0.2 1",
+        "round same 0 99999999 10.0.0.2 x",
+        "round same 0 {port}",
+        "join " + ROOM,
+    ],
+)
+def test_nonsense_of_a_pair_ends_both(served: natlab.Lab, said: str) -> None:
+    one, other = pair(served)
+    one.say(said.format(port=one.see(served)))
+    assert one.hear() == "" and other.hear() == "no gone"
+
+
+@pytest.mark.parametrize("after", ["join", "pair"])
+def test_nobody_joins_twice(lab: natlab.Lab, after: str) -> None:
+    with serving(lab):
+        one, other = Client(lab), Client(lab, "b")
+        if after == "pair":
+            one, other = pair(lab, room=ROOM)
+        if after == "join":
+            one.join()
+        line = f"join {ROOM} 1 far {'0' * 32} plain"
+        one.say(f"{line} {natpunch.mac(b'', one.nonce, line).hex()}")
+        assert one.hear() == ""
+        wrong = Client(lab)
+        wrong.join(key=b"none")  # and what it says after that is not heard
+        line = f"join {ROOM} 1 pipe {'0' * 32} plain"
+        wrong.say(f"{line} {natpunch.mac(b'', wrong.nonce, line).hex()}")
+        assert wrong.hear() == "no key"
+        third = Client(lab, "b")
+        third.join()
+        assert not select.select([third.sock], [], [], 0.2)[0]
+
+
+def test_one_byte_at_a_time_is_slow_and_right(served: natlab.Lab) -> None:
+    client = Client(served)
+    for byte in b"natpunch 1\n":
+        client.sock.sendall(bytes((byte,)))
+        time.sleep(0.01)
+    assert client.hear().startswith("natpunch ")
+
+
+# What is told.
+
+
+def test_a_peer_is_told_what_was_seen_and_no_third_address(served: natlab.Lab) -> None:
+    one, other = pair(served)
+    seen = one.see(served), other.see(served, "b")
+    one.say(f"round same 0 {seen[0]} 10.0.0.2 7")
+    other.say(f"round same 0 {seen[1]} 10.0.0.2 7")
+    assert one.hear() == f"peer same {served.outside['b']} {seen[1]} same 0"
+    assert other.hear() == f"peer same {served.outside['a']} {seen[0]} same 0"
+    # Not a port that was not seen in this round, nor one of another host.
+    other.say(f"round step 1 {seen[1]} 10.0.0.2 7")
+    stranger = Client(served, "a", 3479)
+    stranger.say(f"see {other.nonce[:16]}")
+    port = int(stranger.hear().split()[2])
+    one.say(f"round same 0 {one.see(served)} 10.0.0.2 7")
+    assert one.hear() == f"peer same {served.outside['b']} 0 none 0"
+    other.say(f"round same 0 {port} 10.0.0.2 7")
+    one.say("round same 0 5 10.0.0.2 7")
+    assert one.hear() == f"peer none {served.outside['b']} 0 none 0"
+
+
+def test_inside_addresses_are_told_behind_one_nat_only(served: natlab.Lab) -> None:
+    one, other = pair(served, "a", "a")
+    for client, inside in ((one, "10.0.0.7 7"), (other, "8.8.8.8 9")):
+        client.say(f"round same 0 {client.see(served)} {inside}")
+    assert re.fullmatch(r"peer same \S+ \d+ same 0", one.hear())  # it is public
+    assert other.hear().endswith(" same 0 10.0.0.7 7")
+
+
+# The relay.
+
+
+def test_the_relay_is_for_pairs_that_both_want_it(served: natlab.Lab) -> None:
+    one, other = pair(served)
+    one.say("relay")
+    assert not select.select([one.sock, other.sock], [], [], 0.3)[0]
+
+
+def test_there_may_be_no_relay(lab: natlab.Lab) -> None:
+    with serving(lab, "--no-relay"):
+        one, other = pair(lab)
+        one.say("relay")
+        assert one.hear() == other.hear() == "no relay"
+
+
+@pytest.mark.parametrize("cap", [("--relay-bytes", "1000"), ("--relay-time", "1")])
+def test_a_relay_has_its_caps(lab: natlab.Lab, cap: tuple[str, str]) -> None:
+    with serving(lab, *cap):
+        one, other = pair(lab)
+        for client in (one, other):
+            client.say("relay")
+        assert one.hear() == other.hear() == "relay"
+        one.sock.sendall(b"x" * 900)
+        assert other.sock.recv(900, socket.MSG_WAITALL) == b"x" * 900
+        if cap[0] == "--relay-bytes":
+            one.sock.sendall(b"x" * 900)
+        started = time.monotonic()
+        assert other.hear() == "" and one.hear() == ""
+        assert time.monotonic() - started < 4
+
+
+def test_the_server_dials_nobody(lab: natlab.Lab) -> None:
+    needs.programs("strace")
+    with serving(lab) as process:
+        (pid,) = kernel.children(process.pid) or [process.pid]
+        trace = lab.start("server", "strace", "-f", "-e", "connect", "-p", str(pid))
+        punching.read_line(trace)
+        one, other = pair(lab)
+        for client in (one, other):
+            client.say("relay")
+        assert one.hear() == other.hear() == "relay"
+        one.sock.sendall(b"hello")
+        assert other.sock.recv(5) == b"hello"
+        trace.send_signal(signal.SIGINT)
+        assert b"connect(" not in trace.communicate(timeout=10)[1]
+
+
+# The key.
+
+
+def test_without_the_key_there_is_nothing_but_stun(lab: natlab.Lab) -> None:
+    with serving(lab, NATPUNCH_KEY=KEY):
+        for key in (b"", b"another key of someone"):
+            client = Client(lab)
+            client.join(key=key)
+            assert client.hear() == "no key" and client.hear() == ""
+        client = Client(lab)
+        client.join(key=KEY.encode())
+        assert not select.select([client.sock], [], [], 0.2)[0]
+        assert len(stun(lab, request())) == 44
+        done = lab.run(
+            "a", *punching.words("-s", lab.servers[0], "room"), **punching.ENVIRONMENT
+        )
+        assert done.returncode == 1
+        assert done.stderr.endswith(": the server has another key\n")
+        others = [punching.peer(lab, place, "room", NATPUNCH_KEY=KEY) for place in "ab"]
+        punching.talk(*others)
+
+
+def test_a_proof_is_good_once(lab: natlab.Lab) -> None:
+    with serving(lab, NATPUNCH_KEY=KEY):
+        first = Client(lab)
+        first.say("natpunch 1")
+        nonce = first.hear().split()[1]
+        line = f"join {ROOM} 1 pipe {'0' * 32} plain"
+        line += " " + natpunch.mac(KEY.encode(), nonce, line).hex()
+        second = Client(lab)
+        second.say("natpunch 1")
+        second.hear()
+        second.say(line)
+        assert second.hear() == "no key"
+
+
+# STUN.
+
+
+def request(*attributes: tuple[int, bytes], cookie: bytes = natpunch.COOKIE) -> bytes:
+    return natpunch.stun(natpunch.BINDING, cookie + os.urandom(12), *attributes)
+
+
+def stun(lab: natlab.Lab, message: bytes, place: str = "b") -> bytes:
+    """Return the answer to a message, from wherever it comes, or nothing."""
+    time.sleep(0.11)  # ten a second
+    kind = socket.SOCK_DGRAM
+    with lab.within(place, lambda: socket.socket(socket.AF_INET, kind)) as sock:
+        sock.settimeout(0.3)
+        sock.sendto(message, (lab.servers[0], 3478))
+        with contextlib.suppress(TimeoutError):
+            return sock.recv(2000)
+    return b""
+
+
+UNKNOWN = [(0x0026, b"x" * 8), (0x7FFF, b""), (0x0027, b"1234")]
+
+
+def test_an_answer_is_at_most_1_6_times_as_long_with_one_address() -> None:
+    with natlab.lab() as lab:
+        lab.servers = lab.servers[:1]
+        with serving(lab):
+            asked = [
+                request(),
+                request(cookie=b"olds"),
+                request((natpunch.CHANGE, bytes(4))),
+                request((natpunch.CHANGE, bytes((0, 0, 0, 6)))),
+                *[request(one) for one in UNKNOWN],
+                request(*UNKNOWN),
+                request(*[(0x7000 + n, b"") for n in range(100)]),
+                *[request((0x8022, b"x" * n)) for n in range(8)],
+            ]
+            for message in asked:
+                answer = stun(lab, message)
+                assert 20 <= len(answer) <= 1.6 * len(message)
+            assert len(stun(lab, request())) == 32
+
+
+def test_with_two_addresses_the_other_one_is_told_as_rfc_5780_wants(
+    served: natlab.Lab,
+) -> None:
+    answer = natpunch.parse_stun(stun(served, request()))[2]
+    assert set(answer) == {natpunch.XOR_MAPPED, natpunch.OTHER}
+    old = stun(served, request((natpunch.CHANGE, bytes(4)), cookie=b"olds"))
+    assert set(natpunch.parse_stun(old)[2]) == {natpunch.MAPPED, natpunch.CHANGED}
+    assert len(old) <= 1.6 * 28
+
+
+@pytest.mark.parametrize("attribute", UNKNOWN)
+def test_what_must_be_understood_and_is_not_is_420(
+    served: natlab.Lab, attribute: tuple[int, bytes]
+) -> None:
+    kind, _, found = natpunch.parse_stun(stun(served, request(attribute)))
+    assert kind == natpunch.ERROR and found[natpunch.ERROR_CODE][2:] == b"\4\x14"
+    assert found[natpunch.UNKNOWN] == struct.pack("!H", attribute[0])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"\0" * 19,
+        request()[:-1],
+        request() + b"1234",
+        natpunch.stun(natpunch.SUCCESS, natpunch.COOKIE + bytes(12)),
+        b"\0\1\xff\xff" + bytes(16),
+        os.urandom(500),
+    ],
+)
+def test_what_is_no_request_has_no_answer(served: natlab.Lab, message: bytes) -> None:
+    assert stun(served, message) == b""
+
+
+def test_a_source_has_ten_answers_a_second(lab: natlab.Lab) -> None:
+    with serving(lab):
+        kind = socket.SOCK_DGRAM
+        with lab.within("b", lambda: socket.socket(socket.AF_INET, kind)) as sock:
+            for _ in range(3):
+                for _ in range(200):
+                    sock.sendto(request(), (lab.servers[0], 3478))
+                time.sleep(1)
+            sock.setblocking(False)
+            count = 0
+            with contextlib.suppress(BlockingIOError):
+                while sock.recv(100):
+                    count += 1
+        assert 10 <= count <= 40
+        assert stun(lab, request(), "a")  # another one has its own
+
+
+def test_a_round_has_1024_probes_of_19_bytes_at_most_2000_a_second() -> None:
+    snmp = Path("/proc/thread-self/net/snmp")
+
+    def sent() -> int:
+        return int(re.findall(r"^Udp: (\d.*)$", snmp.read_text(), re.M)[0].split()[3])
+
+    def measure() -> tuple[int, int, int]:
+        listener = natpunch.bound(socket.SOCK_DGRAM, socket.AF_INET)
+        peers = natpunch.Peers(0, b"key")
+        assert len(peers.probe(natpunch.SYN, 0)) == 19
+        sight = natpunch.Sight("198.51.100.2", 4000, "random", 0, [])
+        count, there = natpunch.aims("same", sight)
+        assert (count, len(set(there))) == (1, 1024)
+        puncher = natpunch.Puncher(peers, [listener], socket.SOCK_DGRAM)
+        start, half = sent(), 0
+        assert puncher.run(there, 0.25) is None
+        half = sent() - start
+        puncher.run(there, 1.5)
+        puncher.close()
+        return half, sent() - start, puncher.left
+
+    with natlab.lab() as lab:
+        half, all_of_them, left = lab.within("a", measure)
+    assert 300 <= half <= 520 and all_of_them == 1024 and left == 0
