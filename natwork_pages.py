@@ -70,16 +70,17 @@ button:hover, [aria-sort] { color: var(--text) }
 [aria-sort="descending"] button::after { content: " \\25bc" }
 tbody tr:hover { background: var(--line) }
 .stale { opacity: .5 }
-@media (min-width: 1101px) {
-  table { margin: 8px -7px 0; width: calc(100%% + 14px) }
-  .source_ip { width: 11%% }
-  .destination { width: 14%% }
-  .user { width: 10%% }
-  [class$="port"], .protocol, .up, .down, .pid { width: 72px }
-  .age, .moving { width: 84px }
+@media (min-width: 1201px) {
+  table { margin: 8px -7px 0; table-layout: auto; width: calc(100%% + 14px) }
+  .source_ip { max-width: 14vw }
+  .destination { max-width: 17vw }
+  .user { max-width: 9vw }
+  .host { max-width: 0; width: 100%% }  /* what the others leave */
+  [class$="port"], .protocol, .up, .down, .pid { min-width: 64px }
+  .age, .moving { min-width: 74px }
   :is([class$="port"], .age, .up, .down, .moving, .pid) { text-align: right }
 }
-@media (max-width: 1100px) {  /* a card for each session */
+@media (max-width: 1200px) {  /* a card for each session */
   body { padding: 8px }
   dl { gap: 0 14px }
   :is(dt, dd) { display: inline }
@@ -258,7 +259,7 @@ def figures(exchange: Exchange) -> dict[str, int]:
     for (_, word), count in ended(board).items():
         outcome = natwork.OUTCOMES.get(word, natwork.BROKEN)
         served = outcome in (natwork.OK, natwork.ENDED)
-        no = outcome is natwork.OUTSIDER or outcome.error.startswith("http_request")
+        no = outcome is natwork.OUTSIDER or outcome.error == natwork.DENIED.error
         counts["served" if served else "refused" if no else "failed"] += count
     return {
         "idle": states.count(natwork.IDLE_STATE),

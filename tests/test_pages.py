@@ -408,7 +408,7 @@ def test_the_table_fits_every_screen(
     gateway = natwork("name=gate.test")
     crowd(gateway, count)
     with browser.chromium(tmp_path) as page:
-        for width in (browser.PHONE, 768, 1101, browser.LAPTOP, browser.DESKTOP):
+        for width in (browser.PHONE, 768, 1201, browser.LAPTOP, browser.DESKTOP):
             page.resize(width)
             open_page(page, gateway, count)
             page.picture(tmp_path / f"{count}-{width}.png")
@@ -419,7 +419,7 @@ def test_the_table_fits_every_screen(
                 "Array.from(document.querySelectorAll('tbody tr'), r => r.offsetHeight)"
             )
             assert len(heights) == count
-            assert max(heights) < (30 if width > 1100 else 100), (width, max(heights))
+            assert max(heights) < (30 if width > 1200 else 100), (width, max(heights))
             heads = "document.querySelectorAll('th button')"
             cut = f"Array.from({heads}).filter(b => b.scrollWidth > b.clientWidth)"
             assert page.run(cut + ".map(b => b.textContent)") == []
