@@ -1455,8 +1455,8 @@ class Worker:
         """Wait for the client's next word, and receive it; return whether it came.
 
         Else the time is over, or it is time to leave.  A new client is not sent away by
-        a reload.  Another has a moment to ask its next request, which would else cross
-        with our leaving.
+        a reload, and has a moment when the master leaves, as any other at a reload: its
+        request would else cross with our leaving.
         """
         client, poll = self.client.stream, select.poll()
         poll.register(client.fd, POLLIN)
@@ -1467,8 +1467,8 @@ class Worker:
             self.slot.set_state(SILENT)
             ready = dict(poll.poll((seconds - SHORT_SILENCE) * 1000))
             self.slot.set_state(BUSY)
-        if ready == {self.lifeline: POLLIN}:
-            poll.modify(self.lifeline, 0)
+        if ready.keys() == {self.lifeline} and (new or ready[self.lifeline] == POLLIN):
+            poll.unregister(self.lifeline)
             ready = dict(poll.poll(CROSSING_TIME * 1000))
         try:
             return client.fd in ready and client.fill() and bool(client.received)
@@ -2006,7 +2006,9 @@ class Uplink(NamedTuple):
 
     def is_there(self) -> bool:
         """Return whether this box has it now; raise OSError."""
-        return any(route_to(packed).local for packed in self.addresses())
+        if self.packed:
+            return bool(route_to(self.packed).local)
+        return bool(self.addresses())
 
 
 def parse_uplink(text: str) -> Uplink:
