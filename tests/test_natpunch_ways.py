@@ -46,6 +46,9 @@ def new_pythons() -> list[str]:
 NEW_PYTHONS = new_pythons()
 
 
+ROOMS = itertools.count()  # the one before may not be empty yet
+
+
 @pytest.fixture(scope="module")
 def lab() -> Iterator[natlab.Lab]:
     """A lab where one peer is behind a stepping NAT, with a server."""
@@ -61,8 +64,9 @@ def relayed() -> Iterator[natlab.Lab]:
 
 
 def pair(lab: natlab.Lab, expected: str, *options: str, **how: str) -> Pair:
-    """Return two peers that have met."""
-    one, other = [punching.peer(lab, place, "room", *options, **how) for place in "ab"]
+    """Return two peers that have met, in a room of their own."""
+    room = f"room {next(ROOMS)}"
+    one, other = [punching.peer(lab, place, room, *options, **how) for place in "ab"]
     assert punching.got(one) == punching.got(other) == expected
     return one, other
 
