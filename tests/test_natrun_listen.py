@@ -54,7 +54,7 @@ server.listen(Number(process.argv[2]), process.argv[1], () => {
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
     with natrun_rig.set_up() as made:
-        limits = ["bind_ports=40000-49999", "max_mappings=64"]
+        limits = ["bind_ports=20000-29999", "max_mappings=64"]
         made.natwork("outside=203.0.113.1", "mappings=yes", *limits)
         yield made
 
@@ -104,43 +104,43 @@ def end_all(rig: Rig) -> None:
 @users
 def test_a_server_knows_its_callers(rig: Rig, user: str) -> None:
     script = str(rig.folder / "natrun_probe.py")
-    words = [PYTHON, script, "serve", f"{OUTSIDE}:40100", "50"]
+    words = [PYTHON, script, "serve", f"{OUTSIDE}:20100", "50"]
     server = rig.start(user, *words, name="serve")
-    assert json.loads(server.line()) == [OUTSIDE, 40100]
-    found = call_often(rig, 40100, 50)
+    assert json.loads(server.line()) == [OUTSIDE, 20100]
+    found = call_often(rig, 20100, 50)
     assert len(found) == 50
     for said, caller in found:
         peer, local = json.loads(said)
-        assert "%s:%d" % tuple(peer) == caller and local == [OUTSIDE, 40100]
+        assert "%s:%d" % tuple(peer) == caller and local == [OUTSIDE, 20100]
     end_all(rig)
     server.process.wait(10)
-    wait.until(lambda: not is_open(rig, 40100), 5)
+    wait.until(lambda: not is_open(rig, 20100), 5)
 
 
 @users
 @pytest.mark.parametrize("kind", ["go", "node"])
 def test_servers_of_other_languages(rig: Rig, user: str, kind: str) -> None:
     needs.programs("node")
-    words = [natrun_rig.go_client(rig), "serve", f"{OUTSIDE}:40200"]
+    words = [natrun_rig.go_client(rig), "serve", f"{OUTSIDE}:20200"]
     if kind == "node":
-        words = ["node", "-e", NODE, OUTSIDE, "40200"]
+        words = ["node", "-e", NODE, OUTSIDE, "20200"]
     server = rig.start(user, *words, name=kind)
-    assert server.line() == f"{OUTSIDE}:40200"
-    found = call_often(rig, 40200, 50)
+    assert server.line() == f"{OUTSIDE}:20200"
+    found = call_often(rig, 20200, 50)
     assert len(found) == 50
     for said, caller in found:
         assert said.strip() == caller
     server.stop()
-    wait.until(lambda: not is_open(rig, 40200), 5)
+    wait.until(lambda: not is_open(rig, 20200), 5)
 
 
 @users
 def test_a_web_server_logs_its_callers(rig: Rig, user: str) -> None:
-    words = [PYTHON, "-u", "-m", "http.server", "-b", OUTSIDE, "40300"]
+    words = [PYTHON, "-u", "-m", "http.server", "-b", OUTSIDE, "20300"]
     server = rig.start(user, *words, name="http")
-    assert f"on {OUTSIDE} port 40300" in server.line()
-    wait.until(lambda: is_open(rig, 40300))
-    get = ["curl", "-sS", f"http://{OUTSIDE}:40300/"]
+    assert f"on {OUTSIDE} port 20300" in server.line()
+    wait.until(lambda: is_open(rig, 20300))
+    get = ["curl", "-sS", f"http://{OUTSIDE}:20300/"]
     assert "Directory listing" in rig.box.run("outside", *get).stdout
     wait.until(lambda: f"{SERVER} - - [" in server.err.read_text())
     server.stop()
@@ -148,35 +148,35 @@ def test_a_web_server_logs_its_callers(rig: Rig, user: str) -> None:
 
 @users
 def test_a_port_that_is_taken_is_refused(rig: Rig, user: str) -> None:
-    taken = rig.box.within("gateway", lambda: socket.create_server((OUTSIDE, 40400)))
+    taken = rig.box.within("gateway", lambda: socket.create_server((OUTSIDE, 20400)))
     with taken:
-        places = [f"{OUTSIDE}:40400", f"{OUTSIDE}:0", f"{OUTSIDE}:40401"]
+        places = [f"{OUTSIDE}:20400", f"{OUTSIDE}:0", f"{OUTSIDE}:20401"]
         found = rig.probe(user, "bind_to", *places)
-    assert found[0] == "EADDRINUSE" and found[2] == [OUTSIDE, 40401]
-    assert found[1][0] == OUTSIDE and 40000 <= found[1][1] <= 49999
+    assert found[0] == "EADDRINUSE" and found[2] == [OUTSIDE, 20401]
+    assert found[1][0] == OUTSIDE and 20000 <= found[1][1] <= 29999
 
 
 @users
 def test_a_port_of_the_settings_is_outside_too(rig: Rig, user: str) -> None:
     settings = rig.home(user) / "listen.conf"
-    settings.write_text("[natrun]\nlisten = 40500-40510\n")
+    settings.write_text("[natrun]\nlisten = 20500-20510\n")
     script = str(rig.folder / "natrun_probe.py")
-    words = ["-c", str(settings), PYTHON, script, "serve", "0.0.0.0:40505", "1"]
+    words = ["-c", str(settings), PYTHON, script, "serve", "0.0.0.0:20505", "1"]
     server = rig.start(user, *words, name="settings")
-    assert json.loads(server.line()) == ["0.0.0.0", 40505]
-    said, sock = call(rig, 40505)
+    assert json.loads(server.line()) == ["0.0.0.0", 20505]
+    said, sock = call(rig, 20505)
     with sock:
         assert json.loads(said)[0] == [*sock.getsockname()]
-        assert json.loads(said)[1] == [OUTSIDE, 40505]
+        assert json.loads(said)[1] == [OUTSIDE, 20505]
     # The inside calls it directly.
     near = rig.box.within(
-        "gateway", lambda: socket.create_connection(("10.9.0.2", 40505), 10)
+        "gateway", lambda: socket.create_connection(("10.9.0.2", 20505), 10)
     )
     with near:
         assert json.loads(near.recv(1000))[0] == [*near.getsockname()]
     end_all(rig)
     server.process.wait(10)
-    wait.until(lambda: not is_open(rig, 40505), 5)
+    wait.until(lambda: not is_open(rig, 20505), 5)
 
 
 @users
@@ -184,23 +184,23 @@ def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig, user: str) -> None
     code = f"import sys; sys.path.insert(0, {str(rig.folder)!r}); import natrun; "
     code += "natrun.LEASE = 3; sys.exit(natrun.main())"
     script = str(rig.folder / "natrun_probe.py")
-    words = ["-g", natrun_rig.GATEWAY, PYTHON, script, "serve", f"{OUTSIDE}:40600", "1"]
+    words = ["-g", natrun_rig.GATEWAY, PYTHON, script, "serve", f"{OUTSIDE}:20600", "1"]
     before = natrun_rig.UNPRIVILEGED if user == "nobody" else []
     command = [*before, PYTHON, "-B", "-c", code, *words]
     server = natrun_rig.Background(rig, command, rig.home(user) / "lease")
-    assert json.loads(server.line()) == [OUTSIDE, 40600]
+    assert json.loads(server.line()) == [OUTSIDE, 20600]
     time.sleep(4)  # it is renewed
-    assert is_open(rig, 40600)
+    assert is_open(rig, 20600)
     os.kill(server.supervisor, signal.SIGKILL)
     server.process.wait(10)
     end_all(rig)
-    wait.until(lambda: not is_open(rig, 40600), 15)
+    wait.until(lambda: not is_open(rig, 20600), 15)
 
 
 @users
 def test_a_signal_is_handled_while_accept_waits(rig: Rig, user: str) -> None:
     script = str(rig.folder / "natrun_probe.py")
-    words = [PYTHON, script, "waiting", f"{OUTSIDE}:40700"]
+    words = [PYTHON, script, "waiting", f"{OUTSIDE}:20700"]
     server = rig.start(user, *words, name="waiting")
     assert server.line() == "ready"
     time.sleep(0.3)
@@ -250,7 +250,7 @@ def test_mappings_that_are_off_are_told(rig: Rig) -> None:
     where = "listen=10.9.0.1:8095 10.9.0.1:8096"
     gateway = rig.box.natwork(folder, "outside=203.0.113.1", where)
     script = str(rig.folder / "natrun_probe.py")
-    words = [PYTHON, script, "bind_to", f"{OUTSIDE}:40800"]
+    words = [PYTHON, script, "bind_to", f"{OUTSIDE}:20800"]
     done = rig.natrun("root", *words, gateway="10.9.0.1:8095")
     assert done.stdout == '["EADDRNOTAVAIL"]\n'
     gateway.stop()
