@@ -622,8 +622,8 @@ def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
     context: Any = ssl.SSLContext(kind)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if is_client:
-        # Who declines the secret has to show a certificate: verify_mode stays
-        # CERT_REQUIRED, and none is trusted.
+        # A server that declines the secret has to show a certificate: verify_mode
+        # stays CERT_REQUIRED, and none is trusted.
         context.check_hostname = False
         context.set_psk_client_callback(lambda hint: ("peer", psk))
     else:

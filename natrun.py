@@ -233,7 +233,7 @@ def install(machine: str, code: bytes) -> int:
     request = NUMBERS[machine][-1], 1, flags, ctypes.addressof(fields)
     try:
         return system(LIBC.syscall, *request)
-    except PermissionError:  # without rights, only who gives up setuid may filter
+    except PermissionError:  # without rights, a process must give up setuid first
         system(LIBC.prctl, NO_NEW_PRIVS, 1, 0, 0, 0)
         return system(LIBC.syscall, *request)
 
@@ -659,7 +659,7 @@ def fork_relay() -> socket.socket:
         ours.setblocking(False)
         return ours
     ours.close()
-    # Who reads our output must not wait for what is still under way.
+    # A reader of our output must not wait for what is still under way.
     for fd in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     relay(theirs)
@@ -725,7 +725,7 @@ def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 class Names:
-    """Who has which name, for all programs of a run."""
+    """The addresses of names, for all programs of a run."""
 
     def __init__(self, gateway: Gateway, login: Callable[[str], list[bytes]]) -> None:
         self.gateway, self.login = gateway, login
@@ -826,7 +826,7 @@ class Names:
 
 
 class Call:
-    """A notification: who calls what, and waits for our answer."""
+    """A notification: a thread has made a call, and waits for our answer."""
 
     def __init__(self, listener: int, raw: bytes, names: dict[int, str]) -> None:
         # struct seccomp_notif, with its struct seccomp_data

@@ -856,7 +856,9 @@ class AccessLog:
                     written += os.write(self.fd, data[written:])
         except OSError as error:
             why = f" ({reason(error)})"
-            with contextlib.suppress(OSError):  # leave no half of a line in a file
+        # Of a half line the file's offset is the end; else it may be any.
+        if 0 < written < len(data):
+            with contextlib.suppress(OSError):  # a pipe or a terminal
                 at = os.lseek(self.fd, 0, os.SEEK_CUR)
                 os.ftruncate(self.fd, at - written)
         if written < len(data):
@@ -2866,8 +2868,6 @@ def chunked(
 
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
 UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
-# After these there is no end of the request from which to go on.
-NOT_UNDERSTOOD = (400, 408, 414, 417, 431, 501, 505)
 
 # How far the answer to a request is: nothing was sent, but whole interim responses; a
 # part of a response; that, and only the close ends it; it is whole.
@@ -3379,7 +3379,8 @@ class Exchange:
                     deliver(self.watch, self.client)
                 self.client.abort()
             return outcome
-        if outcome.status in NOT_UNDERSTOOD or self.length:  # of a body not all is read
+        # Such a request has no end from which to go on; and a body is not all read.
+        if outcome.status in (400, 408, 414, 417, 431, 501, 505) or self.length:
             self.keep = False
         with contextlib.suppress(Refused):  # the client may have gone
             page = self.explain(outcome, refusal.detail)
@@ -3936,7 +3937,8 @@ def main() -> int:
         pass
     os.close(fd)
     for fd in (1, 2):  # both may be one file, which may be cut and begin anew
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
     return guard(lambda: command(sys.argv[1:]))
 
 

@@ -141,7 +141,7 @@ class Mapper:
         self.generation, self.pool = generation._replace(listeners={}), Pool(generation)
         self.config, self.policy = generation.config, generation.chapters.policy
         places = [place for some in self.policy.listeners.values() for place in some]
-        # Whoever listens at :: takes IPv4 clients too.
+        # A listener at :: takes IPv4 clients too.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
         self.hosts = {bytes(4)} & hosts or hosts
         self.sockets: dict[int, socket.socket] = {}

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -637,6 +638,21 @@ def test_what_is_said_into_the_log_itself_appends_too(tmp_path: Path) -> None:
     gateway.process.send_signal(signal.SIGHUP)
     wait.until(lambda: log.read_text() == "natwork: configuration reloaded\n")
     gateway.stop()
+
+
+def test_a_line_that_is_lost_takes_nothing_from_the_log(
+    daemon: running.Start, tmp_path: Path
+) -> None:
+    log = tmp_path / "old.log"
+    log.write_bytes(b"an older line\n" * 400)
+    shutil.chown(log, running.SELF)
+    old, size = log.read_bytes(), (log.stat().st_size, resource.RLIM_INFINITY)
+    gateway = daemon(log=str(log))
+    for pid in (gateway.process.pid, *gateway.workers()):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, size)  # it takes no byte more
+    assert served(gateway)
+    wait.until(lambda: lost_lines(gateway))
+    assert log.read_bytes() == old
 
 
 @pytest.mark.parametrize("rotated", [False, True])
