@@ -849,6 +849,10 @@ class Server:
         self.far_until = {r: at for r, at in self.far_until.items() if at > now}
         for member in [m for m in self.members.values() if m.ends_at < now]:
             self.drop(member, "gone" if member.peer else "nobody")
+        self.reap()
+
+    def reap(self) -> None:
+        """Forget relays that have ended, and so free their rooms."""
         for pid in [p for p in self.relays if os.waitpid(p, os.WNOHANG)[0]]:
             del self.relays[pid]
 
@@ -947,6 +951,7 @@ class Server:
 
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
+        self.reap()
         here, now = self.rooms.get(room, []), time.monotonic()
         waiting = [other for other in here if not other.peer]
         far = member.side == "far" and any(other.side == "far" for other in waiting)

@@ -113,6 +113,13 @@ def test_a_side_may_end_first_and_still_listen(
     assert ended(one)[0] == ended(other)[0] == 0
 
 
+def test_a_room_is_free_when_its_relay_has_ended(relayed: natlab.Lab) -> None:
+    for _ in range(5):
+        both = [punching.peer(relayed, place, "again and again") for place in "ab"]
+        assert [punching.got(one) for one in both] == ["relay", "relay"]
+        punching.talk(*both)
+
+
 @pytest.mark.parametrize("way", ["direct", "relay"])
 def test_a_peer_that_dies_is_not_one_that_is_done(
     way: str, lab: natlab.Lab, relayed: natlab.Lab
