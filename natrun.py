@@ -1506,7 +1506,9 @@ class Supervisor:
 
     def calls(self) -> list[str]:
         """Return the calls that it is to be notified of."""
-        without = set() if self.datagrams else {"socket"}
+        programs = self.settings.programs.values()
+        refused = any(program.udp == "no" for program in programs)
+        without = set() if self.datagrams or refused else {"socket"}
         if not self.gateway.mappings:
             without |= {"accept", "accept4", *({"bind"} if without else ())}
         return [name for name in self.stories if name not in without]

@@ -647,7 +647,8 @@ def test_a_line_that_is_lost_takes_nothing_from_the_log(
     log.write_bytes(b"an older line\n" * 400)
     shutil.chown(log, running.SELF)
     old, size = log.read_bytes(), (log.stat().st_size, resource.RLIM_INFINITY)
-    gateway = daemon(log=str(log))
+    gateway = daemon(log=str(log), spare_workers="2")
+    wait.until(lambda: len(gateway.workers()) == 2)
     for pid in (gateway.process.pid, *gateway.workers()):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, size)  # it takes no byte more
     assert served(gateway)

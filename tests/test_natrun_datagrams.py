@@ -188,3 +188,9 @@ def test_without_a_namespace_there_are_names(
         "natrun: datagrams go nowhere here, but for names",
     ]
     assert "Network is unreachable" in done.stderr
+    settings = rig.home(user) / "none.conf"
+    settings.write_text("[natrun]\nudp = no\n")
+    probe = [PYTHON, script, "make_datagram_socket"]
+    inner = rig.command("root", "-c", str(settings), *probe)
+    words = [*before, "unshare", "-U", "-r", "sh", "-c", limit, "sh", *inner]
+    assert rig.box.run("inside", *words).stdout == '"EACCES"\n'
