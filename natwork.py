@@ -184,14 +184,13 @@ def find_set_title() -> Any:
     these do after each fork costs every worker half a megabyte.
     """
     package = PathFinder.find_spec("setproctitle")
-    folders = package and package.submodule_search_locations
-    spec = PathFinder.find_spec("_setproctitle", folders) if folders else None
+    folders = package.submodule_search_locations if package else []
+    spec = PathFinder.find_spec("_setproctitle", folders)
     with contextlib.suppress(ImportError):  # it may be another interpreter's
         if spec and spec.loader:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module.setproctitle
-    return None
 
 
 set_title = find_set_title() or (lambda title: None)
@@ -252,18 +251,22 @@ class Config:
             value = f"{value[:200]}..."
         self.errors.append(f"{where}: {name} = {value}: {masked(why)}")
 
-    def parsed(
-        self, name: str, parse: Callable[[Any], Any], pieces: Iterable[Any]
-    ) -> list[Any]:
-        """Return what parse() makes of a setting's pieces; refuse what it cannot."""
+    def parsed(self, name: str, parse: Callable[[str], Any]) -> list[Any]:
+        """Return what parse() makes of a setting's parts; refuse what it cannot."""
         found = []
-        for number, piece in enumerate(pieces, 1):
+        for number, part in enumerate(self.parts(name), 1):
             try:
-                found.append(parse(piece))
+                found.append(parse(part))
             except ValueError as error:
                 line = f"line {number}: " if "\n" in getattr(self, name) else ""
                 self.refuse(name, f"{line}{error}")
         return found
+
+    def parts(self, name: str) -> list[str]:
+        """Return a setting's words; or lines, which a newline or a semicolon ends."""
+        end = "[\n;]" if name in ("rules", "parents") else r"\s"
+        parts = map(str.strip, re.split(end, getattr(self, name)))
+        return [part for part in parts if part]
 
     def spelled(self, name: str) -> str:
         """Return the value of a setting as natwork.conf has it, in one line."""
@@ -273,11 +276,6 @@ class Config:
         if isinstance(value, float):
             return str(value).removesuffix(".0")
         return " ".join(str(value).split())
-
-    def lines(self, name: str) -> list[str]:
-        """Return the lines of a setting, which end at a newline or a semicolon."""
-        lines = map(str.strip, re.split("[\n;]", getattr(self, name)))
-        return [line for line in lines if line]
 
 
 # By name, in the order of natwork.conf.
@@ -295,6 +293,7 @@ FORMS: dict[str | type, tuple[str, str]] = {
     "log": (r"[^\0]+", "must be - or a file"),
     "log_format": ("text|json", "must be text or json"),
     "max_per_client": ("[0-9]{1,9}", "is not a whole number"),
+    "bind_ports": (r"[^\0\s]+", "must be ports, as LOW-HIGH"),
     str: (r"[^\0]*", "has a NUL in it"),
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
@@ -376,22 +375,23 @@ def load_config(path: str, options: list[str]) -> Config:
     found, errors = read_settings(path) if path else ({}, [])
     given = [(path, *pair) for pair in found.items()]
     for option in options:
-        name, equals, text = option.partition("=")
+        name, equals, text = map(str.strip, option.partition("="))
         if equals:
-            given.append(("option -o", name.strip(), text.strip()))
+            given.append(("option -o", name, text))
         else:
             errors.append(f"option -o {masked(option)}: must be NAME=VALUE")
     settings, where = {}, {}
     for place, name, text in given:
         try:
-            settings[name], where[name] = parse_setting(name, text), place
+            value = parse_setting(name, text)
         except ValueError as error:
             errors.append(f"{place}: {masked(f'{name} = {text}')}: {error}")
+            continue
+        if name in ("log", "users", "pidfile") and value not in ("", "-"):
+            folder = os.path.dirname(path) if place == path else ""
+            value = os.path.join(folder, value)  # it counts from where its setting is
+        settings[name], where[name] = value, place
     config = Config(file=path, options=options, where=where, errors=errors, **settings)
-    for name in ("log", "users", "pidfile"):
-        if where.get(name) == path and getattr(config, name) not in ("", "-"):
-            file = os.path.join(os.path.dirname(path), getattr(config, name))
-            setattr(config, name, file)  # it counts from where its setting stands
     if "spare_workers" not in where:
         config.spare_workers = min(config.spare_workers, config.max_workers)
     if config.spare_workers > config.max_workers:
@@ -2038,12 +2038,12 @@ class Policy:
         """Parse the settings; what is wrong is noted in the configuration."""
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
         self.own_names = "localhost", config.name.lower()
-        self.inside = config.parsed("inside", parse_network, config.inside.split())
-        self.rules = config.parsed("rules", Rule, config.lines("rules"))
-        ports = [word for word in [config.bind_ports] if word != "0"]
-        # 0, the port that lets the kernel choose, if no others are named.
-        (self.ports,) = config.parsed("bind_ports", parse_ports, ports) or [range(1)]
-        self.uplinks = config.parsed("outside", parse_uplink, config.outside.split())
+        self.inside = config.parsed("inside", parse_network)
+        self.rules = config.parsed("rules", Rule)
+        self.ports = range(1)  # 0, for the kernel to choose one
+        if config.bind_ports != "0":
+            (self.ports,) = config.parsed("bind_ports", parse_ports) or [self.ports]
+        self.uplinks = config.parsed("outside", parse_uplink)
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
@@ -3551,11 +3551,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     return host, port
 
 
-def endpoints(config: Config) -> list[tuple[str, int]]:
-    """Return the hosts and ports of `listen`, and note what is wrong with it."""
-    return config.parsed("listen", parse_endpoint, config.listen.split())
-
-
 def passed_listeners() -> dict[str, socket.socket]:
     """Return the sockets that systemd passed, sd_listen_fds(3); {} if none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -3585,7 +3580,7 @@ def open_listeners(
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
     # By address too: one that was removed may still have clients in its queue.
     kept = {endpoint(s.getsockname()): s for s in held.values()} | held
-    for host, port in [] if listeners else endpoints(config):
+    for host, port in [] if listeners else config.parsed("listen", parse_endpoint):
         for here in ("0.0.0.0", "::") if host == "*" else (host,):
             name, family = endpoint((here, port)), INET6 if ":" in here else INET
             try:
@@ -3630,7 +3625,7 @@ def examine(config: Config, board: Scoreboard) -> Chapters:
     What passes here can be put in force.  Raises ConfigError, with all that is wrong.
     """
     checks, chapters = load_chapter("check"), Chapters(config, board)
-    listens = endpoints(config)
+    listens = config.parsed("listen", parse_endpoint)
     if checks:
         checks.examine_listeners(config, listens)
     find_user(config)
@@ -3861,7 +3856,7 @@ def print_settings(config: Config, mark: str = "") -> None:
     for name in DEFAULTS:
         text = config.spelled(name)
         if name in ("rules", "parents"):  # a line of ";..." would be a comment
-            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
+            text = "".join(f"\n    {masked(line)}" for line in config.parts(name))
         print(f"{mark}{name} = {text}".rstrip(), flush=True)
 
 

@@ -106,7 +106,7 @@ def warn(
     for uplink in policy.uplinks:
         one = uplink.packed
         theirs |= {one} if one else {*natwork.device_addresses(uplink.name)}
-    hosts = {host for host, _ in natwork.endpoints(config)}
+    hosts = {host for host, _ in config.parsed("listen", natwork.parse_endpoint)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
         natwork.say("listen: nobody is a client at an address of outside")
     if config.mappings and all(":" in host for host in hosts):

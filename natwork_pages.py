@@ -446,5 +446,5 @@ def join(chapters: natwork.Chapters) -> None:
     import json  # noqa: F401  # later a worker may be unable to read it
 
     config = chapters.config
-    config.parsed("gateways", check_gateway, config.gateways.split())
+    config.parsed("gateways", check_gateway)
     chapters.schemes[natwork.OWN_PAGE] = own_page
