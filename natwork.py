@@ -526,46 +526,28 @@ class Refused(Exception):
 # SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
 FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
-# The header, as 64-bit words: the master's pid; the slots that ever were used; the
-# Unix time of the start; forks; the second in which board.say() was last heard; whether
-# lost lines are still to be reported.
-MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
-UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
-STATES = 4096  # offset of the state bytes
-SLOTS = STATES + SLOT_LIMIT  # offset of the slots
-
-# A slot's first page begins with these words: where that one of its two rows stands
-# which is whole, 0 for none; the worker's pid; the bytes of the session that goes on;
-# the bytes of all that have ended; log lines that were lost; connections made, and the
-# microseconds that they took; a number for the client of the session that goes on.
-WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
-SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 1892  # bytes
-# The rest of it counts the sessions that have ended, by protocol and outcome.
-ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
 OUTCOME_WORDS = ["other", *OUTCOMES]
 PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect map ftp gopher".split()
 TARGET_SIZE = 1000  # characters of a path that the log keeps, so that a row has room
 NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 
 
-@functools.lru_cache(maxsize=64)
-def ended_by(proto: str, outcome: str) -> int:
-    """Return the word in which a slot counts the sessions of a kind.
-
-    However many rules there are, what they deny counts as denied.
-    """
-    word = outcome if outcome in OUTCOMES else outcome.partition("-")[0]
-    column = OUTCOME_WORDS.index(word) if word in OUTCOMES else 0
-    row = PROTOCOLS.index(proto) if proto in PROTOCOLS else 0
-    return ENDED_BY + row * len(OUTCOME_WORDS) + column
-
-
 class Scoreboard:
-    """The shared memory: a header, a state byte for each slot, then the slots."""
+    """The shared memory: a header, a state byte for each slot, then the slots.
+
+    The header has 64-bit words: the master's pid; the slots that ever were used; the
+    Unix time of the start; forks; the second in which say() was last heard; whether
+    lost lines are still to be reported; and when each uplink last failed.
+    """
+
+    MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
+    UPLINKS, UPLINK_LIMIT = 16, 64
+    STATES = 4096  # offset of the state bytes
+    SLOTS, SLOT_SIZE = STATES + SLOT_LIMIT, 8192  # their offset, and bytes of each
 
     def __init__(self, fd: int = -1) -> None:
         """Make one, or with fd map that of another process, to read only."""
-        size, access = SLOTS + SLOT_LIMIT * SLOT_SIZE, mmap.ACCESS_READ
+        size, access = self.SLOTS + SLOT_LIMIT * self.SLOT_SIZE, mmap.ACCESS_READ
         if fd < 0:
             flags, access = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING, mmap.ACCESS_WRITE
             fd = os.memfd_create("natwork", flags)
@@ -585,7 +567,7 @@ class Scoreboard:
 
     def states(self) -> bytes:
         """Return the state bytes of all slots that ever were used."""
-        return self.memory[STATES : STATES + self.words[USED]]
+        return self.memory[self.STATES : self.STATES + self.words[self.USED]]
 
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once: one line a second.
@@ -593,9 +575,9 @@ class Scoreboard:
         Returns whether it was said; else another one was, or nobody reads.
         """
         second = int(time.monotonic())
-        said = self.words[LAST_SAID] != second and say(message)
+        said = self.words[self.LAST_SAID] != second and say(message)
         if said:
-            self.words[LAST_SAID] = second
+            self.words[self.LAST_SAID] = second
         return said
 
     def fork(self, work: Callable[[], None]) -> int:
@@ -615,36 +597,44 @@ class Scoreboard:
 
     def failed_recently(self, uplink: int) -> bool:
         """Return whether an uplink, by its number, is to be tried last."""
-        failed = self.words[UPLINKS + uplink % UPLINK_LIMIT]
+        failed = self.words[self.UPLINKS + uplink % self.UPLINK_LIMIT]
         return failed > 0 and time.monotonic() - failed < UPLINK_REST
-
-    def note_failure(self, uplink: int) -> None:
-        """Remember that an uplink, by its number, has just failed."""
-        self.words[UPLINKS + uplink % UPLINK_LIMIT] = int(time.monotonic())
 
     def column(self, word: int) -> list[int]:
         """Return one word of all slots that ever were used."""
-        first, step = SLOTS // 8 + word, SLOT_SIZE // 8
-        return self.words[first : first + self.words[USED] * step : step].tolist()
+        first, step = self.SLOTS // 8 + word, self.SLOT_SIZE // 8
+        return self.words[first : first + self.words[self.USED] * step : step].tolist()
 
 
 class Slot:
-    """One worker's place on the scoreboard."""
+    """One worker's place on the scoreboard.
+
+    It begins with these words: where that one of its two rows stands which is whole, 0
+    for none; the worker's pid; the bytes of the session that goes on; the bytes of all
+    that have ended; log lines that were lost; connections made, and the microseconds
+    that they took; a number for the client of the session that goes on.  After the rows
+    it counts the sessions that have ended, by protocol and outcome.
+    """
+
+    WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
+    ROWS, ROW_SIZE = 96, 1892  # bytes
+    ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
 
     def __init__(self, board: Scoreboard, number: int) -> None:
-        self.board, self.number, start = board, number, SLOTS + number * SLOT_SIZE
-        self.bytes = memoryview(board.memory)[start : start + SLOT_SIZE]
+        start = board.SLOTS + number * board.SLOT_SIZE
+        self.board, self.number = board, number
+        self.bytes = memoryview(board.memory)[start : start + board.SLOT_SIZE]
         self.words = self.bytes.cast("Q")
 
     def set_state(self, state: int) -> None:
         """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
-        self.board.memory[STATES + self.number] = state
+        self.board.memory[self.board.STATES + self.number] = state
 
     def clear(self, pid: int) -> None:
         """Begin with a clean row; the totals are the slot's and go on growing."""
         words = self.words
-        words[WHICH] = words[UP] = words[DOWN] = words[PEER] = 0
-        words[PID] = pid  # 0 until the worker has got this far
+        words[self.WHICH] = words[self.UP] = words[self.DOWN] = words[self.PEER] = 0
+        words[self.PID] = pid  # 0 until the worker has got this far
 
     def publish(self, session: Session) -> None:
         """Put a session's row up.
@@ -652,20 +642,20 @@ class Slot:
         There is room for two, and a word that says which one is whole, so a
         reader never sees half a row, not even after kill -9.
         """
-        row = session.row()[: ROW_SIZE - 1] + b"\n"
-        place = ROWS if self.words[WHICH] != ROWS else ROWS + ROW_SIZE
+        row = session.row()[: self.ROW_SIZE - 1] + b"\n"
+        place = self.ROWS + self.ROW_SIZE * (self.words[self.WHICH] == self.ROWS)
         self.bytes[place : place + len(row)] = row
-        self.words[WHICH] = place
+        self.words[self.WHICH] = place
 
     def row(self) -> bytes:
         """Return the row that is up, or b"" for none."""
-        place = self.words[WHICH]
-        row = bytes(self.bytes[place : place + ROW_SIZE]) if place else b""
+        place = self.words[self.WHICH]
+        row = bytes(self.bytes[place : place + self.ROW_SIZE]) if place else b""
         return row.partition(b"\n")[0]
 
     def moved(self, up: int, down: int) -> None:
         """Show how many bytes the session has moved so far."""
-        self.words[UP], self.words[DOWN] = up, down
+        self.words[self.UP], self.words[self.DOWN] = up, down
 
     def settle(self, session: Session) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
@@ -674,11 +664,23 @@ class Slot:
         writes no second one.
         """
         words = self.words
-        ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
+        ups, downs = words[self.UPS] + session.up, words[self.DOWNS] + session.down
         # In one piece: kill -9 must not find the bytes in two places, or in none.
-        head = struct.pack("6Q", 0, words[PID], 0, 0, ups, downs)
+        head = struct.pack("6Q", 0, words[self.PID], 0, 0, ups, downs)
         self.bytes[: len(head)] = head
-        words[PEER] = 0
+        words[self.PEER] = 0
+
+
+@functools.lru_cache(maxsize=64)
+def ended_by(proto: str, outcome: str) -> int:
+    """Return the word in which a slot counts the sessions of a kind.
+
+    However many rules there are, what they deny counts as denied.
+    """
+    word = outcome if outcome in OUTCOMES else outcome.partition("-")[0]
+    column = OUTCOME_WORDS.index(word) if word in OUTCOMES else 0
+    row = PROTOCOLS.index(proto) if proto in PROTOCOLS else 0
+    return Slot.ENDED_BY + row * len(OUTCOME_WORDS) + column
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
@@ -787,8 +789,10 @@ def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
     for number in range(len(board.states())):
         slot = Slot(board, number)
         with contextlib.suppress(ValueError):  # no row, or not one of ours
-            session = Session.from_row(slot.row(), slot.words[UP], slot.words[DOWN])
-            yield slot.words[PID], session
+            session = Session.from_row(
+                slot.row(), slot.words[Slot.UP], slot.words[Slot.DOWN]
+            )
+            yield slot.words[Slot.PID], session
 
 
 COLUMNS = (
@@ -862,18 +866,20 @@ class AccessLog:
                 at = os.lseek(self.fd, 0, os.SEEK_CUR)
                 os.ftruncate(self.fd, at - written)
         if written < len(data):
-            slot.words[LOST] += 1
-            board.words[UNREPORTED] = 1
+            slot.words[Slot.LOST] += 1
+            board.words[Scoreboard.UNREPORTED] = 1
         slot.words[ended_by(session.proto, outcome)] += 1
-        if board.words[UNREPORTED]:  # perhaps standard error took nothing either
+        if board.words[
+            Scoreboard.UNREPORTED
+        ]:  # perhaps standard error took nothing either
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
-            board.words[UNREPORTED] = not board.say(lost)
+            board.words[Scoreboard.UNREPORTED] = not board.say(lost)
 
     def write_killed(self, slot: Slot, code: int) -> None:
         """Write the line that a process could not write itself, by its exit code."""
         if row := slot.row():
-            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
+            session = Session.from_row(row, slot.words[Slot.UP], slot.words[Slot.DOWN])
             outcome = OPERATOR if code == -signal.SIGTERM else KILLED
             self.write(session, outcome.word, slot)
 
@@ -1488,7 +1494,7 @@ class Worker:
         """Show a session, unless its client has too many: then raise Refused."""
         if self.chapters.users:
             self.chapters.users.check_share(self)
-        self.slot.words[PEER] = self.client.number
+        self.slot.words[Slot.PEER] = self.client.number
         self.slot.publish(session)
 
     def proceed(self, session: Session) -> None:
@@ -1542,10 +1548,14 @@ class Master:
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
+        self.killed = 0  # workers that have left no successor
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
-        board.words[MASTER], board.words[BEGAN] = os.getpid(), int(time.time())
+        board.words[Scoreboard.MASTER], board.words[Scoreboard.BEGAN] = (
+            os.getpid(),
+            int(time.time()),
+        )
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
@@ -1557,8 +1567,7 @@ class Master:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.say_reloaded()
-                    self.close_unused()
+                    self.see_old_out()
                 self.kill_late()
                 self.show_title()
                 self.sleep()
@@ -1616,54 +1625,46 @@ class Master:
                 code = os.waitstatus_to_exitcode(status)
                 self.generation.log.write_killed(slot, code)
             slot.set_state(FREE)
-            if status and not slot.words[PID]:  # nor would the next one get further
+            # A client may have woken the killed worker and no other; a new one looks
+            # at the queue before it waits.
+            self.killed += status != 0
+            if status and not slot.words[Slot.PID]:  # nor would the next get further
                 self.fork_at = time.monotonic() + 1
-            elif status and not self.stopping:
-                # A client may have woken this worker and no other; a new worker
-                # looks at the queue before it waits.
-                self.spawn(1)
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken; and the mapper."""
-        missing = self.generation.config.spare_workers - self.idle(self.generation)
-        if time.monotonic() >= self.fork_at and (missing > 0 or self.missing_mapper()):
-            self.spawn(missing)
-
-    def missing_mapper(self) -> Callable[[Generation], None] | None:
-        """Return the work of the mapper, if one is wanted and none is there."""
-        there = any(one is self.generation for one in self.mappers.values())
-        return None if there else self.generation.chapters.mapper
-
-    def spawn(self, count: int) -> None:
-        """Fork some workers, as many as max_workers leaves room for; and the mapper."""
-        room = self.generation.config.max_workers - len(self.workers)
+        if time.monotonic() < self.fork_at:
+            return
+        config, mapper = self.generation.config, self.generation.chapters.mapper
+        missing = max(config.spare_workers - self.idle(self.generation), self.killed)
         try:
-            if mapper := self.missing_mapper():
+            if mapper and self.generation not in self.mappers.values():
                 pid = self.board.fork(lambda: self.become(mapper, self.generation))
                 self.mappers[pid] = self.generation
-            for _ in range(min(count, room)):
-                self.spawn_one()
-            self.fork_at = 0.0
+            for _ in range(min(missing, config.max_workers - len(self.workers))):
+                self.spawn()
+            self.fork_at, self.killed = 0.0, 0
         except OSError as error:
-            self.board.words[FORKS_FAILED] += 1
+            self.board.words[Scoreboard.FORKS_FAILED] += 1
             if not self.fork_at:
                 say(f"cannot fork a worker: {reason(error)}")
             self.fork_at = time.monotonic() + 1
 
-    def spawn_one(self) -> None:
+    def spawn(self) -> None:
         """Fork one worker; raise OSError."""
-        words, memory = self.board.words, self.board.memory
-        slot = Slot(self.board, memory.find(bytes([FREE]), STATES) - STATES)
+        board, words = self.board, self.board.words
+        number = board.memory.find(bytes([FREE]), board.STATES) - board.STATES
+        slot = Slot(board, number)
         # Before the fork: the worker may be busy by the time fork() returns here.
-        words[USED] = max(words[USED], slot.number + 1)
+        words[board.USED] = max(words[board.USED], number + 1)
         slot.clear(0)
         slot.set_state(IDLE_STATE)
         try:
-            pid = self.board.fork(lambda: self.become(self.serve_clients, slot))
+            pid = board.fork(lambda: self.become(self.serve_clients, slot))
         except OSError:
             slot.set_state(FREE)
             raise
-        words[FORKS] += 1
+        words[board.FORKS] += 1
         self.workers[pid] = slot, self.generation
 
     def become(self, work: Callable[[Any], None], what: Any) -> None:
@@ -1711,18 +1712,18 @@ class Master:
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def say_reloaded(self) -> None:
-        """Say that no idle worker is left that would take a client by old settings."""
+    def see_old_out(self) -> None:
+        """Say when no idle worker is left that would take a client by old settings.
+
+        Close the lifelines that nobody has, and removed listeners without a queue.
+        """
         if self.reloading and not any(map(self.idle, self.generations[:-1])):
             self.reloading = False
             say("configuration reloaded")
             notify("READY=1")
-
-    def close_unused(self) -> None:
-        """Close lifelines that no worker has, and removed listeners without a queue."""
+        used = [*self.mappers.values(), *(one for _, one in self.workers.values())]
         for generation in self.generations[:-1]:
-            used = [one for _, one in self.workers.values()], self.mappers.values()
-            if not any(one is generation for ones in used for one in ones):
+            if generation not in used:
                 self.generations.remove(generation)
                 os.close(generation.lifeline_write)
         listeners = self.generation.listeners
@@ -2273,9 +2274,8 @@ class Race:
         self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
         self.failed: list[tuple[OSError, Attempt]] = []
-        # When each uplink was asked, monotonic.  After an answer that is infinity,
-        # which is never too long ago; any other error uses up the uplink's time.
-        self.asked: dict[Uplink | None, float] = {}
+        # The uplinks asked, in their order, and whether they brought an answer.
+        self.asked: dict[Uplink | None, bool] = {}
 
     def run(self, attempts: list[Attempt]) -> Stream:
         """Return the connection that is there first; raise Refused if none is.
@@ -2314,7 +2314,7 @@ class Race:
             self.session.address = endpoint(attempt.where())
             # ask() hears what becomes of it.
             if sock.connect_ex(attempt.where()) == errno.EINPROGRESS:
-                self.asked.setdefault(attempt.uplink, now)
+                self.asked.setdefault(attempt.uplink, False)
         except OSError as error:
             self.fail(error, attempt)
 
@@ -2335,27 +2335,25 @@ class Race:
         """Remember an attempt that failed; the next one begins at once."""
         self.due = 0.0
         self.failed.append((error, attempt))
-        answered = isinstance(error, ANSWERS)
-        if answered:  # it would say the same by another uplink
+        if isinstance(error, ANSWERS):  # it would say the same by another uplink
             self.waiting = [one for one in self.waiting if one.packed != attempt.packed]
-        if attempt.uplink in self.asked:
-            self.asked[attempt.uplink] += math.inf if answered else -UPLINK_DELAY
+            self.asked[attempt.uplink] = True
         if attempt in self.pending:
             self.pending.pop(attempt).close()
 
     def win(self, attempt: Attempt) -> Stream:
         """Return the connection that won, and remember which uplinks were too slow.
 
-        An uplink has failed if it was asked first, had its time or an error and no
-        answer, and another has won; not if it has no way there: that costs nothing,
-        and other targets may have one.
+        An uplink has failed if it was asked first, has brought no answer, and another
+        has won; not if it has no way there: other targets may have one.
         """
-        late, worker = time.monotonic() - UPLINK_DELAY, self.worker
-        for uplink, since in self.asked.items():
+        board, uplinks = self.worker.board, self.worker.policy.uplinks
+        for uplink, has_answered in self.asked.items():
             if uplink == attempt.uplink:
                 break
-            if uplink and since <= late:
-                worker.board.note_failure(worker.policy.uplinks.index(uplink))
+            if uplink and not has_answered:
+                number = board.UPLINKS + uplinks.index(uplink) % board.UPLINK_LIMIT
+                board.words[number] = int(time.monotonic())
         sock = self.pending.pop(attempt)
         self.session.source = endpoint(sock.getsockname())
         self.session.address = endpoint(attempt.where())
@@ -2389,8 +2387,8 @@ def dial(
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
         server = Race(worker, session).run(attempts)
-    worker.slot.words[CONNECTIONS] += 1
-    worker.slot.words[CONNECTING] += int((time.monotonic() - began) * 1e6)
+    worker.slot.words[Slot.CONNECTIONS] += 1
+    worker.slot.words[Slot.CONNECTING] += int((time.monotonic() - began) * 1e6)
     return server
 
 
@@ -3812,7 +3810,7 @@ def boards() -> dict[int, Scoreboard]:
             with open(link, "rb") as file:
                 board = Scoreboard(file.fileno())
             is_here = os.readlink(f"/proc/{pid}/ns/net") == here
-            if is_here and board.words[MASTER] == pid:
+            if is_here and board.words[Scoreboard.MASTER] == pid:
                 found[pid] = board
     return found
 

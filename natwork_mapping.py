@@ -42,7 +42,7 @@ LOOK_TIME = 0.2  # between looks at the end of a lease
 OPEN_TIME = 0.02  # between attempts at a port that another process is to let go
 RELEASE_TIME = 2.0  # for it to do so
 KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
-LEASE = natwork.PEER + 1  # the word of a slot with the end of its lease, monotonic_ns
+LEASE = Slot.PEER + 1  # the word of a slot with the end of its lease, monotonic_ns
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 # Operations with their requests' sizes, and results: sections 3.2, 3.3 and 3.5.
@@ -82,7 +82,7 @@ class Pool:
         fcntl.lockf(self.board.fd, how, 1, LOCK)
 
     def free(self) -> list[Slot]:
-        return [slot for slot in self.slots if not slot.words[natwork.PID]]
+        return [slot for slot in self.slots if not slot.words[Slot.PID]]
 
     def fork(
         self, work: Callable[[Slot], None], session: Session | None, ends_at: int
@@ -95,7 +95,7 @@ class Pool:
                 slot.publish(session)
             try:
                 pid = self.board.fork(functools.partial(work, slot))
-                self.children[pid], slot.words[natwork.PID] = slot, pid
+                self.children[pid], slot.words[Slot.PID] = slot, pid
             except OSError as error:
                 self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
                 slot.clear(0)
@@ -112,7 +112,7 @@ class Pool:
                 break
             self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
         for slot in self.slots if orphans else ():
-            pid = slot.words[natwork.PID]
+            pid = slot.words[Slot.PID]
             if pid and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
             elif not pid and slot.row():
@@ -125,7 +125,7 @@ class Pool:
 
     def end_callers(self, *_: object) -> None:
         """End what is not our own child, as the master asks when time is over."""
-        pids = {slot.words[natwork.PID] for slot in self.slots}
+        pids = {slot.words[Slot.PID] for slot in self.slots}
         for pid in pids - {0, *self.children}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -242,7 +242,7 @@ class Mapper:
             seconds = min(seconds, LEASE_LIMIT)
             result, wanted = self.map(host, here, port, wanted, seconds)
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = max(0, int(time.time()) - self.pool.board.words[natwork.BEGAN])
+        age = max(0, int(time.time()) - self.pool.board.words[natwork.Scoreboard.BEGAN])
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
     def mappings(self, host: str = "") -> Iterator[tuple[Slot, Session]]:
@@ -286,7 +286,7 @@ class Mapper:
         if key in mine:
             slot, one = mine.pop(key)
             wanted = int(one.address.rpartition(":")[2])
-            is_ours = slot.words[natwork.PID] in self.pool.children
+            is_ours = slot.words[Slot.PID] in self.pool.children
             if is_ours and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, wanted
@@ -341,7 +341,7 @@ class Mapper:
             sock.close()
         pool, lifeline, is_open = self.pool, self.generation.lifeline_read, True
         pool.children.clear()
-        slot.words[natwork.PID], session.pid = os.getpid(), str(os.getpid())
+        slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
         slot.publish(session)
         while is_open or pool.children:
             left = (slot.words[LEASE] - time.monotonic_ns()) / 1e9
@@ -419,10 +419,13 @@ def join(chapters: natwork.Chapters) -> None:
     most = natwork.SLOT_LIMIT - SLOT_COUNT
     if config.max_workers > most:
         config.refuse("max_workers", f"must be at most {most} with mappings")
-    memory, used = board.region("mapping", 8), board.words[natwork.USED]
+    memory, used = board.region("mapping", 8), board.words[natwork.Scoreboard.USED]
     if not any(memory[:]):
         memory[:] = (used + 1).to_bytes(8, "big")
-        states = slice(natwork.STATES + used, natwork.STATES + used + SLOT_COUNT)
+        states = slice(
+            natwork.Scoreboard.STATES + used,
+            natwork.Scoreboard.STATES + used + SLOT_COUNT,
+        )
         board.memory[states] = bytes([KEPT]) * SLOT_COUNT
-        board.words[natwork.USED] += SLOT_COUNT
+        board.words[natwork.Scoreboard.USED] += SLOT_COUNT
     chapters.mapper = lambda generation: Mapper(generation).run()

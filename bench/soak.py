@@ -170,7 +170,7 @@ class Visitors:
         for number in range(MAX_WORKERS):
             slot = self.program.Slot(self.board, number)
             if name in slot.row():
-                return int(slot.words[self.program.PID])
+                return int(slot.words[self.program.Slot.PID])
         raise Wrong("a tunnel is not in the table")
 
 
@@ -551,7 +551,7 @@ class Gateway:
 
     def total(self, name: str) -> int:
         """Return a number of the scoreboard, added up over all slots."""
-        word = getattr(self.program, name)
+        word = getattr(self.program.Slot, name)
         slots = (self.program.Slot(self.board, n) for n in range(MAX_WORKERS))
         return sum(slot.words[word] for slot in slots)
 
