@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import math
 import os
 import resource
 import select
@@ -52,17 +53,13 @@ OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range
 
 
 def is_gone(pid: int) -> bool:
-    """Return whether a process has ended, and no process of ours will reap it.
+    """Return whether a process of ours has ended, and none of ours will reap it.
 
     In a container nobody else may, either: then it stays a zombie.
     """
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):  # or another user's has its number
-        return True
-    stat = natwork.stat_of(pid)
+    ours, stat = natwork.stat_of(os.getpid())[3:4], natwork.stat_of(pid)
     is_zombie = stat[:1] == [b"Z"]
-    return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
+    return stat[3:4] != ours or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != ours
 
 
 class Pool:
@@ -74,7 +71,7 @@ class Pool:
 
     def __init__(self, generation: natwork.Generation) -> None:
         self.board, self.log = generation.chapters.board, generation.log
-        first = int.from_bytes(self.board.region("mapping", 8)[:], "big") - 1
+        first = self.board.states().index(KEPT)
         self.slots = [Slot(self.board, first + n) for n in range(SLOT_COUNT)]
         self.children: dict[int, Slot] = {}  # by pid
 
@@ -103,8 +100,11 @@ class Pool:
         self.lock(fcntl.LOCK_UN)
         return slot is not None
 
-    def reap(self, orphans: bool = False) -> None:
-        """Give back the slots of children that have ended, or of their children too."""
+    def reap(self, orphans: bool = False) -> bool:
+        """Give back the slots of children that have ended, or of their children too.
+
+        Returns whether a child is left.
+        """
         self.lock(fcntl.LOCK_EX)
         while self.children:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -118,6 +118,7 @@ class Pool:
             elif not pid and slot.row():
                 slot.clear(0)  # of a mapper that was killed before it forked
         self.lock(fcntl.LOCK_UN)
+        return bool(self.children)
 
     def give_back(self, slot: Slot, code: int) -> None:
         self.log.write_killed(slot, code)
@@ -143,7 +144,7 @@ class Mapper:
         places = [place for some in self.policy.listeners.values() for place in some]
         # A listener at :: takes IPv4 clients too.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
-        self.hosts = {bytes(4)} & hosts or hosts
+        self.closed = {bytes(4)} & hosts or hosts  # where we do not listen yet
         self.sockets: dict[int, socket.socket] = {}
         self.patient_until = time.monotonic() + RELEASE_TIME
 
@@ -152,51 +153,47 @@ class Mapper:
         timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
         watch = natwork.Watch(lifeline, timeout, self.sockets)
         while not watch.retired:
-            if not self.sockets:
-                self.open()
-            wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
-            ready = watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME)
             try:
+                self.open()
+                wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
+                ready = watch.wait(wanted, OPEN_TIME if self.closed else LOOK_TIME)
                 for fd in ready.keys() & self.sockets.keys():
                     self.receive(self.sockets[fd])
                 self.look()
             except OSError as error:
                 why = natwork.reason(error)
                 self.pool.board.say(f"the mapper goes on after an error: {why}")
+                time.sleep(OPEN_TIME)  # it may come again at once
         natwork.set_title("natwork: mapper that leaves")
         signal.signal(signal.SIGTERM, self.pool.end_callers)
         while self.sockets:
             self.sockets.popitem()[1].close()
-        while self.is_needed():
+        while self.pool.reap(orphans=True) or self.is_last():
             time.sleep(LOOK_TIME)
 
-    def is_needed(self) -> bool:
-        """Return whether a process is left to be seen out; in the end, anybody's."""
-        self.pool.reap(orphans=True)
+    def is_last(self) -> bool:
+        """Return whether the master leaves, and nobody else sees an orphan out."""
         lifeline = self.generation.lifeline_read
-        in_the_end = natwork.readable([lifeline])[lifeline] & select.POLLHUP
-        orphans = in_the_end and len(self.pool.free()) < SLOT_COUNT
-        return bool(self.pool.children or orphans)
+        leaves = natwork.readable([lifeline])[lifeline] & select.POLLHUP
+        return bool(leaves) and len(self.pool.free()) < SLOT_COUNT
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
-        try:
-            for packed in self.hosts:
-                sock = socket.socket(natwork.INET, socket.SOCK_DGRAM)
-                self.sockets[sock.fileno()] = sock
-                sock.setblocking(False)
+        for packed in [*self.closed]:
+            host = natwork.unpack(packed)
+            sock = socket.socket(natwork.INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
                 sock.setsockopt(socket.SOL_IP, PKTINFO, 1)
-                sock.bind((natwork.unpack(packed), PORT))
+                sock.bind((host, PORT))
+                self.sockets[sock.fileno()] = sock
+                self.closed.discard(packed)
                 natwork.set_title("natwork: mapper")
-        except OSError as error:
-            while self.sockets:
-                self.sockets.popitem()[1].close()
-            if time.monotonic() > self.patient_until:
-                self.patient_until += natwork.TIME_LIMIT
-                where = natwork.endpoint((natwork.unpack(packed), PORT))
-                natwork.say(
-                    f"cannot answer NAT-PMP at {where}: {natwork.reason(error)}"
-                )
+            except OSError as error:
+                sock.close()
+                if time.monotonic() > self.patient_until:
+                    self.patient_until = math.inf
+                    why = f"at {host}:{PORT}: {natwork.reason(error)}"
+                    natwork.say(f"cannot answer NAT-PMP {why}")
 
     def look(self) -> None:
         """Free what has ended, and end the mappings that are no longer due."""
@@ -339,30 +336,32 @@ class Mapper:
         """Take callers until the lease is over, and see them out."""
         for sock in self.sockets.values():
             sock.close()
-        pool, lifeline, is_open = self.pool, self.generation.lifeline_read, True
+        pool = self.pool
         pool.children.clear()
         slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
         slot.publish(session)
-        while is_open or pool.children:
-            left = (slot.words[LEASE] - time.monotonic_ns()) / 1e9
-            rest = f"{max(0, round(left))}s left" if is_open else "over"
-            natwork.set_title(
-                f"natwork: map {session.address} > {session.client} {rest}"
-            )
+        lifeline, way = (
+            self.generation.lifeline_read,
+            f"{session.address} > {session.client}",
+        )
+        while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
+            natwork.set_title(f"natwork: map {way} {round(left)}s left")
             poll = select.poll()
-            if is_open:
-                poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
+            poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
             # One mapping has no more callers than there is room for those of others.
-            if is_open and len(pool.children) < len(pool.free()):
+            if len(pool.children) < len(pool.free()):
                 poll.register(listener, natwork.POLLIN)
             ready = dict(poll.poll(LOOK_TIME * 1000))
             pool.reap()
-            if is_open and (left <= 0 or lifeline in ready):
-                is_open = False
-                natwork.shut(listener)
-                pool.log.write(session, natwork.ENDED.word, slot)
-            elif ready:
+            if lifeline in ready:
+                break
+            if ready:
                 self.accept(session, listener, here)
+        natwork.set_title(f"natwork: map {way} over")
+        natwork.shut(listener)
+        pool.log.write(session, natwork.ENDED.word, slot)
+        while pool.reap():
+            time.sleep(LOOK_TIME)
 
     def accept(self, mapping: Session, listener: socket.socket, here: str) -> None:
         """Have a new process serve a caller that has come."""
@@ -419,13 +418,8 @@ def join(chapters: natwork.Chapters) -> None:
     most = natwork.SLOT_LIMIT - SLOT_COUNT
     if config.max_workers > most:
         config.refuse("max_workers", f"must be at most {most} with mappings")
-    memory, used = board.region("mapping", 8), board.words[natwork.Scoreboard.USED]
-    if not any(memory[:]):
-        memory[:] = (used + 1).to_bytes(8, "big")
-        states = slice(
-            natwork.Scoreboard.STATES + used,
-            natwork.Scoreboard.STATES + used + SLOT_COUNT,
-        )
-        board.memory[states] = bytes([KEPT]) * SLOT_COUNT
-        board.words[natwork.Scoreboard.USED] += SLOT_COUNT
+    if KEPT not in board.states():
+        first = board.STATES + board.words[board.USED]
+        board.memory[first : first + SLOT_COUNT] = bytes([KEPT]) * SLOT_COUNT
+        board.words[board.USED] += SLOT_COUNT
     chapters.mapper = lambda generation: Mapper(generation).run()
