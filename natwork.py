@@ -827,22 +827,19 @@ class AccessLog:
         """Open the file, or standard output; raise OSError."""
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        if self.path == "-":
-            try:
-                # Opened again, so that O_NONBLOCK is ours and not the terminal's.
-                self.fd = os.open("/proc/self/fd/1", flags)
-            except OSError:  # a socket (journald's), or not ours to open again
-                self.fd = os.dup(1)
-        else:
-            # Root follows no link but those in /dev, such as stdout: a user that may
-            # write to the directory could have put it there, to be given the file.
-            if os.geteuid() == 0 and os.path.dirname(self.path) != "/dev":
-                flags |= os.O_NOFOLLOW
-            try:
-                self.fd = os.open(self.path, flags | os.O_CREAT, 0o640)
-            except OSError as error:
-                why = f"cannot open the access log {self.path}: {reason(error)}"
+        path = "/proc/self/fd/1" if self.path == "-" else self.path
+        # Root follows no link but those in /dev, such as stdout: a user that may write
+        # to the directory could have put it there, to be given the file.
+        if os.geteuid() == 0 and os.path.dirname(path) not in ("/dev", "/proc/self/fd"):
+            flags |= os.O_NOFOLLOW
+        try:
+            # Opened again, so that O_NONBLOCK is ours and not the terminal's.
+            self.fd = os.open(path, flags | os.O_CREAT, 0o640)
+        except OSError as error:
+            if self.path != "-":
+                why = f"cannot open the access log {path}: {reason(error)}"
                 raise OSError(why) from None
+            self.fd = os.dup(1)  # a socket (journald's), or not ours to open again
         self.has_room = select.poll()
         self.has_room.register(self.fd, POLLOUT)
         self.may_block = os.get_blocking(self.fd)  # it is shared with others
@@ -1552,10 +1549,8 @@ class Master:
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
-        board.words[Scoreboard.MASTER], board.words[Scoreboard.BEGAN] = (
-            os.getpid(),
-            int(time.time()),
-        )
+        board.words[board.MASTER] = os.getpid()
+        board.words[board.BEGAN] = int(time.time())
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
@@ -2069,16 +2064,14 @@ class Policy:
             return True
         scope = address[3] if len(address) == 4 else 0
         device = socket.if_indextoname(scope) if scope else route_to(packed).device
-        here = [address_of(sock.getsockname()[0])] if sock else []
+        here = {address_of(sock.getsockname()[0])} if sock else set()
         if link_local:  # each device has those: the addresses beside them say its side
-            here += device_addresses(device)
-        for uplink in self.uplinks:
-            theirs = uplink.addresses()
-            if device == uplink.name or not set(here).isdisjoint(theirs):
-                return False
-        if self.uplinks:
-            return True
-        return device not in [way.device for way in self.defaults()]
+            here.update(device_addresses(device))
+        leads_outside = [uplink.name for uplink in self.uplinks]
+        if not self.uplinks:
+            leads_outside = [way.device for way in self.defaults()]
+        theirs = (uplink.addresses() for uplink in self.uplinks)
+        return device not in leads_outside and all(map(here.isdisjoint, theirs))
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
