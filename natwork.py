@@ -606,83 +606,6 @@ class Scoreboard:
         return self.words[first : first + self.words[self.USED] * step : step].tolist()
 
 
-class Slot:
-    """One worker's place on the scoreboard.
-
-    It begins with these words: where that one of its two rows stands which is whole, 0
-    for none; the worker's pid; the bytes of the session that goes on; the bytes of all
-    that have ended; log lines that were lost; connections made, and the microseconds
-    that they took; a number for the client of the session that goes on.  After the rows
-    it counts the sessions that have ended, by protocol and outcome.
-    """
-
-    WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
-    ROWS, ROW_SIZE = 96, 1892  # bytes
-    ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
-
-    def __init__(self, board: Scoreboard, number: int) -> None:
-        start = board.SLOTS + number * board.SLOT_SIZE
-        self.board, self.number = board, number
-        self.bytes = memoryview(board.memory)[start : start + board.SLOT_SIZE]
-        self.words = self.bytes.cast("Q")
-
-    def set_state(self, state: int) -> None:
-        """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
-        self.board.memory[self.board.STATES + self.number] = state
-
-    def clear(self, pid: int) -> None:
-        """Begin with a clean row; the totals are the slot's and go on growing."""
-        words = self.words
-        words[self.WHICH] = words[self.UP] = words[self.DOWN] = words[self.PEER] = 0
-        words[self.PID] = pid  # 0 until the worker has got this far
-
-    def publish(self, session: Session) -> None:
-        """Put a session's row up.
-
-        There is room for two, and a word that says which one is whole, so a
-        reader never sees half a row, not even after kill -9.
-        """
-        row = session.row()[: self.ROW_SIZE - 1] + b"\n"
-        place = self.ROWS + self.ROW_SIZE * (self.words[self.WHICH] == self.ROWS)
-        self.bytes[place : place + len(row)] = row
-        self.words[self.WHICH] = place
-
-    def row(self) -> bytes:
-        """Return the row that is up, or b"" for none."""
-        place = self.words[self.WHICH]
-        row = bytes(self.bytes[place : place + self.ROW_SIZE]) if place else b""
-        return row.partition(b"\n")[0]
-
-    def moved(self, up: int, down: int) -> None:
-        """Show how many bytes the session has moved so far."""
-        self.words[self.UP], self.words[self.DOWN] = up, down
-
-    def settle(self, session: Session) -> None:
-        """Take down the row of a session that has ended, and add up its bytes.
-
-        Its log line is written next: of a worker that is killed in between the master
-        writes no second one.
-        """
-        words = self.words
-        ups, downs = words[self.UPS] + session.up, words[self.DOWNS] + session.down
-        # In one piece: kill -9 must not find the bytes in two places, or in none.
-        head = struct.pack("6Q", 0, words[self.PID], 0, 0, ups, downs)
-        self.bytes[: len(head)] = head
-        words[self.PEER] = 0
-
-
-@functools.lru_cache(maxsize=64)
-def ended_by(proto: str, outcome: str) -> int:
-    """Return the word in which a slot counts the sessions of a kind.
-
-    However many rules there are, what they deny counts as denied.
-    """
-    word = outcome if outcome in OUTCOMES else outcome.partition("-")[0]
-    column = OUTCOME_WORDS.index(word) if word in OUTCOMES else 0
-    row = PROTOCOLS.index(proto) if proto in PROTOCOLS else 0
-    return Slot.ENDED_BY + row * len(OUTCOME_WORDS) + column
-
-
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
 
 
@@ -741,18 +664,8 @@ class Session:
         )
 
     def row(self) -> bytes:
-        """Return the row for the scoreboard; from_row() reads it again."""
+        """Return the row for the scoreboard; Slot.session() reads it again."""
         return f"{int(self.began * 1000)} {self.fields(255)}".encode()
-
-    @staticmethod
-    def from_row(row: bytes, up: int, down: int) -> Session:
-        """Return the session of a row, with its bytes so far; raise ValueError."""
-        began, *words = row.decode().split(" ")
-        session = Session("", "")
-        session.began, session.up, session.down = float(began) / 1000, up, down
-        for name, word in zip(Session.FIELDS, words, strict=True):
-            setattr(session, name, word.removeprefix(f"{name}="))
-        return session
 
     def host(self) -> str:
         """Return the host of the target, without scheme, port and path."""
@@ -774,6 +687,91 @@ class Session:
         )
 
 
+class Slot:
+    """One worker's place on the scoreboard.
+
+    It begins with these words: where that one of its two rows stands which is whole, 0
+    for none; the worker's pid; the bytes of the session that goes on; the bytes of all
+    that have ended; log lines that were lost; connections made, and the microseconds
+    that they took; a number for the client of the session that goes on.  After the rows
+    it counts the sessions that have ended, by protocol and outcome.
+    """
+
+    WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
+    ROWS, ROW_SIZE = 96, 1892  # bytes
+    ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
+
+    def __init__(self, board: Scoreboard, number: int) -> None:
+        start = board.SLOTS + number * board.SLOT_SIZE
+        self.board, self.number = board, number
+        self.bytes = memoryview(board.memory)[start : start + board.SLOT_SIZE]
+        self.words = self.bytes.cast("Q")
+
+    def set_state(self, state: int) -> None:
+        """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
+        self.board.memory[self.board.STATES + self.number] = state
+
+    def clear(self, pid: int) -> None:
+        """Begin with a clean row; the totals are the slot's and go on growing."""
+        words = self.words
+        words[self.WHICH] = words[self.UP] = words[self.DOWN] = words[self.PEER] = 0
+        words[self.PID] = pid  # 0 until the worker has got this far
+
+    def publish(self, session: Session) -> None:
+        """Put a session's row up.
+
+        There is room for two, and a word that says which one is whole, so a
+        reader never sees half a row, not even after kill -9.
+        """
+        row = session.row()[: self.ROW_SIZE - 1] + b"\n"
+        place = self.ROWS + self.ROW_SIZE * (self.words[self.WHICH] == self.ROWS)
+        self.bytes[place : place + len(row)] = row
+        self.words[self.WHICH] = place
+
+    def session(self) -> Session | None:
+        """Return the session whose row is up, with its bytes so far."""
+        place = self.words[self.WHICH]
+        row = bytes(self.bytes[place : place + self.ROW_SIZE]) if place else b""
+        with contextlib.suppress(ValueError):  # no row, or not one of ours
+            began, *words = row.partition(b"\n")[0].decode().split(" ")
+            began_at, session = float(began) / 1000, Session("", "")
+            for name, word in zip(Session.FIELDS, words, strict=True):
+                setattr(session, name, word.removeprefix(f"{name}="))
+            session.up, session.down = self.words[self.UP], self.words[self.DOWN]
+            session.began = began_at
+            return session
+        return None
+
+    def moved(self, up: int, down: int) -> None:
+        """Show how many bytes the session has moved so far."""
+        self.words[self.UP], self.words[self.DOWN] = up, down
+
+    def settle(self, session: Session) -> None:
+        """Take down the row of a session that has ended, and add up its bytes.
+
+        Its log line is written next: of a worker that is killed in between the master
+        writes no second one.
+        """
+        words = self.words
+        ups, downs = words[self.UPS] + session.up, words[self.DOWNS] + session.down
+        # In one piece: kill -9 must not find the bytes in two places, or in none.
+        head = struct.pack("6Q", 0, words[self.PID], 0, 0, ups, downs)
+        self.bytes[: len(head)] = head
+        words[self.PEER] = 0
+
+
+@functools.lru_cache(maxsize=64)
+def ended_by(proto: str, outcome: str) -> int:
+    """Return the word in which a slot counts the sessions of a kind.
+
+    However many rules there are, what they deny counts as denied.
+    """
+    word = outcome if outcome in OUTCOMES else outcome.partition("-")[0]
+    column = OUTCOME_WORDS.index(word) if word in OUTCOMES else 0
+    row = PROTOCOLS.index(proto) if proto in PROTOCOLS else 0
+    return Slot.ENDED_BY + row * len(OUTCOME_WORDS) + column
+
+
 def as_json(line: str) -> str:
     """Return a line of the access log as a JSON object, its numbers as numbers."""
     import json
@@ -788,10 +786,7 @@ def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
     """Yield the sessions that go on, each with its worker's pid."""
     for number in range(len(board.states())):
         slot = Slot(board, number)
-        with contextlib.suppress(ValueError):  # no row, or not one of ours
-            session = Session.from_row(
-                slot.row(), slot.words[Slot.UP], slot.words[Slot.DOWN]
-            )
+        if session := slot.session():
             yield slot.words[Slot.PID], session
 
 
@@ -875,8 +870,7 @@ class AccessLog:
 
     def write_killed(self, slot: Slot, code: int) -> None:
         """Write the line that a process could not write itself, by its exit code."""
-        if row := slot.row():
-            session = Session.from_row(row, slot.words[Slot.UP], slot.words[Slot.DOWN])
+        if session := slot.session():
             outcome = OPERATOR if code == -signal.SIGTERM else KILLED
             self.write(session, outcome.word, slot)
 
@@ -2020,10 +2014,6 @@ def parse_uplink(text: str) -> Uplink:
     return Uplink(text, b"")
 
 
-def denied(word: str, rule: str) -> tuple[Outcome, str]:
-    return DENIED._replace(word=f"denied-{word}"), rule
-
-
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
 
@@ -2145,16 +2135,16 @@ class Policy:
                 continue
             text = f"rule {number}: {rule.text}"
             if not rule.allow:
-                return denied(f"rule-{number}", text)
+                return DENIED._replace(word=f"denied-rule-{number}"), text
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not closed):
                 return OK, text
-        if closed:
-            return denied(closed, f"built-in rule: {closed} addresses are not reached")
-        if mail:
-            return denied("port-25", "built-in rule: port 25 (mail) is not reached")
-        return OK, "built-in rule: allow the rest"
+        if not closed and not mail:
+            return OK, "built-in rule: allow the rest"
+        what = f"{closed} addresses are" if closed else "port 25 (mail) is"
+        outcome = DENIED._replace(word=f"denied-{closed or 'port-25'}")
+        return outcome, f"built-in rule: {what} not reached"
 
 
 # --- Connecting ---------------------------------------------------------------
@@ -2220,12 +2210,10 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=lambda one: board.failed_recently(uplinks.index(one)))
-    ways: list[Uplink | None] = [*order]
     devices = [uplink for uplink in uplinks if not uplink.packed]
     inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    if devices == uplinks:
-        # By the routing table; else source addresses reach the inside, too.
-        ways.insert(0, None)
+    # By the routing table; else source addresses reach the inside, too.
+    ways = [None, *order] if devices == uplinks else order
     attempts, begin = [], 0.0
     for way in ways:
         if not way:

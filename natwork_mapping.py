@@ -115,7 +115,7 @@ class Pool:
             pid = slot.words[Slot.PID]
             if pid and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
-            elif not pid and slot.row():
+            elif not pid and slot.session():
                 slot.clear(0)  # of a mapper that was killed before it forked
         self.lock(fcntl.LOCK_UN)
         return bool(self.children)
@@ -245,9 +245,9 @@ class Mapper:
     def mappings(self, host: str = "") -> Iterator[tuple[Slot, Session]]:
         """Yield the mappings, or those of a machine."""
         for slot in self.pool.slots:
-            if row := slot.row():
-                one = Session.from_row(row, 0, 0)
-                if one.method == "MAP" and host in ("", natwork.host_of(one.client)):
+            one = slot.session()
+            if one and one.method == "MAP":
+                if host in ("", natwork.host_of(one.client)):
                     yield slot, one
 
     def users(self) -> set[tuple[str, str]]:
@@ -289,7 +289,7 @@ class Mapper:
                 return OK, wanted
             # It is over, or of an earlier mapper with other settings: make it anew.
             slot.words[LEASE], until = 0, time.monotonic() + RELEASE_TIME
-            while slot.row() and time.monotonic() < until:
+            while slot.session() and time.monotonic() < until:
                 time.sleep(OPEN_TIME)
         full = len(mine) >= self.config.max_mappings
         if full or len(list(self.mappings())) >= MAPPING_LIMIT:

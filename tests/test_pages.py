@@ -287,12 +287,11 @@ def deface(gateway: running.Gateway, pids: list[int]) -> None:
     """Write hostile words into the rows of some workers."""
     board = scoreboard(gateway)
     slots = [program.Slot(board, number) for number in range(50)]
-    rows = [
-        slot for slot in slots if slot.words[program.Slot.PID] in pids and slot.row()
-    ]
+    rows = [slot for slot in slots if slot.words[slot.PID] in pids and slot.session()]
     assert len(rows) == len(pids) == len(HOSTILE)
     for slot, words in zip(rows, HOSTILE):
-        session = program.Session.from_row(slot.row(), 0, 0)
+        session = slot.session()
+        assert session
         session.user = words
         session.target = words.replace("/", ":") + ":443"
         slot.publish(session)
