@@ -730,15 +730,16 @@ class Slot:
 
     def session(self) -> Session | None:
         """Return the session whose row is up, with its bytes so far."""
-        place = self.words[self.WHICH]
-        row = bytes(self.bytes[place : place + self.ROW_SIZE]) if place else b""
-        with contextlib.suppress(ValueError):  # no row, or not one of ours
-            began, *words = row.partition(b"\n")[0].decode().split(" ")
-            began_at, session = float(began) / 1000, Session("", "")
+        if not (place := self.words[self.WHICH]):
+            return None
+        row = bytes(self.bytes[place : place + self.ROW_SIZE]).partition(b"\n")[0]
+        with contextlib.suppress(ValueError):  # it is not one of ours
+            began, *words = row.decode().split(" ")
+            session = Session("", "")
             for name, word in zip(Session.FIELDS, words, strict=True):
                 setattr(session, name, word.removeprefix(f"{name}="))
             session.up, session.down = self.words[self.UP], self.words[self.DOWN]
-            session.began = began_at
+            session.began = float(began) / 1000
             return session
         return None
 

@@ -62,18 +62,83 @@ def is_gone(pid: int) -> bool:
     return stat[3:4] != ours or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != ours
 
 
-class Pool:
-    """Our slots on the scoreboard, and the processes that this one has forked.
+class Mapper:
+    """The process that answers NAT-PMP, then what it forks: a mapping, and a caller.
 
-    A lock is held where a slot is taken or given back.  What a process could not write
-    down that was killed, its parent writes, or, where that is gone, the mapper.
+    Each has a slot on the scoreboard; a lock is held where one is taken or given back.
+    What a process could not write down that was killed, its parent writes, or, where
+    that is gone, the mapper.
     """
 
+    # What is made is a mapping: the inside address asked, its session and listener.
+    here: str
+    session: Session
+    listener: socket.socket
+
     def __init__(self, generation: natwork.Generation) -> None:
+        """Begin in the new process, which takes no clients."""
+        for listener in generation.listeners.values():
+            listener.close()
+        self.generation = generation._replace(listeners={})
+        self.config, self.policy = generation.config, generation.chapters.policy
         self.board, self.log = generation.chapters.board, generation.log
         first = self.board.states().index(KEPT)
         self.slots = [Slot(self.board, first + n) for n in range(SLOT_COUNT)]
-        self.children: dict[int, Slot] = {}  # by pid
+        self.children: dict[int, Slot] = {}  # of this process, by pid
+        places = [place for some in self.policy.listeners.values() for place in some]
+        # A listener at :: takes IPv4 clients too.
+        hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
+        self.closed = {bytes(4)} & hosts or hosts  # where we do not listen yet
+        self.sockets: dict[int, socket.socket] = {}
+        self.patient_until = time.monotonic() + RELEASE_TIME
+
+    def run(self) -> None:
+        """Answer until it is time to leave; then see mappings and callers out."""
+        timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
+        watch = natwork.Watch(lifeline, timeout, self.sockets)
+        while not watch.retired:
+            try:
+                self.open()
+                wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
+                ready = watch.wait(wanted, OPEN_TIME if self.closed else LOOK_TIME)
+                for fd in ready.keys() & self.sockets.keys():
+                    self.receive(self.sockets[fd])
+                self.look()
+            except OSError as error:
+                why = natwork.reason(error)
+                self.board.say(f"the mapper goes on after an error: {why}")
+                time.sleep(OPEN_TIME)  # it may come again at once
+        natwork.set_title("natwork: mapper that leaves")
+        signal.signal(signal.SIGTERM, self.end_callers)
+        while self.sockets:
+            self.sockets.popitem()[1].close()
+        while True:
+            is_needed = self.reap(orphans=True)
+            # Where the master leaves, too, nobody else would see orphans out.
+            leaves = natwork.readable([lifeline])[lifeline] & select.POLLHUP
+            if not is_needed and not (leaves and len(self.free()) < SLOT_COUNT):
+                break
+            time.sleep(LOOK_TIME)
+
+    def open(self) -> None:
+        """Listen where machines ask; say why not, if the mapper before us has left."""
+        for packed in [*self.closed]:
+            host = natwork.unpack(packed)
+            sock = socket.socket(natwork.INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
+                sock.setsockopt(socket.SOL_IP, PKTINFO, 1)
+                sock.bind((host, PORT))
+                self.sockets[sock.fileno()] = sock
+                self.closed.discard(packed)
+                natwork.set_title("natwork: mapper")
+            except OSError as error:
+                sock.close()
+                if time.monotonic() > self.patient_until:
+                    self.patient_until = math.inf
+                    why = f"at {host}:{PORT}: {natwork.reason(error)}"
+                    natwork.say(f"cannot answer NAT-PMP {why}")
+
+    # The slots on the scoreboard, and the processes that this one has forked.
 
     def lock(self, how: int) -> None:
         fcntl.lockf(self.board.fd, how, 1, LOCK)
@@ -81,15 +146,16 @@ class Pool:
     def free(self) -> list[Slot]:
         return [slot for slot in self.slots if not slot.words[Slot.PID]]
 
-    def fork(
-        self, work: Callable[[Slot], None], session: Session | None, ends_at: int
-    ) -> bool:
-        """Have a new process, with a slot, do some work; return whether it does."""
+    def fork(self, work: Callable[[Slot], None], ends_at: int = 0) -> bool:
+        """Have a new process, with a slot, do some work; return whether it does.
+
+        It is a mapping if its lease has an end.
+        """
         self.lock(fcntl.LOCK_EX)
         if slot := next(iter(self.free()), None):
             slot.words[LEASE] = ends_at
-            if session:
-                slot.publish(session)
+            if ends_at:
+                slot.publish(self.session)
             try:
                 pid = self.board.fork(functools.partial(work, slot))
                 self.children[pid], slot.words[Slot.PID] = slot, pid
@@ -115,7 +181,7 @@ class Pool:
             pid = slot.words[Slot.PID]
             if pid and is_gone(pid):
                 self.give_back(slot, -signal.SIGKILL)
-            elif not pid and slot.session():
+            elif not pid and slot.words[Slot.WHICH]:
                 slot.clear(0)  # of a mapper that was killed before it forked
         self.lock(fcntl.LOCK_UN)
         return bool(self.children)
@@ -131,73 +197,9 @@ class Pool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-
-class Mapper:
-    """The process that answers NAT-PMP, then what it forks: a mapping, and a caller."""
-
-    def __init__(self, generation: natwork.Generation) -> None:
-        """Begin in the new process, which takes no clients."""
-        for listener in generation.listeners.values():
-            listener.close()
-        self.generation, self.pool = generation._replace(listeners={}), Pool(generation)
-        self.config, self.policy = generation.config, generation.chapters.policy
-        places = [place for some in self.policy.listeners.values() for place in some]
-        # A listener at :: takes IPv4 clients too.
-        hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
-        self.closed = {bytes(4)} & hosts or hosts  # where we do not listen yet
-        self.sockets: dict[int, socket.socket] = {}
-        self.patient_until = time.monotonic() + RELEASE_TIME
-
-    def run(self) -> None:
-        """Answer until it is time to leave; then see mappings and callers out."""
-        timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
-        watch = natwork.Watch(lifeline, timeout, self.sockets)
-        while not watch.retired:
-            try:
-                self.open()
-                wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
-                ready = watch.wait(wanted, OPEN_TIME if self.closed else LOOK_TIME)
-                for fd in ready.keys() & self.sockets.keys():
-                    self.receive(self.sockets[fd])
-                self.look()
-            except OSError as error:
-                why = natwork.reason(error)
-                self.pool.board.say(f"the mapper goes on after an error: {why}")
-                time.sleep(OPEN_TIME)  # it may come again at once
-        natwork.set_title("natwork: mapper that leaves")
-        signal.signal(signal.SIGTERM, self.pool.end_callers)
-        while self.sockets:
-            self.sockets.popitem()[1].close()
-        while self.pool.reap(orphans=True) or self.is_last():
-            time.sleep(LOOK_TIME)
-
-    def is_last(self) -> bool:
-        """Return whether the master leaves, and nobody else sees an orphan out."""
-        lifeline = self.generation.lifeline_read
-        leaves = natwork.readable([lifeline])[lifeline] & select.POLLHUP
-        return bool(leaves) and len(self.pool.free()) < SLOT_COUNT
-
-    def open(self) -> None:
-        """Listen where machines ask; say why not, if the mapper before us has left."""
-        for packed in [*self.closed]:
-            host = natwork.unpack(packed)
-            sock = socket.socket(natwork.INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            try:
-                sock.setsockopt(socket.SOL_IP, PKTINFO, 1)
-                sock.bind((host, PORT))
-                self.sockets[sock.fileno()] = sock
-                self.closed.discard(packed)
-                natwork.set_title("natwork: mapper")
-            except OSError as error:
-                sock.close()
-                if time.monotonic() > self.patient_until:
-                    self.patient_until = math.inf
-                    why = f"at {host}:{PORT}: {natwork.reason(error)}"
-                    natwork.say(f"cannot answer NAT-PMP {why}")
-
     def look(self) -> None:
         """Free what has ended, and end the mappings that are no longer due."""
-        self.pool.reap(orphans=True)
+        self.reap(orphans=True)
         mappings = list(self.mappings())
         users = self.users() if mappings else set()
         for slot, one in mappings:
@@ -219,11 +221,12 @@ class Mapper:
         to_outside = here != asked or policy.uplinks and here in policy.outside()
         if not is_near or to_outside or not policy.is_client(peer, None):
             return
-        if answer := self.answer(data, peer[0], natwork.unpack(here)):
+        self.here = natwork.unpack(here)
+        if answer := self.answer(data, peer[0]):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
             sock.sendmsg([answer], [info], 0, peer)
 
-    def answer(self, data: bytes, host: str, here: str) -> bytes:
+    def answer(self, data: bytes, host: str) -> bytes:
         """Return the answer to what a machine asks, b"" for what is no request."""
         if len(data) < 2 or data[1] >= ANSWER:
             return b""
@@ -237,14 +240,14 @@ class Mapper:
         elif not version and operation == MAP_TCP:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
-            result, wanted = self.map(host, here, port, wanted, seconds)
+            result, wanted = self.map(host, port, wanted, seconds)
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = max(0, int(time.time()) - self.pool.board.words[natwork.Scoreboard.BEGAN])
+        age = max(0, int(time.time()) - self.board.words[natwork.Scoreboard.BEGAN])
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
     def mappings(self, host: str = "") -> Iterator[tuple[Slot, Session]]:
         """Yield the mappings, or those of a machine."""
-        for slot in self.pool.slots:
+        for slot in self.slots:
             one = slot.session()
             if one and one.method == "MAP":
                 if host in ("", natwork.host_of(one.client)):
@@ -252,7 +255,7 @@ class Mapper:
 
     def users(self) -> set[tuple[str, str]]:
         """Return the machines that have sessions of users, with these."""
-        found = (one for _, one in natwork.sessions(self.pool.board))
+        found = (one for _, one in natwork.sessions(self.board))
         named = (one for one in found if one.user != "-" and one.proto != "map")
         return {(natwork.host_of(one.client), one.user) for one in named}
 
@@ -264,11 +267,9 @@ class Mapper:
             p: way for p, way in places.items() if natwork.unpack(p) in mine
         } or places
 
-    def map(
-        self, host: str, here: str, port: int, wanted: int, seconds: int
-    ) -> tuple[int, int]:
+    def map(self, host: str, port: int, wanted: int, seconds: int) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
-        self.pool.reap(orphans=True)
+        self.reap(orphans=True)
         key, now = natwork.endpoint((host, port)), time.monotonic_ns()
         mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
@@ -283,7 +284,7 @@ class Mapper:
         if key in mine:
             slot, one = mine.pop(key)
             wanted = int(one.address.rpartition(":")[2])
-            is_ours = slot.words[Slot.PID] in self.pool.children
+            is_ours = slot.words[Slot.PID] in self.children
             if is_ours and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, wanted
@@ -294,18 +295,14 @@ class Mapper:
         full = len(mine) >= self.config.max_mappings
         if full or len(list(self.mappings())) >= MAPPING_LIMIT:
             return NO_RESOURCES, 0
-        if not (sock := self.listen(host, wanted)):
+        if not (listener := self.listen(host, wanted)):
             return NO_RESOURCES, 0
-        session = Session(key, "-", "map")
-        session.method, session.user = "MAP", users[0]
-        session.address = natwork.endpoint(sock.getsockname())
-
-        def work(slot: Slot) -> None:
-            self.hold(slot, session, sock, here)
-
-        with sock:
-            made = self.pool.fork(work, session, ends_at)
-            return (OK, sock.getsockname()[1]) if made else (NO_RESOURCES, 0)
+        self.listener, self.session = listener, Session(key, "-", "map")
+        self.session.method, self.session.user = "MAP", users[0]
+        self.session.address = natwork.endpoint(listener.getsockname())
+        with listener:
+            made = self.fork(self.hold, ends_at)
+            return (OK, listener.getsockname()[1]) if made else (NO_RESOURCES, 0)
 
     def listen(self, host: str, wanted: int) -> socket.socket | None:
         """Return a socket that listens on the outside, at the wanted port if it may."""
@@ -330,67 +327,57 @@ class Mapper:
 
     # The process of a mapping.
 
-    def hold(
-        self, slot: Slot, session: Session, listener: socket.socket, here: str
-    ) -> None:
+    def hold(self, slot: Slot) -> None:
         """Take callers until the lease is over, and see them out."""
         for sock in self.sockets.values():
             sock.close()
-        pool = self.pool
-        pool.children.clear()
+        self.children.clear()
+        session, lifeline = self.session, self.generation.lifeline_read
         slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
         slot.publish(session)
-        lifeline, way = (
-            self.generation.lifeline_read,
-            f"{session.address} > {session.client}",
-        )
+        title = f"natwork: map {session.address} > {session.client}"
         while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
-            natwork.set_title(f"natwork: map {way} {round(left)}s left")
+            natwork.set_title(f"{title} {round(left)}s left")
             poll = select.poll()
             poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
             # One mapping has no more callers than there is room for those of others.
-            if len(pool.children) < len(pool.free()):
-                poll.register(listener, natwork.POLLIN)
+            if len(self.children) < len(self.free()):
+                poll.register(self.listener, natwork.POLLIN)
             ready = dict(poll.poll(LOOK_TIME * 1000))
-            pool.reap()
+            self.reap()
             if lifeline in ready:
                 break
             if ready:
-                self.accept(session, listener, here)
-        natwork.set_title(f"natwork: map {way} over")
-        natwork.shut(listener)
-        pool.log.write(session, natwork.ENDED.word, slot)
-        while pool.reap():
+                self.accept()
+        natwork.set_title(f"{title} over")
+        natwork.shut(self.listener)
+        self.log.write(session, natwork.ENDED.word, slot)
+        while self.reap():
             time.sleep(LOOK_TIME)
 
-    def accept(self, mapping: Session, listener: socket.socket, here: str) -> None:
+    def accept(self) -> None:
         """Have a new process serve a caller that has come."""
-
-        def work(slot: Slot) -> None:
-            listener.close()
-            self.serve(slot, mapping, natwork.Client(sock, address), here)
-
         try:
-            sock, address = listener.accept()
+            sock, address = self.listener.accept()
             with sock:
-                self.pool.fork(work, None, 0)
+                client = natwork.Client(sock, address)
+                self.fork(functools.partial(self.serve, client))
         except (BlockingIOError, ConnectionAbortedError):
             pass
         except OSError as error:
-            self.pool.board.say(f"cannot take a caller: {natwork.reason(error)}")
+            self.board.say(f"cannot take a caller: {natwork.reason(error)}")
             time.sleep(LOOK_TIME)
 
     # The process of a caller.
 
-    def serve(
-        self, slot: Slot, mapping: Session, client: natwork.Client, here: str
-    ) -> None:
+    def serve(self, client: natwork.Client, slot: Slot) -> None:
         """Join a caller to the machine of a mapping, from where that has reached us."""
+        self.listener.close()
         if os.geteuid() != 0:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
         slot.clear(os.getpid())
         worker = natwork.Worker(self.generation, slot)
-        worker.client = client
+        worker.client, mapping = client, self.session
         session = Session(client.endpoint, worker.pid_text, "map")
         session.target, session.user = mapping.client, mapping.user
         session.outcome = natwork.ENDED
@@ -399,7 +386,7 @@ class Mapper:
             worker.begin(session)
             host, port = natwork.parse_endpoint(mapping.client)
             (packed,) = natwork.judged(worker, session, host, port)
-            way = natwork.Uplink(here, natwork.pack(here))
+            way = natwork.Uplink(self.here, natwork.pack(self.here))
             attempt = natwork.Attempt(packed, port, way, 0.0)
             server = natwork.Race(worker, session).run([attempt])
             worker.proceed(session)
