@@ -183,11 +183,11 @@ def find_set_title() -> Any:
     Its C part alone: the package around that loads logging and threading, and what
     these do after each fork costs every worker half a megabyte.
     """
-    package = PathFinder.find_spec("setproctitle")
-    folders = package.submodule_search_locations if package else []
-    spec = PathFinder.find_spec("_setproctitle", folders)
+    package: Any = PathFinder.find_spec("setproctitle")
+    folders = package and package.submodule_search_locations
+    spec: Any = package and PathFinder.find_spec("_setproctitle", folders)
     with contextlib.suppress(ImportError):  # it may be another interpreter's
-        if spec and spec.loader:
+        if spec:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module.setproctitle
@@ -1315,8 +1315,6 @@ def relay(
 # asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
 # configuration are told to leave by their lifeline: see Watch.
 
-MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
-
 
 def notify(words: str) -> None:
     """Tell the service manager how we are, where it asks: sd_notify(3)."""
@@ -1521,6 +1519,8 @@ class Worker:
 class Master:
     """Keeps spare workers waiting for clients, and sees them out."""
 
+    SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+
     def __init__(
         self,
         board: Scoreboard,
@@ -1574,7 +1574,7 @@ class Master:
             self.make_room(limit)
         # The kernel gives HUP before TERM, however many come.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
-        taken = taken or signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
+        taken = taken or signal.sigtimedwait(self.SIGNALS, 0.25 if full else 1.0)
         number = taken.si_signo if taken else 0
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
@@ -1664,7 +1664,7 @@ class Master:
         # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         work(what)
 
     def serve_clients(self, slot: Slot) -> None:
@@ -2088,12 +2088,10 @@ class Policy:
         The unspecified address, when dialed, is the loopback one; a listener that has
         it listens on every address of this box.
         """
-        for address in self.listeners.get(port, ()):
-            if address in found or not all(map(any, found)):
-                return True
-            if not any(address) and any(route_to(one).local for one in found):
-                return True
-        return False
+        ours = self.listeners.get(port, [])
+        if any(packed in ours for packed in found) or not all(map(any, found)):
+            return bool(ours)
+        return not all(map(any, ours)) and any(route_to(one).local for one in found)
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
@@ -3719,7 +3717,7 @@ def run(config: Config, ready: Callable[[], None]) -> int:
         return open_generation(examine(fresh, board), old)
 
     # A reader of "listening on" may send us a signal: it waits for the master.
-    signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, Master.SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     try:
