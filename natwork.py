@@ -788,7 +788,7 @@ def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
     for number in range(len(board.states())):
         slot = Slot(board, number)
         if session := slot.session():
-            yield slot.words[Slot.PID], session
+            yield slot.words[slot.PID], session
 
 
 COLUMNS = (
@@ -859,15 +859,13 @@ class AccessLog:
                 at = os.lseek(self.fd, 0, os.SEEK_CUR)
                 os.ftruncate(self.fd, at - written)
         if written < len(data):
-            slot.words[Slot.LOST] += 1
-            board.words[Scoreboard.UNREPORTED] = 1
+            slot.words[slot.LOST] += 1
+            board.words[board.UNREPORTED] = 1
         slot.words[ended_by(session.proto, outcome)] += 1
-        if board.words[
-            Scoreboard.UNREPORTED
-        ]:  # perhaps standard error took nothing either
+        if board.words[board.UNREPORTED]:  # perhaps standard error took nothing either
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
-            board.words[Scoreboard.UNREPORTED] = not board.say(lost)
+            board.words[board.UNREPORTED] = not board.say(lost)
 
     def write_killed(self, slot: Slot, code: int) -> None:
         """Write the line that a process could not write itself, by its exit code."""
@@ -1618,7 +1616,7 @@ class Master:
             # A client may have woken the killed worker and no other; a new one looks
             # at the queue before it waits.
             self.killed += status != 0
-            if status and not slot.words[Slot.PID]:  # nor would the next get further
+            if status and not slot.words[slot.PID]:  # nor would the next get further
                 self.fork_at = time.monotonic() + 1
 
     def keep_spares(self) -> None:
@@ -1635,7 +1633,7 @@ class Master:
                 self.spawn()
             self.fork_at, self.killed = 0.0, 0
         except OSError as error:
-            self.board.words[Scoreboard.FORKS_FAILED] += 1
+            self.board.words[self.board.FORKS_FAILED] += 1
             if not self.fork_at:
                 say(f"cannot fork a worker: {reason(error)}")
             self.fork_at = time.monotonic() + 1
@@ -1711,9 +1709,9 @@ class Master:
             self.reloading = False
             say("configuration reloaded")
             notify("READY=1")
-        used = [*self.mappers.values(), *(one for _, one in self.workers.values())]
         for generation in self.generations[:-1]:
-            if generation not in used:
+            used = [one for _, one in self.workers.values()]
+            if generation not in [*used, *self.mappers.values()]:
                 self.generations.remove(generation)
                 os.close(generation.lifeline_write)
         listeners = self.generation.listeners
@@ -2058,11 +2056,10 @@ class Policy:
         here = {address_of(sock.getsockname()[0])} if sock else set()
         if link_local:  # each device has those: the addresses beside them say its side
             here.update(device_addresses(device))
-        leads_outside = [uplink.name for uplink in self.uplinks]
-        if not self.uplinks:
-            leads_outside = [way.device for way in self.defaults()]
+        devices = [uplink.name for uplink in self.uplinks]
+        devices = devices or [way.device for way in self.defaults()]
         theirs = (uplink.addresses() for uplink in self.uplinks)
-        return device not in leads_outside and all(map(here.isdisjoint, theirs))
+        return device not in devices and all(map(here.isdisjoint, theirs))
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
@@ -3790,7 +3787,7 @@ def boards() -> dict[int, Scoreboard]:
             with open(link, "rb") as file:
                 board = Scoreboard(file.fileno())
             is_here = os.readlink(f"/proc/{pid}/ns/net") == here
-            if is_here and board.words[Scoreboard.MASTER] == pid:
+            if is_here and board.words[board.MASTER] == pid:
                 found[pid] = board
     return found
 
