@@ -336,8 +336,9 @@ class Mapper:
         slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
         slot.publish(session)
         title = f"natwork: map {session.address} > {session.client}"
-        while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
-            natwork.set_title(f"{title} {round(left)}s left")
+        while True:
+            left = (slot.words[LEASE] - time.monotonic_ns()) / 1e9
+            natwork.set_title(f"{title} {max(0, round(left))}s left")
             poll = select.poll()
             poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
             # One mapping has no more callers than there is room for those of others.
@@ -345,7 +346,7 @@ class Mapper:
                 poll.register(self.listener, natwork.POLLIN)
             ready = dict(poll.poll(LOOK_TIME * 1000))
             self.reap()
-            if lifeline in ready:
+            if left <= 0 or lifeline in ready:
                 break
             if ready:
                 self.accept()
