@@ -663,10 +663,6 @@ class Session:
             f"address={self.address} source={self.source} status={self.status}"
         )
 
-    def row(self) -> bytes:
-        """Return the row for the scoreboard; Slot.session() reads it again."""
-        return f"{int(self.began * 1000)} {self.fields(255)}".encode()
-
     def host(self) -> str:
         """Return the host of the target, without scheme, port and path."""
         authority = re.sub(r"\A[^/]*://|/.*", "", self.target)
@@ -723,7 +719,8 @@ class Slot:
         There is room for two, and a word that says which one is whole, so a
         reader never sees half a row, not even after kill -9.
         """
-        row = session.row()[: self.ROW_SIZE - 1] + b"\n"
+        row = f"{int(session.began * 1000)} {session.fields(255)}".encode()
+        row = row[: self.ROW_SIZE - 1] + b"\n"
         place = self.ROWS + self.ROW_SIZE * (self.words[self.WHICH] == self.ROWS)
         self.bytes[place : place + len(row)] = row
         self.words[self.WHICH] = place
