@@ -1994,9 +1994,7 @@ class Uplink(NamedTuple):
 
     def is_there(self) -> bool:
         """Return whether this box has it now; raise OSError."""
-        if self.packed:
-            return bool(route_to(self.packed).local)
-        return bool(self.addresses())
+        return any(route_to(packed).local for packed in self.addresses())
 
 
 def parse_uplink(text: str) -> Uplink:
