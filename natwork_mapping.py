@@ -53,13 +53,17 @@ OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range
 
 
 def is_gone(pid: int) -> bool:
-    """Return whether a process of ours has ended, and none of ours will reap it.
+    """Return whether a process has ended, and no process of ours will reap it.
 
     In a container nobody else may, either: then it stays a zombie.
     """
-    ours, stat = natwork.stat_of(os.getpid())[3:4], natwork.stat_of(pid)
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):  # or another user's has its number
+        return True
+    stat = natwork.stat_of(pid)
     is_zombie = stat[:1] == [b"Z"]
-    return stat[3:4] != ours or is_zombie and natwork.stat_of(int(stat[1]))[3:4] != ours
+    return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
 
 
 class Mapper:
