@@ -265,11 +265,10 @@ class Mapper:
 
     def places(self, host: str) -> dict[bytes, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
-        mine = [natwork.host_of(one.address) for _, one in self.mappings(host)]
+        mappings = (one for _, one in self.mappings(host))
+        mine = {natwork.pack(natwork.host_of(one.address)) for one in mappings}
         places = {p: way for p, way in self.policy.outside().items() if len(p) == 4}
-        return {
-            p: way for p, way in places.items() if natwork.unpack(p) in mine
-        } or places
+        return {p: way for p, way in places.items() if p in mine} or places
 
     def map(self, host: str, port: int, wanted: int, seconds: int) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
@@ -297,9 +296,8 @@ class Mapper:
             while slot.session() and time.monotonic() < until:
                 time.sleep(OPEN_TIME)
         full = len(mine) >= self.config.max_mappings
-        if full or len(list(self.mappings())) >= MAPPING_LIMIT:
-            return NO_RESOURCES, 0
-        if not (listener := self.listen(host, wanted)):
+        full = full or len(list(self.mappings())) >= MAPPING_LIMIT
+        if full or not (listener := self.listen(host, wanted)):
             return NO_RESOURCES, 0
         self.listener, self.session = listener, Session(key, "-", "map")
         self.session.method, self.session.user = "MAP", users[0]
