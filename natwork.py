@@ -1774,7 +1774,6 @@ def unpack(packed: bytes) -> str:
     return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
-Network = tuple[bytes, bytes]  # a block's first and last address
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
@@ -1806,8 +1805,8 @@ def address_of(peer: str) -> bytes:
     return embedded_addresses(pack(peer.partition("%")[0]))[0]
 
 
-def parse_network(text: str) -> Network:
-    """Return the block that "10.0.0.0/8" or "fd00::1" names; raise ValueError."""
+def parse_network(text: str) -> tuple[bytes, bytes]:
+    """Return first and last address of "10.0.0.0/8" or "fd00::1"; raise ValueError."""
     address, slash, length = text.partition("/")
     packed = pack(address)
     bits = 8 * len(packed)
@@ -1821,11 +1820,11 @@ def parse_network(text: str) -> Network:
     return first.to_bytes(size, "big"), (first | hosts).to_bytes(size, "big")
 
 
-def networks(text: str) -> tuple[Network, ...]:
+def networks(text: str) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(parse_network(word) for word in text.split())
 
 
-def contains(blocks: Iterable[Network], *found: bytes) -> bool:
+def contains(blocks: Iterable[tuple[bytes, bytes]], *found: bytes) -> bool:
     """Return whether one of some addresses lies in one of some blocks."""
     for first, last in blocks:
         for packed in found:
@@ -2220,25 +2219,14 @@ def ways_to(
     return sorted(attempts, key=lambda attempt: attempt.at)
 
 
-# The target itself has answered with these; any other error is the way's.
-ANSWERS = ConnectionRefusedError, ConnectionResetError
-
-
-def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
-    """Return the refusal that fits attempts that have all failed."""
-    if not failed:
-        return Refused(UNROUTABLE, "no uplink has an address of the target's family")
-    # An answer of the target says more than the want of a route.
-    error, attempt = max(failed, key=lambda one: isinstance(one[0], ANSWERS))
-    why = f"{endpoint(attempt.where())}: {reason(error)}"
-    return Refused(outcome_of(error, CONNECT_FAILED), why)
-
-
 class Race:
     """Connection attempts side by side, of which the first to succeed wins.
 
     When one has failed, the next begins at once, and those after it as much earlier.
     """
+
+    # The target itself has answered with these; any other error is the way's.
+    ANSWERS = ConnectionRefusedError, ConnectionResetError
 
     def __init__(self, worker: Worker, session: Session) -> None:
         self.worker, self.session = worker, session
@@ -2264,7 +2252,7 @@ class Race:
                 if server := self.ask():
                     return server
                 if not self.pending and not self.waiting:
-                    raise defeat(self.failed)
+                    raise self.defeat(self.failed)
                 until = min(self.due, deadline) if self.waiting else deadline
                 wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
                 self.worker.watch.wait(wanted, until - now)
@@ -2307,7 +2295,7 @@ class Race:
         """Remember an attempt that failed; the next one begins at once."""
         self.due = 0.0
         self.failed.append((error, attempt))
-        if isinstance(error, ANSWERS):  # it would say the same by another uplink
+        if isinstance(error, self.ANSWERS):  # it would say the same by another uplink
             self.waiting = [one for one in self.waiting if one.packed != attempt.packed]
             self.asked[attempt.uplink] = True
         if attempt in self.pending:
@@ -2330,6 +2318,18 @@ class Race:
         self.session.source = endpoint(sock.getsockname())
         self.session.address = endpoint(attempt.where())
         return Stream(sock, SERVER_GONE)
+
+    @staticmethod
+    def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
+        """Return the refusal that fits attempts that have all failed."""
+        if not failed:
+            return Refused(
+                UNROUTABLE, "no uplink has an address of the target's family"
+            )
+        # An answer of the target says more than the want of a route.
+        error, attempt = max(failed, key=lambda one: isinstance(one[0], Race.ANSWERS))
+        why = f"{endpoint(attempt.where())}: {reason(error)}"
+        return Refused(outcome_of(error, CONNECT_FAILED), why)
 
 
 def judged(

@@ -301,7 +301,7 @@ def test_a_file_keeps_to_its_size(name: str) -> None:
 
 
 def test_names_are_few_and_a_fifth_of_the_lines_is_prose() -> None:
-    assert len(dict(names_defined(TREE))) <= 260
+    assert len(dict(names_defined(TREE))) <= 257
     told = [n for n in ast.walk(TREE) if isinstance(n, (ast.Module, ast.ClassDef))]
     strings = [n.body[0] for n in [*told, *FUNCTIONS] if ast.get_docstring(n)]
     prose = {n for s in strings for n in range(s.lineno, (s.end_lineno or 0) + 1)}
