@@ -183,15 +183,14 @@ def find_set_title() -> Any:
     Its C part alone: the package around that loads logging and threading, and what
     these do after each fork costs every worker half a megabyte.
     """
-    package = PathFinder.find_spec("setproctitle")
+    package: Any = PathFinder.find_spec("setproctitle")
     folders = package and package.submodule_search_locations
-    spec = PathFinder.find_spec("_setproctitle", folders) if folders else None
+    spec: Any = package and PathFinder.find_spec("_setproctitle", folders)
     with contextlib.suppress(ImportError):  # it may be another interpreter's
-        if spec and spec.loader:
+        if spec:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module.setproctitle
-    return None
 
 
 set_title = find_set_title() or (lambda title: None)
@@ -252,18 +251,22 @@ class Config:
             value = f"{value[:200]}..."
         self.errors.append(f"{where}: {name} = {value}: {masked(why)}")
 
-    def parsed(
-        self, name: str, parse: Callable[[Any], Any], pieces: Iterable[Any]
-    ) -> list[Any]:
-        """Return what parse() makes of a setting's pieces; refuse what it cannot."""
+    def parsed(self, name: str, parse: Callable[[str], Any]) -> list[Any]:
+        """Return what parse() makes of a setting's parts; refuse what it cannot."""
         found = []
-        for number, piece in enumerate(pieces, 1):
+        for number, part in enumerate(self.parts(name), 1):
             try:
-                found.append(parse(piece))
+                found.append(parse(part))
             except ValueError as error:
                 line = f"line {number}: " if "\n" in getattr(self, name) else ""
                 self.refuse(name, f"{line}{error}")
         return found
+
+    def parts(self, name: str) -> list[str]:
+        """Return a setting's words; or lines, which a newline or a semicolon ends."""
+        end = "[\n;]" if name in ("rules", "parents") else r"\s"
+        parts = map(str.strip, re.split(end, getattr(self, name)))
+        return [part for part in parts if part]
 
     def spelled(self, name: str) -> str:
         """Return the value of a setting as natwork.conf has it, in one line."""
@@ -273,11 +276,6 @@ class Config:
         if isinstance(value, float):
             return str(value).removesuffix(".0")
         return " ".join(str(value).split())
-
-    def lines(self, name: str) -> list[str]:
-        """Return the lines of a setting, which end at a newline or a semicolon."""
-        lines = map(str.strip, re.split("[\n;]", getattr(self, name)))
-        return [line for line in lines if line]
 
 
 # By name, in the order of natwork.conf.
@@ -295,6 +293,7 @@ FORMS: dict[str | type, tuple[str, str]] = {
     "log": (r"[^\0]+", "must be - or a file"),
     "log_format": ("text|json", "must be text or json"),
     "max_per_client": ("[0-9]{1,9}", "is not a whole number"),
+    "bind_ports": (r"[^\0\s]+", "must be ports, as LOW-HIGH"),
     str: (r"[^\0]*", "has a NUL in it"),
     bool: ("yes|no", "is neither yes nor no"),
     # int() and float() alone would also take "1_0", " +5" and "nan".
@@ -376,22 +375,23 @@ def load_config(path: str, options: list[str]) -> Config:
     found, errors = read_settings(path) if path else ({}, [])
     given = [(path, *pair) for pair in found.items()]
     for option in options:
-        name, equals, text = option.partition("=")
+        name, equals, text = map(str.strip, option.partition("="))
         if equals:
-            given.append(("option -o", name.strip(), text.strip()))
+            given.append(("option -o", name, text))
         else:
             errors.append(f"option -o {masked(option)}: must be NAME=VALUE")
     settings, where = {}, {}
     for place, name, text in given:
         try:
-            settings[name], where[name] = parse_setting(name, text), place
+            value = parse_setting(name, text)
         except ValueError as error:
             errors.append(f"{place}: {masked(f'{name} = {text}')}: {error}")
+            continue
+        if name in ("log", "users", "pidfile") and value not in ("", "-"):
+            folder = os.path.dirname(path) if place == path else ""
+            value = os.path.join(folder, value)  # it counts from where its setting is
+        settings[name], where[name] = value, place
     config = Config(file=path, options=options, where=where, errors=errors, **settings)
-    for name in ("log", "users", "pidfile"):
-        if where.get(name) == path and getattr(config, name) not in ("", "-"):
-            file = os.path.join(os.path.dirname(path), getattr(config, name))
-            setattr(config, name, file)  # it counts from where its setting stands
     if "spare_workers" not in where:
         config.spare_workers = min(config.spare_workers, config.max_workers)
     if config.spare_workers > config.max_workers:
@@ -526,46 +526,28 @@ class Refused(Exception):
 # SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
 FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
-# The header, as 64-bit words: the master's pid; the slots that ever were used; the
-# Unix time of the start; forks; the second in which board.say() was last heard; whether
-# lost lines are still to be reported.
-MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
-UPLINKS, UPLINK_LIMIT = 16, 64  # when each uplink last failed; any worker writes
-STATES = 4096  # offset of the state bytes
-SLOTS = STATES + SLOT_LIMIT  # offset of the slots
-
-# A slot's first page begins with these words: where that one of its two rows stands
-# which is whole, 0 for none; the worker's pid; the bytes of the session that goes on;
-# the bytes of all that have ended; log lines that were lost; connections made, and the
-# microseconds that they took; a number for the client of the session that goes on.
-WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
-SLOT_SIZE, ROWS, ROW_SIZE = 8192, 96, 1892  # bytes
-# The rest of it counts the sessions that have ended, by protocol and outcome.
-ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
 OUTCOME_WORDS = ["other", *OUTCOMES]
 PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect map ftp gopher".split()
 TARGET_SIZE = 1000  # characters of a path that the log keeps, so that a row has room
 NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 
 
-@functools.lru_cache(maxsize=64)
-def ended_by(proto: str, outcome: str) -> int:
-    """Return the word in which a slot counts the sessions of a kind.
-
-    However many rules there are, what they deny counts as denied.
-    """
-    word = outcome if outcome in OUTCOMES else outcome.partition("-")[0]
-    column = OUTCOME_WORDS.index(word) if word in OUTCOMES else 0
-    row = PROTOCOLS.index(proto) if proto in PROTOCOLS else 0
-    return ENDED_BY + row * len(OUTCOME_WORDS) + column
-
-
 class Scoreboard:
-    """The shared memory: a header, a state byte for each slot, then the slots."""
+    """The shared memory: a header, a state byte for each slot, then the slots.
+
+    The header has 64-bit words: the master's pid; the slots that ever were used; the
+    Unix time of the start; forks; the second in which say() was last heard; whether
+    lost lines are still to be reported; and when each uplink last failed.
+    """
+
+    MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
+    UPLINKS, UPLINK_LIMIT = 16, 64
+    STATES = 4096  # offset of the state bytes
+    SLOTS, SLOT_SIZE = STATES + SLOT_LIMIT, 8192  # their offset, and bytes of each
 
     def __init__(self, fd: int = -1) -> None:
         """Make one, or with fd map that of another process, to read only."""
-        size, access = SLOTS + SLOT_LIMIT * SLOT_SIZE, mmap.ACCESS_READ
+        size, access = self.SLOTS + SLOT_LIMIT * self.SLOT_SIZE, mmap.ACCESS_READ
         if fd < 0:
             flags, access = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING, mmap.ACCESS_WRITE
             fd = os.memfd_create("natwork", flags)
@@ -585,7 +567,7 @@ class Scoreboard:
 
     def states(self) -> bytes:
         """Return the state bytes of all slots that ever were used."""
-        return self.memory[STATES : STATES + self.words[USED]]
+        return self.memory[self.STATES : self.STATES + self.words[self.USED]]
 
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once: one line a second.
@@ -593,9 +575,9 @@ class Scoreboard:
         Returns whether it was said; else another one was, or nobody reads.
         """
         second = int(time.monotonic())
-        said = self.words[LAST_SAID] != second and say(message)
+        said = self.words[self.LAST_SAID] != second and say(message)
         if said:
-            self.words[LAST_SAID] = second
+            self.words[self.LAST_SAID] = second
         return said
 
     def fork(self, work: Callable[[], None]) -> int:
@@ -615,70 +597,13 @@ class Scoreboard:
 
     def failed_recently(self, uplink: int) -> bool:
         """Return whether an uplink, by its number, is to be tried last."""
-        failed = self.words[UPLINKS + uplink % UPLINK_LIMIT]
+        failed = self.words[self.UPLINKS + uplink % self.UPLINK_LIMIT]
         return failed > 0 and time.monotonic() - failed < UPLINK_REST
-
-    def note_failure(self, uplink: int) -> None:
-        """Remember that an uplink, by its number, has just failed."""
-        self.words[UPLINKS + uplink % UPLINK_LIMIT] = int(time.monotonic())
 
     def column(self, word: int) -> list[int]:
         """Return one word of all slots that ever were used."""
-        first, step = SLOTS // 8 + word, SLOT_SIZE // 8
-        return self.words[first : first + self.words[USED] * step : step].tolist()
-
-
-class Slot:
-    """One worker's place on the scoreboard."""
-
-    def __init__(self, board: Scoreboard, number: int) -> None:
-        self.board, self.number, start = board, number, SLOTS + number * SLOT_SIZE
-        self.bytes = memoryview(board.memory)[start : start + SLOT_SIZE]
-        self.words = self.bytes.cast("Q")
-
-    def set_state(self, state: int) -> None:
-        """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
-        self.board.memory[STATES + self.number] = state
-
-    def clear(self, pid: int) -> None:
-        """Begin with a clean row; the totals are the slot's and go on growing."""
-        words = self.words
-        words[WHICH] = words[UP] = words[DOWN] = words[PEER] = 0
-        words[PID] = pid  # 0 until the worker has got this far
-
-    def publish(self, session: Session) -> None:
-        """Put a session's row up.
-
-        There is room for two, and a word that says which one is whole, so a
-        reader never sees half a row, not even after kill -9.
-        """
-        row = session.row()[: ROW_SIZE - 1] + b"\n"
-        place = ROWS if self.words[WHICH] != ROWS else ROWS + ROW_SIZE
-        self.bytes[place : place + len(row)] = row
-        self.words[WHICH] = place
-
-    def row(self) -> bytes:
-        """Return the row that is up, or b"" for none."""
-        place = self.words[WHICH]
-        row = bytes(self.bytes[place : place + ROW_SIZE]) if place else b""
-        return row.partition(b"\n")[0]
-
-    def moved(self, up: int, down: int) -> None:
-        """Show how many bytes the session has moved so far."""
-        self.words[UP], self.words[DOWN] = up, down
-
-    def settle(self, session: Session) -> None:
-        """Take down the row of a session that has ended, and add up its bytes.
-
-        Its log line is written next: of a worker that is killed in between the master
-        writes no second one.
-        """
-        words = self.words
-        ups, downs = words[UPS] + session.up, words[DOWNS] + session.down
-        # In one piece: kill -9 must not find the bytes in two places, or in none.
-        head = struct.pack("6Q", 0, words[PID], 0, 0, ups, downs)
-        self.bytes[: len(head)] = head
-        words[PEER] = 0
+        first, step = self.SLOTS // 8 + word, self.SLOT_SIZE // 8
+        return self.words[first : first + self.words[self.USED] * step : step].tolist()
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
@@ -738,20 +663,6 @@ class Session:
             f"address={self.address} source={self.source} status={self.status}"
         )
 
-    def row(self) -> bytes:
-        """Return the row for the scoreboard; from_row() reads it again."""
-        return f"{int(self.began * 1000)} {self.fields(255)}".encode()
-
-    @staticmethod
-    def from_row(row: bytes, up: int, down: int) -> Session:
-        """Return the session of a row, with its bytes so far; raise ValueError."""
-        began, *words = row.decode().split(" ")
-        session = Session("", "")
-        session.began, session.up, session.down = float(began) / 1000, up, down
-        for name, word in zip(Session.FIELDS, words, strict=True):
-            setattr(session, name, word.removeprefix(f"{name}="))
-        return session
-
     def host(self) -> str:
         """Return the host of the target, without scheme, port and path."""
         authority = re.sub(r"\A[^/]*://|/.*", "", self.target)
@@ -772,6 +683,93 @@ class Session:
         )
 
 
+class Slot:
+    """One worker's place on the scoreboard.
+
+    It begins with these words: where that one of its two rows stands which is whole, 0
+    for none; the worker's pid; the bytes of the session that goes on; the bytes of all
+    that have ended; log lines that were lost; connections made, and the microseconds
+    that they took; a number for the client of the session that goes on.  After the rows
+    it counts the sessions that have ended, by protocol and outcome.
+    """
+
+    WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
+    ROWS, ROW_SIZE = 96, 1892  # bytes
+    ENDED_BY = (ROWS + 2 * ROW_SIZE) // 8
+
+    def __init__(self, board: Scoreboard, number: int) -> None:
+        start = board.SLOTS + number * board.SLOT_SIZE
+        self.board, self.number = board, number
+        self.bytes = memoryview(board.memory)[start : start + board.SLOT_SIZE]
+        self.words = self.bytes.cast("Q")
+
+    def set_state(self, state: int) -> None:
+        """Show what the worker does, to all who count: FREE, IDLE_STATE and so on."""
+        self.board.memory[self.board.STATES + self.number] = state
+
+    def clear(self, pid: int) -> None:
+        """Begin with a clean row; the totals are the slot's and go on growing."""
+        words = self.words
+        words[self.WHICH] = words[self.UP] = words[self.DOWN] = words[self.PEER] = 0
+        words[self.PID] = pid  # 0 until the worker has got this far
+
+    def publish(self, session: Session) -> None:
+        """Put a session's row up.
+
+        There is room for two, and a word that says which one is whole, so a
+        reader never sees half a row, not even after kill -9.
+        """
+        row = f"{int(session.began * 1000)} {session.fields(255)}".encode()
+        row = row[: self.ROW_SIZE - 1] + b"\n"
+        place = self.ROWS + self.ROW_SIZE * (self.words[self.WHICH] == self.ROWS)
+        self.bytes[place : place + len(row)] = row
+        self.words[self.WHICH] = place
+
+    def session(self) -> Session | None:
+        """Return the session whose row is up, with its bytes so far."""
+        if not (place := self.words[self.WHICH]):
+            return None
+        row = bytes(self.bytes[place : place + self.ROW_SIZE]).partition(b"\n")[0]
+        with contextlib.suppress(ValueError):  # it is not one of ours
+            began, *words = row.decode().split(" ")
+            session = Session("", "")
+            for name, word in zip(Session.FIELDS, words, strict=True):
+                setattr(session, name, word.removeprefix(f"{name}="))
+            session.up, session.down = self.words[self.UP], self.words[self.DOWN]
+            session.began = float(began) / 1000
+            return session
+        return None
+
+    def moved(self, up: int, down: int) -> None:
+        """Show how many bytes the session has moved so far."""
+        self.words[self.UP], self.words[self.DOWN] = up, down
+
+    def settle(self, session: Session) -> None:
+        """Take down the row of a session that has ended, and add up its bytes.
+
+        Its log line is written next: of a worker that is killed in between the master
+        writes no second one.
+        """
+        words = self.words
+        ups, downs = words[self.UPS] + session.up, words[self.DOWNS] + session.down
+        # In one piece: kill -9 must not find the bytes in two places, or in none.
+        head = struct.pack("6Q", 0, words[self.PID], 0, 0, ups, downs)
+        self.bytes[: len(head)] = head
+        words[self.PEER] = 0
+
+
+@functools.lru_cache(maxsize=64)
+def ended_by(proto: str, outcome: str) -> int:
+    """Return the word in which a slot counts the sessions of a kind.
+
+    However many rules there are, what they deny counts as denied.
+    """
+    word = outcome if outcome in OUTCOMES else outcome.partition("-")[0]
+    column = OUTCOME_WORDS.index(word) if word in OUTCOMES else 0
+    row = PROTOCOLS.index(proto) if proto in PROTOCOLS else 0
+    return Slot.ENDED_BY + row * len(OUTCOME_WORDS) + column
+
+
 def as_json(line: str) -> str:
     """Return a line of the access log as a JSON object, its numbers as numbers."""
     import json
@@ -786,9 +784,8 @@ def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
     """Yield the sessions that go on, each with its worker's pid."""
     for number in range(len(board.states())):
         slot = Slot(board, number)
-        with contextlib.suppress(ValueError):  # no row, or not one of ours
-            session = Session.from_row(slot.row(), slot.words[UP], slot.words[DOWN])
-            yield slot.words[PID], session
+        if session := slot.session():
+            yield slot.words[slot.PID], session
 
 
 COLUMNS = (
@@ -823,22 +820,19 @@ class AccessLog:
         """Open the file, or standard output; raise OSError."""
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        if self.path == "-":
-            try:
-                # Opened again, so that O_NONBLOCK is ours and not the terminal's.
-                self.fd = os.open("/proc/self/fd/1", flags)
-            except OSError:  # a socket (journald's), or not ours to open again
-                self.fd = os.dup(1)
-        else:
-            # Root follows no link but those in /dev, such as stdout: a user that may
-            # write to the directory could have put it there, to be given the file.
-            if os.geteuid() == 0 and os.path.dirname(self.path) != "/dev":
-                flags |= os.O_NOFOLLOW
-            try:
-                self.fd = os.open(self.path, flags | os.O_CREAT, 0o640)
-            except OSError as error:
-                why = f"cannot open the access log {self.path}: {reason(error)}"
+        path = "/proc/self/fd/1" if self.path == "-" else self.path
+        # Root follows no link but those in /dev, such as stdout: a user that may write
+        # to the directory could have put it there, to be given the file.
+        if os.geteuid() == 0 and os.path.dirname(path) not in ("/dev", "/proc/self/fd"):
+            flags |= os.O_NOFOLLOW
+        try:
+            # Opened again, so that O_NONBLOCK is ours and not the terminal's.
+            self.fd = os.open(path, flags | os.O_CREAT, 0o640)
+        except OSError as error:
+            if self.path != "-":
+                why = f"cannot open the access log {path}: {reason(error)}"
                 raise OSError(why) from None
+            self.fd = os.dup(1)  # a socket (journald's), or not ours to open again
         self.has_room = select.poll()
         self.has_room.register(self.fd, POLLOUT)
         self.may_block = os.get_blocking(self.fd)  # it is shared with others
@@ -862,18 +856,17 @@ class AccessLog:
                 at = os.lseek(self.fd, 0, os.SEEK_CUR)
                 os.ftruncate(self.fd, at - written)
         if written < len(data):
-            slot.words[LOST] += 1
-            board.words[UNREPORTED] = 1
+            slot.words[slot.LOST] += 1
+            board.words[board.UNREPORTED] = 1
         slot.words[ended_by(session.proto, outcome)] += 1
-        if board.words[UNREPORTED]:  # perhaps standard error took nothing either
+        if board.words[board.UNREPORTED]:  # perhaps standard error took nothing either
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost{why}"
-            board.words[UNREPORTED] = not board.say(lost)
+            board.words[board.UNREPORTED] = not board.say(lost)
 
     def write_killed(self, slot: Slot, code: int) -> None:
         """Write the line that a process could not write itself, by its exit code."""
-        if row := slot.row():
-            session = Session.from_row(row, slot.words[UP], slot.words[DOWN])
+        if session := slot.session():
             outcome = OPERATOR if code == -signal.SIGTERM else KILLED
             self.write(session, outcome.word, slot)
 
@@ -1317,8 +1310,6 @@ def relay(
 # asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
 # configuration are told to leave by their lifeline: see Watch.
 
-MASTER_SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
-
 
 def notify(words: str) -> None:
     """Tell the service manager how we are, where it asks: sd_notify(3)."""
@@ -1488,7 +1479,7 @@ class Worker:
         """Show a session, unless its client has too many: then raise Refused."""
         if self.chapters.users:
             self.chapters.users.check_share(self)
-        self.slot.words[PEER] = self.client.number
+        self.slot.words[Slot.PEER] = self.client.number
         self.slot.publish(session)
 
     def proceed(self, session: Session) -> None:
@@ -1523,6 +1514,8 @@ class Worker:
 class Master:
     """Keeps spare workers waiting for clients, and sees them out."""
 
+    SIGNALS = [signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+
     def __init__(
         self,
         board: Scoreboard,
@@ -1542,10 +1535,12 @@ class Master:
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
+        self.killed = 0  # workers that have left no successor
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
-        board.words[MASTER], board.words[BEGAN] = os.getpid(), int(time.time())
+        board.words[board.MASTER] = os.getpid()
+        board.words[board.BEGAN] = int(time.time())
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
@@ -1557,8 +1552,7 @@ class Master:
             try:
                 if not self.stopping:
                     self.keep_spares()
-                    self.say_reloaded()
-                    self.close_unused()
+                    self.see_old_out()
                 self.kill_late()
                 self.show_title()
                 self.sleep()
@@ -1575,7 +1569,7 @@ class Master:
             self.make_room(limit)
         # The kernel gives HUP before TERM, however many come.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
-        taken = taken or signal.sigtimedwait(MASTER_SIGNALS, 0.25 if full else 1.0)
+        taken = taken or signal.sigtimedwait(self.SIGNALS, 0.25 if full else 1.0)
         number = taken.si_signo if taken else 0
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
@@ -1616,54 +1610,46 @@ class Master:
                 code = os.waitstatus_to_exitcode(status)
                 self.generation.log.write_killed(slot, code)
             slot.set_state(FREE)
-            if status and not slot.words[PID]:  # nor would the next one get further
+            # A client may have woken the killed worker and no other; a new one looks
+            # at the queue before it waits.
+            self.killed += status != 0
+            if status and not slot.words[slot.PID]:  # nor would the next get further
                 self.fork_at = time.monotonic() + 1
-            elif status and not self.stopping:
-                # A client may have woken this worker and no other; a new worker
-                # looks at the queue before it waits.
-                self.spawn(1)
 
     def keep_spares(self) -> None:
         """Fork until enough workers are idle or every slot is taken; and the mapper."""
-        missing = self.generation.config.spare_workers - self.idle(self.generation)
-        if time.monotonic() >= self.fork_at and (missing > 0 or self.missing_mapper()):
-            self.spawn(missing)
-
-    def missing_mapper(self) -> Callable[[Generation], None] | None:
-        """Return the work of the mapper, if one is wanted and none is there."""
-        there = any(one is self.generation for one in self.mappers.values())
-        return None if there else self.generation.chapters.mapper
-
-    def spawn(self, count: int) -> None:
-        """Fork some workers, as many as max_workers leaves room for; and the mapper."""
-        room = self.generation.config.max_workers - len(self.workers)
+        if time.monotonic() < self.fork_at:
+            return
+        config, mapper = self.generation.config, self.generation.chapters.mapper
+        missing = max(config.spare_workers - self.idle(self.generation), self.killed)
         try:
-            if mapper := self.missing_mapper():
+            if mapper and self.generation not in self.mappers.values():
                 pid = self.board.fork(lambda: self.become(mapper, self.generation))
                 self.mappers[pid] = self.generation
-            for _ in range(min(count, room)):
-                self.spawn_one()
-            self.fork_at = 0.0
+            for _ in range(min(missing, config.max_workers - len(self.workers))):
+                self.spawn()
+            self.fork_at, self.killed = 0.0, 0
         except OSError as error:
-            self.board.words[FORKS_FAILED] += 1
+            self.board.words[self.board.FORKS_FAILED] += 1
             if not self.fork_at:
                 say(f"cannot fork a worker: {reason(error)}")
             self.fork_at = time.monotonic() + 1
 
-    def spawn_one(self) -> None:
+    def spawn(self) -> None:
         """Fork one worker; raise OSError."""
-        words, memory = self.board.words, self.board.memory
-        slot = Slot(self.board, memory.find(bytes([FREE]), STATES) - STATES)
+        board, words = self.board, self.board.words
+        number = board.memory.find(bytes([FREE]), board.STATES) - board.STATES
+        slot = Slot(board, number)
         # Before the fork: the worker may be busy by the time fork() returns here.
-        words[USED] = max(words[USED], slot.number + 1)
+        words[board.USED] = max(words[board.USED], number + 1)
         slot.clear(0)
         slot.set_state(IDLE_STATE)
         try:
-            pid = self.board.fork(lambda: self.become(self.serve_clients, slot))
+            pid = board.fork(lambda: self.become(self.serve_clients, slot))
         except OSError:
             slot.set_state(FREE)
             raise
-        words[FORKS] += 1
+        words[board.FORKS] += 1
         self.workers[pid] = slot, self.generation
 
     def become(self, work: Callable[[Any], None], what: Any) -> None:
@@ -1673,7 +1659,7 @@ class Master:
         # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         work(what)
 
     def serve_clients(self, slot: Slot) -> None:
@@ -1711,18 +1697,18 @@ class Master:
         self.fork_at = 0.0
         gc.collect()  # of generations gone by: their parts refer to each other
 
-    def say_reloaded(self) -> None:
-        """Say that no idle worker is left that would take a client by old settings."""
+    def see_old_out(self) -> None:
+        """Say when no idle worker is left that would take a client by old settings.
+
+        Close the lifelines that nobody has, and removed listeners without a queue.
+        """
         if self.reloading and not any(map(self.idle, self.generations[:-1])):
             self.reloading = False
             say("configuration reloaded")
             notify("READY=1")
-
-    def close_unused(self) -> None:
-        """Close lifelines that no worker has, and removed listeners without a queue."""
         for generation in self.generations[:-1]:
-            used = [one for _, one in self.workers.values()], self.mappers.values()
-            if not any(one is generation for ones in used for one in ones):
+            used = [one for _, one in self.workers.values()]
+            if generation not in [*used, *self.mappers.values()]:
                 self.generations.remove(generation)
                 os.close(generation.lifeline_write)
         listeners = self.generation.listeners
@@ -1788,7 +1774,6 @@ def unpack(packed: bytes) -> str:
     return socket.inet_ntop(INET if len(packed) == 4 else INET6, packed)
 
 
-Network = tuple[bytes, bytes]  # a block's first and last address
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
@@ -1820,8 +1805,8 @@ def address_of(peer: str) -> bytes:
     return embedded_addresses(pack(peer.partition("%")[0]))[0]
 
 
-def parse_network(text: str) -> Network:
-    """Return the block that "10.0.0.0/8" or "fd00::1" names; raise ValueError."""
+def parse_network(text: str) -> tuple[bytes, bytes]:
+    """Return first and last address of "10.0.0.0/8" or "fd00::1"; raise ValueError."""
     address, slash, length = text.partition("/")
     packed = pack(address)
     bits = 8 * len(packed)
@@ -1835,11 +1820,11 @@ def parse_network(text: str) -> Network:
     return first.to_bytes(size, "big"), (first | hosts).to_bytes(size, "big")
 
 
-def networks(text: str) -> tuple[Network, ...]:
+def networks(text: str) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(parse_network(word) for word in text.split())
 
 
-def contains(blocks: Iterable[Network], *found: bytes) -> bool:
+def contains(blocks: Iterable[tuple[bytes, bytes]], *found: bytes) -> bool:
     """Return whether one of some addresses lies in one of some blocks."""
     for first, last in blocks:
         for packed in found:
@@ -2008,9 +1993,7 @@ class Uplink(NamedTuple):
 
     def is_there(self) -> bool:
         """Return whether this box has it now; raise OSError."""
-        if self.packed:
-            return bool(route_to(self.packed).local)
-        return bool(self.addresses())
+        return any(route_to(packed).local for packed in self.addresses())
 
 
 def parse_uplink(text: str) -> Uplink:
@@ -2024,10 +2007,6 @@ def parse_uplink(text: str) -> Uplink:
     return Uplink(text, b"")
 
 
-def denied(word: str, rule: str) -> tuple[Outcome, str]:
-    return DENIED._replace(word=f"denied-{word}"), rule
-
-
 class Policy:
     """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
 
@@ -2038,12 +2017,12 @@ class Policy:
         """Parse the settings; what is wrong is noted in the configuration."""
         self.listeners: dict[int, list[bytes]] = {}  # port -> addresses
         self.own_names = "localhost", config.name.lower()
-        self.inside = config.parsed("inside", parse_network, config.inside.split())
-        self.rules = config.parsed("rules", Rule, config.lines("rules"))
-        ports = [word for word in [config.bind_ports] if word != "0"]
-        # 0, the port that lets the kernel choose, if no others are named.
-        (self.ports,) = config.parsed("bind_ports", parse_ports, ports) or [range(1)]
-        self.uplinks = config.parsed("outside", parse_uplink, config.outside.split())
+        self.inside = config.parsed("inside", parse_network)
+        self.rules = config.parsed("rules", Rule)
+        self.ports = range(1)  # 0, for the kernel to choose one
+        if config.bind_ports != "0":
+            (self.ports,) = config.parsed("bind_ports", parse_ports) or [self.ports]
+        self.uplinks = config.parsed("outside", parse_uplink)
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
@@ -2068,16 +2047,13 @@ class Policy:
             return True
         scope = address[3] if len(address) == 4 else 0
         device = socket.if_indextoname(scope) if scope else route_to(packed).device
-        here = [address_of(sock.getsockname()[0])] if sock else []
+        here = {address_of(sock.getsockname()[0])} if sock else set()
         if link_local:  # each device has those: the addresses beside them say its side
-            here += device_addresses(device)
-        for uplink in self.uplinks:
-            theirs = uplink.addresses()
-            if device == uplink.name or not set(here).isdisjoint(theirs):
-                return False
-        if self.uplinks:
-            return True
-        return device not in [way.device for way in self.defaults()]
+            here.update(device_addresses(device))
+        devices = [uplink.name for uplink in self.uplinks]
+        devices = devices or [way.device for way in self.defaults()]
+        theirs = (uplink.addresses() for uplink in self.uplinks)
+        return device not in devices and all(map(here.isdisjoint, theirs))
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
@@ -2103,12 +2079,10 @@ class Policy:
         The unspecified address, when dialed, is the loopback one; a listener that has
         it listens on every address of this box.
         """
-        for address in self.listeners.get(port, ()):
-            if address in found or not all(map(any, found)):
-                return True
-            if not any(address) and any(route_to(one).local for one in found):
-                return True
-        return False
+        ours = self.listeners.get(port, [])
+        if any(packed in ours for packed in found) or not all(map(any, found)):
+            return bool(ours)
+        return not all(map(any, ours)) and any(route_to(one).local for one in found)
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
@@ -2151,16 +2125,16 @@ class Policy:
                 continue
             text = f"rule {number}: {rule.text}"
             if not rule.allow:
-                return denied(f"rule-{number}", text)
+                return DENIED._replace(word=f"denied-rule-{number}"), text
             # What an allow does not name expressly stays closed: on to the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not closed):
                 return OK, text
-        if closed:
-            return denied(closed, f"built-in rule: {closed} addresses are not reached")
-        if mail:
-            return denied("port-25", "built-in rule: port 25 (mail) is not reached")
-        return OK, "built-in rule: allow the rest"
+        if not closed and not mail:
+            return OK, "built-in rule: allow the rest"
+        what = f"{closed} addresses are" if closed else "port 25 (mail) is"
+        outcome = DENIED._replace(word=f"denied-{closed or 'port-25'}")
+        return outcome, f"built-in rule: {what} not reached"
 
 
 # --- Connecting ---------------------------------------------------------------
@@ -2226,12 +2200,10 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=lambda one: board.failed_recently(uplinks.index(one)))
-    ways: list[Uplink | None] = [*order]
     devices = [uplink for uplink in uplinks if not uplink.packed]
     inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    if devices == uplinks:
-        # By the routing table; else source addresses reach the inside, too.
-        ways.insert(0, None)
+    # By the routing table; else source addresses reach the inside, too.
+    ways = [None, *order] if devices == uplinks else order
     attempts, begin = [], 0.0
     for way in ways:
         if not way:
@@ -2247,25 +2219,14 @@ def ways_to(
     return sorted(attempts, key=lambda attempt: attempt.at)
 
 
-# The target itself has answered with these; any other error is the way's.
-ANSWERS = ConnectionRefusedError, ConnectionResetError
-
-
-def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
-    """Return the refusal that fits attempts that have all failed."""
-    if not failed:
-        return Refused(UNROUTABLE, "no uplink has an address of the target's family")
-    # An answer of the target says more than the want of a route.
-    error, attempt = max(failed, key=lambda one: isinstance(one[0], ANSWERS))
-    why = f"{endpoint(attempt.where())}: {reason(error)}"
-    return Refused(outcome_of(error, CONNECT_FAILED), why)
-
-
 class Race:
     """Connection attempts side by side, of which the first to succeed wins.
 
     When one has failed, the next begins at once, and those after it as much earlier.
     """
+
+    # The target itself has answered with these; any other error is the way's.
+    ANSWERS = ConnectionRefusedError, ConnectionResetError
 
     def __init__(self, worker: Worker, session: Session) -> None:
         self.worker, self.session = worker, session
@@ -2273,9 +2234,8 @@ class Race:
         self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
         self.failed: list[tuple[OSError, Attempt]] = []
-        # When each uplink was asked, monotonic.  After an answer that is infinity,
-        # which is never too long ago; any other error uses up the uplink's time.
-        self.asked: dict[Uplink | None, float] = {}
+        # The uplinks asked, in their order, and whether they brought an answer.
+        self.asked: dict[Uplink | None, bool] = {}
 
     def run(self, attempts: list[Attempt]) -> Stream:
         """Return the connection that is there first; raise Refused if none is.
@@ -2292,7 +2252,7 @@ class Race:
                 if server := self.ask():
                     return server
                 if not self.pending and not self.waiting:
-                    raise defeat(self.failed)
+                    raise self.defeat(self.failed)
                 until = min(self.due, deadline) if self.waiting else deadline
                 wanted = {sock.fileno(): POLLOUT for sock in self.pending.values()}
                 self.worker.watch.wait(wanted, until - now)
@@ -2314,7 +2274,7 @@ class Race:
             self.session.address = endpoint(attempt.where())
             # ask() hears what becomes of it.
             if sock.connect_ex(attempt.where()) == errno.EINPROGRESS:
-                self.asked.setdefault(attempt.uplink, now)
+                self.asked.setdefault(attempt.uplink, False)
         except OSError as error:
             self.fail(error, attempt)
 
@@ -2335,31 +2295,41 @@ class Race:
         """Remember an attempt that failed; the next one begins at once."""
         self.due = 0.0
         self.failed.append((error, attempt))
-        answered = isinstance(error, ANSWERS)
-        if answered:  # it would say the same by another uplink
+        if isinstance(error, self.ANSWERS):  # it would say the same by another uplink
             self.waiting = [one for one in self.waiting if one.packed != attempt.packed]
-        if attempt.uplink in self.asked:
-            self.asked[attempt.uplink] += math.inf if answered else -UPLINK_DELAY
+            self.asked[attempt.uplink] = True
         if attempt in self.pending:
             self.pending.pop(attempt).close()
 
     def win(self, attempt: Attempt) -> Stream:
         """Return the connection that won, and remember which uplinks were too slow.
 
-        An uplink has failed if it was asked first, had its time or an error and no
-        answer, and another has won; not if it has no way there: that costs nothing,
-        and other targets may have one.
+        An uplink has failed if it was asked first, has brought no answer, and another
+        has won; not if it has no way there: other targets may have one.
         """
-        late, worker = time.monotonic() - UPLINK_DELAY, self.worker
-        for uplink, since in self.asked.items():
+        board, uplinks = self.worker.board, self.worker.policy.uplinks
+        for uplink, has_answered in self.asked.items():
             if uplink == attempt.uplink:
                 break
-            if uplink and since <= late:
-                worker.board.note_failure(worker.policy.uplinks.index(uplink))
+            if uplink and not has_answered:
+                number = board.UPLINKS + uplinks.index(uplink) % board.UPLINK_LIMIT
+                board.words[number] = int(time.monotonic())
         sock = self.pending.pop(attempt)
         self.session.source = endpoint(sock.getsockname())
         self.session.address = endpoint(attempt.where())
         return Stream(sock, SERVER_GONE)
+
+    @staticmethod
+    def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
+        """Return the refusal that fits attempts that have all failed."""
+        if not failed:
+            return Refused(
+                UNROUTABLE, "no uplink has an address of the target's family"
+            )
+        # An answer of the target says more than the want of a route.
+        error, attempt = max(failed, key=lambda one: isinstance(one[0], Race.ANSWERS))
+        why = f"{endpoint(attempt.where())}: {reason(error)}"
+        return Refused(outcome_of(error, CONNECT_FAILED), why)
 
 
 def judged(
@@ -2389,8 +2359,8 @@ def dial(
         addresses = judged(worker, session, host, port, only)
         attempts = ways_to(worker.policy, addresses, port, worker.board)
         server = Race(worker, session).run(attempts)
-    worker.slot.words[CONNECTIONS] += 1
-    worker.slot.words[CONNECTING] += int((time.monotonic() - began) * 1e6)
+    worker.slot.words[Slot.CONNECTIONS] += 1
+    worker.slot.words[Slot.CONNECTING] += int((time.monotonic() - began) * 1e6)
     return server
 
 
@@ -3551,11 +3521,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     return host, port
 
 
-def endpoints(config: Config) -> list[tuple[str, int]]:
-    """Return the hosts and ports of `listen`, and note what is wrong with it."""
-    return config.parsed("listen", parse_endpoint, config.listen.split())
-
-
 def passed_listeners() -> dict[str, socket.socket]:
     """Return the sockets that systemd passed, sd_listen_fds(3); {} if none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -3585,7 +3550,7 @@ def open_listeners(
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
     # By address too: one that was removed may still have clients in its queue.
     kept = {endpoint(s.getsockname()): s for s in held.values()} | held
-    for host, port in [] if listeners else endpoints(config):
+    for host, port in [] if listeners else config.parsed("listen", parse_endpoint):
         for here in ("0.0.0.0", "::") if host == "*" else (host,):
             name, family = endpoint((here, port)), INET6 if ":" in here else INET
             try:
@@ -3630,7 +3595,7 @@ def examine(config: Config, board: Scoreboard) -> Chapters:
     What passes here can be put in force.  Raises ConfigError, with all that is wrong.
     """
     checks, chapters = load_chapter("check"), Chapters(config, board)
-    listens = endpoints(config)
+    listens = config.parsed("listen", parse_endpoint)
     if checks:
         checks.examine_listeners(config, listens)
     find_user(config)
@@ -3744,7 +3709,7 @@ def run(config: Config, ready: Callable[[], None]) -> int:
         return open_generation(examine(fresh, board), old)
 
     # A reader of "listening on" may send us a signal: it waits for the master.
-    signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, Master.SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     try:
@@ -3817,7 +3782,7 @@ def boards() -> dict[int, Scoreboard]:
             with open(link, "rb") as file:
                 board = Scoreboard(file.fileno())
             is_here = os.readlink(f"/proc/{pid}/ns/net") == here
-            if is_here and board.words[MASTER] == pid:
+            if is_here and board.words[board.MASTER] == pid:
                 found[pid] = board
     return found
 
@@ -3861,7 +3826,7 @@ def print_settings(config: Config, mark: str = "") -> None:
     for name in DEFAULTS:
         text = config.spelled(name)
         if name in ("rules", "parents"):  # a line of ";..." would be a comment
-            text = "".join(f"\n    {masked(line)}" for line in config.lines(name))
+            text = "".join(f"\n    {masked(line)}" for line in config.parts(name))
         print(f"{mark}{name} = {text}".rstrip(), flush=True)
 
 

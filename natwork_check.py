@@ -102,11 +102,8 @@ def warn(
         natwork.say("inside: nobody is a client, it is empty")
     if not config.users and any(rule.users for rule in policy.rules):
         natwork.say("rules: a rule with user fits nobody, users is not set")
-    theirs = set()
-    for uplink in policy.uplinks:
-        one = uplink.packed
-        theirs |= {one} if one else {*natwork.device_addresses(uplink.name)}
-    hosts = {host for host, _ in natwork.endpoints(config)}
+    theirs = {packed for uplink in policy.uplinks for packed in uplink.addresses()}
+    hosts = {host for host, _ in config.parsed("listen", natwork.parse_endpoint)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
         natwork.say("listen: nobody is a client at an address of outside")
     if config.mappings and all(":" in host for host in hosts):
@@ -130,9 +127,8 @@ def may_read(path: str, user: str) -> bool:
     import pwd
 
     entry, status = pwd.getpwnam(user), os.stat(path)
-    bit = 0o400 if status.st_uid == entry.pw_uid else 0o004
-    if status.st_gid == entry.pw_gid and bit == 0o004:
-        bit = 0o040
+    group = 0o040 if status.st_gid == entry.pw_gid else 0o004
+    bit = 0o400 if status.st_uid == entry.pw_uid else group
     return user == "root" or bool(status.st_mode & bit)
 
 

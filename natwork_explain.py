@@ -76,7 +76,7 @@ def explain(config: natwork.Config, words: list[str]) -> int:
     chapters = natwork.examine(config, board)
     print(f"settings: {config.file or 'the defaults'}")
     policy, parents = chapters.policy, chapters.parents
-    for host, port in natwork.endpoints(config):
+    for host, port in config.parsed("listen", natwork.parse_endpoint):
         policy.listens_at("0.0.0.0" if host == "*" else host, port)
     client = words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)

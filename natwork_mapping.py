@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import math
 import os
 import resource
 import select
@@ -42,7 +43,7 @@ LOOK_TIME = 0.2  # between looks at the end of a lease
 OPEN_TIME = 0.02  # between attempts at a port that another process is to let go
 RELEASE_TIME = 2.0  # for it to do so
 KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
-LEASE = natwork.PEER + 1  # the word of a slot with the end of its lease, monotonic_ns
+LEASE = Slot.PEER + 1  # the word of a slot with the end of its lease, monotonic_ns
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 # Operations with their requests' sizes, and results: sections 3.2, 3.3 and 3.5.
@@ -65,85 +66,33 @@ def is_gone(pid: int) -> bool:
     return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
 
 
-class Pool:
-    """Our slots on the scoreboard, and the processes that this one has forked.
+class Mapper:
+    """The process that answers NAT-PMP, then what it forks: a mapping, and a caller.
 
-    A lock is held where a slot is taken or given back.  What a process could not write
-    down that was killed, its parent writes, or, where that is gone, the mapper.
+    Each has a slot on the scoreboard; a lock is held where one is taken or given back.
+    What a process could not write down that was killed, its parent writes, or, where
+    that is gone, the mapper.
     """
 
-    def __init__(self, generation: natwork.Generation) -> None:
-        self.board, self.log = generation.chapters.board, generation.log
-        first = int.from_bytes(self.board.region("mapping", 8)[:], "big") - 1
-        self.slots = [Slot(self.board, first + n) for n in range(SLOT_COUNT)]
-        self.children: dict[int, Slot] = {}  # by pid
-
-    def lock(self, how: int) -> None:
-        fcntl.lockf(self.board.fd, how, 1, LOCK)
-
-    def free(self) -> list[Slot]:
-        return [slot for slot in self.slots if not slot.words[natwork.PID]]
-
-    def fork(
-        self, work: Callable[[Slot], None], session: Session | None, ends_at: int
-    ) -> bool:
-        """Have a new process, with a slot, do some work; return whether it does."""
-        self.lock(fcntl.LOCK_EX)
-        if slot := next(iter(self.free()), None):
-            slot.words[LEASE] = ends_at
-            if session:
-                slot.publish(session)
-            try:
-                pid = self.board.fork(functools.partial(work, slot))
-                self.children[pid], slot.words[natwork.PID] = slot, pid
-            except OSError as error:
-                self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
-                slot.clear(0)
-                slot = None
-        self.lock(fcntl.LOCK_UN)
-        return slot is not None
-
-    def reap(self, orphans: bool = False) -> None:
-        """Give back the slots of children that have ended, or of their children too."""
-        self.lock(fcntl.LOCK_EX)
-        while self.children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
-        for slot in self.slots if orphans else ():
-            pid = slot.words[natwork.PID]
-            if pid and is_gone(pid):
-                self.give_back(slot, -signal.SIGKILL)
-            elif not pid and slot.row():
-                slot.clear(0)  # of a mapper that was killed before it forked
-        self.lock(fcntl.LOCK_UN)
-
-    def give_back(self, slot: Slot, code: int) -> None:
-        self.log.write_killed(slot, code)
-        slot.clear(0)
-
-    def end_callers(self, *_: object) -> None:
-        """End what is not our own child, as the master asks when time is over."""
-        pids = {slot.words[natwork.PID] for slot in self.slots}
-        for pid in pids - {0, *self.children}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-
-class Mapper:
-    """The process that answers NAT-PMP, then what it forks: a mapping, and a caller."""
+    # What is made is a mapping: the inside address asked, its session and listener.
+    here: str
+    session: Session
+    listener: socket.socket
 
     def __init__(self, generation: natwork.Generation) -> None:
         """Begin in the new process, which takes no clients."""
         for listener in generation.listeners.values():
             listener.close()
-        self.generation, self.pool = generation._replace(listeners={}), Pool(generation)
+        self.generation = generation._replace(listeners={})
         self.config, self.policy = generation.config, generation.chapters.policy
+        self.board, self.log = generation.chapters.board, generation.log
+        first = self.board.states().index(KEPT)
+        self.slots = [Slot(self.board, first + n) for n in range(SLOT_COUNT)]
+        self.children: dict[int, Slot] = {}  # of this process, by pid
         places = [place for some in self.policy.listeners.values() for place in some]
         # A listener at :: takes IPv4 clients too.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
-        self.hosts = {bytes(4)} & hosts or hosts
+        self.closed = {bytes(4)} & hosts or hosts  # where we do not listen yet
         self.sockets: dict[int, socket.socket] = {}
         self.patient_until = time.monotonic() + RELEASE_TIME
 
@@ -152,55 +101,109 @@ class Mapper:
         timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
         watch = natwork.Watch(lifeline, timeout, self.sockets)
         while not watch.retired:
-            if not self.sockets:
-                self.open()
-            wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
-            ready = watch.wait(wanted, LOOK_TIME if wanted else OPEN_TIME)
             try:
+                self.open()
+                wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
+                ready = watch.wait(wanted, OPEN_TIME if self.closed else LOOK_TIME)
                 for fd in ready.keys() & self.sockets.keys():
                     self.receive(self.sockets[fd])
                 self.look()
             except OSError as error:
                 why = natwork.reason(error)
-                self.pool.board.say(f"the mapper goes on after an error: {why}")
+                self.board.say(f"the mapper goes on after an error: {why}")
+                time.sleep(OPEN_TIME)  # it may come again at once
         natwork.set_title("natwork: mapper that leaves")
-        signal.signal(signal.SIGTERM, self.pool.end_callers)
+        signal.signal(signal.SIGTERM, self.end_callers)
         while self.sockets:
             self.sockets.popitem()[1].close()
-        while self.is_needed():
+        while True:
+            is_needed = self.reap(orphans=True)
+            # Where the master leaves, too, nobody else would see orphans out.
+            leaves = natwork.readable([lifeline])[lifeline] & select.POLLHUP
+            if not is_needed and not (leaves and len(self.free()) < SLOT_COUNT):
+                break
             time.sleep(LOOK_TIME)
-
-    def is_needed(self) -> bool:
-        """Return whether a process is left to be seen out; in the end, anybody's."""
-        self.pool.reap(orphans=True)
-        lifeline = self.generation.lifeline_read
-        in_the_end = natwork.readable([lifeline])[lifeline] & select.POLLHUP
-        orphans = in_the_end and len(self.pool.free()) < SLOT_COUNT
-        return bool(self.pool.children or orphans)
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
-        try:
-            for packed in self.hosts:
-                sock = socket.socket(natwork.INET, socket.SOCK_DGRAM)
-                self.sockets[sock.fileno()] = sock
-                sock.setblocking(False)
+        for packed in [*self.closed]:
+            host = natwork.unpack(packed)
+            sock = socket.socket(natwork.INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
                 sock.setsockopt(socket.SOL_IP, PKTINFO, 1)
-                sock.bind((natwork.unpack(packed), PORT))
+                sock.bind((host, PORT))
+                self.sockets[sock.fileno()] = sock
+                self.closed.discard(packed)
                 natwork.set_title("natwork: mapper")
-        except OSError as error:
-            while self.sockets:
-                self.sockets.popitem()[1].close()
-            if time.monotonic() > self.patient_until:
-                self.patient_until += natwork.TIME_LIMIT
-                where = natwork.endpoint((natwork.unpack(packed), PORT))
-                natwork.say(
-                    f"cannot answer NAT-PMP at {where}: {natwork.reason(error)}"
-                )
+            except OSError as error:
+                sock.close()
+                if time.monotonic() > self.patient_until:
+                    self.patient_until = math.inf
+                    why = f"at {host}:{PORT}: {natwork.reason(error)}"
+                    natwork.say(f"cannot answer NAT-PMP {why}")
+
+    # The slots on the scoreboard, and the processes that this one has forked.
+
+    def lock(self, how: int) -> None:
+        fcntl.lockf(self.board.fd, how, 1, LOCK)
+
+    def free(self) -> list[Slot]:
+        return [slot for slot in self.slots if not slot.words[Slot.PID]]
+
+    def fork(self, work: Callable[[Slot], None], ends_at: int = 0) -> bool:
+        """Have a new process, with a slot, do some work; return whether it does.
+
+        It is a mapping if its lease has an end.
+        """
+        self.lock(fcntl.LOCK_EX)
+        if slot := next(iter(self.free()), None):
+            slot.words[LEASE] = ends_at
+            if ends_at:
+                slot.publish(self.session)
+            try:
+                pid = self.board.fork(functools.partial(work, slot))
+                self.children[pid], slot.words[Slot.PID] = slot, pid
+            except OSError as error:
+                self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
+                slot.clear(0)
+                slot = None
+        self.lock(fcntl.LOCK_UN)
+        return slot is not None
+
+    def reap(self, orphans: bool = False) -> bool:
+        """Give back the slots of children that have ended, or of their children too.
+
+        Returns whether a child is left.
+        """
+        self.lock(fcntl.LOCK_EX)
+        while self.children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+        for slot in self.slots if orphans else ():
+            pid = slot.words[Slot.PID]
+            if pid and is_gone(pid):
+                self.give_back(slot, -signal.SIGKILL)
+            elif not pid and slot.words[Slot.WHICH]:
+                slot.clear(0)  # of a mapper that was killed before it forked
+        self.lock(fcntl.LOCK_UN)
+        return bool(self.children)
+
+    def give_back(self, slot: Slot, code: int) -> None:
+        self.log.write_killed(slot, code)
+        slot.clear(0)
+
+    def end_callers(self, *_: object) -> None:
+        """End what is not our own child, as the master asks when time is over."""
+        pids = {slot.words[Slot.PID] for slot in self.slots}
+        for pid in pids - {0, *self.children}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def look(self) -> None:
         """Free what has ended, and end the mappings that are no longer due."""
-        self.pool.reap(orphans=True)
+        self.reap(orphans=True)
         mappings = list(self.mappings())
         users = self.users() if mappings else set()
         for slot, one in mappings:
@@ -222,11 +225,12 @@ class Mapper:
         to_outside = here != asked or policy.uplinks and here in policy.outside()
         if not is_near or to_outside or not policy.is_client(peer, None):
             return
-        if answer := self.answer(data, peer[0], natwork.unpack(here)):
+        self.here = natwork.unpack(here)
+        if answer := self.answer(data, peer[0]):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
             sock.sendmsg([answer], [info], 0, peer)
 
-    def answer(self, data: bytes, host: str, here: str) -> bytes:
+    def answer(self, data: bytes, host: str) -> bytes:
         """Return the answer to what a machine asks, b"" for what is no request."""
         if len(data) < 2 or data[1] >= ANSWER:
             return b""
@@ -240,38 +244,35 @@ class Mapper:
         elif not version and operation == MAP_TCP:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
-            result, wanted = self.map(host, here, port, wanted, seconds)
+            result, wanted = self.map(host, port, wanted, seconds)
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = max(0, int(time.time()) - self.pool.board.words[natwork.BEGAN])
+        age = max(0, int(time.time()) - self.board.words[natwork.Scoreboard.BEGAN])
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
     def mappings(self, host: str = "") -> Iterator[tuple[Slot, Session]]:
         """Yield the mappings, or those of a machine."""
-        for slot in self.pool.slots:
-            if row := slot.row():
-                one = Session.from_row(row, 0, 0)
-                if one.method == "MAP" and host in ("", natwork.host_of(one.client)):
+        for slot in self.slots:
+            one = slot.session()
+            if one and one.method == "MAP":
+                if host in ("", natwork.host_of(one.client)):
                     yield slot, one
 
     def users(self) -> set[tuple[str, str]]:
         """Return the machines that have sessions of users, with these."""
-        found = (one for _, one in natwork.sessions(self.pool.board))
+        found = (one for _, one in natwork.sessions(self.board))
         named = (one for one in found if one.user != "-" and one.proto != "map")
         return {(natwork.host_of(one.client), one.user) for one in named}
 
     def places(self, host: str) -> dict[bytes, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
-        mine = [natwork.host_of(one.address) for _, one in self.mappings(host)]
+        mappings = (one for _, one in self.mappings(host))
+        mine = {natwork.pack(natwork.host_of(one.address)) for one in mappings}
         places = {p: way for p, way in self.policy.outside().items() if len(p) == 4}
-        return {
-            p: way for p, way in places.items() if natwork.unpack(p) in mine
-        } or places
+        return {p: way for p, way in places.items() if p in mine} or places
 
-    def map(
-        self, host: str, here: str, port: int, wanted: int, seconds: int
-    ) -> tuple[int, int]:
+    def map(self, host: str, port: int, wanted: int, seconds: int) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
-        self.pool.reap(orphans=True)
+        self.reap(orphans=True)
         key, now = natwork.endpoint((host, port)), time.monotonic_ns()
         mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
@@ -286,29 +287,24 @@ class Mapper:
         if key in mine:
             slot, one = mine.pop(key)
             wanted = int(one.address.rpartition(":")[2])
-            is_ours = slot.words[natwork.PID] in self.pool.children
+            is_ours = slot.words[Slot.PID] in self.children
             if is_ours and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, wanted
             # It is over, or of an earlier mapper with other settings: make it anew.
             slot.words[LEASE], until = 0, time.monotonic() + RELEASE_TIME
-            while slot.row() and time.monotonic() < until:
+            while slot.session() and time.monotonic() < until:
                 time.sleep(OPEN_TIME)
         full = len(mine) >= self.config.max_mappings
-        if full or len(list(self.mappings())) >= MAPPING_LIMIT:
+        full = full or len(list(self.mappings())) >= MAPPING_LIMIT
+        if full or not (listener := self.listen(host, wanted)):
             return NO_RESOURCES, 0
-        if not (sock := self.listen(host, wanted)):
-            return NO_RESOURCES, 0
-        session = Session(key, "-", "map")
-        session.method, session.user = "MAP", users[0]
-        session.address = natwork.endpoint(sock.getsockname())
-
-        def work(slot: Slot) -> None:
-            self.hold(slot, session, sock, here)
-
-        with sock:
-            made = self.pool.fork(work, session, ends_at)
-            return (OK, sock.getsockname()[1]) if made else (NO_RESOURCES, 0)
+        self.listener, self.session = listener, Session(key, "-", "map")
+        self.session.method, self.session.user = "MAP", users[0]
+        self.session.address = natwork.endpoint(listener.getsockname())
+        with listener:
+            made = self.fork(self.hold, ends_at)
+            return (OK, listener.getsockname()[1]) if made else (NO_RESOURCES, 0)
 
     def listen(self, host: str, wanted: int) -> socket.socket | None:
         """Return a socket that listens on the outside, at the wanted port if it may."""
@@ -333,65 +329,58 @@ class Mapper:
 
     # The process of a mapping.
 
-    def hold(
-        self, slot: Slot, session: Session, listener: socket.socket, here: str
-    ) -> None:
+    def hold(self, slot: Slot) -> None:
         """Take callers until the lease is over, and see them out."""
         for sock in self.sockets.values():
             sock.close()
-        pool, lifeline, is_open = self.pool, self.generation.lifeline_read, True
-        pool.children.clear()
-        slot.words[natwork.PID], session.pid = os.getpid(), str(os.getpid())
+        self.children.clear()
+        session, lifeline = self.session, self.generation.lifeline_read
+        slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
         slot.publish(session)
-        while is_open or pool.children:
+        title = f"natwork: map {session.address} > {session.client}"
+        while True:
             left = (slot.words[LEASE] - time.monotonic_ns()) / 1e9
-            rest = f"{max(0, round(left))}s left" if is_open else "over"
-            natwork.set_title(
-                f"natwork: map {session.address} > {session.client} {rest}"
-            )
+            natwork.set_title(f"{title} {max(0, round(left))}s left")
             poll = select.poll()
-            if is_open:
-                poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
+            poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
             # One mapping has no more callers than there is room for those of others.
-            if is_open and len(pool.children) < len(pool.free()):
-                poll.register(listener, natwork.POLLIN)
+            if len(self.children) < len(self.free()):
+                poll.register(self.listener, natwork.POLLIN)
             ready = dict(poll.poll(LOOK_TIME * 1000))
-            pool.reap()
-            if is_open and (left <= 0 or lifeline in ready):
-                is_open = False
-                natwork.shut(listener)
-                pool.log.write(session, natwork.ENDED.word, slot)
-            elif ready:
-                self.accept(session, listener, here)
+            self.reap()
+            if left <= 0 or lifeline in ready:
+                break
+            if ready:
+                self.accept()
+        natwork.set_title(f"{title} over")
+        natwork.shut(self.listener)
+        self.log.write(session, natwork.ENDED.word, slot)
+        while self.reap():
+            time.sleep(LOOK_TIME)
 
-    def accept(self, mapping: Session, listener: socket.socket, here: str) -> None:
+    def accept(self) -> None:
         """Have a new process serve a caller that has come."""
-
-        def work(slot: Slot) -> None:
-            listener.close()
-            self.serve(slot, mapping, natwork.Client(sock, address), here)
-
         try:
-            sock, address = listener.accept()
+            sock, address = self.listener.accept()
             with sock:
-                self.pool.fork(work, None, 0)
+                client = natwork.Client(sock, address)
+                self.fork(functools.partial(self.serve, client))
         except (BlockingIOError, ConnectionAbortedError):
             pass
         except OSError as error:
-            self.pool.board.say(f"cannot take a caller: {natwork.reason(error)}")
+            self.board.say(f"cannot take a caller: {natwork.reason(error)}")
             time.sleep(LOOK_TIME)
 
     # The process of a caller.
 
-    def serve(
-        self, slot: Slot, mapping: Session, client: natwork.Client, here: str
-    ) -> None:
+    def serve(self, client: natwork.Client, slot: Slot) -> None:
         """Join a caller to the machine of a mapping, from where that has reached us."""
+        self.listener.close()
         if os.geteuid() != 0:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
         slot.clear(os.getpid())
         worker = natwork.Worker(self.generation, slot)
-        worker.client = client
+        worker.client, mapping = client, self.session
         session = Session(client.endpoint, worker.pid_text, "map")
         session.target, session.user = mapping.client, mapping.user
         session.outcome = natwork.ENDED
@@ -400,7 +389,7 @@ class Mapper:
             worker.begin(session)
             host, port = natwork.parse_endpoint(mapping.client)
             (packed,) = natwork.judged(worker, session, host, port)
-            way = natwork.Uplink(here, natwork.pack(here))
+            way = natwork.Uplink(self.here, natwork.pack(self.here))
             attempt = natwork.Attempt(packed, port, way, 0.0)
             server = natwork.Race(worker, session).run([attempt])
             worker.proceed(session)
@@ -419,10 +408,8 @@ def join(chapters: natwork.Chapters) -> None:
     most = natwork.SLOT_LIMIT - SLOT_COUNT
     if config.max_workers > most:
         config.refuse("max_workers", f"must be at most {most} with mappings")
-    memory, used = board.region("mapping", 8), board.words[natwork.USED]
-    if not any(memory[:]):
-        memory[:] = (used + 1).to_bytes(8, "big")
-        states = slice(natwork.STATES + used, natwork.STATES + used + SLOT_COUNT)
-        board.memory[states] = bytes([KEPT]) * SLOT_COUNT
-        board.words[natwork.USED] += SLOT_COUNT
+    if KEPT not in board.states():
+        first = board.STATES + board.words[board.USED]
+        board.memory[first : first + SLOT_COUNT] = bytes([KEPT]) * SLOT_COUNT
+        board.words[board.USED] += SLOT_COUNT
     chapters.mapper = lambda generation: Mapper(generation).run()

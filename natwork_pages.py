@@ -266,7 +266,7 @@ def figures(exchange: Exchange) -> dict[str, int]:
         "busy": states.count(natwork.BUSY) + states.count(natwork.SILENT),
         "limit": exchange.config.max_workers,
         **counts,
-        "uptime": int(time.time()) - board.words[natwork.BEGAN],
+        "uptime": int(time.time()) - board.words[natwork.Scoreboard.BEGAN],
     }
 
 
@@ -316,7 +316,7 @@ def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
     words = board.words
-    total = [sum(board.column(word)) for word in range(natwork.PEER)]
+    total = [sum(board.column(word)) for word in range(natwork.Slot.PEER)]
 
     def by(label: str, **counts: int) -> dict[str, Any]:
         return {f'{{{label}="{word}"}}': count for word, count in counts.items()}
@@ -328,18 +328,18 @@ def metrics(exchange: Exchange) -> str:
             for (proto, word), count in ended(board).items()
         },
         "bytes_total": by(
-            "direction", up=total[natwork.UPS], down=total[natwork.DOWNS]
+            "direction", up=total[natwork.Slot.UPS], down=total[natwork.Slot.DOWNS]
         ),
         "connect_seconds": {
-            "_sum": total[natwork.CONNECTING] / 1e6,
-            "_count": total[natwork.CONNECTIONS],
+            "_sum": total[natwork.Slot.CONNECTING] / 1e6,
+            "_count": total[natwork.Slot.CONNECTIONS],
         },
         "workers": by("state", idle=found["idle"], busy=found["busy"]),
         "workers_limit": {"": found["limit"]},
-        "forks_total": {"": words[natwork.FORKS]},
-        "forks_failed_total": {"": words[natwork.FORKS_FAILED]},
-        "log_lines_lost_total": {"": total[natwork.LOST]},
-        "start_time_seconds": {"": words[natwork.BEGAN]},
+        "forks_total": {"": words[natwork.Scoreboard.FORKS]},
+        "forks_failed_total": {"": words[natwork.Scoreboard.FORKS_FAILED]},
+        "log_lines_lost_total": {"": total[natwork.Slot.LOST]},
+        "start_time_seconds": {"": words[natwork.Scoreboard.BEGAN]},
     }
     lines = []
     for name, (kind, told) in METRICS.items():
@@ -446,5 +446,5 @@ def join(chapters: natwork.Chapters) -> None:
     import json  # noqa: F401  # later a worker may be unable to read it
 
     config = chapters.config
-    config.parsed("gateways", check_gateway, config.gateways.split())
+    config.parsed("gateways", check_gateway)
     chapters.schemes[natwork.OWN_PAGE] = own_page

@@ -257,6 +257,6 @@ class Parents:
 def join(chapters: natwork.Chapters) -> None:
     """Dial by way of parents from now on, if there are any."""
     config = chapters.config
-    parents = config.parsed("parents", parse_parent, config.lines("parents"))
+    parents = config.parsed("parents", parse_parent)
     if parents:
         chapters.parents = Parents(parents, chapters.policy)

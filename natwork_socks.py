@@ -136,7 +136,7 @@ def open_outside(
             return attempt.packed, opened[where[0]]
         except OSError as error:
             failed.append((error, attempt))
-    raise natwork.defeat(failed)
+    raise natwork.Race.defeat(failed)
 
 
 class Association:

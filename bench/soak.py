@@ -166,11 +166,12 @@ class Visitors:
 
     def worker_of(self, client: socket.socket) -> int:
         """Return the process that serves a client, as the state table has it."""
-        name = b"client=%s:%d " % (HOST.encode(), client.getsockname()[1])
+        name = "%s:%d" % (HOST, client.getsockname()[1])
         for number in range(MAX_WORKERS):
             slot = self.program.Slot(self.board, number)
-            if name in slot.row():
-                return int(slot.words[self.program.PID])
+            session = slot.session()
+            if session and session.client == name:
+                return int(slot.words[slot.PID])
         raise Wrong("a tunnel is not in the table")
 
 
@@ -551,7 +552,7 @@ class Gateway:
 
     def total(self, name: str) -> int:
         """Return a number of the scoreboard, added up over all slots."""
-        word = getattr(self.program, name)
+        word = getattr(self.program.Slot, name)
         slots = (self.program.Slot(self.board, n) for n in range(MAX_WORKERS))
         return sum(slot.words[word] for slot in slots)
 

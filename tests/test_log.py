@@ -464,7 +464,7 @@ import fcntl, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import natwork
 board = natwork.Scoreboard()
-board.words[natwork.MASTER], board.words[natwork.USED] = os.getpid(), 3
+board.words[board.MASTER], board.words[board.USED] = os.getpid(), 3
 def forge(number, pid, user):
     session = natwork.Session("10.9.9.9:1", str(pid), "connect")
     session.user, session.method, session.target = user, "CONNECT", "a:1"

@@ -276,7 +276,7 @@ def scoreboard(gateway: running.Gateway) -> program.Scoreboard:
     links = {os.readlink(link): link for link in folder.iterdir()}
     (link,) = [link for name, link in links.items() if "memfd:natwork" in name]
     board = program.Scoreboard(fd := os.open(link, os.O_RDWR))
-    size = program.SLOTS + program.SLOT_LIMIT * program.SLOT_SIZE
+    size = program.Scoreboard.SLOTS + program.SLOT_LIMIT * program.Scoreboard.SLOT_SIZE
     board.memory = mmap.mmap(fd, size)
     board.words = memoryview(board.memory).cast("Q")
     os.close(fd)
@@ -287,10 +287,11 @@ def deface(gateway: running.Gateway, pids: list[int]) -> None:
     """Write hostile words into the rows of some workers."""
     board = scoreboard(gateway)
     slots = [program.Slot(board, number) for number in range(50)]
-    rows = [slot for slot in slots if slot.words[program.PID] in pids and slot.row()]
+    rows = [slot for slot in slots if slot.words[slot.PID] in pids and slot.session()]
     assert len(rows) == len(pids) == len(HOSTILE)
     for slot, words in zip(rows, HOSTILE):
-        session = program.Session.from_row(slot.row(), 0, 0)
+        session = slot.session()
+        assert session
         session.user = words
         session.target = words.replace("/", ":") + ":443"
         slot.publish(session)
@@ -374,7 +375,7 @@ def crowd(gateway: running.Gateway, count: int) -> list[program.Slot]:
         session.address = program.endpoint((address, 443))
         session.source = f"198.51.100.7:{20000 + number}"
         slot.publish(session)
-    board.words[program.USED] = CROWDED + count
+    board.words[program.Scoreboard.USED] = CROWDED + count
     return slots
 
 
@@ -454,7 +455,7 @@ def test_a_refresh_keeps_filter_order_and_focus(
         wanted = [f"{row['pid']}" for row in served]
         assert column(page, "pid") == wanted
         first = next(
-            slot for slot in slots if str(slot.words[program.PID]) == wanted[0]
+            slot for slot in slots if str(slot.words[program.Slot.PID]) == wanted[0]
         )
         first.moved(0, 2_345_678_901)
         wait.until(lambda: "2.3 GB" in column(page, "down"))
@@ -667,7 +668,10 @@ def test_every_outcome_has_a_place_of_its_own() -> None:
     words = {o.word for o in vars(program).values() if isinstance(o, program.Outcome)}
     places = {program.ended_by(p, w) for p in program.PROTOCOLS for w in words}
     assert len(places) == len(words) * len(program.PROTOCOLS)
-    assert min(places) >= program.ENDED_BY and max(places) < program.SLOT_SIZE // 8
+    assert (
+        min(places) >= program.Slot.ENDED_BY
+        and max(places) < program.Scoreboard.SLOT_SIZE // 8
+    )
     assert program.ended_by("new", "new") not in places
     denied = program.ended_by("http", "denied")
     for word in ("denied-rule-7", "denied-port-25", "denied-link-local"):

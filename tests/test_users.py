@@ -83,7 +83,7 @@ def board_link(gateway: running.Gateway) -> str:
 
 def memory(gateway: running.Gateway) -> bytes:
     """Return what is shared: the scoreboard as far as it is used, and the pairs."""
-    size = natwork.SLOTS + 64 * natwork.SLOT_SIZE
+    size = natwork.Scoreboard.SLOTS + 64 * natwork.Scoreboard.SLOT_SIZE
     return bytes(board(gateway).memory[:size]) + pairs(gateway)
 
 
