@@ -1548,6 +1548,10 @@ class Master:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
             signal.signal(number, signal.SIG_IGN)
+        # Of the workers: a terminal's Ctrl-C reaches the whole group, and must drain, not
+        # cut.  The master has these blocked, and takes them all the same.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         while self.workers or self.mappers or not self.stopping:
             try:
                 if not self.stopping:
@@ -1656,9 +1660,6 @@ class Master:
         """Do some work in this new process, which is the master no more."""
         for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
             os.close(fd)
-        # A terminal's Ctrl-C reaches the whole group, and must drain, not cut.
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         work(what)
 
