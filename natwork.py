@@ -1546,11 +1546,10 @@ class Master:
         """Serve until TERM or INT, then see the busy workers out."""
         # If whoever started us ignored it, the kernel would reap in our place.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):  # "open your log", to others
-            signal.signal(number, signal.SIG_IGN)
-        # Of the workers: a terminal's Ctrl-C reaches the whole group, and must drain, not
-        # cut.  The master has these blocked, and takes them all the same.
-        for number in (signal.SIGINT, signal.SIGHUP):
+        # To others USR1 and USR2 mean "open your log".  INT and HUP the master takes all
+        # the same, having them blocked; in a worker, Ctrl-C must drain, and not cut.
+        ignored = signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP
+        for number in ignored:
             signal.signal(number, signal.SIG_IGN)
         while self.workers or self.mappers or not self.stopping:
             try:

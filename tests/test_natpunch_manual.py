@@ -11,8 +11,8 @@ from pathlib import Path
 
 import natlab
 import punching
-import readme
 import pytest
+import readme
 import test_manuals
 import test_natpunch_clients
 
