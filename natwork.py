@@ -1546,7 +1546,7 @@ class Master:
         """Serve until TERM or INT, then see the busy workers out."""
         # If whoever started us ignored it, the kernel would reap in our place.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # To others USR1 and USR2 mean "open your log".  INT and HUP the master takes all
+        # USR1 and USR2 tell others to open their log.  INT and HUP the master takes all
         # the same, having them blocked; in a worker, Ctrl-C must drain, and not cut.
         ignored = signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP
         for number in ignored:
