@@ -44,7 +44,7 @@ Usage:
 
 Signals to the master: TERM and INT stop accepting and let busy workers finish
 (a second one ends them now); HUP reads the configuration again and, if that is
-good, reopens the access log.  TERM to a worker ends that one session.
+good, puts it in force for new clients.  TERM to a worker ends that one session.
 
 Exit codes: 0 asked to stop, 1 unexpected, 2 bad command line, 78 bad
 configuration.
@@ -52,7 +52,7 @@ configuration.
 Reading order.  Every section uses only the ones above it, so what a function
 calls stands further up; within a class, methods stand in the order of events.
 To follow a request, start at serve_client(); to follow the daemon, at main().
-If you read only two sections, read Relay and Master and workers.
+If you read only two sections, read "Relay" and "Master and workers".
 
 It does not cache, decrypt, filter or balance, and it will not: chain it to
 the programs that do.
@@ -111,17 +111,17 @@ PIPE_SIZE = 256 * 1024  # asked for; over the user's budget one gets less
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOT_LIMIT = 65536  # the scoreboard's size, and so the largest max_workers
 
-HALF_CLOSED_TIMEOUT = 240.0  # silence that ends a half-closed tunnel (RFC 5382's order)
+HALF_CLOSED_TIMEOUT = 240.0  # of silence in a half-closed tunnel: RFC 5382
 LINGER_TIMEOUT = 2.0  # of silence in a lingering close; nginx waits 5
 LINGER_LIMIT = 30.0  # for all of a lingering close, as nginx
-SHORT_SILENCE = 0.5  # of a client; after it the worker is asked to make room
-CROSSING_TIME = 1.0  # since an answer, in which a close may cross the next request
+SHORT_SILENCE = 0.5  # of a client; after it the worker may be asked to leave
+CROSSING_TIME = 1.0  # in which a close and a request may pass each other
 ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker that nobody needed for this long may leave
 PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
-TIME_LIMIT = 2_000_000.0  # poll() counts milliseconds in 32 bits: these are 23 days
+TIME_LIMIT = 2_000_000.0  # 23 days: poll() counts milliseconds in 32 bits
 
 INET, INET6, STREAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM
 POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
@@ -180,8 +180,8 @@ def masked(text: str) -> str:
 def find_set_title() -> Any:
     """Return setproctitle's function; None on the bare box, which has no titles.
 
-    Its C part alone: the package around that loads logging and threading, and what
-    these do after each fork costs every worker half a megabyte.
+    Only its C part is loaded: the Python package around it imports logging and
+    threading, which costs every worker half a megabyte after its fork.
     """
     package: Any = PathFinder.find_spec("setproctitle")
     folders = package and package.submodule_search_locations
@@ -536,8 +536,8 @@ class Scoreboard:
     """The shared memory: a header, a state byte for each slot, then the slots.
 
     The header has 64-bit words: the master's pid; the slots that ever were used; the
-    Unix time of the start; forks; the second in which say() was last heard; whether
-    lost lines are still to be reported; and when each uplink last failed.
+    Unix time of the start; forks; forks that failed; the second in which say() was last
+    heard; whether lost lines are still to be reported; when each uplink last failed.
     """
 
     MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
@@ -572,7 +572,7 @@ class Scoreboard:
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once: one line a second.
 
-        Returns whether it was said; else another one was, or nobody reads.
+        Returns False where a line was said in this second, or nobody reads.
         """
         second = int(time.monotonic())
         said = self.words[self.LAST_SAID] != second and say(message)
@@ -850,7 +850,7 @@ class AccessLog:
                     written += os.write(self.fd, data[written:])
         except OSError as error:
             why = f" ({reason(error)})"
-        # Of a half line the file's offset is the end; else it may be any.
+        # After a partial write the file's offset is the end of what was written.
         if 0 < written < len(data):
             with contextlib.suppress(OSError):  # a pipe or a terminal
                 at = os.lseek(self.fd, 0, os.SEEK_CUR)
@@ -1357,7 +1357,11 @@ def shut(listener: socket.socket) -> None:
 
 
 class Generation(NamedTuple):
-    """One configuration in force: its listeners by name, its log and its lifeline."""
+    """A configuration, and what was opened for it; the last one serves new clients.
+
+    The names of listeners are their addresses, "systemd N" for what systemd passed, and
+    "removed N" for those that close once their queue is empty.
+    """
 
     config: Config
     listeners: dict[str, socket.socket]
@@ -1531,7 +1535,7 @@ class Master:
         """
         self.board, self.load, self.serve, self.fds = board, load, serve, fds
         self.generation = generation
-        self.generations = [generation]  # the last is in force
+        self.generations = [generation]  # the older ones finish what they have
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
@@ -1689,7 +1693,7 @@ class Master:
         # The new workers take what is still queued at a removed listener.
         for listener in set(old.listeners.values()) - set(fresh.listeners.values()):
             fresh.listeners[f"removed {listener.fileno()}"] = listener
-        os.write(old.lifeline_write, b"d")  # its workers take no more clients
+        os.write(old.lifeline_write, b"d")  # its workers take no more requests
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
         self.generation, self.reloading = fresh, True
@@ -2202,7 +2206,8 @@ def ways_to(
     order = sorted(uplinks, key=lambda one: board.failed_recently(uplinks.index(one)))
     devices = [uplink for uplink in uplinks if not uplink.packed]
     inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    # By the routing table; else source addresses reach the inside, too.
+    # None is by the routing table: without uplinks the only way, and beside devices the
+    # one to the inside, which a source address reaches by itself.
     ways = [None, *order] if devices == uplinks else order
     attempts, begin = [], 0.0
     for way in ways:
@@ -3681,7 +3686,7 @@ def warm(generation: Generation) -> None:
     gc.set_threshold(20_000)
 
 
-def become(user: tuple[int, int], config: Config, log: AccessLog) -> None:
+def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
     """Give up root for a user, by uid and gid, who may open the log again."""
     status = os.fstat(log.fd)
     if log.path != "-" and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
@@ -3703,12 +3708,12 @@ def run(config: Config, ready: Callable[[], None]) -> int:
     board, fds = Scoreboard(), []
     chapters, user = examine(config, board), find_user(config)
 
-    def reload(old: Generation) -> Generation:
+    def load_next(old: Generation) -> Generation:
         # The file that was there at the start does not become no file.
         fresh = load_config(old.config.file, old.config.options)
         return open_generation(examine(fresh, board), old)
 
-    # A reader of "listening on" may send us a signal: it waits for the master.
+    # Whoever reads "listening on" may send a signal at once: it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, Master.SIGNALS)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
@@ -3720,14 +3725,14 @@ def run(config: Config, ready: Callable[[], None]) -> int:
         if chapters.pid_file:
             fds.append(undo.enter_context(chapters.pid_file(config.pidfile, user)))
         first = open_generation(chapters)
-        master = Master(board, first, reload, serve_client, fds)
+        master = Master(board, first, load_next, serve_client, fds)
         for fd in fds:
             os.write(fd, b"%d\n" % os.getpid())
         if not find_set_title():
             missing = "setproctitle is not installed (apt install python3-setproctitle)"
             say(f"{missing}: process titles will be missing")
         if user:
-            become(user, config, first.log)
+            drop_root(user, config, first.log)
         if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has chosen
             # SCHED_BATCH: a process that wakes does not preempt the one that runs.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
