@@ -1550,11 +1550,6 @@ class Master:
         """Serve until TERM or INT, then see the busy workers out."""
         # If whoever started us ignored it, the kernel would reap in our place.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # USR1 and USR2 tell others to open their log.  INT and HUP the master takes all
-        # the same, having them blocked; in a worker, Ctrl-C must drain, and not cut.
-        ignored = signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
         while self.workers or self.mappers or not self.stopping:
             try:
                 if not self.stopping:
@@ -3715,6 +3710,10 @@ def run(config: Config, ready: Callable[[], None]) -> int:
 
     # Whoever reads "listening on" may send a signal at once: it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, Master.SIGNALS)
+    # INT and HUP the master takes all the same, being blocked; in a worker, Ctrl-C must
+    # drain, and not cut.  USR1 and USR2 tell others to open their log.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # Silence from a name server must not outlast the client's patience.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     try:
