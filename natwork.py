@@ -120,7 +120,6 @@ ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker that nobody needed for this long may leave
-PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 TIME_LIMIT = 2_000_000.0  # poll() counts milliseconds in 32 bits: these are 23 days
 
 INET, INET6, STREAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM
@@ -891,6 +890,7 @@ class AccessLog:
 ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Steps = Generator[tuple[int, int], None, Any]  # a descriptor, and its poll() events
 RUNNING, DONE, CANCELED = range(3)  # the states of a direction
+LINE_END = re.compile(rb"\n")
 
 
 def reset_on_close(sock: socket.socket, wanted: bool = True) -> None:
@@ -923,13 +923,6 @@ class Stream:
         del self.received[:count]
         return piece
 
-    def take_until(
-        self, mark: re.Pattern[bytes], looked: int = 0, limit: int = HEAD_LIMIT
-    ) -> bytes:
-        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
-        found = mark.search(self.received, looked, limit)
-        return self.take(found.end()) if found else b""
-
     def failed(self, error: OSError) -> Refused:
         """Return the refusal for an error of the socket, and remember a reset.
 
@@ -951,19 +944,47 @@ class Stream:
         self.received += data
         return bool(data)
 
-    def need(self) -> Steps:
-        """Receive more; the stream's end is a failure.  Raises Refused."""
-        before = len(self.received)
-        while len(self.received) == before:
+    def need(self, count: int = 1) -> Steps:
+        """Receive until so many bytes are there; raise Refused if it ends before."""
+        while len(self.received) < count:
             yield self.fd, POLLIN
             if not self.fill():
                 raise Refused(self.lost, "the connection ended too early")
 
     def exactly(self, count: int) -> Steps:
         """Take so many bytes; raise Refused."""
-        while len(self.received) < count:
-            yield from self.need()
+        yield from self.need(count)
         return self.take(count)
+
+    def until(
+        self,
+        mark: re.Pattern[bytes],
+        limit: int,
+        bad: Outcome,
+        first: Callable[[], Iterable[tuple[int, int]]] = tuple,
+    ) -> Steps:
+        """Take bytes up to and with a mark; raise Refused if it is not within a limit.
+
+        What comes first, before each wait for more, may wait itself, or raise Refused.
+        """
+        while not (found := mark.search(self.received, 0, limit)):
+            yield from first()
+            if len(self.received) >= limit:
+                raise Refused(bad, f"over {limit} bytes without an end")
+            yield from self.need(len(self.received) + 1)
+        return self.take(found.end())
+
+    def splice(self, fd_from: int, fd_to: int, count: int) -> int:
+        """Splice at most count bytes to or from this stream; return how many.
+
+        Raises Refused.
+        """
+        try:
+            return os.splice(fd_from, fd_to, count)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self.failed(error) from None
 
     def send(self, data: bytes | bytearray) -> int:
         """Send what the kernel takes now; return its size; raise Refused."""
@@ -1009,31 +1030,6 @@ class Stream:
         self.sock.close()
 
 
-LINE_END = re.compile(rb"\n")
-
-
-def read_until(
-    source: Stream,
-    mark: re.Pattern[bytes],
-    limit: int,
-    bad: Outcome,
-    inspect: Callable[[bytearray], None] = lambda received: None,
-) -> Steps:
-    """Take bytes up to and with a mark; raise Refused if it is not within the limit.
-
-    A mark has three bytes at most.  inspect() sees what has come so far, and may raise
-    Refused.
-    """
-    received, looked = source.received, 0
-    while not (taken := source.take_until(mark, looked, limit)):
-        inspect(received)
-        if len(received) >= limit:
-            raise Refused(bad, f"over {limit} bytes without an end")
-        looked = max(0, len(received) - 2)
-        yield from source.need()
-    return taken
-
-
 class Watch:
     """How a worker waits for sockets.
 
@@ -1045,11 +1041,10 @@ class Watch:
     """
 
     def __init__(
-        self, lifeline: int, drain_timeout: float, listeners: dict[int, socket.socket]
+        self, lifeline: int, config: Config, listeners: dict[int, socket.socket]
     ) -> None:
         """Take the worker's listeners too, which are closed when the master leaves."""
-        self.lifeline, self.drain_timeout = lifeline, drain_timeout
-        self.listeners = listeners
+        self.lifeline, self.config, self.listeners = lifeline, config, listeners
         self.drain_at = math.inf  # monotonic; known once the master leaves
         self.retired = False  # that this worker should take no more requests
 
@@ -1084,7 +1079,7 @@ class Watch:
 
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end; refuse queued clients at once."""
-        self.drain_at = time.monotonic() + self.drain_timeout
+        self.drain_at = time.monotonic() + self.config.drain_timeout
         while self.listeners:  # so that a successor can bind, also if we go on
             self.listeners.popitem()[1].close()
 
@@ -1093,21 +1088,22 @@ class Watch:
         steps: Steps,
         late: Outcome,
         why: str,
-        seconds: float = TIME_LIMIT,
         deadline: float = math.inf,
         beside: Stream | None = None,
     ) -> Any:
         """Run steps by themselves, and return what they return; raise what they raise.
 
-        Raises Refused(late) when one wait takes more than so many seconds, or when
-        the deadline (monotonic) is over; and when a stream beside it is reset.
+        Raises Refused(late) when one wait takes more than idle_timeout, or when the
+        deadline (monotonic) is over; and when a stream beside it is reset.
         """
         try:
             while True:
                 fd, events = next(steps)
-                left = min(seconds, deadline - time.monotonic())
                 wanted = {beside.fd: 0, fd: events} if beside else {fd: events}
-                ready = self.wait(wanted, left)
+                seconds = self.config.idle_timeout
+                if deadline < math.inf:
+                    seconds = min(seconds, deadline - time.monotonic())
+                ready = self.wait(wanted, seconds)
                 if not ready:
                     raise Refused(late, why)
                 if beside and fd not in ready:
@@ -1115,28 +1111,25 @@ class Watch:
         except StopIteration as end:
             return end.value
 
-    def send(self, stream: Stream, data: bytes, why: str, seconds: float) -> None:
-        """Send all of data, with so many seconds for each wait; raise Refused."""
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Send all of data; raise Refused."""
         sent = stream.send(data)
         if sent < len(data):
-            self.run(stream.send_all(bytearray(data[sent:])), IDLE, why, seconds)
+            self.run(stream.send_all(bytearray(data[sent:])), IDLE, "nothing moved")
 
 
 class Direction:
     """One half of a relay: what comes from the source goes to the sink.
 
     Bytes go from the source's received to out, where they gather until the direction
-    would have to wait, and on to the sink; or through the pipe, past both.  Its owner
+    would have to wait, and on to the sink; or through a pipe, past both.  Its owner
     sets steps: move() and flush() for a body, pass_all() for a tunnel.
     """
 
     steps: Steps
     waits_for: tuple[int, int]  # as the steps yield it
-    pipe: tuple[int, ...] = ()  # its two ends, once there was bulk
-    held = 0  # bytes in the pipe
     state = RUNNING
     may_fail = False  # without an end to the other direction
-    idle_limit = TIME_LIMIT  # seconds without an event; less in a half-closed tunnel
 
     def __init__(self, source: Stream, sink: Stream) -> None:
         self.source, self.sink = source, sink
@@ -1157,7 +1150,7 @@ class Direction:
             server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
             if not server_lost and not self.may_fail:
                 raise
-            self.cancel()
+            self.state = CANCELED
             if not server_lost:
                 self.sink.end()  # in mid-message, which nobody takes for the whole
 
@@ -1168,7 +1161,7 @@ class Direction:
 
     def flush(self) -> Steps:
         """Send what is gathered in out."""
-        yield from self.sink.send_all(self.out)
+        return self.sink.send_all(self.out)
 
     def move(self, count: int) -> Steps:
         """Pass count bytes on as they are, ALL until the source ends.
@@ -1194,74 +1187,53 @@ class Direction:
                     return
                 raise Refused(self.source.lost, "the body ended too early")
             # A full read means that more is there: do not wait before the next one.
-            full = max(moved, len(received)) >= COPY_SIZE
+            full = len(received) >= COPY_SIZE
             if moved or received:
-                bulk = full
+                bulk = full or moved >= COPY_SIZE
 
     def splice(self, count: int) -> Steps:
-        """Pass on at most count bytes through the pipe; return how many.
+        """Pass on at most count bytes through a pipe, while much comes at once.
 
-        These are 0 where recv() must see what is there: nothing, the end, or what the
-        kernel does not splice, because it follows an urgent byte; or without a pipe.
+        Returns how many: 0 where recv() must see what is there, which is nothing, the
+        end, or what follows an urgent byte; or without a pipe.
         """
-        if not self.pipe and not self.open_pipe():
-            return 0
-        pipe_out, pipe_in = self.pipe
         try:
-            moved = os.splice(self.source.fd, pipe_in, min(count, PIPE_SIZE))
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self.source.failed(error) from None
-        self.held = moved
-        while self.held:
-            try:
-                sent = os.splice(pipe_out, self.sink.fd, self.held)
-            except BlockingIOError:
-                yield self.sink.fd, POLLOUT
-                continue
-            except OSError as error:
-                raise self.sink.failed(error) from None
-            self.held -= sent
-            self.sink.sent += sent
-        return moved
-
-    def open_pipe(self) -> bool:
-        """Open the pipe; return whether there is one."""
-        try:
-            self.pipe = os.pipe2(PIPE_FLAGS)
+            pipe_out, pipe_in = os.pipe2(PIPE_FLAGS)
         except OSError:  # no descriptors left
-            return False
-        # Refused to a user that has many pipes already: then 64 KiB, or less, do.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(self.pipe[1], 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
-        return True
+            return 0
+        total, size = 0, COPY_SIZE
+        try:
+            # Refused to a user that has many pipes already: then 64 KiB, or less, do.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe_in, 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
+            while size >= COPY_SIZE and total < count:
+                size = min(count - total, PIPE_SIZE)
+                held = size = self.source.splice(self.source.fd, pipe_in, size)
+                total += size
+                while held:
+                    sent = self.sink.splice(pipe_out, self.sink.fd, held)
+                    if not sent:
+                        yield self.sink.fd, POLLOUT
+                    held -= sent
+                    self.sink.sent += sent
+            return total
+        finally:
+            os.close(pipe_out)
+            os.close(pipe_in)
 
-    def close_pipe(self) -> None:
-        """Close the pipe, if there is one, with whatever is in it."""
-        for fd in self.pipe:
-            os.close(fd)
-        self.pipe = ()
-
-    def pass_all(self, other: Direction) -> Steps:
-        """Pass everything on, then its end; after that the other has less time."""
+    def pass_all(self) -> Steps:
+        """Pass everything on, then its end."""
         yield from self.move(ALL)
         self.sink.end()
-        other.idle_limit = HALF_CLOSED_TIMEOUT
-
-
-def awaited(directions: list[Direction]) -> dict[int, int]:
-    """Return the events by descriptor that some directions wait for."""
-    # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
-    # reports unasked, mean a reset.
-    wanted = {one.sink.fd: 0 for one in directions}
-    for fd, events in (one.waits_for for one in directions):
-        wanted[fd] = wanted.get(fd, 0) | events
-    return wanted
 
 
 def relay(
-    watch: Watch, slot: Slot, up: Direction, down: Direction, idle_timeout: float
+    watch: Watch,
+    slot: Slot,
+    up: Direction,
+    down: Direction,
+    timeout: float,
+    half_closed_timeout: float = TIME_LIMIT,
 ) -> None:
     """Run the directions to the server and to the client until both have ended.
 
@@ -1274,17 +1246,21 @@ def relay(
     moving = [up, down]
     try:
         while True:
-            for direction in moving:
-                if direction.state == RUNNING:
-                    direction.step()
+            for one in moving:
+                if one.state == RUNNING:
+                    one.step()
             running = [one for one in (up, down) if one.state == RUNNING]
             if not running:
                 return
             slot.moved(server.sent, client.sent)
-            # A user's pipe memory is limited: an idle tunnel gives its pipes back.
-            spare = [one for one in (up, down) if one.pipe and not one.held]
-            seconds = min(idle_timeout, *(one.idle_limit for one in running))
-            ready = watch.wait(awaited(running), PIPE_KEEP_TIME if spare else seconds)
+            # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
+            # reports unasked, mean a reset.
+            wanted = {one.sink.fd: 0 for one in running}
+            for fd, events in (one.waits_for for one in running):
+                wanted[fd] = wanted.get(fd, 0) | events
+            if len(running) == 1:
+                timeout = min(timeout, half_closed_timeout)
+            ready = watch.wait(wanted, timeout)
             moving = [one for one in running if one.waits_for[0] in ready]
             if moving:
                 continue
@@ -1292,19 +1268,15 @@ def relay(
                 raise Refused(client.lost, "connection reset")
             if ready:
                 up.cancel()  # the server takes no more; why, the next recv() says
-            elif spare:
-                for one in spare:
-                    one.close_pipe()
-            else:
-                before = in_flight
-                in_flight = server.bytes_in_flight() + client.bytes_in_flight()
-                # Else a slow reader takes what the kernel has for it.
-                if in_flight in (0, before):  # the queues are empty, or as full as then
-                    raise Refused(IDLE, "nothing moved")
+                continue
+            before = in_flight
+            in_flight = server.bytes_in_flight() + client.bytes_in_flight()
+            # Else a slow reader takes what the kernel has for it.
+            if in_flight in (0, before):  # the queues are empty, or as full as then
+                raise Refused(IDLE, "nothing moved")
     finally:
-        for direction in (up, down):
-            direction.steps.close()
-            direction.close_pipe()
+        for one in (up, down):
+            one.steps.close()
 
 
 # --- Master and workers -------------------------------------------------------
@@ -1387,7 +1359,7 @@ class Worker:
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.lifeline = generation.lifeline_read
-        self.watch = Watch(self.lifeline, self.config.drain_timeout, self.listeners)
+        self.watch = Watch(self.lifeline, self.config, self.listeners)
         self.client: Client
         self.idle_poll = select.epoll()  # made after the fork: it is no other's
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
@@ -2436,10 +2408,11 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     worker.stand_in_line(False)
     server.tune()
     up, down = Direction(client, server), Direction(server, client)
-    up.steps, down.steps = up.pass_all(down), down.pass_all(up)
+    up.steps, down.steps = up.pass_all(), down.pass_all()
     down.out += opening
     try:
-        relay(watch, worker.slot, up, down, worker.config.tunnel_timeout)
+        timeouts = worker.config.tunnel_timeout, HALF_CLOSED_TIMEOUT
+        relay(watch, worker.slot, up, down, *timeouts)
         if up.state == CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
@@ -2464,16 +2437,15 @@ HEAD_END = re.compile(rb"\n\r?\n")  # without a CR too, which only a response ma
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
-# Field lines; a folded one, a bare CR or LF do not match.
-LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 # By its first letter HTTP is told from SOCKS.
-REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
+REQUEST_LINE = re.compile(
+    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
+)
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-# What check_request_line() refuses does not match.
-LIKELY = rb"(?=\S{1,%d} \S+ HTTP/1)" % METHOD_LIMIT
-REQUEST_HEAD = re.compile(rb"%b%b\r(\n%b)\r\n" % (LIKELY, REQUEST_LINE, LINES))
-RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
+STATUS_LINE = re.compile(rb"%b(?: +(%b))?" % (STATUS, TEXT))
+# Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
+FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -2513,12 +2485,10 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
     b"proxy-authenticate www-authenticate".split()
 )
 
-# These are read here, and written anew.  Most lines are not among them, which their
-# first letter tells: all first letters of these names must stand in the pattern.
-READ = rb"\n(?i:(?=[cdehkmptuv])(%b))[\t ]*:[\t ]*([^\r]*)\r"
-REWRITTEN = b"|".join([*sorted(HOP_BY_HOP), b"content-length", b"via"])
-READ_ASKED = re.compile(READ % (REWRITTEN + b"|host|expect|max-forwards"))
-READ_ANSWERED = re.compile(READ % (REWRITTEN + b"|date"))
+# These are read here, and written anew.
+REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
+READ_ASKED = REWRITTEN | {b"host", b"expect", b"max-forwards"}
+READ_ANSWERED = REWRITTEN | {b"date"}
 
 
 def members(listed: bytes) -> list[bytes]:
@@ -2527,32 +2497,38 @@ def members(listed: bytes) -> list[bytes]:
     return [member for part in parts if (member := part.strip(b" \t"))]
 
 
-def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
-    """Return a section's lines less those dropped, by their names in lower case."""
-    lines = section.splitlines(keepends=True)
-    return b"".join(x for x in lines if x.partition(b":")[0].lower() not in dropped)
+def take_fields(
+    lines: bytes, names: set[bytes] | frozenset[bytes]
+) -> tuple[dict[bytes, bytes], bytes]:
+    """Take from whole field lines those of some names, in lower case.
+
+    Returns these, each from all its lines (RFC 9110 section 5.3), and the other lines.
+    """
+    fields: dict[bytes, bytes] = {}
+    others = []
+    for line in lines.split(CRLF):
+        name, _, value = line.partition(b":")
+        if (name := name.lower()) in names:
+            value = value.strip(b" \t")
+            if name in fields:
+                value = b"%b, %b" % (fields[name], value)
+            fields[name] = value
+        else:
+            others.append(line)
+    return fields, CRLF.join(others)
 
 
 def read_fields(
-    section: bytes, read: re.Pattern[bytes]
+    section: bytes, names: frozenset[bytes]
 ) -> tuple[dict[bytes, bytes], bytes, list[bytes]]:
-    """Read a line end and whole field lines, those that a pattern knows.
+    """Return the fields that are read here, the lines that travel on, and the options.
 
-    Returns these by their names in lower case, each from all its lines (RFC 9110
-    section 5.3); the lines that travel on; and the options that Connection lists.
+    The options are those of Connection; what it names does not travel on.
     """
-    # Each match takes one line out: what is between them travels on.
-    pieces = read.split(section)
-    fields: dict[bytes, bytes] = {}
-    for name, value in zip(pieces[1::3], pieces[2::3]):
-        name, value = name.lower(), value.rstrip(b" \t")
-        fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
-    forwarded, options = b"".join(pieces[::3])[1:], []
-    if b"connection" in fields:
-        options = fields[b"connection"].lower().replace(b",", b" ").split()
-        if not NOT_NAMED.issuperset(options):
-            # What Connection names does not travel on.
-            forwarded = without(forwarded, set(options) - NOT_NAMED)
+    fields, forwarded = take_fields(section[:-2], names)  # less the empty line
+    options = fields.get(b"connection", b"").lower().replace(b",", b" ").split()
+    if not NOT_NAMED.issuperset(options):
+        forwarded = take_fields(forwarded, set(options) - NOT_NAMED)[1]
     return fields, forwarded, options
 
 
@@ -2582,23 +2558,26 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     return bare, port
 
 
-def check_request_line(line: bytes) -> None:
-    """Raise Refused if a request line is malformed, or is not for us."""
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Return method, target and minor version; raise Refused if it is not for us."""
     if len(line) > LINE_LIMIT:
         raise Refused(URI_TOO_LONG, f"request line over {LINE_LIMIT} bytes")
-    match = re.fullmatch(REQUEST_LINE, line)
+    match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refused(BAD_REQUEST, "malformed request line")
-    if match[3][:1] != b"1":
-        raise Refused(BAD_VERSION, f"HTTP/{match[3][:1].decode()}, and not HTTP/1")
-    if len(match[1]) > METHOD_LIMIT:
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
+    if len(method) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
+    return method, target, int(minor != b"0")
 
 
-def check_response_begun(received: bytearray) -> None:
+def check_response_begun(received: bytearray) -> tuple[()]:
     """Refuse what does not begin as a response; raise Refused."""
     if LINE_END.search(received) and not re.match(STATUS + rb"[\r\n ]", received):
         raise Refused(BAD_RESPONSE, "malformed status line")
+    return ()
 
 
 def mended(head: bytes) -> bytes:
@@ -2623,14 +2602,13 @@ class RequestHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
-        match = REQUEST_HEAD.fullmatch(head)
-        if not match or match.end(3) > LINE_LIMIT:
-            check_request_line(head.partition(CRLF)[0])
+        line, _, section = head.partition(CRLF)
+        self.method, self.target, self.minor = parse_request_line(line)
+        if not FIELD_LINES.fullmatch(section):
             raise Refused(BAD_REQUEST, "malformed field line")
-        self.method, self.target, version, section = match.groups()
-        self.minor = 0 if version == b"1.0" else 1
         self.path = self.target  # as its server is asked for it, once that is parsed
-        self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
+        fields = read_fields(section, READ_ASKED)
+        self.fields, self.forwarded, self.options = fields
         # RFC 9112 section 3.2: one, and only one; it may be empty.
         host = self.fields.get(b"host")
         if host is None and self.minor and self.method != b"CONNECT":
@@ -2638,33 +2616,31 @@ class RequestHead:
         self.host = parse_authority(host, 80)[0] if host else ""
         # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
         self.keep_alive = self.minor == 1 and b"close" not in self.options
+        self.upgrade = self.offered() if b"upgrade" in self.options else b""
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
         self.expected = self.minor and self.fields.get(b"expect", b"").lower()
 
-    def values(self, name: bytes) -> list[bytes]:
-        """Return the values of any field, by its name in lower case."""
-        if name in self.fields:
-            return [self.fields[name]]
-        lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
-        return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
+    def value(self, name: bytes) -> bytes:
+        """Return what any field says, by its name in lower case; else b""."""
+        return take_fields(self.forwarded, {name})[0].get(name, b"")
 
     def login(self, name: bytes) -> bytes:
         """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
-        field = b", ".join(self.values(name))  # two are none
+        field = self.fields.get(name) or self.value(name)  # two are none
         match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
         with contextlib.suppress(binascii.Error):
             return binascii.a2b_base64(match[1]) if match else b""
         return b""
 
-    def upgrade(self) -> bytes:
+    def offered(self) -> bytes:
         """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
 
         It travels with the fields that Connection names for it, or not at all; HTTP/2
         not at all, because it is us that the server speaks with.
         """
-        if b"upgrade" not in self.options or not NOT_NAMED.issuperset(self.options):
+        if not self.minor or not NOT_NAMED.issuperset(self.options):
             return b""
-        offered = self.fields.get(b"upgrade", b"").split(b",") if self.minor else []
+        offered = self.fields.get(b"upgrade", b"").split(b",")
         known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
         return b",".join(known).strip(b" \t")
 
@@ -2674,14 +2650,20 @@ class ResponseHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
-        match = RESPONSE_HEAD.fullmatch(head) or RESPONSE_HEAD.fullmatch(mended(head))
+        line, _, section = head.partition(CRLF)
+        match = STATUS_LINE.fullmatch(line)
+        if not match or not FIELD_LINES.fullmatch(section):
+            line, _, section = mended(head).partition(CRLF)
+            match = STATUS_LINE.fullmatch(line)
         if not match:
             raise Refused(BAD_RESPONSE, "malformed status line")
-        version, status, phrase, section = match.groups(b"")
+        version, status, phrase = match.groups(b"")
         self.status = int(status)
         self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
         self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
-        self.fields, self.forwarded, self.options = read_fields(section, READ_ANSWERED)
+        fields = read_fields(section, READ_ANSWERED)
+        self.fields, self.forwarded, self.options = fields
+        self.keep_alive = self.minor == 1 and b"close" not in self.options
         if self.status < 200 and b"date" in self.fields:  # answer_head() has the others
             self.forwarded += b"Date: %b\r\n" % self.fields[b"date"]
 
@@ -2815,15 +2797,6 @@ def answer_head(
     return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
 
 
-def read_chunked(
-    one: Direction, mark: re.Pattern[bytes], limit: int, bad: Outcome
-) -> Steps:
-    """Take bytes as read_until(); before it waits for them, send what is gathered."""
-    if not mark.search(one.source.received):
-        yield from one.flush()
-    return (yield from read_until(one.source, mark, limit, bad))
-
-
 def chunked(
     one: Direction, head: RequestHead | ResponseHead, framed: bool, bad: Outcome
 ) -> Steps:
@@ -2831,9 +2804,10 @@ def chunked(
 
     RFC 9112 section 7.1.  Raises Refused with the outcome bad when it is malformed.
     """
+    source = one.source
     form = CHUNK_LINE if bad is BAD_REQUEST else FAULTY_CHUNK_LINE
     while True:
-        line = yield from read_chunked(one, LINE_END, CHUNK_LINE_LIMIT, bad)
+        line = yield from source.until(LINE_END, CHUNK_LINE_LIMIT, bad, one.flush)
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
@@ -2842,21 +2816,21 @@ def chunked(
         if framed:
             one.out += b"%x\r\n" % size
         yield from one.move(size)
-        if len(one.source.received) < 2:
+        if len(source.received) < 2:
             yield from one.flush()
-        if (yield from one.source.exactly(2)) != CRLF:
+        if (yield from source.exactly(2)) != CRLF:
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
     # The line end of the last size: with an empty line it ends the body.
-    one.source.received[:0] = CRLF
-    section = yield from read_chunked(one, HEAD_END, HEAD_LIMIT, bad)
-    if not re.fullmatch(b"\r\n%b\r\n" % LINES, section):
+    source.received[:0] = CRLF
+    section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
+    if not FIELD_LINES.fullmatch(section, 2):
         if bad is BAD_REQUEST or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
         section = mended(section)
     if framed:
-        one.out += b"0%b" % without(section, NOT_IN_TRAILERS.union(head.options))
+        one.out += b"0" + take_fields(section, NOT_IN_TRAILERS.union(head.options))[1]
 
 
 # --- HTTP exchanges -----------------------------------------------------------
@@ -2882,7 +2856,6 @@ class HttpConnection:
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
     expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
-    blanks = 0  # empty lines before this request
 
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
@@ -2890,7 +2863,6 @@ class HttpConnection:
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes."""
-        self.blanks = 0
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             left = max(0.0, deadline - time.monotonic())
@@ -2903,10 +2875,10 @@ class HttpConnection:
 
         RFC 9112 section 2.2.  There may be a few; the next is a malformed request.
         """
-        received = self.client.received
-        while received[:2] == CRLF and self.blanks < BLANK_LIMIT:
+        received, blanks = self.client.received, 0
+        while received[:2] == CRLF and blanks < BLANK_LIMIT:
             del received[:2]
-            self.blanks += 1
+            blanks += 1
         return not received or received == b"\r"
 
     def dial(self, session: Session, host: str, port: int) -> Stream:
@@ -2946,15 +2918,13 @@ class Exchange:
 
     head: RequestHead  # once it is understood
     target: Target
-    understood = False
     head_only = False  # the method is HEAD
     length: int | None = None  # of the request's body
     progress = NOTHING
     keep = False  # the client's connection goes on after the answer
     continued = False  # the client was told to send its body
     server_keeps = False  # the server's connection goes on after its answer
-    offered = b""  # protocols for an upgrade
-    switching: ResponseHead | None = None  # the answer that takes one
+    switching: ResponseHead | None = None  # the answer that takes an upgrade
 
     def __init__(self, http: HttpConnection) -> None:
         """Begin with the next request of a connection."""
@@ -2982,11 +2952,8 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        self.http.drop_blanks()
-        raw = self.client.take_until(HEAD_END) or self.await_head()
-        self.head_only = raw[:5] == b"HEAD "
-        head = self.head = RequestHead(raw)
-        self.understood, session = True, self.session
+        head = self.head = RequestHead(self.await_head())
+        session = self.session
         session.method = head.method.decode()  # a token is printable
         self.length = request_length(head)
         if head.method == b"CONNECT":
@@ -3004,17 +2971,19 @@ class Exchange:
 
     def await_head(self) -> bytes:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        client, why = self.client, "the request head did not come to its end"
+        client, run = self.client, self.watch.run
         deadline = time.monotonic() + self.config.head_timeout
+        late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
         while self.http.drop_blanks():
-            self.watch.run(client.need(), HEAD_TIMEOUT, why, deadline=deadline)
-        bad, check = HEAD_TOO_LARGE, self.check_begun
-        steps = read_until(client, HEAD_END, HEAD_LIMIT, bad, check)
-        head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
+            run(client.need(), *late)
+        self.head_only = client.received[:5] == b"HEAD "
+        steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
+        head: bytes = run(steps, *late)
         return head
 
-    def check_begun(self, received: bytearray) -> None:
+    def check_begun(self) -> tuple[()]:
         """Refuse a head that does not begin as one; raise Refused."""
+        received = self.client.received
         self.head_only = received[:5] == b"HEAD "
         if not (received[:1].isalpha() or received[:1] == b"\r"):
             socks = "SOCKS, which needs natwork_socks.py"
@@ -3022,7 +2991,8 @@ class Exchange:
             raise Refused(BAD_REQUEST, f"this is {what}")
         if LINE_END.search(received) or len(received) > LINE_LIMIT:
             line = received[: LINE_LIMIT + 2].partition(b"\n")[0].removesuffix(b"\r")
-            check_request_line(bytes(line))
+            parse_request_line(bytes(line))
+        return ()
 
     def identify(self, field: bytes) -> None:
         """Learn by a field who asks: RFC 9110 section 3.3; raise Refused."""
@@ -3036,8 +3006,7 @@ class Exchange:
             session.target = "*"
             return Target("", 0, b"", b"*")
         raw = head.target
-        self.offered = head.upgrade()
-        if self.offered and raw[:5].lower() == b"ws://":  # RFC 6455's
+        if head.upgrade and raw[:5].lower() == b"ws://":  # RFC 6455's
             raw = b"http" + raw[2:]
         target, head.path = parse_target(head.method, raw)
         session.target = target.shown(head)
@@ -3151,19 +3120,17 @@ class Exchange:
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
-        seconds, watch, client = self.config.idle_timeout, self.watch, self.client
-        late, slot = "the server did not answer", self.worker.slot
-        watch.send(server, request, "the server takes no more", seconds)
+        watch, client, slot = self.watch, self.client, self.worker.slot
+        watch.send(server, request)
         slot.moved(server.sent, 0)  # for the table, while we wait
-        steps = self.read_response(server)
-        response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
+        steps, late = self.read_response(server), "the server did not answer"
+        response = watch.run(steps, ANSWER_TIMEOUT, late, beside=client)
         if response.status == 101:
             return self.switch(server, response)
         size, told = self.decide_answer(response)
         head = self.response_head(response, told)
         if 0 <= size <= len(server.received):  # the answer has come whole
-            whole = head + server.take(size)
-            watch.send(client, whole, "the client takes no more", seconds)
+            watch.send(client, head + server.take(size))
             self.progress = WHOLE
             return
         slot.publish(self.session)
@@ -3206,12 +3173,12 @@ class Exchange:
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
             extra += b"Max-Forwards: %b\r\n" % hops
-        if self.target.login and not head.values(b"authorization"):  # what it meant
+        if self.target.login and not head.value(b"authorization"):  # what it meant
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
-        if self.offered:
-            extra += UPGRADE_LINES % self.offered
+        if head.upgrade:
+            extra += UPGRADE_LINES % head.upgrade
         elif not self.length and not self.keep:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
@@ -3263,19 +3230,18 @@ class Exchange:
 
         Interim ones are passed on.
         """
-        bad, check = BAD_RESPONSE, check_response_begun
+        bad, check = BAD_RESPONSE, lambda: check_response_begun(server.received)
         for _ in range(INTERIM_LIMIT):
-            if not server.received:  # as a rule: then there is nothing to look for
-                yield from server.need()
-            raw = yield from read_until(server, HEAD_END, HEAD_LIMIT, bad, check)
+            raw = yield from server.until(HEAD_END, HEAD_LIMIT, bad, check)
             response = ResponseHead(raw)
+            response.forwarded += self.via_line(response)
             if response.status >= 200 or response.status == 101:
                 return response
             self.continued |= response.status == 100
             if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
                 self.progress = BEGUN
-                lines = response.line + response.forwarded + self.via_line(response)
-                yield from self.client.send_all(bytearray(lines + CRLF))
+                lines = response.line + response.forwarded + CRLF
+                yield from self.client.send_all(bytearray(lines))
                 self.progress = NOTHING
         raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
 
@@ -3295,10 +3261,9 @@ class Exchange:
             told, size = None if told == CHUNKED else told, 0
         else:
             size = ALL if told is None else told
-        closing = response.minor == 0 or b"close" in response.options
         # A length beside chunked does not count, and who says so is not asked again.
-        closing = closing or size == CHUNKED and b"content-length" in response.fields
-        self.server_keeps = not closing and size != ALL
+        doubtful = size == CHUNKED and b"content-length" in response.fields
+        self.server_keeps = response.keep_alive and size != ALL and not doubtful
         self.progress = BEGUN
         if size == ALL or size == CHUNKED and self.head.minor == 0:
             self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
@@ -3309,7 +3274,7 @@ class Exchange:
 
     def response_head(self, response: ResponseHead, told: int | None) -> bytes:
         """Return the head of the answer as it travels on."""
-        lines, fields = response.forwarded + self.via_line(response), response.fields
+        lines, fields = response.forwarded, response.fields
         if response.status == 426 and b"upgrade" in fields:
             lines += UPGRADE_LINES % fields[b"upgrade"]  # RFC 9110 section 15.5.22
         date = fields.get(b"date", b"")
@@ -3345,11 +3310,11 @@ class Exchange:
         """Make it a tunnel, if the server took what was offered; raise Refused."""
         chosen = response.fields.get(b"upgrade", b"")
         taken = set(members(chosen))
-        if not taken or not taken.issubset(members(self.offered)):
+        if not taken or not taken.issubset(members(self.head.upgrade)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.forwarded + self.via_line(response) + UPGRADE_LINES % chosen
-        self.join_as_tunnel(server, "101", response.line + lines + CRLF)
+        lines = response.line + response.forwarded + UPGRADE_LINES % chosen
+        self.join_as_tunnel(server, "101", lines + CRLF)
 
     # Answers of our own.
 
@@ -3359,15 +3324,14 @@ class Exchange:
         keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
         whole = head if self.head_only else head + body
-        # So that a part of it ends by a reset.
-        self.progress, seconds = BEGUN_UNTIL_CLOSE, self.config.idle_timeout
-        self.watch.send(self.client, whole, "the client takes no more", seconds)
+        self.progress = BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
+        self.watch.send(self.client, whole)
         self.progress, self.keep = WHOLE, keep
 
     def refuse(self, refusal: Refused) -> Outcome:
         """Tell the client why not, or cut its answer short; return the outcome."""
         outcome, session = refusal.outcome, self.session
-        if self.understood and session.target == "-":
+        if session.method != "-" and session.target == "-":
             # A target that was not understood may have a password anywhere.
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
@@ -3394,7 +3358,7 @@ class Exchange:
         """
         if self.keep or self.progress != WHOLE:
             return False
-        if not self.understood or self.head.keep_alive or self.length:
+        if self.session.method == "-" or self.head.keep_alive or self.length:
             return True
         return bool(self.client.received or readable([self.client.fd]))
 
@@ -3403,7 +3367,7 @@ class Exchange:
         name, session = self.config.name, self.session
         why = "".join(c if " " <= c <= "~" else "?" for c in detail) or outcome.word
         asked = "this request"
-        if self.understood:
+        if session.method != "-":
             asked = f"{session.method} {session.target}"
         # RFC 9209 section 2: a token where it is one, else a string.
         own = name if name[:1].isalpha() else f'"{name}"'

@@ -88,17 +88,16 @@ def dialed(exchange: Exchange) -> Iterator[Stream]:
 
 def send_line(exchange: Exchange, line: str) -> None:
     """Send a line of Latin-1 to the server; raise Refused."""
-    server, seconds = exchange.http.server, exchange.config.idle_timeout
+    server = exchange.http.server
     assert server
-    data = f"{line}\r\n".encode("latin-1")
-    exchange.watch.send(server, data, "the server takes no more", seconds)
+    exchange.watch.send(server, f"{line}\r\n".encode("latin-1"))
 
 
 def run(exchange: Exchange, steps: natwork.Steps, seconds: float) -> Any:
     """Run steps that read from a server, for so many seconds at most; raise Refused."""
-    idle, end = exchange.config.idle_timeout, time.monotonic() + seconds
+    end = time.monotonic() + seconds
     late, why = natwork.ANSWER_TIMEOUT, "the server did not answer"
-    return exchange.watch.run(steps, late, why, idle, end, exchange.client)
+    return exchange.watch.run(steps, late, why, end, exchange.client)
 
 
 def until_end(source: Stream) -> natwork.Steps:
@@ -149,7 +148,7 @@ def read_reply(server: Stream) -> natwork.Steps:
     """
     bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, bytearray()
     while len(lines) < limit:
-        line = yield from natwork.read_until(server, natwork.LINE_END, limit, bad)
+        line = yield from server.until(natwork.LINE_END, limit, bad)
         lines += line
         if not REPLY_LINE.match(lines):
             raise Refused(bad, "a reply without a code")
@@ -298,9 +297,9 @@ def check_put(head: natwork.RequestHead, path: str) -> None:
     """Raise Refused if a body cannot be stored as its request asks."""
     if not path or path.endswith("/"):
         raise Refused(natwork.BAD_REQUEST, "PUT without the name of a file")
-    if head.values(b"content-range"):  # RFC 9110 section 14.5
+    if head.value(b"content-range"):  # RFC 9110 section 14.5
         raise Refused(natwork.BAD_REQUEST, "a part is not stored as the whole")
-    if head.values(b"if-match") or head.values(b"if-none-match"):
+    if head.value(b"if-match") or head.value(b"if-none-match"):
         raise Refused(natwork.UNCHECKED, "FTP cannot tell whether it holds")
 
 
