@@ -1053,29 +1053,24 @@ class Watch:
 
         Raises Refused(DRAINED) when drain_timeout is over.
         """
+        now = time.monotonic()
+        if now >= self.drain_at:
+            raise Refused(DRAINED, "the gateway is stopping")
         # For two or three sockets, and a wait or two, epoll would cost more calls.
         poll = select.poll()
         for fd, events in wanted.items():
             poll.register(fd, events)
         if self.drain_at == math.inf:
             poll.register(self.lifeline, 0 if self.retired else POLLIN)
-        now = time.monotonic()
-        deadline = now + seconds
-        while now < self.drain_at:
-            left = min(deadline, self.drain_at) - now
-            ready = dict(poll.poll(left * 1000 if left > 0 else 0))
-            if event := ready.pop(self.lifeline, 0):
-                self.retired = True
-                poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
-                if event & select.POLLHUP:
-                    poll.unregister(self.lifeline)
-                    self.drain()
-            if ready:
-                return ready
-            now = time.monotonic()
-            if now >= deadline:
-                return ready
-        raise Refused(DRAINED, "the gateway is stopping")
+        left = min(seconds, self.drain_at - now)
+        ready = dict(poll.poll(left * 1000 if left > 0 else 0))
+        if event := ready.pop(self.lifeline, 0):
+            self.retired = True
+            if event & select.POLLHUP:  # it comes unasked
+                self.drain()
+        if ready or (left := now + seconds - time.monotonic()) <= 0:
+            return ready
+        return self.wait(wanted, left)
 
     def drain(self) -> None:
         """Give what goes on now drain_timeout to end; refuse queued clients at once."""
@@ -1123,10 +1118,9 @@ class Direction:
 
     Bytes go from the source's received to out, where they gather until the direction
     would have to wait, and on to the sink; or through a pipe, past both.  Its owner
-    sets steps: move() and flush() for a body, pass_all() for a tunnel.
+    sets other steps: move() and flush() for a body, pass_all() for a tunnel.
     """
 
-    steps: Steps
     waits_for: tuple[int, int]  # as the steps yield it
     state = RUNNING
     may_fail = False  # without an end to the other direction
@@ -1134,6 +1128,7 @@ class Direction:
     def __init__(self, source: Stream, sink: Stream) -> None:
         self.source, self.sink = source, sink
         self.out = bytearray()  # to be sent before anything else
+        self.steps = self.flush()
 
     def step(self) -> None:
         """Go on until the direction must wait, or its steps end; raise Refused.
@@ -2465,6 +2460,7 @@ ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*
 # gopher URL selects.
 BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
+UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OWN_PAGE = b""  # the scheme of a request in origin-form: it is for the gateway itself
 CHUNKED = -1  # in place of a body's length
@@ -2597,6 +2593,13 @@ def mended(head: bytes) -> bytes:
     return CRLF.join([*clean, b"", b""])
 
 
+@functools.lru_cache(maxsize=1)
+def date_line(second: int) -> bytes:
+    """Return the field line for a Unix time: RFC 9110 sections 5.6.7 and 6.6.1."""
+    form = "Date: %a, %d %b %Y %H:%M:%S GMT\r\n"
+    return time.strftime(form, time.gmtime(second)).encode()
+
+
 class RequestHead:
     """A request head, parsed; minor is the second digit of its version."""
 
@@ -2606,7 +2609,6 @@ class RequestHead:
         self.method, self.target, self.minor = parse_request_line(line)
         if not FIELD_LINES.fullmatch(section):
             raise Refused(BAD_REQUEST, "malformed field line")
-        self.path = self.target  # as its server is asked for it, once that is parsed
         fields = read_fields(section, READ_ASKED)
         self.fields, self.forwarded, self.options = fields
         # RFC 9112 section 3.2: one, and only one; it may be empty.
@@ -2664,8 +2666,14 @@ class ResponseHead:
         fields = read_fields(section, READ_ANSWERED)
         self.fields, self.forwarded, self.options = fields
         self.keep_alive = self.minor == 1 and b"close" not in self.options
-        if self.status < 200 and b"date" in self.fields:  # answer_head() has the others
-            self.forwarded += b"Date: %b\r\n" % self.fields[b"date"]
+        if date := self.fields.get(b"date"):
+            # Of two Date lines the first: there is one comma in it.
+            self.forwarded += b"Date: %b\r\n" % b",".join(date.split(b",")[:2])
+        elif self.status >= 200:
+            self.forwarded += date_line(int(time.time()))
+        self.upgrade = self.fields.get(b"upgrade", b"")
+        if self.upgrade and self.status in (101, 426):  # RFC 9110 section 15.5.22
+            self.forwarded += UPGRADE_LINES % self.upgrade
 
 
 def parse_length(digits: bytes, bad: Outcome) -> int:
@@ -2729,31 +2737,28 @@ def credentials(login: bytes) -> bytes:
 
 
 class Target(NamedTuple):
-    """Where a request wants to go, but for its path: RFC 9112 section 3.2."""
+    """Where a request wants to go: RFC 9112 section 3.2."""
 
     host: str  # lower case; IPv6 without brackets
     port: int
     authority: bytes  # for Host, as the client spelled it
-    scheme: bytes = b"http"
+    scheme: bytes
     login: bytes = b""  # user:password, as the URL spells it
+    path: bytes = b""  # for the request line to the server: origin-form, or *
 
-    def shown(self, head: RequestHead) -> str:
+    def shown(self) -> str:
         """Return it as the log has it: less user and query, printable."""
-        where = endpoint((self.host, self.port))
-        if head.method == b"CONNECT":
+        where, path = endpoint((self.host, self.port)), self.path.partition(b"?")[0]
+        if not path:  # of a CONNECT
             return where
-        url, path = f"{self.scheme.decode()}://{where}", head.path.partition(b"?")[0]
+        url = f"{self.scheme.decode()}://{where}"
         return url if path == b"*" else url + printable(path, TARGET_SIZE - len(url))
 
 
-def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
-    """Return the target of a request in authority- or absolute-form, and its path.
-
-    The path is as the request line to a server has it: origin-form, or *.
-    Raises Refused.
-    """
+def parse_target(method: bytes, raw: bytes) -> Target:
+    """Return the target of a request in authority- or absolute-form; raise Refused."""
     if method == b"CONNECT":
-        return Target(*parse_authority(raw, 0), raw, b""), b""
+        return Target(*parse_authority(raw, 0), raw, b"")
     match = ABSOLUTE_FORM.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
@@ -2770,7 +2775,7 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), scheme, user), path
+    return Target(host, port, authority.removesuffix(b":"), scheme, user, path)
 
 
 def framing_lines(length: int | None) -> bytes:
@@ -2782,19 +2787,10 @@ def framing_lines(length: int | None) -> bytes:
     return b"Content-Length: %d\r\n" % length
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> bytes:
-    """Return a Unix time as an IMF-fixdate, RFC 9110 section 5.6.7."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
-
-
-def answer_head(
-    line: bytes, fields: bytes, length: int | None, keep: bool, date: bytes = b""
-) -> bytes:
+def answer_head(line: bytes, fields: bytes, length: int | None, keep: bool) -> bytes:
     """Return the head of an answer: status line and field lines are whole lines."""
-    date = date or http_date(int(time.time()))
     end = CRLF if keep else b"Connection: close\r\n\r\n"
-    return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
+    return b"%b%b%b%b" % (line, fields, framing_lines(length), end)
 
 
 def chunked(
@@ -2841,7 +2837,6 @@ def chunked(
 # has a body that is still on its way.
 
 IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
 
 # How far the answer to a request is: nothing was sent, but whole interim responses; a
 # part of a response; that, and only the close ends it; it is whole.
@@ -2936,9 +2931,9 @@ class Exchange:
     def serve(self) -> None:
         """Read a request, ask who and whether, and see to its answer; raise Refused."""
         head = self.read_head()
-        if head.target[:1] == b"/" and head.method != b"CONNECT":  # origin-form
-            return self.answer_as_origin(head)
         target = self.target = self.find_target(head)
+        if head.target[:1] == b"/":  # our own pages ask by themselves who it is
+            return self.by_chapter(target)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
             return
@@ -3001,15 +2996,18 @@ class Exchange:
 
     def find_target(self, head: RequestHead) -> Target:
         """Return where the request wants to go, and tell the log; raise Refused."""
-        session = self.session
-        if head.target == b"*" and head.method == b"OPTIONS":  # it asks the gateway
+        session, raw = self.session, head.target
+        if raw[:1] == b"/" and head.method != b"CONNECT":  # origin-form
+            path = BEFORE_AT_OR_QUERY.sub(b"", raw)
+            session.target = printable(path, TARGET_SIZE)
+            return Target(head.host, 0, b"", OWN_PAGE, path=raw)
+        if raw == b"*" and head.method == b"OPTIONS":  # it asks the gateway
             session.target = "*"
             return Target("", 0, b"", b"*")
-        raw = head.target
         if head.upgrade and raw[:5].lower() == b"ws://":  # RFC 6455's
             raw = b"http" + raw[2:]
-        target, head.path = parse_target(head.method, raw)
-        session.target = target.shown(head)
+        target = parse_target(head.method, raw)
+        session.target = target.shown()
         if b"via" in head.fields:
             self.check_via(head.fields[b"via"])
         here = self.worker.policy.means_us
@@ -3045,13 +3043,6 @@ class Exchange:
         return True
 
     # What travels on.
-
-    def answer_as_origin(self, head: RequestHead) -> None:
-        """Answer a request for our own pages, which ask by themselves who it is."""
-        path = BEFORE_AT_OR_QUERY.sub(b"", head.target)
-        self.session.target = printable(path, TARGET_SIZE)
-        self.target = Target(head.host, 0, b"", OWN_PAGE)
-        self.by_chapter(self.target)
 
     def by_chapter(self, target: Target) -> None:
         """Answer what a chapter answers, by the target's scheme; raise Refused."""
@@ -3105,8 +3096,7 @@ class Exchange:
         """Carry a request to its server and the answer back; raise Refused."""
         keeps = False
         try:
-            carry = self.carry_both if self.length else self.carry_answer
-            carry(server, self.request_head(server))
+            self.carry_both(server, self.request_head(server))
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
             keeps = self.server_keeps and not server.received
             self.http.answered_at = time.monotonic()
@@ -3118,36 +3108,18 @@ class Exchange:
             if not keeps:
                 self.http.close()
 
-    def carry_answer(self, server: Stream, request: bytes) -> None:
-        """The plain way: send a head, and pass on the answer; raise Refused."""
-        watch, client, slot = self.watch, self.client, self.worker.slot
-        watch.send(server, request)
-        slot.moved(server.sent, 0)  # for the table, while we wait
-        steps, late = self.read_response(server), "the server did not answer"
-        response = watch.run(steps, ANSWER_TIMEOUT, late, beside=client)
-        if response.status == 101:
-            return self.switch(server, response)
-        size, told = self.decide_answer(response)
-        head = self.response_head(response, told)
-        if 0 <= size <= len(server.received):  # the answer has come whole
-            watch.send(client, head + server.take(size))
-            self.progress = WHOLE
-            return
-        slot.publish(self.session)
-        up, down = Direction(client, server), Direction(server, client)
-        up.steps = up.flush()  # nothing more
-        down.steps = self.send_answer(down, response, head, size)
-        self.join(up, down)
-
     def carry_both(self, server: Stream, request: bytes) -> None:
-        """Carry a request with a body, and its answer, both ways at the same time.
-
-        Raises Refused.
-        """
-        server.tune()
+        """Carry a request and its answer, both ways at the same time; raise Refused."""
         up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
-        up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
+        down.steps = self.reply(up, down, request)
+        if self.length:
+            up.steps = self.send_body(up, True)
+            server.tune()
+            self.worker.stand_in_line(False)
+        up.step()
+        if up.state == DONE:  # as a rule: and the answer comes whole, so this is all
+            self.await_answer(server)
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
@@ -3157,7 +3129,6 @@ class Exchange:
 
     def join(self, up: Direction, down: Direction) -> None:
         """Carry both ways what there is to carry; raise Refused."""
-        self.worker.stand_in_line(False)
         try:
             relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
@@ -3183,15 +3154,25 @@ class Exchange:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
             extra += b"Connection: close\r\n"
-        target = head.path
+        target = self.target.path
         if server.parent:
             target, login = server.parent.request_target(target, authority)
             extra += login
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
+    def await_answer(self, server: Stream) -> None:
+        """Wait for what the server says first, and receive it; raise Refused."""
+        wanted = {server.fd: POLLIN, self.client.fd: 0}
+        ready = self.watch.wait(wanted, self.config.idle_timeout)
+        if not ready:
+            raise Refused(ANSWER_TIMEOUT, "the server did not answer")
+        if server.fd in ready:
+            server.fill()
+
     def send_body(self, up: Direction, framed: bool) -> Steps:
         """The direction up: the request's body, as chunks or (not framed) bare."""
+        self.keep = self.head.keep_alive  # once that is taken
         if self.length == CHUNKED:
             yield from chunked(up, self.head, framed, BAD_REQUEST)
         else:
@@ -3199,27 +3180,42 @@ class Exchange:
         yield from up.flush()
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
-        """The direction down, while a body is on its way up: the answer."""
-        response = yield from self.read_response(up.sink)
+        """The direction down: the answer, while a body may be on its way up."""
+        server, client = up.sink, up.source
+        response = yield from self.read_response(server)
         if response.status == 101:
             self.switching = response  # once the body has been sent
             return
-        self.keep, up.may_fail = self.head.keep_alive, True
+        up.may_fail = True
         size, told = self.decide_answer(response)
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
-        begun = up.sink.sent + len(up.out) > len(request)
-        if self.head.expected and not self.continued and not begun:
+        begun = server.sent + len(up.out) > len(request)
+        if self.length and self.head.expected and not self.continued and not begun:
             up.cancel()
-            if response.status == 417 and not self.client.received:
+            if response.status == 417 and not client.received:
                 # It asks the same again, and expects nothing.
                 self.http.expecting = self.head.method, self.head.target
         closing = up.state == RUNNING and not self.server_keeps
         if closing or up.state == CANCELED and not self.http.expecting:
             self.keep = False
-        self.worker.slot.publish(self.session)
-        head = self.response_head(response, told)
-        yield from self.send_answer(down, response, head, size)
+        before = client.sent
+        lines = response.forwarded
+        down.out += answer_head(response.line, lines, told, self.keep)
+        if not 0 <= size <= len(server.received):  # as a rule it has come whole
+            self.worker.slot.publish(self.session)
+            self.worker.stand_in_line(False)
+        try:
+            if size == CHUNKED:
+                yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
+            else:
+                yield from down.move(size)
+            yield from down.flush()
+        except Refused:
+            if client.sent == before:
+                self.progress = NOTHING  # it can still become another answer
+            raise
+        self.progress = WHOLE
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
         if not self.server_keeps:
@@ -3272,34 +3268,6 @@ class Exchange:
         self.session.status = str(response.status)
         return size, told
 
-    def response_head(self, response: ResponseHead, told: int | None) -> bytes:
-        """Return the head of the answer as it travels on."""
-        lines, fields = response.forwarded, response.fields
-        if response.status == 426 and b"upgrade" in fields:
-            lines += UPGRADE_LINES % fields[b"upgrade"]  # RFC 9110 section 15.5.22
-        date = fields.get(b"date", b"")
-        if date.count(b",") > 1:  # of two Date lines the first: there is one in it
-            date = b",".join(date.split(b",")[:2])
-        return answer_head(response.line, lines, told, self.keep, date)
-
-    def send_answer(
-        self, down: Direction, response: ResponseHead, head: bytes, size: int
-    ) -> Steps:
-        """Send the head of an answer, and the body of a known size; raise Refused."""
-        before = self.client.sent
-        down.out += head
-        try:
-            if size == CHUNKED:
-                yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
-            else:
-                yield from down.move(size)
-            yield from down.flush()
-        except Refused:
-            if self.client.sent == before:
-                self.progress = NOTHING  # it can still become another answer
-            raise
-        self.progress = WHOLE
-
     def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
         ours = b"1.%d %b" % (head.minor, self.config.name.encode())
@@ -3308,12 +3276,11 @@ class Exchange:
 
     def switch(self, server: Stream, response: ResponseHead) -> None:
         """Make it a tunnel, if the server took what was offered; raise Refused."""
-        chosen = response.fields.get(b"upgrade", b"")
-        taken = set(members(chosen))
+        taken = set(members(response.upgrade))
         if not taken or not taken.issubset(members(self.head.upgrade)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.line + response.forwarded + UPGRADE_LINES % chosen
+        lines = response.line + response.forwarded
         self.join_as_tunnel(server, "101", lines + CRLF)
 
     # Answers of our own.
@@ -3322,6 +3289,7 @@ class Exchange:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
         keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
+        lines = date_line(int(time.time())) + lines
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
         whole = head if self.head_only else head + body
         self.progress = BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
@@ -3360,7 +3328,9 @@ class Exchange:
             return False
         if self.session.method == "-" or self.head.keep_alive or self.length:
             return True
-        return bool(self.client.received or readable([self.client.fd]))
+        with contextlib.suppress(Refused):
+            return self.client.fill() and bool(self.client.received)
+        return False
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""

@@ -134,7 +134,10 @@ def answer_file(
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n".encode()
     # With a head before it, it is an HTTP response.
     source.received[:0] = head + natwork.framing_lines(size) + natwork.CRLF
-    exchange.carry_answer(source, b"")
+    up = natwork.Direction(exchange.client, source)
+    down = natwork.Direction(source, exchange.client)
+    down.steps = exchange.reply(up, down, b"")
+    exchange.join(up, down)
 
 
 # FTP.  A reply is text, whose first digit is its kind: 1 begun, 2 done, 3 go on, 4
@@ -309,7 +312,7 @@ def ftp_put(exchange: Exchange, path: str) -> None:
     with data_connection(exchange) as data:
         up = natwork.Direction(exchange.client, data)
         down = natwork.Direction(data, exchange.client)
-        up.steps, down.steps = exchange.send_body(up, False), down.flush()
+        up.steps = exchange.send_body(up, False)
         up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")
         if exchange.length and head.expected:
@@ -325,14 +328,14 @@ def ftp_put(exchange: Exchange, path: str) -> None:
 
 def ftp(exchange: Exchange) -> None:
     """Answer a request for an ftp:// URL; raise Refused."""
-    head, session = exchange.head, exchange.session
+    head, session, target = exchange.head, exchange.session, exchange.target
     session.proto = "ftp"
     if session.method not in ("GET", "HEAD", "PUT"):
         raise Refused(natwork.NOT_IMPLEMENTED, "ftp:// has GET, HEAD and PUT")
-    path, kind = decoded(head.path[1:]), head.path[-7:].lower()
+    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
-    login = ftp_login(head, exchange.target.login)
+    login = ftp_login(head, target.login)
     if session.method == "PUT":
         check_put(head, path)
     exchange.worker.begin(session)
@@ -394,12 +397,12 @@ def gopher_text(exchange: Exchange, server: Stream) -> None:
 
 def gopher(exchange: Exchange) -> None:
     """Answer a request for a gopher:// URL; raise Refused."""
-    head, session, target = exchange.head, exchange.session, exchange.target
+    session, target = exchange.session, exchange.target
     session.proto = "gopher"
     if session.method not in ("GET", "HEAD"):
         raise Refused(natwork.NOT_IMPLEMENTED, "gopher:// has GET and HEAD")
     session.target = session.target.partition("%09")[0]  # less the query
-    kind, selector = gopher_selector(head.path[1:])
+    kind, selector = gopher_selector(target.path[1:])
     exchange.worker.begin(session)
     if kind == "7" and "\t" not in selector:
         natwork.judged(exchange.worker, session, target.host, target.port)
