@@ -956,6 +956,11 @@ class Stream:
         yield from self.need(count)
         return self.take(count)
 
+    def take_until(self, mark: re.Pattern[bytes], limit: int = HEAD_LIMIT) -> bytes:
+        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
+        found = mark.search(self.received, 0, limit)
+        return self.take(found.end()) if found else b""
+
     def until(
         self,
         mark: re.Pattern[bytes],
@@ -967,12 +972,12 @@ class Stream:
 
         What comes first, before each wait for more, may wait itself, or raise Refused.
         """
-        while not (found := mark.search(self.received, 0, limit)):
+        while not (taken := self.take_until(mark, limit)):
             yield from first()
             if len(self.received) >= limit:
                 raise Refused(bad, f"over {limit} bytes without an end")
             yield from self.need(len(self.received) + 1)
-        return self.take(found.end())
+        return taken
 
     def splice(self, fd_from: int, fd_to: int, count: int) -> int:
         """Splice at most count bytes to or from this stream; return how many.
@@ -2438,9 +2443,9 @@ REQUEST_LINE = re.compile(
 )
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-STATUS_LINE = re.compile(rb"%b(?: +(%b))?" % (STATUS, TEXT))
 # Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
-FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
+FIELD_LINES = rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT)
+RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r\n(%b)" % (STATUS, TEXT, FIELD_LINES))
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -2607,7 +2612,7 @@ class RequestHead:
         """Split a whole head into its parts; raise Refused."""
         line, _, section = head.partition(CRLF)
         self.method, self.target, self.minor = parse_request_line(line)
-        if not FIELD_LINES.fullmatch(section):
+        if not re.fullmatch(FIELD_LINES, section):
             raise Refused(BAD_REQUEST, "malformed field line")
         fields = read_fields(section, READ_ASKED)
         self.fields, self.forwarded, self.options = fields
@@ -2652,14 +2657,10 @@ class ResponseHead:
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
-        line, _, section = head.partition(CRLF)
-        match = STATUS_LINE.fullmatch(line)
-        if not match or not FIELD_LINES.fullmatch(section):
-            line, _, section = mended(head).partition(CRLF)
-            match = STATUS_LINE.fullmatch(line)
+        match = RESPONSE_HEAD.fullmatch(head) or RESPONSE_HEAD.fullmatch(mended(head))
         if not match:
             raise Refused(BAD_RESPONSE, "malformed status line")
-        version, status, phrase = match.groups(b"")
+        version, status, phrase, section = match.groups(b"")
         self.status = int(status)
         self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
         self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
@@ -2667,8 +2668,9 @@ class ResponseHead:
         self.fields, self.forwarded, self.options = fields
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         if date := self.fields.get(b"date"):
-            # Of two Date lines the first: there is one comma in it.
-            self.forwarded += b"Date: %b\r\n" % b",".join(date.split(b",")[:2])
+            if date.count(b",") > 1:  # of two Date lines the first: it has one
+                date = b",".join(date.split(b",")[:2])
+            self.forwarded += b"Date: %b\r\n" % date
         elif self.status >= 200:
             self.forwarded += date_line(int(time.time()))
         self.upgrade = self.fields.get(b"upgrade", b"")
@@ -2821,7 +2823,7 @@ def chunked(
     # The line end of the last size: with an empty line it ends the body.
     source.received[:0] = CRLF
     section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
-    if not FIELD_LINES.fullmatch(section, 2):
+    if not re.fullmatch(CRLF + FIELD_LINES, section):
         if bad is BAD_REQUEST or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
         section = mended(section)
@@ -2855,6 +2857,7 @@ class HttpConnection:
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
         self.worker, self.client = worker, worker.client.stream
+        self.drop_blanks()
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes."""
@@ -2947,8 +2950,9 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        head = self.head = RequestHead(self.await_head())
-        session = self.session
+        raw = self.client.take_until(HEAD_END) or self.await_head()
+        self.head_only, session = raw[:5] == b"HEAD ", self.session
+        head = self.head = RequestHead(raw)
         session.method = head.method.decode()  # a token is printable
         self.length = request_length(head)
         if head.method == b"CONNECT":
@@ -2971,7 +2975,6 @@ class Exchange:
         late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
         while self.http.drop_blanks():
             run(client.need(), *late)
-        self.head_only = client.received[:5] == b"HEAD "
         steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
         head: bytes = run(steps, *late)
         return head
@@ -3096,7 +3099,8 @@ class Exchange:
         """Carry a request to its server and the answer back; raise Refused."""
         keeps = False
         try:
-            self.carry_both(server, self.request_head(server))
+            carry = self.carry_both if self.length else self.carry_answer
+            carry(server, self.request_head(server))
             # RFC 9112 section 6.3: what comes unasked belongs to no request.
             keeps = self.server_keeps and not server.received
             self.http.answered_at = time.monotonic()
@@ -3108,18 +3112,30 @@ class Exchange:
             if not keeps:
                 self.http.close()
 
+    def carry_answer(self, server: Stream, request: bytes) -> None:
+        """The plain way: send a head, and pass on the answer; raise Refused."""
+        watch, client, late = self.watch, self.client, "the server did not answer"
+        watch.send(server, request)
+        self.worker.slot.moved(server.sent, 0)  # for the table, while we wait
+        steps = self.read_response(server)
+        response = watch.run(steps, ANSWER_TIMEOUT, late, beside=client)
+        if response.status == 101:
+            return self.switch(server, response)
+        head, size = self.decide_answer(response)
+        if 0 <= size <= len(server.received):  # the answer has come whole
+            watch.send(client, head + server.take(size))
+            self.progress = WHOLE
+            return
+        up, down = Direction(client, server), Direction(server, client)
+        down.steps = self.send_answer(down, response, head, size)
+        self.join(up, down)
+
     def carry_both(self, server: Stream, request: bytes) -> None:
-        """Carry a request and its answer, both ways at the same time; raise Refused."""
+        """Carry a request's body, and its answer, at the same time; raise Refused."""
+        server.tune()
         up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
-        down.steps = self.reply(up, down, request)
-        if self.length:
-            up.steps = self.send_body(up, True)
-            server.tune()
-            self.worker.stand_in_line(False)
-        up.step()
-        if up.state == DONE:  # as a rule: and the answer comes whole, so this is all
-            self.await_answer(server)
+        up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
@@ -3129,6 +3145,7 @@ class Exchange:
 
     def join(self, up: Direction, down: Direction) -> None:
         """Carry both ways what there is to carry; raise Refused."""
+        self.worker.stand_in_line(False)
         try:
             relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
@@ -3161,18 +3178,8 @@ class Exchange:
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
-    def await_answer(self, server: Stream) -> None:
-        """Wait for what the server says first, and receive it; raise Refused."""
-        wanted = {server.fd: POLLIN, self.client.fd: 0}
-        ready = self.watch.wait(wanted, self.config.idle_timeout)
-        if not ready:
-            raise Refused(ANSWER_TIMEOUT, "the server did not answer")
-        if server.fd in ready:
-            server.fill()
-
     def send_body(self, up: Direction, framed: bool) -> Steps:
         """The direction up: the request's body, as chunks or (not framed) bare."""
-        self.keep = self.head.keep_alive  # once that is taken
         if self.length == CHUNKED:
             yield from chunked(up, self.head, framed, BAD_REQUEST)
         else:
@@ -3180,31 +3187,37 @@ class Exchange:
         yield from up.flush()
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
-        """The direction down: the answer, while a body may be on its way up."""
-        server, client = up.sink, up.source
-        response = yield from self.read_response(server)
+        """The direction down, while a body is on its way up: the answer."""
+        response = yield from self.read_response(up.sink)
         if response.status == 101:
             self.switching = response  # once the body has been sent
             return
         up.may_fail = True
-        size, told = self.decide_answer(response)
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
-        begun = server.sent + len(up.out) > len(request)
-        if self.length and self.head.expected and not self.continued and not begun:
+        begun = up.sink.sent + len(up.out) > len(request)
+        if self.head.expected and not self.continued and not begun:
             up.cancel()
-            if response.status == 417 and not client.received:
+            if response.status == 417 and not self.client.received:
                 # It asks the same again, and expects nothing.
                 self.http.expecting = self.head.method, self.head.target
-        closing = up.state == RUNNING and not self.server_keeps
-        if closing or up.state == CANCELED and not self.http.expecting:
+        self.keep = self.head.keep_alive
+        if up.state == CANCELED and not self.http.expecting:
             self.keep = False
-        before = client.sent
-        lines = response.forwarded
-        down.out += answer_head(response.line, lines, told, self.keep)
-        if not 0 <= size <= len(server.received):  # as a rule it has come whole
-            self.worker.slot.publish(self.session)
-            self.worker.stand_in_line(False)
+        head, size = self.decide_answer(response, up.state == RUNNING)
+        yield from self.send_answer(down, response, head, size)
+        # A server that answers and closes will not read the rest of the request.
+        # And if only the close ends the answer, the client must see it now.
+        if not self.server_keeps:
+            up.cancel()
+
+    def send_answer(
+        self, down: Direction, response: ResponseHead, head: bytes, size: int
+    ) -> Steps:
+        """Send the head of an answer, and the body of a known size; raise Refused."""
+        before = self.client.sent
+        self.worker.slot.publish(self.session)
+        down.out += head
         try:
             if size == CHUNKED:
                 yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
@@ -3212,14 +3225,10 @@ class Exchange:
                 yield from down.move(size)
             yield from down.flush()
         except Refused:
-            if client.sent == before:
+            if self.client.sent == before:
                 self.progress = NOTHING  # it can still become another answer
             raise
         self.progress = WHOLE
-        # A server that answers and closes will not read the rest of the request.
-        # And if only the close ends the answer, the client must see it now.
-        if not self.server_keeps:
-            up.cancel()
 
     def read_response(self, server: Stream) -> Steps:
         """Return a final response head, or one that switches; raise Refused.
@@ -3228,6 +3237,7 @@ class Exchange:
         """
         bad, check = BAD_RESPONSE, lambda: check_response_begun(server.received)
         for _ in range(INTERIM_LIMIT):
+            yield from server.need()
             raw = yield from server.until(HEAD_END, HEAD_LIMIT, bad, check)
             response = ResponseHead(raw)
             response.forwarded += self.via_line(response)
@@ -3241,11 +3251,14 @@ class Exchange:
                 self.progress = NOTHING
         raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
 
-    def decide_answer(self, response: ResponseHead) -> tuple[int, int | None]:
+    def decide_answer(
+        self, response: ResponseHead, goes_on: bool = False
+    ) -> tuple[bytes, int]:
         """Decide how the answer ends, and which of the two connections goes on.
 
-        Returns the size of what follows its head, CHUNKED, or ALL that comes until the
-        close; and the length that the head tells, None for none.  Raises Refused.
+        Returns its head, and the size of what follows: CHUNKED, or ALL that comes until
+        the close.  With a request that still goes on a closing server ends both.
+        Raises Refused.
         """
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
@@ -3261,12 +3274,13 @@ class Exchange:
         doubtful = size == CHUNKED and b"content-length" in response.fields
         self.server_keeps = response.keep_alive and size != ALL and not doubtful
         self.progress = BEGUN
+        if self.watch.retired or goes_on and not self.server_keeps:
+            self.keep = False
         if size == ALL or size == CHUNKED and self.head.minor == 0:
             self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
-        if self.watch.retired:
-            self.keep = False
         self.session.status = str(response.status)
-        return size, told
+        lines = response.forwarded
+        return answer_head(response.line, lines, told, self.keep), size
 
     def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""

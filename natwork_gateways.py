@@ -134,10 +134,7 @@ def answer_file(
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n".encode()
     # With a head before it, it is an HTTP response.
     source.received[:0] = head + natwork.framing_lines(size) + natwork.CRLF
-    up = natwork.Direction(exchange.client, source)
-    down = natwork.Direction(source, exchange.client)
-    down.steps = exchange.reply(up, down, b"")
-    exchange.join(up, down)
+    exchange.carry_answer(source, b"")
 
 
 # FTP.  A reply is text, whose first digit is its kind: 1 begun, 2 done, 3 go on, 4
