@@ -1072,16 +1072,12 @@ class Watch:
         if event := ready.pop(self.lifeline, 0):
             self.retired = True
             if event & select.POLLHUP:  # it comes unasked
-                self.drain()
+                self.drain_at = time.monotonic() + self.config.drain_timeout
+                while self.listeners:  # so that a successor can bind, also if we go on
+                    self.listeners.popitem()[1].close()
         if ready or (left := now + seconds - time.monotonic()) <= 0:
             return ready
         return self.wait(wanted, left)
-
-    def drain(self) -> None:
-        """Give what goes on now drain_timeout to end; refuse queued clients at once."""
-        self.drain_at = time.monotonic() + self.config.drain_timeout
-        while self.listeners:  # so that a successor can bind, also if we go on
-            self.listeners.popitem()[1].close()
 
     def run(
         self,
@@ -2487,9 +2483,8 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
 )
 
 # These are read here, and written anew.
-REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
-READ_ASKED = REWRITTEN | {b"host", b"expect", b"max-forwards"}
-READ_ANSWERED = REWRITTEN | {b"date"}
+READ_ANSWERED = HOP_BY_HOP | {b"content-length", b"via", b"date"}
+READ_ASKED = READ_ANSWERED - {b"date"} | {b"host", b"expect", b"max-forwards"}
 
 
 def members(listed: bytes) -> list[bytes]:
@@ -2795,15 +2790,20 @@ def answer_head(line: bytes, fields: bytes, length: int | None, keep: bool) -> b
     return b"%b%b%b%b" % (line, fields, framing_lines(length), end)
 
 
-def chunked(
-    one: Direction, head: RequestHead | ResponseHead, framed: bool, bad: Outcome
+def move_body(
+    one: Direction, head: RequestHead | ResponseHead, size: int, framed: bool = True
 ) -> Steps:
-    """Move a message's chunked body, as chunks or (not framed) bare.
+    """Move a message's body: size bytes, ALL until the end, or CHUNKED.
 
-    RFC 9112 section 7.1.  Raises Refused with the outcome bad when it is malformed.
+    Chunks, RFC 9112 section 7.1, stay chunks or (not framed) become bare.  Raises
+    Refused when they are malformed.
     """
-    source = one.source
-    form = CHUNK_LINE if bad is BAD_REQUEST else FAULTY_CHUNK_LINE
+    if size != CHUNKED:
+        yield from one.move(size)
+        return (yield from one.flush())
+    source, strict = one.source, isinstance(head, RequestHead)
+    form = CHUNK_LINE if strict else FAULTY_CHUNK_LINE
+    bad = BAD_REQUEST if strict else BAD_RESPONSE
     while True:
         line = yield from source.until(LINE_END, CHUNK_LINE_LIMIT, bad, one.flush)
         match = form.fullmatch(line)
@@ -2824,11 +2824,12 @@ def chunked(
     source.received[:0] = CRLF
     section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
     if not re.fullmatch(CRLF + FIELD_LINES, section):
-        if bad is BAD_REQUEST or re.search(b"[^\r]\n", section):
+        if strict or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
         section = mended(section)
     if framed:
         one.out += b"0" + take_fields(section, NOT_IN_TRAILERS.union(head.options))[1]
+    yield from one.flush()
 
 
 # --- HTTP exchanges -----------------------------------------------------------
@@ -2885,23 +2886,6 @@ class HttpConnection:
         self.server = dial(self.worker, session, host, port)
         self.server_for = session.user, host, port
         self.server_ends = session.address, session.source
-        return self.server
-
-    def kept_server(
-        self, session: Session, host: str, port: int, repeatable: bool
-    ) -> Stream | None:
-        """Return the kept server connection if it serves this target and user.
-
-        What may be dialed may be asked again: the rules see no more than these.  What
-        may not be repeated must not meet the close of a server that waited long.
-        """
-        if not self.server or self.server_for != (session.user, host, port):
-            return None
-        late = not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME
-        # What can be read is its end, or unasked: RFC 9112 section 6.3.
-        if late or readable([self.server.fd]):
-            return None
-        session.address, session.source = self.server_ends
         return self.server
 
     def close(self) -> None:
@@ -3011,19 +2995,14 @@ class Exchange:
             raw = b"http" + raw[2:]
         target = parse_target(head.method, raw)
         session.target = target.shown()
-        if b"via" in head.fields:
-            self.check_via(head.fields[b"via"])
+        if via := head.fields.get(b"via"):  # RFC 9110 section 7.6.3
+            session.via, name = via + b", ", self.config.name.lower().encode()
+            if any(member.split()[1:2] == [name] for member in members(via)):
+                raise Refused(LOOP, "the request has been here before, says its Via")
         here = self.worker.policy.means_us
         if target.scheme == b"http" and here(target.host, target.port):
             return target._replace(scheme=OWN_PAGE)
         return target
-
-    def check_via(self, via: bytes) -> None:
-        """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
-        self.session.via = via + b", "
-        for member in members(via):
-            if member.split()[1:2] == [self.config.name.lower().encode()]:
-                raise Refused(LOOP, "the request has been here before, says its Via")
 
     def ends_here(self, head: RequestHead) -> bool:
         """Answer TRACE or OPTIONS if it may go no further; return whether that is so.
@@ -3078,16 +3057,25 @@ class Exchange:
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        # RFC 9110 section 9.2.2: only what had no effect may go out again.
+        # RFC 9110 section 9.2.2: only what had no effect may go out again; so nothing
+        # else may meet the close of a server that has waited long.
         repeatable = not self.length and head.method in IDEMPOTENT
-        server = http.kept_server(session, target.host, target.port, repeatable)
+        late = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
+        # What may be dialed may be asked again: the rules see no more than these.
+        asked = session.user, target.host, target.port
+        kept = http.server if asked == http.server_for and not late else None
+        # What can be read is its end, or unasked: RFC 9112 section 6.3.
+        if kept and readable([kept.fd]):
+            kept = None
+        if kept:
+            session.address, session.source = http.server_ends
         self.worker.begin(session)
-        if server:
+        if kept:
             try:
-                return self.carry(server)
+                return self.carry(kept)
             except Refused as refusal:
                 # It goes out again if the server closed before it heard it.
-                answered = self.progress or server.received
+                answered = self.progress or kept.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
                     raise
@@ -3135,7 +3123,8 @@ class Exchange:
         server.tune()
         up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
-        up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
+        up.steps = move_body(up, self.head, self.length or 0)
+        down.steps = self.reply(up, down, request)
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
@@ -3178,14 +3167,6 @@ class Exchange:
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
-    def send_body(self, up: Direction, framed: bool) -> Steps:
-        """The direction up: the request's body, as chunks or (not framed) bare."""
-        if self.length == CHUNKED:
-            yield from chunked(up, self.head, framed, BAD_REQUEST)
-        else:
-            yield from up.move(self.length or 0)
-        yield from up.flush()
-
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
         response = yield from self.read_response(up.sink)
@@ -3219,11 +3200,7 @@ class Exchange:
         self.worker.slot.publish(self.session)
         down.out += head
         try:
-            if size == CHUNKED:
-                yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
-            else:
-                yield from down.move(size)
-            yield from down.flush()
+            yield from move_body(down, response, size, self.head.minor == 1)
         except Refused:
             if self.client.sent == before:
                 self.progress = NOTHING  # it can still become another answer
@@ -3436,15 +3413,15 @@ def load_chapter(name: str, option: str = "") -> Any:
 
 def admit(worker: Worker, client: Client) -> bool:
     """Return whether a client may be here; one that may not gets no byte."""
-    session = Session(client.endpoint, worker.pid_text)
     try:
-        if worker.policy.is_client(client.address, client.stream.sock):
-            return True
-        outcome = OUTSIDER
+        inside = worker.policy.is_client(client.address, client.stream.sock)
+        outcome = OK if inside else OUTSIDER
     except OSError as error:  # the kernel does not say where it comes from
         outcome = outcome_of(error)
-    worker.generation.log.write(session, outcome.word, worker.slot)
-    return False
+    if outcome is not OK:
+        session = Session(client.endpoint, worker.pid_text)
+        worker.generation.log.write(session, outcome.word, worker.slot)
+    return outcome is OK
 
 
 def serve_client(worker: Worker) -> bool:

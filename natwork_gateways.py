@@ -309,7 +309,7 @@ def ftp_put(exchange: Exchange, path: str) -> None:
     with data_connection(exchange) as data:
         up = natwork.Direction(exchange.client, data)
         down = natwork.Direction(data, exchange.client)
-        up.steps = exchange.send_body(up, False)
+        up.steps = natwork.move_body(up, head, exchange.length or 0, framed=False)
         up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")
         if exchange.length and head.expected:
