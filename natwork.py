@@ -1150,11 +1150,6 @@ class Direction:
             if not server_lost:
                 self.sink.end()  # in mid-message, which nobody takes for the whole
 
-    def cancel(self) -> None:
-        """Do not go on, unless it is done."""
-        if self.state == RUNNING:
-            self.state = CANCELED
-
     def flush(self) -> Steps:
         """Send what is gathered in out."""
         return self.sink.send_all(self.out)
@@ -1165,7 +1160,7 @@ class Direction:
         The last of them may stay in out.  Raises Refused when the source ends early.
         """
         until_end, received = count == ALL, self.source.received
-        bulk, full = BULK_SIZE <= count < ALL, False
+        bulk = BULK_SIZE <= count < ALL
         while count > 0:
             if received:
                 size = min(count, len(received))
@@ -1174,18 +1169,15 @@ class Direction:
                 count -= size
                 continue
             yield from self.flush()
-            if not full:
-                yield self.source.fd, POLLIN
+            yield self.source.fd, POLLIN
             moved = (yield from self.splice(count)) if bulk else 0
             count -= moved
             if not moved and not self.source.fill():
                 if until_end:
                     return
                 raise Refused(self.source.lost, "the body ended too early")
-            # A full read means that more is there: do not wait before the next one.
-            full = len(received) >= COPY_SIZE
             if moved or received:
-                bulk = full or moved >= COPY_SIZE
+                bulk = max(moved, len(received)) >= COPY_SIZE
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through a pipe, while much comes at once.
@@ -1263,7 +1255,8 @@ def relay(
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                up.cancel()  # the server takes no more; why, the next recv() says
+                # The server takes no more; why, the next recv() says.
+                up.state = CANCELED
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
@@ -2600,6 +2593,14 @@ def date_line(second: int) -> bytes:
     return time.strftime(form, time.gmtime(second)).encode()
 
 
+def parse_length(digits: bytes, bad: Outcome) -> int:
+    """Return a Content-Length; raise Refused with an outcome."""
+    # 18 digits are more than was ever sent, and fit in 63 bits.
+    if not digits.isdigit() or len(digits) > 18:
+        raise Refused(bad, "invalid Content-Length")
+    return int(digits)
+
+
 class RequestHead:
     """A request head, parsed; minor is the second digit of its version."""
 
@@ -2621,6 +2622,26 @@ class RequestHead:
         self.upgrade = self.offered() if b"upgrade" in self.options else b""
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
         self.expected = self.minor and self.fields.get(b"expect", b"").lower()
+
+    def length(self) -> int | None:
+        """Return a body's length, CHUNKED, or None: the fields say nothing.
+
+        RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
+        Raises Refused.
+        """
+        digits = self.fields.get(b"content-length")
+        if b"transfer-encoding" in self.fields:
+            codings = members(self.fields[b"transfer-encoding"])
+            if digits is not None or not self.minor:
+                why = "Transfer-Encoding with Content-Length, or in HTTP/1.0"
+                raise Refused(BAD_REQUEST, why)
+            if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
+                why = "Transfer-Encoding does not end in one chunked"
+                raise Refused(BAD_REQUEST, why)
+            if len(codings) > 1:  # which is no fault, but nothing that we do
+                raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
+            return CHUNKED
+        return None if digits is None else parse_length(digits, BAD_REQUEST)
 
     def value(self, name: bytes) -> bytes:
         """Return what any field says, by its name in lower case; else b""."""
@@ -2672,54 +2693,25 @@ class ResponseHead:
         if self.upgrade and self.status in (101, 426):  # RFC 9110 section 15.5.22
             self.forwarded += UPGRADE_LINES % self.upgrade
 
+    def length(self) -> int | None:
+        """Return the same of a response, by the one meaning that its fields may have.
 
-def parse_length(digits: bytes, bad: Outcome) -> int:
-    """Return a Content-Length; raise Refused with an outcome."""
-    # 18 digits are more than was ever sent, and fit in 63 bits.
-    if not digits.isdigit() or len(digits) > 18:
-        raise Refused(bad, "invalid Content-Length")
-    return int(digits)
-
-
-def request_length(head: RequestHead) -> int | None:
-    """Return a body's length by its fields, CHUNKED, or None: the fields say nothing.
-
-    RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.  Raises
-    Refused.
-    """
-    digits = head.fields.get(b"content-length")
-    if b"transfer-encoding" in head.fields:
-        codings = members(head.fields[b"transfer-encoding"])
-        if digits is not None or not head.minor:
-            why = "Transfer-Encoding with Content-Length, or in HTTP/1.0"
-            raise Refused(BAD_REQUEST, why)
-        if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-            raise Refused(BAD_REQUEST, "Transfer-Encoding does not end in one chunked")
-        if len(codings) > 1:  # which is no fault, but nothing that we do
-            raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
-        return CHUNKED
-    return None if digits is None else parse_length(digits, BAD_REQUEST)
-
-
-def response_length(head: ResponseHead) -> int | None:
-    """Return the same of a response, by the one meaning that its fields may have.
-
-    A length beside chunked does not count, and equal ones are one.  Raises Refused.
-    """
-    if b"transfer-encoding" in head.fields:
-        codings = members(head.fields[b"transfer-encoding"])
-        codings = [coding for coding in codings if coding != b"identity"]
-        if codings == [b"chunked"]:
-            return CHUNKED
-        if codings:
-            raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
-    digits = head.fields.get(b"content-length", b"")
-    if b"," in digits:
-        lengths = set(members(digits))
-        if len(lengths) != 1:
-            raise Refused(BAD_RESPONSE, "lengths that differ")
-        digits = b"".join(lengths)
-    return parse_length(digits, BAD_RESPONSE) if digits else None
+        A length beside chunked does not count, and equal ones are one.  Raises Refused.
+        """
+        if b"transfer-encoding" in self.fields:
+            codings = members(self.fields[b"transfer-encoding"])
+            codings = [coding for coding in codings if coding != b"identity"]
+            if codings == [b"chunked"]:
+                return CHUNKED
+            if codings:
+                raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
+        digits = self.fields.get(b"content-length", b"")
+        if b"," in digits:
+            lengths = set(members(digits))
+            if len(lengths) != 1:
+                raise Refused(BAD_RESPONSE, "lengths that differ")
+            digits = lengths.pop()
+        return parse_length(digits, BAD_RESPONSE) if digits else None
 
 
 def unescaped(part: bytes) -> bytes:
@@ -2853,6 +2845,7 @@ class HttpConnection:
     server_for = "", "", 0  # the user, host and port it was dialed for
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
+    blanks = 0  # empty lines before this request
     expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
 
     def __init__(self, worker: Worker) -> None:
@@ -2862,6 +2855,7 @@ class HttpConnection:
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes."""
+        self.blanks = 0
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             left = max(0.0, deadline - time.monotonic())
@@ -2874,10 +2868,10 @@ class HttpConnection:
 
         RFC 9112 section 2.2.  There may be a few; the next is a malformed request.
         """
-        received, blanks = self.client.received, 0
-        while received[:2] == CRLF and blanks < BLANK_LIMIT:
+        received = self.client.received
+        while received[:2] == CRLF and self.blanks < BLANK_LIMIT:
             del received[:2]
-            blanks += 1
+            self.blanks += 1
         return not received or received == b"\r"
 
     def dial(self, session: Session, host: str, port: int) -> Stream:
@@ -2938,7 +2932,7 @@ class Exchange:
         self.head_only, session = raw[:5] == b"HEAD ", self.session
         head = self.head = RequestHead(raw)
         session.method = head.method.decode()  # a token is printable
-        self.length = request_length(head)
+        self.length = head.length()
         if head.method == b"CONNECT":
             session.proto = "connect"
             if self.length:
@@ -3178,7 +3172,7 @@ class Exchange:
         # body, ever; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
-            up.cancel()
+            up.state = CANCELED
             if response.status == 417 and not self.client.received:
                 # It asks the same again, and expects nothing.
                 self.http.expecting = self.head.method, self.head.target
@@ -3189,8 +3183,8 @@ class Exchange:
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
-        if not self.server_keeps:
-            up.cancel()
+        if up.state == RUNNING and not self.server_keeps:
+            up.state = CANCELED
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3241,7 +3235,7 @@ class Exchange:
         if response.status == 407 and parent:  # it is us that the parent does not know
             unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
             raise Refused(unknown, "it wants a user")
-        told = None if response.status == 204 else response_length(response)
+        told = None if response.status == 204 else response.length()
         if self.head_only or response.status in (204, 304):
             # RFC 9112 section 6.3: a length is told of nothing.
             told, size = None if told == CHUNKED else told, 0
