@@ -2952,7 +2952,7 @@ class Exchange:
         deadline = time.monotonic() + self.config.head_timeout
         late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
         while self.http.drop_blanks():
-            run(client.need(), *late)
+            run(client.need(len(client.received) + 1), *late)
         steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
         head: bytes = run(steps, *late)
         return head
