@@ -889,7 +889,6 @@ class AccessLog:
 
 ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Steps = Generator[tuple[int, int], None, Any]  # a descriptor, and its poll() events
-RUNNING, DONE, CANCELED = range(3)  # the states of a direction
 LINE_END = re.compile(rb"\n")
 
 
@@ -980,10 +979,7 @@ class Stream:
         return taken
 
     def splice(self, fd_from: int, fd_to: int, count: int) -> int:
-        """Splice at most count bytes to or from this stream; return how many.
-
-        Raises Refused.
-        """
+        """Splice at most count bytes, return how many; raise Refused."""
         try:
             return os.splice(fd_from, fd_to, count)
         except BlockingIOError:
@@ -1096,10 +1092,8 @@ class Watch:
             while True:
                 fd, events = next(steps)
                 wanted = {beside.fd: 0, fd: events} if beside else {fd: events}
-                seconds = self.config.idle_timeout
-                if deadline < math.inf:
-                    seconds = min(seconds, deadline - time.monotonic())
-                ready = self.wait(wanted, seconds)
+                left = min(self.config.idle_timeout, deadline - time.monotonic())
+                ready = self.wait(wanted, left)
                 if not ready:
                     raise Refused(late, why)
                 if beside and fd not in ready:
@@ -1122,8 +1116,10 @@ class Direction:
     sets other steps: move() and flush() for a body, pass_all() for a tunnel.
     """
 
-    waits_for: tuple[int, int]  # as the steps yield it
+    RUNNING, DONE, CANCELED = range(3)
+
     state = RUNNING
+    waits_for: tuple[int, int]  # as the steps yield it
     may_fail = False  # without an end to the other direction
 
     def __init__(self, source: Stream, sink: Stream) -> None:
@@ -1140,13 +1136,13 @@ class Direction:
         try:
             self.waits_for = next(self.steps)
         except StopIteration:
-            self.state = DONE
+            self.state = self.DONE
         except Refused as refusal:
             # The sink is the server, and it is the sink that was lost.
             server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
             if not server_lost and not self.may_fail:
                 raise
-            self.state = CANCELED
+            self.state = self.CANCELED
             if not server_lost:
                 self.sink.end()  # in mid-message, which nobody takes for the whole
 
@@ -1235,9 +1231,9 @@ def relay(
     try:
         while True:
             for one in moving:
-                if one.state == RUNNING:
+                if one.state == one.RUNNING:
                     one.step()
-            running = [one for one in (up, down) if one.state == RUNNING]
+            running = [one for one in (up, down) if one.state == one.RUNNING]
             if not running:
                 return
             slot.moved(server.sent, client.sent)
@@ -1256,7 +1252,7 @@ def relay(
                 raise Refused(client.lost, "connection reset")
             if ready:
                 # The server takes no more; why, the next recv() says.
-                up.state = CANCELED
+                up.state = up.CANCELED
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
@@ -2402,7 +2398,7 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     try:
         timeouts = worker.config.tunnel_timeout, HALF_CLOSED_TIMEOUT
         relay(watch, worker.slot, up, down, *timeouts)
-        if up.state == CANCELED:
+        if up.state == up.CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
         server.abort()
@@ -2475,9 +2471,7 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
     b"proxy-authenticate www-authenticate".split()
 )
 
-# These are read here, and written anew.
-READ_ANSWERED = HOP_BY_HOP | {b"content-length", b"via", b"date"}
-READ_ASKED = READ_ANSWERED - {b"date"} | {b"host", b"expect", b"max-forwards"}
+REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
 
 
 def members(listed: bytes) -> list[bytes]:
@@ -2604,13 +2598,15 @@ def parse_length(digits: bytes, bad: Outcome) -> int:
 class RequestHead:
     """A request head, parsed; minor is the second digit of its version."""
 
+    READ = REWRITTEN | {b"host", b"expect", b"max-forwards"}  # and written anew
+
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
         line, _, section = head.partition(CRLF)
         self.method, self.target, self.minor = parse_request_line(line)
         if not re.fullmatch(FIELD_LINES, section):
             raise Refused(BAD_REQUEST, "malformed field line")
-        fields = read_fields(section, READ_ASKED)
+        fields = read_fields(section, self.READ)
         self.fields, self.forwarded, self.options = fields
         # RFC 9112 section 3.2: one, and only one; it may be empty.
         host = self.fields.get(b"host")
@@ -2624,10 +2620,9 @@ class RequestHead:
         self.expected = self.minor and self.fields.get(b"expect", b"").lower()
 
     def length(self) -> int | None:
-        """Return a body's length, CHUNKED, or None: the fields say nothing.
+        """Return a body's length, CHUNKED, or None if no field says it; raise Refused.
 
         RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
-        Raises Refused.
         """
         digits = self.fields.get(b"content-length")
         if b"transfer-encoding" in self.fields:
@@ -2671,6 +2666,8 @@ class RequestHead:
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
 
+    READ = REWRITTEN | {b"date"}  # and written anew
+
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
         match = RESPONSE_HEAD.fullmatch(head) or RESPONSE_HEAD.fullmatch(mended(head))
@@ -2680,7 +2677,7 @@ class ResponseHead:
         self.status = int(status)
         self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
         self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
-        fields = read_fields(section, READ_ANSWERED)
+        fields = read_fields(section, self.READ)
         self.fields, self.forwarded, self.options = fields
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         if date := self.fields.get(b"date"):
@@ -2831,12 +2828,6 @@ def move_body(
 # that is the plain way through an exchange, told first.  Directions are for what
 # has a body that is still on its way.
 
-IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-
-# How far the answer to a request is: nothing was sent, but whole interim responses; a
-# part of a response; that, and only the close ends it; it is whole.
-NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
-
 
 class HttpConnection:
     """A client's HTTP connection, and the server connection that is kept for it."""
@@ -2891,6 +2882,11 @@ class HttpConnection:
 
 class Exchange:
     """One request and its answer."""
+
+    IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
+    # How far the answer is: nothing was sent, but whole interim responses; a part of a
+    # response; that, and only the close ends it; it is whole.
+    NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
 
     head: RequestHead  # once it is understood
     target: Target
@@ -3036,15 +3032,14 @@ class Exchange:
         self.http.close()  # it is of no more use
         self.worker.begin(session)
         server = dial(self.worker, session, target.host, target.port)
-        self.join_as_tunnel(
-            server, "200", b"HTTP/1.1 200 Connection established\r\n\r\n"
-        )
+        answer = b"HTTP/1.1 200 Connection established\r\n\r\n"
+        self.join_as_tunnel(server, "200", answer)
 
     def join_as_tunnel(self, server: Stream, status: str, answer: bytes) -> None:
         """Answer, and pass on all that comes after it, both ways; raise Refused."""
         session = self.session
         session.status, session.outcome = status, ENDED
-        self.progress, self.keep = BEGUN, False  # so refuse() writes nothing
+        self.progress, self.keep = self.BEGUN, False  # so refuse() writes nothing
         self.worker.proceed(session)
         tunnel(self.worker, session, server, answer)
 
@@ -3053,7 +3048,7 @@ class Exchange:
         session, http = self.session, self.http
         # RFC 9110 section 9.2.2: only what had no effect may go out again; so nothing
         # else may meet the close of a server that has waited long.
-        repeatable = not self.length and head.method in IDEMPOTENT
+        repeatable = not self.length and head.method in self.IDEMPOTENT
         late = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
         # What may be dialed may be asked again: the rules see no more than these.
         asked = session.user, target.host, target.port
@@ -3106,7 +3101,7 @@ class Exchange:
         head, size = self.decide_answer(response)
         if 0 <= size <= len(server.received):  # the answer has come whole
             watch.send(client, head + server.take(size))
-            self.progress = WHOLE
+            self.progress = self.WHOLE
             return
         up, down = Direction(client, server), Direction(server, client)
         down.steps = self.send_answer(down, response, head, size)
@@ -3122,7 +3117,7 @@ class Exchange:
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
-        if up.state != DONE:  # no request can follow a part of this one
+        if up.state != up.DONE:  # no request can follow a part of this one
             self.server_keeps = False
             self.keep = self.keep and bool(self.http.expecting)
 
@@ -3132,9 +3127,9 @@ class Exchange:
         try:
             relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
-            if refusal.outcome is not IDLE or self.progress >= BEGUN:
+            if refusal.outcome is not IDLE or self.progress >= self.BEGUN:
                 raise
-            if up.state == RUNNING and up.waits_for[0] == self.client.fd:
+            if up.state == up.RUNNING and up.waits_for[0] == self.client.fd:
                 raise Refused(BODY_TIMEOUT, "the request body did not end") from None
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
 
@@ -3172,19 +3167,19 @@ class Exchange:
         # body, ever; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
-            up.state = CANCELED
+            up.state = up.CANCELED
             if response.status == 417 and not self.client.received:
                 # It asks the same again, and expects nothing.
                 self.http.expecting = self.head.method, self.head.target
         self.keep = self.head.keep_alive
-        if up.state == CANCELED and not self.http.expecting:
+        if up.state == up.CANCELED and not self.http.expecting:
             self.keep = False
-        head, size = self.decide_answer(response, up.state == RUNNING)
+        head, size = self.decide_answer(response, up.state == up.RUNNING)
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
-        if up.state == RUNNING and not self.server_keeps:
-            up.state = CANCELED
+        if up.state == up.RUNNING and not self.server_keeps:
+            up.state = up.CANCELED
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
@@ -3197,15 +3192,12 @@ class Exchange:
             yield from move_body(down, response, size, self.head.minor == 1)
         except Refused:
             if self.client.sent == before:
-                self.progress = NOTHING  # it can still become another answer
+                self.progress = self.NOTHING  # it can still become another answer
             raise
-        self.progress = WHOLE
+        self.progress = self.WHOLE
 
     def read_response(self, server: Stream) -> Steps:
-        """Return a final response head, or one that switches; raise Refused.
-
-        Interim ones are passed on.
-        """
+        """Pass interim responses on; return the head of the next; raise Refused."""
         bad, check = BAD_RESPONSE, lambda: check_response_begun(server.received)
         for _ in range(INTERIM_LIMIT):
             yield from server.need()
@@ -3216,10 +3208,10 @@ class Exchange:
                 return response
             self.continued |= response.status == 100
             if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
-                self.progress = BEGUN
+                self.progress = self.BEGUN
                 lines = response.line + response.forwarded + CRLF
                 yield from self.client.send_all(bytearray(lines))
-                self.progress = NOTHING
+                self.progress = self.NOTHING
         raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
 
     def decide_answer(
@@ -3244,11 +3236,11 @@ class Exchange:
         # A length beside chunked does not count, and who says so is not asked again.
         doubtful = size == CHUNKED and b"content-length" in response.fields
         self.server_keeps = response.keep_alive and size != ALL and not doubtful
-        self.progress = BEGUN
+        self.progress = self.BEGUN
         if self.watch.retired or goes_on and not self.server_keeps:
             self.keep = False
         if size == ALL or size == CHUNKED and self.head.minor == 0:
-            self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
+            self.progress, self.keep, told = self.BEGUN_UNTIL_CLOSE, False, None
         self.session.status = str(response.status)
         lines = response.forwarded
         return answer_head(response.line, lines, told, self.keep), size
@@ -3277,9 +3269,9 @@ class Exchange:
         lines = date_line(int(time.time())) + lines
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
         whole = head if self.head_only else head + body
-        self.progress = BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
+        self.progress = self.BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
         self.watch.send(self.client, whole)
-        self.progress, self.keep = WHOLE, keep
+        self.progress, self.keep = self.WHOLE, keep
 
     def refuse(self, refusal: Refused) -> Outcome:
         """Tell the client why not, or cut its answer short; return the outcome."""
@@ -3288,10 +3280,10 @@ class Exchange:
             # A target that was not understood may have a password anywhere.
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
-        if self.progress is not NOTHING or not outcome.error:
+        if self.progress is not self.NOTHING or not outcome.error:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
-            if self.progress == BEGUN_UNTIL_CLOSE:
+            if self.progress == self.BEGUN_UNTIL_CLOSE:
                 if outcome.error == SERVER_GONE.error:  # or a parent's fault
                     deliver(self.watch, self.client)
                 self.client.abort()
@@ -3309,7 +3301,7 @@ class Exchange:
 
         One that said close, and no more, has sent nothing that ours could reset.
         """
-        if self.keep or self.progress != WHOLE:
+        if self.keep or self.progress != self.WHOLE:
             return False
         if self.session.method == "-" or self.head.keep_alive or self.length:
             return True

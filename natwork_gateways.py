@@ -288,9 +288,9 @@ def ftp_get(exchange: Exchange, path: str) -> None:
     if reply[0] == "5":
         ftp_list(exchange, path)
     elif size is None and not exchange.head_only:
-        exchange.progress = natwork.BEGUN_UNTIL_CLOSE
+        exchange.progress = exchange.BEGUN_UNTIL_CLOSE
         hear(exchange, "2")  # or what came was not all, and the answer is cut
-        exchange.progress = natwork.WHOLE
+        exchange.progress = exchange.WHOLE
 
 
 def check_put(head: natwork.RequestHead, path: str) -> None:
@@ -316,7 +316,7 @@ def ftp_put(exchange: Exchange, path: str) -> None:
             down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
         exchange.join(up, down)
     hear(exchange, "2")
-    if up.state == natwork.CANCELED:
+    if up.state == up.CANCELED:
         raise Refused(natwork.SERVER_GONE, "the server took no more")
     exchange.keep = head.keep_alive
     # RFC 9110 section 9.3.4.
