@@ -1212,19 +1212,14 @@ class Direction:
 
 
 def relay(
-    watch: Watch,
-    slot: Slot,
-    up: Direction,
-    down: Direction,
-    timeout: float,
-    half_closed_timeout: float = TIME_LIMIT,
+    watch: Watch, slot: Slot, up: Direction, down: Direction, *timeouts: float
 ) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
     half and listens is answered.  A server that takes no more leaves up CANCELED, which
-    the caller judges.  Raises Refused when a side is lost, or when nothing moved for
-    too long: then with the outcome IDLE.
+    the caller judges.  Raises Refused when a side is lost, or, with the outcome IDLE,
+    when nothing moved within the first timeout, or the least when one goes on alone.
     """
     server, client, in_flight = up.sink, down.sink, 0
     moving = [up, down]
@@ -1242,17 +1237,15 @@ def relay(
             wanted = {one.sink.fd: 0 for one in running}
             for fd, events in (one.waits_for for one in running):
                 wanted[fd] = wanted.get(fd, 0) | events
-            if len(running) == 1:
-                timeout = min(timeout, half_closed_timeout)
-            ready = watch.wait(wanted, timeout)
+            seconds = timeouts[0] if len(running) == 2 else min(timeouts)
+            ready = watch.wait(wanted, seconds)
             moving = [one for one in running if one.waits_for[0] in ready]
             if moving:
                 continue
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                # The server takes no more; why, the next recv() says.
-                up.state = up.CANCELED
+                up.state = up.CANCELED  # the next recv() says why it takes no more
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
