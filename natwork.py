@@ -2599,8 +2599,7 @@ class RequestHead:
         self.method, self.target, self.minor = parse_request_line(line)
         if not re.fullmatch(FIELD_LINES, section):
             raise Refused(BAD_REQUEST, "malformed field line")
-        fields = read_fields(section, self.READ)
-        self.fields, self.forwarded, self.options = fields
+        self.fields, self.forwarded, self.options = read_fields(section, self.READ)
         # RFC 9112 section 3.2: one, and only one; it may be empty.
         host = self.fields.get(b"host")
         if host is None and self.minor and self.method != b"CONNECT":
@@ -2670,8 +2669,7 @@ class ResponseHead:
         self.status = int(status)
         self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
         self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
-        fields = read_fields(section, self.READ)
-        self.fields, self.forwarded, self.options = fields
+        self.fields, self.forwarded, self.options = read_fields(section, self.READ)
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         if date := self.fields.get(b"date"):
             if date.count(b",") > 1:  # of two Date lines the first: it has one
@@ -3306,9 +3304,8 @@ class Exchange:
         """Return field lines and text that say what was refused, and why."""
         name, session = self.config.name, self.session
         why = "".join(c if " " <= c <= "~" else "?" for c in detail) or outcome.word
-        asked = "this request"
-        if session.method != "-":
-            asked = f"{session.method} {session.target}"
+        known = session.method != "-"
+        asked = f"{session.method} {session.target}" if known else "this request"
         # RFC 9209 section 2: a token where it is one, else a string.
         own = name if name[:1].isalpha() else f'"{name}"'
         details = why.replace("\\", "/").replace('"', "'")
