@@ -2422,8 +2422,10 @@ REQUEST_LINE = re.compile(
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
 # Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
-FIELD_LINES = rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT)
-RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r\n(%b)" % (STATUS, TEXT, FIELD_LINES))
+FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
+RESPONSE_HEAD = re.compile(
+    rb"%b(?: +(%b))?\r\n(%b)" % (STATUS, TEXT, FIELD_LINES.pattern)
+)
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -2503,7 +2505,7 @@ def read_fields(
     """
     fields, forwarded = take_fields(section[:-2], names)  # less the empty line
     options = fields.get(b"connection", b"").lower().replace(b",", b" ").split()
-    if not NOT_NAMED.issuperset(options):
+    if options and not NOT_NAMED.issuperset(options):
         forwarded = take_fields(forwarded, set(options) - NOT_NAMED)[1]
     return fields, forwarded, options
 
@@ -2597,7 +2599,7 @@ class RequestHead:
         """Split a whole head into its parts; raise Refused."""
         line, _, section = head.partition(CRLF)
         self.method, self.target, self.minor = parse_request_line(line)
-        if not re.fullmatch(FIELD_LINES, section):
+        if not FIELD_LINES.fullmatch(section):
             raise Refused(BAD_REQUEST, "malformed field line")
         self.fields, self.forwarded, self.options = read_fields(section, self.READ)
         # RFC 9112 section 3.2: one, and only one; it may be empty.
@@ -2803,7 +2805,7 @@ def move_body(
     # The line end of the last size: with an empty line it ends the body.
     source.received[:0] = CRLF
     section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
-    if not re.fullmatch(CRLF + FIELD_LINES, section):
+    if not FIELD_LINES.fullmatch(section, 2):
         if strict or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
         section = mended(section)
