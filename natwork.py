@@ -120,7 +120,6 @@ ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
 UPLINK_REST = 30.0  # a failed uplink is tried last for this long
 SURPLUS_TIME = 30.0  # an idle worker that nobody needed for this long may leave
-PIPE_KEEP_TIME = 1.0  # a wait longer than this gives the pipes back
 TIME_LIMIT = 2_000_000.0  # 23 days: poll() counts milliseconds in 32 bits
 
 INET, INET6, STREAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM
@@ -883,7 +882,7 @@ class AccessLog:
 
 ALL = 1 << 64  # a count that no stream reaches: until the source ends
 Steps = Generator[tuple[int, int], None, Any]  # a descriptor, and its poll() events
-RUNNING, DONE, CANCELED = range(3)  # the states of a direction
+LINE_END = re.compile(rb"\n")
 
 
 def reset_on_close(sock: socket.socket, wanted: bool = True) -> None:
@@ -916,13 +915,6 @@ class Stream:
         del self.received[:count]
         return piece
 
-    def take_until(
-        self, mark: re.Pattern[bytes], looked: int = 0, limit: int = HEAD_LIMIT
-    ) -> bytes:
-        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
-        found = mark.search(self.received, looked, limit)
-        return self.take(found.end()) if found else b""
-
     def failed(self, error: OSError) -> Refused:
         """Return the refusal for an error of the socket, and remember a reset.
 
@@ -944,19 +936,49 @@ class Stream:
         self.received += data
         return bool(data)
 
-    def need(self) -> Steps:
-        """Receive more; the stream's end is a failure.  Raises Refused."""
-        before = len(self.received)
-        while len(self.received) == before:
+    def need(self, count: int = 1) -> Steps:
+        """Receive until so many bytes are there; raise Refused if it ends before."""
+        while len(self.received) < count:
             yield self.fd, POLLIN
             if not self.fill():
                 raise Refused(self.lost, "the connection ended too early")
 
     def exactly(self, count: int) -> Steps:
         """Take so many bytes; raise Refused."""
-        while len(self.received) < count:
-            yield from self.need()
+        yield from self.need(count)
         return self.take(count)
+
+    def take_until(self, mark: re.Pattern[bytes], limit: int = HEAD_LIMIT) -> bytes:
+        """Take the bytes up to and with a mark, b"" if it is not within the limit."""
+        found = mark.search(self.received, 0, limit)
+        return self.take(found.end()) if found else b""
+
+    def until(
+        self,
+        mark: re.Pattern[bytes],
+        limit: int,
+        bad: Outcome,
+        first: Callable[[], Iterable[tuple[int, int]]] = tuple,
+    ) -> Steps:
+        """Take bytes up to and with a mark; raise Refused if it is not within a limit.
+
+        What comes first, before each wait for more, may wait itself, or raise Refused.
+        """
+        while not (taken := self.take_until(mark, limit)):
+            yield from first()
+            if len(self.received) >= limit:
+                raise Refused(bad, f"over {limit} bytes without an end")
+            yield from self.need(len(self.received) + 1)
+        return taken
+
+    def splice(self, fd_from: int, fd_to: int, count: int) -> int:
+        """Splice at most count bytes, return how many; raise Refused."""
+        try:
+            return os.splice(fd_from, fd_to, count)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self.failed(error) from None
 
     def send(self, data: bytes | bytearray) -> int:
         """Send what the kernel takes now; return its size; raise Refused."""
@@ -1002,31 +1024,6 @@ class Stream:
         self.sock.close()
 
 
-LINE_END = re.compile(rb"\n")
-
-
-def read_until(
-    source: Stream,
-    mark: re.Pattern[bytes],
-    limit: int,
-    bad: Outcome,
-    inspect: Callable[[bytearray], None] = lambda received: None,
-) -> Steps:
-    """Take bytes up to and with a mark; raise Refused if it is not within the limit.
-
-    A mark has three bytes at most.  inspect() sees what has come so far, and may raise
-    Refused.
-    """
-    received, looked = source.received, 0
-    while not (taken := source.take_until(mark, looked, limit)):
-        inspect(received)
-        if len(received) >= limit:
-            raise Refused(bad, f"over {limit} bytes without an end")
-        looked = max(0, len(received) - 2)
-        yield from source.need()
-    return taken
-
-
 class Watch:
     """How a worker waits for sockets.
 
@@ -1038,11 +1035,10 @@ class Watch:
     """
 
     def __init__(
-        self, lifeline: int, drain_timeout: float, listeners: dict[int, socket.socket]
+        self, lifeline: int, config: Config, listeners: dict[int, socket.socket]
     ) -> None:
         """Take the worker's listeners too, which are closed when the master leaves."""
-        self.lifeline, self.drain_timeout = lifeline, drain_timeout
-        self.listeners = listeners
+        self.lifeline, self.config, self.listeners = lifeline, config, listeners
         self.drain_at = math.inf  # monotonic; known once the master leaves
         self.retired = False  # that this worker should take no more requests
 
@@ -1051,55 +1047,45 @@ class Watch:
 
         Raises Refused(DRAINED) when drain_timeout is over.
         """
+        now = time.monotonic()
+        if now >= self.drain_at:
+            raise Refused(DRAINED, "the gateway is stopping")
         # For two or three sockets, and a wait or two, epoll would cost more calls.
         poll = select.poll()
         for fd, events in wanted.items():
             poll.register(fd, events)
         if self.drain_at == math.inf:
             poll.register(self.lifeline, 0 if self.retired else POLLIN)
-        now = time.monotonic()
-        deadline = now + seconds
-        while now < self.drain_at:
-            left = min(deadline, self.drain_at) - now
-            ready = dict(poll.poll(left * 1000 if left > 0 else 0))
-            if event := ready.pop(self.lifeline, 0):
-                self.retired = True
-                poll.modify(self.lifeline, 0)  # POLLHUP comes unasked
-                if event & select.POLLHUP:
-                    poll.unregister(self.lifeline)
-                    self.drain()
-            if ready:
-                return ready
-            now = time.monotonic()
-            if now >= deadline:
-                return ready
-        raise Refused(DRAINED, "the gateway is stopping")
-
-    def drain(self) -> None:
-        """Give what goes on now drain_timeout to end; refuse queued clients at once."""
-        self.drain_at = time.monotonic() + self.drain_timeout
-        while self.listeners:  # so that a successor can bind, also if we go on
-            self.listeners.popitem()[1].close()
+        left = min(seconds, self.drain_at - now)
+        ready = dict(poll.poll(left * 1000 if left > 0 else 0))
+        if event := ready.pop(self.lifeline, 0):
+            self.retired = True
+            if event & select.POLLHUP:  # it comes unasked
+                self.drain_at = time.monotonic() + self.config.drain_timeout
+                while self.listeners:  # so that a successor can bind, also if we go on
+                    self.listeners.popitem()[1].close()
+        if ready or (left := now + seconds - time.monotonic()) <= 0:
+            return ready
+        return self.wait(wanted, left)
 
     def run(
         self,
         steps: Steps,
         late: Outcome,
         why: str,
-        seconds: float = TIME_LIMIT,
         deadline: float = math.inf,
         beside: Stream | None = None,
     ) -> Any:
         """Run steps by themselves, and return what they return; raise what they raise.
 
-        Raises Refused(late) when one wait takes more than so many seconds, or when
-        the deadline (monotonic) is over; and when a stream beside it is reset.
+        Raises Refused(late) when one wait takes more than idle_timeout, or when the
+        deadline (monotonic) is over; and when a stream beside it is reset.
         """
         try:
             while True:
                 fd, events = next(steps)
-                left = min(seconds, deadline - time.monotonic())
                 wanted = {beside.fd: 0, fd: events} if beside else {fd: events}
+                left = min(self.config.idle_timeout, deadline - time.monotonic())
                 ready = self.wait(wanted, left)
                 if not ready:
                     raise Refused(late, why)
@@ -1108,32 +1094,31 @@ class Watch:
         except StopIteration as end:
             return end.value
 
-    def send(self, stream: Stream, data: bytes, why: str, seconds: float) -> None:
-        """Send all of data, with so many seconds for each wait; raise Refused."""
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Send all of data; raise Refused."""
         sent = stream.send(data)
         if sent < len(data):
-            self.run(stream.send_all(bytearray(data[sent:])), IDLE, why, seconds)
+            self.run(stream.send_all(bytearray(data[sent:])), IDLE, "nothing moved")
 
 
 class Direction:
     """One half of a relay: what comes from the source goes to the sink.
 
     Bytes go from the source's received to out, where they gather until the direction
-    would have to wait, and on to the sink; or through the pipe, past both.  Its owner
-    sets steps: move() and flush() for a body, pass_all() for a tunnel.
+    would have to wait, and on to the sink; or through a pipe, past both.  Its owner
+    sets other steps: move() and flush() for a body, pass_all() for a tunnel.
     """
 
-    steps: Steps
-    waits_for: tuple[int, int]  # as the steps yield it
-    pipe: tuple[int, ...] = ()  # its two ends, once there was bulk
-    held = 0  # bytes in the pipe
+    RUNNING, DONE, CANCELED = range(3)
+
     state = RUNNING
+    waits_for: tuple[int, int]  # as the steps yield it
     may_fail = False  # without an end to the other direction
-    idle_limit = TIME_LIMIT  # seconds without an event; less in a half-closed tunnel
 
     def __init__(self, source: Stream, sink: Stream) -> None:
         self.source, self.sink = source, sink
         self.out = bytearray()  # to be sent before anything else
+        self.steps = self.flush()
 
     def step(self) -> None:
         """Go on until the direction must wait, or its steps end; raise Refused.
@@ -1144,24 +1129,19 @@ class Direction:
         try:
             self.waits_for = next(self.steps)
         except StopIteration:
-            self.state = DONE
+            self.state = self.DONE
         except Refused as refusal:
             # The sink is the server, and it is the sink that was lost.
             server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
             if not server_lost and not self.may_fail:
                 raise
-            self.cancel()
+            self.state = self.CANCELED
             if not server_lost:
                 self.sink.end()  # in mid-message, which nobody takes for the whole
 
-    def cancel(self) -> None:
-        """Do not go on, unless it is done."""
-        if self.state == RUNNING:
-            self.state = CANCELED
-
     def flush(self) -> Steps:
         """Send what is gathered in out."""
-        yield from self.sink.send_all(self.out)
+        return self.sink.send_all(self.out)
 
     def move(self, count: int) -> Steps:
         """Pass count bytes on as they are, ALL until the source ends.
@@ -1169,7 +1149,7 @@ class Direction:
         The last of them may stay in out.  Raises Refused when the source ends early.
         """
         until_end, received = count == ALL, self.source.received
-        bulk, full = BULK_SIZE <= count < ALL, False
+        bulk = BULK_SIZE <= count < ALL
         while count > 0:
             if received:
                 size = min(count, len(received))
@@ -1178,126 +1158,96 @@ class Direction:
                 count -= size
                 continue
             yield from self.flush()
-            if not full:
-                yield self.source.fd, POLLIN
+            yield self.source.fd, POLLIN
             moved = (yield from self.splice(count)) if bulk else 0
             count -= moved
             if not moved and not self.source.fill():
                 if until_end:
                     return
                 raise Refused(self.source.lost, "the body ended too early")
-            # A full read means that more is there: do not wait before the next one.
-            full = max(moved, len(received)) >= COPY_SIZE
             if moved or received:
-                bulk = full
+                bulk = max(moved, len(received)) >= COPY_SIZE
 
     def splice(self, count: int) -> Steps:
-        """Pass on at most count bytes through the pipe; return how many.
+        """Pass on at most count bytes through a pipe, while much comes at once.
 
-        These are 0 where recv() must see what is there: nothing, the end, or what the
-        kernel does not splice, because it follows an urgent byte; or without a pipe.
+        Returns how many: 0 where recv() must see what is there, which is nothing, the
+        end, or what follows an urgent byte; or without a pipe.
         """
-        if not self.pipe and not self.open_pipe():
-            return 0
-        pipe_out, pipe_in = self.pipe
         try:
-            moved = os.splice(self.source.fd, pipe_in, min(count, PIPE_SIZE))
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self.source.failed(error) from None
-        self.held = moved
-        while self.held:
-            try:
-                sent = os.splice(pipe_out, self.sink.fd, self.held)
-            except BlockingIOError:
-                yield self.sink.fd, POLLOUT
-                continue
-            except OSError as error:
-                raise self.sink.failed(error) from None
-            self.held -= sent
-            self.sink.sent += sent
-        return moved
-
-    def open_pipe(self) -> bool:
-        """Open the pipe; return whether there is one."""
-        try:
-            self.pipe = os.pipe2(PIPE_FLAGS)
+            pipe_out, pipe_in = os.pipe2(PIPE_FLAGS)
         except OSError:  # no descriptors left
-            return False
-        # Refused to a user that has many pipes already: then 64 KiB, or less, do.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(self.pipe[1], 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
-        return True
+            return 0
+        total, size = 0, COPY_SIZE
+        try:
+            # Refused to a user that has many pipes already: then 64 KiB, or less, do.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe_in, 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
+            while size >= COPY_SIZE and total < count:
+                size = min(count - total, PIPE_SIZE)
+                held = size = self.source.splice(self.source.fd, pipe_in, size)
+                total += size
+                while held:
+                    sent = self.sink.splice(pipe_out, self.sink.fd, held)
+                    if not sent:
+                        yield self.sink.fd, POLLOUT
+                    held -= sent
+                    self.sink.sent += sent
+            return total
+        finally:
+            os.close(pipe_out)
+            os.close(pipe_in)
 
-    def close_pipe(self) -> None:
-        """Close the pipe, if there is one, with whatever is in it."""
-        for fd in self.pipe:
-            os.close(fd)
-        self.pipe = ()
-
-    def pass_all(self, other: Direction) -> Steps:
-        """Pass everything on, then its end; after that the other has less time."""
+    def pass_all(self) -> Steps:
+        """Pass everything on, then its end."""
         yield from self.move(ALL)
         self.sink.end()
-        other.idle_limit = HALF_CLOSED_TIMEOUT
-
-
-def awaited(directions: list[Direction]) -> dict[int, int]:
-    """Return the events by descriptor that some directions wait for."""
-    # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
-    # reports unasked, mean a reset.
-    wanted = {one.sink.fd: 0 for one in directions}
-    for fd, events in (one.waits_for for one in directions):
-        wanted[fd] = wanted.get(fd, 0) | events
-    return wanted
 
 
 def relay(
-    watch: Watch, slot: Slot, up: Direction, down: Direction, idle_timeout: float
+    watch: Watch, slot: Slot, up: Direction, down: Direction, *timeouts: float
 ) -> None:
     """Run the directions to the server and to the client until both have ended.
 
     Either may end first and the other goes on: a client that asks, closes its
     half and listens is answered.  A server that takes no more leaves up CANCELED, which
-    the caller judges.  Raises Refused when a side is lost, or when nothing moved for
-    too long: then with the outcome IDLE.
+    the caller judges.  Raises Refused when a side is lost, or, with the outcome IDLE,
+    when nothing moved within the first timeout, or the least when one goes on alone.
     """
     server, client, in_flight = up.sink, down.sink, 0
     moving = [up, down]
     try:
         while True:
-            for direction in moving:
-                if direction.state == RUNNING:
-                    direction.step()
-            running = [one for one in (up, down) if one.state == RUNNING]
+            for one in moving:
+                if one.state == one.RUNNING:
+                    one.step()
+            running = [one for one in (up, down) if one.state == one.RUNNING]
             if not running:
                 return
             slot.moved(server.sent, client.sent)
-            # A user's pipe memory is limited: an idle tunnel gives its pipes back.
-            spare = [one for one in (up, down) if one.pipe and not one.held]
-            seconds = min(idle_timeout, *(one.idle_limit for one in running))
-            ready = watch.wait(awaited(running), PIPE_KEEP_TIME if spare else seconds)
+            # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
+            # reports unasked, mean a reset.
+            wanted = {one.sink.fd: 0 for one in running}
+            for fd, events in (one.waits_for for one in running):
+                wanted[fd] = wanted.get(fd, 0) | events
+            seconds = timeouts[0] if len(running) == 2 else min(timeouts)
+            ready = watch.wait(wanted, seconds)
             moving = [one for one in running if one.waits_for[0] in ready]
             if moving:
                 continue
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                up.cancel()  # the server takes no more; why, the next recv() says
-            elif spare:
-                for one in spare:
-                    one.close_pipe()
-            else:
-                before = in_flight
-                in_flight = server.bytes_in_flight() + client.bytes_in_flight()
-                # Else a slow reader takes what the kernel has for it.
-                if in_flight in (0, before):  # the queues are empty, or as full as then
-                    raise Refused(IDLE, "nothing moved")
+                up.state = up.CANCELED  # the next recv() says why it takes no more
+                continue
+            before = in_flight
+            in_flight = server.bytes_in_flight() + client.bytes_in_flight()
+            # Else a slow reader takes what the kernel has for it.
+            if in_flight in (0, before):  # the queues are empty, or as full as then
+                raise Refused(IDLE, "nothing moved")
     finally:
-        for direction in (up, down):
-            direction.steps.close()
-            direction.close_pipe()
+        for one in (up, down):
+            one.steps.close()
 
 
 # --- Master and workers -------------------------------------------------------
@@ -1382,7 +1332,7 @@ class Worker:
         self.pid_text = str(os.getpid())  # as the log has it
         self.listeners = {s.fileno(): s for s in generation.listeners.values()}
         self.lifeline = generation.lifeline_read
-        self.watch = Watch(self.lifeline, self.config.drain_timeout, self.listeners)
+        self.watch = Watch(self.lifeline, self.config, self.listeners)
         self.client: Client
         self.idle_poll = select.epoll()  # made after the fork: it is no other's
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
@@ -2406,11 +2356,12 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     worker.stand_in_line(False)
     server.tune()
     up, down = Direction(client, server), Direction(server, client)
-    up.steps, down.steps = up.pass_all(down), down.pass_all(up)
+    up.steps, down.steps = up.pass_all(), down.pass_all()
     down.out += opening
     try:
-        relay(watch, worker.slot, up, down, worker.config.tunnel_timeout)
-        if up.state == CANCELED:
+        timeouts = worker.config.tunnel_timeout, HALF_CLOSED_TIMEOUT
+        relay(watch, worker.slot, up, down, *timeouts)
+        if up.state == up.CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
         server.abort()
@@ -2434,16 +2385,17 @@ HEAD_END = re.compile(rb"\n\r?\n")  # without a CR too, which only a response ma
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
-# Field lines; a folded one, a bare CR or LF do not match.
-LINES = rb"(?:%b:%b\r\n)*" % (TOKEN, TEXT)
 # By its first letter HTTP is told from SOCKS.
-REQUEST_LINE = rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9])" % TCHAR
+REQUEST_LINE = re.compile(
+    rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
+)
 # Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
-# What check_request_line() refuses does not match.
-LIKELY = rb"(?=\S{1,%d} \S+ HTTP/1)" % METHOD_LIMIT
-REQUEST_HEAD = re.compile(rb"%b%b\r(\n%b)\r\n" % (LIKELY, REQUEST_LINE, LINES))
-RESPONSE_HEAD = re.compile(rb"%b(?: +(%b))?\r(\n%b)\r\n" % (STATUS, TEXT, LINES))
+# Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
+FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
+RESPONSE_HEAD = re.compile(
+    rb"%b(?: +(%b))?\r\n(%b)" % (STATUS, TEXT, FIELD_LINES.pattern)
+)
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
 # RFC 9112 section 7.1.1: extensions have no effect, but may hide no line end.
@@ -2463,6 +2415,7 @@ ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*
 # gopher URL selects.
 BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
+UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
 OWN_PAGE = b""  # the scheme of a request in origin-form: it is for the gateway itself
 CHUNKED = -1  # in place of a body's length
@@ -2483,12 +2436,7 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
     b"proxy-authenticate www-authenticate".split()
 )
 
-# These are read here, and written anew.  Most lines are not among them, which their
-# first letter tells: all first letters of these names must stand in the pattern.
-READ = rb"\n(?i:(?=[cdehkmptuv])(%b))[\t ]*:[\t ]*([^\r]*)\r"
-REWRITTEN = b"|".join([*sorted(HOP_BY_HOP), b"content-length", b"via"])
-READ_ASKED = re.compile(READ % (REWRITTEN + b"|host|expect|max-forwards"))
-READ_ANSWERED = re.compile(READ % (REWRITTEN + b"|date"))
+REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
 
 
 def members(listed: bytes) -> list[bytes]:
@@ -2497,32 +2445,38 @@ def members(listed: bytes) -> list[bytes]:
     return [member for part in parts if (member := part.strip(b" \t"))]
 
 
-def without(section: bytes, dropped: set[bytes] | frozenset[bytes]) -> bytes:
-    """Return a section's lines less those dropped, by their names in lower case."""
-    lines = section.splitlines(keepends=True)
-    return b"".join(x for x in lines if x.partition(b":")[0].lower() not in dropped)
+def take_fields(
+    lines: bytes, names: set[bytes] | frozenset[bytes]
+) -> tuple[dict[bytes, bytes], bytes]:
+    """Take from whole field lines those of some names, in lower case.
+
+    Returns these, each from all its lines (RFC 9110 section 5.3), and the other lines.
+    """
+    fields: dict[bytes, bytes] = {}
+    others = []
+    for line in lines.split(CRLF):
+        name, _, value = line.partition(b":")
+        if (name := name.lower()) in names:
+            value = value.strip(b" \t")
+            if name in fields:
+                value = b"%b, %b" % (fields[name], value)
+            fields[name] = value
+        else:
+            others.append(line)
+    return fields, CRLF.join(others)
 
 
 def read_fields(
-    section: bytes, read: re.Pattern[bytes]
+    section: bytes, names: frozenset[bytes]
 ) -> tuple[dict[bytes, bytes], bytes, list[bytes]]:
-    """Read a line end and whole field lines, those that a pattern knows.
+    """Return the fields that are read here, the lines that travel on, and the options.
 
-    Returns these by their names in lower case, each from all its lines (RFC 9110
-    section 5.3); the lines that travel on; and the options that Connection lists.
+    The options are those of Connection; what it names does not travel on.
     """
-    # Each match takes one line out: what is between them travels on.
-    pieces = read.split(section)
-    fields: dict[bytes, bytes] = {}
-    for name, value in zip(pieces[1::3], pieces[2::3]):
-        name, value = name.lower(), value.rstrip(b" \t")
-        fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
-    forwarded, options = b"".join(pieces[::3])[1:], []
-    if b"connection" in fields:
-        options = fields[b"connection"].lower().replace(b",", b" ").split()
-        if not NOT_NAMED.issuperset(options):
-            # What Connection names does not travel on.
-            forwarded = without(forwarded, set(options) - NOT_NAMED)
+    fields, forwarded = take_fields(section[:-2], names)  # less the empty line
+    options = fields.get(b"connection", b"").lower().replace(b",", b" ").split()
+    if options and not NOT_NAMED.issuperset(options):
+        forwarded = take_fields(forwarded, set(options) - NOT_NAMED)[1]
     return fields, forwarded, options
 
 
@@ -2552,23 +2506,26 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     return bare, port
 
 
-def check_request_line(line: bytes) -> None:
-    """Raise Refused if a request line is malformed, or is not for us."""
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Return method, target and minor version; raise Refused if it is not for us."""
     if len(line) > LINE_LIMIT:
         raise Refused(URI_TOO_LONG, f"request line over {LINE_LIMIT} bytes")
-    match = re.fullmatch(REQUEST_LINE, line)
+    match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refused(BAD_REQUEST, "malformed request line")
-    if match[3][:1] != b"1":
-        raise Refused(BAD_VERSION, f"HTTP/{match[3][:1].decode()}, and not HTTP/1")
-    if len(match[1]) > METHOD_LIMIT:
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise Refused(BAD_VERSION, f"HTTP/{major.decode()}, and not HTTP/1")
+    if len(method) > METHOD_LIMIT:
         raise Refused(NOT_IMPLEMENTED, f"method of over {METHOD_LIMIT} letters")
+    return method, target, int(minor != b"0")
 
 
-def check_response_begun(received: bytearray) -> None:
+def check_response_begun(received: bytearray) -> tuple[()]:
     """Refuse what does not begin as a response; raise Refused."""
     if LINE_END.search(received) and not re.match(STATUS + rb"[\r\n ]", received):
         raise Refused(BAD_RESPONSE, "malformed status line")
+    return ()
 
 
 def mended(head: bytes) -> bytes:
@@ -2588,72 +2545,11 @@ def mended(head: bytes) -> bytes:
     return CRLF.join([*clean, b"", b""])
 
 
-class RequestHead:
-    """A request head, parsed; minor is the second digit of its version."""
-
-    def __init__(self, head: bytes) -> None:
-        """Split a whole head into its parts; raise Refused."""
-        match = REQUEST_HEAD.fullmatch(head)
-        if not match or match.end(3) > LINE_LIMIT:
-            check_request_line(head.partition(CRLF)[0])
-            raise Refused(BAD_REQUEST, "malformed field line")
-        self.method, self.target, version, section = match.groups()
-        self.minor = 0 if version == b"1.0" else 1
-        self.path = self.target  # as its server is asked for it, once that is parsed
-        self.fields, self.forwarded, self.options = read_fields(section, READ_ASKED)
-        # RFC 9112 section 3.2: one, and only one; it may be empty.
-        host = self.fields.get(b"host")
-        if host is None and self.minor and self.method != b"CONNECT":
-            raise Refused(BAD_REQUEST, "no Host field")
-        self.host = parse_authority(host, 80)[0] if host else ""
-        # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
-        self.keep_alive = self.minor == 1 and b"close" not in self.options
-        # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
-        self.expected = self.minor and self.fields.get(b"expect", b"").lower()
-
-    def values(self, name: bytes) -> list[bytes]:
-        """Return the values of any field, by its name in lower case."""
-        if name in self.fields:
-            return [self.fields[name]]
-        lines = [line.partition(b":") for line in self.forwarded.split(CRLF)]
-        return [value.strip(b" \t") for key, _, value in lines if key.lower() == name]
-
-    def login(self, name: bytes) -> bytes:
-        """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
-        field = b", ".join(self.values(name))  # two are none
-        match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
-        with contextlib.suppress(binascii.Error):
-            return binascii.a2b_base64(match[1]) if match else b""
-        return b""
-
-    def upgrade(self) -> bytes:
-        """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
-
-        It travels with the fields that Connection names for it, or not at all; HTTP/2
-        not at all, because it is us that the server speaks with.
-        """
-        if b"upgrade" not in self.options or not NOT_NAMED.issuperset(self.options):
-            return b""
-        offered = self.fields.get(b"upgrade", b"").split(b",") if self.minor else []
-        known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
-        return b",".join(known).strip(b" \t")
-
-
-class ResponseHead:
-    """A response head, parsed; minor is the second digit of its version."""
-
-    def __init__(self, head: bytes) -> None:
-        """Split a whole head into its parts; raise Refused."""
-        match = RESPONSE_HEAD.fullmatch(head) or RESPONSE_HEAD.fullmatch(mended(head))
-        if not match:
-            raise Refused(BAD_RESPONSE, "malformed status line")
-        version, status, phrase, section = match.groups(b"")
-        self.status = int(status)
-        self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
-        self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
-        self.fields, self.forwarded, self.options = read_fields(section, READ_ANSWERED)
-        if self.status < 200 and b"date" in self.fields:  # answer_head() has the others
-            self.forwarded += b"Date: %b\r\n" % self.fields[b"date"]
+@functools.lru_cache(maxsize=1)
+def date_line(second: int) -> bytes:
+    """Return the field line for a Unix time: RFC 9110 sections 5.6.7 and 6.6.1."""
+    form = "Date: %a, %d %b %Y %H:%M:%S GMT\r\n"
+    return time.strftime(form, time.gmtime(second)).encode()
 
 
 def parse_length(digits: bytes, bad: Outcome) -> int:
@@ -2664,45 +2560,118 @@ def parse_length(digits: bytes, bad: Outcome) -> int:
     return int(digits)
 
 
-def request_length(head: RequestHead) -> int | None:
-    """Return a body's length by its fields, CHUNKED, or None: the fields say nothing.
+class RequestHead:
+    """A request head, parsed; minor is the second digit of its version."""
 
-    RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.  Raises
-    Refused.
-    """
-    digits = head.fields.get(b"content-length")
-    if b"transfer-encoding" in head.fields:
-        codings = members(head.fields[b"transfer-encoding"])
-        if digits is not None or not head.minor:
-            why = "Transfer-Encoding with Content-Length, or in HTTP/1.0"
-            raise Refused(BAD_REQUEST, why)
-        if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-            raise Refused(BAD_REQUEST, "Transfer-Encoding does not end in one chunked")
-        if len(codings) > 1:  # which is no fault, but nothing that we do
-            raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
-        return CHUNKED
-    return None if digits is None else parse_length(digits, BAD_REQUEST)
+    READ = REWRITTEN | {b"host", b"expect", b"max-forwards"}  # and written anew
 
+    def __init__(self, head: bytes) -> None:
+        """Split a whole head into its parts; raise Refused."""
+        line, _, section = head.partition(CRLF)
+        self.method, self.target, self.minor = parse_request_line(line)
+        if not FIELD_LINES.fullmatch(section):
+            raise Refused(BAD_REQUEST, "malformed field line")
+        self.fields, self.forwarded, self.options = read_fields(section, self.READ)
+        # RFC 9112 section 3.2: one, and only one; it may be empty.
+        host = self.fields.get(b"host")
+        if host is None and self.minor and self.method != b"CONNECT":
+            raise Refused(BAD_REQUEST, "no Host field")
+        self.host = parse_authority(host, 80)[0] if host else ""
+        # RFC 9112 section 9.3: a proxy never keeps an HTTP/1.0 client's connection.
+        self.keep_alive = self.minor == 1 and b"close" not in self.options
+        self.upgrade = self.offered() if b"upgrade" in self.options else b""
+        # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
+        self.expected = self.minor and self.fields.get(b"expect", b"").lower()
 
-def response_length(head: ResponseHead) -> int | None:
-    """Return the same of a response, by the one meaning that its fields may have.
+    def length(self) -> int | None:
+        """Return a body's length, CHUNKED, or None if no field says it; raise Refused.
 
-    A length beside chunked does not count, and equal ones are one.  Raises Refused.
-    """
-    if b"transfer-encoding" in head.fields:
-        codings = members(head.fields[b"transfer-encoding"])
-        codings = [coding for coding in codings if coding != b"identity"]
-        if codings == [b"chunked"]:
+        RFC 9112 sections 6.1 to 6.3; where it leaves a choice, the stricter one.
+        """
+        digits = self.fields.get(b"content-length")
+        if b"transfer-encoding" in self.fields:
+            codings = members(self.fields[b"transfer-encoding"])
+            if digits is not None or not self.minor:
+                why = "Transfer-Encoding with Content-Length, or in HTTP/1.0"
+                raise Refused(BAD_REQUEST, why)
+            if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
+                why = "Transfer-Encoding does not end in one chunked"
+                raise Refused(BAD_REQUEST, why)
+            if len(codings) > 1:  # which is no fault, but nothing that we do
+                raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
             return CHUNKED
-        if codings:
-            raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
-    digits = head.fields.get(b"content-length", b"")
-    if b"," in digits:
-        lengths = set(members(digits))
-        if len(lengths) != 1:
-            raise Refused(BAD_RESPONSE, "lengths that differ")
-        digits = b"".join(lengths)
-    return parse_length(digits, BAD_RESPONSE) if digits else None
+        return None if digits is None else parse_length(digits, BAD_REQUEST)
+
+    def value(self, name: bytes) -> bytes:
+        """Return what any field says, by its name in lower case; else b""."""
+        return take_fields(self.forwarded, {name})[0].get(name, b"")
+
+    def login(self, name: bytes) -> bytes:
+        """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
+        field = self.fields.get(name) or self.value(name)  # two are none
+        match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
+        with contextlib.suppress(binascii.Error):
+            return binascii.a2b_base64(match[1]) if match else b""
+        return b""
+
+    def offered(self) -> bytes:
+        """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
+
+        It travels with the fields that Connection names for it, or not at all; HTTP/2
+        not at all, because it is us that the server speaks with.
+        """
+        if not self.minor or not NOT_NAMED.issuperset(self.options):
+            return b""
+        offered = self.fields.get(b"upgrade", b"").split(b",")
+        known = (x for x in offered if x.strip(b" \t").lower() not in (b"", b"h2c"))
+        return b",".join(known).strip(b" \t")
+
+
+class ResponseHead:
+    """A response head, parsed; minor is the second digit of its version."""
+
+    READ = REWRITTEN | {b"date"}  # and written anew
+
+    def __init__(self, head: bytes) -> None:
+        """Split a whole head into its parts; raise Refused."""
+        match = RESPONSE_HEAD.fullmatch(head) or RESPONSE_HEAD.fullmatch(mended(head))
+        if not match:
+            raise Refused(BAD_RESPONSE, "malformed status line")
+        version, status, phrase, section = match.groups(b"")
+        self.status = int(status)
+        self.minor = 0 if version in (b"HTTP/1.0", b"ICY") else 1
+        self.line = b"HTTP/1.1 %b %b\r\n" % (status, phrase)
+        self.fields, self.forwarded, self.options = read_fields(section, self.READ)
+        self.keep_alive = self.minor == 1 and b"close" not in self.options
+        if date := self.fields.get(b"date"):
+            if date.count(b",") > 1:  # of two Date lines the first: it has one
+                date = b",".join(date.split(b",")[:2])
+            self.forwarded += b"Date: %b\r\n" % date
+        elif self.status >= 200:
+            self.forwarded += date_line(int(time.time()))
+        self.upgrade = self.fields.get(b"upgrade", b"")
+        if self.upgrade and self.status in (101, 426):  # RFC 9110 section 15.5.22
+            self.forwarded += UPGRADE_LINES % self.upgrade
+
+    def length(self) -> int | None:
+        """Return the same of a response, by the one meaning that its fields may have.
+
+        A length beside chunked does not count, and equal ones are one.  Raises Refused.
+        """
+        if b"transfer-encoding" in self.fields:
+            codings = members(self.fields[b"transfer-encoding"])
+            codings = [coding for coding in codings if coding != b"identity"]
+            if codings == [b"chunked"]:
+                return CHUNKED
+            if codings:
+                raise Refused(BAD_RESPONSE, "Transfer-Encoding is not one chunked")
+        digits = self.fields.get(b"content-length", b"")
+        if b"," in digits:
+            lengths = set(members(digits))
+            if len(lengths) != 1:
+                raise Refused(BAD_RESPONSE, "lengths that differ")
+            digits = lengths.pop()
+        return parse_length(digits, BAD_RESPONSE) if digits else None
 
 
 def unescaped(part: bytes) -> bytes:
@@ -2717,31 +2686,28 @@ def credentials(login: bytes) -> bytes:
 
 
 class Target(NamedTuple):
-    """Where a request wants to go, but for its path: RFC 9112 section 3.2."""
+    """Where a request wants to go: RFC 9112 section 3.2."""
 
     host: str  # lower case; IPv6 without brackets
     port: int
     authority: bytes  # for Host, as the client spelled it
-    scheme: bytes = b"http"
+    scheme: bytes
     login: bytes = b""  # user:password, as the URL spells it
+    path: bytes = b""  # for the request line to the server: origin-form, or *
 
-    def shown(self, head: RequestHead) -> str:
+    def shown(self) -> str:
         """Return it as the log has it: less user and query, printable."""
-        where = endpoint((self.host, self.port))
-        if head.method == b"CONNECT":
+        where, path = endpoint((self.host, self.port)), self.path.partition(b"?")[0]
+        if not path:  # of a CONNECT
             return where
-        url, path = f"{self.scheme.decode()}://{where}", head.path.partition(b"?")[0]
+        url = f"{self.scheme.decode()}://{where}"
         return url if path == b"*" else url + printable(path, TARGET_SIZE - len(url))
 
 
-def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
-    """Return the target of a request in authority- or absolute-form, and its path.
-
-    The path is as the request line to a server has it: origin-form, or *.
-    Raises Refused.
-    """
+def parse_target(method: bytes, raw: bytes) -> Target:
+    """Return the target of a request in authority- or absolute-form; raise Refused."""
     if method == b"CONNECT":
-        return Target(*parse_authority(raw, 0), raw, b""), b""
+        return Target(*parse_authority(raw, 0), raw, b"")
     match = ABSOLUTE_FORM.fullmatch(raw)
     if not match:
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
@@ -2758,7 +2724,7 @@ def parse_target(method: bytes, raw: bytes) -> tuple[Target, bytes]:
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
         path = b"*" if method == b"OPTIONS" and not path else b"/" + path
-    return Target(host, port, authority.removesuffix(b":"), scheme, user), path
+    return Target(host, port, authority.removesuffix(b":"), scheme, user, path)
 
 
 def framing_lines(length: int | None) -> bytes:
@@ -2770,40 +2736,28 @@ def framing_lines(length: int | None) -> bytes:
     return b"Content-Length: %d\r\n" % length
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> bytes:
-    """Return a Unix time as an IMF-fixdate, RFC 9110 section 5.6.7."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
-
-
-def answer_head(
-    line: bytes, fields: bytes, length: int | None, keep: bool, date: bytes = b""
-) -> bytes:
+def answer_head(line: bytes, fields: bytes, length: int | None, keep: bool) -> bytes:
     """Return the head of an answer: status line and field lines are whole lines."""
-    date = date or http_date(int(time.time()))
     end = CRLF if keep else b"Connection: close\r\n\r\n"
-    return b"%bDate: %b\r\n%b%b%b" % (line, date, fields, framing_lines(length), end)
+    return b"%b%b%b%b" % (line, fields, framing_lines(length), end)
 
 
-def read_chunked(
-    one: Direction, mark: re.Pattern[bytes], limit: int, bad: Outcome
+def move_body(
+    one: Direction, head: RequestHead | ResponseHead, size: int, framed: bool = True
 ) -> Steps:
-    """Take bytes as read_until(); before it waits for them, send what is gathered."""
-    if not mark.search(one.source.received):
-        yield from one.flush()
-    return (yield from read_until(one.source, mark, limit, bad))
+    """Move a message's body: size bytes, ALL until the end, or CHUNKED.
 
-
-def chunked(
-    one: Direction, head: RequestHead | ResponseHead, framed: bool, bad: Outcome
-) -> Steps:
-    """Move a message's chunked body, as chunks or (not framed) bare.
-
-    RFC 9112 section 7.1.  Raises Refused with the outcome bad when it is malformed.
+    Chunks, RFC 9112 section 7.1, stay chunks or (not framed) become bare.  Raises
+    Refused when they are malformed.
     """
-    form = CHUNK_LINE if bad is BAD_REQUEST else FAULTY_CHUNK_LINE
+    if size != CHUNKED:
+        yield from one.move(size)
+        return (yield from one.flush())
+    source, strict = one.source, isinstance(head, RequestHead)
+    form = CHUNK_LINE if strict else FAULTY_CHUNK_LINE
+    bad = BAD_REQUEST if strict else BAD_RESPONSE
     while True:
-        line = yield from read_chunked(one, LINE_END, CHUNK_LINE_LIMIT, bad)
+        line = yield from source.until(LINE_END, CHUNK_LINE_LIMIT, bad, one.flush)
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
@@ -2812,21 +2766,22 @@ def chunked(
         if framed:
             one.out += b"%x\r\n" % size
         yield from one.move(size)
-        if len(one.source.received) < 2:
+        if len(source.received) < 2:
             yield from one.flush()
-        if (yield from one.source.exactly(2)) != CRLF:
+        if (yield from source.exactly(2)) != CRLF:
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
     # The line end of the last size: with an empty line it ends the body.
-    one.source.received[:0] = CRLF
-    section = yield from read_chunked(one, HEAD_END, HEAD_LIMIT, bad)
-    if not re.fullmatch(b"\r\n%b\r\n" % LINES, section):
-        if bad is BAD_REQUEST or re.search(b"[^\r]\n", section):
+    source.received[:0] = CRLF
+    section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
+    if not FIELD_LINES.fullmatch(section, 2):
+        if strict or re.search(b"[^\r]\n", section):
             raise Refused(bad, "malformed field line in the trailers")
         section = mended(section)
     if framed:
-        one.out += b"0%b" % without(section, NOT_IN_TRAILERS.union(head.options))
+        one.out += b"0" + take_fields(section, NOT_IN_TRAILERS.union(head.options))[1]
+    yield from one.flush()
 
 
 # --- HTTP exchanges -----------------------------------------------------------
@@ -2836,13 +2791,6 @@ def chunked(
 # that is the plain way through an exchange, told first.  Directions are for what
 # has a body that is still on its way.
 
-IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
-
-# How far the answer to a request is: nothing was sent, but whole interim responses; a
-# part of a response; that, and only the close ends it; it is whole.
-NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
-
 
 class HttpConnection:
     """A client's HTTP connection, and the server connection that is kept for it."""
@@ -2851,12 +2799,13 @@ class HttpConnection:
     server_for = "", "", 0  # the user, host and port it was dialed for
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
-    expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
     blanks = 0  # empty lines before this request
+    expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
 
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
         self.worker, self.client = worker, worker.client.stream
+        self.drop_blanks()
 
     def await_request(self) -> bool:
         """Wait for the next request of a kept-alive client; return whether it comes."""
@@ -2887,23 +2836,6 @@ class HttpConnection:
         self.server_ends = session.address, session.source
         return self.server
 
-    def kept_server(
-        self, session: Session, host: str, port: int, repeatable: bool
-    ) -> Stream | None:
-        """Return the kept server connection if it serves this target and user.
-
-        What may be dialed may be asked again: the rules see no more than these.  What
-        may not be repeated must not meet the close of a server that waited long.
-        """
-        if not self.server or self.server_for != (session.user, host, port):
-            return None
-        late = not repeatable and time.monotonic() - self.answered_at > CROSSING_TIME
-        # What can be read is its end, or unasked: RFC 9112 section 6.3.
-        if late or readable([self.server.fd]):
-            return None
-        session.address, session.source = self.server_ends
-        return self.server
-
     def close(self) -> None:
         """Close the connection to the server, if there is one."""
         if self.server:
@@ -2914,17 +2846,20 @@ class HttpConnection:
 class Exchange:
     """One request and its answer."""
 
+    IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
+    # How far the answer is: nothing was sent, but whole interim responses; a part of a
+    # response; that, and only the close ends it; it is whole.
+    NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
+
     head: RequestHead  # once it is understood
     target: Target
-    understood = False
     head_only = False  # the method is HEAD
     length: int | None = None  # of the request's body
     progress = NOTHING
     keep = False  # the client's connection goes on after the answer
     continued = False  # the client was told to send its body
     server_keeps = False  # the server's connection goes on after its answer
-    offered = b""  # protocols for an upgrade
-    switching: ResponseHead | None = None  # the answer that takes one
+    switching: ResponseHead | None = None  # the answer that takes an upgrade
 
     def __init__(self, http: HttpConnection) -> None:
         """Begin with the next request of a connection."""
@@ -2936,9 +2871,9 @@ class Exchange:
     def serve(self) -> None:
         """Read a request, ask who and whether, and see to its answer; raise Refused."""
         head = self.read_head()
-        if head.target[:1] == b"/" and head.method != b"CONNECT":  # origin-form
-            return self.answer_as_origin(head)
         target = self.target = self.find_target(head)
+        if head.target[:1] == b"/":  # our own pages ask by themselves who it is
+            return self.by_chapter(target)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
             return
@@ -2952,13 +2887,11 @@ class Exchange:
 
     def read_head(self) -> RequestHead:
         """Take a request head off the client, and parse it; raise Refused."""
-        self.http.drop_blanks()
         raw = self.client.take_until(HEAD_END) or self.await_head()
-        self.head_only = raw[:5] == b"HEAD "
+        self.head_only, session = raw[:5] == b"HEAD ", self.session
         head = self.head = RequestHead(raw)
-        self.understood, session = True, self.session
         session.method = head.method.decode()  # a token is printable
-        self.length = request_length(head)
+        self.length = head.length()
         if head.method == b"CONNECT":
             session.proto = "connect"
             if self.length:
@@ -2974,17 +2907,18 @@ class Exchange:
 
     def await_head(self) -> bytes:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        client, why = self.client, "the request head did not come to its end"
+        client, run = self.client, self.watch.run
         deadline = time.monotonic() + self.config.head_timeout
+        late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
         while self.http.drop_blanks():
-            self.watch.run(client.need(), HEAD_TIMEOUT, why, deadline=deadline)
-        bad, check = HEAD_TOO_LARGE, self.check_begun
-        steps = read_until(client, HEAD_END, HEAD_LIMIT, bad, check)
-        head: bytes = self.watch.run(steps, HEAD_TIMEOUT, why, deadline=deadline)
+            run(client.need(len(client.received) + 1), *late)
+        steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
+        head: bytes = run(steps, *late)
         return head
 
-    def check_begun(self, received: bytearray) -> None:
+    def check_begun(self) -> tuple[()]:
         """Refuse a head that does not begin as one; raise Refused."""
+        received = self.client.received
         self.head_only = received[:5] == b"HEAD "
         if not (received[:1].isalpha() or received[:1] == b"\r"):
             socks = "SOCKS, which needs natwork_socks.py"
@@ -2992,7 +2926,8 @@ class Exchange:
             raise Refused(BAD_REQUEST, f"this is {what}")
         if LINE_END.search(received) or len(received) > LINE_LIMIT:
             line = received[: LINE_LIMIT + 2].partition(b"\n")[0].removesuffix(b"\r")
-            check_request_line(bytes(line))
+            parse_request_line(bytes(line))
+        return ()
 
     def identify(self, field: bytes) -> None:
         """Learn by a field who asks: RFC 9110 section 3.3; raise Refused."""
@@ -3001,29 +2936,26 @@ class Exchange:
 
     def find_target(self, head: RequestHead) -> Target:
         """Return where the request wants to go, and tell the log; raise Refused."""
-        session = self.session
-        if head.target == b"*" and head.method == b"OPTIONS":  # it asks the gateway
+        session, raw = self.session, head.target
+        if raw[:1] == b"/" and head.method != b"CONNECT":  # origin-form
+            path = BEFORE_AT_OR_QUERY.sub(b"", raw)
+            session.target = printable(path, TARGET_SIZE)
+            return Target(head.host, 0, b"", OWN_PAGE, path=raw)
+        if raw == b"*" and head.method == b"OPTIONS":  # it asks the gateway
             session.target = "*"
             return Target("", 0, b"", b"*")
-        raw = head.target
-        self.offered = head.upgrade()
-        if self.offered and raw[:5].lower() == b"ws://":  # RFC 6455's
+        if head.upgrade and raw[:5].lower() == b"ws://":  # RFC 6455's
             raw = b"http" + raw[2:]
-        target, head.path = parse_target(head.method, raw)
-        session.target = target.shown(head)
-        if b"via" in head.fields:
-            self.check_via(head.fields[b"via"])
+        target = parse_target(head.method, raw)
+        session.target = target.shown()
+        if via := head.fields.get(b"via"):  # RFC 9110 section 7.6.3
+            session.via, name = via + b", ", self.config.name.lower().encode()
+            if any(member.split()[1:2] == [name] for member in members(via)):
+                raise Refused(LOOP, "the request has been here before, says its Via")
         here = self.worker.policy.means_us
         if target.scheme == b"http" and here(target.host, target.port):
             return target._replace(scheme=OWN_PAGE)
         return target
-
-    def check_via(self, via: bytes) -> None:
-        """Refuse what has been here before: RFC 9110 section 7.6.3; raise Refused."""
-        self.session.via = via + b", "
-        for member in members(via):
-            if member.split()[1:2] == [self.config.name.lower().encode()]:
-                raise Refused(LOOP, "the request has been here before, says its Via")
 
     def ends_here(self, head: RequestHead) -> bool:
         """Answer TRACE or OPTIONS if it may go no further; return whether that is so.
@@ -3047,13 +2979,6 @@ class Exchange:
 
     # What travels on.
 
-    def answer_as_origin(self, head: RequestHead) -> None:
-        """Answer a request for our own pages, which ask by themselves who it is."""
-        path = BEFORE_AT_OR_QUERY.sub(b"", head.target)
-        self.session.target = printable(path, TARGET_SIZE)
-        self.target = Target(head.host, 0, b"", OWN_PAGE)
-        self.by_chapter(self.target)
-
     def by_chapter(self, target: Target) -> None:
         """Answer what a chapter answers, by the target's scheme; raise Refused."""
         if serve := self.worker.chapters.schemes.get(target.scheme):
@@ -3070,31 +2995,39 @@ class Exchange:
         self.http.close()  # it is of no more use
         self.worker.begin(session)
         server = dial(self.worker, session, target.host, target.port)
-        self.join_as_tunnel(
-            server, "200", b"HTTP/1.1 200 Connection established\r\n\r\n"
-        )
+        answer = b"HTTP/1.1 200 Connection established\r\n\r\n"
+        self.join_as_tunnel(server, "200", answer)
 
     def join_as_tunnel(self, server: Stream, status: str, answer: bytes) -> None:
         """Answer, and pass on all that comes after it, both ways; raise Refused."""
         session = self.session
         session.status, session.outcome = status, ENDED
-        self.progress, self.keep = BEGUN, False  # so refuse() writes nothing
+        self.progress, self.keep = self.BEGUN, False  # so refuse() writes nothing
         self.worker.proceed(session)
         tunnel(self.worker, session, server, answer)
 
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        # RFC 9110 section 9.2.2: only what had no effect may go out again.
-        repeatable = not self.length and head.method in IDEMPOTENT
-        server = http.kept_server(session, target.host, target.port, repeatable)
+        # RFC 9110 section 9.2.2: only what had no effect may go out again; so nothing
+        # else may meet the close of a server that has waited long.
+        repeatable = not self.length and head.method in self.IDEMPOTENT
+        late = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
+        # What may be dialed may be asked again: the rules see no more than these.
+        asked = session.user, target.host, target.port
+        kept = http.server if asked == http.server_for and not late else None
+        # What can be read is its end, or unasked: RFC 9112 section 6.3.
+        if kept and readable([kept.fd]):
+            kept = None
+        if kept:
+            session.address, session.source = http.server_ends
         self.worker.begin(session)
-        if server:
+        if kept:
             try:
-                return self.carry(server)
+                return self.carry(kept)
             except Refused as refusal:
                 # It goes out again if the server closed before it heard it.
-                answered = self.progress or server.received
+                answered = self.progress or kept.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
                     raise
@@ -3121,40 +3054,33 @@ class Exchange:
 
     def carry_answer(self, server: Stream, request: bytes) -> None:
         """The plain way: send a head, and pass on the answer; raise Refused."""
-        seconds, watch, client = self.config.idle_timeout, self.watch, self.client
-        late, slot = "the server did not answer", self.worker.slot
-        watch.send(server, request, "the server takes no more", seconds)
-        slot.moved(server.sent, 0)  # for the table, while we wait
+        watch, client, late = self.watch, self.client, "the server did not answer"
+        watch.send(server, request)
+        self.worker.slot.moved(server.sent, 0)  # for the table, while we wait
         steps = self.read_response(server)
-        response = watch.run(steps, ANSWER_TIMEOUT, late, seconds, beside=client)
+        response = watch.run(steps, ANSWER_TIMEOUT, late, beside=client)
         if response.status == 101:
             return self.switch(server, response)
-        size, told = self.decide_answer(response)
-        head = self.response_head(response, told)
+        head, size = self.decide_answer(response)
         if 0 <= size <= len(server.received):  # the answer has come whole
-            whole = head + server.take(size)
-            watch.send(client, whole, "the client takes no more", seconds)
-            self.progress = WHOLE
+            watch.send(client, head + server.take(size))
+            self.progress = self.WHOLE
             return
-        slot.publish(self.session)
         up, down = Direction(client, server), Direction(server, client)
-        up.steps = up.flush()  # nothing more
         down.steps = self.send_answer(down, response, head, size)
         self.join(up, down)
 
     def carry_both(self, server: Stream, request: bytes) -> None:
-        """Carry a request with a body, and its answer, both ways at the same time.
-
-        Raises Refused.
-        """
+        """Carry a request's body, and its answer, at the same time; raise Refused."""
         server.tune()
         up, down = Direction(self.client, server), Direction(server, self.client)
         up.out += request  # it leaves with what has come of the body
-        up.steps, down.steps = self.send_body(up, True), self.reply(up, down, request)
+        up.steps = move_body(up, self.head, self.length or 0)
+        down.steps = self.reply(up, down, request)
         self.join(up, down)
         if self.switching:
             self.switch(server, self.switching)
-        if up.state != DONE:  # no request can follow a part of this one
+        if up.state != up.DONE:  # no request can follow a part of this one
             self.server_keeps = False
             self.keep = self.keep and bool(self.http.expecting)
 
@@ -3164,9 +3090,9 @@ class Exchange:
         try:
             relay(self.watch, self.worker.slot, up, down, self.config.idle_timeout)
         except Refused as refusal:
-            if refusal.outcome is not IDLE or self.progress >= BEGUN:
+            if refusal.outcome is not IDLE or self.progress >= self.BEGUN:
                 raise
-            if up.state == RUNNING and up.waits_for[0] == self.client.fd:
+            if up.state == up.RUNNING and up.waits_for[0] == self.client.fd:
                 raise Refused(BODY_TIMEOUT, "the request body did not end") from None
             raise Refused(ANSWER_TIMEOUT, "the server did not answer") from None
 
@@ -3176,30 +3102,22 @@ class Exchange:
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
             extra += b"Max-Forwards: %b\r\n" % hops
-        if self.target.login and not head.values(b"authorization"):  # what it meant
+        if self.target.login and not head.value(b"authorization"):  # what it meant
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
-        if self.offered:
-            extra += UPGRADE_LINES % self.offered
+        if head.upgrade:
+            extra += UPGRADE_LINES % head.upgrade
         elif not self.length and not self.keep:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
             extra += b"Connection: close\r\n"
-        target = head.path
+        target = self.target.path
         if server.parent:
             target, login = server.parent.request_target(target, authority)
             extra += login
         line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
-
-    def send_body(self, up: Direction, framed: bool) -> Steps:
-        """The direction up: the request's body, as chunks or (not framed) bare."""
-        if self.length == CHUNKED:
-            yield from chunked(up, self.head, framed, BAD_REQUEST)
-        else:
-            yield from up.move(self.length or 0)
-        yield from up.flush()
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
         """The direction down, while a body is on its way up: the answer."""
@@ -3207,103 +3125,88 @@ class Exchange:
         if response.status == 101:
             self.switching = response  # once the body has been sent
             return
-        self.keep, up.may_fail = self.head.keep_alive, True
-        size, told = self.decide_answer(response)
+        up.may_fail = True
         # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
         # body, ever; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
-            up.cancel()
+            up.state = up.CANCELED
             if response.status == 417 and not self.client.received:
                 # It asks the same again, and expects nothing.
                 self.http.expecting = self.head.method, self.head.target
-        closing = up.state == RUNNING and not self.server_keeps
-        if closing or up.state == CANCELED and not self.http.expecting:
+        self.keep = self.head.keep_alive
+        if up.state == up.CANCELED and not self.http.expecting:
             self.keep = False
-        self.worker.slot.publish(self.session)
-        head = self.response_head(response, told)
+        head, size = self.decide_answer(response, up.state == up.RUNNING)
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
         # And if only the close ends the answer, the client must see it now.
-        if not self.server_keeps:
-            up.cancel()
-
-    def read_response(self, server: Stream) -> Steps:
-        """Return a final response head, or one that switches; raise Refused.
-
-        Interim ones are passed on.
-        """
-        bad, check = BAD_RESPONSE, check_response_begun
-        for _ in range(INTERIM_LIMIT):
-            if not server.received:  # as a rule: then there is nothing to look for
-                yield from server.need()
-            raw = yield from read_until(server, HEAD_END, HEAD_LIMIT, bad, check)
-            response = ResponseHead(raw)
-            if response.status >= 200 or response.status == 101:
-                return response
-            self.continued |= response.status == 100
-            if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
-                self.progress = BEGUN
-                lines = response.line + response.forwarded + self.via_line(response)
-                yield from self.client.send_all(bytearray(lines + CRLF))
-                self.progress = NOTHING
-        raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
-
-    def decide_answer(self, response: ResponseHead) -> tuple[int, int | None]:
-        """Decide how the answer ends, and which of the two connections goes on.
-
-        Returns the size of what follows its head, CHUNKED, or ALL that comes until the
-        close; and the length that the head tells, None for none.  Raises Refused.
-        """
-        parent = self.http.server and self.http.server.parent
-        if response.status == 407 and parent:  # it is us that the parent does not know
-            unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
-            raise Refused(unknown, "it wants a user")
-        told = None if response.status == 204 else response_length(response)
-        if self.head_only or response.status in (204, 304):
-            # RFC 9112 section 6.3: a length is told of nothing.
-            told, size = None if told == CHUNKED else told, 0
-        else:
-            size = ALL if told is None else told
-        closing = response.minor == 0 or b"close" in response.options
-        # A length beside chunked does not count, and who says so is not asked again.
-        closing = closing or size == CHUNKED and b"content-length" in response.fields
-        self.server_keeps = not closing and size != ALL
-        self.progress = BEGUN
-        if size == ALL or size == CHUNKED and self.head.minor == 0:
-            self.progress, self.keep, told = BEGUN_UNTIL_CLOSE, False, None
-        if self.watch.retired:
-            self.keep = False
-        self.session.status = str(response.status)
-        return size, told
-
-    def response_head(self, response: ResponseHead, told: int | None) -> bytes:
-        """Return the head of the answer as it travels on."""
-        lines, fields = response.forwarded + self.via_line(response), response.fields
-        if response.status == 426 and b"upgrade" in fields:
-            lines += UPGRADE_LINES % fields[b"upgrade"]  # RFC 9110 section 15.5.22
-        date = fields.get(b"date", b"")
-        if date.count(b",") > 1:  # of two Date lines the first: there is one in it
-            date = b",".join(date.split(b",")[:2])
-        return answer_head(response.line, lines, told, self.keep, date)
+        if up.state == up.RUNNING and not self.server_keeps:
+            up.state = up.CANCELED
 
     def send_answer(
         self, down: Direction, response: ResponseHead, head: bytes, size: int
     ) -> Steps:
         """Send the head of an answer, and the body of a known size; raise Refused."""
         before = self.client.sent
+        self.worker.slot.publish(self.session)
         down.out += head
         try:
-            if size == CHUNKED:
-                yield from chunked(down, response, self.head.minor == 1, BAD_RESPONSE)
-            else:
-                yield from down.move(size)
-            yield from down.flush()
+            yield from move_body(down, response, size, self.head.minor == 1)
         except Refused:
             if self.client.sent == before:
-                self.progress = NOTHING  # it can still become another answer
+                self.progress = self.NOTHING  # it can still become another answer
             raise
-        self.progress = WHOLE
+        self.progress = self.WHOLE
+
+    def read_response(self, server: Stream) -> Steps:
+        """Pass interim responses on; return the head of the next; raise Refused."""
+        bad, check = BAD_RESPONSE, lambda: check_response_begun(server.received)
+        for _ in range(INTERIM_LIMIT):
+            yield from server.need()
+            raw = yield from server.until(HEAD_END, HEAD_LIMIT, bad, check)
+            response = ResponseHead(raw)
+            response.forwarded += self.via_line(response)
+            if response.status >= 200 or response.status == 101:
+                return response
+            self.continued |= response.status == 100
+            if self.head.minor == 1:  # RFC 9110 section 15.2: not to an HTTP/1.0 client
+                self.progress = self.BEGUN
+                lines = response.line + response.forwarded + CRLF
+                yield from self.client.send_all(bytearray(lines))
+                self.progress = self.NOTHING
+        raise Refused(bad, f"{INTERIM_LIMIT} interim responses and no other")
+
+    def decide_answer(
+        self, response: ResponseHead, goes_on: bool = False
+    ) -> tuple[bytes, int]:
+        """Decide how the answer ends, and which of the two connections goes on.
+
+        Returns its head, and the size of what follows: CHUNKED, or ALL that comes until
+        the close.  With a request that still goes on a closing server ends both.
+        Raises Refused.
+        """
+        parent = self.http.server and self.http.server.parent
+        if response.status == 407 and parent:  # it is us that the parent does not know
+            unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
+            raise Refused(unknown, "it wants a user")
+        told = None if response.status == 204 else response.length()
+        if self.head_only or response.status in (204, 304):
+            # RFC 9112 section 6.3: a length is told of nothing.
+            told, size = None if told == CHUNKED else told, 0
+        else:
+            size = ALL if told is None else told
+        # A length beside chunked does not count, and who says so is not asked again.
+        doubtful = size == CHUNKED and b"content-length" in response.fields
+        self.server_keeps = response.keep_alive and size != ALL and not doubtful
+        self.progress = self.BEGUN
+        if self.watch.retired or goes_on and not self.server_keeps:
+            self.keep = False
+        if size == ALL or size == CHUNKED and self.head.minor == 0:
+            self.progress, self.keep, told = self.BEGUN_UNTIL_CLOSE, False, None
+        self.session.status = str(response.status)
+        lines = response.forwarded
+        return answer_head(response.line, lines, told, self.keep), size
 
     def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
@@ -3313,13 +3216,12 @@ class Exchange:
 
     def switch(self, server: Stream, response: ResponseHead) -> None:
         """Make it a tunnel, if the server took what was offered; raise Refused."""
-        chosen = response.fields.get(b"upgrade", b"")
-        taken = set(members(chosen))
-        if not taken or not taken.issubset(members(self.offered)):
+        taken = set(members(response.upgrade))
+        if not taken or not taken.issubset(members(self.head.upgrade)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.forwarded + self.via_line(response) + UPGRADE_LINES % chosen
-        self.join_as_tunnel(server, "101", response.line + lines + CRLF)
+        lines = response.line + response.forwarded
+        self.join_as_tunnel(server, "101", lines + CRLF)
 
     # Answers of our own.
 
@@ -3327,24 +3229,24 @@ class Exchange:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
         keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
+        lines = date_line(int(time.time())) + lines
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
         whole = head if self.head_only else head + body
-        # So that a part of it ends by a reset.
-        self.progress, seconds = BEGUN_UNTIL_CLOSE, self.config.idle_timeout
-        self.watch.send(self.client, whole, "the client takes no more", seconds)
-        self.progress, self.keep = WHOLE, keep
+        self.progress = self.BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
+        self.watch.send(self.client, whole)
+        self.progress, self.keep = self.WHOLE, keep
 
     def refuse(self, refusal: Refused) -> Outcome:
         """Tell the client why not, or cut its answer short; return the outcome."""
         outcome, session = refusal.outcome, self.session
-        if self.understood and session.target == "-":
+        if session.method != "-" and session.target == "-":
             # A target that was not understood may have a password anywhere.
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
-        if self.progress is not NOTHING or not outcome.error:
+        if self.progress is not self.NOTHING or not outcome.error:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
-            if self.progress == BEGUN_UNTIL_CLOSE:
+            if self.progress == self.BEGUN_UNTIL_CLOSE:
                 if outcome.error == SERVER_GONE.error:  # or a parent's fault
                     deliver(self.watch, self.client)
                 self.client.abort()
@@ -3362,19 +3264,20 @@ class Exchange:
 
         One that said close, and no more, has sent nothing that ours could reset.
         """
-        if self.keep or self.progress != WHOLE:
+        if self.keep or self.progress != self.WHOLE:
             return False
-        if not self.understood or self.head.keep_alive or self.length:
+        if self.session.method == "-" or self.head.keep_alive or self.length:
             return True
-        return bool(self.client.received or readable([self.client.fd]))
+        with contextlib.suppress(Refused):
+            return self.client.fill() and bool(self.client.received)
+        return False
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""
         name, session = self.config.name, self.session
         why = "".join(c if " " <= c <= "~" else "?" for c in detail) or outcome.word
-        asked = "this request"
-        if self.understood:
-            asked = f"{session.method} {session.target}"
+        known = session.method != "-"
+        asked = f"{session.method} {session.target}" if known else "this request"
         # RFC 9209 section 2: a token where it is one, else a string.
         own = name if name[:1].isalpha() else f'"{name}"'
         details = why.replace("\\", "/").replace('"', "'")
@@ -3458,15 +3361,15 @@ def load_chapter(name: str, option: str = "") -> Any:
 
 def admit(worker: Worker, client: Client) -> bool:
     """Return whether a client may be here; one that may not gets no byte."""
-    session = Session(client.endpoint, worker.pid_text)
     try:
-        if worker.policy.is_client(client.address, client.stream.sock):
-            return True
-        outcome = OUTSIDER
+        inside = worker.policy.is_client(client.address, client.stream.sock)
+        outcome = OK if inside else OUTSIDER
     except OSError as error:  # the kernel does not say where it comes from
         outcome = outcome_of(error)
-    worker.generation.log.write(session, outcome.word, worker.slot)
-    return False
+    if outcome is not OK:
+        session = Session(client.endpoint, worker.pid_text)
+        worker.generation.log.write(session, outcome.word, worker.slot)
+    return outcome is OK
 
 
 def serve_client(worker: Worker) -> bool:

@@ -41,7 +41,7 @@ def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
     if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
         return "connect", *natwork.parse_authority(secure[1], 443)
     if b"://" in wanted:
-        target, _ = natwork.parse_target(b"GET", wanted)
+        target = natwork.parse_target(b"GET", wanted)
         return target.scheme.decode(), target.host, target.port
     return "connect", *natwork.parse_authority(wanted, 0)
 

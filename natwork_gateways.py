@@ -88,17 +88,16 @@ def dialed(exchange: Exchange) -> Iterator[Stream]:
 
 def send_line(exchange: Exchange, line: str) -> None:
     """Send a line of Latin-1 to the server; raise Refused."""
-    server, seconds = exchange.http.server, exchange.config.idle_timeout
+    server = exchange.http.server
     assert server
-    data = f"{line}\r\n".encode("latin-1")
-    exchange.watch.send(server, data, "the server takes no more", seconds)
+    exchange.watch.send(server, f"{line}\r\n".encode("latin-1"))
 
 
 def run(exchange: Exchange, steps: natwork.Steps, seconds: float) -> Any:
     """Run steps that read from a server, for so many seconds at most; raise Refused."""
-    idle, end = exchange.config.idle_timeout, time.monotonic() + seconds
+    end = time.monotonic() + seconds
     late, why = natwork.ANSWER_TIMEOUT, "the server did not answer"
-    return exchange.watch.run(steps, late, why, idle, end, exchange.client)
+    return exchange.watch.run(steps, late, why, end, exchange.client)
 
 
 def until_end(source: Stream) -> natwork.Steps:
@@ -149,7 +148,7 @@ def read_reply(server: Stream) -> natwork.Steps:
     """
     bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, bytearray()
     while len(lines) < limit:
-        line = yield from natwork.read_until(server, natwork.LINE_END, limit, bad)
+        line = yield from server.until(natwork.LINE_END, limit, bad)
         lines += line
         if not REPLY_LINE.match(lines):
             raise Refused(bad, "a reply without a code")
@@ -289,18 +288,18 @@ def ftp_get(exchange: Exchange, path: str) -> None:
     if reply[0] == "5":
         ftp_list(exchange, path)
     elif size is None and not exchange.head_only:
-        exchange.progress = natwork.BEGUN_UNTIL_CLOSE
+        exchange.progress = exchange.BEGUN_UNTIL_CLOSE
         hear(exchange, "2")  # or what came was not all, and the answer is cut
-        exchange.progress = natwork.WHOLE
+        exchange.progress = exchange.WHOLE
 
 
 def check_put(head: natwork.RequestHead, path: str) -> None:
     """Raise Refused if a body cannot be stored as its request asks."""
     if not path or path.endswith("/"):
         raise Refused(natwork.BAD_REQUEST, "PUT without the name of a file")
-    if head.values(b"content-range"):  # RFC 9110 section 14.5
+    if head.value(b"content-range"):  # RFC 9110 section 14.5
         raise Refused(natwork.BAD_REQUEST, "a part is not stored as the whole")
-    if head.values(b"if-match") or head.values(b"if-none-match"):
+    if head.value(b"if-match") or head.value(b"if-none-match"):
         raise Refused(natwork.UNCHECKED, "FTP cannot tell whether it holds")
 
 
@@ -310,14 +309,14 @@ def ftp_put(exchange: Exchange, path: str) -> None:
     with data_connection(exchange) as data:
         up = natwork.Direction(exchange.client, data)
         down = natwork.Direction(data, exchange.client)
-        up.steps, down.steps = exchange.send_body(up, False), down.flush()
+        up.steps = natwork.move_body(up, head, exchange.length or 0, framed=False)
         up.step()  # with what has come: a malformed body empties no file
         ask(exchange, f"STOR {path}", "1")
         if exchange.length and head.expected:
             down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
         exchange.join(up, down)
     hear(exchange, "2")
-    if up.state == natwork.CANCELED:
+    if up.state == up.CANCELED:
         raise Refused(natwork.SERVER_GONE, "the server took no more")
     exchange.keep = head.keep_alive
     # RFC 9110 section 9.3.4.
@@ -326,14 +325,14 @@ def ftp_put(exchange: Exchange, path: str) -> None:
 
 def ftp(exchange: Exchange) -> None:
     """Answer a request for an ftp:// URL; raise Refused."""
-    head, session = exchange.head, exchange.session
+    head, session, target = exchange.head, exchange.session, exchange.target
     session.proto = "ftp"
     if session.method not in ("GET", "HEAD", "PUT"):
         raise Refused(natwork.NOT_IMPLEMENTED, "ftp:// has GET, HEAD and PUT")
-    path, kind = decoded(head.path[1:]), head.path[-7:].lower()
+    path, kind = decoded(target.path[1:]), target.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
-    login = ftp_login(head, exchange.target.login)
+    login = ftp_login(head, target.login)
     if session.method == "PUT":
         check_put(head, path)
     exchange.worker.begin(session)
@@ -395,12 +394,12 @@ def gopher_text(exchange: Exchange, server: Stream) -> None:
 
 def gopher(exchange: Exchange) -> None:
     """Answer a request for a gopher:// URL; raise Refused."""
-    head, session, target = exchange.head, exchange.session, exchange.target
+    session, target = exchange.session, exchange.target
     session.proto = "gopher"
     if session.method not in ("GET", "HEAD"):
         raise Refused(natwork.NOT_IMPLEMENTED, "gopher:// has GET and HEAD")
     session.target = session.target.partition("%09")[0]  # less the query
-    kind, selector = gopher_selector(head.path[1:])
+    kind, selector = gopher_selector(target.path[1:])
     exchange.worker.begin(session)
     if kind == "7" and "\t" not in selector:
         natwork.judged(exchange.worker, session, target.host, target.port)

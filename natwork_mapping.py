@@ -98,8 +98,8 @@ class Mapper:
 
     def run(self) -> None:
         """Answer until it is time to leave; then see mappings and callers out."""
-        timeout, lifeline = self.config.drain_timeout, self.generation.lifeline_read
-        watch = natwork.Watch(lifeline, timeout, self.sockets)
+        lifeline = self.generation.lifeline_read
+        watch = natwork.Watch(lifeline, self.config, self.sockets)
         while not watch.retired:
             try:
                 self.open()

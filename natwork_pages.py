@@ -303,7 +303,7 @@ def table_data(exchange: Exchange) -> dict[str, Any]:
     With ?source_port=N it has only those that leave from port N; raise Refused.
     """
     rows = natwork.table_rows(exchange.worker.board)
-    query = exchange.head.path.partition(b"?")[2]
+    query = exchange.target.path.partition(b"?")[2]
     if asked := re.search(b"(?:^|&)source_port=([^&]*)", query):
         if not re.fullmatch(b"[0-9]{1,5}", asked[1]):
             raise Refused(natwork.BAD_REQUEST, "source_port is not a port's number")
@@ -428,7 +428,7 @@ def own_page(exchange: Exchange) -> None:
         b"/wpad.dat": pac_file,
         b"/lat.json": lat_file,
     }
-    page = pages.get(head.path.partition(b"?")[0])
+    page = pages.get(exchange.target.path.partition(b"?")[0])
     if page not in (pac_file, lat_file):
         admit(exchange)
     if not page:

@@ -111,7 +111,7 @@ def ask_http(
     yield from server.send_all(bytearray(request))
     bad, end = natwork.BAD_RESPONSE, natwork.HEAD_END
     for _ in range(natwork.INTERIM_LIMIT):
-        head = yield from natwork.read_until(server, end, natwork.HEAD_LIMIT, bad)
+        head = yield from server.until(end, natwork.HEAD_LIMIT, bad)
         answer = natwork.ResponseHead(head)
         if answer.status >= 300:
             outcome = REFUSALS.get(answer.status, natwork.CONNECT_FAILED)

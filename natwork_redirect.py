@@ -123,8 +123,7 @@ def sniff(worker: Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
         # An empty line is a question by itself in finger and gopher, and before an
         # HTTP request it means nothing.
         blank = len(client.received) - len(client.received.lstrip(b"\r\n"))
-        why = "the server takes no more"
-        watch.send(server, client.take(blank), why, config.head_timeout)
+        watch.send(server, client.take(blank))
         names = claimed_names(bytes(client.received))
         if names is not None:
             return names

@@ -309,8 +309,7 @@ class Socks:
 
     def take_text(self) -> bytes:
         """Take at most 255 bytes and the NUL after them; raise Refused."""
-        steps = natwork.read_until(self.client, NUL, 256, natwork.BAD_REQUEST)
-        return self.run(steps)[:-1]
+        return self.run(self.client.until(NUL, 256, natwork.BAD_REQUEST))[:-1]
 
     def ask4(self) -> tuple[int, bytes, int]:
         """Return command, name and port of a version 4 or 4a request; raise Refused."""
@@ -353,8 +352,7 @@ class Socks:
 
     def send(self, data: bytes) -> None:
         """Send a few bytes, for which a new connection has room; raise Refused."""
-        watch, seconds = self.worker.watch, self.worker.config.head_timeout
-        watch.send(self.client, data, "the client takes no reply", seconds)
+        self.worker.watch.send(self.client, data)
 
     def reply(self, outcome: natwork.Outcome, address: SocketAddress) -> bytes:
         """Return the reply for an outcome, with an address: RFC 1928 section 6."""

@@ -680,7 +680,7 @@ def uplinks_of(outside: str) -> natwork.Policy:
 def race_of(lifeline: int) -> natwork.Race:
     """Return a race with what it needs of a worker."""
     worker = SimpleNamespace(
-        watch=natwork.Watch(lifeline, 1.0, {}),
+        watch=natwork.Watch(lifeline, natwork.Config(drain_timeout=1.0), {}),
         board=natwork.Scoreboard(),
         policy=uplinks_of(" ".join(UPLINKS)),
         config=natwork.Config(connect_timeout=20.0),

@@ -606,8 +606,10 @@ def test_pipes_are_made_for_bulk_and_given_back(
     idle = len(kernel.opened(pid, "pipe:"))
     with http_wire.tunnel(gateway, server) as client:  # trap 3
         wait.at_rest(lambda: sender.sent)
+        # What came slowly was copied; now there is much at once.
+        got = len(wire.read_exactly(client, MIB))
+        wait.at_rest(lambda: sender.sent)
         assert len(kernel.opened(pid, "pipe:")) > idle  # it is in there that bytes wait
-        got = 0
         while got < max(sender.sent, 4 * MIB):
             got += len(client.recv(65536))
         # Stopped by the reader, who stops: now empty it, and keep it open.
