@@ -638,7 +638,7 @@ def timestamp(second: int) -> str:
 
 
 class Session:
-    """What one client asked for and got: the log line, the title and the row.
+    """One request, or one tunnel, and what came of it: log line, title and row.
 
     What is shown is printable text without blanks, "-" when there is nothing.
     """
@@ -1113,7 +1113,7 @@ class Direction:
 
     state = RUNNING
     waits_for: tuple[int, int]  # as the steps yield it
-    may_fail = False  # without an end to the other direction
+    may_fail = False  # a failure then cancels this direction alone
 
     def __init__(self, source: Stream, sink: Stream) -> None:
         self.source, self.sink = source, sink
@@ -1131,13 +1131,14 @@ class Direction:
         except StopIteration:
             self.state = self.DONE
         except Refused as refusal:
-            # The sink is the server, and it is the sink that was lost.
-            server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
+            server_lost = (
+                refusal.outcome is SERVER_GONE and self.sink.lost is SERVER_GONE
+            )
             if not server_lost and not self.may_fail:
                 raise
             self.state = self.CANCELED
             if not server_lost:
-                self.sink.end()  # in mid-message, which nobody takes for the whole
+                self.sink.end()  # in mid-message, so it cannot look complete
 
     def flush(self) -> Steps:
         """Send what is gathered in out."""
@@ -1179,6 +1180,7 @@ class Direction:
         except OSError:  # no descriptors left
             return 0
         total, size = 0, COPY_SIZE
+        count = min(count, 64 * PIPE_SIZE)  # then the other direction has its turn
         try:
             # Refused to a user that has many pipes already: then 64 KiB, or less, do.
             with contextlib.suppress(OSError):
@@ -1242,8 +1244,9 @@ def relay(
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
-            # Else a slow reader takes what the kernel has for it.
-            if in_flight in (0, before):  # the queues are empty, or as full as then
+            # A slow reader may be taking what the kernel holds for it; not if that is
+            # nothing, or as much as at the last look.
+            if in_flight in (0, before):
                 raise Refused(IDLE, "nothing moved")
     finally:
         for one in (up, down):
@@ -1281,7 +1284,10 @@ def readable(fds: Iterable[int]) -> dict[int, int]:
 
 
 class Client:
-    """A client's connection, and who is at the other end of it."""
+    """A client's connection, and who is at the other end of it.
+
+    The listener has it reset if it is closed in any other way than by close().
+    """
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Take what accept() returns."""
@@ -1294,7 +1300,7 @@ class Client:
         self.number = hash(self.host) & 0xFFFFFFFF | 1
 
     def close(self) -> None:
-        """Close in order.  Until now, had this process died, it had been a reset."""
+        """Close in order."""
         reset_on_close(self.stream.sock, False)
         self.stream.close()
 
@@ -1351,18 +1357,19 @@ class Worker:
                     return client
             if self.lifeline in ready:
                 return None
-            # Not idle first, then counted: of many that ask at once whether they
-            # are surplus, too few leave rather than too many.
+            # Leave the count of the idle before looking at it: of many that ask at
+            # once each sees the fewer, so too few leave rather than too many.
             self.slot.set_state(BUSY)
             if not ready and self.has_spares():
                 return None
 
     def stand_in_line(self, wanted: bool) -> None:
-        """Have the kernel ask us for each client, or not while one of ours stays.
+        """Have the kernel wake us for new clients, or not while ours stays for long.
 
-        It asks in the order of registration and wakes the first that sleeps, so a few
-        workers serve all short clients, and their memory stays in the caches: a tenth
-        less processor time a client.  To ask a busy one costs it 60 ns.
+        It asks in the order of registration and wakes the first worker that sleeps, so
+        few workers serve all short clients, and their memory stays in the caches: a
+        tenth less processor time a client.  A busy one in the line costs it 60 ns; to
+        register again for each client would cost more.
         """
         if wanted == self.is_in_line:
             return
@@ -1398,12 +1405,12 @@ class Worker:
         """Return whether enough workers are idle, this one not counted."""
         return self.board.states().count(IDLE_STATE) >= self.config.spare_workers
 
-    def await_word(self, seconds: float, new: bool) -> bool:
-        """Wait for the client's next word, and receive it; return whether it came.
+    def await_bytes(self, seconds: float, new: bool) -> bool:
+        """Wait for the client's next bytes, and receive them; return whether any came.
 
-        Else the time is over, or it is time to leave.  A new client is not sent away by
-        a reload, and has a moment when the master leaves, as any other at a reload: its
-        request would else cross with our leaving.
+        None come when the time is over, or when it is time to leave.  At a reload a new
+        client has its whole time.  It has CROSSING_TIME when the master leaves, as a
+        kept-alive client has at a reload: a request may be on its way.
         """
         client, poll = self.client.stream, select.poll()
         poll.register(client.fd, POLLIN)
@@ -1422,7 +1429,7 @@ class Worker:
         except Refused:
             return False
 
-    def make_room(self, *_: object) -> None:
+    def leave_if_silent(self, *_: object) -> None:
         """Leave for another client, as the master asks, if ours is silent still."""
         silent = self.board.states()[self.slot.number] == SILENT
         if silent and not readable([self.client.stream.fd]):
@@ -1451,7 +1458,7 @@ class Worker:
 
         refuse() tells its client why not, and returns the outcome for the log.
         """
-        outcome = BROKEN
+        outcome: Outcome | None = None
         try:
             serve()
             outcome = session.outcome
@@ -1462,6 +1469,9 @@ class Worker:
             outcome = refuse(Refused(outcome_of(error), reason(error)))
         finally:
             session.down += self.client.stream.counted()
+            if not outcome:  # what nobody foresaw: half an answer must not look whole
+                outcome = BROKEN
+                self.client.stream.abort()
             self.generation.log.write(session, outcome.word, self.slot)
 
 
@@ -1614,7 +1624,7 @@ class Master:
     def serve_clients(self, slot: Slot) -> None:
         """Be a worker, until it is time to leave."""
         worker = Worker(self.generation, slot)
-        signal.signal(signal.SIGURG, worker.make_room)  # sent by the master
+        signal.signal(signal.SIGURG, worker.leave_if_silent)  # sent by the master
         if os.geteuid() != 0:
             # Serving needs neither fork nor threads; root is above that limit.
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
@@ -2349,8 +2359,8 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     """Join a client and its server, after a few bytes to the client, until both end.
 
     Closes the server.  Raises Refused when a side is lost or silent for too
-    long; then both were reset, because the end of a stream is here the end of
-    what it says.
+    long; then both were reset, because a tunnel has no other mark of its end than
+    the end of the stream.
     """
     client, watch = worker.client.stream, worker.watch
     worker.stand_in_line(False)
@@ -2789,7 +2799,8 @@ def move_body(
 # Each request on a kept-alive connection is parsed, judged and routed by itself.
 # Most requests end with their head, and most answers come whole with theirs:
 # that is the plain way through an exchange, told first.  Directions are for what
-# has a body that is still on its way.
+# has a body that is still on its way.  A response is what a server sends; an answer
+# is what the client gets, from there or from us.
 
 
 class HttpConnection:
@@ -2813,7 +2824,7 @@ class HttpConnection:
         deadline = time.monotonic() + self.worker.config.keepalive_timeout
         while self.drop_blanks():
             left = max(0.0, deadline - time.monotonic())
-            if not self.worker.await_word(left, new=False):
+            if not self.worker.await_bytes(left, new=False):
                 return False
         return True
 
@@ -2897,12 +2908,13 @@ class Exchange:
             if self.length:
                 raise Refused(BAD_REQUEST, "CONNECT with a body")
         else:
-            self.keep = head.keep_alive and not self.length  # or once that is taken
+            self.keep = head.keep_alive and not self.length  # with a body: see reply()
         if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
         if asked and (head.expected or asked != (head.method, head.target)):
-            raise Refused(BAD_REQUEST._replace(error=""))  # perhaps the body, too late
+            # Perhaps it is the body, sent too late: close without a word.
+            raise Refused(BAD_REQUEST._replace(error=""))
         return head
 
     def await_head(self) -> bytes:
@@ -3013,7 +3025,7 @@ class Exchange:
         # else may meet the close of a server that has waited long.
         repeatable = not self.length and head.method in self.IDEMPOTENT
         late = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
-        # What may be dialed may be asked again: the rules see no more than these.
+        # The rules let this client dial these, and look at nothing else.
         asked = session.user, target.host, target.port
         kept = http.server if asked == http.server_for and not late else None
         # What can be read is its end, or unasked: RFC 9112 section 6.3.
@@ -3045,8 +3057,9 @@ class Exchange:
             keeps = self.server_keeps and not server.received
             self.http.answered_at = time.monotonic()
         except Refused as refusal:
-            # A parent is to blame for what it did to a connection that leads to it.
-            raise server.parent.blamed(refusal) if server.parent else refusal from None
+            if server.parent:  # it is to blame for what it did to the connection
+                raise server.parent.blamed(refusal) from None
+            raise
         finally:
             self.session.up += server.counted()
             if not keeps:
@@ -3192,8 +3205,10 @@ class Exchange:
             raise Refused(unknown, "it wants a user")
         told = None if response.status == 204 else response.length()
         if self.head_only or response.status in (204, 304):
-            # RFC 9112 section 6.3: a length is told of nothing.
-            told, size = None if told == CHUNKED else told, 0
+            # RFC 9112 section 6.3: they may tell a length, and nothing follows.
+            size = 0
+            if told == CHUNKED:
+                told = None
         else:
             size = ALL if told is None else told
         # A length beside chunked does not count, and who says so is not asked again.
@@ -3262,7 +3277,8 @@ class Exchange:
     def lingers(self) -> bool:
         """Return whether the client may say more after a whole answer, before a close.
 
-        One that said close, and no more, has sent nothing that ours could reset.
+        One that said close, and nothing after that, left no byte unread: our close is
+        then no reset.
         """
         if self.keep or self.progress != self.WHOLE:
             return False
@@ -3385,8 +3401,8 @@ def serve_client(worker: Worker) -> bool:
             return True
         if chapters.redirect and chapters.redirect(worker):
             return True
-        if not worker.await_word(worker.config.head_timeout, new=True):
-            return True  # a head then has as long again
+        if not worker.await_bytes(worker.config.head_timeout, new=True):
+            return True
         if client.stream.received[0] in (4, 5) and chapters.socks:
             chapters.socks(worker)
             return True

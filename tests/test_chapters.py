@@ -238,3 +238,36 @@ def test_imported_the_heart_is_that_module(tmp_path: Path) -> None:
     laid(tmp_path / "here", "socks")
     done = running.command(cwd=tmp_path / "here", program=[sys.executable, "-c", code])
     assert done.stdout == "True True\n", done
+
+
+FAULTY = """
+import natwork
+
+VERSION = natwork.__version__
+
+
+def serve(exchange):
+    exchange.watch.send(exchange.client, b"HTTP/1.1 200 OK\\r\\n\\r\\nhalf")
+    raise LookupError("of a chapter")
+
+
+def join(chapters):
+    chapters.schemes[natwork.OWN_PAGE] = serve
+"""
+
+
+def test_what_a_fault_cuts_off_does_not_look_whole(
+    natwork: running.Start, tmp_path: Path
+) -> None:
+    program = laid(tmp_path / "here")
+    (tmp_path / "here/natwork_pages.py").write_text(FAULTY)
+    gateway = natwork(program=program)
+    with gateway.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert wire.read_exactly(client, 23) == b"HTTP/1.1 200 OK\r\n\r\nhalf"
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    (line,) = gateway.lines(1)
+    assert line["outcome"] == "internal-error"
+    wait.until(lambda: "LookupError: of a chapter\n" in gateway.errors.read_text())
+    gateway.errors.write_text("")  # and nobody else has seen a traceback
