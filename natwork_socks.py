@@ -81,9 +81,10 @@ def open_port(
         try:
             if uplink and not uplink.packed:
                 natwork.leave_by(sock, uplink)
-            # The last connection from a port may be in TIME_WAIT.
-            reuse = kind == natwork.STREAM
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            if kind == natwork.STREAM:  # the last connection may be in TIME_WAIT
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            else:  # for a burst; net.core.rmem_max cuts it
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             sock.bind((where[0], port, *where[2:]))
             if kind == natwork.STREAM:
                 sock.listen(8)  # one call is expected

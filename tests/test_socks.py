@@ -991,6 +991,27 @@ def test_datagrams_go_there_and_back(
     assert entry["target"].endswith(f":{server.port}")
 
 
+def test_a_burst_waits_while_the_worker_is_busy(natwork: running.Start) -> None:
+    most = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    count = min(400, most // 512)  # of small ones, each of which takes 768 bytes
+    started = natwork("spare_workers=1")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        server.bind((SERVER, 0))
+        server.settimeout(10)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        client = stack.enter_context(socks_wire.associated(started))
+        where = socks_wire.addressed(*server.getsockname())
+        client.send(where, b"first")
+        assert server.recv(10) == b"first"
+        worker = started.worker_of(client.control)
+        os.kill(worker, signal.SIGSTOP)
+        for _ in range(count):
+            client.send(where, b"x")
+        os.kill(worker, signal.SIGCONT)
+        assert [server.recv(10) for _ in range(count)] == [b"x"] * count
+
+
 def test_one_association_talks_to_many_hosts(
     gateway: running.Gateway, udp: Udp
 ) -> None:
