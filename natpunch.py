@@ -37,9 +37,9 @@ import argparse
 import contextlib
 import hmac
 import ipaddress
+import itertools
 import os
 import random
-import re
 import resource
 import select
 import selectors
@@ -49,15 +49,12 @@ import ssl
 import stat
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
-from typing import NoReturn
-
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("natpunch: needs Python 3.10 or later")
 
 __version__ = "0.1.0"
 
@@ -85,11 +82,10 @@ STUN_RATE = 10  # answers to one source in a second
 SOURCES = 10000  # that are answered in a second; forged ones have no end
 FOREVER = float("inf")
 
-INET6, STREAM, DGRAM = socket.AF_INET6, socket.SOCK_STREAM, socket.SOCK_DGRAM
-POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
+AF_INET, AF_INET6 = socket.AF_INET, socket.AF_INET6
+STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 # A round's time, and whether it begins with a low TTL: 6 s in all.
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
-NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Address = tuple[str, int]
 
 # --- What is said -------------------------------------------------------------
@@ -104,8 +100,8 @@ REFUSALS = {
 }
 
 
-class Refused(Exception):
-    """The server refuses: the text is a key of REFUSALS."""
+class Refused(OSError):
+    """The server refuses, with a text of REFUSALS."""
 
 
 class Failure(Exception):
@@ -127,8 +123,6 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
     """Turn what fails into the one line of a Failure, with nothing of the network."""
     try:
         yield
-    except Refused as refused:
-        raise Failure(f"cannot {to}: {REFUSALS[str(refused)]}", code) from refused
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]
         raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
@@ -146,7 +140,7 @@ def parse_address(text: str, port: int = 0) -> Address:
     host, colon, number = text.rpartition(":")
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
-    if not re.fullmatch("[0-9]{1,5}", number) or not 0 < int(number) < 65535:
+    if not (number.isascii() and number.isdigit() and 0 < int(number) < 65535):
         raise Failure(f"cannot use {text!r}: it has no port from 1 to 65534", 2)
     return host.strip("[]"), int(number)
 
@@ -155,12 +149,11 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
     """Return the secret of a file, else of the environment, else of a default file."""
     found = os.environ.get(variable, "").encode()
     path = path or ("" if found else os.path.expanduser(default))
-    with trying(f"read {path}", 2):
-        if path:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_mode & 0o077:
-                    raise OSError("others may read it")
-                found = file.read(LINE_LIMIT).strip()
+    if path:
+        with trying(f"read {path}", 2), open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise OSError("others may read it")
+            found = file.read(LINE_LIMIT).strip()
     if len(found) < 16 and (path or found):
         raise Failure(f"cannot use {path or variable}: 16 characters are the least", 2)
     return found
@@ -169,6 +162,32 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
 def mac(key: bytes, *words: object) -> bytes:
     """Return 16 bytes that only an owner of the key can make of these words."""
     return hmac.digest(key, " ".join(map(str, words)).encode(), "sha256")[:16]
+
+
+def tell(sock: socket.socket, *words: object) -> None:
+    """Send a message; a connection that is lost shows when it is read."""
+    with contextlib.suppress(OSError):
+        sock.sendall(" ".join(map(str, words)).encode() + b"\n")
+
+
+def hear(sock: socket.socket, expected: str) -> list[str]:
+    """Return the words of the server's next message; raise what trying() takes."""
+    # Not a byte more: after the last message comes what is relayed.
+    with sock.makefile("rb", buffering=0) as file:
+        line = file.readline(LINE_LIMIT)
+    if not line:
+        raise OSError("the server has left")
+    first, *words = line.decode("ascii").split()
+    if first == "no" and words[0] in REFUSALS:
+        raise Refused(REFUSALS[words[0]])
+    if first != expected:
+        raise ValueError(first)
+    return words
+
+
+def address_of(host: str | bytes, port: str | int) -> Address:
+    """Return an address that was told; raise ValueError, also for a host's name."""
+    return str(ipaddress.ip_address(host)), int(port)
 
 
 # --- STUN ---------------------------------------------------------------------
@@ -228,10 +247,12 @@ def stun_answer(
         raise ValueError("not a request")
     change = int.from_bytes(asked.get(CHANGE, b""), "big") & (OTHER_HOST | OTHER_PORT)
     unknown = [name for name in asked if name < 0x8000 and name not in KNOWN]
-    if unknown or change & OTHER_HOST and not other:
-        names = struct.pack(f"!{len(unknown or [CHANGE])}H", *(unknown or [CHANGE]))
+    if change & OTHER_HOST and not other:
+        unknown.append(CHANGE)
+    if unknown:
+        names = UNKNOWN, struct.pack(f"!{len(unknown)}H", *unknown)
         code = ERROR_CODE, bytes((0, 0, 4, 20))
-        return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
+        return stun(ERROR, transaction, code, names), 0
     is_old = transaction[:4] != COOKIE
     found = [(XOR_MAPPED, packed(source, transaction))]
     if is_old:
@@ -248,49 +269,28 @@ def stun_answer(
 
 
 def bound(kind: int, family: int, port: int = 0) -> socket.socket:
-    """Return a socket at a local port that others may share."""
+    """Return a socket at a local port; those of TCP may share one."""
     sock = socket.socket(family, kind)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    # Not for UDP: the kernel would choose a port that another socket has.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == STREAM)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        sock.setsockopt(socket.SOL_SOCKET, option, kind == STREAM)
     sock.bind(("", port))
     return sock
 
 
-def seen_by(server: Address, sock: socket.socket, token: bytes) -> Address:
-    """Return as what a server sees a socket; raise OSError, ValueError, LookupError."""
+def ask_stun(
+    sock: socket.socket, server: Address, token: bytes, *wanted: tuple[int, bytes]
+) -> Address:
+    """Return as what a server sees a socket; raise what trying() takes."""
+    request = stun(BINDING, COOKIE + token + os.urandom(4), *wanted)
     sock.settimeout(OBSERVE_TIME)
-    sock.connect(server)
-    if sock.type == STREAM:
-        sock.send(f"see {token.hex()}\n".encode())
-        _, host, port = sock.recv(LINE_LIMIT).decode("ascii").split()
-        return str(ipaddress.ip_address(host)), int(port)
-    transaction = COOKIE + token + os.urandom(4)
     for _ in range(2):  # a datagram may be lost
-        sock.send(stun(BINDING, transaction))
+        sock.sendto(request, server)
         with contextlib.suppress(TimeoutError):
-            _, answered, found = parse_stun(sock.recv(LINE_LIMIT))
-            raw = hidden(found[XOR_MAPPED][2:], answered)
-            if answered == transaction:
-                return str(ipaddress.ip_address(raw[2:])), int.from_bytes(
-                    raw[:2], "big"
-                )
+            _, transaction, found = parse_stun(sock.recv(LINE_LIMIT))
+            raw = hidden(found[XOR_MAPPED][2:], transaction)
+            if transaction == request[4:20]:
+                return address_of(raw[2:], int.from_bytes(raw[:2], "big"))
     raise TimeoutError
-
-
-def observe(
-    listener: socket.socket, servers: list[Address], token: bytes
-) -> list[Address]:
-    """Return as what the servers see a local port, less those that are silent.
-
-    They know by the token whom they see.
-    """
-    seen, port = [], listener.getsockname()[1]
-    for server in servers:
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            with bound(listener.type, listener.family, port) as sock:
-                seen.append(seen_by(server, sock, token))
-    return seen
 
 
 def behavior(seen: list[Address]) -> tuple[str, int]:
@@ -311,8 +311,8 @@ def behavior(seen: list[Address]) -> tuple[str, int]:
 
 MAGIC, PROBE_SIZE = b"\xf5\x9d", 19
 SYN, ACK, DONE, BYE = b"\1", b"\2", b"\3", b"\4"
-REPLIES: tuple[dict[bytes, bytes], ...] = ({SYN: SYN, ACK: DONE}, {SYN: ACK})
-LAST = ACK, DONE  # by role
+REPLIES = {(0, SYN): SYN, (1, SYN): ACK, (0, ACK): DONE}  # by role
+LAST = ACK, DONE
 
 
 class Peers(NamedTuple):
@@ -321,118 +321,109 @@ class Peers(NamedTuple):
     role: int
     key: bytes
 
-    def probe(self, kind: bytes, role: int) -> bytes:
-        return MAGIC + kind + mac(self.key, role, kind.hex())
+    def probe(self, kind: bytes, is_theirs: bool = False) -> bytes:
+        return MAGIC + kind + mac(self.key, self.role ^ is_theirs, kind.hex())
 
-    def say(self, sock: socket.socket, kind: bytes) -> None:
+    def say(self, sock: socket.socket, kind: bytes, there: Any = None) -> None:
         """Send a probe, or lose it."""
         with contextlib.suppress(OSError):
-            sock.send(self.probe(kind, self.role), socket.MSG_DONTWAIT)
+            sock.sendmsg([self.probe(kind)], (), 0, there)
 
     def kind_of(self, data: bytes) -> bytes:
         """Return which probe of the peer this is, or nothing."""
-        right = self.probe(data[2:3], 1 - self.role)
+        right = self.probe(data[2:3], True)
         return data[2:3] if hmac.compare_digest(data, right) else b""
 
 
-class Sight(NamedTuple):
-    """A peer's NAT, as the server sees it."""
-
-    host: str
-    port: int  # the last one seen
-    behavior: str  # same, step or random; none if nothing was seen
-    step: int
-    inside: list[Address]  # of a peer behind the same NAT as we
-
-
-def aims(mine: str, theirs: Sight) -> tuple[int, list[Address]]:
+def aims(
+    mine: str, theirs: str, at: Address, step: int, *inside: Address
+) -> tuple[int, list[Address]]:
     """Return from how many ports to send, and where to; nowhere if it is hopeless.
 
     Two stepping NATs fan in: each probe of ours takes one of our next ports, so that
     whichever of them the peer aims at has been opened towards it.
     """
-    last = [theirs.port]
-    ahead = [theirs.port + theirs.step * n for n in range(1, FAN + 1)]
+    host, last = at
+    ahead = [last + step * n for n in range(1, FAN + 1)]
     table = {
-        ("same", "same"): (1, last),
+        ("same", "same"): (1, [last]),
         ("same", "step"): (1, ahead),
         ("same", "random"): (1, random.sample(range(1024, 65536), PROBES)),
-        ("step", "same"): (1, last),
+        ("step", "same"): (1, [last]),
         ("step", "step"): (FAN, ahead[FAN // 2 - 1 : FAN // 2]),
-        ("random", "same"): (BIRTHDAYS, last),
+        ("random", "same"): (BIRTHDAYS, [last]),
     }
-    count, ports = table.get((mine, theirs.behavior), (1, []))
-    return count, theirs.inside + [
-        (theirs.host, port) for port in ports if port < 65536
-    ]
+    count, ports = table.get((mine, theirs), (1, []))
+    return count, [*inside, *((host, port) for port in ports if port < 65536)]
 
 
 class Puncher:
-    """Sockets that try to reach the peer; TCP and UDP differ little here."""
+    """Sockets that try to reach the peer."""
 
-    def __init__(self, peers: Peers, listeners: list[socket.socket], kind: int) -> None:
-        self.peers, self.is_tcp, self.left = peers, kind == STREAM, PROBES
-        self.listeners = {sock.fileno(): sock for sock in listeners}
-        self.socks: dict[int, socket.socket] = {}
-        self.aimed: dict[tuple[int, Address], socket.socket] = {}
-        self.poll = select.poll()
+    def __init__(self, peers: Peers, listeners: list[socket.socket]) -> None:
+        self.peers, self.listeners = peers, listeners
+        self.selector = selectors.DefaultSelector()
         for sock in listeners:
-            self.poll.register(sock, POLLIN)
-            if self.is_tcp:
+            if sock.type == STREAM:
                 sock.listen()
+            self.watch(sock, selectors.EVENT_READ)
 
-    def add(self, sock: socket.socket) -> None:
+    def watch(self, sock: socket.socket, event: int = selectors.EVENT_WRITE) -> None:
         """Watch a socket; a connection can be written to once it has been made."""
         sock.setblocking(False)
-        self.socks[sock.fileno()] = sock
-        self.poll.register(sock, POLLOUT if self.is_tcp else POLLIN)
+        self.selector.register(sock, event, sock)
 
-    def shoot(self, fd: int, there: Address, ttl: int = -1) -> socket.socket:
-        """Return the socket that aims from a listener's port, having sent."""
-        sock, listener = self.aimed.get((fd, there)), self.listeners[fd]
-        level, name = socket.IPPROTO_IP, socket.IP_TTL
-        if listener.family == INET6:
-            level, name = socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS
-        if not sock or sock.fileno() < 0:
-            sock = bound(listener.type, listener.family, listener.getsockname()[1])
-            self.aimed[fd, there] = sock
-            self.add(sock)
-            sock.setsockopt(level, name, ttl)
-            sock.connect_ex(there)
-            self.left -= self.is_tcp
-        if not self.is_tcp:
-            self.peers.say(sock, SYN)
-            self.left -= 1
-        sock.setsockopt(level, name, -1)  # as usual
-        return sock
+    def shoot(self, listener: socket.socket, there: Address, ttl: int) -> None:
+        """Send from a listener's port, or lose it."""
+        sock = listener
+        if listener.type == STREAM:
+            sock = bound(STREAM, listener.family, listener.getsockname()[1])
+            self.watch(sock)
+        # In vain for IPv6, where no gateway takes for its own what is ours.
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+        if listener.type == STREAM:
+            sock.connect_ex(there)  # in vain while an earlier one is on its way
+        else:
+            self.peers.say(sock, SYN, there)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, -1)  # as usual
 
-    def act(self, fd: int, event: int) -> socket.socket | None:
-        """Act on a socket that is ready; return the hole once it is one."""
-        role, sock = self.peers.role, self.listeners.get(fd) or self.socks[fd]
-        if self.is_tcp and fd in self.listeners:
-            self.add(sock.accept()[0])
+    def act(self, sock: socket.socket, event: int) -> socket.socket | None:
+        """Act on a socket that is ready; return it once it is the hole."""
+        role, is_tcp = self.peers.role, sock.type == STREAM
+        if is_tcp and sock in self.listeners:
+            self.watch(sock.accept()[0])
             return None
-        if event & POLLOUT and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.poll.modify(fd, POLLIN)
+        if event == selectors.EVENT_WRITE:  # or there is an error, to be read next
+            self.selector.modify(sock, selectors.EVENT_READ, sock)
             if role == 0:
                 self.peers.say(sock, SYN)
             return None
-        # Not a byte more: after the last probe comes payload.
-        data, source = b"", ("", 0)
+        data, there = b"", None
         with contextlib.suppress(OSError):
-            data, source = sock.recvfrom(PROBE_SIZE)
+            # Not a byte more: after the last probe comes payload.
+            data, there = sock.recvfrom(PROBE_SIZE)
         kind = self.peers.kind_of(data)
-        if not kind:
-            if self.is_tcp:
-                self.poll.unregister(fd)
-                self.socks.pop(fd).close()
-            return None
-        if fd in self.listeners:  # a datagram from elsewhere than where we aim
-            sock = self.shoot(fd, source[:2])
-        for _ in range(3 if kind == ACK and not self.is_tcp else 1):  # it may be lost
-            if kind in REPLIES[role]:
-                self.peers.say(sock, REPLIES[role][kind])
+        if is_tcp and not kind:
+            self.selector.unregister(sock)
+            sock.close()
+        if reply := REPLIES.get((role, kind)):
+            for _ in range(3 if reply == DONE and not is_tcp else 1):  # it may be lost
+                self.peers.say(sock, reply, there)
+        if kind == LAST[role] and there:
+            sock.connect(there)
         return sock if kind == LAST[role] else None
+
+    def wait(self, until: float) -> socket.socket | None:
+        """Return the hole, if there is one by that time."""
+        left = 1.0
+        while left > 0:
+            left = until - time.monotonic()
+            for key, event in self.selector.select(max(left, 0)):
+                with contextlib.suppress(OSError):
+                    if hole := self.act(key.data, event):
+                        self.selector.unregister(hole)
+                        return hole
+        return None
 
     def run(
         self, there: list[Address], seconds: float, low_ttl: bool = False
@@ -442,31 +433,30 @@ class Puncher:
         A probe with a low TTL opens our side and does not reach the other, where a
         gateway might take it for its own, and with it the port that we hope for.
         """
-        now = start = time.monotonic()
-        pairs = [(fd, at) for fd in self.listeners for at in there]
-        again, pause = 0.1 if self.is_tcp else 0.25, LOW_TTL_TIME
+        start, is_tcp = time.monotonic(), self.listeners[0].type == STREAM
+        pairs = list(itertools.product(self.listeners, there))
+        again, pause = 0.1 if is_tcp else 0.25, LOW_TTL_TIME
         if len(pairs) >= BIRTHDAYS:
             # The peer has to have sent to all its ports before we are seen there.
-            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not self.is_tcp
-        ttl = LOW_TTL if low_ttl and len(pairs) <= BIRTHDAYS else -1
-        due = [(start + n // 8 * 0.004, pair, ttl) for n, pair in enumerate(pairs)]
-        while now < start + seconds:
-            while due and due[0][0] <= now and self.left > 0:
-                _, pair, ttl = due.pop(0)
-                with contextlib.suppress(OSError):
-                    self.shoot(*pair, ttl)
-                due.append((now + (again if ttl < 0 else pause), pair, -1))
-            soon = due[0][0] if due and self.left > 0 else start + seconds
-            for fd, event in self.poll.poll(max(soon - now, 0) * 1000 + 1):
-                with contextlib.suppress(OSError):
-                    if hole := self.act(fd, event):
-                        return self.socks.pop(hole.fileno())
-            now = time.monotonic()
-        return None
+            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
+        low_ttl = low_ttl and len(pairs) <= BIRTHDAYS
+        passes = [(0.0, LOW_TTL)] * low_ttl
+        for n in range(int(seconds / again)):
+            passes.append((n * again + pause * low_ttl, -1))
+        shots = itertools.product(passes, enumerate(pairs))
+        for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
+            at += n // 8 * 0.004
+            if at > seconds:
+                break
+            if hole := self.wait(start + at):
+                return hole
+            with contextlib.suppress(OSError):  # no file is left
+                self.shoot(*pair, ttl)
+        return self.wait(start + seconds)
 
     def close(self) -> None:
-        for sock in (*self.listeners.values(), *self.socks.values()):
-            sock.close()
+        for key in [*self.selector.get_map().values()]:
+            key.data.close()
 
 
 # --- Meeting ------------------------------------------------------------------
@@ -489,123 +479,114 @@ class Meeting:
     """A connection to the server, and what was agreed there with the peer."""
 
     def __init__(self, options: Any) -> None:
-        """Connect; raise OSError, ValueError, LookupError or Refused."""
+        """Connect; raise what trying() takes."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
         self.sock = socket.create_connection(options.server, ANSWER_TIME)
         keep_alive(self.sock)
-        self.tell("natpunch 1")
-        nonce, *others = self.hear("natpunch")
+        tell(self.sock, "natpunch 1")
+        nonce, *others = hear(self.sock, "natpunch")
         self.nonce, (host, port) = bytes.fromhex(nonce), self.sock.getpeername()[:2]
         # The first is host1:p, then host1:p+1 and host2:p.
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
-    def enter(self, seconds: float) -> None:
+    def observe(self, listener: socket.socket) -> list[Address]:
+        """Return as what the servers see a local port, less those that are silent.
+
+        They know by the token whom they see.
+        """
+        seen, port = [], listener.getsockname()[1]
+        for server in self.servers:
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                if listener.type == DGRAM:
+                    seen.append(ask_stun(listener, server, self.nonce[:8]))
+                    continue
+                with bound(STREAM, listener.family, port) as sock:
+                    sock.settimeout(OBSERVE_TIME)
+                    sock.connect(server)
+                    tell(sock, "see", self.nonce[:8].hex())
+                    seen.append(address_of(*hear(sock, "seen")))
+        return seen
+
+    def enter(self, seconds: float) -> Meeting:
         """Wait in the room for a peer; raise as __init__()."""
         has_psk = getattr(ssl, "HAS_PSK", False)  # from Python 3.13
         mine = [os.urandom(16).hex(), "tls" if has_psk else "plain"]
         room = mac(self.options.secret, "room", self.options.room).hex()
-        line = " ".join(("join", room, str(int(self.kind)), self.options.side, *mine))
-        self.tell(line, mac(self.options.key, self.nonce.hex(), line).hex())
-        self.sock.settimeout(max(seconds, 0.1))
-        role, *theirs = self.hear("paired")
+        line = " ".join(("join", room, f"{self.kind:d}", self.options.side, *mine))
+        tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
+        self.sock.settimeout(seconds)
+        role, *theirs = hear(self.sock, "paired")
         self.sock.settimeout(PAIR_TIME)
         # What was agreed is in the key: nobody has altered it on the way.
         both = [mine, theirs] if role == "0" else [theirs, mine]
         text = f"{self.kind:d} {both}".encode()
         self.peers = Peers(int(role), hmac.digest(self.options.secret, text, "sha256"))
         self.tls = self.kind == STREAM and mine[1] == theirs[1] == "tls"
-
-    def tell(self, *words: object) -> None:
-        self.sock.sendall(" ".join(map(str, words)).encode() + b"\n")
-
-    def hear(self, expected: str) -> list[str]:
-        """Return the words of the server's next line; raise as __init__()."""
-        line = b""
-        while not line.endswith(b"\n") and len(line) < LINE_LIMIT:
-            # Byte by byte: after the last line comes what is relayed.
-            if not (byte := self.sock.recv(1)):
-                raise OSError("the server has left")
-            line += byte
-        first, *words = line.decode("ascii").split()
-        if first == "no" and words[0] in REFUSALS:
-            raise Refused(words[0])
-        if first != expected:
-            raise ValueError(first)
-        return words
-
-    def compare(self, here: Address, seen: list[Address]) -> tuple[str, Sight]:
-        """Tell how our NAT behaves; return what counts of it, and the peer's."""
-        self.tell("round", *behavior(seen), seen[-1][1] if seen else 0, *here)
-        mine, host, port, kind, step, *inner = self.hear("peer")
-        inside = [(str(ipaddress.ip_address(inner[0])), int(inner[1]))] if inner else []
-        address = str(ipaddress.ip_address(host))
-        return mine, Sight(address, int(port), kind, int(step), inside)
+        return self
 
     def punch(self, seconds: float, low_ttl: bool) -> tuple[socket.socket | None, str]:
         """Observe, meet, punch; return the hole, or None, and for which pair."""
         listeners = [bound(self.kind, self.sock.family)]
-        seen = observe(listeners[0], self.servers, self.nonce[:8])
+        seen = self.observe(listeners[0])
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
-        mine, theirs = self.compare(here, seen)
-        count, there = aims(mine, theirs)
+        tell(self.sock, "round", *behavior(seen), seen[-1][1] if seen else 0, *here)
+        mine, host, port, kind, step, *inner = hear(self.sock, "peer")
+        inside = [address_of(*inner)] if inner else []
+        count, there = aims(mine, kind, address_of(host, port), int(step), *inside)
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
-        puncher = Puncher(self.peers, listeners, self.kind)
-        try:
+        with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
             hole = puncher.run(there, seconds if there else 0, low_ttl)
-        finally:
-            puncher.close()
-        return hole, f"{mine}-{theirs.behavior}"
-
-    def relay(self) -> socket.socket:
-        """Return the relayed connection, once the peer has proved the secret."""
-        if self.options.direct_only:
-            raise Refused("relay")
-        self.tell("relay")
-        self.hear("relay")
-        puncher = Puncher(self.peers, [], STREAM)
-        puncher.add(self.sock)
-        if not puncher.run([], ANSWER_TIME):
-            raise OSError("the peer does not prove the secret")
-        return self.sock
+        return hole, f"{mine}-{kind}"
 
 
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
     ends_at = time.monotonic() + options.wait
-    with trying(f"meet in {options.room} at {spelled(options.server)}"):
-        while (left := ends_at - time.monotonic()) > 0:
-            meeting = Meeting(options)
-            try:
-                meeting.enter(min(left, 2 * WAIT_TIME))
-                return meeting
-            except TimeoutError:
-                meeting.sock.close()
-            except Refused as refused:
-                if str(refused) not in ("full", "nobody"):
-                    raise
-                say(f"waiting in {options.room}: {REFUSALS[str(refused)]}")
-                time.sleep(str(refused) == "full")
-        raise OSError(f"nobody came in {options.wait:g} s")
+    to = f"meet in {options.room} at {spelled(options.server)}"
+    while (left := ends_at - time.monotonic()) > 0:
+        try:
+            with trying(to):
+                meeting = Meeting(options)
+                with contextlib.suppress(TimeoutError):
+                    return meeting.enter(min(left, 2 * WAIT_TIME))
+        except Failure as failure:
+            why = failure.__cause__
+            if str(why) in (REFUSALS["full"], REFUSALS["nobody"]):
+                say(f"waiting in {options.room}: {why}")
+                time.sleep(str(why) == REFUSALS["full"])
+            elif isinstance(why, Refused) or not options.stays or left < FOREVER:
+                raise
+            else:
+                say(f"{failure}; trying again")
+                time.sleep(RETRY_TIME)
+    raise Failure(f"cannot {to}: nobody came in {options.wait:g} s")
 
 
-def find_way(meeting: Meeting) -> tuple[socket.socket, bool]:
-    """Return a connection to the peer, and whether it is direct; raise Failure."""
-    started = time.monotonic()
+def find_way(meeting: Meeting) -> socket.socket:
+    """Return a hole to the peer, else the relayed connection; raise Failure."""
+    started, server = time.monotonic(), meeting.sock
     with trying("reach the peer"):
         for seconds, low_ttl in ROUNDS[meeting.kind]:
             hole, pair = meeting.punch(seconds, low_ttl)
             if hole:
                 took, at = time.monotonic() - started, spelled(hole.getpeername())
                 say(f"direct {at} ({pair}, {took:.2f} s)")
-                meeting.sock.close()
-                return hole, True
+                server.close()
+                return hole
             if "none" in pair or "random" in pair and "same" not in pair:
                 break  # no round will help
-        way = meeting.relay()
+        if meeting.options.direct_only:
+            raise Refused(REFUSALS["relay"])
+        tell(server, "relay")
+        hear(server, "relay")
+        puncher = Puncher(meeting.peers, [])
+        puncher.watch(server)
+        if not puncher.wait(time.monotonic() + ANSWER_TIME):
+            raise OSError("the peer does not prove the secret")
         say(f"relay ({pair})")
-        return way, False
+        return server
 
 
 # --- Carrying -----------------------------------------------------------------
@@ -613,6 +594,10 @@ def find_way(meeting: Meeting) -> tuple[socket.socket, bool]:
 # A stream crosses in frames, each a size and so many bytes.  An empty one is the end
 # of its direction, so that a peer that dies is not taken for one that is done.
 # Datagrams cross a hole as they are, and the relay in frames.
+
+# What is not ready; and a datagram that nobody took has been lost.
+NOT_YET: tuple[type[OSError], ...] = BlockingIOError, ConnectionRefusedError
+NOT_YET += ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
 def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
@@ -641,49 +626,64 @@ class Channel:
         sock.settimeout(ANSWER_TIME)
         self.sock = with_tls(sock, meeting.peers) if meeting.tls else sock
         self.sock.setblocking(False)
-        self.buffer, self.ended, self.gone = b"", False, False
+        self.source = self.sink = self.sock.fileno()
+        self.came, self.going = memoryview(b""), memoryview(b"")
+        self.asking, self.ended, self.close = True, False, self.sock.close
 
-    def seal(self, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + data
-
-    def send(self, data: Any) -> int:
-        return self.sock.send(data)
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def receive(self) -> list[Any]:
+    def read(self) -> list[Any]:
         """Return the frames that have come; raise OSError or ValueError."""
-        data = self.sock.recv(READ_SIZE)
-        while isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
-            data += self.sock.recv(READ_SIZE)
-        self.gone = not data
-        if self.gone and not self.ended:
+        data, found = self.sock.recv(READ_SIZE), []
+        self.asking = bool(data)
+        if not self.asking and not self.ended:
             raise OSError("the peer has vanished")
-        found, at, buffer = [], 0, memoryview(self.buffer + data)
-        while len(buffer) >= at + 4:
-            size = int.from_bytes(buffer[at : at + 4], "big")
+        self.came = memoryview(bytes(self.came) + data)
+        while len(self.came) >= 4:
+            size = int.from_bytes(self.came[:4], "big")
             if self.ended or size > READ_SIZE:
                 raise ValueError("not a frame")
-            if len(buffer) < at + 4 + size:
+            if len(self.came) < 4 + size:
                 break
-            found.append(buffer[at + 4 : at + 4 + size])
-            self.ended, at = size == 0, at + 4 + size
-        self.buffer = bytes(buffer[at:])
+            found.append(self.came[4 : 4 + size])
+            self.came, self.ended = self.came[4 + size :], size == 0
         return found
+
+    def write(self, data: Any) -> int:
+        """Send a frame, or the rest of it where it was begun."""
+        self.going = self.going or memoryview(len(data).to_bytes(4, "big") + data)
+        while self.going:
+            self.going = self.going[self.sock.send(self.going) :]
+        return len(data)
 
 
 class Hole:
     """A hole that datagrams cross, used as a channel is."""
 
+    asking, ended = True, False
+
     def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
-        self.sock, self.peers, self.ended, self.gone = sock, meeting.peers, False, False
+        self.sock, self.peers, self.there = sock, meeting.peers, sock.getpeername()
+        self.source = self.sink = sock.fileno()
         self.heard_at = self.told_at = time.monotonic()
 
-    def seal(self, data: bytes) -> bytes:
-        return data
+    def read(self) -> list[Any]:
+        """Return a datagram, if one has come, and keep the hole open; raise OSError."""
+        now = time.monotonic()
+        if now > self.told_at + KEEP_ALIVE:
+            self.peers.say(self.sock, DONE)
+            self.told_at = now
+        if now > self.heard_at + SILENCE:
+            raise OSError(f"the peer was silent for {SILENCE:g} s")
+        data, source = self.sock.recvfrom(READ_SIZE)
+        if source != self.there:
+            return []  # it came before this was the hole
+        self.heard_at, kind = now, self.peers.kind_of(data)
+        if kind == BYE:
+            raise OSError("the peer has left")
+        if kind in (SYN, ACK):
+            self.peers.say(self.sock, DONE)
+        return [] if kind else [data]
 
-    def send(self, data: Any) -> int:
+    def write(self, data: Any) -> int:
         """Send a datagram, or lose it."""
         with contextlib.suppress(OSError):
             self.sock.send(data)
@@ -693,81 +693,102 @@ class Hole:
         self.peers.say(self.sock, BYE)
         self.sock.close()
 
-    def receive(self) -> list[Any]:
-        """Return a datagram, if one has come, and keep the hole open; raise OSError."""
-        now = time.monotonic()
-        if now > self.told_at + KEEP_ALIVE:
-            self.peers.say(self.sock, DONE)
-            self.told_at = now
-        if now > self.heard_at + SILENCE:
-            raise OSError(f"the peer was silent for {SILENCE:g} s")
-        with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
-            data = self.sock.recv(READ_SIZE)
-            self.heard_at, kind = now, self.peers.kind_of(data)
-            if kind == BYE:
-                raise OSError("the peer has left")
-            if kind in (SYN, ACK):
-                self.peers.say(self.sock, DONE)
-            return [] if kind else [data]
-        return []
+
+class Pipe:
+    """Standard input and output, or the connection that has their place."""
+
+    source, sink, asking = 0, 1, True
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            if stat.S_ISFIFO(os.fstat(1).st_mode):
+                # Not to block, as our own: others may share what we were given.
+                own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+                os.dup2(own, 1)
+                os.close(own)
+
+    def read(self) -> list[Any]:
+        if not select.select([0], [], [], 0)[0]:
+            raise BlockingIOError
+        data = os.read(0, READ_SIZE)
+        self.asking = bool(data)
+        return [data]
+
+    def write(self, data: Any) -> int:
+        """Write, or let the end be seen."""
+        if data:
+            return os.write(1, data)
+        with contextlib.suppress(OSError):  # it may be no socket, or have gone
+            socket.socket(fileno=1).shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            os.close(1)
+        return 0
 
 
-class Local(NamedTuple):
-    """What is carried for: a pipe, a connection, or datagrams."""
+class Datagrams:
+    """The local port of datagrams, used as a pipe is."""
 
-    source: int
-    read: Callable[[], bytes]
-    sink: int
-    write: Callable[[Any], int]
-    finish: Callable[[], object]
+    asking = True
+
+    def __init__(self, options: Any) -> None:
+        """Open the port; raise OSError."""
+        self.sock, self.client = socket.socket(AF_INET, DGRAM), options.to
+        self.source = self.sink = self.sock.fileno()
+        self.sock.setblocking(False)
+        if self.client:
+            self.sock.connect(self.client)
+        else:
+            self.sock.bind(options.listen)
+
+    def read(self) -> list[Any]:
+        data, self.client = self.sock.recvfrom(READ_SIZE)
+        return [data] if data else []  # an empty one would be an end: it is lost
+
+    def write(self, data: Any) -> int:
+        """Send to the client that wrote last, or lose it."""
+        with contextlib.suppress(OSError):
+            if self.client:
+                self.sock.sendto(data, self.client)
+        return len(data)
 
 
-def carry(way: Channel | Hole, local: Local) -> None:
+def carry(way: Channel | Hole, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
-    peer, asking, up = way.sock.fileno(), True, memoryview(b"")
+    up: list[Any] = []  # what has come and has not gone; an empty one is the end
     down: list[Any] = []
-    while not way.gone and (asking or up or down or not way.ended):
-        wanted = {peer: (0 if down else POLLIN) | (POLLOUT if up else 0)}
-        if asking and not up:
-            wanted[local.source] = POLLIN
-        if down:
-            wanted[local.sink] = wanted.get(local.sink, 0) | POLLOUT
+    while way.asking and (local.asking or up or down or not way.ended):
+        wanted: dict[int, int] = {}
         poll = select.poll()
+        for source, sink, data in (local, way, up), (way, local, down):
+            if data:
+                wanted[sink.sink] = wanted.get(sink.sink, 0) | select.POLLOUT
+            elif source.asking:
+                wanted[source.source] = wanted.get(source.source, 0) | select.POLLIN
         for fd, events in wanted.items():
-            if events:
-                poll.register(fd, events)
-        ready = dict(poll.poll(KEEP_ALIVE * 500))
-        with contextlib.suppress(*NOT_YET):
-            if asking and not up and local.source in ready:
-                data = local.read()
-                asking, up = bool(data), memoryview(way.seal(data))
-        with contextlib.suppress(*NOT_YET):
-            while up:
-                up = up[way.send(up) :]
-        with contextlib.suppress(*NOT_YET):
-            if not down and (peer in ready or isinstance(way, Hole)):
-                down = way.receive()
-        with contextlib.suppress(*NOT_YET):
-            while down:
-                if not down[0]:
-                    local.finish()
-                else:
-                    down[0] = down[0][local.write(down[0]) :]
-                down = down if down[0] else down[1:]
+            poll.register(fd, events)
+        poll.poll(KEEP_ALIVE * 500)
+        for source, sink, data in (local, way, up), (way, local, down):
+            with contextlib.suppress(*NOT_YET):
+                if source.asking and not data:
+                    data += source.read()
+                while data:
+                    data[0] = data[0][sink.write(data[0]) :]
+                    if not data[0]:
+                        del data[0]
 
 
 # --- The server ---------------------------------------------------------------
 #
 # It observes, introduces and relays.  What it says of a client is what it saw, so
-# nobody can aim a peer at a third address.  It never dials: two processes, one for
-# each direction, join two connections that it accepted.
+# nobody can aim a peer at a third address.  It never dials: a process of its own
+# joins two connections that the server accepted.
 
 
 class Member:
     """A connection to the server."""
 
-    def __init__(self, sock: socket.socket, source: Address, here: Address) -> None:
-        self.sock, self.source, self.here, self.buffer = sock, source, here, b""
+    def __init__(self, sock: socket.socket, source: Address, others: list[str]) -> None:
+        self.sock, self.source, self.others, self.buffer = sock, source, others, b""
         # Counted together: a customer has an address, or a /64 of IPv6.
         self.network = ipaddress.ip_address(source[0]).packed[:8]
         self.nonce, self.ends_at = os.urandom(16), time.monotonic() + ANSWER_TIME
@@ -775,62 +796,49 @@ class Member:
         self.words: list[str] = []  # for the peer
         self.peer: Member | None = None
         self.ports: set[int] = set()  # as which it was seen in this round
-        self.said: list[str] = []  # in this round
-
-    def tell(self, *words: object) -> None:
-        """Send a line; the end of a client that is lost will be read."""
-        with contextlib.suppress(OSError):
-            self.sock.send(" ".join(map(str, words)).encode() + b"\n")
+        self.said: list[Any] = []  # in this round
 
 
 def pour(source: socket.socket, sink: socket.socket, left: int) -> None:
-    """Copy one direction to its end; at a failure, or at a limit, end both."""
+    """Copy one direction to its end; at a failure, or at a limit, end the relay."""
     with contextlib.suppress(OSError):
         while (data := source.recv(READ_SIZE)) and (left := left - len(data)) >= 0:
             sink.sendall(data)
         if not data:
             return sink.shutdown(socket.SHUT_WR)
-    for sock in (source, sink):
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    os._exit(0)
 
 
 class Server:
-    """Rooms, and the connections of those that are in them."""
+    """Members, whom it introduces to one another."""
 
     def __init__(self, options: Any) -> None:
         """Open all sockets; raise Failure."""
         self.options, self.selector = options, selectors.DefaultSelector()
         self.udp: dict[Address, socket.socket] = {}
         self.members: dict[bytes, Member] = {}  # by token
-        self.rooms: dict[str, list[Member]] = {}  # who waits, and pairs of pipes
         self.far_until: dict[str, float] = {}  # rooms where a pipe wants the far end
         self.relays: dict[int, str] = {}  # pid -> room
         self.asked: dict[str, int] = {}  # of STUN, by source, in this second
-        for host, first in options.addresses:
-            for here in ((host, first), (host, first + 1)):
+        for host, port in options.addresses:
+            for here in ((host, port), (host, port + 1)):
                 with trying(f"listen on {spelled(here)}"):
                     self.listen(here)
-            say(f"serving on {spelled((host, first))} and {first + 1}")
+            say(f"serving on {spelled((host, port))} and {port + 1}")
 
     def listen(self, here: Address) -> None:
         """Open an address for both transports; raise OSError."""
-        family = INET6 if ":" in here[0] else socket.AF_INET
+        hosts = [host for host, _ in self.options.addresses if host != here[0]]
+        others = [host for host in hosts if (":" in host) == (":" in here[0])]
+        family = AF_INET6 if ":" in here[0] else AF_INET
         tcp = socket.create_server(here, family=family, backlog=1024)
         udp = self.udp[here] = socket.socket(family, DGRAM)
-        if family == INET6:
+        if family == AF_INET6:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         udp.bind(here)
-        for sock, act in ((tcp, self.accept), (udp, self.observe)):
+        for sock, *what in (tcp, self.accept, tcp), (udp, self.observe, udp, here):
             sock.setblocking(False)
-            self.selector.register(sock, selectors.EVENT_READ, (act, sock, here))
-
-    def other(self, here: Address) -> Address | None:
-        """Return the other address, with the other port, where there are two."""
-        for host, port in self.options.addresses:
-            if host != here[0] and (":" in host) == (":" in here[0]):
-                return host, 2 * port + 1 - here[1]
-        return None
+            self.selector.register(sock, selectors.EVENT_READ, (*what, others[:1]))
 
     def run(self) -> None:
         """Serve until a signal."""
@@ -839,17 +847,14 @@ class Server:
             for key, _ in self.selector.select(1.0):
                 act, *what = key.data
                 act(*what)
-            if (now := time.monotonic()) >= second + 1:
-                second = now
-                self.sweep(now)
-
-    def sweep(self, now: float) -> None:
-        """Forget what is over."""
-        self.asked.clear()
-        self.far_until = {r: at for r, at in self.far_until.items() if at > now}
-        for member in [m for m in self.members.values() if m.ends_at < now]:
-            self.drop(member, "gone" if member.peer else "nobody")
-        self.reap()
+            if (now := time.monotonic()) < second + 1:
+                continue
+            second = now
+            self.asked.clear()
+            self.reap()
+            self.far_until = {r: at for r, at in self.far_until.items() if at > now}
+            for member in [m for m in self.members.values() if m.ends_at < now]:
+                self.drop(member, "gone" if member.peer else "nobody")
 
     def reap(self) -> None:
         """Forget relays that have ended, and so free their rooms."""
@@ -862,32 +867,33 @@ class Server:
         if member and member.source[0] == source[0] and len(member.ports) < FAN:
             member.ports.add(source[1])
 
-    def observe(self, sock: socket.socket, here: Address) -> None:
-        """Answer a datagram."""
+    def observe(self, sock: socket.socket, here: Address, others: list[str]) -> None:
+        """Answer a datagram, from where it is wanted."""
         with contextlib.suppress(OSError, ValueError):
-            message, (host, port, *_) = sock.recvfrom(LINE_LIMIT)
-            other, count = self.other(here), self.asked.get(host, 0)
-            answer, change = stun_answer(message, (host, port), other)
+            message, source = sock.recvfrom(LINE_LIMIT)
+            count = self.asked.get(source[0], 0)
+            port = 2 * self.options.addresses[0][1] + 1 - here[1]  # the other one
+            other = (others[0], port) if others else None
+            answer, change = stun_answer(message, source[:2], other)
             if count >= STUN_RATE or len(self.asked) >= SOURCES:
                 return
-            self.asked[host] = count + 1
-            self.note(message[8:16], (host, port))
-            away = other[0] if other and change & OTHER_HOST else here[0]
-            flipped = 2 * self.options.addresses[0][1] + 1 - here[1]
-            at = flipped if change & OTHER_PORT else here[1]
-            self.udp[away, at].sendto(answer, (host, port))
+            self.asked[source[0]] = count + 1
+            self.note(message[8:16], source)
+            host = others[0] if change & OTHER_HOST else here[0]
+            at = host, port if change & OTHER_PORT else here[1]
+            self.udp[at].sendto(answer, source)
 
-    def accept(self, sock: socket.socket, here: Address) -> None:
+    def accept(self, sock: socket.socket, others: list[str]) -> None:
         """Take a connection, unless too many are waiting."""
         try:
             connection, source = sock.accept()
         except OSError:
             return time.sleep(0.01)  # no file is left: let one be closed
-        member = Member(connection, source[:2], here)
+        member = Member(connection, source[:2], others)
         unpaired = [m.network for m in self.members.values() if not m.peer]
         near = unpaired.count(member.network)
         if near >= self.options.per_address or len(unpaired) >= self.options.waiting:
-            member.tell("no", "full")
+            tell(connection, "no full")
             return connection.close()
         connection.setblocking(False)
         self.members[member.nonce[:8]] = member
@@ -897,19 +903,11 @@ class Server:
         """Forget a member, and then its peer."""
         if self.members.pop(member.nonce[:8], None):
             if why:
-                member.tell("no", why)
+                tell(member.sock, "no", why)
             self.selector.unregister(member.sock)
             member.sock.close()
-            self.leave(member)
             if member.peer:
                 self.drop(member.peer, why if why == "relay" else "gone")
-
-    def leave(self, member: Member) -> None:
-        """Leave the room."""
-        room, member.room = member.room, ""
-        there = [other for other in self.rooms.pop(room, []) if other is not member]
-        if there:
-            self.rooms[room] = there
 
     def read(self, member: Member) -> None:
         """Act on what a member sends; drop it at its end, or at nonsense."""
@@ -921,8 +919,6 @@ class Server:
             for line in lines:
                 if member.nonce[:8] in self.members:  # it may have been refused
                     self.obey(member, line.decode("ascii").split())
-        except BlockingIOError:
-            return
         except (OSError, ValueError):
             self.drop(member)
 
@@ -931,19 +927,17 @@ class Server:
         match words:
             case ["see", token]:
                 self.note(bytes.fromhex(token), member.source)
-                member.tell("seen", *member.source)
+                tell(member.sock, "seen", *member.source)
             case ["natpunch", "1"]:
-                other = self.other(member.here) or ()
-                member.tell("natpunch", member.nonce.hex(), *other[:1])
+                tell(member.sock, "natpunch", member.nonce.hex(), *member.others)
             case ["join", room, kind, side, nonce, can, proof] if not member.words:
-                line = " ".join(words[:-1])
-                right = mac(self.options.key, member.nonce.hex(), line).hex()
                 member.words, member.side = [nonce, can], side
-                if hmac.compare_digest(right, proof):
-                    return self.join(member, f"{room} {kind}")
-                self.drop(member, "key")
+                right = mac(self.options.key, member.nonce.hex(), *words[:-1]).hex()
+                if not hmac.compare_digest(right, proof):
+                    return self.drop(member, "key")
+                self.join(member, f"{room} {kind}")
             case ["round", _, _, _, _, _] if member.peer:
-                self.compare(member, member.peer, words[1:])
+                self.compare(member, member.peer, *words[1:])
             case ["relay"] if member.peer:
                 self.relay(member, member.peer)
             case _:
@@ -952,81 +946,93 @@ class Server:
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
         self.reap()
-        here, now = self.rooms.get(room, []), time.monotonic()
-        waiting = [other for other in here if not other.peer]
-        far = member.side == "far" and any(other.side == "far" for other in waiting)
-        if far or waiting != here or room in self.relays.values():
+        here = [other for other in self.members.values() if other.room == room]
+        sides = [other.side for other in here]
+        is_taken = any(other.peer for other in here) or room in self.relays.values()
+        if is_taken or member.side == "far" and "far" in sides:
             return self.drop(member, "taken")
         keep_alive(member.sock)
-        member.room, member.ends_at = room, now + WAIT_TIME
+        member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
         if member.side == "far":
             self.far_until[room] = member.ends_at
-        self.rooms[room] = [*here, member]
-        for other in waiting:
-            sides = {member.side, other.side}
-            if "far" in sides or "pipe" in sides and room not in self.far_until:
+        elif room in self.far_until:
+            member.side = "call"  # a pipe, too, waits for the far end
+        for other in here:
+            if (member.side, other.side) != ("call", "call"):
                 return self.pair(other, member)
 
     def pair(self, one: Member, two: Member) -> None:
         """Tell two members of one another; a far end makes room for its next call."""
         for role, (member, peer) in enumerate(((one, two), (two, one))):
             member.peer, member.ends_at = peer, time.monotonic() + PAIR_TIME
-            member.tell("paired", role, *peer.words)
+            tell(member.sock, "paired", role, *peer.words)
             if "far" in (one.side, two.side):
-                self.leave(member)
+                member.room = ""
 
-    def compare(self, member: Member, peer: Member, words: list[str]) -> None:
+    def compare(
+        self, one: Member, two: Member, kind: str, step: str, port: str, *inside: str
+    ) -> None:
         """Tell both where the other was seen, once both have said how."""
-        kind, step, port, host, inside = words
-        if int(port) not in member.ports or not 0 <= int(step) <= STEP_LIMIT:
+        if int(port) not in one.ports or not 0 <= int(step) <= STEP_LIMIT:
             kind, step, port = "none", "0", "0"
-        address = ipaddress.ip_address(host)
-        is_private = address.is_private and not address.is_loopback
-        member.said = [kind, str(int(step)), str(int(port))]
-        member.said += [str(address), str(int(inside))] if is_private else []
-        if not peer.said or peer.said == ["relay"]:
+        host = ipaddress.ip_address(inside[0])
+        is_inside = host.is_private and not host.is_loopback
+        one.said = [int(port), kind, int(step)]
+        one.said += address_of(*inside) if is_inside else ()
+        if len(two.said) < 3:
             return
-        for one, two in ((member, peer), (peer, member)):
-            kind, step, port, *inner = two.said
-            inner = inner if one.source[0] == two.source[0] else []
-            one.tell("peer", one.said[0], two.source[0], port, kind, step, *inner)
-        for one in (member, peer):
-            one.said, one.ports = [], set()
+        for member, peer in ((one, two), (two, one)):
+            seen = peer.said[: None if peer.source[0] == member.source[0] else 3]
+            tell(member.sock, "peer", member.said[1], peer.source[0], *seen)
+        one.said, one.ports, two.said, two.ports = [], set(), [], set()
 
-    def relay(self, member: Member, peer: Member) -> None:
-        """Join two members' connections in two processes, once both want it."""
+    def relay(self, one: Member, two: Member) -> None:
+        """Join two members' connections in a process, once both want it."""
         if self.options.no_relay or len(self.relays) >= self.options.relays:
-            return self.drop(member, "relay")
-        member.said = ["relay"]
-        if peer.said != ["relay"]:
+            return self.drop(one, "relay")
+        one.said = ["relay"]
+        if two.said != ["relay"]:
             return
-        member.tell("relay")
-        peer.tell("relay")
+        for member in (one, two):
+            tell(member.sock, "relay")
         pid = os.fork()
         if pid == 0:
-            self.become_relay(member.sock, peer.sock)
-        self.relays[pid], member.peer, peer.peer = member.room, None, None
-        self.drop(member)
-        self.drop(peer)
+            try:
+                self.become_relay(one.sock, two.sock)
+            finally:
+                os._exit(0)
+        self.relays[pid], one.peer = one.room, None
+        self.drop(one)
+        self.drop(two)
 
-    def become_relay(self, one: socket.socket, two: socket.socket) -> NoReturn:
-        """Copy between two connections in two processes, and end."""
-        low, high = sorted((one.fileno(), two.fileno()))
-        for start, end in ((3, low), (low + 1, high), (high + 1, 1 << 20)):
-            os.closerange(start, end)  # or no end of a member would be seen
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+    def become_relay(self, one: socket.socket, two: socket.socket) -> None:
+        """Copy between two connections, each way in a thread."""
+        for key in self.selector.get_map().values():
+            if key.fd not in (one.fileno(), two.fileno()):
+                os.close(key.fd)  # or no end of a member would be seen
         one.setblocking(True)
         two.setblocking(True)
-        other = os.fork()
         signal.alarm(self.options.relay_time)
-        pour(*((one, two) if other else (two, one)), self.options.relay_bytes)
-        if other:
-            os.waitpid(other, 0)
-        os._exit(0)
+        most = self.options.relay_bytes
+        back = threading.Thread(target=pour, args=(two, one, most))
+        back.start()
+        pour(one, two, most)
+        back.join()
 
 
 # --- main ---------------------------------------------------------------------
+
+
+def join(meeting: Meeting, local: Pipe | Datagrams) -> None:
+    """Find a way to the peer, and carry until both have ended; raise Failure."""
+    sock, is_stream = find_way(meeting), meeting.kind == STREAM
+    with trying("carry the stream" if is_stream else "carry datagrams"):
+        way = (Channel if sock.type == STREAM else Hole)(sock, meeting)
+        if is_stream:
+            why = "plain: TLS needs Python 3.13 on both sides"
+            say(f"the stream is {'encrypted' if meeting.tls else why}")
+        with contextlib.closing(way):
+            carry(way, local)
 
 
 def run(work: Callable[[], object], stopped: int = 0) -> int:
@@ -1041,32 +1047,45 @@ def run(work: Callable[[], object], stopped: int = 0) -> int:
     return 0
 
 
-def serve(options: Any) -> None:
-    """Be a server."""
-    options.key = secret_of("NATPUNCH_KEY", options.key, "")
-    options.addresses = [
-        parse_address(at, PORT) for at in options.addresses or ["0.0.0.0"]
-    ]
-    if len({port for _, port in options.addresses}) > 1:
-        raise Failure("cannot serve: all addresses must have the same port", 2)
-    Server(options).run()
+def join_call(options: Any, meeting: Meeting | None, sock: Any) -> None:
+    """Join a connection with a peer, after making what there is not; raise Failure."""
+    if not sock:
+        with trying(f"connect to {spelled(options.to)}"):
+            sock = socket.create_connection(options.to, ANSWER_TIME)
+    sock.setblocking(False)
+    for fd in (0, 1):
+        os.dup2(sock.fileno(), fd)
+    join(meeting or meet(options), Pipe())
+
+
+def join_calls(options: Any) -> None:
+    """Carry one stream after another, also at the same time; raise Failure."""
+    if not options.to:
+        with trying(f"listen on {spelled(options.listen)}"):
+            listener = socket.create_server(options.listen)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        meeting = meet(options) if options.to else None
+        sock = meeting.sock if meeting else listener.accept()[0]
+        if os.fork() == 0:
+            call = None if meeting else sock
+            os._exit(run(lambda: join_call(options, meeting, call)))  # noqa: B023
+        sock.close()
 
 
 def filtering(meeting: Meeting) -> str:
     """Return what a datagram is let in by: RFC 5780 section 4.4."""
     has_two = len(meeting.servers) > 2
-    listener = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
-    tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
+    tests = {OTHER_PORT: "address at most"}
+    if has_two:
+        tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
+    sock = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
     for flags, what in tests.items():
-        change = CHANGE, bytes((0, 0, 0, flags))
-        request = stun(BINDING, COOKIE + os.urandom(12), change)
-        for _ in range(2 if has_two or flags == OTHER_PORT else 0):
-            listener.sendto(request, meeting.servers[0])
-            if select.select([listener], [], [], OBSERVE_TIME)[0]:
-                answer = parse_stun(listener.recv(LINE_LIMIT))
-                if answer[:2] == (SUCCESS, request[4:20]):
-                    return what if has_two else f"{what} at most"
-    return "port, and perhaps address" if not has_two else "address and port"
+        with contextlib.suppress(TimeoutError):
+            change = CHANGE, bytes((0, 0, 0, flags))
+            ask_stun(sock, meeting.servers[0], meeting.nonce[:8], change)
+            return what
+    return "address and port" if has_two else "port, and perhaps address"
 
 
 def tell_nat(options: Any) -> None:
@@ -1076,7 +1095,7 @@ def tell_nat(options: Any) -> None:
         meeting = Meeting(options)
         for name, kind in (("udp", DGRAM), ("tcp", STREAM)):
             listener = bound(kind, meeting.sock.family)
-            seen = observe(listener, meeting.servers, meeting.nonce[:8])
+            seen = meeting.observe(listener)
             how, step = behavior(seen)
             text = f"{name}: {how} {step or ''}".rstrip()
             ports = " ".join(map(spelled, seen)) or "nowhere"
@@ -1084,127 +1103,6 @@ def tell_nat(options: Any) -> None:
             if kind == DGRAM and seen:
                 text += f", filtered by {filtering(meeting)}"
             print(text)
-
-
-def carry_stream(meeting: Meeting, local: Local) -> None:
-    """Carry one stream to the peer; raise Failure."""
-    way, _ = find_way(meeting)
-    with trying("carry the stream"):
-        channel = Channel(way, meeting)
-        why = "plain: TLS needs Python 3.13 on both sides"
-        say(f"the stream is {'encrypted' if meeting.tls else why}")
-        carry(channel, local)
-
-
-def carry_socket(meeting: Meeting, sock: socket.socket) -> None:
-    """Carry a connection; raise Failure."""
-    sock.setblocking(False)
-    fd = sock.fileno()
-
-    def finish() -> None:
-        with contextlib.suppress(OSError):  # it may have gone
-            sock.shutdown(socket.SHUT_WR)
-
-    carry_stream(
-        meeting, Local(fd, lambda: sock.recv(READ_SIZE), fd, sock.send, finish)
-    )
-
-
-def carry_pipe(options: Any) -> None:
-    """Join standard input and output with the peer; raise Failure."""
-    sink = 1
-    with contextlib.suppress(OSError):
-        if stat.S_ISFIFO(os.fstat(1).st_mode):
-            # Not to block, as our own: others may share the one that we were given.
-            sink = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
-
-    def finish() -> None:
-        for fd in {1, sink}:
-            os.close(fd)
-
-    def write(data: Any) -> int:
-        return os.write(sink, data)
-
-    local = Local(0, lambda: os.read(0, READ_SIZE), sink, write, finish)
-    carry_stream(meet(options), local)
-
-
-def meet_again(options: Any) -> Meeting:
-    """Return a meeting, also after a time without a server; raise Failure."""
-    while True:
-        try:
-            return meet(options)
-        except Failure as failure:
-            if isinstance(failure.__cause__, Refused) or options.wait < FOREVER:
-                raise
-            say(f"{failure}; trying again")
-            time.sleep(RETRY_TIME)
-
-
-def spawn(work: Callable[[], object]) -> None:
-    """Do something in a process of its own."""
-    if os.fork() == 0:
-        os._exit(run(work))
-
-
-def answer_calls(options: Any) -> None:
-    """Be the far end of a room, for one stream after another; raise Failure."""
-
-    def answer(meeting: Meeting) -> None:
-        with trying(f"connect to {spelled(options.to)}"):
-            sock = socket.create_connection(options.to, ANSWER_TIME)
-        carry_socket(meeting, sock)
-
-    while True:
-        meeting = meet_again(options)
-        spawn(lambda: answer(meeting))  # noqa: B023
-        meeting.sock.close()
-
-
-def take_calls(options: Any) -> None:
-    """Carry each connection to a local port; raise Failure."""
-    with trying(f"listen on {spelled(options.listen)}"):
-        listener = socket.create_server(options.listen)
-    while True:
-        sock, _ = listener.accept()
-        spawn(lambda: carry_socket(meet(options), sock))  # noqa: B023
-        sock.close()
-
-
-def carry_datagrams(options: Any) -> None:
-    """Carry datagrams, by one way after another; raise Failure."""
-    sock, client = socket.socket(socket.AF_INET, DGRAM), options.to
-
-    def read() -> bytes:
-        nonlocal client
-        data, client = sock.recvfrom(READ_SIZE)
-        if not data:
-            raise BlockingIOError  # one of no bytes would be an end: it is lost
-        return data
-
-    def write(data: Any) -> int:
-        with contextlib.suppress(OSError):
-            if client:
-                sock.sendto(data, client)  # the one that wrote last
-        return len(data)
-
-    with trying("open the local port"):
-        sock.setblocking(False)
-        if client:
-            sock.connect(client)
-        else:
-            sock.bind(options.listen)
-    local = Local(sock.fileno(), read, sock.fileno(), write, lambda: None)
-    while True:
-        meeting = meet_again(options)
-        try:
-            way, is_direct = find_way(meeting)
-            with trying("carry datagrams"):
-                hole = Hole(way, meeting) if is_direct else Channel(way, meeting)
-                with contextlib.closing(hole):
-                    carry(hole, local)
-        except Failure as failure:
-            say(f"{failure}; meeting again")
 
 
 def be_client(options: Any) -> None:
@@ -1217,17 +1115,33 @@ def be_client(options: Any) -> None:
     if options.udp and not options.to and not options.listen:
         raise Failure("cannot use --udp without --to or --listen", 2)
     options.side = "far" if options.to else "call" if options.listen else "pipe"
+    options.stays = options.udp or options.to
     options.to = parse_address(options.to) if options.to else None
     if options.listen:
         at = options.listen
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
-    if options.udp:
-        carry_datagrams(options)
-    elif options.to or options.listen:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        (answer_calls if options.to else take_calls)(options)
-    else:
-        carry_pipe(options)
+    if options.side == "pipe":
+        return join(meet(options), Pipe())
+    if not options.udp:
+        return join_calls(options)
+    with trying("open the local port"):
+        local = Datagrams(options)
+    while True:
+        meeting = meet(options)
+        try:
+            join(meeting, local)
+        except Failure as failure:
+            say(f"{failure}; meeting again")
+
+
+def serve(options: Any) -> None:
+    """Do as a server what the command line wants; raise Failure."""
+    options.key = secret_of("NATPUNCH_KEY", options.key, "")
+    hosts = options.addresses or ["0.0.0.0"]
+    options.addresses = [parse_address(host, PORT) for host in hosts]
+    if len({port for _, port in options.addresses}) > 1:
+        raise Failure("cannot serve: all addresses must have the same port", 2)
+    Server(options).run()
 
 
 def main() -> int:

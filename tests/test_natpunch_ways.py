@@ -339,8 +339,8 @@ def watched(lab: natlab.Lab, place: str, *words: str) -> subprocess.Popen[bytes]
 LIES = {
     "how": "natpunch.behavior = lambda seen: ('random', 0)",
     "steps": "natpunch.behavior = lambda seen: ('step', 16)",
-    "where": "tell = natpunch.Meeting.tell; natpunch.Meeting.tell ="
-    " lambda self, *words: tell(self, *(('round', 'same', 0, 9, '203.0.113.66', 9)"
+    "where": "tell = natpunch.tell; natpunch.tell ="
+    " lambda sock, *words: tell(sock, *(('round', 'same', 0, 9, '203.0.113.66', 9)"
     " if words[0] == 'round' else words))",
 }
 
@@ -401,9 +401,9 @@ def test_a_server_that_alters_what_was_agreed_gets_no_pair(lab: natlab.Lab) -> N
     # As one that wants a stream to be plain would.
     alters = (
         "natpunch.ANSWER_TIME = 1; natpunch.ROUNDS = {1: ((0.3, False),)}; "
-        "hear = natpunch.Meeting.hear; "
-        "natpunch.Meeting.hear = lambda self, word: [w.replace('plain', 'other')"
-        " if word == 'paired' else w for w in hear(self, word)]"
+        "hear = natpunch.hear; "
+        "natpunch.hear = lambda sock, word: [w.replace('plain', 'other')"
+        " if word == 'paired' else w for w in hear(sock, word)]"
     )
     peers = [punching.peer(lab, at, "altered", changed=alters) for at in "ab"]
     for process in peers:
