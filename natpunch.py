@@ -82,7 +82,6 @@ STUN_RATE = 10  # answers to one source in a second
 SOURCES = 10000  # that are answered in a second; forged ones have no end
 FOREVER = float("inf")
 
-AF_INET, AF_INET6 = socket.AF_INET, socket.AF_INET6
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 # A round's time, and whether it begins with a low TTL: 6 s in all.
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
@@ -98,10 +97,6 @@ REFUSALS = {
     "gone": "the peer has left",
     "relay": "no hole could be made, and it may not be relayed",
 }
-
-
-class Refused(OSError):
-    """The server refuses, with a text of REFUSALS."""
 
 
 class Failure(Exception):
@@ -178,8 +173,8 @@ def hear(sock: socket.socket, expected: str) -> list[str]:
     if not line:
         raise OSError("the server has left")
     first, *words = line.decode("ascii").split()
-    if first == "no" and words[0] in REFUSALS:
-        raise Refused(REFUSALS[words[0]])
+    if first == "no":
+        raise OSError(REFUSALS[words[0]])
     if first != expected:
         raise ValueError(first)
     return words
@@ -250,16 +245,16 @@ def stun_answer(
     if change & OTHER_HOST and not other:
         unknown.append(CHANGE)
     if unknown:
-        names = UNKNOWN, struct.pack(f"!{len(unknown)}H", *unknown)
+        names = struct.pack(f"!{len(unknown)}H", *unknown)
         code = ERROR_CODE, bytes((0, 0, 4, 20))
-        return stun(ERROR, transaction, code, names), 0
+        return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
     is_old = transaction[:4] != COOKIE
-    found = [(XOR_MAPPED, packed(source, transaction))]
-    if is_old:
-        found = [(MAPPED, packed(source))]
+    found = {MAPPED: packed(source)}
+    if not is_old:
+        found = {XOR_MAPPED: packed(source, transaction)}
     if other:
-        found.append((CHANGED if is_old else OTHER, packed(other)))
-    return stun(SUCCESS, transaction, *found), change
+        found[CHANGED if is_old else OTHER] = packed(other)
+    return stun(SUCCESS, transaction, *found.items()), change
 
 
 # --- Observing ----------------------------------------------------------------
@@ -269,10 +264,9 @@ def stun_answer(
 
 
 def bound(kind: int, family: int, port: int = 0) -> socket.socket:
-    """Return a socket at a local port; those of TCP may share one."""
+    """Return a socket at a local port, which others of ours may share."""
     sock = socket.socket(family, kind)
-    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-        sock.setsockopt(socket.SOL_SOCKET, option, kind == STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind(("", port))
     return sock
 
@@ -415,15 +409,15 @@ class Puncher:
 
     def wait(self, until: float) -> socket.socket | None:
         """Return the hole, if there is one by that time."""
-        left = 1.0
-        while left > 0:
-            left = until - time.monotonic()
-            for key, event in self.selector.select(max(left, 0)):
+        while True:
+            left = max(until - time.monotonic(), 0)
+            for key, event in self.selector.select(left):
                 with contextlib.suppress(OSError):
                     if hole := self.act(key.data, event):
                         self.selector.unregister(hole)
                         return hole
-        return None
+            if not left:
+                return None
 
     def run(
         self, there: list[Address], seconds: float, low_ttl: bool = False
@@ -445,10 +439,7 @@ class Puncher:
             passes.append((n * again + pause * low_ttl, -1))
         shots = itertools.product(passes, enumerate(pairs))
         for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
-            at += n // 8 * 0.004
-            if at > seconds:
-                break
-            if hole := self.wait(start + at):
+            if hole := self.wait(start + at + n // 8 * 0.004):
                 return hole
             with contextlib.suppress(OSError):  # no file is left
                 self.shoot(*pair, ttl)
@@ -538,12 +529,13 @@ class Meeting:
                 listeners.append(bound(self.kind, self.sock.family))
         with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
             hole = puncher.run(there, seconds if there else 0, low_ttl)
-        return hole, f"{mine}-{kind}"
+        # Its number may be one of many, and select() takes none above 1023.
+        return hole and hole.dup(), f"{mine}-{kind}"
 
 
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
-    ends_at = time.monotonic() + options.wait
+    ends_at, stays = time.monotonic() + options.wait, options.udp or options.to
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
         try:
@@ -552,11 +544,11 @@ def meet(options: Any) -> Meeting:
                 with contextlib.suppress(TimeoutError):
                     return meeting.enter(min(left, 2 * WAIT_TIME))
         except Failure as failure:
-            why = failure.__cause__
-            if str(why) in (REFUSALS["full"], REFUSALS["nobody"]):
+            why = str(failure.__cause__)
+            if why in (REFUSALS["full"], REFUSALS["nobody"]):
                 say(f"waiting in {options.room}: {why}")
-                time.sleep(str(why) == REFUSALS["full"])
-            elif isinstance(why, Refused) or not options.stays or left < FOREVER:
+                time.sleep(why == REFUSALS["full"])
+            elif why in REFUSALS.values() or not stays or left < FOREVER:
                 raise
             else:
                 say(f"{failure}; trying again")
@@ -578,7 +570,7 @@ def find_way(meeting: Meeting) -> socket.socket:
             if "none" in pair or "random" in pair and "same" not in pair:
                 break  # no round will help
         if meeting.options.direct_only:
-            raise Refused(REFUSALS["relay"])
+            raise OSError(REFUSALS["relay"])
         tell(server, "relay")
         hear(server, "relay")
         puncher = Puncher(meeting.peers, [])
@@ -600,7 +592,7 @@ NOT_YET: tuple[type[OSError], ...] = BlockingIOError, ConnectionRefusedError
 NOT_YET += ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
-def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
+def with_tls(sock: socket.socket, peers: Peers) -> Any:
     """Return a connection in TLS, by the secret and by nothing else."""
     psk, is_client = mac(peers.key, "tls"), peers.role == 1
     kind = ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER
@@ -613,8 +605,7 @@ def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
         context.set_psk_client_callback(lambda hint: ("peer", psk))
     else:
         context.set_psk_server_callback(lambda identity: psk)
-    made: ssl.SSLSocket = context.wrap_socket(sock, server_side=not is_client)
-    return made
+    return context.wrap_socket(sock, server_side=not is_client)
 
 
 class Channel:
@@ -628,13 +619,12 @@ class Channel:
         self.sock.setblocking(False)
         self.source = self.sink = self.sock.fileno()
         self.came, self.going = memoryview(b""), memoryview(b"")
-        self.asking, self.ended, self.close = True, False, self.sock.close
+        self.ended, self.close = False, self.sock.close
 
     def read(self) -> list[Any]:
         """Return the frames that have come; raise OSError or ValueError."""
         data, found = self.sock.recv(READ_SIZE), []
-        self.asking = bool(data)
-        if not self.asking and not self.ended:
+        if not data:  # a peer leaves when both directions have ended, and so we do
             raise OSError("the peer has vanished")
         self.came = memoryview(bytes(self.came) + data)
         while len(self.came) >= 4:
@@ -657,8 +647,6 @@ class Channel:
 
 class Hole:
     """A hole that datagrams cross, used as a channel is."""
-
-    asking, ended = True, False
 
     def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
         self.sock, self.peers, self.there = sock, meeting.peers, sock.getpeername()
@@ -697,7 +685,7 @@ class Hole:
 class Pipe:
     """Standard input and output, or the connection that has their place."""
 
-    source, sink, asking = 0, 1, True
+    source, sink = 0, 1
 
     def __init__(self) -> None:
         with contextlib.suppress(OSError):
@@ -708,11 +696,7 @@ class Pipe:
                 os.close(own)
 
     def read(self) -> list[Any]:
-        if not select.select([0], [], [], 0)[0]:
-            raise BlockingIOError
-        data = os.read(0, READ_SIZE)
-        self.asking = bool(data)
-        return [data]
+        return [os.read(0, READ_SIZE)]
 
     def write(self, data: Any) -> int:
         """Write, or let the end be seen."""
@@ -720,19 +704,16 @@ class Pipe:
             return os.write(1, data)
         with contextlib.suppress(OSError):  # it may be no socket, or have gone
             socket.socket(fileno=1).shutdown(socket.SHUT_WR)
-        with contextlib.suppress(OSError):
-            os.close(1)
+        os.closerange(1, 2)  # unless it was closed with the socket
         return 0
 
 
 class Datagrams:
     """The local port of datagrams, used as a pipe is."""
 
-    asking = True
-
     def __init__(self, options: Any) -> None:
         """Open the port; raise OSError."""
-        self.sock, self.client = socket.socket(AF_INET, DGRAM), options.to
+        self.sock, self.client = socket.socket(socket.AF_INET, DGRAM), options.to
         self.source = self.sink = self.sock.fileno()
         self.sock.setblocking(False)
         if self.client:
@@ -754,25 +735,26 @@ class Datagrams:
 
 def carry(way: Channel | Hole, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
+    ended: set[object] = set()
     up: list[Any] = []  # what has come and has not gone; an empty one is the end
     down: list[Any] = []
-    while way.asking and (local.asking or up or down or not way.ended):
-        wanted: dict[int, int] = {}
-        poll = select.poll()
-        for source, sink, data in (local, way, up), (way, local, down):
-            if data:
-                wanted[sink.sink] = wanted.get(sink.sink, 0) | select.POLLOUT
-            elif source.asking:
-                wanted[source.source] = wanted.get(source.source, 0) | select.POLLIN
-        for fd, events in wanted.items():
-            poll.register(fd, events)
-        poll.poll(KEEP_ALIVE * 500)
-        for source, sink, data in (local, way, up), (way, local, down):
+    # The peer is read first: it may leave as soon as it has our end.
+    ways = (way, local, down), (local, way, up)
+    while len(ended) < 2:
+        silent = ended - {way}  # a peer may vanish also after its end
+        readers = [s.source for s, _, data in ways if not data and s not in silent]
+        writers = [sink.sink for _, sink, data in ways if data]
+        ready = select.select(readers, writers, [], KEEP_ALIVE / 2)[0]
+        for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
-                if source.asking and not data:
+                # A hole is kept open also when nothing has come.
+                if not data and (source is way or source.source in ready):
                     data += source.read()
                 while data:
-                    data[0] = data[0][sink.write(data[0]) :]
+                    sent = sink.write(data[0])
+                    if not data[0]:
+                        ended.add(source)
+                    data[0] = data[0][sent:]
                     if not data[0]:
                         del data[0]
 
@@ -830,10 +812,10 @@ class Server:
         """Open an address for both transports; raise OSError."""
         hosts = [host for host, _ in self.options.addresses if host != here[0]]
         others = [host for host in hosts if (":" in host) == (":" in here[0])]
-        family = AF_INET6 if ":" in here[0] else AF_INET
+        family = socket.AF_INET6 if ":" in here[0] else socket.AF_INET
         tcp = socket.create_server(here, family=family, backlog=1024)
         udp = self.udp[here] = socket.socket(family, DGRAM)
-        if family == AF_INET6:
+        if family == socket.AF_INET6:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         udp.bind(here)
         for sock, *what in (tcp, self.accept, tcp), (udp, self.observe, udp, here):
@@ -844,22 +826,22 @@ class Server:
         """Serve until a signal."""
         second = 0.0
         while True:
-            for key, _ in self.selector.select(1.0):
+            ready = self.selector.select(1.0)
+            while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
+                del self.relays[pid]  # before a member joins, for the room is free
+            for key, _ in ready:
                 act, *what = key.data
                 act(*what)
-            if (now := time.monotonic()) < second + 1:
-                continue
-            second = now
-            self.asked.clear()
-            self.reap()
-            self.far_until = {r: at for r, at in self.far_until.items() if at > now}
-            for member in [m for m in self.members.values() if m.ends_at < now]:
-                self.drop(member, "gone" if member.peer else "nobody")
+            if (now := time.monotonic()) > second + 1:
+                second = now
+                self.sweep(now)
 
-    def reap(self) -> None:
-        """Forget relays that have ended, and so free their rooms."""
-        for pid in [p for p in self.relays if os.waitpid(p, os.WNOHANG)[0]]:
-            del self.relays[pid]
+    def sweep(self, now: float) -> None:
+        """Forget what is over."""
+        self.asked.clear()
+        self.far_until = {r: at for r, at in self.far_until.items() if at > now}
+        for member in [m for m in self.members.values() if m.ends_at < now]:
+            self.drop(member, "gone" if member.peer else "nobody")
 
     def note(self, token: bytes, source: Address) -> None:
         """Remember as whom a member was seen, if that is where it comes from."""
@@ -937,7 +919,7 @@ class Server:
                     return self.drop(member, "key")
                 self.join(member, f"{room} {kind}")
             case ["round", _, _, _, _, _] if member.peer:
-                self.compare(member, member.peer, *words[1:])
+                self.compare(member, member.peer, words[1:])
             case ["relay"] if member.peer:
                 self.relay(member, member.peer)
             case _:
@@ -945,7 +927,6 @@ class Server:
 
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
-        self.reap()
         here = [other for other in self.members.values() if other.room == room]
         sides = [other.side for other in here]
         is_taken = any(other.peer for other in here) or room in self.relays.values()
@@ -969,10 +950,9 @@ class Server:
             if "far" in (one.side, two.side):
                 member.room = ""
 
-    def compare(
-        self, one: Member, two: Member, kind: str, step: str, port: str, *inside: str
-    ) -> None:
+    def compare(self, one: Member, two: Member, words: list[str]) -> None:
         """Tell both where the other was seen, once both have said how."""
+        kind, step, port, *inside = words
         if int(port) not in one.ports or not 0 <= int(step) <= STEP_LIMIT:
             kind, step, port = "none", "0", "0"
         host = ipaddress.ip_address(inside[0])
@@ -1047,9 +1027,9 @@ def run(work: Callable[[], object], stopped: int = 0) -> int:
     return 0
 
 
-def join_call(options: Any, meeting: Meeting | None, sock: Any) -> None:
+def join_call(options: Any, meeting: Meeting | None, sock: socket.socket) -> None:
     """Join a connection with a peer, after making what there is not; raise Failure."""
-    if not sock:
+    if meeting:
         with trying(f"connect to {spelled(options.to)}"):
             sock = socket.create_connection(options.to, ANSWER_TIME)
     sock.setblocking(False)
@@ -1060,7 +1040,7 @@ def join_call(options: Any, meeting: Meeting | None, sock: Any) -> None:
 
 def join_calls(options: Any) -> None:
     """Carry one stream after another, also at the same time; raise Failure."""
-    if not options.to:
+    if options.listen:
         with trying(f"listen on {spelled(options.listen)}"):
             listener = socket.create_server(options.listen)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -1068,8 +1048,7 @@ def join_calls(options: Any) -> None:
         meeting = meet(options) if options.to else None
         sock = meeting.sock if meeting else listener.accept()[0]
         if os.fork() == 0:
-            call = None if meeting else sock
-            os._exit(run(lambda: join_call(options, meeting, call)))  # noqa: B023
+            os._exit(run(lambda: join_call(options, meeting, sock)))  # noqa: B023
         sock.close()
 
 
@@ -1115,7 +1094,6 @@ def be_client(options: Any) -> None:
     if options.udp and not options.to and not options.listen:
         raise Failure("cannot use --udp without --to or --listen", 2)
     options.side = "far" if options.to else "call" if options.listen else "pipe"
-    options.stays = options.udp or options.to
     options.to = parse_address(options.to) if options.to else None
     if options.listen:
         at = options.listen

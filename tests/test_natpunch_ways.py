@@ -144,6 +144,17 @@ def test_a_peer_that_dies_is_not_one_that_is_done(
         assert len(pids) == 1
 
 
+def test_a_peer_that_dies_after_its_end_is_not_waited_for(lab: natlab.Lab) -> None:
+    one, other = pair(lab, "direct")
+    close(one)
+    assert read(other, 1) == b""
+    one.kill()
+    assert "the stream is plain" in punching.read_line(other)
+    last = "natpunch: cannot carry the stream: the peer has vanished\n"
+    assert punching.read_line(other, 2) == last  # standard input is open still
+    assert ended(other)[0] == 1
+
+
 def test_an_interrupt_ends_both_sides_with_a_line(lab: natlab.Lab) -> None:
     one, other = pair(lab, "direct")
     one.send_signal(signal.SIGINT)
