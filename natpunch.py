@@ -49,7 +49,6 @@ import ssl
 import stat
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -86,6 +85,8 @@ STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 # A round's time, and whether it begins with a low TTL: 6 s in all.
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
 Address = tuple[str, int]
+Attribute = tuple[int, bytes]  # of STUN
+Socket = socket.socket
 
 # --- What is said -------------------------------------------------------------
 
@@ -159,13 +160,13 @@ def mac(key: bytes, *words: object) -> bytes:
     return hmac.digest(key, " ".join(map(str, words)).encode(), "sha256")[:16]
 
 
-def tell(sock: socket.socket, *words: object) -> None:
+def tell(sock: Socket, *words: object) -> None:
     """Send a message; a connection that is lost shows when it is read."""
     with contextlib.suppress(OSError):
         sock.sendall(" ".join(map(str, words)).encode() + b"\n")
 
 
-def hear(sock: socket.socket, expected: str) -> list[str]:
+def hear(sock: Socket, expected: str) -> list[str]:
     """Return the words of the server's next message; raise what trying() takes."""
     # Not a byte more: after the last message comes what is relayed.
     with sock.makefile("rb", buffering=0) as file:
@@ -198,7 +199,7 @@ KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and proofs that nobody ne
 OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
-def stun(kind: int, transaction: bytes, *attributes: tuple[int, bytes]) -> bytes:
+def stun(kind: int, transaction: bytes, *attributes: Attribute) -> bytes:
     """Return a message."""
     body = b""
     for name, value in attributes:
@@ -217,16 +218,15 @@ def parse_stun(message: bytes) -> tuple[int, bytes, dict[int, bytes]]:
     return int.from_bytes(message[:2], "big"), message[4:20], found
 
 
-def hidden(raw: bytes, transaction: bytes) -> bytes:
-    """Return port and host as XOR-MAPPED-ADDRESS has them, or the reverse."""
-    return bytes(a ^ b for a, b in zip(raw, transaction[:2] + transaction))
-
-
-def packed(address: Address, transaction: bytes = bytes(16)) -> bytes:
+def packed(address: Address) -> bytes:
     """Return the value of an attribute that is an address."""
     host = ipaddress.ip_address(address[0]).packed
-    raw = hidden(address[1].to_bytes(2, "big") + host, transaction)
-    return bytes((0, 1 if len(host) == 4 else 2)) + raw
+    return struct.pack("!HH", 1 if len(host) == 4 else 2, address[1]) + host
+
+
+def hidden(value: bytes, transaction: bytes) -> bytes:
+    """Return the value of MAPPED-ADDRESS for XOR-MAPPED-ADDRESS, or the reverse."""
+    return bytes(a ^ b for a, b in zip(value, bytes(2) + transaction[:2] + transaction))
 
 
 def stun_answer(
@@ -251,7 +251,7 @@ def stun_answer(
     is_old = transaction[:4] != COOKIE
     found = {MAPPED: packed(source)}
     if not is_old:
-        found = {XOR_MAPPED: packed(source, transaction)}
+        found = {XOR_MAPPED: hidden(packed(source), transaction)}
     if other:
         found[CHANGED if is_old else OTHER] = packed(other)
     return stun(SUCCESS, transaction, *found.items()), change
@@ -263,7 +263,7 @@ def stun_answer(
 # peer has to aim, and how the three differ is how our NAT behaves.
 
 
-def bound(kind: int, family: int, port: int = 0) -> socket.socket:
+def bound(kind: int, family: int, port: int = 0) -> Socket:
     """Return a socket at a local port, which others of ours may share."""
     sock = socket.socket(family, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -271,19 +271,17 @@ def bound(kind: int, family: int, port: int = 0) -> socket.socket:
     return sock
 
 
-def ask_stun(
-    sock: socket.socket, server: Address, token: bytes, *wanted: tuple[int, bytes]
-) -> Address:
+def ask_stun(sock: Socket, server: Address, token: bytes, *asked: Attribute) -> Address:
     """Return as what a server sees a socket; raise what trying() takes."""
-    request = stun(BINDING, COOKIE + token + os.urandom(4), *wanted)
+    request = stun(BINDING, COOKIE + token + os.urandom(4), *asked)
     sock.settimeout(OBSERVE_TIME)
     for _ in range(2):  # a datagram may be lost
         sock.sendto(request, server)
         with contextlib.suppress(TimeoutError):
             _, transaction, found = parse_stun(sock.recv(LINE_LIMIT))
-            raw = hidden(found[XOR_MAPPED][2:], transaction)
+            value = hidden(found[XOR_MAPPED], transaction)
             if transaction == request[4:20]:
-                return address_of(raw[2:], int.from_bytes(raw[:2], "big"))
+                return address_of(value[4:], int.from_bytes(value[2:4], "big"))
     raise TimeoutError
 
 
@@ -318,7 +316,7 @@ class Peers(NamedTuple):
     def probe(self, kind: bytes, is_theirs: bool = False) -> bytes:
         return MAGIC + kind + mac(self.key, self.role ^ is_theirs, kind.hex())
 
-    def say(self, sock: socket.socket, kind: bytes, there: Any = None) -> None:
+    def say(self, sock: Socket, kind: bytes, there: Any = None) -> None:
         """Send a probe, or lose it."""
         with contextlib.suppress(OSError):
             sock.sendmsg([self.probe(kind)], (), 0, there)
@@ -354,7 +352,7 @@ def aims(
 class Puncher:
     """Sockets that try to reach the peer."""
 
-    def __init__(self, peers: Peers, listeners: list[socket.socket]) -> None:
+    def __init__(self, peers: Peers, listeners: list[Socket]) -> None:
         self.peers, self.listeners = peers, listeners
         self.selector = selectors.DefaultSelector()
         for sock in listeners:
@@ -362,12 +360,12 @@ class Puncher:
                 sock.listen()
             self.watch(sock, selectors.EVENT_READ)
 
-    def watch(self, sock: socket.socket, event: int = selectors.EVENT_WRITE) -> None:
+    def watch(self, sock: Socket, event: int = selectors.EVENT_WRITE) -> None:
         """Watch a socket; a connection can be written to once it has been made."""
         sock.setblocking(False)
         self.selector.register(sock, event, sock)
 
-    def shoot(self, listener: socket.socket, there: Address, ttl: int) -> None:
+    def shoot(self, listener: Socket, there: Address, ttl: int) -> None:
         """Send from a listener's port, or lose it."""
         sock = listener
         if listener.type == STREAM:
@@ -381,7 +379,7 @@ class Puncher:
             self.peers.say(sock, SYN, there)
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, -1)  # as usual
 
-    def act(self, sock: socket.socket, event: int) -> socket.socket | None:
+    def act(self, sock: Socket, event: int) -> Socket | None:
         """Act on a socket that is ready; return it once it is the hole."""
         role, is_tcp = self.peers.role, sock.type == STREAM
         if is_tcp and sock in self.listeners:
@@ -407,7 +405,7 @@ class Puncher:
             sock.connect(there)
         return sock if kind == LAST[role] else None
 
-    def wait(self, until: float) -> socket.socket | None:
+    def wait(self, until: float) -> Socket | None:
         """Return the hole, if there is one by that time."""
         while True:
             left = max(until - time.monotonic(), 0)
@@ -419,9 +417,7 @@ class Puncher:
             if not left:
                 return None
 
-    def run(
-        self, there: list[Address], seconds: float, low_ttl: bool = False
-    ) -> socket.socket | None:
+    def run(self, there: list[Address], seconds: float, low_ttl: bool) -> Socket | None:
         """Send from every port to everywhere; return the hole, once there is one.
 
         A probe with a low TTL opens our side and does not reach the other, where a
@@ -457,7 +453,7 @@ class Puncher:
 # becomes the relay, if they want one.
 
 
-def keep_alive(sock: socket.socket) -> None:
+def keep_alive(sock: Socket) -> None:
     """Let the kernel end a connection whose other side is silent for too long."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
@@ -480,7 +476,7 @@ class Meeting:
         # The first is host1:p, then host1:p+1 and host2:p.
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
-    def observe(self, listener: socket.socket) -> list[Address]:
+    def observe(self, listener: Socket) -> list[Address]:
         """Return as what the servers see a local port, less those that are silent.
 
         They know by the token whom they see.
@@ -515,7 +511,7 @@ class Meeting:
         self.tls = self.kind == STREAM and mine[1] == theirs[1] == "tls"
         return self
 
-    def punch(self, seconds: float, low_ttl: bool) -> tuple[socket.socket | None, str]:
+    def punch(self, seconds: float, low_ttl: bool) -> tuple[Socket | None, str]:
         """Observe, meet, punch; return the hole, or None, and for which pair."""
         listeners = [bound(self.kind, self.sock.family)]
         seen = self.observe(listeners[0])
@@ -529,7 +525,7 @@ class Meeting:
                 listeners.append(bound(self.kind, self.sock.family))
         with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
             hole = puncher.run(there, seconds if there else 0, low_ttl)
-        # Its number may be one of many, and select() takes none above 1023.
+        # One of many may have a number above 1023, which select() does not take.
         return hole and hole.dup(), f"{mine}-{kind}"
 
 
@@ -556,17 +552,16 @@ def meet(options: Any) -> Meeting:
     raise Failure(f"cannot {to}: nobody came in {options.wait:g} s")
 
 
-def find_way(meeting: Meeting) -> socket.socket:
-    """Return a hole to the peer, else the relayed connection; raise Failure."""
+def find_way(meeting: Meeting) -> tuple[Socket, str]:
+    """Return a hole to the peer, else the relay, and its name; raise Failure."""
     started, server = time.monotonic(), meeting.sock
     with trying("reach the peer"):
         for seconds, low_ttl in ROUNDS[meeting.kind]:
             hole, pair = meeting.punch(seconds, low_ttl)
             if hole:
                 took, at = time.monotonic() - started, spelled(hole.getpeername())
-                say(f"direct {at} ({pair}, {took:.2f} s)")
                 server.close()
-                return hole
+                return hole, f"direct {at} ({pair}, {took:.2f} s)"
             if "none" in pair or "random" in pair and "same" not in pair:
                 break  # no round will help
         if meeting.options.direct_only:
@@ -577,8 +572,7 @@ def find_way(meeting: Meeting) -> socket.socket:
         puncher.watch(server)
         if not puncher.wait(time.monotonic() + ANSWER_TIME):
             raise OSError("the peer does not prove the secret")
-        say(f"relay ({pair})")
-        return server
+        return server, f"relay ({pair})"
 
 
 # --- Carrying -----------------------------------------------------------------
@@ -592,7 +586,7 @@ NOT_YET: tuple[type[OSError], ...] = BlockingIOError, ConnectionRefusedError
 NOT_YET += ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
-def with_tls(sock: socket.socket, peers: Peers) -> Any:
+def with_tls(sock: Socket, peers: Peers) -> Any:
     """Return a connection in TLS, by the secret and by nothing else."""
     psk, is_client = mac(peers.key, "tls"), peers.role == 1
     kind = ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER
@@ -611,7 +605,7 @@ def with_tls(sock: socket.socket, peers: Peers) -> Any:
 class Channel:
     """A connection to the peer, and the frames on it."""
 
-    def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
+    def __init__(self, sock: Socket, meeting: Meeting) -> None:
         """Begin TLS where both can; raise OSError."""
         keep_alive(sock)
         sock.settimeout(ANSWER_TIME)
@@ -648,7 +642,7 @@ class Channel:
 class Hole:
     """A hole that datagrams cross, used as a channel is."""
 
-    def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
+    def __init__(self, sock: Socket, meeting: Meeting) -> None:
         self.sock, self.peers, self.there = sock, meeting.peers, sock.getpeername()
         self.source = self.sink = sock.fileno()
         self.heard_at = self.told_at = time.monotonic()
@@ -683,28 +677,37 @@ class Hole:
 
 
 class Pipe:
-    """Standard input and output, or the connection that has their place."""
+    """Standard input and output, or both directions of a connection."""
 
-    source, sink = 0, 1
-
-    def __init__(self) -> None:
-        with contextlib.suppress(OSError):
-            if stat.S_ISFIFO(os.fstat(1).st_mode):
-                # Not to block, as our own: others may share what we were given.
+    def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
+        """Take both descriptors, and see to it that writing does not block."""
+        self.source, self.sink, self.left = 0, 1, left
+        if sock:
+            sock.setblocking(False)
+            # Each by itself, to be closed, and with a number that select() takes.
+            self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
+        with contextlib.suppress(OSError):  # there may be no /proc
+            if not sock and stat.S_ISFIFO(os.fstat(1).st_mode):
+                # One of our own: others may share the one that we were given.
                 own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
                 os.dup2(own, 1)
                 os.close(own)
 
     def read(self) -> list[Any]:
-        return [os.read(0, READ_SIZE)]
+        """Return what has come, or an empty end; raise OSError, also at the limit."""
+        data = memoryview(os.read(self.source, READ_SIZE))
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError("no more may be relayed")
+        return [data]
 
     def write(self, data: Any) -> int:
         """Write, or let the end be seen."""
         if data:
-            return os.write(1, data)
+            return os.write(self.sink, data)
         with contextlib.suppress(OSError):  # it may be no socket, or have gone
-            socket.socket(fileno=1).shutdown(socket.SHUT_WR)
-        os.closerange(1, 2)  # unless it was closed with the socket
+            socket.socket(fileno=self.sink).shutdown(socket.SHUT_WR)
+        os.closerange(self.sink, self.sink + 1)  # if it was not closed with the socket
         return 0
 
 
@@ -733,22 +736,23 @@ class Datagrams:
         return len(data)
 
 
-def carry(way: Channel | Hole, local: Pipe | Datagrams) -> None:
+def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
-    ended: set[object] = set()
+    ended: set[Any] = set()
     up: list[Any] = []  # what has come and has not gone; an empty one is the end
     down: list[Any] = []
     # The peer is read first: it may leave as soon as it has our end.
     ways = (way, local, down), (local, way, up)
     while len(ended) < 2:
-        silent = ended - {way}  # a peer may vanish also after its end
+        # A pipe is not read after its end; a peer may vanish then, too.
+        silent = [source for source in ended if isinstance(source, Pipe)]
         readers = [s.source for s, _, data in ways if not data and s not in silent]
         writers = [sink.sink for _, sink, data in ways if data]
         ready = select.select(readers, writers, [], KEEP_ALIVE / 2)[0]
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
                 # A hole is kept open also when nothing has come.
-                if not data and (source is way or source.source in ready):
+                if not data and (source.source in ready or isinstance(source, Hole)):
                     data += source.read()
                 while data:
                     sent = sink.write(data[0])
@@ -769,8 +773,8 @@ def carry(way: Channel | Hole, local: Pipe | Datagrams) -> None:
 class Member:
     """A connection to the server."""
 
-    def __init__(self, sock: socket.socket, source: Address, others: list[str]) -> None:
-        self.sock, self.source, self.others, self.buffer = sock, source, others, b""
+    def __init__(self, sock: Socket, source: Address, places: list[Address]) -> None:
+        self.sock, self.source, self.places, self.buffer = sock, source, places, b""
         # Counted together: a customer has an address, or a /64 of IPv6.
         self.network = ipaddress.ip_address(source[0]).packed[:8]
         self.nonce, self.ends_at = os.urandom(16), time.monotonic() + ANSWER_TIME
@@ -781,23 +785,13 @@ class Member:
         self.said: list[Any] = []  # in this round
 
 
-def pour(source: socket.socket, sink: socket.socket, left: int) -> None:
-    """Copy one direction to its end; at a failure, or at a limit, end the relay."""
-    with contextlib.suppress(OSError):
-        while (data := source.recv(READ_SIZE)) and (left := left - len(data)) >= 0:
-            sink.sendall(data)
-        if not data:
-            return sink.shutdown(socket.SHUT_WR)
-    os._exit(0)
-
-
 class Server:
     """Members, whom it introduces to one another."""
 
     def __init__(self, options: Any) -> None:
         """Open all sockets; raise Failure."""
         self.options, self.selector = options, selectors.DefaultSelector()
-        self.udp: dict[Address, socket.socket] = {}
+        self.udp: dict[Address, Socket] = {}
         self.members: dict[bytes, Member] = {}  # by token
         self.far_until: dict[str, float] = {}  # rooms where a pipe wants the far end
         self.relays: dict[int, str] = {}  # pid -> room
@@ -810,17 +804,20 @@ class Server:
 
     def listen(self, here: Address) -> None:
         """Open an address for both transports; raise OSError."""
-        hosts = [host for host, _ in self.options.addresses if host != here[0]]
-        others = [host for host in hosts if (":" in host) == (":" in here[0])]
-        family = socket.AF_INET6 if ":" in here[0] else socket.AF_INET
+        addresses, is_v6 = self.options.addresses, ":" in here[0]
+        hosts = [at for at, _ in addresses if at != here[0] and (":" in at) == is_v6]
+        ports = here[1], 2 * addresses[0][1] + 1 - here[1]
+        # In the order of the flags of CHANGE-REQUEST.
+        places = [(host, port) for host in (here[0], *hosts[:1]) for port in ports]
+        family = socket.AF_INET6 if is_v6 else socket.AF_INET
         tcp = socket.create_server(here, family=family, backlog=1024)
         udp = self.udp[here] = socket.socket(family, DGRAM)
-        if family == socket.AF_INET6:
+        if is_v6:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         udp.bind(here)
-        for sock, *what in (tcp, self.accept, tcp), (udp, self.observe, udp, here):
+        for sock, act in ((tcp, self.accept), (udp, self.observe)):
             sock.setblocking(False)
-            self.selector.register(sock, selectors.EVENT_READ, (*what, others[:1]))
+            self.selector.register(sock, selectors.EVENT_READ, (act, sock, places))
 
     def run(self) -> None:
         """Serve until a signal."""
@@ -832,16 +829,13 @@ class Server:
             for key, _ in ready:
                 act, *what = key.data
                 act(*what)
-            if (now := time.monotonic()) > second + 1:
-                second = now
-                self.sweep(now)
-
-    def sweep(self, now: float) -> None:
-        """Forget what is over."""
-        self.asked.clear()
-        self.far_until = {r: at for r, at in self.far_until.items() if at > now}
-        for member in [m for m in self.members.values() if m.ends_at < now]:
-            self.drop(member, "gone" if member.peer else "nobody")
+            if (now := time.monotonic()) < second + 1:
+                continue
+            second = now
+            self.asked.clear()
+            self.far_until = {r: at for r, at in self.far_until.items() if at > now}
+            for member in [m for m in self.members.values() if m.ends_at < now]:
+                self.drop(member, "gone" if member.peer else "nobody")
 
     def note(self, token: bytes, source: Address) -> None:
         """Remember as whom a member was seen, if that is where it comes from."""
@@ -849,29 +843,26 @@ class Server:
         if member and member.source[0] == source[0] and len(member.ports) < FAN:
             member.ports.add(source[1])
 
-    def observe(self, sock: socket.socket, here: Address, others: list[str]) -> None:
+    def observe(self, sock: Socket, places: list[Address]) -> None:
         """Answer a datagram, from where it is wanted."""
         with contextlib.suppress(OSError, ValueError):
             message, source = sock.recvfrom(LINE_LIMIT)
             count = self.asked.get(source[0], 0)
-            port = 2 * self.options.addresses[0][1] + 1 - here[1]  # the other one
-            other = (others[0], port) if others else None
+            other = places[3] if len(places) > 2 else None
             answer, change = stun_answer(message, source[:2], other)
             if count >= STUN_RATE or len(self.asked) >= SOURCES:
                 return
             self.asked[source[0]] = count + 1
             self.note(message[8:16], source)
-            host = others[0] if change & OTHER_HOST else here[0]
-            at = host, port if change & OTHER_PORT else here[1]
-            self.udp[at].sendto(answer, source)
+            self.udp[places[change // OTHER_PORT]].sendto(answer, source)
 
-    def accept(self, sock: socket.socket, others: list[str]) -> None:
+    def accept(self, sock: Socket, places: list[Address]) -> None:
         """Take a connection, unless too many are waiting."""
         try:
             connection, source = sock.accept()
         except OSError:
             return time.sleep(0.01)  # no file is left: let one be closed
-        member = Member(connection, source[:2], others)
+        member = Member(connection, source[:2], places)
         unpaired = [m.network for m in self.members.values() if not m.peer]
         near = unpaired.count(member.network)
         if near >= self.options.per_address or len(unpaired) >= self.options.waiting:
@@ -911,7 +902,8 @@ class Server:
                 self.note(bytes.fromhex(token), member.source)
                 tell(member.sock, "seen", *member.source)
             case ["natpunch", "1"]:
-                tell(member.sock, "natpunch", member.nonce.hex(), *member.others)
+                others = [host for host, _ in member.places[2:3]]
+                tell(member.sock, "natpunch", member.nonce.hex(), *others)
             case ["join", room, kind, side, nonce, can, proof] if not member.words:
                 member.words, member.side = [nonce, can], side
                 right = mac(self.options.key, member.nonce.hex(), *words[:-1]).hex()
@@ -985,19 +977,14 @@ class Server:
         self.drop(one)
         self.drop(two)
 
-    def become_relay(self, one: socket.socket, two: socket.socket) -> None:
-        """Copy between two connections, each way in a thread."""
+    def become_relay(self, *socks: Socket) -> None:
+        """Carry between two connections."""
         for key in self.selector.get_map().values():
-            if key.fd not in (one.fileno(), two.fileno()):
+            if key.fileobj not in socks:
                 os.close(key.fd)  # or no end of a member would be seen
-        one.setblocking(True)
-        two.setblocking(True)
         signal.alarm(self.options.relay_time)
-        most = self.options.relay_bytes
-        back = threading.Thread(target=pour, args=(two, one, most))
-        back.start()
-        pour(one, two, most)
-        back.join()
+        with contextlib.suppress(OSError):
+            carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
 
 
 # --- main ---------------------------------------------------------------------
@@ -1005,13 +992,15 @@ class Server:
 
 def join(meeting: Meeting, local: Pipe | Datagrams) -> None:
     """Find a way to the peer, and carry until both have ended; raise Failure."""
-    sock, is_stream = find_way(meeting), meeting.kind == STREAM
+    sock, name = find_way(meeting)
+    is_stream = meeting.kind == STREAM
     with trying("carry the stream" if is_stream else "carry datagrams"):
         way = (Channel if sock.type == STREAM else Hole)(sock, meeting)
-        if is_stream:
-            why = "plain: TLS needs Python 3.13 on both sides"
-            say(f"the stream is {'encrypted' if meeting.tls else why}")
         with contextlib.closing(way):
+            say(name)  # from now on, the peer hears of it when we are stopped
+            if is_stream:
+                why = "plain: TLS needs Python 3.13 on both sides"
+                say(f"the stream is {'encrypted' if meeting.tls else why}")
             carry(way, local)
 
 
@@ -1027,15 +1016,12 @@ def run(work: Callable[[], object], stopped: int = 0) -> int:
     return 0
 
 
-def join_call(options: Any, meeting: Meeting | None, sock: socket.socket) -> None:
+def join_call(options: Any, meeting: Meeting | None, sock: Socket) -> None:
     """Join a connection with a peer, after making what there is not; raise Failure."""
     if meeting:
         with trying(f"connect to {spelled(options.to)}"):
             sock = socket.create_connection(options.to, ANSWER_TIME)
-    sock.setblocking(False)
-    for fd in (0, 1):
-        os.dup2(sock.fileno(), fd)
-    join(meeting or meet(options), Pipe())
+    join(meeting or meet(options), Pipe(sock))
 
 
 def join_calls(options: Any) -> None:

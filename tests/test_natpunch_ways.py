@@ -328,6 +328,23 @@ def test_a_peer_that_leaves_says_so(lab: natlab.Lab) -> None:
     assert ended(far)[0] == 0
 
 
+def test_a_datagram_that_nobody_takes_is_lost_and_no_more(lab: natlab.Lab) -> None:
+    far = punching.peer(lab, "b", "none", "--udp", "--to", "127.0.0.1:7013")
+    near = punching.peer(lab, "a", "none", "--udp", "--listen", "7013")
+    assert punching.got(far) == punching.got(near) == "direct"
+    here = lab.within("a", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    there = lab.within("b", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with here, there:
+        for _ in range(3):
+            here.sendto(b"lost", ("127.0.0.1", 7013))
+            time.sleep(0.1)
+        there.bind(("127.0.0.1", 7013))
+        there.settimeout(5)
+        here.sendto(b"found", ("127.0.0.1", 7013))
+        assert there.recv(100) == b"found"
+    assert not select_errors(far) and not select_errors(near)
+
+
 # What goes over the wire.
 
 
