@@ -365,15 +365,14 @@ class Puncher:
         sock.setblocking(False)
         self.selector.register(sock, event, sock)
 
-    def shoot(self, listener: Socket, there: Address, ttl: int) -> None:
+    def shoot(self, sock: Socket, there: Address, ttl: int) -> None:
         """Send from a listener's port, or lose it."""
-        sock = listener
-        if listener.type == STREAM:
-            sock = bound(STREAM, listener.family, listener.getsockname()[1])
+        if is_tcp := sock.type == STREAM:
+            sock = bound(STREAM, sock.family, sock.getsockname()[1])
             self.watch(sock)
         # In vain for IPv6, where no gateway takes for its own what is ours.
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
-        if listener.type == STREAM:
+        if is_tcp:
             sock.connect_ex(there)  # in vain while an earlier one is on its way
         else:
             self.peers.say(sock, SYN, there)
@@ -539,6 +538,7 @@ def meet(options: Any) -> Meeting:
                 meeting = Meeting(options)
                 with contextlib.suppress(TimeoutError):
                     return meeting.enter(min(left, 2 * WAIT_TIME))
+                meeting.sock.close()
         except Failure as failure:
             why = str(failure.__cause__)
             if why in (REFUSALS["full"], REFUSALS["nobody"]):
