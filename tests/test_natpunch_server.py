@@ -203,12 +203,13 @@ def test_sixteen_wait_from_an_address(lab: natlab.Lab) -> None:
 
 def test_to_be_seen_takes_no_place(lab: natlab.Lab) -> None:
     with serving(lab):
-        one, _ = pair(lab)
+        one, other = pair(lab)
         clients = [Client(lab) for _ in range(16)]
         for client in clients:
             client.join(secrets.token_hex(16))
         for _ in range(3):  # as often as in a round
             assert one.see(lab) in range(1, 65536)
+        assert not select.select([other.sock], [], [], 0)[0]  # the pair is one still
 
 
 def joins(client: Client) -> bool:
@@ -499,8 +500,8 @@ def test_who_has_no_key_keeps_nobody_out_who_has_it(lab: natlab.Lab) -> None:
         first.say("natpunch 1")
         assert first.hear().startswith("natpunch ")
         first.sock.close()
-        one, _ = pair(lab, "a", "a", key=KEY.encode())
-        assert one.see(lab) and len(strangers) == 16
+        one, other = pair(lab, "a", "a", key=KEY.encode())
+        assert one.see(lab) and other.see(lab) and len(strangers) == 16
 
 
 def test_a_proof_is_good_once(lab: natlab.Lab) -> None:
@@ -645,7 +646,7 @@ def test_a_source_has_ten_answers_a_second(lab: natlab.Lab) -> None:
 def test_a_member_is_seen_though_its_address_has_had_its_ten(lab: natlab.Lab) -> None:
     # There may be many members behind it, and each asks three times in a round.
     with serving(lab):
-        one, _ = pair(lab)
+        one, other = pair(lab)
         kind, token = socket.SOCK_DGRAM, bytes.fromhex(one.nonce[:16])
         with lab.within("a", lambda: socket.socket(socket.AF_INET, kind)) as sock:
             sock.connect((lab.servers[0], 3478))
@@ -659,6 +660,7 @@ def test_a_member_is_seen_though_its_address_has_had_its_ten(lab: natlab.Lab) ->
                 while mine not in answers:
                     answers.append(sock.recv(100)[4:20])
         assert mine in answers and len(answers) <= 21  # a second may have ended
+        assert not select.select([other.sock], [], [], 0)[0]  # the pair is one still
 
 
 def test_a_round_has_1024_probes_of_19_bytes_at_most_2000_a_second() -> None:
