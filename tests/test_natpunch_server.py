@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import kernel
@@ -37,11 +38,15 @@ def lab() -> Iterator[natlab.Lab]:
 
 @contextlib.contextmanager
 def serving(
-    lab: natlab.Lab, *options: str, changed: str = "", **environment: str
+    lab: natlab.Lab,
+    *options: str,
+    changed: str = "",
+    before: Sequence[str] = (),
+    **environment: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server, perhaps with other limits; it ends well."""
+    """Run a server, perhaps with other limits, by another program; it ends well."""
     command = punching.words("serve", *lab.servers, *options, changed=changed)
-    process = lab.start("server", *command, **environment)
+    process = lab.start("server", *before, *command, **environment)
     for _ in lab.servers:
         assert "serving on" in punching.read_line(process)
     try:
@@ -92,19 +97,20 @@ class Client:
         """Let the server see another port of ours; return it."""
         other = Client(lab, place, 3479)
         other.say(f"see {self.nonce[:16]}")
-        port = int(other.hear().split()[2])
+        said = other.hear()
+        assert said.startswith("seen "), said
         other.sock.close()
-        return port
+        return int(said.split()[2])
 
 
 def pair(
-    lab: natlab.Lab, a: str = "a", b: str = "b", room: str = ""
+    lab: natlab.Lab, a: str = "a", b: str = "b", room: str = "", key: bytes = b""
 ) -> tuple[Client, Client]:
     """Return two that have met, in a room of their own unless told otherwise."""
     one, other = Client(lab, a), Client(lab, b)
     room = room or secrets.token_hex(16)
-    one.join(room)
-    other.join(room)
+    one.join(room, key=key)
+    other.join(room, key=key)
     roles = {one.hear()[:9], other.hear()[:9]}
     assert roles == {"paired 0 ", "paired 1 "}
     return one, other
@@ -142,15 +148,25 @@ def test_a_third_is_refused_and_the_pair_lives_on(lab: natlab.Lab) -> None:
         wait.until(joined)
 
 
-def test_a_far_end_takes_one_call_after_another_and_no_second_far_end(
+def test_a_far_end_that_comes_anew_has_the_place_of_the_one_before(
     lab: natlab.Lab,
 ) -> None:
+    # Which may be the same one, whose box has lost its power.
     with serving(lab):
-        far, second = Client(lab, "b"), Client(lab, "b")
+        old, new, call = Client(lab, "b"), Client(lab, "b"), Client(lab)
+        old.join(side="far")
+        old.say(f"see {old.nonce[:16]}")
+        assert old.hear().startswith("seen ")  # so it has joined, too
+        new.join(side="far")
+        assert old.hear() == "no taken" and old.hear() == ""
+        call.join(side="call")
+        assert new.hear().startswith("paired 0") and call.hear()
+
+
+def test_a_far_end_takes_one_call_after_another(lab: natlab.Lab) -> None:
+    with serving(lab):
+        far = Client(lab, "b")
         far.join(side="far")
-        time.sleep(0.05)
-        second.join(side="far")
-        assert second.hear() == "no taken"
         calls = [Client(lab), Client(lab)]
         for call in calls:
             call.join()
@@ -184,6 +200,17 @@ def test_sixteen_wait_from_an_address(lab: natlab.Lab) -> None:
         pair(lab, "b", "server")  # others do not notice
         clients.pop().sock.close()
         wait.until(lambda: joins(Client(lab)))
+
+
+def test_to_be_seen_takes_no_place(lab: natlab.Lab) -> None:
+    with serving(lab):
+        one, other = pair(lab)
+        clients = [Client(lab) for _ in range(16)]
+        for client in clients:
+            client.join(secrets.token_hex(16))
+        for _ in range(3):  # as often as in a round
+            assert one.see(lab) in range(1, 65536)
+        assert not select.select([other.sock], [], [], 0)[0]  # the pair is one still
 
 
 def joins(client: Client) -> bool:
@@ -344,6 +371,42 @@ def test_inside_addresses_are_told_behind_one_nat_only(served: natlab.Lab) -> No
     assert other.hear().endswith(" same 0 10.0.0.7 7")
 
 
+# By address and port; what else is_private means is another machine's, or nobody's.
+INSIDE = {
+    "10.0.0.7 7": True,
+    "172.31.255.254 1": True,
+    "192.168.1.1 65535": True,
+    "fd00::7 7": True,
+    "8.8.8.8 9": False,
+    "127.0.0.1 22": False,
+    "0.0.0.0 22": False,
+    "169.254.169.254 80": False,
+    "192.0.2.66 9": False,
+    "198.18.0.1 9": False,
+    "255.255.255.255 9": False,
+    "172.32.0.1 9": False,
+    "fe80::1 22": False,
+    "::ffff:10.0.0.7 7": False,
+    "2001:db8::1 9": False,
+    "10.0.0.7 0": False,
+    "10.0.0.7 -1": False,
+    "10.0.0.7 65536": False,
+    "10.0.0.7 99999999": False,
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_inside_is_what_is_private_and_has_a_port(
+    served: natlab.Lab, inside: str
+) -> None:
+    one, other = pair(served, "a", "a")
+    seen = one.see(served), other.see(served)
+    for client, port, at in ((one, seen[0], inside), (other, seen[1], "10.0.0.9 9")):
+        client.say(f"round same 0 {port} {at}")
+    told = other.hear()
+    assert told.endswith(f" {inside}") == INSIDE[inside], told
+
+
 # The relay.
 
 
@@ -358,6 +421,22 @@ def test_there_may_be_no_relay(lab: natlab.Lab) -> None:
         one, other = pair(lab)
         one.say("relay")
         assert one.hear() == other.hear() == "no relay"
+
+
+def test_a_parent_that_ignores_the_end_of_children_changes_nothing(
+    lab: natlab.Lab,
+) -> None:
+    with serving(lab, before=["env", "--ignore-signal=CHLD"]):
+        for text in (b"first", b"again"):
+            one, other = pair(lab, room=ROOM)
+            for client in (one, other):
+                client.say("relay")
+            assert one.hear() == other.hear() == "relay"
+            one.sock.sendall(text)
+            assert other.sock.recv(5) == text
+            for client in (one, other):
+                client.sock.close()
+            wait.until(lambda: len(punching.pids(lab, "server")) == 1)
 
 
 @pytest.mark.parametrize("cap", [("--relay-bytes", "1000"), ("--relay-time", "1")])
@@ -414,6 +493,18 @@ def test_without_the_key_there_is_nothing_but_stun(lab: natlab.Lab) -> None:
         punching.talk(*others)
 
 
+def test_who_has_no_key_keeps_nobody_out_who_has_it(lab: natlab.Lab) -> None:
+    slow = "natpunch.ANSWER_TIME = 60"
+    with serving(lab, changed=slow, NATPUNCH_KEY=KEY):
+        strangers = [Client(lab) for _ in range(16)]
+        first = Client(lab)
+        first.say("natpunch 1")
+        assert first.hear().startswith("natpunch ")
+        first.sock.close()
+        one, other = pair(lab, "a", "a", key=KEY.encode())
+        assert one.see(lab) and other.see(lab) and len(strangers) == 16
+
+
 def test_a_proof_is_good_once(lab: natlab.Lab) -> None:
     with serving(lab, NATPUNCH_KEY=KEY):
         first = Client(lab)
@@ -439,7 +530,8 @@ def stun(lab: natlab.Lab, message: bytes, place: str = "b") -> bytes:
     """Return the answer to a message, from wherever it comes, or nothing."""
     time.sleep(0.11)  # ten a second
     kind = socket.SOCK_DGRAM
-    with lab.within(place, lambda: socket.socket(socket.AF_INET, kind)) as sock:
+    family = socket.AF_INET6 if ":" in lab.servers[0] else socket.AF_INET
+    with lab.within(place, lambda: socket.socket(family, kind)) as sock:
         sock.settimeout(0.3)
         sock.sendto(message, (lab.servers[0], 3478))
         with contextlib.suppress(TimeoutError):
@@ -468,6 +560,36 @@ def test_an_answer_is_at_most_1_6_times_as_long_with_one_address() -> None:
                 answer = stun(lab, message)
                 assert 20 <= len(answer) <= 1.6 * len(message)
             assert len(stun(lab, request())) == 32
+
+
+def test_an_answer_by_ipv6_is_at_most_1_6_times_as_long_too() -> None:
+    # The least that tells an address is 44 bytes, so that 20 are too few to ask it.
+    with natlab.lab() as lab:
+        lab.servers = ["::1"]
+        with serving(lab):
+            asked = [
+                request(),
+                request(cookie=b"olds"),
+                *[request(one) for one in UNKNOWN],
+                *[request((0x8022, b"x" * n)) for n in range(8)],
+            ]
+            for message in asked:
+                answer = stun(lab, message, "server")
+                assert len(answer) <= 1.6 * len(message), len(message)
+            answer = stun(lab, request((natpunch.CHANGE, bytes(4))), "server")
+            assert natpunch.parse_stun(answer)[0] == natpunch.SUCCESS
+
+
+def test_a_server_on_all_addresses_answers_from_the_one_that_was_asked() -> None:
+    with natlab.lab() as lab:
+        both, lab.servers = lab.servers, []
+        with serving(lab) as process:
+            assert "serving on" in punching.read_line(process)
+            for at in both:
+                said = lab.run("a", *punching.words("-s", at, "nat")).stdout
+                for line in said.splitlines():
+                    assert re.match(r"(udp|tcp): same, port \d+ seen at \S+ \S", line)
+                assert len(said.splitlines()) == 2
 
 
 def test_with_two_addresses_the_other_one_is_told_as_rfc_5780_wants(
@@ -520,6 +642,26 @@ def test_a_source_has_ten_answers_a_second(lab: natlab.Lab) -> None:
                     count += 1
         assert 10 <= count <= 40
         assert stun(lab, request(), "a")  # another one has its own
+
+
+def test_a_member_is_seen_though_its_address_has_had_its_ten(lab: natlab.Lab) -> None:
+    # There may be many members behind it, and each asks three times in a round.
+    with serving(lab):
+        one, other = pair(lab)
+        kind, token = socket.SOCK_DGRAM, bytes.fromhex(one.nonce[:16])
+        with lab.within("a", lambda: socket.socket(socket.AF_INET, kind)) as sock:
+            sock.connect((lab.servers[0], 3478))
+            for _ in range(30):
+                sock.send(request())
+            mine = natpunch.COOKIE + token + b"mine"
+            sock.send(natpunch.stun(natpunch.BINDING, mine))
+            sock.settimeout(2)
+            answers = []
+            with contextlib.suppress(TimeoutError):
+                while mine not in answers:
+                    answers.append(sock.recv(100)[4:20])
+        assert mine in answers and len(answers) <= 21  # a second may have ended
+        assert not select.select([other.sock], [], [], 0)[0]  # the pair is one still
 
 
 def test_a_round_has_1024_probes_of_19_bytes_at_most_2000_a_second() -> None:
