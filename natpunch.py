@@ -33,8 +33,14 @@ It does not move a stream to another address, and it does not speak ICE.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while the others are imported
+
 import argparse
 import contextlib
+import fcntl
 import hmac
 import ipaddress
 import itertools
@@ -43,7 +49,6 @@ import random
 import resource
 import select
 import selectors
-import signal
 import socket
 import ssl
 import stat
@@ -72,7 +77,8 @@ LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
 BIRTHDAY_TIME = 0.7  # in which PROBES are sent
 OBSERVE_TIME = 0.5  # for the server to say what it sees
 ANSWER_TIME = 10.0  # for a server, a peer's proof, or a client that has not joined
-PAIR_TIME = 30.0  # for a pair to have done with the server, or to want the relay
+PAIR_TIME = 8.0  # for a pair to have done with the server, or the relay
+RELAY_TIME = 1.5  # of these, which no hole is waited for
 WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
 RETRY_TIME = 5.0  # of a far end whose server is away
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
@@ -87,6 +93,10 @@ ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, T
 Address = tuple[str, int]
 Attribute = tuple[int, bytes]  # of STUN
 Socket = socket.socket
+PRIVATE = [  # addresses behind a NAT: RFC 1918, RFC 4193
+    ipaddress.ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+]
 
 # --- What is said -------------------------------------------------------------
 
@@ -122,6 +132,8 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]
         raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
+    except UnicodeError as error:
+        raise Failure(f"cannot {to}: there is no such host", code) from error
     except (ValueError, LookupError) as error:
         raise Failure(f"cannot {to}: that is not natpunch", code) from error
 
@@ -143,7 +155,7 @@ def parse_address(text: str, port: int = 0) -> Address:
 
 def secret_of(variable: str, path: str, default: str) -> bytes:
     """Return the secret of a file, else of the environment, else of a default file."""
-    found = os.environ.get(variable, "").encode()
+    found = os.fsencode(os.environ.get(variable, ""))
     path = path or ("" if found else os.path.expanduser(default))
     if path:
         with trying(f"read {path}", 2), open(path, "rb") as file:
@@ -157,7 +169,7 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
 
 def mac(key: bytes, *words: object) -> bytes:
     """Return 16 bytes that only an owner of the key can make of these words."""
-    return hmac.digest(key, " ".join(map(str, words)).encode(), "sha256")[:16]
+    return hmac.digest(key, os.fsencode(" ".join(map(str, words))), "sha256")[:16]
 
 
 def tell(sock: Socket, *words: object) -> None:
@@ -173,7 +185,7 @@ def hear(sock: Socket, expected: str) -> list[str]:
         line = file.readline(LINE_LIMIT)
     if not line:
         raise OSError("the server has left")
-    first, *words = line.decode("ascii").split()
+    first, *words = line.decode("ascii", "replace").split()
     if first == "no":
         raise OSError(REFUSALS[words[0]])
     if first != expected:
@@ -183,7 +195,20 @@ def hear(sock: Socket, expected: str) -> list[str]:
 
 def address_of(host: str | bytes, port: str | int) -> Address:
     """Return an address that was told; raise ValueError, also for a host's name."""
+    if not 0 <= int(port) < 65536:
+        raise ValueError(port)
     return str(ipaddress.ip_address(host)), int(port)
+
+
+def inside_of(host: str, port: str) -> list[Address]:
+    """Return where a peer says that it is, if it can be there; raise ValueError."""
+    at, number = ipaddress.ip_address(host), int(port)
+    is_private = any(at in network for network in PRIVATE)
+    return [(str(at), number)] if is_private and 0 < number < 65536 else []
+
+
+def family_of(address: Address) -> int:
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 # --- STUN ---------------------------------------------------------------------
@@ -346,7 +371,7 @@ def aims(
         ("random", "same"): (BIRTHDAYS, [last]),
     }
     count, ports = table.get((mine, theirs), (1, []))
-    return count, [*inside, *((host, port) for port in ports if port < 65536)]
+    return count, [*inside, *((host, port) for port in ports if 0 < port < 65536)]
 
 
 class Puncher:
@@ -476,13 +501,13 @@ class Meeting:
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def observe(self, listener: Socket) -> list[Address]:
-        """Return as what the servers see a local port, less those that are silent.
+        """Return as what the servers see a local port; ask a silent one once only.
 
         They know by the token whom they see.
         """
         seen, port = [], listener.getsockname()[1]
-        for server in self.servers:
-            with contextlib.suppress(OSError, ValueError, LookupError):
+        for server in [*self.servers]:
+            try:
                 if listener.type == DGRAM:
                     seen.append(ask_stun(listener, server, self.nonce[:8]))
                     continue
@@ -491,7 +516,14 @@ class Meeting:
                     sock.connect(server)
                     tell(sock, "see", self.nonce[:8].hex())
                     seen.append(address_of(*hear(sock, "seen")))
+            except (OSError, ValueError, LookupError):
+                self.servers.remove(server)
         return seen
+
+    def in_time(self) -> Socket:
+        """Return the connection to the server, with as much patience as is left."""
+        self.sock.settimeout(max(self.ends_at - time.monotonic(), 0.01))
+        return self.sock
 
     def enter(self, seconds: float) -> Meeting:
         """Wait in the room for a peer; raise as __init__()."""
@@ -500,9 +532,9 @@ class Meeting:
         room = mac(self.options.secret, "room", self.options.room).hex()
         line = " ".join(("join", room, f"{self.kind:d}", self.options.side, *mine))
         tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
-        self.sock.settimeout(seconds)
-        role, *theirs = hear(self.sock, "paired")
-        self.sock.settimeout(PAIR_TIME)
+        self.ends_at = time.monotonic() + seconds
+        role, *theirs = hear(self.in_time(), "paired")
+        self.ends_at = time.monotonic() + PAIR_TIME
         # What was agreed is in the key: nobody has altered it on the way.
         both = [mine, theirs] if role == "0" else [theirs, mine]
         text = f"{self.kind:d} {both}".encode()
@@ -516,39 +548,46 @@ class Meeting:
         seen = self.observe(listeners[0])
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
         tell(self.sock, "round", *behavior(seen), seen[-1][1] if seen else 0, *here)
-        mine, host, port, kind, step, *inner = hear(self.sock, "peer")
-        inside = [address_of(*inner)] if inner else []
+        mine, host, port, kind, step, *inner = hear(self.in_time(), "peer")
+        if not {mine, kind} <= {"same", "step", "random", "none"}:
+            raise ValueError("not a behavior")
+        inside = inside_of(*inner) if inner else []
         count, there = aims(mine, kind, address_of(host, port), int(step), *inside)
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
+        left = self.ends_at - RELAY_TIME - time.monotonic()
+        seconds = max(min(seconds, left), 0.1) if there else 0
         with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
-            hole = puncher.run(there, seconds if there else 0, low_ttl)
+            hole = puncher.run(there, seconds, low_ttl)
         # One of many may have a number above 1023, which select() does not take.
         return hole and hole.dup(), f"{mine}-{kind}"
 
 
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
-    ends_at, stays = time.monotonic() + options.wait, options.udp or options.to
+    ends_at, say_at = time.monotonic() + options.wait, 0.0
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
         try:
             with trying(to):
-                meeting = Meeting(options)
-                with contextlib.suppress(TimeoutError):
-                    return meeting.enter(min(left, 2 * WAIT_TIME))
-                meeting.sock.close()
+                return Meeting(options).enter(min(left, WAIT_TIME + ANSWER_TIME))
         except Failure as failure:
-            why = str(failure.__cause__)
+            why, now = str(failure.__cause__), time.monotonic()
             if why in (REFUSALS["full"], REFUSALS["nobody"]):
-                say(f"waiting in {options.room}: {why}")
+                if now >= say_at:
+                    say(f"waiting in {options.room}: {why}")
+                    say_at = now + WAIT_TIME
                 time.sleep(why == REFUSALS["full"])
-            elif why in REFUSALS.values() or not stays or left < FOREVER:
-                raise
-            else:
+            elif (
+                options.wait == FOREVER
+                and why not in REFUSALS.values()
+                and (options.udp or options.to)
+            ):
                 say(f"{failure}; trying again")
                 time.sleep(RETRY_TIME)
+            elif now < ends_at:
+                raise
     raise Failure(f"cannot {to}: nobody came in {options.wait:g} s")
 
 
@@ -567,11 +606,14 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
         if meeting.options.direct_only:
             raise OSError(REFUSALS["relay"])
         tell(server, "relay")
-        hear(server, "relay")
-        puncher = Puncher(meeting.peers, [])
-        puncher.watch(server)
-        if not puncher.wait(time.monotonic() + ANSWER_TIME):
-            raise OSError("the peer does not prove the secret")
+        hear(meeting.in_time(), "relay")
+        for n, kind in enumerate((SYN, ACK, DONE)):
+            if n % 2 == meeting.peers.role:
+                meeting.peers.say(server, kind)
+            elif not (data := meeting.in_time().recv(PROBE_SIZE)):
+                raise OSError("the peer has left")
+            elif meeting.peers.kind_of(data) != kind:
+                raise OSError("the peer does not prove the secret")
         return server, f"relay ({pair})"
 
 
@@ -682,10 +724,13 @@ class Pipe:
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
         """Take both descriptors, and see to it that writing does not block."""
         self.source, self.sink, self.left = 0, 1, left
+        self.out: Socket | None = None
         if sock:
             sock.setblocking(False)
             # Each by itself, to be closed, and with a number that select() takes.
             self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
+        with contextlib.suppress(OSError):  # it is none
+            self.out = socket.socket(fileno=self.sink)
         with contextlib.suppress(OSError):  # there may be no /proc
             if not sock and stat.S_ISFIFO(os.fstat(1).st_mode):
                 # One of our own: others may share the one that we were given.
@@ -703,11 +748,15 @@ class Pipe:
 
     def write(self, data: Any) -> int:
         """Write, or let the end be seen."""
+        if data and self.out:
+            return self.out.send(data, socket.MSG_DONTWAIT)
         if data:
             return os.write(self.sink, data)
-        with contextlib.suppress(OSError):  # it may be no socket, or have gone
-            socket.socket(fileno=self.sink).shutdown(socket.SHUT_WR)
-        os.closerange(self.sink, self.sink + 1)  # if it was not closed with the socket
+        with contextlib.suppress(OSError):  # it may have gone
+            if self.out:
+                self.out.shutdown(socket.SHUT_WR)
+                self.sink = self.out.detach()
+        os.close(self.sink)
         return 0
 
 
@@ -716,7 +765,8 @@ class Datagrams:
 
     def __init__(self, options: Any) -> None:
         """Open the port; raise OSError."""
-        self.sock, self.client = socket.socket(socket.AF_INET, DGRAM), options.to
+        self.client = options.to
+        self.sock = socket.socket(family_of(self.client or options.listen), DGRAM)
         self.source = self.sink = self.sock.fileno()
         self.sock.setblocking(False)
         if self.client:
@@ -770,6 +820,9 @@ def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
 # joins two connections that the server accepted.
 
 
+IP_PKTINFO = 8  # of Linux; the socket module does not have it
+
+
 class Member:
     """A connection to the server."""
 
@@ -804,16 +857,20 @@ class Server:
 
     def listen(self, here: Address) -> None:
         """Open an address for both transports; raise OSError."""
-        addresses, is_v6 = self.options.addresses, ":" in here[0]
-        hosts = [at for at, _ in addresses if at != here[0] and (":" in at) == is_v6]
+        addresses, family = self.options.addresses, family_of(here)
+        others = [at for at in addresses if at[0] != here[0]]
+        hosts = [at[0] for at in others if family_of(at) == family]
         ports = here[1], 2 * addresses[0][1] + 1 - here[1]
         # In the order of the flags of CHANGE-REQUEST.
         places = [(host, port) for host in (here[0], *hosts[:1]) for port in ports]
-        family = socket.AF_INET6 if is_v6 else socket.AF_INET
         tcp = socket.create_server(here, family=family, backlog=1024)
         udp = self.udp[here] = socket.socket(family, DGRAM)
-        if is_v6:
+        is_any = here[0] in ("0.0.0.0", "::")
+        if family == socket.AF_INET6:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, is_any)
+        else:
+            udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, is_any)
         udp.bind(here)
         for sock, act in ((tcp, self.accept), (udp, self.observe)):
             sock.setblocking(False)
@@ -837,40 +894,51 @@ class Server:
             for member in [m for m in self.members.values() if m.ends_at < now]:
                 self.drop(member, "gone" if member.peer else "nobody")
 
-    def note(self, token: bytes, source: Address) -> None:
-        """Remember as whom a member was seen, if that is where it comes from."""
+    def note(self, token: bytes, source: Address) -> bool:
+        """Remember as whom a member is seen; return whether it comes from there."""
         member = self.members.get(token)
-        if member and member.source[0] == source[0] and len(member.ports) < FAN:
+        if not member or member.source[0] != source[0]:
+            return False
+        if len(member.ports) < FAN:
             member.ports.add(source[1])
+        return True
 
     def observe(self, sock: Socket, places: list[Address]) -> None:
         """Answer a datagram, from where it is wanted."""
         with contextlib.suppress(OSError, ValueError):
-            message, source = sock.recvfrom(LINE_LIMIT)
-            count = self.asked.get(source[0], 0)
+            # Where we have all addresses, the kernel says which one was asked.
+            message, asked, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
             other = places[3] if len(places) > 2 else None
             answer, change = stun_answer(message, source[:2], other)
-            if count >= STUN_RATE or len(self.asked) >= SOURCES:
-                return
-            self.asked[source[0]] = count + 1
-            self.note(message[8:16], source)
-            self.udp[places[change // OTHER_PORT]].sendto(answer, source)
+            if not self.note(message[8:16], source):
+                count = self.asked.get(source[0], 0)
+                if count >= STUN_RATE or len(self.asked) >= SOURCES:
+                    return
+                self.asked[source[0]] = count + 1
+            there = self.udp[places[change // OTHER_PORT]]
+            there.sendmsg([answer], asked, 0, source)
 
     def accept(self, sock: Socket, places: list[Address]) -> None:
-        """Take a connection, unless too many are waiting."""
+        """Take a connection, in the place of the oldest where there are too many."""
         try:
             connection, source = sock.accept()
         except OSError:
             return time.sleep(0.01)  # no file is left: let one be closed
         member = Member(connection, source[:2], places)
-        unpaired = [m.network for m in self.members.values() if not m.peer]
-        near = unpaired.count(member.network)
-        if near >= self.options.per_address or len(unpaired) >= self.options.waiting:
-            tell(connection, "no full")
-            return connection.close()
         connection.setblocking(False)
         self.members[member.nonce[:8]] = member
         self.selector.register(connection, selectors.EVENT_READ, (self.read, member))
+        for first in self.crowd(member)[:1]:
+            self.drop(first, "full")
+
+    def crowd(self, member: Member) -> list[Member]:
+        """Return those who wait as a member does, in a room or not, if too many do."""
+        waiting = [m for m in self.members.values() if not m.peer]
+        alike = [m for m in waiting if bool(m.room) == bool(member.room)]
+        near = [m for m in alike if m.network == member.network]
+        if len(near) > self.options.per_address:
+            return near
+        return alike if len(alike) > self.options.waiting else []
 
     def drop(self, member: Member, why: str = "") -> None:
         """Forget a member, and then its peer."""
@@ -920,9 +988,7 @@ class Server:
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
         here = [other for other in self.members.values() if other.room == room]
-        sides = [other.side for other in here]
-        is_taken = any(other.peer for other in here) or room in self.relays.values()
-        if is_taken or member.side == "far" and "far" in sides:
+        if any(other.peer for other in here) or room in self.relays.values():
             return self.drop(member, "taken")
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
@@ -931,8 +997,12 @@ class Server:
         elif room in self.far_until:
             member.side = "call"  # a pipe, too, waits for the far end
         for other in here:
-            if (member.side, other.side) != ("call", "call"):
+            if member.side == other.side == "far":
+                self.drop(other, "taken")  # whose box may have lost its power
+            elif (member.side, other.side) != ("call", "call"):
                 return self.pair(other, member)
+        if self.crowd(member):
+            self.drop(member, "full")
 
     def pair(self, one: Member, two: Member) -> None:
         """Tell two members of one another; a far end makes room for its next call."""
@@ -947,10 +1017,7 @@ class Server:
         kind, step, port, *inside = words
         if int(port) not in one.ports or not 0 <= int(step) <= STEP_LIMIT:
             kind, step, port = "none", "0", "0"
-        host = ipaddress.ip_address(inside[0])
-        is_inside = host.is_private and not host.is_loopback
-        one.said = [int(port), kind, int(step)]
-        one.said += address_of(*inside) if is_inside else ()
+        one.said = [int(port), kind, int(step), *itertools.chain(*inside_of(*inside))]
         if len(two.said) < 3:
             return
         for member, peer in ((one, two), (two, one)):
@@ -990,8 +1057,8 @@ class Server:
 # --- main ---------------------------------------------------------------------
 
 
-def join(meeting: Meeting, local: Pipe | Datagrams) -> None:
-    """Find a way to the peer, and carry until both have ended; raise Failure."""
+def join(meeting: Meeting, local: Callable[[], Pipe | Datagrams]) -> None:
+    """Find a way to the peer, then a local end, and carry between; raise Failure."""
     sock, name = find_way(meeting)
     is_stream = meeting.kind == STREAM
     with trying("carry the stream" if is_stream else "carry datagrams"):
@@ -1001,7 +1068,7 @@ def join(meeting: Meeting, local: Pipe | Datagrams) -> None:
             if is_stream:
                 why = "plain: TLS needs Python 3.13 on both sides"
                 say(f"the stream is {'encrypted' if meeting.tls else why}")
-            carry(way, local)
+            carry(way, local())
 
 
 def run(work: Callable[[], object], stopped: int = 0) -> int:
@@ -1016,25 +1083,70 @@ def run(work: Callable[[], object], stopped: int = 0) -> int:
     return 0
 
 
+def leave_with(client: Socket) -> None:
+    """End this process once a client has gone: by a reset, or before its first byte."""
+
+    def look(*_: object) -> None:
+        try:
+            client.send(b"")  # fails after a reset, whatever has come before
+            if client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        say("the local client has gone")
+        os._exit(1)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(client, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(client, fcntl.F_SETFL, fcntl.FASYNC)
+    look()
+
+
+def set_cut(sock: Socket, is_cut: bool) -> None:
+    """Let the end of a connection be a reset, or not, however we end."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_cut, 0))
+
+
 def join_call(options: Any, meeting: Meeting | None, sock: Socket) -> None:
     """Join a connection with a peer, after making what there is not; raise Failure."""
-    if meeting:
-        with trying(f"connect to {spelled(options.to)}"):
-            sock = socket.create_connection(options.to, ANSWER_TIME)
-    join(meeting or meet(options), Pipe(sock))
+    if not meeting:
+        leave_with(sock)
+
+    def local() -> Pipe:
+        nonlocal sock
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        if meeting:
+            with trying(f"connect to {spelled(options.to)}"):
+                sock = socket.create_connection(options.to, ANSWER_TIME)
+        set_cut(sock, True)
+        return Pipe(sock)
+
+    join(meeting or meet(options), local)
+    set_cut(sock, False)
 
 
 def join_calls(options: Any) -> None:
     """Carry one stream after another, also at the same time; raise Failure."""
+    listener = socket.socket()
     if options.listen:
         with trying(f"listen on {spelled(options.listen)}"):
-            listener = socket.create_server(options.listen)
+            family = family_of(options.listen)
+            listener = socket.create_server(options.listen, family=family)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         meeting = meet(options) if options.to else None
         sock = meeting.sock if meeting else listener.accept()[0]
-        if os.fork() == 0:
-            os._exit(run(lambda: join_call(options, meeting, sock)))  # noqa: B023
+        try:
+            with trying("start a process"):
+                pid = os.fork()
+        except Failure as failure:
+            say(failure)
+        else:
+            if pid == 0:
+                listener.close()
+                os._exit(run(lambda: join_call(options, meeting, sock)))  # noqa: B023
         sock.close()
 
 
@@ -1055,10 +1167,9 @@ def filtering(meeting: Meeting) -> str:
 
 def tell_nat(options: Any) -> None:
     """Print which NAT this is."""
-    options.udp = True
     with trying(f"ask {spelled(options.server)}"):
-        meeting = Meeting(options)
         for name, kind in (("udp", DGRAM), ("tcp", STREAM)):
+            meeting = Meeting(options)
             listener = bound(kind, meeting.sock.family)
             seen = meeting.observe(listener)
             how, step = behavior(seen)
@@ -1085,7 +1196,7 @@ def be_client(options: Any) -> None:
         at = options.listen
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
     if options.side == "pipe":
-        return join(meet(options), Pipe())
+        return join(meet(options), Pipe)
     if not options.udp:
         return join_calls(options)
     with trying("open the local port"):
@@ -1093,8 +1204,10 @@ def be_client(options: Any) -> None:
     while True:
         meeting = meet(options)
         try:
-            join(meeting, local)
+            join(meeting, lambda: local)
         except Failure as failure:
+            if str(failure.__cause__) == REFUSALS["relay"]:
+                raise
             say(f"{failure}; meeting again")
 
 
@@ -1110,6 +1223,11 @@ def serve(options: Any) -> None:
 
 def main() -> int:
     """Do what the command line wants; return the exit code."""
+    # Were one of these closed, the next socket would take its number.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
     parser.add_argument("--version", action="version", version=__version__)

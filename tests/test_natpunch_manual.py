@@ -196,7 +196,7 @@ ENDS: dict[str, tuple[list[str], list[str]]] = {
 def test_a_server_without_a_place_is_waited_for(end: str) -> None:
     mine, theirs = ENDS[end]
     with natlab.lab() as lab, punching.server(lab):
-        clients = [test_natpunch_server.Client(lab) for _ in range(16)]
+        clients = test_natpunch_server.waiting(lab)
         waiting = punching.peer(lab, "a", "room", *mine)
         said = punching.read_line(waiting)
         assert said == "natpunch: waiting in room: the server has no place now\n"
@@ -208,7 +208,7 @@ def test_a_server_without_a_place_is_waited_for(end: str) -> None:
 
 def test_a_place_is_waited_for_as_long_as_told() -> None:
     with natlab.lab() as lab, punching.server(lab):
-        clients = [test_natpunch_server.Client(lab) for _ in range(16)]
+        clients = test_natpunch_server.waiting(lab)
         process = punching.peer(lab, "a", "room", "--wait", "1")
         _, said = process.communicate(timeout=10)
         last = said.decode().splitlines()[-1]
