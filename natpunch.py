@@ -93,10 +93,11 @@ ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, T
 Address = tuple[str, int]
 Attribute = tuple[int, bytes]  # of STUN
 Socket = socket.socket
-PRIVATE = [  # addresses behind a NAT: RFC 1918, RFC 4193
-    ipaddress.ip_network(text)
-    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
-]
+# Behind a NAT: RFC 1918, RFC 4193.
+PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"
+# Of Linux; the socket module does not have them.
+IP_PKTINFO, CLOSED, CLOSE_WAIT = 8, 7, 8
+RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
 
 # --- What is said -------------------------------------------------------------
 
@@ -195,20 +196,18 @@ def hear(sock: Socket, expected: str) -> list[str]:
 
 def address_of(host: str | bytes, port: str | int) -> Address:
     """Return an address that was told; raise ValueError, also for a host's name."""
-    if not 0 <= int(port) < 65536:
-        raise ValueError(port)
     return str(ipaddress.ip_address(host)), int(port)
 
 
 def inside_of(host: str, port: str) -> list[Address]:
     """Return where a peer says that it is, if it can be there; raise ValueError."""
     at, number = ipaddress.ip_address(host), int(port)
-    is_private = any(at in network for network in PRIVATE)
+    is_private = any(at in ipaddress.ip_network(network) for network in PRIVATE)
     return [(str(at), number)] if is_private and 0 < number < 65536 else []
 
 
-def family_of(address: Address) -> int:
-    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+def family_of(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 # --- STUN ---------------------------------------------------------------------
@@ -259,8 +258,7 @@ def stun_answer(
 ) -> tuple[bytes, int]:
     """Return an answer, and the flags of CHANGE-REQUEST; raise ValueError.
 
-    It is the least there is, so that a forged source gains little: 32 bytes for 20,
-    or 44 where there is another address to tell.
+    It is the least there is, so that a forged source gains little.
     """
     kind, transaction, asked = parse_stun(message)
     if kind != BINDING:
@@ -274,9 +272,8 @@ def stun_answer(
         code = ERROR_CODE, bytes((0, 0, 4, 20))
         return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
     is_old = transaction[:4] != COOKIE
-    found = {MAPPED: packed(source)}
-    if not is_old:
-        found = {XOR_MAPPED: hidden(packed(source), transaction)}
+    seen = packed(source) if is_old else hidden(packed(source), transaction)
+    found = {MAPPED if is_old else XOR_MAPPED: seen}
     if other:
         found[CHANGED if is_old else OTHER] = packed(other)
     return stun(SUCCESS, transaction, *found.items()), change
@@ -436,7 +433,6 @@ class Puncher:
             for key, event in self.selector.select(left):
                 with contextlib.suppress(OSError):
                     if hole := self.act(key.data, event):
-                        self.selector.unregister(hole)
                         return hole
             if not left:
                 return None
@@ -455,8 +451,8 @@ class Puncher:
             again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
         low_ttl = low_ttl and len(pairs) <= BIRTHDAYS
         passes = [(0.0, LOW_TTL)] * low_ttl
-        for n in range(int(seconds / again)):
-            passes.append((n * again + pause * low_ttl, -1))
+        later = pause * low_ttl
+        passes += [(later + n * again, -1) for n in range(int(seconds / again))]
         shots = itertools.product(passes, enumerate(pairs))
         for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
             if hole := self.wait(start + at + n // 8 * 0.004):
@@ -501,24 +497,20 @@ class Meeting:
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def observe(self, listener: Socket) -> list[Address]:
-        """Return as what the servers see a local port; ask a silent one once only.
-
-        They know by the token whom they see.
-        """
-        seen, port = [], listener.getsockname()[1]
-        for server in [*self.servers]:
-            try:
+        """Return as what the servers see a local port; forget those that are silent."""
+        seen, port = {}, listener.getsockname()[1]
+        for server in self.servers:
+            with contextlib.suppress(OSError, ValueError, LookupError):
                 if listener.type == DGRAM:
-                    seen.append(ask_stun(listener, server, self.nonce[:8]))
+                    seen[server] = ask_stun(listener, server, self.nonce[:8])
                     continue
                 with bound(STREAM, listener.family, port) as sock:
                     sock.settimeout(OBSERVE_TIME)
                     sock.connect(server)
                     tell(sock, "see", self.nonce[:8].hex())
-                    seen.append(address_of(*hear(sock, "seen")))
-            except (OSError, ValueError, LookupError):
-                self.servers.remove(server)
-        return seen
+                    seen[server] = address_of(*hear(sock, "seen"))
+        self.servers = [*seen]
+        return [*seen.values()]
 
     def in_time(self) -> Socket:
         """Return the connection to the server, with as much patience as is left."""
@@ -560,13 +552,14 @@ class Meeting:
         seconds = max(min(seconds, left), 0.1) if there else 0
         with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
             hole = puncher.run(there, seconds, low_ttl)
-        # One of many may have a number above 1023, which select() does not take.
-        return hole and hole.dup(), f"{mine}-{kind}"
+            # One of many may have a number above 1023, which select() does not take.
+            return hole and hole.dup(), f"{mine}-{kind}"
 
 
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
     ends_at, say_at = time.monotonic() + options.wait, 0.0
+    stays = options.wait == FOREVER and (options.udp or options.to)
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
         try:
@@ -579,11 +572,7 @@ def meet(options: Any) -> Meeting:
                     say(f"waiting in {options.room}: {why}")
                     say_at = now + WAIT_TIME
                 time.sleep(why == REFUSALS["full"])
-            elif (
-                options.wait == FOREVER
-                and why not in REFUSALS.values()
-                and (options.udp or options.to)
-            ):
+            elif stays and why not in REFUSALS.values():
                 say(f"{failure}; trying again")
                 time.sleep(RETRY_TIME)
             elif now < ends_at:
@@ -724,15 +713,14 @@ class Pipe:
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
         """Take both descriptors, and see to it that writing does not block."""
         self.source, self.sink, self.left = 0, 1, left
-        self.out: Socket | None = None
         if sock:
             sock.setblocking(False)
             # Each by itself, to be closed, and with a number that select() takes.
             self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
-        with contextlib.suppress(OSError):  # it is none
-            self.out = socket.socket(fileno=self.sink)
+        mode = os.fstat(self.sink).st_mode
+        self.out = socket.socket(fileno=self.sink) if stat.S_ISSOCK(mode) else None
         with contextlib.suppress(OSError):  # there may be no /proc
-            if not sock and stat.S_ISFIFO(os.fstat(1).st_mode):
+            if stat.S_ISFIFO(mode):
                 # One of our own: others may share the one that we were given.
                 own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
                 os.dup2(own, 1)
@@ -752,10 +740,10 @@ class Pipe:
             return self.out.send(data, socket.MSG_DONTWAIT)
         if data:
             return os.write(self.sink, data)
-        with contextlib.suppress(OSError):  # it may have gone
-            if self.out:
+        if self.out:
+            with contextlib.suppress(OSError):  # it may have gone
                 self.out.shutdown(socket.SHUT_WR)
-                self.sink = self.out.detach()
+            self.sink = self.out.detach()
         os.close(self.sink)
         return 0
 
@@ -765,14 +753,11 @@ class Datagrams:
 
     def __init__(self, options: Any) -> None:
         """Open the port; raise OSError."""
-        self.client = options.to
-        self.sock = socket.socket(family_of(self.client or options.listen), DGRAM)
+        self.client, at = options.to, options.to or options.listen
+        self.sock = socket.socket(family_of(at[0]), DGRAM)
         self.source = self.sink = self.sock.fileno()
         self.sock.setblocking(False)
-        if self.client:
-            self.sock.connect(self.client)
-        else:
-            self.sock.bind(options.listen)
+        (self.sock.connect if self.client else self.sock.bind)(at)
 
     def read(self) -> list[Any]:
         data, self.client = self.sock.recvfrom(READ_SIZE)
@@ -820,9 +805,6 @@ def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
 # joins two connections that the server accepted.
 
 
-IP_PKTINFO = 8  # of Linux; the socket module does not have it
-
-
 class Member:
     """A connection to the server."""
 
@@ -857,9 +839,8 @@ class Server:
 
     def listen(self, here: Address) -> None:
         """Open an address for both transports; raise OSError."""
-        addresses, family = self.options.addresses, family_of(here)
-        others = [at for at in addresses if at[0] != here[0]]
-        hosts = [at[0] for at in others if family_of(at) == family]
+        addresses, family = self.options.addresses, family_of(here[0])
+        hosts = [at for at, _ in addresses if at != here[0] and family_of(at) == family]
         ports = here[1], 2 * addresses[0][1] + 1 - here[1]
         # In the order of the flags of CHANGE-REQUEST.
         places = [(host, port) for host in (here[0], *hosts[:1]) for port in ports]
@@ -915,8 +896,7 @@ class Server:
                 if count >= STUN_RATE or len(self.asked) >= SOURCES:
                     return
                 self.asked[source[0]] = count + 1
-            there = self.udp[places[change // OTHER_PORT]]
-            there.sendmsg([answer], asked, 0, source)
+            self.udp[places[change // OTHER_PORT]].sendmsg([answer], asked, 0, source)
 
     def accept(self, sock: Socket, places: list[Address]) -> None:
         """Take a connection, in the place of the oldest where there are too many."""
@@ -1034,24 +1014,19 @@ class Server:
             return
         for member in (one, two):
             tell(member.sock, "relay")
-        pid = os.fork()
+        pid, socks = os.fork(), (one.sock, two.sock)
         if pid == 0:
             try:
-                self.become_relay(one.sock, two.sock)
+                for key in self.selector.get_map().values():
+                    if key.fileobj not in socks:
+                        os.close(key.fd)  # or no end of a member would be seen
+                signal.alarm(self.options.relay_time)
+                carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
         self.relays[pid], one.peer = one.room, None
         self.drop(one)
         self.drop(two)
-
-    def become_relay(self, *socks: Socket) -> None:
-        """Carry between two connections."""
-        for key in self.selector.get_map().values():
-            if key.fileobj not in socks:
-                os.close(key.fd)  # or no end of a member would be seen
-        signal.alarm(self.options.relay_time)
-        with contextlib.suppress(OSError):
-            carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
 
 
 # --- main ---------------------------------------------------------------------
@@ -1071,10 +1046,10 @@ def join(meeting: Meeting, local: Callable[[], Pipe | Datagrams]) -> None:
             carry(way, local())
 
 
-def run(work: Callable[[], object], stopped: int = 0) -> int:
-    """Return the exit code of what is done."""
+def run(stopped: int, work: Callable[..., object], *what: Any) -> int:
+    """Return the exit code of what is done, or of its being stopped."""
     try:
-        work()
+        work(*what)
     except Failure as failure:
         say(failure)
         return failure.code
@@ -1087,26 +1062,16 @@ def leave_with(client: Socket) -> None:
     """End this process once a client has gone: by a reset, or before its first byte."""
 
     def look(*_: object) -> None:
-        try:
-            client.send(b"")  # fails after a reset, whatever has come before
-            if client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
-        say("the local client has gone")
-        os._exit(1)
+        state = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        is_empty = state == CLOSE_WAIT and not client.recv(1, socket.MSG_PEEK)
+        if state == CLOSED or is_empty:
+            say("the local client has gone")
+            os._exit(1)
 
     signal.signal(signal.SIGIO, look)
     fcntl.fcntl(client, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(client, fcntl.F_SETFL, fcntl.FASYNC)
     look()
-
-
-def set_cut(sock: Socket, is_cut: bool) -> None:
-    """Let the end of a connection be a reset, or not, however we end."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_cut, 0))
 
 
 def join_call(options: Any, meeting: Meeting | None, sock: Socket) -> None:
@@ -1120,33 +1085,31 @@ def join_call(options: Any, meeting: Meeting | None, sock: Socket) -> None:
         if meeting:
             with trying(f"connect to {spelled(options.to)}"):
                 sock = socket.create_connection(options.to, ANSWER_TIME)
-        set_cut(sock, True)
+                sock.setsockopt(*RESET)
         return Pipe(sock)
 
     join(meeting or meet(options), local)
-    set_cut(sock, False)
+    sock.setsockopt(*RESET[:2], bytes(8))  # all has been carried
 
 
 def join_calls(options: Any) -> None:
     """Carry one stream after another, also at the same time; raise Failure."""
     listener = socket.socket()
-    if options.listen:
-        with trying(f"listen on {spelled(options.listen)}"):
-            family = family_of(options.listen)
-            listener = socket.create_server(options.listen, family=family)
+    if at := options.listen:
+        with trying(f"listen on {spelled(at)}"):
+            listener = socket.create_server(at, family=family_of(at[0]))
+    listener.setsockopt(*RESET)  # of the connections that it takes
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         meeting = meet(options) if options.to else None
         sock = meeting.sock if meeting else listener.accept()[0]
         try:
             with trying("start a process"):
-                pid = os.fork()
+                if os.fork() == 0:
+                    listener.close()
+                    os._exit(run(0, join_call, options, meeting, sock))
         except Failure as failure:
             say(failure)
-        else:
-            if pid == 0:
-                listener.close()
-                os._exit(run(lambda: join_call(options, meeting, sock)))  # noqa: B023
         sock.close()
 
 
@@ -1192,8 +1155,7 @@ def be_client(options: Any) -> None:
         raise Failure("cannot use --udp without --to or --listen", 2)
     options.side = "far" if options.to else "call" if options.listen else "pipe"
     options.to = parse_address(options.to) if options.to else None
-    if options.listen:
-        at = options.listen
+    if at := options.listen:
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
     if options.side == "pipe":
         return join(meet(options), Pipe)
@@ -1214,8 +1176,7 @@ def be_client(options: Any) -> None:
 def serve(options: Any) -> None:
     """Do as a server what the command line wants; raise Failure."""
     options.key = secret_of("NATPUNCH_KEY", options.key, "")
-    hosts = options.addresses or ["0.0.0.0"]
-    options.addresses = [parse_address(host, PORT) for host in hosts]
+    options.addresses = [parse_address(text, PORT) for text in options.addresses]
     if len({port for _, port in options.addresses}) > 1:
         raise Failure("cannot serve: all addresses must have the same port", 2)
     Server(options).run()
@@ -1233,7 +1194,8 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--key", default="", metavar="FILE", help="of the server")
     if serves:
-        parser.add_argument("addresses", nargs="*", metavar="ADDRESS")
+        every = ["0.0.0.0"]
+        parser.add_argument("addresses", nargs="*", metavar="ADDRESS", default=every)
         parser.add_argument("--no-relay", action="store_true")
         for name, number in (
             ("--waiting", 256),  # unpaired connections
@@ -1259,7 +1221,7 @@ def main() -> int:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     is_pipe = not serves and not options.to and not options.listen
-    return run(lambda: (serve if serves else be_client)(options), 130 * is_pipe)
+    return run(130 * is_pipe, serve if serves else be_client, options)
 
 
 if __name__ == "__main__":
