@@ -508,7 +508,8 @@ class Meeting:
                     sock.settimeout(OBSERVE_TIME)
                     sock.connect(server)
                     tell(sock, "see", self.nonce[:8].hex())
-                    seen[server] = address_of(*hear(sock, "seen"))
+                    host, source = hear(sock, "seen")
+                    seen[server] = address_of(host, source)
         self.servers = [*seen]
         return [*seen.values()]
 
@@ -543,7 +544,7 @@ class Meeting:
         mine, host, port, kind, step, *inner = hear(self.in_time(), "peer")
         if not {mine, kind} <= {"same", "step", "random", "none"}:
             raise ValueError("not a behavior")
-        inside = inside_of(*inner) if inner else []
+        inside = inside_of(*inner) if len(inner) == 2 else []
         count, there = aims(mine, kind, address_of(host, port), int(step), *inside)
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:

@@ -595,20 +595,26 @@ def test_a_peer_that_goes_when_it_is_relayed_has_left_at_once() -> None:
             assert ended(process, 5) == (1, "")
 
 
-@pytest.mark.parametrize(
-    "told",
-    [
-        "peer same 127.0.0.1 -1 same 0",
-        "peer same 127.0.0.1 9 same 0 10.1.1.1 99999999",
-    ],
-)
-@pytest.mark.parametrize("options", [(), ("--udp", "--to", "127.0.0.1:9")])
-def test_what_is_told_of_a_peer_is_no_traceback(
-    told: str, options: tuple[str, ...]
-) -> None:
+TOLD = [
+    "peer same 127.0.0.1 -1 same 0",
+    "peer same 127.0.0.1 9 same 0 10.1.1.1 99999999",
+    "peer same 127.0.0.1 9 same 0 10.1.1.1",
+    "peer same 127.0.0.1 9 step -9999999",
+    "peer same 127.0.0.1 9 \33[31m 0",
+]
+
+
+def hear_of_a_peer(told: str, *options: str) -> None:
+    """Let a client be told something of its peer."""
     with pretending(*MEETS, told) as server, asking(server, *options) as process:
         said = punching.read_line(process, 24)
         assert said.startswith("natpunch: cannot reach the peer: "), said
+        assert "\33" not in said
+
+
+def test_what_is_told_of_a_peer_is_no_traceback() -> None:
+    udp = ("--udp", "--to", "127.0.0.1:9")
+    at_once(hear_of_a_peer, [(told, *how) for told in TOLD for how in ((), udp)])
 
 
 # One far end, many calls.
