@@ -76,9 +76,9 @@ STEP_LIMIT = 16  # a NAT that steps further is taken for random
 LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
 BIRTHDAY_TIME = 0.7  # in which PROBES are sent
 OBSERVE_TIME = 0.5  # for the server to say what it sees
-ANSWER_TIME = 10.0  # for a server, a peer's proof, or a client that has not joined
-PAIR_TIME = 8.0  # for a pair to have done with the server, or the relay
-RELAY_TIME = 1.5  # of these, which no hole is waited for
+ANSWER_TIME = 10.0  # for a server, a target, or a client that has not joined
+PAIR_TIME = 8.0  # for a pair to have a hole, or the relay
+RELAY_TIME = 1.5  # of this, which is left for the relay
 WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
 RETRY_TIME = 5.0  # of a far end whose server is away
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
@@ -775,10 +775,9 @@ class Datagrams:
 def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
     ended: set[Any] = set()
-    up: list[Any] = []  # what has come and has not gone; an empty one is the end
-    down: list[Any] = []
-    # The peer is read first: it may leave as soon as it has our end.
-    ways = (way, local, down), (local, way, up)
+    # With what has come and has not gone, where an empty one is the end.  The peer is
+    # read first: it may leave as soon as it has our end.
+    ways: list[tuple[Any, Any, list[Any]]] = [(way, local, []), (local, way, [])]
     while len(ended) < 2:
         # A pipe is not read after its end; a peer may vanish then, too.
         silent = [source for source in ended if isinstance(source, Pipe)]
@@ -1199,7 +1198,7 @@ def main() -> int:
         parser.add_argument("addresses", nargs="*", metavar="ADDRESS", default=every)
         parser.add_argument("--no-relay", action="store_true")
         for name, number in (
-            ("--waiting", 256),  # unpaired connections
+            ("--waiting", 256),  # members without a peer, and as many of no room
             ("--per-address", 16),  # of these
             ("--relays", 64),
             ("--relay-bytes", 1 << 40),  # each way of each
