@@ -556,10 +556,12 @@ def pretending(*answers: str, hangs: bool = True) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def asking(server: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def asking(
+    server: str, *options: str, changed: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a peer that asks a server of this machine."""
     with subprocess.Popen(
-        punching.words("-s", server, "room", *options),
+        punching.words("-s", server, "room", *options, changed=changed),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -584,6 +586,19 @@ def hung(*answers: str) -> None:
 
 def test_a_server_or_a_peer_that_hangs_is_given_up() -> None:
     at_once(hung, [MEETS, (*MEETS, HOPELESS)])
+
+
+@pytest.mark.parametrize("end", ["pipe", "far end"])
+def test_a_server_that_hangs_in_the_room_is_left(end: str) -> None:
+    quick = "natpunch.WAIT_TIME, natpunch.ANSWER_TIME = 1, 0.5"
+    options = ("--to", "127.0.0.1:9") if end == "far end" else ()
+    with pretending(MEETS[0]) as server:
+        with asking(server, *options, changed=quick) as process:
+            said = f"natpunch: cannot meet in room at {server}: timed out"
+            if end == "far end":
+                assert punching.read_line(process, 5) == f"{said}; trying again\n"
+            else:
+                assert ended(process, 5) == (1, said)
 
 
 def test_a_peer_that_goes_when_it_is_relayed_has_left_at_once() -> None:
