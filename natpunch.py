@@ -33,17 +33,22 @@ It does not move a stream to another address, and it does not speak ICE.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while the others are imported
+
 import argparse
 import contextlib
+import fcntl
 import hmac
 import ipaddress
+import itertools
 import os
 import random
-import re
 import resource
 import select
 import selectors
-import signal
 import socket
 import ssl
 import stat
@@ -54,10 +59,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
-from typing import NoReturn
-
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("natpunch: needs Python 3.10 or later")
 
 __version__ = "0.1.0"
 
@@ -75,8 +76,9 @@ STEP_LIMIT = 16  # a NAT that steps further is taken for random
 LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
 BIRTHDAY_TIME = 0.7  # in which PROBES are sent
 OBSERVE_TIME = 0.5  # for the server to say what it sees
-ANSWER_TIME = 10.0  # for a server, a peer's proof, or a client that has not joined
-PAIR_TIME = 30.0  # for a pair to have done with the server, or to want the relay
+ANSWER_TIME = 10.0  # for a server, a target, or a client that has not joined
+PAIR_TIME = 8.0  # for a pair to have a hole, or the relay
+RELAY_TIME = 1.5  # of this, which is left for the relay
 WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
 RETRY_TIME = 5.0  # of a far end whose server is away
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
@@ -85,12 +87,17 @@ STUN_RATE = 10  # answers to one source in a second
 SOURCES = 10000  # that are answered in a second; forged ones have no end
 FOREVER = float("inf")
 
-INET6, STREAM, DGRAM = socket.AF_INET6, socket.SOCK_STREAM, socket.SOCK_DGRAM
-POLLIN, POLLOUT = select.POLLIN, select.POLLOUT
+STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 # A round's time, and whether it begins with a low TTL: 6 s in all.
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
-NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Address = tuple[str, int]
+Attribute = tuple[int, bytes]  # of STUN
+Socket = socket.socket
+# Behind a NAT: RFC 1918, RFC 4193.
+PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"
+# Of Linux; the socket module does not have them.
+IP_PKTINFO, CLOSED, CLOSE_WAIT = 8, 7, 8
+RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
 
 # --- What is said -------------------------------------------------------------
 
@@ -102,10 +109,6 @@ REFUSALS = {
     "gone": "the peer has left",
     "relay": "no hole could be made, and it may not be relayed",
 }
-
-
-class Refused(Exception):
-    """The server refuses: the text is a key of REFUSALS."""
 
 
 class Failure(Exception):
@@ -127,11 +130,11 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
     """Turn what fails into the one line of a Failure, with nothing of the network."""
     try:
         yield
-    except Refused as refused:
-        raise Failure(f"cannot {to}: {REFUSALS[str(refused)]}", code) from refused
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]
         raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
+    except UnicodeError as error:
+        raise Failure(f"cannot {to}: there is no such host", code) from error
     except (ValueError, LookupError) as error:
         raise Failure(f"cannot {to}: that is not natpunch", code) from error
 
@@ -146,21 +149,20 @@ def parse_address(text: str, port: int = 0) -> Address:
     host, colon, number = text.rpartition(":")
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
-    if not re.fullmatch("[0-9]{1,5}", number) or not 0 < int(number) < 65535:
+    if not (number.isascii() and number.isdigit() and 0 < int(number) < 65535):
         raise Failure(f"cannot use {text!r}: it has no port from 1 to 65534", 2)
     return host.strip("[]"), int(number)
 
 
 def secret_of(variable: str, path: str, default: str) -> bytes:
     """Return the secret of a file, else of the environment, else of a default file."""
-    found = os.environ.get(variable, "").encode()
+    found = os.fsencode(os.environ.get(variable, ""))
     path = path or ("" if found else os.path.expanduser(default))
-    with trying(f"read {path}", 2):
-        if path:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_mode & 0o077:
-                    raise OSError("others may read it")
-                found = file.read(LINE_LIMIT).strip()
+    if path:
+        with trying(f"read {path}", 2), open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise OSError("others may read it")
+            found = file.read(LINE_LIMIT).strip()
     if len(found) < 16 and (path or found):
         raise Failure(f"cannot use {path or variable}: 16 characters are the least", 2)
     return found
@@ -168,7 +170,44 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
 
 def mac(key: bytes, *words: object) -> bytes:
     """Return 16 bytes that only an owner of the key can make of these words."""
-    return hmac.digest(key, " ".join(map(str, words)).encode(), "sha256")[:16]
+    return hmac.digest(key, os.fsencode(" ".join(map(str, words))), "sha256")[:16]
+
+
+def tell(sock: Socket, *words: object) -> None:
+    """Send a message; a connection that is lost shows when it is read."""
+    with contextlib.suppress(OSError):
+        sock.sendall(" ".join(map(str, words)).encode() + b"\n")
+
+
+def hear(sock: Socket, expected: str) -> list[str]:
+    """Return the words of the server's next message; raise what trying() takes."""
+    # Not a byte more: after the last message comes what is relayed.
+    with sock.makefile("rb", buffering=0) as file:
+        line = file.readline(LINE_LIMIT)
+    if not line:
+        raise OSError("the server has left")
+    first, *words = line.decode("ascii", "replace").split()
+    if first == "no":
+        raise OSError(REFUSALS[words[0]])
+    if first != expected:
+        raise ValueError(first)
+    return words
+
+
+def address_of(host: str | bytes, port: str | int) -> Address:
+    """Return an address that was told; raise ValueError, also for a host's name."""
+    return str(ipaddress.ip_address(host)), int(port)
+
+
+def inside_of(host: str, port: str) -> list[Address]:
+    """Return where a peer says that it is, if it can be there; raise ValueError."""
+    at, number = ipaddress.ip_address(host), int(port)
+    is_private = any(at in ipaddress.ip_network(network) for network in PRIVATE)
+    return [(str(at), number)] if is_private and 0 < number < 65536 else []
+
+
+def family_of(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 # --- STUN ---------------------------------------------------------------------
@@ -184,7 +223,7 @@ KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and proofs that nobody ne
 OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
-def stun(kind: int, transaction: bytes, *attributes: tuple[int, bytes]) -> bytes:
+def stun(kind: int, transaction: bytes, *attributes: Attribute) -> bytes:
     """Return a message."""
     body = b""
     for name, value in attributes:
@@ -203,16 +242,15 @@ def parse_stun(message: bytes) -> tuple[int, bytes, dict[int, bytes]]:
     return int.from_bytes(message[:2], "big"), message[4:20], found
 
 
-def hidden(raw: bytes, transaction: bytes) -> bytes:
-    """Return port and host as XOR-MAPPED-ADDRESS has them, or the reverse."""
-    return bytes(a ^ b for a, b in zip(raw, transaction[:2] + transaction))
-
-
-def packed(address: Address, transaction: bytes = bytes(16)) -> bytes:
+def packed(address: Address) -> bytes:
     """Return the value of an attribute that is an address."""
     host = ipaddress.ip_address(address[0]).packed
-    raw = hidden(address[1].to_bytes(2, "big") + host, transaction)
-    return bytes((0, 1 if len(host) == 4 else 2)) + raw
+    return struct.pack("!HH", 1 if len(host) == 4 else 2, address[1]) + host
+
+
+def hidden(value: bytes, transaction: bytes) -> bytes:
+    """Return the value of MAPPED-ADDRESS for XOR-MAPPED-ADDRESS, or the reverse."""
+    return bytes(a ^ b for a, b in zip(value, bytes(2) + transaction[:2] + transaction))
 
 
 def stun_answer(
@@ -220,25 +258,25 @@ def stun_answer(
 ) -> tuple[bytes, int]:
     """Return an answer, and the flags of CHANGE-REQUEST; raise ValueError.
 
-    It is the least there is, so that a forged source gains little: 32 bytes for 20,
-    or 44 where there is another address to tell.
+    It is the least there is, so that a forged source gains little.
     """
     kind, transaction, asked = parse_stun(message)
     if kind != BINDING:
         raise ValueError("not a request")
     change = int.from_bytes(asked.get(CHANGE, b""), "big") & (OTHER_HOST | OTHER_PORT)
     unknown = [name for name in asked if name < 0x8000 and name not in KNOWN]
-    if unknown or change & OTHER_HOST and not other:
-        names = struct.pack(f"!{len(unknown or [CHANGE])}H", *(unknown or [CHANGE]))
+    if change & OTHER_HOST and not other:
+        unknown.append(CHANGE)
+    if unknown:
+        names = struct.pack(f"!{len(unknown)}H", *unknown)
         code = ERROR_CODE, bytes((0, 0, 4, 20))
         return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
     is_old = transaction[:4] != COOKIE
-    found = [(XOR_MAPPED, packed(source, transaction))]
-    if is_old:
-        found = [(MAPPED, packed(source))]
+    seen = packed(source) if is_old else hidden(packed(source), transaction)
+    found = {MAPPED if is_old else XOR_MAPPED: seen}
     if other:
-        found.append((CHANGED if is_old else OTHER, packed(other)))
-    return stun(SUCCESS, transaction, *found), change
+        found[CHANGED if is_old else OTHER] = packed(other)
+    return stun(SUCCESS, transaction, *found.items()), change
 
 
 # --- Observing ----------------------------------------------------------------
@@ -247,50 +285,26 @@ def stun_answer(
 # peer has to aim, and how the three differ is how our NAT behaves.
 
 
-def bound(kind: int, family: int, port: int = 0) -> socket.socket:
-    """Return a socket at a local port that others may share."""
+def bound(kind: int, family: int, port: int = 0) -> Socket:
+    """Return a socket at a local port, which others of ours may share."""
     sock = socket.socket(family, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    # Not for UDP: the kernel would choose a port that another socket has.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == STREAM)
     sock.bind(("", port))
     return sock
 
 
-def seen_by(server: Address, sock: socket.socket, token: bytes) -> Address:
-    """Return as what a server sees a socket; raise OSError, ValueError, LookupError."""
+def ask_stun(sock: Socket, server: Address, token: bytes, *asked: Attribute) -> Address:
+    """Return as what a server sees a socket; raise what trying() takes."""
+    request = stun(BINDING, COOKIE + token + os.urandom(4), *asked)
     sock.settimeout(OBSERVE_TIME)
-    sock.connect(server)
-    if sock.type == STREAM:
-        sock.send(f"see {token.hex()}\n".encode())
-        _, host, port = sock.recv(LINE_LIMIT).decode("ascii").split()
-        return str(ipaddress.ip_address(host)), int(port)
-    transaction = COOKIE + token + os.urandom(4)
     for _ in range(2):  # a datagram may be lost
-        sock.send(stun(BINDING, transaction))
+        sock.sendto(request, server)
         with contextlib.suppress(TimeoutError):
-            _, answered, found = parse_stun(sock.recv(LINE_LIMIT))
-            raw = hidden(found[XOR_MAPPED][2:], answered)
-            if answered == transaction:
-                return str(ipaddress.ip_address(raw[2:])), int.from_bytes(
-                    raw[:2], "big"
-                )
+            _, transaction, found = parse_stun(sock.recv(LINE_LIMIT))
+            value = hidden(found[XOR_MAPPED], transaction)
+            if transaction == request[4:20]:
+                return address_of(value[4:], int.from_bytes(value[2:4], "big"))
     raise TimeoutError
-
-
-def observe(
-    listener: socket.socket, servers: list[Address], token: bytes
-) -> list[Address]:
-    """Return as what the servers see a local port, less those that are silent.
-
-    They know by the token whom they see.
-    """
-    seen, port = [], listener.getsockname()[1]
-    for server in servers:
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            with bound(listener.type, listener.family, port) as sock:
-                seen.append(seen_by(server, sock, token))
-    return seen
 
 
 def behavior(seen: list[Address]) -> tuple[str, int]:
@@ -311,8 +325,8 @@ def behavior(seen: list[Address]) -> tuple[str, int]:
 
 MAGIC, PROBE_SIZE = b"\xf5\x9d", 19
 SYN, ACK, DONE, BYE = b"\1", b"\2", b"\3", b"\4"
-REPLIES: tuple[dict[bytes, bytes], ...] = ({SYN: SYN, ACK: DONE}, {SYN: ACK})
-LAST = ACK, DONE  # by role
+REPLIES = {(0, SYN): SYN, (1, SYN): ACK, (0, ACK): DONE}  # by role
+LAST = ACK, DONE
 
 
 class Peers(NamedTuple):
@@ -321,152 +335,135 @@ class Peers(NamedTuple):
     role: int
     key: bytes
 
-    def probe(self, kind: bytes, role: int) -> bytes:
-        return MAGIC + kind + mac(self.key, role, kind.hex())
+    def probe(self, kind: bytes, is_theirs: bool = False) -> bytes:
+        return MAGIC + kind + mac(self.key, self.role ^ is_theirs, kind.hex())
 
-    def say(self, sock: socket.socket, kind: bytes) -> None:
+    def say(self, sock: Socket, kind: bytes, there: Any = None) -> None:
         """Send a probe, or lose it."""
         with contextlib.suppress(OSError):
-            sock.send(self.probe(kind, self.role), socket.MSG_DONTWAIT)
+            sock.sendmsg([self.probe(kind)], (), 0, there)
 
     def kind_of(self, data: bytes) -> bytes:
         """Return which probe of the peer this is, or nothing."""
-        right = self.probe(data[2:3], 1 - self.role)
+        right = self.probe(data[2:3], True)
         return data[2:3] if hmac.compare_digest(data, right) else b""
 
 
-class Sight(NamedTuple):
-    """A peer's NAT, as the server sees it."""
-
-    host: str
-    port: int  # the last one seen
-    behavior: str  # same, step or random; none if nothing was seen
-    step: int
-    inside: list[Address]  # of a peer behind the same NAT as we
-
-
-def aims(mine: str, theirs: Sight) -> tuple[int, list[Address]]:
+def aims(
+    mine: str, theirs: str, at: Address, step: int, *inside: Address
+) -> tuple[int, list[Address]]:
     """Return from how many ports to send, and where to; nowhere if it is hopeless.
 
     Two stepping NATs fan in: each probe of ours takes one of our next ports, so that
     whichever of them the peer aims at has been opened towards it.
     """
-    last = [theirs.port]
-    ahead = [theirs.port + theirs.step * n for n in range(1, FAN + 1)]
+    host, last = at
+    ahead = [last + step * n for n in range(1, FAN + 1)]
     table = {
-        ("same", "same"): (1, last),
+        ("same", "same"): (1, [last]),
         ("same", "step"): (1, ahead),
         ("same", "random"): (1, random.sample(range(1024, 65536), PROBES)),
-        ("step", "same"): (1, last),
+        ("step", "same"): (1, [last]),
         ("step", "step"): (FAN, ahead[FAN // 2 - 1 : FAN // 2]),
-        ("random", "same"): (BIRTHDAYS, last),
+        ("random", "same"): (BIRTHDAYS, [last]),
     }
-    count, ports = table.get((mine, theirs.behavior), (1, []))
-    return count, theirs.inside + [
-        (theirs.host, port) for port in ports if port < 65536
-    ]
+    count, ports = table.get((mine, theirs), (1, []))
+    return count, [*inside, *((host, port) for port in ports if 0 < port < 65536)]
 
 
 class Puncher:
-    """Sockets that try to reach the peer; TCP and UDP differ little here."""
+    """Sockets that try to reach the peer."""
 
-    def __init__(self, peers: Peers, listeners: list[socket.socket], kind: int) -> None:
-        self.peers, self.is_tcp, self.left = peers, kind == STREAM, PROBES
-        self.listeners = {sock.fileno(): sock for sock in listeners}
-        self.socks: dict[int, socket.socket] = {}
-        self.aimed: dict[tuple[int, Address], socket.socket] = {}
-        self.poll = select.poll()
+    def __init__(self, peers: Peers, listeners: list[Socket]) -> None:
+        self.peers, self.listeners = peers, listeners
+        self.selector = selectors.DefaultSelector()
         for sock in listeners:
-            self.poll.register(sock, POLLIN)
-            if self.is_tcp:
+            if sock.type == STREAM:
                 sock.listen()
+            self.watch(sock, selectors.EVENT_READ)
 
-    def add(self, sock: socket.socket) -> None:
+    def watch(self, sock: Socket, event: int = selectors.EVENT_WRITE) -> None:
         """Watch a socket; a connection can be written to once it has been made."""
         sock.setblocking(False)
-        self.socks[sock.fileno()] = sock
-        self.poll.register(sock, POLLOUT if self.is_tcp else POLLIN)
+        self.selector.register(sock, event, sock)
 
-    def shoot(self, fd: int, there: Address, ttl: int = -1) -> socket.socket:
-        """Return the socket that aims from a listener's port, having sent."""
-        sock, listener = self.aimed.get((fd, there)), self.listeners[fd]
-        level, name = socket.IPPROTO_IP, socket.IP_TTL
-        if listener.family == INET6:
-            level, name = socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS
-        if not sock or sock.fileno() < 0:
-            sock = bound(listener.type, listener.family, listener.getsockname()[1])
-            self.aimed[fd, there] = sock
-            self.add(sock)
-            sock.setsockopt(level, name, ttl)
-            sock.connect_ex(there)
-            self.left -= self.is_tcp
-        if not self.is_tcp:
-            self.peers.say(sock, SYN)
-            self.left -= 1
-        sock.setsockopt(level, name, -1)  # as usual
-        return sock
+    def shoot(self, sock: Socket, there: Address, ttl: int) -> None:
+        """Send from a listener's port, or lose it."""
+        if is_tcp := sock.type == STREAM:
+            sock = bound(STREAM, sock.family, sock.getsockname()[1])
+            self.watch(sock)
+        # In vain for IPv6, where no gateway takes for its own what is ours.
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+        if is_tcp:
+            sock.connect_ex(there)  # in vain while an earlier one is on its way
+        else:
+            self.peers.say(sock, SYN, there)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, -1)  # as usual
 
-    def act(self, fd: int, event: int) -> socket.socket | None:
-        """Act on a socket that is ready; return the hole once it is one."""
-        role, sock = self.peers.role, self.listeners.get(fd) or self.socks[fd]
-        if self.is_tcp and fd in self.listeners:
-            self.add(sock.accept()[0])
+    def act(self, sock: Socket, event: int) -> Socket | None:
+        """Act on a socket that is ready; return it once it is the hole."""
+        role, is_tcp = self.peers.role, sock.type == STREAM
+        if is_tcp and sock in self.listeners:
+            self.watch(sock.accept()[0])
             return None
-        if event & POLLOUT and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.poll.modify(fd, POLLIN)
+        if event == selectors.EVENT_WRITE:  # or there is an error, to be read next
+            self.selector.modify(sock, selectors.EVENT_READ, sock)
             if role == 0:
                 self.peers.say(sock, SYN)
             return None
-        # Not a byte more: after the last probe comes payload.
-        data, source = b"", ("", 0)
+        data, there = b"", None
         with contextlib.suppress(OSError):
-            data, source = sock.recvfrom(PROBE_SIZE)
+            # Not a byte more: after the last probe comes payload.
+            data, there = sock.recvfrom(PROBE_SIZE)
         kind = self.peers.kind_of(data)
-        if not kind:
-            if self.is_tcp:
-                self.poll.unregister(fd)
-                self.socks.pop(fd).close()
-            return None
-        if fd in self.listeners:  # a datagram from elsewhere than where we aim
-            sock = self.shoot(fd, source[:2])
-        for _ in range(3 if kind == ACK and not self.is_tcp else 1):  # it may be lost
-            if kind in REPLIES[role]:
-                self.peers.say(sock, REPLIES[role][kind])
+        if is_tcp and not kind:
+            self.selector.unregister(sock)
+            sock.close()
+        if reply := REPLIES.get((role, kind)):
+            for _ in range(3 if reply == DONE and not is_tcp else 1):  # it may be lost
+                self.peers.say(sock, reply, there)
+        if kind == LAST[role] and there:
+            sock.connect(there)
         return sock if kind == LAST[role] else None
 
-    def run(
-        self, there: list[Address], seconds: float, low_ttl: bool = False
-    ) -> socket.socket | None:
+    def wait(self, until: float) -> Socket | None:
+        """Return the hole, if there is one by that time."""
+        while True:
+            left = max(until - time.monotonic(), 0)
+            for key, event in self.selector.select(left):
+                with contextlib.suppress(OSError):
+                    if hole := self.act(key.data, event):
+                        return hole
+            if not left:
+                return None
+
+    def run(self, there: list[Address], seconds: float, low_ttl: bool) -> Socket | None:
         """Send from every port to everywhere; return the hole, once there is one.
 
         A probe with a low TTL opens our side and does not reach the other, where a
         gateway might take it for its own, and with it the port that we hope for.
         """
-        now = start = time.monotonic()
-        pairs = [(fd, at) for fd in self.listeners for at in there]
-        again, pause = 0.1 if self.is_tcp else 0.25, LOW_TTL_TIME
+        start, is_tcp = time.monotonic(), self.listeners[0].type == STREAM
+        pairs = list(itertools.product(self.listeners, there))
+        again, pause = 0.1 if is_tcp else 0.25, LOW_TTL_TIME
         if len(pairs) >= BIRTHDAYS:
             # The peer has to have sent to all its ports before we are seen there.
-            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not self.is_tcp
-        ttl = LOW_TTL if low_ttl and len(pairs) <= BIRTHDAYS else -1
-        due = [(start + n // 8 * 0.004, pair, ttl) for n, pair in enumerate(pairs)]
-        while now < start + seconds:
-            while due and due[0][0] <= now and self.left > 0:
-                _, pair, ttl = due.pop(0)
-                with contextlib.suppress(OSError):
-                    self.shoot(*pair, ttl)
-                due.append((now + (again if ttl < 0 else pause), pair, -1))
-            soon = due[0][0] if due and self.left > 0 else start + seconds
-            for fd, event in self.poll.poll(max(soon - now, 0) * 1000 + 1):
-                with contextlib.suppress(OSError):
-                    if hole := self.act(fd, event):
-                        return self.socks.pop(hole.fileno())
-            now = time.monotonic()
-        return None
+            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
+        low_ttl = low_ttl and len(pairs) <= BIRTHDAYS
+        passes = [(0.0, LOW_TTL)] * low_ttl
+        later = pause * low_ttl
+        passes += [(later + n * again, -1) for n in range(int(seconds / again))]
+        shots = itertools.product(passes, enumerate(pairs))
+        for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
+            if hole := self.wait(start + at + n // 8 * 0.004):
+                return hole
+            with contextlib.suppress(OSError):  # no file is left
+                self.shoot(*pair, ttl)
+        return self.wait(start + seconds)
 
     def close(self) -> None:
-        for sock in (*self.listeners.values(), *self.socks.values()):
-            sock.close()
+        for key in [*self.selector.get_map().values()]:
+            key.data.close()
 
 
 # --- Meeting ------------------------------------------------------------------
@@ -476,7 +473,7 @@ class Puncher:
 # becomes the relay, if they want one.
 
 
-def keep_alive(sock: socket.socket) -> None:
+def keep_alive(sock: Socket) -> None:
     """Let the kernel end a connection whose other side is silent for too long."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
@@ -489,123 +486,125 @@ class Meeting:
     """A connection to the server, and what was agreed there with the peer."""
 
     def __init__(self, options: Any) -> None:
-        """Connect; raise OSError, ValueError, LookupError or Refused."""
+        """Connect; raise what trying() takes."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
         self.sock = socket.create_connection(options.server, ANSWER_TIME)
         keep_alive(self.sock)
-        self.tell("natpunch 1")
-        nonce, *others = self.hear("natpunch")
+        tell(self.sock, "natpunch 1")
+        nonce, *others = hear(self.sock, "natpunch")
         self.nonce, (host, port) = bytes.fromhex(nonce), self.sock.getpeername()[:2]
         # The first is host1:p, then host1:p+1 and host2:p.
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
-    def enter(self, seconds: float) -> None:
+    def observe(self, listener: Socket) -> list[Address]:
+        """Return as what the servers see a local port; forget those that are silent."""
+        seen, port = {}, listener.getsockname()[1]
+        for server in self.servers:
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                if listener.type == DGRAM:
+                    seen[server] = ask_stun(listener, server, self.nonce[:8])
+                    continue
+                with bound(STREAM, listener.family, port) as sock:
+                    sock.settimeout(OBSERVE_TIME)
+                    sock.connect(server)
+                    tell(sock, "see", self.nonce[:8].hex())
+                    host, source = hear(sock, "seen")
+                    seen[server] = address_of(host, source)
+        self.servers = [*seen]
+        return [*seen.values()]
+
+    def in_time(self) -> Socket:
+        """Return the connection to the server, with as much patience as is left."""
+        self.sock.settimeout(max(self.ends_at - time.monotonic(), 0.01))
+        return self.sock
+
+    def enter(self, seconds: float) -> Meeting:
         """Wait in the room for a peer; raise as __init__()."""
         has_psk = getattr(ssl, "HAS_PSK", False)  # from Python 3.13
         mine = [os.urandom(16).hex(), "tls" if has_psk else "plain"]
         room = mac(self.options.secret, "room", self.options.room).hex()
-        line = " ".join(("join", room, str(int(self.kind)), self.options.side, *mine))
-        self.tell(line, mac(self.options.key, self.nonce.hex(), line).hex())
-        self.sock.settimeout(max(seconds, 0.1))
-        role, *theirs = self.hear("paired")
-        self.sock.settimeout(PAIR_TIME)
+        line = " ".join(("join", room, f"{self.kind:d}", self.options.side, *mine))
+        tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
+        self.ends_at = time.monotonic() + seconds
+        role, *theirs = hear(self.in_time(), "paired")
+        self.ends_at = time.monotonic() + PAIR_TIME
         # What was agreed is in the key: nobody has altered it on the way.
         both = [mine, theirs] if role == "0" else [theirs, mine]
         text = f"{self.kind:d} {both}".encode()
         self.peers = Peers(int(role), hmac.digest(self.options.secret, text, "sha256"))
         self.tls = self.kind == STREAM and mine[1] == theirs[1] == "tls"
+        return self
 
-    def tell(self, *words: object) -> None:
-        self.sock.sendall(" ".join(map(str, words)).encode() + b"\n")
-
-    def hear(self, expected: str) -> list[str]:
-        """Return the words of the server's next line; raise as __init__()."""
-        line = b""
-        while not line.endswith(b"\n") and len(line) < LINE_LIMIT:
-            # Byte by byte: after the last line comes what is relayed.
-            if not (byte := self.sock.recv(1)):
-                raise OSError("the server has left")
-            line += byte
-        first, *words = line.decode("ascii").split()
-        if first == "no" and words[0] in REFUSALS:
-            raise Refused(words[0])
-        if first != expected:
-            raise ValueError(first)
-        return words
-
-    def compare(self, here: Address, seen: list[Address]) -> tuple[str, Sight]:
-        """Tell how our NAT behaves; return what counts of it, and the peer's."""
-        self.tell("round", *behavior(seen), seen[-1][1] if seen else 0, *here)
-        mine, host, port, kind, step, *inner = self.hear("peer")
-        inside = [(str(ipaddress.ip_address(inner[0])), int(inner[1]))] if inner else []
-        address = str(ipaddress.ip_address(host))
-        return mine, Sight(address, int(port), kind, int(step), inside)
-
-    def punch(self, seconds: float, low_ttl: bool) -> tuple[socket.socket | None, str]:
+    def punch(self, seconds: float, low_ttl: bool) -> tuple[Socket | None, str]:
         """Observe, meet, punch; return the hole, or None, and for which pair."""
         listeners = [bound(self.kind, self.sock.family)]
-        seen = observe(listeners[0], self.servers, self.nonce[:8])
+        seen = self.observe(listeners[0])
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
-        mine, theirs = self.compare(here, seen)
-        count, there = aims(mine, theirs)
+        tell(self.sock, "round", *behavior(seen), seen[-1][1] if seen else 0, *here)
+        mine, host, port, kind, step, *inner = hear(self.in_time(), "peer")
+        if not {mine, kind} <= {"same", "step", "random", "none"}:
+            raise ValueError("not a behavior")
+        inside = inside_of(*inner) if len(inner) == 2 else []
+        count, there = aims(mine, kind, address_of(host, port), int(step), *inside)
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
-        puncher = Puncher(self.peers, listeners, self.kind)
-        try:
-            hole = puncher.run(there, seconds if there else 0, low_ttl)
-        finally:
-            puncher.close()
-        return hole, f"{mine}-{theirs.behavior}"
-
-    def relay(self) -> socket.socket:
-        """Return the relayed connection, once the peer has proved the secret."""
-        if self.options.direct_only:
-            raise Refused("relay")
-        self.tell("relay")
-        self.hear("relay")
-        puncher = Puncher(self.peers, [], STREAM)
-        puncher.add(self.sock)
-        if not puncher.run([], ANSWER_TIME):
-            raise OSError("the peer does not prove the secret")
-        return self.sock
+        left = self.ends_at - RELAY_TIME - time.monotonic()
+        seconds = max(min(seconds, left), 0.1) if there else 0
+        with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
+            hole = puncher.run(there, seconds, low_ttl)
+            # One of many may have a number above 1023, which select() does not take.
+            return hole and hole.dup(), f"{mine}-{kind}"
 
 
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
-    ends_at = time.monotonic() + options.wait
-    with trying(f"meet in {options.room} at {spelled(options.server)}"):
-        while (left := ends_at - time.monotonic()) > 0:
-            meeting = Meeting(options)
-            try:
-                meeting.enter(min(left, 2 * WAIT_TIME))
-                return meeting
-            except TimeoutError:
-                meeting.sock.close()
-            except Refused as refused:
-                if str(refused) not in ("full", "nobody"):
-                    raise
-                say(f"waiting in {options.room}: {REFUSALS[str(refused)]}")
-                time.sleep(str(refused) == "full")
-        raise OSError(f"nobody came in {options.wait:g} s")
+    ends_at, say_at = time.monotonic() + options.wait, 0.0
+    stays = options.wait == FOREVER and (options.udp or options.to)
+    to = f"meet in {options.room} at {spelled(options.server)}"
+    while (left := ends_at - time.monotonic()) > 0:
+        try:
+            with trying(to):
+                return Meeting(options).enter(min(left, WAIT_TIME + ANSWER_TIME))
+        except Failure as failure:
+            why, now = str(failure.__cause__), time.monotonic()
+            if why in (REFUSALS["full"], REFUSALS["nobody"]):
+                if now >= say_at:
+                    say(f"waiting in {options.room}: {why}")
+                    say_at = now + WAIT_TIME
+                time.sleep(why == REFUSALS["full"])
+            elif stays and why not in REFUSALS.values():
+                say(f"{failure}; trying again")
+                time.sleep(RETRY_TIME)
+            elif now < ends_at:
+                raise
+    raise Failure(f"cannot {to}: nobody came in {options.wait:g} s")
 
 
-def find_way(meeting: Meeting) -> tuple[socket.socket, bool]:
-    """Return a connection to the peer, and whether it is direct; raise Failure."""
-    started = time.monotonic()
+def find_way(meeting: Meeting) -> tuple[Socket, str]:
+    """Return a hole to the peer, else the relay, and its name; raise Failure."""
+    started, server = time.monotonic(), meeting.sock
     with trying("reach the peer"):
         for seconds, low_ttl in ROUNDS[meeting.kind]:
             hole, pair = meeting.punch(seconds, low_ttl)
             if hole:
                 took, at = time.monotonic() - started, spelled(hole.getpeername())
-                say(f"direct {at} ({pair}, {took:.2f} s)")
-                meeting.sock.close()
-                return hole, True
+                server.close()
+                return hole, f"direct {at} ({pair}, {took:.2f} s)"
             if "none" in pair or "random" in pair and "same" not in pair:
                 break  # no round will help
-        way = meeting.relay()
-        say(f"relay ({pair})")
-        return way, False
+        if meeting.options.direct_only:
+            raise OSError(REFUSALS["relay"])
+        tell(server, "relay")
+        hear(meeting.in_time(), "relay")
+        for n, kind in enumerate((SYN, ACK, DONE)):
+            if n % 2 == meeting.peers.role:
+                meeting.peers.say(server, kind)
+            elif not (data := meeting.in_time().recv(PROBE_SIZE)):
+                raise OSError("the peer has left")
+            elif meeting.peers.kind_of(data) != kind:
+                raise OSError("the peer does not prove the secret")
+        return server, f"relay ({pair})"
 
 
 # --- Carrying -----------------------------------------------------------------
@@ -614,8 +613,12 @@ def find_way(meeting: Meeting) -> tuple[socket.socket, bool]:
 # of its direction, so that a peer that dies is not taken for one that is done.
 # Datagrams cross a hole as they are, and the relay in frames.
 
+# What is not ready; and a datagram that nobody took has been lost.
+NOT_YET: tuple[type[OSError], ...] = BlockingIOError, ConnectionRefusedError
+NOT_YET += ssl.SSLWantReadError, ssl.SSLWantWriteError
 
-def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
+
+def with_tls(sock: Socket, peers: Peers) -> Any:
     """Return a connection in TLS, by the secret and by nothing else."""
     psk, is_client = mac(peers.key, "tls"), peers.role == 1
     kind = ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER
@@ -628,62 +631,73 @@ def with_tls(sock: socket.socket, peers: Peers) -> ssl.SSLSocket:
         context.set_psk_client_callback(lambda hint: ("peer", psk))
     else:
         context.set_psk_server_callback(lambda identity: psk)
-    made: ssl.SSLSocket = context.wrap_socket(sock, server_side=not is_client)
-    return made
+    return context.wrap_socket(sock, server_side=not is_client)
 
 
 class Channel:
     """A connection to the peer, and the frames on it."""
 
-    def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
+    def __init__(self, sock: Socket, meeting: Meeting) -> None:
         """Begin TLS where both can; raise OSError."""
         keep_alive(sock)
         sock.settimeout(ANSWER_TIME)
         self.sock = with_tls(sock, meeting.peers) if meeting.tls else sock
         self.sock.setblocking(False)
-        self.buffer, self.ended, self.gone = b"", False, False
+        self.source = self.sink = self.sock.fileno()
+        self.came, self.going = memoryview(b""), memoryview(b"")
+        self.ended, self.close = False, self.sock.close
 
-    def seal(self, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + data
-
-    def send(self, data: Any) -> int:
-        return self.sock.send(data)
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def receive(self) -> list[Any]:
+    def read(self) -> list[Any]:
         """Return the frames that have come; raise OSError or ValueError."""
-        data = self.sock.recv(READ_SIZE)
-        while isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
-            data += self.sock.recv(READ_SIZE)
-        self.gone = not data
-        if self.gone and not self.ended:
+        data, found = self.sock.recv(READ_SIZE), []
+        if not data:  # a peer leaves when both directions have ended, and so we do
             raise OSError("the peer has vanished")
-        found, at, buffer = [], 0, memoryview(self.buffer + data)
-        while len(buffer) >= at + 4:
-            size = int.from_bytes(buffer[at : at + 4], "big")
+        self.came = memoryview(bytes(self.came) + data)
+        while len(self.came) >= 4:
+            size = int.from_bytes(self.came[:4], "big")
             if self.ended or size > READ_SIZE:
                 raise ValueError("not a frame")
-            if len(buffer) < at + 4 + size:
+            if len(self.came) < 4 + size:
                 break
-            found.append(buffer[at + 4 : at + 4 + size])
-            self.ended, at = size == 0, at + 4 + size
-        self.buffer = bytes(buffer[at:])
+            found.append(self.came[4 : 4 + size])
+            self.came, self.ended = self.came[4 + size :], size == 0
         return found
+
+    def write(self, data: Any) -> int:
+        """Send a frame, or the rest of it where it was begun."""
+        self.going = self.going or memoryview(len(data).to_bytes(4, "big") + data)
+        while self.going:
+            self.going = self.going[self.sock.send(self.going) :]
+        return len(data)
 
 
 class Hole:
     """A hole that datagrams cross, used as a channel is."""
 
-    def __init__(self, sock: socket.socket, meeting: Meeting) -> None:
-        self.sock, self.peers, self.ended, self.gone = sock, meeting.peers, False, False
+    def __init__(self, sock: Socket, meeting: Meeting) -> None:
+        self.sock, self.peers, self.there = sock, meeting.peers, sock.getpeername()
+        self.source = self.sink = sock.fileno()
         self.heard_at = self.told_at = time.monotonic()
 
-    def seal(self, data: bytes) -> bytes:
-        return data
+    def read(self) -> list[Any]:
+        """Return a datagram, if one has come, and keep the hole open; raise OSError."""
+        now = time.monotonic()
+        if now > self.told_at + KEEP_ALIVE:
+            self.peers.say(self.sock, DONE)
+            self.told_at = now
+        if now > self.heard_at + SILENCE:
+            raise OSError(f"the peer was silent for {SILENCE:g} s")
+        data, source = self.sock.recvfrom(READ_SIZE)
+        if source != self.there:
+            return []  # it came before this was the hole
+        self.heard_at, kind = now, self.peers.kind_of(data)
+        if kind == BYE:
+            raise OSError("the peer has left")
+        if kind in (SYN, ACK):
+            self.peers.say(self.sock, DONE)
+        return [] if kind else [data]
 
-    def send(self, data: Any) -> int:
+    def write(self, data: Any) -> int:
         """Send a datagram, or lose it."""
         with contextlib.suppress(OSError):
             self.sock.send(data)
@@ -693,81 +707,109 @@ class Hole:
         self.peers.say(self.sock, BYE)
         self.sock.close()
 
-    def receive(self) -> list[Any]:
-        """Return a datagram, if one has come, and keep the hole open; raise OSError."""
-        now = time.monotonic()
-        if now > self.told_at + KEEP_ALIVE:
-            self.peers.say(self.sock, DONE)
-            self.told_at = now
-        if now > self.heard_at + SILENCE:
-            raise OSError(f"the peer was silent for {SILENCE:g} s")
-        with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
-            data = self.sock.recv(READ_SIZE)
-            self.heard_at, kind = now, self.peers.kind_of(data)
-            if kind == BYE:
-                raise OSError("the peer has left")
-            if kind in (SYN, ACK):
-                self.peers.say(self.sock, DONE)
-            return [] if kind else [data]
-        return []
+
+class Pipe:
+    """Standard input and output, or both directions of a connection."""
+
+    def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
+        """Take both descriptors, and see to it that writing does not block."""
+        self.source, self.sink, self.left = 0, 1, left
+        if sock:
+            sock.setblocking(False)
+            # Each by itself, to be closed, and with a number that select() takes.
+            self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
+        mode = os.fstat(self.sink).st_mode
+        self.out = socket.socket(fileno=self.sink) if stat.S_ISSOCK(mode) else None
+        with contextlib.suppress(OSError):  # there may be no /proc
+            if stat.S_ISFIFO(mode):
+                # One of our own: others may share the one that we were given.
+                own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+                os.dup2(own, 1)
+                os.close(own)
+
+    def read(self) -> list[Any]:
+        """Return what has come, or an empty end; raise OSError, also at the limit."""
+        data = memoryview(os.read(self.source, READ_SIZE))
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError("no more may be relayed")
+        return [data]
+
+    def write(self, data: Any) -> int:
+        """Write, or let the end be seen."""
+        if data and self.out:
+            return self.out.send(data, socket.MSG_DONTWAIT)
+        if data:
+            return os.write(self.sink, data)
+        if self.out:
+            with contextlib.suppress(OSError):  # it may have gone
+                self.out.shutdown(socket.SHUT_WR)
+            self.sink = self.out.detach()
+        os.close(self.sink)
+        return 0
 
 
-class Local(NamedTuple):
-    """What is carried for: a pipe, a connection, or datagrams."""
+class Datagrams:
+    """The local port of datagrams, used as a pipe is."""
 
-    source: int
-    read: Callable[[], bytes]
-    sink: int
-    write: Callable[[Any], int]
-    finish: Callable[[], object]
+    def __init__(self, options: Any) -> None:
+        """Open the port; raise OSError."""
+        self.client, at = options.to, options.to or options.listen
+        self.sock = socket.socket(family_of(at[0]), DGRAM)
+        self.source = self.sink = self.sock.fileno()
+        self.sock.setblocking(False)
+        (self.sock.connect if self.client else self.sock.bind)(at)
+
+    def read(self) -> list[Any]:
+        data, self.client = self.sock.recvfrom(READ_SIZE)
+        return [data] if data else []  # an empty one would be an end: it is lost
+
+    def write(self, data: Any) -> int:
+        """Send to the client that wrote last, or lose it."""
+        with contextlib.suppress(OSError):
+            if self.client:
+                self.sock.sendto(data, self.client)
+        return len(data)
 
 
-def carry(way: Channel | Hole, local: Local) -> None:
+def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
-    peer, asking, up = way.sock.fileno(), True, memoryview(b"")
-    down: list[Any] = []
-    while not way.gone and (asking or up or down or not way.ended):
-        wanted = {peer: (0 if down else POLLIN) | (POLLOUT if up else 0)}
-        if asking and not up:
-            wanted[local.source] = POLLIN
-        if down:
-            wanted[local.sink] = wanted.get(local.sink, 0) | POLLOUT
-        poll = select.poll()
-        for fd, events in wanted.items():
-            if events:
-                poll.register(fd, events)
-        ready = dict(poll.poll(KEEP_ALIVE * 500))
-        with contextlib.suppress(*NOT_YET):
-            if asking and not up and local.source in ready:
-                data = local.read()
-                asking, up = bool(data), memoryview(way.seal(data))
-        with contextlib.suppress(*NOT_YET):
-            while up:
-                up = up[way.send(up) :]
-        with contextlib.suppress(*NOT_YET):
-            if not down and (peer in ready or isinstance(way, Hole)):
-                down = way.receive()
-        with contextlib.suppress(*NOT_YET):
-            while down:
-                if not down[0]:
-                    local.finish()
-                else:
-                    down[0] = down[0][local.write(down[0]) :]
-                down = down if down[0] else down[1:]
+    ended: set[Any] = set()
+    # With what has come and has not gone, where an empty one is the end.  The peer is
+    # read first: it may leave as soon as it has our end.
+    ways: list[tuple[Any, Any, list[Any]]] = [(way, local, []), (local, way, [])]
+    while len(ended) < 2:
+        # A pipe is not read after its end; a peer may vanish then, too.
+        silent = [source for source in ended if isinstance(source, Pipe)]
+        readers = [s.source for s, _, data in ways if not data and s not in silent]
+        writers = [sink.sink for _, sink, data in ways if data]
+        ready = select.select(readers, writers, [], KEEP_ALIVE / 2)[0]
+        for source, sink, data in ways:
+            with contextlib.suppress(*NOT_YET):
+                # A hole is kept open also when nothing has come.
+                if not data and (source.source in ready or isinstance(source, Hole)):
+                    data += source.read()
+                while data:
+                    sent = sink.write(data[0])
+                    if not data[0]:
+                        ended.add(source)
+                    data[0] = data[0][sent:]
+                    if not data[0]:
+                        del data[0]
 
 
 # --- The server ---------------------------------------------------------------
 #
 # It observes, introduces and relays.  What it says of a client is what it saw, so
-# nobody can aim a peer at a third address.  It never dials: two processes, one for
-# each direction, join two connections that it accepted.
+# nobody can aim a peer at a third address.  It never dials: a process of its own
+# joins two connections that the server accepted.
 
 
 class Member:
     """A connection to the server."""
 
-    def __init__(self, sock: socket.socket, source: Address, here: Address) -> None:
-        self.sock, self.source, self.here, self.buffer = sock, source, here, b""
+    def __init__(self, sock: Socket, source: Address, places: list[Address]) -> None:
+        self.sock, self.source, self.places, self.buffer = sock, source, places, b""
         # Counted together: a customer has an address, or a /64 of IPv6.
         self.network = ipaddress.ip_address(source[0]).packed[:8]
         self.nonce, self.ends_at = os.urandom(16), time.monotonic() + ANSWER_TIME
@@ -775,141 +817,118 @@ class Member:
         self.words: list[str] = []  # for the peer
         self.peer: Member | None = None
         self.ports: set[int] = set()  # as which it was seen in this round
-        self.said: list[str] = []  # in this round
-
-    def tell(self, *words: object) -> None:
-        """Send a line; the end of a client that is lost will be read."""
-        with contextlib.suppress(OSError):
-            self.sock.send(" ".join(map(str, words)).encode() + b"\n")
-
-
-def pour(source: socket.socket, sink: socket.socket, left: int) -> None:
-    """Copy one direction to its end; at a failure, or at a limit, end both."""
-    with contextlib.suppress(OSError):
-        while (data := source.recv(READ_SIZE)) and (left := left - len(data)) >= 0:
-            sink.sendall(data)
-        if not data:
-            return sink.shutdown(socket.SHUT_WR)
-    for sock in (source, sink):
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+        self.said: list[Any] = []  # in this round
 
 
 class Server:
-    """Rooms, and the connections of those that are in them."""
+    """Members, whom it introduces to one another."""
 
     def __init__(self, options: Any) -> None:
         """Open all sockets; raise Failure."""
         self.options, self.selector = options, selectors.DefaultSelector()
-        self.udp: dict[Address, socket.socket] = {}
+        self.udp: dict[Address, Socket] = {}
         self.members: dict[bytes, Member] = {}  # by token
-        self.rooms: dict[str, list[Member]] = {}  # who waits, and pairs of pipes
         self.far_until: dict[str, float] = {}  # rooms where a pipe wants the far end
         self.relays: dict[int, str] = {}  # pid -> room
         self.asked: dict[str, int] = {}  # of STUN, by source, in this second
-        for host, first in options.addresses:
-            for here in ((host, first), (host, first + 1)):
+        for host, port in options.addresses:
+            for here in ((host, port), (host, port + 1)):
                 with trying(f"listen on {spelled(here)}"):
                     self.listen(here)
-            say(f"serving on {spelled((host, first))} and {first + 1}")
+            say(f"serving on {spelled((host, port))} and {port + 1}")
 
     def listen(self, here: Address) -> None:
         """Open an address for both transports; raise OSError."""
-        family = INET6 if ":" in here[0] else socket.AF_INET
+        addresses, family = self.options.addresses, family_of(here[0])
+        hosts = [at for at, _ in addresses if at != here[0] and family_of(at) == family]
+        ports = here[1], 2 * addresses[0][1] + 1 - here[1]
+        # In the order of the flags of CHANGE-REQUEST.
+        places = [(host, port) for host in (here[0], *hosts[:1]) for port in ports]
         tcp = socket.create_server(here, family=family, backlog=1024)
         udp = self.udp[here] = socket.socket(family, DGRAM)
-        if family == INET6:
+        is_any = here[0] in ("0.0.0.0", "::")
+        if family == socket.AF_INET6:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, is_any)
+        else:
+            udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, is_any)
         udp.bind(here)
         for sock, act in ((tcp, self.accept), (udp, self.observe)):
             sock.setblocking(False)
-            self.selector.register(sock, selectors.EVENT_READ, (act, sock, here))
-
-    def other(self, here: Address) -> Address | None:
-        """Return the other address, with the other port, where there are two."""
-        for host, port in self.options.addresses:
-            if host != here[0] and (":" in host) == (":" in here[0]):
-                return host, 2 * port + 1 - here[1]
-        return None
+            self.selector.register(sock, selectors.EVENT_READ, (act, sock, places))
 
     def run(self) -> None:
         """Serve until a signal."""
         second = 0.0
         while True:
-            for key, _ in self.selector.select(1.0):
+            ready = self.selector.select(1.0)
+            while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
+                del self.relays[pid]  # before a member joins, for the room is free
+            for key, _ in ready:
                 act, *what = key.data
                 act(*what)
-            if (now := time.monotonic()) >= second + 1:
-                second = now
-                self.sweep(now)
+            if (now := time.monotonic()) < second + 1:
+                continue
+            second = now
+            self.asked.clear()
+            self.far_until = {r: at for r, at in self.far_until.items() if at > now}
+            for member in [m for m in self.members.values() if m.ends_at < now]:
+                self.drop(member, "gone" if member.peer else "nobody")
 
-    def sweep(self, now: float) -> None:
-        """Forget what is over."""
-        self.asked.clear()
-        self.far_until = {r: at for r, at in self.far_until.items() if at > now}
-        for member in [m for m in self.members.values() if m.ends_at < now]:
-            self.drop(member, "gone" if member.peer else "nobody")
-        self.reap()
-
-    def reap(self) -> None:
-        """Forget relays that have ended, and so free their rooms."""
-        for pid in [p for p in self.relays if os.waitpid(p, os.WNOHANG)[0]]:
-            del self.relays[pid]
-
-    def note(self, token: bytes, source: Address) -> None:
-        """Remember as whom a member was seen, if that is where it comes from."""
+    def note(self, token: bytes, source: Address) -> bool:
+        """Remember as whom a member is seen; return whether it comes from there."""
         member = self.members.get(token)
-        if member and member.source[0] == source[0] and len(member.ports) < FAN:
+        if not member or member.source[0] != source[0]:
+            return False
+        if len(member.ports) < FAN:
             member.ports.add(source[1])
+        return True
 
-    def observe(self, sock: socket.socket, here: Address) -> None:
-        """Answer a datagram."""
+    def observe(self, sock: Socket, places: list[Address]) -> None:
+        """Answer a datagram, from where it is wanted."""
         with contextlib.suppress(OSError, ValueError):
-            message, (host, port, *_) = sock.recvfrom(LINE_LIMIT)
-            other, count = self.other(here), self.asked.get(host, 0)
-            answer, change = stun_answer(message, (host, port), other)
-            if count >= STUN_RATE or len(self.asked) >= SOURCES:
-                return
-            self.asked[host] = count + 1
-            self.note(message[8:16], (host, port))
-            away = other[0] if other and change & OTHER_HOST else here[0]
-            flipped = 2 * self.options.addresses[0][1] + 1 - here[1]
-            at = flipped if change & OTHER_PORT else here[1]
-            self.udp[away, at].sendto(answer, (host, port))
+            # Where we have all addresses, the kernel says which one was asked.
+            message, asked, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
+            other = places[3] if len(places) > 2 else None
+            answer, change = stun_answer(message, source[:2], other)
+            if not self.note(message[8:16], source):
+                count = self.asked.get(source[0], 0)
+                if count >= STUN_RATE or len(self.asked) >= SOURCES:
+                    return
+                self.asked[source[0]] = count + 1
+            self.udp[places[change // OTHER_PORT]].sendmsg([answer], asked, 0, source)
 
-    def accept(self, sock: socket.socket, here: Address) -> None:
-        """Take a connection, unless too many are waiting."""
+    def accept(self, sock: Socket, places: list[Address]) -> None:
+        """Take a connection, in the place of the oldest where there are too many."""
         try:
             connection, source = sock.accept()
         except OSError:
             return time.sleep(0.01)  # no file is left: let one be closed
-        member = Member(connection, source[:2], here)
-        unpaired = [m.network for m in self.members.values() if not m.peer]
-        near = unpaired.count(member.network)
-        if near >= self.options.per_address or len(unpaired) >= self.options.waiting:
-            member.tell("no", "full")
-            return connection.close()
+        member = Member(connection, source[:2], places)
         connection.setblocking(False)
         self.members[member.nonce[:8]] = member
         self.selector.register(connection, selectors.EVENT_READ, (self.read, member))
+        for first in self.crowd(member)[:1]:
+            self.drop(first, "full")
+
+    def crowd(self, member: Member) -> list[Member]:
+        """Return those who wait as a member does, in a room or not, if too many do."""
+        waiting = [m for m in self.members.values() if not m.peer]
+        alike = [m for m in waiting if bool(m.room) == bool(member.room)]
+        near = [m for m in alike if m.network == member.network]
+        if len(near) > self.options.per_address:
+            return near
+        return alike if len(alike) > self.options.waiting else []
 
     def drop(self, member: Member, why: str = "") -> None:
         """Forget a member, and then its peer."""
         if self.members.pop(member.nonce[:8], None):
             if why:
-                member.tell("no", why)
+                tell(member.sock, "no", why)
             self.selector.unregister(member.sock)
             member.sock.close()
-            self.leave(member)
             if member.peer:
                 self.drop(member.peer, why if why == "relay" else "gone")
-
-    def leave(self, member: Member) -> None:
-        """Leave the room."""
-        room, member.room = member.room, ""
-        there = [other for other in self.rooms.pop(room, []) if other is not member]
-        if there:
-            self.rooms[room] = there
 
     def read(self, member: Member) -> None:
         """Act on what a member sends; drop it at its end, or at nonsense."""
@@ -921,8 +940,6 @@ class Server:
             for line in lines:
                 if member.nonce[:8] in self.members:  # it may have been refused
                     self.obey(member, line.decode("ascii").split())
-        except BlockingIOError:
-            return
         except (OSError, ValueError):
             self.drop(member)
 
@@ -931,17 +948,16 @@ class Server:
         match words:
             case ["see", token]:
                 self.note(bytes.fromhex(token), member.source)
-                member.tell("seen", *member.source)
+                tell(member.sock, "seen", *member.source)
             case ["natpunch", "1"]:
-                other = self.other(member.here) or ()
-                member.tell("natpunch", member.nonce.hex(), *other[:1])
+                others = [host for host, _ in member.places[2:3]]
+                tell(member.sock, "natpunch", member.nonce.hex(), *others)
             case ["join", room, kind, side, nonce, can, proof] if not member.words:
-                line = " ".join(words[:-1])
-                right = mac(self.options.key, member.nonce.hex(), line).hex()
                 member.words, member.side = [nonce, can], side
-                if hmac.compare_digest(right, proof):
-                    return self.join(member, f"{room} {kind}")
-                self.drop(member, "key")
+                right = mac(self.options.key, member.nonce.hex(), *words[:-1]).hex()
+                if not hmac.compare_digest(right, proof):
+                    return self.drop(member, "key")
+                self.join(member, f"{room} {kind}")
             case ["round", _, _, _, _, _] if member.peer:
                 self.compare(member, member.peer, words[1:])
             case ["relay"] if member.peer:
@@ -951,88 +967,89 @@ class Server:
 
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
-        self.reap()
-        here, now = self.rooms.get(room, []), time.monotonic()
-        waiting = [other for other in here if not other.peer]
-        far = member.side == "far" and any(other.side == "far" for other in waiting)
-        if far or waiting != here or room in self.relays.values():
+        here = [other for other in self.members.values() if other.room == room]
+        if any(other.peer for other in here) or room in self.relays.values():
             return self.drop(member, "taken")
         keep_alive(member.sock)
-        member.room, member.ends_at = room, now + WAIT_TIME
+        member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
         if member.side == "far":
             self.far_until[room] = member.ends_at
-        self.rooms[room] = [*here, member]
-        for other in waiting:
-            sides = {member.side, other.side}
-            if "far" in sides or "pipe" in sides and room not in self.far_until:
+        elif room in self.far_until:
+            member.side = "call"  # a pipe, too, waits for the far end
+        for other in here:
+            if member.side == other.side == "far":
+                self.drop(other, "taken")  # whose box may have lost its power
+            elif (member.side, other.side) != ("call", "call"):
                 return self.pair(other, member)
+        if self.crowd(member):
+            self.drop(member, "full")
 
     def pair(self, one: Member, two: Member) -> None:
         """Tell two members of one another; a far end makes room for its next call."""
         for role, (member, peer) in enumerate(((one, two), (two, one))):
             member.peer, member.ends_at = peer, time.monotonic() + PAIR_TIME
-            member.tell("paired", role, *peer.words)
+            tell(member.sock, "paired", role, *peer.words)
             if "far" in (one.side, two.side):
-                self.leave(member)
+                member.room = ""
 
-    def compare(self, member: Member, peer: Member, words: list[str]) -> None:
+    def compare(self, one: Member, two: Member, words: list[str]) -> None:
         """Tell both where the other was seen, once both have said how."""
-        kind, step, port, host, inside = words
-        if int(port) not in member.ports or not 0 <= int(step) <= STEP_LIMIT:
+        kind, step, port, *inside = words
+        if int(port) not in one.ports or not 0 <= int(step) <= STEP_LIMIT:
             kind, step, port = "none", "0", "0"
-        address = ipaddress.ip_address(host)
-        is_private = address.is_private and not address.is_loopback
-        member.said = [kind, str(int(step)), str(int(port))]
-        member.said += [str(address), str(int(inside))] if is_private else []
-        if not peer.said or peer.said == ["relay"]:
+        one.said = [int(port), kind, int(step), *itertools.chain(*inside_of(*inside))]
+        if len(two.said) < 3:
             return
-        for one, two in ((member, peer), (peer, member)):
-            kind, step, port, *inner = two.said
-            inner = inner if one.source[0] == two.source[0] else []
-            one.tell("peer", one.said[0], two.source[0], port, kind, step, *inner)
-        for one in (member, peer):
-            one.said, one.ports = [], set()
+        for member, peer in ((one, two), (two, one)):
+            seen = peer.said[: None if peer.source[0] == member.source[0] else 3]
+            tell(member.sock, "peer", member.said[1], peer.source[0], *seen)
+        one.said, one.ports, two.said, two.ports = [], set(), [], set()
 
-    def relay(self, member: Member, peer: Member) -> None:
-        """Join two members' connections in two processes, once both want it."""
+    def relay(self, one: Member, two: Member) -> None:
+        """Join two members' connections in a process, once both want it."""
         if self.options.no_relay or len(self.relays) >= self.options.relays:
-            return self.drop(member, "relay")
-        member.said = ["relay"]
-        if peer.said != ["relay"]:
+            return self.drop(one, "relay")
+        one.said = ["relay"]
+        if two.said != ["relay"]:
             return
-        member.tell("relay")
-        peer.tell("relay")
-        pid = os.fork()
+        for member in (one, two):
+            tell(member.sock, "relay")
+        pid, socks = os.fork(), (one.sock, two.sock)
         if pid == 0:
-            self.become_relay(member.sock, peer.sock)
-        self.relays[pid], member.peer, peer.peer = member.room, None, None
-        self.drop(member)
-        self.drop(peer)
-
-    def become_relay(self, one: socket.socket, two: socket.socket) -> NoReturn:
-        """Copy between two connections in two processes, and end."""
-        low, high = sorted((one.fileno(), two.fileno()))
-        for start, end in ((3, low), (low + 1, high), (high + 1, 1 << 20)):
-            os.closerange(start, end)  # or no end of a member would be seen
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        one.setblocking(True)
-        two.setblocking(True)
-        other = os.fork()
-        signal.alarm(self.options.relay_time)
-        pour(*((one, two) if other else (two, one)), self.options.relay_bytes)
-        if other:
-            os.waitpid(other, 0)
-        os._exit(0)
+            try:
+                for key in self.selector.get_map().values():
+                    if key.fileobj not in socks:
+                        os.close(key.fd)  # or no end of a member would be seen
+                signal.alarm(self.options.relay_time)
+                carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
+            finally:
+                os._exit(0)
+        self.relays[pid], one.peer = one.room, None
+        self.drop(one)
+        self.drop(two)
 
 
 # --- main ---------------------------------------------------------------------
 
 
-def run(work: Callable[[], object], stopped: int = 0) -> int:
-    """Return the exit code of what is done."""
+def join(meeting: Meeting, local: Callable[[], Pipe | Datagrams]) -> None:
+    """Find a way to the peer, then a local end, and carry between; raise Failure."""
+    sock, name = find_way(meeting)
+    is_stream = meeting.kind == STREAM
+    with trying("carry the stream" if is_stream else "carry datagrams"):
+        way = (Channel if sock.type == STREAM else Hole)(sock, meeting)
+        with contextlib.closing(way):
+            say(name)  # from now on, the peer hears of it when we are stopped
+            if is_stream:
+                why = "plain: TLS needs Python 3.13 on both sides"
+                say(f"the stream is {'encrypted' if meeting.tls else why}")
+            carry(way, local())
+
+
+def run(stopped: int, work: Callable[..., object], *what: Any) -> int:
+    """Return the exit code of what is done, or of its being stopped."""
     try:
-        work()
+        work(*what)
     except Failure as failure:
         say(failure)
         return failure.code
@@ -1041,42 +1058,83 @@ def run(work: Callable[[], object], stopped: int = 0) -> int:
     return 0
 
 
-def serve(options: Any) -> None:
-    """Be a server."""
-    options.key = secret_of("NATPUNCH_KEY", options.key, "")
-    options.addresses = [
-        parse_address(at, PORT) for at in options.addresses or ["0.0.0.0"]
-    ]
-    if len({port for _, port in options.addresses}) > 1:
-        raise Failure("cannot serve: all addresses must have the same port", 2)
-    Server(options).run()
+def leave_with(client: Socket) -> None:
+    """End this process once a client has gone: by a reset, or before its first byte."""
+
+    def look(*_: object) -> None:
+        state = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        is_empty = state == CLOSE_WAIT and not client.recv(1, socket.MSG_PEEK)
+        if state == CLOSED or is_empty:
+            say("the local client has gone")
+            os._exit(1)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(client, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(client, fcntl.F_SETFL, fcntl.FASYNC)
+    look()
+
+
+def join_call(options: Any, meeting: Meeting | None, sock: Socket) -> None:
+    """Join a connection with a peer, after making what there is not; raise Failure."""
+    if not meeting:
+        leave_with(sock)
+
+    def local() -> Pipe:
+        nonlocal sock
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        if meeting:
+            with trying(f"connect to {spelled(options.to)}"):
+                sock = socket.create_connection(options.to, ANSWER_TIME)
+                sock.setsockopt(*RESET)
+        return Pipe(sock)
+
+    join(meeting or meet(options), local)
+    sock.setsockopt(*RESET[:2], bytes(8))  # all has been carried
+
+
+def join_calls(options: Any) -> None:
+    """Carry one stream after another, also at the same time; raise Failure."""
+    listener = socket.socket()
+    if at := options.listen:
+        with trying(f"listen on {spelled(at)}"):
+            listener = socket.create_server(at, family=family_of(at[0]))
+    listener.setsockopt(*RESET)  # of the connections that it takes
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        meeting = meet(options) if options.to else None
+        sock = meeting.sock if meeting else listener.accept()[0]
+        try:
+            with trying("start a process"):
+                if os.fork() == 0:
+                    listener.close()
+                    os._exit(run(0, join_call, options, meeting, sock))
+        except Failure as failure:
+            say(failure)
+        sock.close()
 
 
 def filtering(meeting: Meeting) -> str:
     """Return what a datagram is let in by: RFC 5780 section 4.4."""
     has_two = len(meeting.servers) > 2
-    listener = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
-    tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
+    tests = {OTHER_PORT: "address at most"}
+    if has_two:
+        tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
+    sock = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
     for flags, what in tests.items():
-        change = CHANGE, bytes((0, 0, 0, flags))
-        request = stun(BINDING, COOKIE + os.urandom(12), change)
-        for _ in range(2 if has_two or flags == OTHER_PORT else 0):
-            listener.sendto(request, meeting.servers[0])
-            if select.select([listener], [], [], OBSERVE_TIME)[0]:
-                answer = parse_stun(listener.recv(LINE_LIMIT))
-                if answer[:2] == (SUCCESS, request[4:20]):
-                    return what if has_two else f"{what} at most"
-    return "port, and perhaps address" if not has_two else "address and port"
+        with contextlib.suppress(TimeoutError):
+            change = CHANGE, bytes((0, 0, 0, flags))
+            ask_stun(sock, meeting.servers[0], meeting.nonce[:8], change)
+            return what
+    return "address and port" if has_two else "port, and perhaps address"
 
 
 def tell_nat(options: Any) -> None:
     """Print which NAT this is."""
-    options.udp = True
     with trying(f"ask {spelled(options.server)}"):
-        meeting = Meeting(options)
         for name, kind in (("udp", DGRAM), ("tcp", STREAM)):
+            meeting = Meeting(options)
             listener = bound(kind, meeting.sock.family)
-            seen = observe(listener, meeting.servers, meeting.nonce[:8])
+            seen = meeting.observe(listener)
             how, step = behavior(seen)
             text = f"{name}: {how} {step or ''}".rstrip()
             ports = " ".join(map(spelled, seen)) or "nowhere"
@@ -1084,127 +1142,6 @@ def tell_nat(options: Any) -> None:
             if kind == DGRAM and seen:
                 text += f", filtered by {filtering(meeting)}"
             print(text)
-
-
-def carry_stream(meeting: Meeting, local: Local) -> None:
-    """Carry one stream to the peer; raise Failure."""
-    way, _ = find_way(meeting)
-    with trying("carry the stream"):
-        channel = Channel(way, meeting)
-        why = "plain: TLS needs Python 3.13 on both sides"
-        say(f"the stream is {'encrypted' if meeting.tls else why}")
-        carry(channel, local)
-
-
-def carry_socket(meeting: Meeting, sock: socket.socket) -> None:
-    """Carry a connection; raise Failure."""
-    sock.setblocking(False)
-    fd = sock.fileno()
-
-    def finish() -> None:
-        with contextlib.suppress(OSError):  # it may have gone
-            sock.shutdown(socket.SHUT_WR)
-
-    carry_stream(
-        meeting, Local(fd, lambda: sock.recv(READ_SIZE), fd, sock.send, finish)
-    )
-
-
-def carry_pipe(options: Any) -> None:
-    """Join standard input and output with the peer; raise Failure."""
-    sink = 1
-    with contextlib.suppress(OSError):
-        if stat.S_ISFIFO(os.fstat(1).st_mode):
-            # Not to block, as our own: others may share the one that we were given.
-            sink = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
-
-    def finish() -> None:
-        for fd in {1, sink}:
-            os.close(fd)
-
-    def write(data: Any) -> int:
-        return os.write(sink, data)
-
-    local = Local(0, lambda: os.read(0, READ_SIZE), sink, write, finish)
-    carry_stream(meet(options), local)
-
-
-def meet_again(options: Any) -> Meeting:
-    """Return a meeting, also after a time without a server; raise Failure."""
-    while True:
-        try:
-            return meet(options)
-        except Failure as failure:
-            if isinstance(failure.__cause__, Refused) or options.wait < FOREVER:
-                raise
-            say(f"{failure}; trying again")
-            time.sleep(RETRY_TIME)
-
-
-def spawn(work: Callable[[], object]) -> None:
-    """Do something in a process of its own."""
-    if os.fork() == 0:
-        os._exit(run(work))
-
-
-def answer_calls(options: Any) -> None:
-    """Be the far end of a room, for one stream after another; raise Failure."""
-
-    def answer(meeting: Meeting) -> None:
-        with trying(f"connect to {spelled(options.to)}"):
-            sock = socket.create_connection(options.to, ANSWER_TIME)
-        carry_socket(meeting, sock)
-
-    while True:
-        meeting = meet_again(options)
-        spawn(lambda: answer(meeting))  # noqa: B023
-        meeting.sock.close()
-
-
-def take_calls(options: Any) -> None:
-    """Carry each connection to a local port; raise Failure."""
-    with trying(f"listen on {spelled(options.listen)}"):
-        listener = socket.create_server(options.listen)
-    while True:
-        sock, _ = listener.accept()
-        spawn(lambda: carry_socket(meet(options), sock))  # noqa: B023
-        sock.close()
-
-
-def carry_datagrams(options: Any) -> None:
-    """Carry datagrams, by one way after another; raise Failure."""
-    sock, client = socket.socket(socket.AF_INET, DGRAM), options.to
-
-    def read() -> bytes:
-        nonlocal client
-        data, client = sock.recvfrom(READ_SIZE)
-        if not data:
-            raise BlockingIOError  # one of no bytes would be an end: it is lost
-        return data
-
-    def write(data: Any) -> int:
-        with contextlib.suppress(OSError):
-            if client:
-                sock.sendto(data, client)  # the one that wrote last
-        return len(data)
-
-    with trying("open the local port"):
-        sock.setblocking(False)
-        if client:
-            sock.connect(client)
-        else:
-            sock.bind(options.listen)
-    local = Local(sock.fileno(), read, sock.fileno(), write, lambda: None)
-    while True:
-        meeting = meet_again(options)
-        try:
-            way, is_direct = find_way(meeting)
-            with trying("carry datagrams"):
-                hole = Hole(way, meeting) if is_direct else Channel(way, meeting)
-                with contextlib.closing(hole):
-                    carry(hole, local)
-        except Failure as failure:
-            say(f"{failure}; meeting again")
 
 
 def be_client(options: Any) -> None:
@@ -1218,29 +1155,50 @@ def be_client(options: Any) -> None:
         raise Failure("cannot use --udp without --to or --listen", 2)
     options.side = "far" if options.to else "call" if options.listen else "pipe"
     options.to = parse_address(options.to) if options.to else None
-    if options.listen:
-        at = options.listen
+    if at := options.listen:
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
-    if options.udp:
-        carry_datagrams(options)
-    elif options.to or options.listen:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        (answer_calls if options.to else take_calls)(options)
-    else:
-        carry_pipe(options)
+    if options.side == "pipe":
+        return join(meet(options), Pipe)
+    if not options.udp:
+        return join_calls(options)
+    with trying("open the local port"):
+        local = Datagrams(options)
+    while True:
+        meeting = meet(options)
+        try:
+            join(meeting, lambda: local)
+        except Failure as failure:
+            if str(failure.__cause__) == REFUSALS["relay"]:
+                raise
+            say(f"{failure}; meeting again")
+
+
+def serve(options: Any) -> None:
+    """Do as a server what the command line wants; raise Failure."""
+    options.key = secret_of("NATPUNCH_KEY", options.key, "")
+    options.addresses = [parse_address(text, PORT) for text in options.addresses]
+    if len({port for _, port in options.addresses}) > 1:
+        raise Failure("cannot serve: all addresses must have the same port", 2)
+    Server(options).run()
 
 
 def main() -> int:
     """Do what the command line wants; return the exit code."""
+    # Were one of these closed, the next socket would take its number.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--key", default="", metavar="FILE", help="of the server")
     if serves:
-        parser.add_argument("addresses", nargs="*", metavar="ADDRESS")
+        every = ["0.0.0.0"]
+        parser.add_argument("addresses", nargs="*", metavar="ADDRESS", default=every)
         parser.add_argument("--no-relay", action="store_true")
         for name, number in (
-            ("--waiting", 256),  # unpaired connections
+            ("--waiting", 256),  # members without a peer, and as many of no room
             ("--per-address", 16),  # of these
             ("--relays", 64),
             ("--relay-bytes", 1 << 40),  # each way of each
@@ -1263,7 +1221,7 @@ def main() -> int:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     is_pipe = not serves and not options.to and not options.listen
-    return run(lambda: (serve if serves else be_client)(options), 130 * is_pipe)
+    return run(130 * is_pipe, serve if serves else be_client, options)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import readme
 import test_manuals
 import test_natpunch_clients
+import test_natpunch_server
 
 keys = test_natpunch_clients.keys
 
@@ -88,6 +90,7 @@ ERRORS = {
     "taken, udp": (1, "-s 127.0.0.1 room --udp --listen {udp}", "cannot open the loc"),
     "taken server": (1, "serve 127.0.0.1:{port}", "cannot listen on 127.0.0.1:"),
     "two ports": (2, "serve 127.0.0.1:7 127.0.0.2:8", "cannot serve: "),
+    "no name": (1, "-s a..b room", "cannot meet in room at a..b:3478: "),
     "no nat": (1, "-s 127.0.0.1:9 nat", "cannot ask 127.0.0.1:9: connection refused"),
 }
 
@@ -110,6 +113,54 @@ def test_what_cannot_be_is_said_in_one_line(name: str) -> None:
             )
     assert (done.returncode, done.stdout) == (code, "")
     assert re.fullmatch(f"natpunch: {re.escape(said)}.*\n", done.stderr), done.stderr
+    assert "that is not natpunch" not in done.stderr  # nobody has been asked
+
+
+# With a byte that is not UTF-8, as the environment and the command line may have it.
+LATIN = "caf\udce9, au lait and without sugar"
+
+
+@pytest.mark.parametrize("what", ["secret", "key", "room"])
+def test_a_secret_a_key_and_a_room_are_of_any_bytes(what: str) -> None:
+    room, key = "room", {}
+    environment = dict(punching.ENVIRONMENT)
+    if what == "room":
+        room = LATIN
+    elif what == "key":
+        key = {"NATPUNCH_KEY": LATIN}
+    else:
+        environment = {"NATPUNCH_SECRET": LATIN}
+    with natlab.lab() as lab, punching.server(lab, **key):
+        both = [punching.peer(lab, at, room, **environment, **key) for at in "ab"]
+        assert [punching.got(process) for process in both] == ["direct", "direct"]
+        punching.talk(*both)
+
+
+# Run as a program, which is interrupted while it imports the longest of its imports.
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "ssl":
+            sys.meta_path.remove(Interrupt)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_interrupt_is_one_from_the_start() -> None:
+    words = punching.words("-s", "127.0.0.1:9", "room")
+    done = subprocess.run(
+        [words[0], "-c", INTERRUPTED, *words[1:]],
+        env={**os.environ, **punching.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    # A shell says 130 of both.
+    assert done.stderr == "" and done.returncode in (130, -signal.SIGINT)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -131,6 +182,39 @@ def test_a_peer_that_never_comes_is_waited_for_as_long_as_told() -> None:
         waiting = punching.peer(lab, "a", "room", "--wait", "1")
         said = punching.read_line(waiting)
         assert said.endswith(": nobody came in 1 s\n") and waiting.wait(5) == 1
+
+
+ENDS: dict[str, tuple[list[str], list[str]]] = {
+    "pipe": ([], []),
+    "to": (["--to", "127.0.0.1:9"], []),
+    "udp": (["--udp", "--to", "127.0.0.1:9"], ["--udp", "--listen", "7002"]),
+    "udp, listen": (["--udp", "--listen", "7002"], ["--udp", "--to", "127.0.0.1:9"]),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_server_without_a_place_is_waited_for(end: str) -> None:
+    mine, theirs = ENDS[end]
+    with natlab.lab() as lab, punching.server(lab):
+        clients = test_natpunch_server.waiting(lab)
+        waiting = punching.peer(lab, "a", "room", *mine)
+        said = punching.read_line(waiting)
+        assert said == "natpunch: waiting in room: the server has no place now\n"
+        for client in clients:
+            client.sock.close()
+        other = punching.peer(lab, "b", "room", *theirs)
+        assert punching.got(waiting) == punching.got(other) == "direct"
+
+
+def test_a_place_is_waited_for_as_long_as_told() -> None:
+    with natlab.lab() as lab, punching.server(lab):
+        clients = test_natpunch_server.waiting(lab)
+        process = punching.peer(lab, "a", "room", "--wait", "3")
+        _, said = process.communicate(timeout=10)
+        first, last = said.decode().splitlines()  # once, though it is tried again
+        assert first.endswith(": the server has no place now")
+        assert process.returncode == 1 and last.endswith(": nobody came in 3 s"), said
+        assert len(clients) == 16
 
 
 def test_it_is_said_that_nobody_has_come() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import itertools
 import os
 import re
@@ -10,8 +11,10 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -26,8 +29,10 @@ import needs
 import punching
 import pytest
 import wait
+from test_natpunch_server import Client
 
 DROP = "table ip no { chain no { type filter hook forward priority -5; "
+FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 Pair = tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]
 
 
@@ -144,6 +149,17 @@ def test_a_peer_that_dies_is_not_one_that_is_done(
         assert len(pids) == 1
 
 
+def test_a_peer_that_dies_after_its_end_is_not_waited_for(lab: natlab.Lab) -> None:
+    one, other = pair(lab, "direct")
+    close(one)
+    assert read(other, 1) == b""
+    one.kill()
+    assert "the stream is plain" in punching.read_line(other)
+    last = "natpunch: cannot carry the stream: the peer has vanished\n"
+    assert punching.read_line(other, 2) == last  # standard input is open still
+    assert ended(other)[0] == 1
+
+
 def test_an_interrupt_ends_both_sides_with_a_line(lab: natlab.Lab) -> None:
     one, other = pair(lab, "direct")
     one.send_signal(signal.SIGINT)
@@ -163,6 +179,55 @@ def test_a_file_is_carried_to_a_file(lab: natlab.Lab, tmp_path: Path) -> None:
                 processes.append(started)
     assert [ended(process)[0] for process in processes] == [0, 0]
     assert (tmp_path / "out").read_bytes() == data
+
+
+@pytest.mark.parametrize("closed", ["<", ">", "2>"])
+def test_what_is_closed_at_the_start_is_not_taken_for_the_stream(
+    closed: str, relayed: natlab.Lab
+) -> None:
+    shell = ["sh", "-c", f'exec "$@" {closed}&-', "sh"]
+    command = punching.words("-s", relayed.servers[0], room := f"closed {closed}")
+    one = relayed.start("a", *shell, *command, **punching.ENVIRONMENT)
+    other = punching.peer(relayed, "b", room)
+    if closed != "<":
+        write(one, b"from one")
+    write(other, b"from the other")
+    close(one)
+    close(other)
+    outputs = [process.communicate(timeout=30) for process in (one, other)]
+    expected = [b"" if closed == ">" else b"from the other"]
+    expected += [b"" if closed == "<" else b"from one"]
+    assert [out for out, _ in outputs] == expected, outputs
+    assert one.returncode == other.returncode == 0
+
+
+def test_standard_output_may_be_a_socket(lab: natlab.Lab) -> None:
+    # One program reads and writes at once, the other writes all before it reads.
+    size = 8 << 20
+    ours, theirs = socket.socketpair()
+    with ours:
+        command = punching.words("-s", lab.servers[0], "sockets")
+        how = {"given": theirs.fileno(), "output": theirs.fileno()}
+        one = lab.start("a", *command, **how, **punching.ENVIRONMENT)
+        theirs.close()
+        other = punching.peer(lab, "b", "sockets")
+        assert punching.got(one) == punching.got(other) == "direct"
+        ours.settimeout(20)
+        with ThreadPoolExecutor(2) as pool:
+            for work in (lambda: write(other, bytes(size)), lambda: read(other, size)):
+                pool.submit(work)
+            try:
+                ours.sendall(bytes(size))  # times out where neither goes on
+                ours.shutdown(socket.SHUT_WR)
+                left = size
+                while left and (data := ours.recv(left)):
+                    left -= len(data)
+                assert left == 0
+                close(other)
+                assert ended(one)[0] == ended(other)[0] == 0
+            finally:
+                one.kill()
+                other.kill()
 
 
 def late(lab: natlab.Lab, seconds: float, is_udp: bool) -> None:
@@ -317,6 +382,50 @@ def test_a_peer_that_leaves_says_so(lab: natlab.Lab) -> None:
     assert ended(far)[0] == 0
 
 
+def test_datagrams_for_nobody_leave_the_hole_as_it_is(lab: natlab.Lab) -> None:
+    far = punching.peer(lab, "b", "nobody", "--udp", "--to", "127.0.0.1:7011")
+    near = punching.peer(lab, "a", "nobody", "--udp", "--listen", "7010")
+    assert punching.got(far) == punching.got(near) == "direct"
+    with lab.within("a", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as a:
+        with lab.within(
+            "b", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        ) as b:
+            for _ in range(20):
+                a.sendto(b"to nobody", ("127.0.0.1", 7010))
+                time.sleep(0.05)  # so that each has its own refusal
+            lab.within("b", lambda: b.bind(("127.0.0.1", 7011)))
+            b.settimeout(0.2)
+
+            def arrives() -> bool:
+                a.sendto(b"to somebody", ("127.0.0.1", 7010))
+                with contextlib.suppress(TimeoutError):
+                    return b.recv(100) == b"to somebody"
+                return False
+
+            wait.until(arrives)
+    assert not select_errors(near) and not select_errors(far)
+    for process in (near, far):
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("by", ["client", "server"])
+def test_datagrams_that_may_not_be_relayed_are_given_up(by: str) -> None:
+    options = ("--direct-only",) if by == "client" else ()
+    with natlab.lab("fully", "fully") as lab:
+        with punching.server(lab, *["--no-relay"][len(options) :]):
+            ends = [("a", "--listen", "7002"), ("b", "--to", "127.0.0.1:9")]
+            for process in [
+                punching.peer(lab, at, "room", "--udp", *how, *options)
+                for at, *how in ends
+            ]:
+                assert ended(process, 20) == (
+                    1,
+                    "natpunch: cannot reach the peer: "
+                    "no hole could be made, and it may not be relayed",
+                )
+
+
 # What goes over the wire.
 
 
@@ -339,8 +448,8 @@ def watched(lab: natlab.Lab, place: str, *words: str) -> subprocess.Popen[bytes]
 LIES = {
     "how": "natpunch.behavior = lambda seen: ('random', 0)",
     "steps": "natpunch.behavior = lambda seen: ('step', 16)",
-    "where": "tell = natpunch.Meeting.tell; natpunch.Meeting.tell ="
-    " lambda self, *words: tell(self, *(('round', 'same', 0, 9, '203.0.113.66', 9)"
+    "where": "tell = natpunch.tell; natpunch.tell ="
+    " lambda sock, *words: tell(sock, *(('round', 'same', 0, 9, '203.0.113.66', 9)"
     " if words[0] == 'round' else words))",
 }
 
@@ -401,14 +510,126 @@ def test_a_server_that_alters_what_was_agreed_gets_no_pair(lab: natlab.Lab) -> N
     # As one that wants a stream to be plain would.
     alters = (
         "natpunch.ANSWER_TIME = 1; natpunch.ROUNDS = {1: ((0.3, False),)}; "
-        "hear = natpunch.Meeting.hear; "
-        "natpunch.Meeting.hear = lambda self, word: [w.replace('plain', 'other')"
-        " if word == 'paired' else w for w in hear(self, word)]"
+        "hear = natpunch.hear; "
+        "natpunch.hear = lambda sock, word: [w.replace('plain', 'other')"
+        " if word == 'paired' else w for w in hear(sock, word)]"
     )
     peers = [punching.peer(lab, at, "altered", changed=alters) for at in "ab"]
     for process in peers:
         code, said = ended(process, 30)
         assert code == 1 and said.startswith("natpunch: cannot reach the peer: ")
+
+
+# A server that is none, or that a peer has lied to.
+
+
+@contextlib.contextmanager
+def pretending(*answers: str, hangs: bool = True) -> Iterator[str]:
+    """Be a server that says these lines, one after each of the client's, and no more.
+
+    What it sees of other connections it keeps to itself.
+    """
+    over = threading.Event()
+
+    def pretend() -> None:
+        client, _ = listener.accept()
+        with client, client.makefile("rb") as lines:
+            for answer in answers:
+                lines.readline()
+                client.sendall(answer.encode() + b"\n")
+            if not hangs:
+                client.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                while not over.is_set():
+                    listener.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(pretend)
+            address = listener.getsockname()
+            try:
+                yield "%s:%d" % address
+            finally:
+                over.set()
+                for _ in range(2):  # one for each accept() that may be waiting
+                    socket.create_connection(address).close()
+
+
+@contextlib.contextmanager
+def asking(
+    server: str, *options: str, changed: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a peer that asks a server of this machine."""
+    with subprocess.Popen(
+        punching.words("-s", server, "room", *options, changed=changed),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **punching.ENVIRONMENT},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+MEETS = f"natpunch {'0' * 32}", f"paired 0 {'0' * 32} plain"
+HOPELESS = "peer random 127.0.0.1 9 random 0"
+
+
+def hung(*answers: str) -> None:
+    """Let a client meet a server, or a peer, that stops there."""
+    with pretending(*answers) as server, asking(server) as process:
+        code, said = ended(process, 24)  # 8 s are what a result takes at most
+        assert code == 1 and said.startswith("natpunch: cannot reach the peer: ")
+
+
+def test_a_server_or_a_peer_that_hangs_is_given_up() -> None:
+    at_once(hung, [MEETS, (*MEETS, HOPELESS)])
+
+
+@pytest.mark.parametrize("end", ["pipe", "far end"])
+def test_a_server_that_hangs_in_the_room_is_left(end: str) -> None:
+    quick = "natpunch.WAIT_TIME, natpunch.ANSWER_TIME = 1, 0.5"
+    options = ("--to", "127.0.0.1:9") if end == "far end" else ()
+    with pretending(MEETS[0]) as server:
+        with asking(server, *options, changed=quick) as process:
+            said = f"natpunch: cannot meet in room at {server}: timed out"
+            if end == "far end":
+                assert punching.read_line(process, 5) == f"{said}; trying again\n"
+            else:
+                assert ended(process, 5) == (1, said)
+
+
+def test_a_peer_that_goes_when_it_is_relayed_has_left_at_once() -> None:
+    with pretending(*MEETS, HOPELESS, "relay", hangs=False) as server:
+        with asking(server) as process:
+            why = "the (peer|server) has (left|vanished)"
+            said = punching.read_line(process, 5)
+            assert re.fullmatch(f"natpunch: cannot reach the peer: {why}\n", said)
+            assert ended(process, 5) == (1, "")
+
+
+TOLD = [
+    "peer same 127.0.0.1 -1 same 0",
+    "peer same 127.0.0.1 9 same 0 10.1.1.1 99999999",
+    "peer same 127.0.0.1 9 same 0 10.1.1.1",
+    "peer same 127.0.0.1 9 step -9999999",
+    "peer same 127.0.0.1 9 \33[31m 0",
+]
+
+
+def hear_of_a_peer(told: str, *options: str) -> None:
+    """Let a client be told something of its peer."""
+    with pretending(*MEETS, told) as server, asking(server, *options) as process:
+        said = punching.read_line(process, 24)
+        assert said.startswith("natpunch: cannot reach the peer: "), said
+        assert "\33" not in said
+
+
+def test_what_is_told_of_a_peer_is_no_traceback() -> None:
+    udp = ("--udp", "--to", "127.0.0.1:9")
+    at_once(hear_of_a_peer, [(told, *how) for told in TOLD for how in ((), udp)])
 
 
 # One far end, many calls.
@@ -426,14 +647,16 @@ while True:
 """
 
 
-def echoed(lab: natlab.Lab, text: bytes) -> bool:
+def echoed(lab: natlab.Lab, text: bytes, seconds: float = 15) -> bool:
     """Return whether a text comes back through a local port of a."""
     place = ("127.0.0.1", 7008)
-    with lab.within("a", lambda: socket.create_connection(place, 5)) as sock:
-        sock.settimeout(15)
-        sock.sendall(text)
-        sock.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):  # as the target's would be
+    with lab.within("a", socket.socket) as sock:
+        sock.settimeout(seconds)
+        with contextlib.suppress(ConnectionError):  # as the target's would be
+            sock.connect(place)
+            sock.sendall(text)
+            with contextlib.suppress(OSError):  # "not connected": it was just now
+                sock.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: sock.recv(65536), b"")) == text
     return False
 
@@ -456,6 +679,221 @@ def test_many_calls_are_carried_at_once(kinds: tuple[str, str]) -> None:
             process.terminate()
             code, _ = ended(process)
             assert code == 0
+
+
+def test_more_calls_than_the_server_has_places_are_all_carried() -> None:
+    with natlab.lab("port", "port") as lab, punching.server(lab):
+        target = lab.start("b", sys.executable, "-c", ECHO)
+        assert punching.read_line(target) == "ready\n"
+        near = punching.peer(lab, "a", "calls", "--listen", "7008")
+        wait.until(lambda: listening(lab, 7008))
+
+        def call(number: int) -> str:
+            try:
+                return "echoed" if echoed(lab, b"%d" % number, 40) else "cut off"
+            except OSError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(40) as pool:
+            calls = pool.map(call, range(40))
+            said = punching.read_line(near)  # of the 17th
+            far = punching.peer(lab, "b", "calls", "--to", "127.0.0.1:7007")
+            answers = {*calls}
+        assert said == "natpunch: waiting in calls: the server has no place now\n"
+        assert answers == {"echoed"} and far.poll() is None
+
+
+def abort(sock: socket.socket) -> None:
+    """Reset a connection."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_a_local_client_that_has_gone_is_not_waited_for() -> None:
+    with natlab.lab() as lab, punching.server(lab):
+        near = punching.peer(lab, "a", "calls", "--listen", "7008")
+        wait.until(lambda: listening(lab, 7008))
+        here, there = ("127.0.0.1", 7008), ("127.0.0.1", 7007)
+        for end in (socket.socket.close, abort) * 9:
+            end(lab.within("a", lambda: socket.create_connection(here, 5)))
+        client = lab.within("a", lambda: socket.create_connection(here, 5))
+        client.sendall(b"still here")
+        wait.until(lambda: len(kernel.children(near.pid)) == 1)
+        with client, lab.within("b", lambda: socket.create_server(there)) as target:
+            target.settimeout(15)
+            punching.peer(lab, "b", "calls", "--to", "127.0.0.1:7007")
+            with target.accept()[0] as server:
+                assert server.recv(10, socket.MSG_WAITALL) == b"still here"
+                assert not select.select([target], [], [], 0.5)[0]
+
+
+def test_a_stream_outlives_its_listener_and_does_not_hold_the_port() -> None:
+    with natlab.lab() as lab, punching.server(lab):
+        target = lab.start("b", sys.executable, "-c", ECHO)
+        assert punching.read_line(target) == "ready\n"
+        punching.peer(lab, "b", "calls", "--to", "127.0.0.1:7007")
+        near = punching.peer(lab, "a", "calls", "--listen", "7008")
+        wait.until(lambda: listening(lab, 7008))
+        here = ("127.0.0.1", 7008)
+        with lab.within("a", lambda: socket.create_connection(here, 5)) as client:
+            client.settimeout(15)
+            client.sendall(b"one")
+            assert client.recv(3, socket.MSG_WAITALL) == b"one"
+            near.terminate()
+            assert near.wait(10) == 0
+            client.sendall(b"two")
+            assert client.recv(3, socket.MSG_WAITALL) == b"two"
+            with pytest.raises(ConnectionRefusedError):
+                lab.within("a", lambda: socket.create_connection(here, 5)).close()
+            punching.peer(lab, "a", "calls", "--listen", "7008")
+            wait.until(lambda: listening(lab, 7008))
+            assert echoed(lab, b"three")
+
+
+# As a user who may have four processes, and read all the same what Python imports.
+USER = f"setpriv --ruid {20000 + os.getpid() % 40000}"
+LIMITED = f"{USER} --bounding-set -sys_admin,-sys_resource prlimit --nproc=4"
+
+
+@pytest.mark.parametrize("end", ["--to", "--listen"])
+def test_a_fork_that_fails_costs_one_call(end: str) -> None:
+    needs.programs("setpriv", "prlimit")
+    with natlab.lab() as lab, punching.server(lab):
+        target = lab.start("b", sys.executable, "-c", ECHO)
+        assert punching.read_line(target) == "ready\n"
+        sleep = [*USER.split(), "sleep", "60"]
+        others = [lab.start("middle", *sleep) for _ in range(3)]
+        for process in others:
+            wait.until(lambda: kernel.title(process.pid) == "sleep")  # noqa: B023
+        ends = {}
+        for place, *how in (("b", "--to", "127.0.0.1:7007"), ("a", "--listen", "7008")):
+            words = LIMITED.split() if how[0] == end else []
+            words += punching.words("-s", lab.servers[0], "calls", *how)
+            ends[how[0]] = lab.start(place, *words, **punching.ENVIRONMENT)
+        wait.until(lambda: listening(lab, 7008))
+        with lab.within("a", socket.socket) as client:
+            client.connect_ex(("127.0.0.1", 7008))  # it may be reset at once
+            said = punching.read_line(ends[end])
+        why = "resource temporarily unavailable"
+        assert re.fullmatch(f"natpunch: cannot .*: {why}.*\n", said), said
+        for process in others:
+            process.kill()
+            process.wait(10)
+        assert echoed(lab, b"again")
+        assert not [name for name, process in ends.items() if process.poll()]
+
+
+def test_a_far_end_dials_nobody_for_who_does_not_prove_the_secret(
+    lab: natlab.Lab,
+) -> None:
+    there = ("127.0.0.1", 7018)
+    with lab.within("b", lambda: socket.create_server(there)) as target:
+        far = punching.peer(lab, "b", "proof", "--to", "127.0.0.1:7018")
+        room = hmac.digest(punching.SECRET.encode(), b"room proof", "sha256")[:16]
+        client = Client(lab, "a")
+        client.join(room.hex(), "call")
+        assert client.hear().startswith("paired ")
+        client.say("round random 0 0 10.0.0.2 9")
+        assert client.hear().startswith("peer ")
+        client.sock.settimeout(15)
+        client.say("relay")
+        assert client.hear() == "relay"
+        assert not select.select([target], [], [], 0.5)[0]
+        client.sock.close()
+        far.kill()
+
+
+@pytest.mark.parametrize("cut", ["caller", "client", "target"])
+@pytest.mark.parametrize("way", ["direct", "relay"])
+def test_a_stream_that_is_cut_off_does_not_look_complete(
+    way: str, cut: str, lab: natlab.Lab, relayed: natlab.Lab
+) -> None:
+    where, room = lab if way == "direct" else relayed, f"cut {cut}"
+    port = 7200 + 2 * next(ROOMS)
+    here, there = ("127.0.0.1", port), ("127.0.0.1", port + 1)
+    with where.within("b", lambda: socket.create_server(there)) as listener:
+        far = punching.peer(where, "b", room, "--to", f"127.0.0.1:{port + 1}")
+        near = punching.peer(where, "a", room, "--listen", str(port))
+        wait.until(lambda: listening(where, port))
+        client = where.within("a", lambda: socket.create_connection(here, 5))
+        client.settimeout(15)
+        listener.settimeout(15)
+        target, _ = listener.accept()
+        target.settimeout(15)
+        for one, other in ((client, target), (target, client)):
+            one.sendall(b"half")
+            assert other.recv(4, socket.MSG_WAITALL) == b"half"
+        if cut == "caller":
+            for pid in kernel.children(near.pid):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            abort(client if cut == "client" else target)
+        with pytest.raises(ConnectionResetError):
+            assert (client if cut == "target" else target).recv(1) != b""
+    for process in (near, far):
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_a_far_end_that_comes_anew_takes_the_calls() -> None:
+    end = ("b", "room", "--to", "127.0.0.1:9")
+    with natlab.lab() as lab, punching.server(lab):
+
+        def connections() -> str:
+            return lab.run("b", "ss", "-Htin", "dport", "=", ":3478").stdout
+
+        old = punching.peer(lab, *end)
+        wait.until(lambda: re.search("bytes_acked:[0-9]{3}", connections()))  # joined
+        with kernel.stopped(old.pid):  # as one whose box has lost its power
+            new = punching.peer(lab, *end)
+            wait.until(lambda: "CLOSE-WAIT" in connections() or new.poll())
+            caller = punching.peer(lab, "a", "room")
+            assert punching.got(new) == "direct"
+            assert punching.got(caller) == "direct"
+        assert ended(old)[1].endswith(": the room is taken")
+        new.terminate()
+        assert new.wait(10) == 0
+
+
+@pytest.mark.parametrize("is_udp", [False, True])
+@pytest.mark.parametrize("hosts", [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+def test_a_local_end_may_have_an_address_of_ipv6(
+    is_udp: bool, hosts: tuple[str, str], lab: natlab.Lab
+) -> None:
+    kind = socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM
+    room, port = f"six {next(ROOMS)}", 7300 + 2 * next(ROOMS)
+    client, target = [
+        lab.within(place, lambda: socket.socket(FAMILIES[host], kind))  # noqa: B023
+        for place, host in zip("ab", hosts)
+    ]
+    with client, target:
+        lab.within("b", lambda: target.bind((hosts[1], port + 1)))
+        if not is_udp:
+            target.listen()
+        udp = ["--udp"] * is_udp
+        spelled = [f"[{hosts[0]}]:{port}", f"[{hosts[1]}]:{port + 1}"]
+        near = punching.peer(lab, "a", room, *udp, "--listen", spelled[0])
+        far = punching.peer(lab, "b", room, *udp, "--to", spelled[1])
+        if is_udp:
+            for process in [near, far][:: 1 if hosts[0] == "::1" else -1]:
+                assert punching.got(process) == "direct"
+        for sock in (client, target):
+            sock.settimeout(15)
+
+        def connects() -> bool:
+            assert near.poll() is None, punching.read_line(near)
+            return client.connect_ex((hosts[0], port)) == 0
+
+        wait.until(connects)
+        client.sendall(b"hello")
+        server = target if is_udp else target.accept()[0]
+        data, source = server.recvfrom(5)
+        assert data == b"hello"
+        server.sendto(b"world", source) if is_udp else server.sendall(b"world")
+        assert client.recv(5) == b"world"
+    for process in (near, far):
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 def listening(lab: natlab.Lab, port: int) -> bool:
