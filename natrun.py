@@ -47,15 +47,16 @@ into it (ssh-agent) does not connect.
 from __future__ import annotations
 
 import asyncio
+import binascii
 import contextlib
 import ctypes
 import errno
 import fcntl
 import functools
 import getopt
+import itertools
 import json
 import os
-import platform
 import re
 import resource
 import select
@@ -65,11 +66,14 @@ import struct
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Coroutine
 from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -89,10 +93,9 @@ FIND_TIME = 3.0  # for a page of it
 QUERY_TIME = 2.0  # for an answer about a name
 NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
 LEASE = 120  # that a mapping lives without being renewed
-SWEEP_TIME = 10.0  # between two looks for sockets that are gone
-LOOK_TIME = 0.1  # between two looks for signals to what waits
+LOOK_TIME = 0.1  # between two looks for signals to a call that waits
 PIPE_SIZE = 1 << 18  # at once; a larger pipe does not stay in the cache
-RECORDS = 4096  # of sockets, before those that are gone are looked for
+RECORDS = 4096  # in a table that must not grow for ever
 
 
 class Fault(Exception):
@@ -111,11 +114,10 @@ def say(text: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno and not isinstance(error, Lost):
-        known = errno.errorcode.get(error.errno) and os.strerror(error.errno)
-        return (known or error.strerror or str(error)).lower()
-    known = getattr(error, "strerror", "") or str(error) or type(error).__name__
-    return str(known).lower()
+    """Return why something failed, in the system's words if it has any."""
+    own = getattr(error, "strerror", "") or str(error) or type(error).__name__
+    code = 0 if isinstance(error, Lost) else getattr(error, "errno", 0)
+    return (os.strerror(code) if code in errno.errorcode else str(own)).lower()
 
 
 def failure(code: int) -> OSError:
@@ -125,16 +127,9 @@ def failure(code: int) -> OSError:
 # --- Kernel -------------------------------------------------------------------
 #
 # What Python has no function for.  Numbers are from <linux/seccomp.h>,
-# <linux/bpf_common.h>, <asm/unistd.h> and <linux/prctl.h>.
+# <linux/prctl.h> and <linux/sched.h>.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-ANSWERED = "connect bind getsockname getpeername accept accept4 getsockopt socket"
-CALLS = [*ANSWERED.split(), *"sendto sendmsg sendmmsg io_uring_setup seccomp".split()]
-NUMBERS = {  # of CALLS, by machine, with its AUDIT_ARCH
-    "x86_64": (0xC000003E, 42, 49, 51, 52, 43, 288, 55, 41, 44, 46, 307, 425, 317),
-    "aarch64": (0xC00000B7, *(203, 200, 204, 205, 202, 242, 209, 198, 206, 211))
-    + (269, 425, 277),
-}
 PIDFD_GETFD = 438
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
 NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
@@ -144,6 +139,7 @@ ERESTARTSYS = 512  # not in errno: no program is to see it
 SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 57, 71, 30
 MSG_FASTOPEN = 0x20000000
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
+NEWUSER, NEWNET = 0x10000000, 0x40000000
 
 
 def system(function: Callable[..., int], *arguments: Any) -> int:
@@ -155,18 +151,16 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
     return result
 
 
-def copy(function: Callable[..., int], tid: int, there: int, here: Any) -> None:
-    """Copy between a buffer and the memory of a thread; raise OSError."""
-    size = ctypes.sizeof(here)
-    ours = (ctypes.c_size_t * 2)(ctypes.addressof(here), size)  # struct iovec
-    theirs = (ctypes.c_size_t * 2)(there, size)
-    if size and system(function, tid, ours, 1, theirs, 1, 0) < size:
-        raise failure(errno.EFAULT)
+def cookie(sock: socket.socket, option: int = SO_COOKIE) -> bytes:
+    """Return what a socket, or its network namespace, is known by to everybody."""
+    return sock.getsockopt(socket.SOL_SOCKET, option, 8)
 
 
-def cookie(sock: socket.socket) -> bytes:
-    """Return what a socket is known by, whoever has it."""
-    return sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+def rows(path: str) -> list[list[str]]:
+    """Return the words of each line of a table of sockets."""
+    with contextlib.suppress(OSError), open(path) as table:
+        return [line.split() for line in table][1:]
+    return []
 
 
 # --- The filter ---------------------------------------------------------------
@@ -175,62 +169,69 @@ def cookie(sock: socket.socket) -> bytes:
 # of what may be about the outside, and allows what it does not know.
 
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
-NOTIFY, ALLOW, ERROR = 0x7FC00000, 0x7FFF0000, 0x00050000
-Code = list[tuple[int, int, int, int]]  # operation, jumps if true and false, number
-Tests = list[tuple[int, int, tuple[int, ...]]]  # argument, mask, wanted values
+ALLOW, NOTIFY, FAIL = 0x7FFF0000, 0x7FC00000, 0x00050000
 WHOLE = 0xFFFFFFFF
+MACHINE = os.uname().machine
+# AUDIT_ARCH, and the number of seccomp().
+MACHINES = {"x86_64": (0xC000003E, 317), "aarch64": (0xC00000B7, 277)}
+
+# A test is an argument, a mask, and the values that the argument may have under it.
 # sockaddr_in, sockaddr_in6 and sockaddr_storage: AF_UNIX mostly has other lengths.
-INTERNET: Tests = [(2, WHOLE, (16, 28, 128))]
-SO_ERROR: Tests = [(1, WHOLE, (socket.SOL_SOCKET,)), (2, WHOLE, (socket.SO_ERROR,))]
-UDP: Tests = [(0, WHOLE, (socket.AF_INET, socket.AF_INET6)), (1, 15, (2,))]
-TESTS: dict[str, Tests] = {"connect": INTERNET, "bind": INTERNET}
-TESTS |= {"getsockopt": SO_ERROR, "socket": UDP}
-# What is an implicit connect(), by the argument with the flags; and what the kernel
-# does by itself.  Libraries do without both.
-REFUSED = {"sendto": 3, "sendmsg": 2, "sendmmsg": 3, "io_uring_setup": None}
+INTERNET = (2, WHOLE, 16, 28, 128)
+SO_ERROR = (1, WHOLE, socket.SOL_SOCKET), (2, WHOLE, socket.SO_ERROR)
+UDP = (0, WHOLE, socket.AF_INET, socket.AF_INET6), (1, 15, socket.SOCK_DGRAM)
+# A call, its numbers on the machines, what becomes of it, and under which tests.
+RULES: list[tuple[Any, ...]] = [
+    ("connect", (42, 203), NOTIFY, INTERNET),
+    ("bind", (49, 200), NOTIFY, INTERNET),
+    ("getsockname", (51, 204), NOTIFY),
+    ("getpeername", (52, 205), NOTIFY),
+    ("accept", (43, 202), NOTIFY),
+    ("accept4", (288, 242), NOTIFY),
+    ("getsockopt", (55, 209), NOTIFY, *SO_ERROR),
+    ("socket", (41, 198), NOTIFY, *UDP),
+    # An implicit connect(); and what the kernel would do by itself.  Libraries do
+    # without both.
+    ("sendto", (44, 206), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
+    ("sendmsg", (46, 211), FAIL | errno.EOPNOTSUPP, (2, MSG_FASTOPEN, MSG_FASTOPEN)),
+    ("sendmmsg", (307, 269), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
+    ("io_uring_setup", (425, 425), FAIL | errno.ENOSYS),
+]
 
 
-def guarded(tests: Tests, action: int) -> Code:
-    """Return code that takes an action if the arguments pass all tests, else allows."""
-    code = [(RETURN, 0, 0, action), (RETURN, 0, 0, ALLOW)]
-    for argument, mask, values in reversed(tests):
-        rest, last = len(values) - 1, len(code) - 1
-        jumps = [
-            (EQUAL, rest - n, 0 if n < rest else last, value)
-            for n, value in enumerate(values)
-        ]
-        # The low half of an argument, in struct seccomp_data.
-        code = [(LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask), *jumps, *code]
-    return code
+def calls_by_number() -> dict[int, str]:
+    """Return the calls that there are rules for, by their numbers here."""
+    column = [*MACHINES].index(MACHINE)
+    return {numbers[column]: name for name, numbers, *_ in RULES}
 
 
-def assemble(machine: str, calls: Iterable[str]) -> bytes:
-    """Return the filter for some calls, an array of struct sock_filter."""
-    architecture, *numbers = NUMBERS[machine]
-    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, ALLOW)]
-    code.append((LOAD, 0, 0, 0))  # the number of the call
-    for number, name in zip(numbers, CALLS):
-        if name not in calls and name not in REFUSED:
+def assemble(calls: Iterable[str]) -> bytes:
+    """Return the filter that notifies of some calls, an array of struct sock_filter."""
+    code, column = [(RETURN, 0, 0, ALLOW)], [*MACHINES].index(MACHINE)
+    # From the end, so that it is known how far the jumps go: if true, and if false.
+    for name, numbers, action, *tests in RULES:
+        if action == NOTIFY and name not in calls:
             continue
-        tests, action = TESTS.get(name, []), NOTIFY
-        if name in REFUSED:
-            at = REFUSED[name]
-            tests = [] if at is None else [(at, MSG_FASTOPEN, (MSG_FASTOPEN,))]
-            action = ERROR | (errno.ENOSYS if at is None else errno.EOPNOTSUPP)
-        block = guarded(tests, action)
-        code += [(EQUAL, 0, len(block), number), *block]
-    return b"".join(
-        struct.pack("=HBBI", *one) for one in (*code, (RETURN, 0, 0, ALLOW))
-    )
+        rest = len(code)
+        code.insert(0, (RETURN, 0, 0, action))
+        for argument, mask, *values in reversed(tests):
+            for n, value in enumerate(values):
+                code.insert(0, (EQUAL, n, 0 if n else len(code) - 1, value))
+            # The low half of an argument, in struct seccomp_data.
+            code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
+        code.insert(0, (EQUAL, 0, len(code) - rest, numbers[column]))
+    architecture = (LOAD, 0, 0, 4), (EQUAL, 1, 0, MACHINES[MACHINE][0])
+    code[:0] = *architecture, (RETURN, 0, 0, ALLOW), (LOAD, 0, 0, 0)
+    return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
-def install(machine: str, code: bytes) -> int:
+def install(code: bytes) -> int:
     """Put this process and its children under a filter; return the listener."""
     program = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog has a length, and on the next word a pointer.
     fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
     flags = NEW_LISTENER | WAIT_KILLABLE_RECV
-    request = NUMBERS[machine][-1], 1, flags, ctypes.addressof(fields)
+    request = MACHINES[MACHINE][1], 1, flags, ctypes.addressof(fields)
     try:
         return system(LIBC.syscall, *request)
     except PermissionError:  # without rights, a process must give up setuid first
@@ -280,21 +281,19 @@ def endpoint(address: tuple[Any, ...]) -> Endpoint:
 def parse_sockaddr(raw: bytes) -> Endpoint | None:
     """Return the endpoint in a struct sockaddr, None if it is of another kind."""
     family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
-    if family == socket.AF_INET and len(raw) >= 16:
-        return Endpoint(raw[4:8], int.from_bytes(port, "big"))
-    if family == socket.AF_INET6 and len(raw) >= 28:
-        return Endpoint(unmapped(raw[8:24]), int.from_bytes(port, "big"))
-    return None
+    packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
+    if family not in (socket.AF_INET, socket.AF_INET6) or len(packed) not in (4, 16):
+        return None
+    return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
 
 def write_sockaddr(family: int, where: Endpoint) -> bytes:
     """Return a struct sockaddr of a family; it is 0.0.0.0 if the address is wider."""
-    packed, port = where.packed, where.port.to_bytes(2, "big")
+    head = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
+    narrow = where.family == socket.AF_INET
     if family == socket.AF_INET:
-        packed = packed if len(packed) == 4 else bytes(4)
-        return struct.pack("=H2s4s8x", family, port, packed)
-    packed = MAPPED + packed if len(packed) == 4 else packed
-    return struct.pack("=H2s4x16s4x", family, port, packed)
+        return head + (where.packed if narrow else bytes(4)) + bytes(8)
+    return head + bytes(4) + (MAPPED * narrow + where.packed) + bytes(4)
 
 
 def parse_blocks(text: str) -> Blocks:
@@ -318,32 +317,23 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 # --- Settings -----------------------------------------------------------------
 #
-# What [natrun] says of programs holds for all that have no section of their own.
+# What [natrun] says holds for the run, and for each program whose own section does
+# not say otherwise.
 
 
 @dataclass(frozen=True)
-class Program:
-    """What the settings say of a program."""
-
-    redirect: bool = True
-    dns: str = "gateway"
-    direct: Blocks = field(default_factory=list)
-    direct_ports: tuple[range, ...] = ()
-    listen: tuple[range, ...] = ()
-    udp: str = "yes"
-
-
-@dataclass
 class Settings:
-    """What the settings say of a run, and of programs by their names."""
+    """What the settings say of a program; the first three, of the run."""
 
     gateway: str = ""
     user: str = ""
     password: str = ""
-    programs: dict[str, Program] = field(default_factory=dict)
-
-    def of(self, name: str) -> Program:
-        return self.programs.get(name) or self.programs.get("natrun") or Program()
+    redirect: str = "yes"
+    dns: str = "gateway"
+    direct: Blocks = field(default_factory=list)
+    direct_ports: list[range] = field(default_factory=list)
+    listen: list[range] = field(default_factory=list)
+    udp: str = "yes"
 
 
 def parse_word(words: str, text: str) -> str:
@@ -352,7 +342,7 @@ def parse_word(words: str, text: str) -> str:
     return text
 
 
-def parse_ports(text: str) -> tuple[range, ...]:
+def parse_ports(text: str) -> list[range]:
     """Return ranges of ports, such as "80, 8000-8010"; raise ValueError."""
     found = []
     for word in text.replace(",", " ").split():
@@ -360,11 +350,13 @@ def parse_ports(text: str) -> tuple[range, ...]:
         found.append(range(int(low), int(high or low) + 1))
         if not found[-1] or found[-1][-1] > 65535:
             raise ValueError(f"{word!r} is not a range of ports")
-    return tuple(found)
+    return found
 
 
+OF_RUN = ("gateway", "user", "password")
 PARSERS: dict[str, Callable[[str], Any]] = {
-    "redirect": lambda text: parse_word("yes no", text) == "yes",
+    **dict.fromkeys(OF_RUN, str),
+    "redirect": functools.partial(parse_word, "yes no"),
     "dns": functools.partial(parse_word, "gateway local fake"),
     "direct": parse_blocks,
     "direct_ports": parse_ports,
@@ -373,41 +365,34 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def read_settings(path: str) -> Settings:
-    """Return the settings in a file; raise Fault with the first that is wrong."""
+def read_settings(path: str) -> defaultdict[str, Settings]:
+    """Return the settings of programs by their names; raise Fault with what is wrong.
+
+    They are in a file that is named, else in that of the user or the machine.
+    """
     import configparser
 
-    parser, settings = configparser.ConfigParser(interpolation=None), Settings()
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    usual = filter(os.path.exists, [f"{home}/natrun.conf", "/etc/natrun.conf"])
+    at = path = path or next(usual, os.devnull)
+    parser = configparser.ConfigParser(default_section="natrun", interpolation=None)
+    programs: dict[str, Settings] = {}
     try:
         with open(path, encoding="utf-8") as file:
             parser.read_file(file)
-        common: dict[str, Any] = {}
-        for section in sorted(parser, key=lambda name: name != "natrun"):
-            values = dict(common)
-            for name, text in parser[section].items():
-                where = f"[{section}] {name}"
-                if section == "natrun" and name in ("gateway", "user", "password"):
-                    setattr(settings, name, text)
-                elif name in PARSERS:
-                    values[name] = PARSERS[name](text)
-                else:
+        for section, texts in parser.items():
+            values = {}
+            for name, text in texts.items():
+                at = f"{path}, [{section}] {name}"
+                misplaced = name in OF_RUN and parser.defaults().get(name) != text
+                if name not in PARSERS or misplaced:
                     raise ValueError(f"there is no such setting: {' '.join(PARSERS)}")
-            if section == "natrun":
-                common = values
+                values[name] = PARSERS[name](text)
             # The kernel knows a program by 15 letters.
-            settings.programs[section[:15]] = Program(**values)
+            programs[section[:15]] = Settings(**values)
     except (OSError, ValueError, configparser.Error) as error:
-        at = f"{path}, {where}" if type(error) is ValueError else path
         raise Fault(f"cannot use {at}: {reason(error).splitlines()[0]}") from None
-    return settings
-
-
-def find_settings(path: str) -> Settings:
-    """Return the settings in a file, else those of the user or the machine."""
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    usual = [os.path.join(home, "natrun.conf"), "/etc/natrun.conf"]
-    found = [path] if path else [*filter(os.path.exists, usual)]
-    return read_settings(found[0]) if found else Settings()
+    return defaultdict(lambda: programs["natrun"], programs)
 
 
 # --- The gateway --------------------------------------------------------------
@@ -419,6 +404,29 @@ CONNECT, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 3, 0xF0, 0xF1  # the last two are 
 REPLIES = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.ECONNREFUSED}
 REPLIES |= {6: errno.ETIMEDOUT, 7: errno.EOPNOTSUPP, 8: errno.EAFNOSUPPORT}
 DOMAIN = 3  # an address that is a name
+PMP_PORT = 5351
+RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
+PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?")
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Let steps take no longer than that; raise OSError."""
+    task, timed_out = asyncio.current_task(), False
+
+    def end() -> None:
+        nonlocal timed_out
+        timed_out = bool(task and task.cancel())
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if timed_out:
+            raise failure(errno.ETIMEDOUT) from None
+        raise
+    finally:
+        timer.cancel()
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
@@ -442,9 +450,11 @@ def request_of(command: int, where: Endpoint | bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Gateway:
-    """Where the gateway is, and its Local Address Table."""
+    """Where the gateway is, who asks it, and its Local Address Table."""
 
     at: Endpoint
+    user: str
+    password: str
     inside: Blocks
     natwork: bool = False
     outside: Blocks = field(default_factory=list)
@@ -459,123 +469,159 @@ class Gateway:
     def address(self, like: Endpoint) -> bytes:
         """Return the outside address that is for targets like one."""
         size = len(like.packed)
-        known = [low for low, _ in self.outside if len(low) == size]
-        return known[0] if known else bytes(size)
+        return next((low for low, _ in self.outside if len(low) == size), bytes(size))
 
-    async def reach(self, sock: socket.socket) -> None:
-        """Connect a socket to the gateway; raise Lost."""
+    def login(self, app: str) -> list[bytes]:
+        """Return the user that its log is to have, and a password."""
+        claimed = "" if self.password else f";app={app};host={socket.gethostname()}"
+        return [(self.user + claimed).encode()[:255], self.password.encode()[:255]]
+
+    async def talk(
+        self, sock: socket.socket, command: int, where: Endpoint | bytes, app: str
+    ) -> tuple[bytes, int]:
+        """Connect a socket to it, and have it do a command for a program.
+
+        Returns the address or name, and port, that it answers.  Raises OSError for
+        what became of the command, Lost for the gateway.
+        """
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
         try:
-            await asyncio.wait_for(loop.sock_connect(sock, address), REACH_TIME)
-        except (OSError, asyncio.TimeoutError) as error:
+            with limit(REACH_TIME):
+                await loop.sock_connect(sock, address)
+        except OSError as error:
             raise Lost(errno.ENETUNREACH, reason(error)) from None
-
-    async def ask(
-        self,
-        sock: socket.socket,
-        command: int,
-        where: Endpoint | bytes,
-        who: list[bytes],
-    ) -> tuple[bytes, int]:
-        """Have it do a command; return the address or name, and port, that it answers.
-
-        NATWork takes the name of who asks as claimed, if it has no users.  Raises
-        OSError for what became of the command, Lost for the gateway.
-        """
-        loop, request = asyncio.get_running_loop(), request_of(command, where)
-        methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
-        proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
-        # What NATWork answers is known beforehand, so it is told all at once.
-        first = bytes([5, len(methods)]) + methods
         try:
-            await loop.sock_sendall(sock, first + (self.natwork * (proof + request)))
-            version, method = await receive(sock, 2)
-            if version != 5 or method not in methods:
-                raise Lost(errno.EACCES, "it wants another way to log in")
-            if method == 2:
-                await loop.sock_sendall(sock, b"" if self.natwork else proof)
-                if (await receive(sock, 2))[1]:
-                    raise Lost(
-                        errno.EACCES,
-                        "it lets in nobody without a user and password that it knows",
-                    )
-            await loop.sock_sendall(sock, b"" if self.natwork else request)
-            _, reply, _, kind = await receive(sock, 4)
-            if reply:
-                raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))
-            size = (await receive(sock, 1))[0] if kind == DOMAIN else 4 * kind
-            name = await receive(sock, size + 2)
-            return name[:-2], int.from_bytes(name[-2:], "big")
+            with limit(ANSWER_TIME):
+                return await self.ask(sock, request_of(command, where), self.login(app))
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
                 raise Lost(errno.ENETUNREACH, reason(error)) from None
             # ssh -D says no more of a connection that it could not make.
             raise failure(errno.ECONNREFUSED) from None
 
-    async def fetch(self, path: str, who: list[bytes]) -> Any:
-        """Return a page of it that is JSON; raise OSError, or ValueError."""
-        import base64
+    async def ask(
+        self, sock: socket.socket, request: bytes, who: list[bytes]
+    ) -> tuple[bytes, int]:
+        """Log in by a socket, make a request, and return what it answers.
 
-        proof = base64.b64encode(b":".join(who)).decode()
-        reader, writer = await asyncio.open_connection(*self.at.pair())
-        with contextlib.closing(writer):
-            login = f"Authorization: Basic {proof}\r\n" if who[1] else ""
-            head = f"GET {path} HTTP/1.0\r\nHost: {self.at}\r\n{login}\r\n"
-            writer.write(head.encode())
-            answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        NATWork takes the name of who asks as claimed, if it has no users.
+        """
+        loop = asyncio.get_running_loop()
+        methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
+        hello = bytes([5, len(methods)]) + methods
+        proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
+        if self.natwork:  # what it answers is known: it is told all at once
+            hello, proof, request = hello + proof + request, b"", b""
+        await loop.sock_sendall(sock, hello)
+        version, method = await receive(sock, 2)
+        if version != 5 or method not in methods:
+            raise Lost(errno.EACCES, "it wants another way to log in")
+        if method == 2:
+            await loop.sock_sendall(sock, proof)
+            if (await receive(sock, 2))[1]:
+                why = "it lets in nobody without a user and password that it knows"
+                raise Lost(errno.EACCES, why)
+        await loop.sock_sendall(sock, request)
+        _, reply, _, kind = await receive(sock, 4)
+        if reply:
+            raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))
+        size = (await receive(sock, 1))[0] if kind == DOMAIN else 4 * kind
+        name = await receive(sock, size + 2)
+        return name[:-2], int.from_bytes(name[-2:], "big")
+
+    async def fetch(self, path: str) -> Any:
+        """Return a page of it that is JSON; raise OSError, or ValueError."""
+        proof = binascii.b2a_base64(b":".join(self.login("")), newline=False).decode()
+        # What only may be a gateway is not told the password.
+        login = self.natwork and self.password
+        field = f"Authorization: Basic {proof}\r\n" if login else ""
+        with limit(FIND_TIME):
+            reader, writer = await asyncio.open_connection(*self.at.pair())
+            with contextlib.closing(writer):
+                head = f"GET {path} HTTP/1.0\r\nHost: {self.at}\r\n{field}\r\n"
+                writer.write(head.encode())
+                answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
         if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
             raise ValueError(f"it answers {path} with {match[1].decode()}")
         return json.loads(body)
 
+    async def map(self, internal: int, external: int, seconds: int) -> int:
+        """Have it map a port, or unmap it; return the port outside: RFC 6886."""
+        loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
+        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
+        with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(at.pair())
+            for patience in (0.25, 0.5, 1.0):
+                await loop.sock_sendall(sock, request)
+                answer = b""
+                with contextlib.suppress(TimeoutError, ConnectionRefusedError):
+                    with limit(patience):
+                        answer = await loop.sock_recv(sock, 64)
+                if answer:
+                    _, code, result, _ = struct.unpack_from("!BBHI", answer)
+                    if code == 130 and result == 0 and answer[8:10] == request[4:6]:
+                        return int.from_bytes(answer[10:12], "big")
+                    raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
+        raise failure(errno.ENETUNREACH)
 
-def read_lat(at: Endpoint, lat: dict[str, Any]) -> Gateway:
-    """Return a gateway by what its /lat.json says; raise KeyError or ValueError."""
+
+def user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def with_table(gateway: Gateway, lat: dict[str, Any]) -> Gateway:
+    """Return a gateway as its /lat.json has it; raise KeyError or ValueError."""
+    at = gateway.at
     with contextlib.suppress(KeyError, OSError, ValueError):
         host, _, port = lat["socks"].rpartition(":")
         at = endpoint((host.strip("[]"), int(port)))
-    domains = tuple(str(name).lower().strip(".") for name in lat.get("domains", ()))
-    outside = parse_blocks(" ".join(lat.get("outside", ())))
-    flags = [bool(lat.get(name)) for name in ("mappings", "udp")]
-    inside = parse_blocks(" ".join([OWN, *lat["inside"]]))
-    return Gateway(at, inside, True, outside, domains, *flags)
+    return replace(
+        gateway,
+        at=at,
+        natwork=True,
+        inside=parse_blocks(" ".join([OWN, *lat["inside"]])),
+        outside=parse_blocks(" ".join(lat.get("outside", ()))),
+        domains=tuple(str(n).lower().strip(".") for n in lat.get("domains", ())),
+        mappings=bool(lat.get("mappings")),
+        udp=bool(lat.get("udp")),
+    )
 
 
-def look(text: str, port: int, named: bool) -> Gateway:
+def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     """Return the gateway at a place; raise OSError, or ValueError for what is none.
 
     What was named, and speaks no HTTP, is a SOCKS server.
     """
-    plain = text.startswith("socks5://")
-    host = re.sub(r"^\w+://|/$", "", text)
-    if match := re.fullmatch(r"\[?([^]]+?)\]?:(\d+)|\[(.+)\]", host):
-        if host.count(":") == 1 or host.startswith("["):
-            host, port = match[1] or match[3], int(match[2] or port)
+    match, host = PLACE.fullmatch(text), text
+    if match:
+        host, port = match[2] or match[3], int(match[4] or port)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    at = endpoint(found[0][4])
-    gateway = Gateway(at, parse_blocks(f"{OWN} {PRIVATE}"))
-    if plain:
+    who = settings.user or user_name(), settings.password
+    gateway = Gateway(endpoint(found[0][4]), *who, parse_blocks(f"{OWN} {PRIVATE}"))
+    if match and match[1] == "socks5://":
         return gateway
-    page = asyncio.wait_for(gateway.fetch("/lat.json", [b"", b""]), FIND_TIME)
-    try:
-        return read_lat(at, asyncio.run(page))
-    except (LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError):
-        pass
-    except asyncio.TimeoutError:  # it is not yet a TimeoutError in Python 3.10
-        pass
+    no_table = LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError
+    with contextlib.suppress(*no_table):
+        return with_table(gateway, asyncio.run(gateway.fetch("/lat.json")))
     if not named:
         raise ValueError("it has no /lat.json")
-    say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
+    say(f"{gateway.at} has no /lat.json, so it is taken for a SOCKS server")
     return gateway
 
 
 def default_route() -> str:
     """Return the address of the router, "" if there is none."""
-    with contextlib.suppress(OSError), open("/proc/net/route") as table:
-        for _, target, router, *_ in map(str.split, table):
-            if target == "00000000" != router:
-                packed = int(router, 16).to_bytes(4, sys.byteorder)
-                return socket.inet_ntop(socket.AF_INET, packed)
+    for _, target, router, *_ in rows("/proc/net/route"):
+        if target == "00000000" != router:
+            packed = int(router, 16).to_bytes(4, sys.byteorder)
+            return socket.inet_ntop(socket.AF_INET, packed)
     return ""
 
 
@@ -583,18 +629,15 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
     places = [(named, 8080)] if named else [("wpad", 80), (default_route(), 8080)]
-    tried, before = [], os.environ.get("RES_OPTIONS")
+    tried = []
+    # No name server may be there.  The command has its environment from os.environ,
+    # which this does not change.
+    os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
-        os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # no server may be there
         try:
-            return look(text, port, bool(named))
+            return look(text, port, bool(named), settings)
         except (OSError, ValueError) as error:
             tried.append(f"{text or 'no default route'}: {reason(error)}")
-        finally:
-            if before is None:
-                os.environ.pop("RES_OPTIONS", None)
-            else:
-                os.environ["RES_OPTIONS"] = before
     what = "cannot use the gateway" if named else "cannot find a gateway (-g names it)"
     raise Fault(f"{what}: {'; '.join(tried)}")
 
@@ -637,36 +680,32 @@ def carry_both(one: socket.socket, other: socket.socket) -> None:
         back.join()
 
 
-def relay(control: socket.socket) -> None:
-    """Join the pairs of sockets that come by a socket, until it ends."""
+def relay(control: socket.socket) -> NoReturn:
+    """Join the pairs of sockets that come by a socket, to the last one's end."""
     threading.stack_size(64 * 1024)
-    while True:
-        data, fds, _, _ = socket.recv_fds(control, 1, 2)
-        if not data:
-            return
+    while fds := socket.recv_fds(control, 1, 2)[1]:
         pair = [socket.socket(fileno=fd) for fd in fds]
         for sock in pair:
             sock.setblocking(True)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         threading.Thread(target=carry_both, args=pair).start()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join()
+    os._exit(0)
 
 
 def fork_relay() -> socket.socket:
     """Start the relay; return the socket by which it takes pairs."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork():
-        theirs.close()
-        ours.setblocking(False)
-        return ours
-    ours.close()
-    # A reader of our output must not wait for what is still under way.
-    for fd in range(3):
-        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
-    relay(theirs)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
-    os._exit(0)
+    if not os.fork():
+        ours.close()
+        # A reader of our output must not wait for what is still under way.
+        for fd in range(3):
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+        relay(theirs)
+    theirs.close()
+    return ours
 
 
 # --- Names --------------------------------------------------------------------
@@ -679,12 +718,27 @@ def fork_relay() -> socket.socket:
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 BAD, FAILED, NO_NAME = 1, 2, 3  # RFC 1035 section 4.1.1
-QUESTION = re.compile(rb"(?s)(?:[\x01-\x3f][-\w]+)+\0(..)\0\x01")
-FAKES = parse_blocks("198.18.0.0/15")
+NAME = re.compile(rb"[-\w]+(\.[-\w]+)*")
+
+
+def read_question(query: bytes) -> tuple[bytes, int, int]:
+    """Return the name and the type that a query asks for, and where that ends.
+
+    Raises ValueError or IndexError for what is not a query: RFC 1035 section 4.1.
+    """
+    labels, at = [], 12
+    while size := query[at]:
+        labels.append(query[at + 1 : at + 1 + size])
+        at += 1 + size
+    name, kind, place = b".".join(labels).lower(), query[at + 1 : at + 3], at + 5
+    one = query[4:6] == query[at + 3 : place] == b"\0\1"  # question, of the Internet
+    if not one or not NAME.fullmatch(name):
+        raise ValueError("not a query for a name")
+    return name, int.from_bytes(kind, "big"), place
 
 
 def reply_to(
-    query: bytes, code: int, end: int, kind: int = 0, data: bytes = b""
+    query: bytes, end: int, code: int = 0, kind: int = 0, data: bytes = b""
 ) -> bytes:
     """Return the response to a query whose question ends there, with data or none."""
     flags = 0x8080 | query[2] << 8 & 0x100 | code
@@ -694,27 +748,15 @@ def reply_to(
     return head + query[12:end] + (record if data else b"")
 
 
-def labels_of(question: bytes) -> list[bytes]:
-    """Return the labels of a name as a query has it; raise ValueError."""
-    labels = []
-    while question[0]:
-        size = question[0] + 1
-        labels.append(question[1:size])
-        if len(question) <= size or b"." in labels[-1]:
-            raise ValueError("not a name")
-        question = question[size:]
-    return labels
-
-
-def reversed_address(name: bytes, kind: int) -> Endpoint | None:
-    """Return the address whose name is asked for, None if none is."""
-    labels = name.split(b".")[::-1]
+def reversed_address(name: bytes) -> bytes:
+    """Return the address that a name of in-addr.arpa or ip6.arpa stands for."""
     with contextlib.suppress(ValueError):
-        if kind == PTR and labels[1] == b"in-addr" and len(labels) == 6:
-            return Endpoint(bytes(map(int, labels[2:])), 0)
-        if kind == PTR and labels[1] == b"ip6" and len(labels) == 34:
-            return Endpoint(bytes.fromhex(b"".join(labels[2:]).decode()), 0)
-    return None
+        *digits, zone, _ = name.split(b".")
+        if zone == b"in-addr" and len(digits) == 4:
+            return bytes(map(int, digits[::-1]))
+        if zone == b"ip6" and len(digits) == 32:
+            return bytes.fromhex(b"".join(digits[::-1]).decode())
+    return b""
 
 
 def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -727,66 +769,75 @@ def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
 class Names:
     """The addresses of names, for all programs of a run."""
 
-    def __init__(self, gateway: Gateway, login: Callable[[str], list[bytes]]) -> None:
-        self.gateway, self.login = gateway, login
+    def __init__(self, gateway: Gateway, programs: defaultdict[str, Settings]) -> None:
+        self.gateway, self.programs = gateway, programs
         self.known: dict[bytes, tuple[float, asyncio.Future[bytes]]] = {}
         self.fakes: dict[bytes, bytes] = {}
         self.called: dict[bytes, bytes] = {}  # names by address
         self.only_fakes = False
+        self.tasks: set[asyncio.Task[bytes]] = set()
+
+    def begin(
+        self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
+    ) -> None:
+        """Have a query to a server answered, and the response brought to a function."""
+        task = asyncio.ensure_future(self.answer(query, server, app))
+        self.tasks.add(task)  # asyncio itself does not keep it
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(lambda done: reply(done.result()))
+
+    async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
+        """Return the response to a query that a program sent to a server."""
+        try:
+            name, kind, end = read_question(query)
+        except (IndexError, ValueError):
+            return reply_to(query.ljust(12, b"\0"), 12, BAD)
+        target, data = reversed_address(name) if kind == PTR else b"", b""
+        try:
+            if target and not self.gateway.has_inside(target):
+                data = await self.look_back(target, app)
+            elif self.is_near(name) or kind not in (A, AAAA, SVCB, HTTPS):
+                return await self.forward(query, server, app, self.is_near(name))
+            elif kind in (A, AAAA):
+                found = await self.look_up(name, app)
+                data = found if len(found) == (4 if kind == A else 16) else b""
+        except OSError as error:
+            unknown = error.errno == errno.EHOSTUNREACH
+            return reply_to(query, end, NO_NAME if unknown else FAILED)
+        return reply_to(query, end, 0, kind, data)
 
     def is_near(self, name: bytes) -> bool:
         """Return whether a name is for the machine's own name server."""
         ends = [b"localhost", *map(str.encode, self.gateway.domains)]
         return b"." not in name or any(b"." + end in b"." + name for end in ends)
 
-    async def answer(
-        self, query: bytes, server: Endpoint, app: str, fake: bool
-    ) -> bytes:
-        """Return the response to a query that a program sent to a server."""
-        match = QUESTION.match(query, 12)
-        if len(query) < 12 or not match or query[4:6] != b"\0\1":
-            return reply_to(query.ljust(12, b"\0"), BAD, 12)
-        kind, end, data = int.from_bytes(match[1], "big"), match.end(), b""
-        try:
-            name = b".".join(labels_of(match[0])).lower()
-            near, target = self.is_near(name), reversed_address(name, kind)
-            if target and not self.gateway.has_inside(target.packed):
-                data = await self.look_back(target, app)
-                return reply_to(query, 0, end, kind, data)
-            if near or kind not in (A, AAAA, SVCB, HTTPS):
-                forwarded = self.forward(query, server, app, near)
-                return await asyncio.wait_for(forwarded, QUERY_TIME)
-            if kind in (A, AAAA):
-                data = await self.look_up(name, app, fake)
-            data = data if len(data) == (4 if kind == A else 16) else b""
-        except (OSError, ValueError, asyncio.TimeoutError) as error:
-            unknown = getattr(error, "errno", 0) == errno.EHOSTUNREACH
-            return reply_to(query, NO_NAME if unknown else FAILED, end)
-        return reply_to(query, 0, end, kind, data)
-
     async def forward(
         self, query: bytes, server: Endpoint, app: str, near: bool
     ) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
-        loop = asyncio.get_running_loop()
-        if self.gateway.has_inside(server.packed):
-            with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
+        loop, inside = (
+            asyncio.get_running_loop(),
+            self.gateway.has_inside(server.packed),
+        )
+        if near and not inside:
+            raise failure(errno.EHOSTUNREACH)
+        kind = socket.SOCK_DGRAM if inside else socket.SOCK_STREAM
+        family = server.family if inside else self.gateway.at.family
+        with limit(QUERY_TIME), socket.socket(family, kind) as sock:
+            if inside:
                 sock.setblocking(False)
                 sock.connect(server.pair())
                 await loop.sock_sendall(sock, query)
                 return await loop.sock_recv(sock, 65535)
-        if near:
-            raise failure(errno.EHOSTUNREACH)
-        with socket.socket(self.gateway.at.family) as sock:
-            await self.gateway.reach(sock)
-            await self.gateway.ask(sock, CONNECT, server, self.login(app))
+            await self.gateway.talk(sock, CONNECT, server, app)
             # RFC 1035 section 4.2.2: by TCP, a length comes first.
             await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
             size = await receive(sock, 2)
             return await receive(sock, int.from_bytes(size, "big"))
 
-    async def look_up(self, name: bytes, app: str, fake: bool) -> bytes:
+    async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
+        fake = self.programs[app].dns == "fake"
         if not fake and not self.only_fakes:
             until, known = self.known.get(name, (0.0, None))
             if not known or until < time.monotonic():
@@ -807,22 +858,23 @@ class Names:
             self.called[self.fakes[name]] = name
         return self.fakes[name]
 
-    async def look_back(self, target: Endpoint, app: str) -> bytes:
+    async def look_back(self, target: bytes, app: str) -> bytes:
         """Return the name of an address as a query has it; raise OSError."""
-        name = self.called.get(target.packed)
-        name = name or await self.resolve(RESOLVE_PTR, target, app)
+        name = self.called.get(target)
+        name = name or await self.resolve(RESOLVE_PTR, Endpoint(target, 0), app)
         labels = [label[:63] for label in name[:253].strip(b".").split(b".")]
         return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
     async def resolve(self, command: int, what: Endpoint | bytes, app: str) -> bytes:
         """Return what the gateway finds for a name or an address; raise OSError."""
         with socket.socket(self.gateway.at.family) as sock:
-            await self.gateway.reach(sock)
-            found, _ = await self.gateway.ask(sock, command, what, self.login(app))
+            found, _ = await self.gateway.talk(sock, command, what, app)
             return unmapped(found)
 
 
 # --- Calls --------------------------------------------------------------------
+
+PROCEED = -1  # in place of an errno: let the kernel do what it would without us
 
 
 class Call:
@@ -833,46 +885,21 @@ class Call:
         fields = struct.unpack("=QIIiIQ6Q", raw)
         self.listener, self.id, self.tid = listener, fields[0], fields[1]
         self.name, self.arguments = names[fields[3]], fields[6:]
-        self.task: asyncio.Task[None] | None = None  # ends with the call
+        self.app = "?"
         with contextlib.suppress(OSError), open(f"/proc/{self.tid}/comm") as file:
             self.app = file.read().rstrip("\n")
 
-    app = "?"
-
-    def answer(self, error: int = 0, flags: int = 0) -> None:
-        response = struct.pack("=QqiI", self.id, 0, -error, flags)
+    def answer(self, error: int) -> None:
+        proceed = error == PROCEED
+        fields = self.id, 0, 0 if proceed else -error, CONTINUE if proceed else 0
         with contextlib.suppress(OSError):  # it has been killed
-            fcntl.ioctl(self.listener, NOTIF_SEND, response)
+            fcntl.ioctl(self.listener, NOTIF_SEND, struct.pack("=QqiI", *fields))
 
-    def proceed(self) -> None:
-        """Let the kernel do what it would have done without us."""
-        self.answer(flags=CONTINUE)
-
-    def give(self, sock: socket.socket, flags: int) -> None:
-        """Answer with a new descriptor, which is a socket of ours; raise OSError."""
-        sock.setblocking(not flags & socket.SOCK_NONBLOCK)
-        cloexec = flags & socket.SOCK_CLOEXEC  # which is O_CLOEXEC
-        raw = struct.pack("=QIIII", self.id, ADDFD_SEND, sock.fileno(), 0, cloexec)
-        try:
-            fcntl.ioctl(self.listener, NOTIF_ADDFD, raw)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise  # it is not there any more
-            self.answer(error.errno or errno.EMFILE)
-
-    def swap(self, old: socket.socket) -> None:
-        """Put an ordinary socket in the place of one of the namespace."""
-        fd = self.arguments[0] & WHOLE
-        with open(f"/proc/{self.tid}/fdinfo/{fd}") as file:
-            flags = int(dict(line.split(":") for line in file)["flags"], 8)
-        with socket.socket(old.family, old.type) as new:
-            options = socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST
-            for option in options:
-                value = old.getsockopt(socket.SOL_SOCKET, option)
-                new.setsockopt(socket.SOL_SOCKET, option, value)
-            new.setblocking(not flags & os.O_NONBLOCK)
-            fields = self.id, ADDFD_SETFD, new.fileno(), fd, flags & os.O_CLOEXEC
-            fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
+    def give(self, sock: socket.socket, cloexec: int, fd: int | None = None) -> None:
+        """Answer with a descriptor of a socket of ours, or put it in place of one."""
+        flags = ADDFD_SEND if fd is None else ADDFD_SETFD
+        fields = self.id, flags, sock.fileno(), fd or 0, cloexec
+        fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
 
     def is_alive(self) -> bool:
         try:
@@ -881,16 +908,16 @@ class Call:
         except OSError:
             return False
 
-    def status(self, *names: str) -> list[str]:
-        """Return lines of /proc/TID/status; raise OSError."""
-        with open(f"/proc/{self.tid}/status") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return [lines[name].strip() for name in names]
+    def read_proc(self, name: str) -> dict[str, str]:
+        """Return the lines of a file about the thread in /proc; raise OSError."""
+        with open(f"/proc/{self.tid}/{name}") as file:
+            return dict(line.split(":", 1) for line in file)
 
     def is_interrupted(self) -> bool:
         """Return whether a signal waits that the program is to see now."""
+        status = self.read_proc("status")
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
-        own, shared, blocked, ignored = (int(s, 16) for s in self.status(*names))
+        own, shared, blocked, ignored = (int(status[name], 16) for name in names)
         return bool((own | shared) & ~blocked & ~ignored)
 
     def borrow(self) -> socket.socket:
@@ -901,7 +928,7 @@ class Call:
         try:
             process = os.pidfd_open(self.tid)
         except OSError:  # it is not the first thread; PIDFD_THREAD came with Linux 6.9
-            process = os.pidfd_open(int(*self.status("Tgid")))
+            process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
         try:
             number = self.arguments[0] & WHOLE
             fd = system(LIBC.syscall, PIDFD_GETFD, process, number, 0)
@@ -915,17 +942,25 @@ class Call:
             os.close(fd)
             raise
 
+    def copy(self, function: Callable[..., int], there: int, here: Any) -> None:
+        """Copy between the program's memory and a buffer; raise OSError."""
+        size = ctypes.sizeof(here)
+        ours = (ctypes.c_size_t * 2)(ctypes.addressof(here), size)  # struct iovec
+        theirs = (ctypes.c_size_t * 2)(there, size)
+        if size and system(function, self.tid, ours, 1, theirs, 1, 0) < size:
+            raise failure(errno.EFAULT)
+
     def read(self, there: int, size: int) -> bytes:
         """Return what stands in the program's memory; raise OSError."""
         here = ctypes.create_string_buffer(size)
-        copy(LIBC.process_vm_readv, self.tid, there, here)
+        self.copy(LIBC.process_vm_readv, there, here)
         if not self.is_alive():
             raise failure(errno.ESRCH)
         return here.raw
 
     def write(self, there: int, data: bytes) -> None:
         here = (ctypes.c_ubyte * len(data))(*data)
-        copy(LIBC.process_vm_writev, self.tid, there, here)
+        self.copy(LIBC.process_vm_writev, there, here)
 
     def target(self) -> Endpoint | None:
         """Return the address that connect() or bind() is about; raise OSError."""
@@ -946,18 +981,23 @@ class Call:
 class Flow:
     """What is known of a socket that is not what the kernel takes it for."""
 
+    cookie: bytes
+    inode: int
     peer: Endpoint | None
     local: Endpoint | None = None
-    pending: bool = False
-    error: int = 0  # to be told once
+    error: int = 0  # to be told once; EINPROGRESS until it is known
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # it is known
     waits: bool = False  # it is not O_NONBLOCK
-    paired: bool = False  # it went through the waiting room
-    inode: int = 0
-    since: float = field(default_factory=time.monotonic)
-    mapped: int = 0  # the port here that a port of the outside leads to
-    listened: bool = False
+    waiting: int = 0  # calls, for the end of
     task: asyncio.Task[None] | None = None
-    calls: list[Call] = field(default_factory=list)  # that wait for its end
+    mapped: int = 0  # the port here that a port of the outside leads to
+    accepted: list[socket.socket] = field(default_factory=list)  # for nobody yet
+    seen: bool = False  # in the tables of the kernel
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def pending(self) -> bool:
+        return self.error == errno.EINPROGRESS
 
 
 class WaitingRoom:
@@ -986,32 +1026,15 @@ class WaitingRoom:
 
     async def meet(self, sock: socket.socket) -> socket.socket:
         """Return a socket that is connected to one that has entered; raise OSError."""
-        near, loop = self.bound(self.address), asyncio.get_running_loop()
+        near, address = self.bound(self.address), endpoint(sock.getsockname()).pair()
         try:
-            # TCP simultaneous open: RFC 9293 section 3.5.
-            address = endpoint(sock.getsockname()).pair()
-            await asyncio.wait_for(loop.sock_connect(near, address), REACH_TIME)
+            with limit(REACH_TIME):
+                # TCP simultaneous open: RFC 9293 section 3.5.
+                await asyncio.get_running_loop().sock_connect(near, address)
             return near
         except BaseException:
             near.close()
             raise
-
-
-def accept_now(sock: socket.socket) -> socket.socket:
-    """Accept a connection if one is there; raise OSError."""
-    waits = os.get_blocking(sock.fileno())
-    if waits:  # another process may have been faster
-        sock.setblocking(False)
-    try:
-        return sock.accept()[0]
-    finally:
-        if waits:
-            sock.setblocking(True)
-
-
-def netns(sock: socket.socket) -> bytes:
-    """Return what the network namespace of a socket is known by."""
-    return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
 
 
 def is_connected(sock: socket.socket) -> bool:
@@ -1038,23 +1061,21 @@ def free(sock: socket.socket) -> None:
 # cable to us.  So the kernel does all that a program can ask of such a socket.  We
 # read packets off the cable and wrap them for the gateway, one association (RFC 1928
 # section 7) for each port; packets that come back go in by the cable, from the
-# address that they came from.
+# address that they came from.  Numbers are from <linux/rtnetlink.h>,
+# <linux/if_link.h> and <linux/if_packet.h>.
 
-NEWUSER, NEWNET = 0x10000000, 0x40000000
-RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
-UP, NOARP, NODAD = 0x1, 0x80, 0x2
+NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
+UP_NOARP, NODAD = 0x81, 0x2
 SOL_PACKET, IGNORE_OUTGOING = 263, 23
-CABLE = "natrun0", "natrun1"  # the namespace's end, and ours
-ENDS = b"\2natru", b"\2natrU"  # their addresses, made up
+END = b"\2natru"  # the address of both ends of the cable, made up
+TO_IP, TO_IP6 = END + END + b"\x08\0", END + END + b"\x86\xdd"  # Ethernet's header
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
     "ipv4/conf/all/rp_filter": "0",
-    "ipv4/conf/natrun0/rp_filter": "0",
-    "ipv4/conf/natrun0/route_localnet": "1",  # name servers are often on loopback
+    "ipv4/conf/default/rp_filter": "0",
+    "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
 }
-TO_IP = ENDS[0] + ENDS[1] + b"\x08\0"  # Ethernet's header
-TO_IP6 = ENDS[0] + ENDS[1] + b"\x86\xdd"
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -1062,58 +1083,41 @@ def attribute(kind: int, data: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
 
 
-def change(sock: socket.socket, kind: int, body: bytes) -> None:
+def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
     """Have netlink do something; raise OSError."""
-    flags = 0x605  # REQUEST, ACK, CREATE, EXCL
-    sock.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
-    (code,) = struct.unpack_from("=i", sock.recv(4096), 16)
+    body, flags = b"".join(parts), 0x605  # REQUEST, ACK, CREATE, EXCL
+    netlink.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
+    (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
     if code:
         raise failure(-code)
 
 
-def link(end: int) -> bytes:
-    """Return what netlink wants to know of an end of the cable."""
-    head = struct.pack("=BxHiII", 0, 0, 0, NOARP, NOARP)
-    name = attribute(3, CABLE[end].encode() + b"\0")
-    # As large as a datagram can be; and one packet is one datagram.
-    sizes = attribute(4, struct.pack("=I", 65535)) + attribute(40, b"\1\0\0\0")
-    return head + name + attribute(1, ENDS[end]) + sizes
-
-
 def make_namespace(outside: Blocks) -> socket.socket:
-    """Put this process into a namespace with a cable; return its other end."""
-    user, group = os.getuid(), os.getgid()
+    """Put this process into a namespace with a cable; return the cable's other end."""
     system(LIBC.unshare, NEWUSER | NEWNET)
-    maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1"}
-    for name, text in {**maps, "gid_map": f"{group} {group} 1"}.items():
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    for name, value in SYSCTLS.items():
+        with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
+            file.write(value)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-        peer = attribute(2, attribute(1, link(1)))
-        change(
-            netlink, RTM_NEWLINK, link(0) + attribute(18, attribute(1, b"veth") + peer)
-        )
-        for name in CABLE:  # only now: an end cannot be up without the other
-            index = socket.if_nametoindex(name)
-            change(netlink, RTM_SETLINK, struct.pack("=BxHiII", 0, 0, index, UP, UP))
-        index = socket.if_nametoindex(CABLE[0])
-        for name, value in SYSCTLS.items():
-            with contextlib.suppress(OSError):
-                with open(f"/proc/sys/net/{name}", "w") as file:
-                    file.write(value)
+        # As large as a datagram can be; and one packet is one datagram.
+        sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
+        kind = attribute(18, attribute(1, b"veth"))
+        change(netlink, NEWLINK, bytes(16), *sizes, kind)
+        near, far = (index for index, name in socket.if_nameindex() if name != "lo")
+        for index in (near, far):
+            head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
+            change(netlink, SETLINK, head, attribute(1, END))
         for packed, _ in outside:
             family, bits = Endpoint(packed, 0).family, 8 * len(packed)
-            head = struct.pack("=BBBBI", family, bits, NODAD, 0, index)
-            both = attribute(1, packed) + attribute(2, packed)
-            change(netlink, RTM_NEWADDR, head + both)
-            scope = 253 if family == socket.AF_INET else 0
-            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 3, scope, 1, 0)
-            route = head + attribute(4, struct.pack("=i", index))
+            head = struct.pack("=BBBBI", family, bits, NODAD, 0, near)
+            change(netlink, NEWADDR, head, attribute(1, packed), attribute(2, packed))
+            # The default route: main table, static, unicast.
+            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 4, 0, 1, 0)
             with contextlib.suppress(FileExistsError):  # of two addresses
-                change(netlink, RTM_NEWROUTE, route)
+                change(netlink, NEWROUTE, head, attribute(4, struct.pack("=i", near)))
     cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
-    cable.bind((CABLE[1], 3))  # ETH_P_ALL
+    cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
     return cable
 
 
@@ -1130,8 +1134,7 @@ def fork_namespace(outside: Blocks) -> tuple[socket.socket, socket.socket, int]:
         if not fds:
             raise Fault(why.decode())
         cable = socket.socket(fileno=fds[0])
-        for sock in (ours, cable):
-            sock.setblocking(False)
+        cable.setblocking(False)
         return ours, cable, pid
     ours.close()
     try:
@@ -1179,57 +1182,38 @@ def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
     return TO_IP6 + head + ports + total.to_bytes(2, "big") + data
 
 
+@dataclass(eq=False)
 class Association:
     """A port of the namespace, and how its datagrams leave the machine."""
 
-    def __init__(self, here: Endpoint) -> None:
-        self.here = here
-        self.relayed: socket.socket | None = None  # by the gateway, once it is open
-        self.queue: list[bytes] = []  # until then
-        self.near: dict[int, socket.socket] = {}  # by family, to the inside
-        self.task: asyncio.Task[None] | None = None
+    here: Endpoint
+    relayed: socket.socket | None = None  # by the gateway, once it is open
+    queue: list[bytes] = field(default_factory=list)  # until then
+    near: dict[int, socket.socket] = field(default_factory=dict)  # inside, by family
+    task: asyncio.Task[None] | None = None
 
 
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(self, gateway: Gateway, names: Names, app: str, dns: str) -> None:
+    def __init__(self, gateway: Gateway, names: Names, app: str) -> None:
         """Make the namespace; raise Fault."""
-        self.gateway, self.names, self.app, self.dns = gateway, names, app, dns
+        self.gateway, self.names, self.app = gateway, names, app
         self.maker, self.cable, self.pid = fork_namespace(gateway.outside)
-        self.asked: list[Call] = []  # for sockets, in order
         self.associations: dict[Endpoint, Association] = {}
-        self.queries: set[asyncio.Task[None]] = set()
-        self.login = names.login(app)
         # Asked for each datagram.
         self.has_inside = functools.lru_cache(RECORDS)(gateway.has_inside)
         self.head = functools.lru_cache(RECORDS)(
             lambda there: bytes(3) + request_of(0, there)[3:]
         )
 
-    def serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self.cable, self.read_cable)
-        loop.add_reader(self.maker, self.hand_out)
-        self.sweeping = loop.create_task(self.sweep())
-
-    def make(self, call: Call) -> None:
-        """Have socket() answered with one of the namespace; raise OSError."""
-        family, kind, _ = call.arguments[:3]
-        self.maker.send(struct.pack("=ii", family & WHOLE, kind & 15))
-        self.asked.append(call)
-
-    def hand_out(self) -> None:
-        """Answer a call with the socket that has been made for it."""
-        _, fds, _, _ = socket.recv_fds(self.maker, 1, 1)
-        if not fds:  # its maker has been killed
-            asyncio.get_running_loop().remove_reader(self.maker)
-            for call in self.asked:
-                call.answer(errno.EIO)
-            return
-        with socket.socket(fileno=fds[0]) as sock, contextlib.suppress(OSError):
-            call = self.asked.pop(0)
-            call.give(sock, call.arguments[1])
+    def make(self, family: int, kind: int) -> socket.socket:
+        """Return a socket of the namespace; raise OSError."""
+        self.maker.send(struct.pack("=ii", family, kind))
+        _, fds, _, _ = socket.recv_fds(self.maker, 100, 1)
+        if not fds:
+            raise failure(errno.EIO)  # its maker has been killed
+        return socket.socket(fileno=fds[0])
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
@@ -1242,35 +1226,36 @@ class Datagrams:
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
+        if there.port == 53 and self.names.programs[self.app].dns != "local":
+            reply = functools.partial(self.inject, there, here)
+            return self.names.begin(data, there, self.app, reply)
         one = self.associations.get(here)
         if not one:
             one = self.associations[here] = Association(here)
-        loop = asyncio.get_running_loop()
-        if there.port == 53 and self.dns != "local":
-            task = loop.create_task(self.answer(here, there, data))
-            self.queries.add(task)
-            task.add_done_callback(self.queries.discard)
-        elif self.has_inside(there.packed):
-            family = there.family
-            if family not in one.near:
-                sock = one.near[family] = socket.socket(family, socket.SOCK_DGRAM)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-                sock.setblocking(False)
-                loop.add_reader(sock, self.read, one, sock)
-            one.near[family].sendto(data, there.pair())
-        else:
-            message = self.head(there) + data
-            if one.relayed:
-                one.relayed.send(message)
-            elif len(one.queue) < 64:
-                one.queue.append(message)
-            if not one.task:
-                one.task = loop.create_task(self.associate(one))
+        if self.has_inside(there.packed):
+            if there.family not in one.near:
+                one.near[there.family] = self.open(one, there.family)
+            one.near[there.family].sendto(data, there.pair())
+            return
+        message = self.head(there) + data
+        if one.relayed:
+            one.relayed.send(message)
+        elif len(one.queue) < 64:
+            one.queue.append(message)
+        if not one.task:
+            one.task = asyncio.ensure_future(self.associate(one))
 
-    async def answer(self, here: Endpoint, there: Endpoint, query: bytes) -> None:
-        fake = self.dns == "fake"
-        found = await self.names.answer(query, there, self.app, fake)
-        self.inject(there, here, found)
+    def open(self, one: Association, family: int) -> socket.socket:
+        """Return a socket of this machine for the datagrams of an association."""
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setblocking(False)
+        asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
+        return sock
+
+    def close(self, sock: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(sock)
+        sock.close()
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace."""
@@ -1286,169 +1271,45 @@ class Datagrams:
                     self.inject(endpoint(sender), one.here, data)
                 elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
-                    source = Endpoint(
-                        data[4:at], int.from_bytes(data[at : at + 2], "big")
-                    )
+                    port = int.from_bytes(data[at : at + 2], "big")
+                    source = Endpoint(data[4:at], port)
                     self.inject(source, one.here, data[at + 2 :])
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
-        loop = asyncio.get_running_loop()
         try:
             with socket.socket(self.gateway.at.family) as control:
-                await self.gateway.reach(control)
                 # From the same port of the outside, where it is free.
-                where, who = Endpoint(bytes(4), one.here.port), self.login
-                host, port = await self.gateway.ask(control, ASSOCIATE, where, who)
+                where = Endpoint(bytes(4), one.here.port)
+                answer = await self.gateway.talk(control, ASSOCIATE, where, self.app)
+                host, port = answer
                 relay = Endpoint(host if any(host) else self.gateway.at.packed, port)
-                with socket.socket(relay.family, socket.SOCK_DGRAM) as sock:
-                    sock.setblocking(False)
-                    sock.connect(relay.pair())
-                    loop.add_reader(sock, self.read, one, sock)
-                    one.relayed = sock
-                    try:
-                        for message in one.queue:
-                            sock.send(message)
-                        one.queue.clear()
-                        await receive(control, 1)
-                    finally:
-                        loop.remove_reader(sock)
+                one.relayed = self.open(one, relay.family)
+                one.relayed.connect(relay.pair())
+                for message in one.queue:
+                    one.relayed.send(message)
+                one.queue.clear()
+                await receive(control, 1)
         except OSError as error:
             if not one.relayed:
                 say(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
         finally:
+            if one.relayed:
+                self.close(one.relayed)
             one.relayed, one.task = None, None
 
-    async def sweep(self) -> None:
-        """End associations of sockets that have been closed, now and then."""
-        while True:
-            await asyncio.sleep(SWEEP_TIME)
-            ports = set()
-            for name in ("udp", "udp6"):
-                with open(f"/proc/{self.pid}/net/{name}") as table:
-                    lines = [line.split() for line in table][1:]
-                    ports |= {int(line[1].rpartition(":")[2], 16) for line in lines}
-            for here in [*self.associations]:
-                if here.port not in ports:
-                    self.end(self.associations.pop(here))
-
-    def end(self, one: Association) -> None:
-        if one.task:
-            one.task.cancel()
-        for sock in one.near.values():
-            asyncio.get_running_loop().remove_reader(sock)
-            sock.close()
-
-
-# --- Mappings -----------------------------------------------------------------
-#
-# A program that listens on the outside address listens on this machine, and the
-# gateway passes on to it who calls there: NAT-PMP, RFC 6886.
-
-
-PMP_PORT = 5351
-RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
-
-
-async def readable(sock: socket.socket) -> None:
-    """Wait until there is something to read, or to accept."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)
-
-
-def inodes() -> set[int]:
-    """Return the inodes of TCP sockets that listen or are connected."""
-    found = set()
-    for path in "/proc/net/tcp", "/proc/net/tcp6":
-        with contextlib.suppress(OSError), open(path) as table:
-            found |= {int(line.split()[9]) for line in table if ":" in line[:8]}
-    return found
-
-
-class Mappings:
-    """The mappings of a run: they are renewed as long as somebody listens."""
-
-    def __init__(self, gateway: Gateway, who: list[bytes]) -> None:
-        self.gateway, self.who = gateway, who
-        self.held: dict[bytes, Flow] = {}  # by the listener's cookie
-        self.task: asyncio.Task[None] | None = None
-
-    async def ask(self, internal: int, external: int, seconds: int) -> int:
-        """Have the gateway map a port, or unmap it; return the port outside."""
-        at, loop = (
-            Endpoint(self.gateway.at.packed, PMP_PORT),
-            asyncio.get_running_loop(),
-        )
-        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
-        with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
-            sock.connect(at.pair())
-            for patience in (0.25, 0.5, 1.0):
-                await loop.sock_sendall(sock, request)
-                with contextlib.suppress(asyncio.TimeoutError, ConnectionRefusedError):
-                    answer = await asyncio.wait_for(loop.sock_recv(sock, 64), patience)
-                    _, code, result, _ = struct.unpack_from("!BBHI", answer)
-                    if code == 130 and result == 0 and answer[8:10] == request[4:6]:
-                        return int.from_bytes(answer[10:12], "big")
-                    raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
-        raise failure(errno.ENETUNREACH)
-
-    async def add(self, sock: socket.socket, where: Endpoint) -> Flow:
-        """Bind a socket, and map a port of the outside to it; raise OSError."""
-        anywhere = "::" if sock.family == socket.AF_INET6 else ""
-        if not where.port:
-            sock.bind((anywhere, 0))
-        internal = where.port or sock.getsockname()[1]
-        if self.who[1] and not self.task:  # of users, only who has a session may map
-            self.task = asyncio.ensure_future(self.stay())
-            await asyncio.sleep(LOOK_TIME)
-        external = await self.ask(internal, internal, LEASE)
-        try:
-            if where.port:
-                if external != where.port:
-                    raise failure(errno.EADDRINUSE)
-                sock.bind((anywhere, where.port))
-        except OSError:
-            await self.ask(internal, 0, 0)
-            raise
-        flow = Flow(None, Endpoint(where.packed, external), mapped=internal)
-        self.held[cookie(sock)] = flow
-        return flow
-
-    async def stay(self) -> None:
-        """Keep a session open."""
-        with socket.socket(self.gateway.at.family) as control:
-            with contextlib.suppress(OSError):
-                await self.gateway.reach(control)
-                await self.gateway.ask(control, ASSOCIATE, NOWHERE, self.who)
-                await receive(control, 1)
-        self.task = None
-
-    async def keep(self) -> None:
-        """Renew mappings in use, and end those whose listener is gone."""
-        while True:
-            await asyncio.sleep(1)
-            live, now = inodes() if self.held else set(), time.monotonic()
-            for number, one in [*self.held.items()]:
-                one.listened = one.listened or one.inode in live
-                over = one.listened or now > one.since + LEASE
-                with contextlib.suppress(OSError):
-                    if one.inode not in live and over:
-                        del self.held[number]
-                        await self.ask(one.mapped, 0, 0)
-                    elif now > one.since + LEASE / 2 and one.local:
-                        one.since = now
-                        await self.ask(one.mapped, one.local.port, LEASE)
-
-    async def end(self) -> None:
-        """Unmap all."""
-        ends = [self.ask(one.mapped, 0, 0) for one in self.held.values()]
-        await asyncio.gather(*ends, return_exceptions=True)
+    def sweep(self) -> None:
+        """End the associations of sockets that have been closed."""
+        tables = [f"/proc/{self.pid}/net/{name}" for name in ("udp", "udp6")]
+        lines = [row for table in tables for row in rows(table)]
+        ports = {int(row[1].rpartition(":")[2], 16) for row in lines}
+        for one in [*self.associations.values()]:
+            if one.here.port not in ports:
+                del self.associations[one.here]
+                if one.task:
+                    one.task.cancel()
+                for sock in one.near.values():
+                    self.close(sock)
 
 
 # --- The supervisor -----------------------------------------------------------
@@ -1456,14 +1317,8 @@ class Mappings:
 # One process answers the calls of all processes of a run, in one event loop in which
 # nothing may block.  What fails here is an answer, too, and never "go on".
 
-
-def user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
+# The errno of a call, PROCEED, None if it has its answer; or steps to one of them.
+Answer = int | None | Coroutine[Any, Any, Any]
 
 
 def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -1476,24 +1331,24 @@ class Supervisor:
     """The answers to the calls of a run."""
 
     datagrams: Datagrams | None = None
+    session: asyncio.Task[None] | None = None
 
     def __init__(
-        self, settings: Settings, gateway: Gateway, relay: socket.socket, verbose: bool
+        self,
+        programs: defaultdict[str, Settings],
+        gateway: Gateway,
+        relay: socket.socket,
+        verbose: bool,
     ) -> None:
-        self.settings, self.gateway, self.relay = settings, gateway, relay
+        self.programs, self.gateway, self.relay = programs, gateway, relay
         self.verbose, self.notified, self.said = verbose, 0, set[str]()
-        self.names, self.room = Names(gateway, self.login), WaitingRoom()
+        self.names, self.room = Names(gateway, programs), WaitingRoom()
         self.flows: dict[bytes, Flow] = {}  # by cookie
-        self.unsettled: set[bytes] = set()  # cookies of flows with something to tell
-        self.limit = RECORDS
-        self.waiting: dict[int, Call] = {}
-        self.looking: asyncio.Task[None] | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.mappings = Mappings(gateway, self.login("natrun"))
-        self.kept: dict[bytes, list[socket.socket]] = {}  # accepted for nobody yet
         self.server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.asked: dict[int, tuple[Endpoint, str, bool]] = {}  # by the asker's port
-        self.stories: dict[str, Callable[[Call], None]] = {
+        self.server.bind(("127.0.0.1", 0))
+        self.server.setblocking(False)
+        self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
+        self.stories: dict[str, Callable[[Call], Answer]] = {
             "connect": self.connect,
             "getsockopt": self.getsockopt,
             "getsockname": self.getsockname,
@@ -1506,19 +1361,11 @@ class Supervisor:
 
     def calls(self) -> list[str]:
         """Return the calls that it is to be notified of."""
-        programs = self.settings.programs.values()
-        refused = any(program.udp == "no" for program in programs)
+        refused = any(program.udp == "no" for program in self.programs.values())
         without = set() if self.datagrams or refused else {"socket"}
         if not self.gateway.mappings:
             without |= {"accept", "accept4", *({"bind"} if without else ())}
         return [name for name in self.stories if name not in without]
-
-    def login(self, app: str) -> list[bytes]:
-        """Return the user that the gateway's log is to have, and a password."""
-        user, password = self.settings.user or user_name(), self.settings.password
-        if not password:
-            user = f"{user};app={app};host={socket.gethostname()}"
-        return [user.encode()[:255], password.encode()[:255]]
 
     def once(self, text: str) -> None:
         """Say what holds for the whole run."""
@@ -1526,33 +1373,22 @@ class Supervisor:
             self.said.add(text)
             say(text)
 
-    def start(self, steps: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(steps)
-        self.tasks.add(task)  # asyncio itself does not keep it
-        task.add_done_callback(self.tasks.discard)
-        return task
-
     def carry_datagrams(self, app: str) -> None:
         """Have datagrams carried, if gateway and kernel can; say why not."""
-        if not self.gateway.udp:
-            return
         try:
-            dns = self.settings.of(app).dns
-            self.datagrams = Datagrams(self.gateway, self.names, app, dns)
+            if self.gateway.udp:
+                self.datagrams = Datagrams(self.gateway, self.names, app)
         except Fault as fault:
             self.once(f"datagrams are not carried, but for names: {fault}")
 
-    async def serve(self, listener: int, machine: str) -> None:
+    async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
         loop.set_exception_handler(tell_fault)
-        names = dict(zip(NUMBERS[machine][1:], CALLS))
-        self.server.bind(("127.0.0.1", 0))
-        self.server.setblocking(False)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
-            self.datagrams.serve()
-        poll = select.poll()
+            loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
+        names = calls_by_number()
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
@@ -1568,414 +1404,463 @@ class Supervisor:
                     self.handle(Call(listener, bytes(raw), names))
 
         loop.add_reader(listener, take)
-        keeping = self.start(self.mappings.keep())
+        keeping = loop.create_task(self.keep())
         await over.wait()
         keeping.cancel()
-        await self.mappings.end()
+        ports = [flow.mapped for flow in self.flows.values() if flow.mapped]
+        unmapped = [self.gateway.map(port, 0, 0) for port in ports]
+        await asyncio.gather(*unmapped, return_exceptions=True)
 
     def handle(self, call: Call) -> None:
         """Answer a call, or begin to."""
         try:
-            self.stories.get(call.name, Call.proceed)(call)
-        except OSError as error:
-            if error.errno == errno.EPERM:
-                why = "not dumpable, so its connections are refused"
-                self.once(f"cannot look into {call.app}: {why}")
-            code = errno.EACCES if error.errno == errno.EPERM else error.errno
-            call.answer(code or errno.EIO)
+            answer = self.stories[call.name](call)
         except Exception as error:
+            answer = self.code_of(error, call)
+        if isinstance(answer, Coroutine):
+            self.look(call, asyncio.ensure_future(self.wait(answer, call)))
+        elif answer is not None:
+            call.answer(answer)
+
+    async def wait(self, answer: Answer, call: Call) -> None:
+        """Answer a call by what its steps return, or when they are canceled."""
+        try:
+            while isinstance(answer, Coroutine):
+                answer = await answer
+        except asyncio.CancelledError:
+            # The kernel runs the handler, then restarts the call or gives EINTR.
+            answer = ERESTARTSYS
+        except Exception as error:
+            answer = self.code_of(error, call)
+        if answer is not None:
+            call.answer(answer)
+
+    def look(self, call: Call, task: asyncio.Task[None]) -> None:
+        """Cancel the task of a call when a signal has come, or the program is dead.
+
+        The kernel does not: it would let the program give a connect() up half done.
+        """
+        if task.done():
+            return
+        asyncio.get_running_loop().call_later(LOOK_TIME, self.look, call, task)
+        with contextlib.suppress(OSError):
+            if call.is_alive() and not call.is_interrupted():
+                return
+        task.cancel()
+
+    def code_of(self, error: Exception, call: Call) -> int:
+        """Return the errno that a call gets for what went wrong."""
+        if not isinstance(error, OSError):
             say(f"fault in {call.name}: {type(error).__name__}: {error}")
-            call.answer(errno.EIO)
+            return errno.EIO
+        if error.errno == errno.EPERM:
+            why = "not dumpable, so its connections are refused"
+            self.once(f"cannot look into {call.app}: {why}")
+            return errno.EACCES
+        return error.errno or errno.EIO
 
     def is_near(self, app: str, target: Endpoint) -> bool:
         """Return whether a program reaches a target without the gateway."""
-        program = self.settings.of(app)
+        program = self.programs[app]
         near = self.gateway.has_inside(target.packed)
         ports = any(target.port in ports for ports in program.direct_ports)
         direct = near or ports or within(program.direct, target.packed)
-        return direct or not program.redirect
+        return direct or program.redirect == "no"
 
-    def connect(self, call: Call) -> None:
+    def connect(self, call: Call) -> Answer:
         """Answer connect(): the story that the rest serves."""
         target = call.target()
         if not target or self.is_near(call.app, target) and target.port != 53:
-            return call.proceed()
+            return PROCEED
         sock = call.borrow()
-        flow = self.flows.get(cookie(sock))
         if sock.type != socket.SOCK_STREAM or self.is_near(call.app, target):
             with sock:
                 return self.connect_datagrams(call, sock, target)
-        if flow and (flow.pending or flow.error) or is_connected(sock):
+        flow = self.flows.get(cookie(sock))
+        if flow and flow.error or is_connected(sock):
             with sock:
                 return self.connect_again(call, sock, flow)
-        flow = Flow(target, pending=True, waits=os.get_blocking(sock.fileno()))
-        flow.paired = not flow.waits or self.gateway.at.family > sock.family
+        waits = os.get_blocking(sock.fileno())
         sock.setblocking(False)
         free(sock)
-        if flow.paired and (code := self.room.enter(sock)) != errno.EINPROGRESS:
-            self.give_back(sock, flow)
-            return call.answer(code or errno.EIO)
-        self.record(sock, flow)
-        if flow.waits:
-            self.hold(call, flow)
-        else:
-            call.answer(errno.EINPROGRESS)
-        flow.task = self.start(self.dial(sock, flow, call.app))
+        server = sock
+        if not waits or self.gateway.at.family > sock.family:
+            server = socket.socket(self.gateway.at.family)
+            if (code := self.room.enter(sock)) != errno.EINPROGRESS:
+                server.close()
+                self.give_back(sock, waits)
+                return code or errno.EIO
+        flow = self.record(sock, target, error=errno.EINPROGRESS, waits=waits)
+        steps = self.dial(sock, server, flow, target, call.app)
+        flow.task = asyncio.ensure_future(steps)
+        return self.wait_for(flow, call) if waits else errno.EINPROGRESS
 
-    async def dial(self, sock: socket.socket, flow: Flow, app: str) -> None:
-        """Have the gateway connect to the target of a flow, and settle it."""
-        gateway, error, target = self.gateway, errno.EIO, flow.peer or NOWHERE
+    async def dial(
+        self,
+        sock: socket.socket,
+        server: socket.socket,
+        flow: Flow,
+        target: Endpoint,
+        app: str,
+    ) -> None:
+        """Have the gateway connect a socket to a target, and settle the flow."""
+        error = errno.EIO
         try:
-            server = socket.socket(gateway.at.family) if flow.paired else sock
-            with contextlib.ExitStack() as stack:
-                if flow.paired:
-                    stack.enter_context(server)
-                await gateway.reach(server)
-                name = self.names.called.get(target.packed, b"")
-                where = name + target.port.to_bytes(2, "big") if name else target
-                asked = gateway.ask(server, CONNECT, where, self.login(app))
-                host, port = await asyncio.wait_for(asked, ANSWER_TIME)
-                if len(host) in (4, 16) and any(host):
-                    flow.local = Endpoint(unmapped(host), port)
-                if flow.paired:
-                    with await self.room.meet(sock) as near:
-                        await self.join(near, server)
+            name = self.names.called.get(target.packed, b"")
+            where = name + target.port.to_bytes(2, "big") if name else target
+            host, port = await self.gateway.talk(server, CONNECT, where, app)
+            if len(host) in (4, 16) and any(host):
+                flow.local = Endpoint(unmapped(host), port)
+            if server is not sock:
+                with await self.room.meet(sock) as near:
+                    pair = [near.fileno(), server.fileno()]
+                    socket.send_fds(self.relay, [b"+"], pair)
             error = 0
-        except Lost as lost:
-            error = lost.errno or errno.ENETUNREACH
-            self.once(f"cannot use the gateway {gateway.at}: {reason(lost)}")
-        except asyncio.TimeoutError:
-            error = errno.ETIMEDOUT
         except OSError as failed:
+            if isinstance(failed, Lost):
+                at = self.gateway.at
+                self.once(f"cannot use the gateway {at}: {reason(failed)}")
             error = failed.errno or errno.EIO
         finally:
+            if server is not sock:
+                server.close()
             self.settle(sock, flow, error)
 
-    async def join(self, near: socket.socket, server: socket.socket) -> None:
-        """Hand two sockets to the relay; raise OSError."""
-        while True:
-            with contextlib.suppress(BlockingIOError):  # its queue is full
-                pair = [near.fileno(), server.fileno()]
-                socket.send_fds(self.relay, [b"+"], pair)
-                return
-            await asyncio.sleep(LOOK_TIME)
-
-    def record(self, sock: socket.socket, flow: Flow) -> None:
+    def record(self, sock: socket.socket, peer: Endpoint | None, **known: Any) -> Flow:
         """Keep what is known of a socket, until it is gone."""
-        flow.inode = os.fstat(sock.fileno()).st_ino
-        self.flows[cookie(sock)] = flow
-        if flow.pending:
-            self.unsettled.add(cookie(sock))
-        if len(self.flows) > self.limit:
-            live = inodes()
-            old = time.monotonic() - ANSWER_TIME
-            for number, one in [*self.flows.items()]:
-                if one.inode not in live and not one.pending and one.since < old:
-                    self.forget(number)
-            self.limit = max(RECORDS, 2 * len(self.flows))
+        flow = Flow(cookie(sock), os.fstat(sock.fileno()).st_ino, peer, **known)
+        self.flows[flow.cookie] = flow
+        return flow
 
-    def forget(self, number: bytes) -> None:
-        self.flows.pop(number, None)
-        self.unsettled.discard(number)
-
-    def give_back(self, sock: socket.socket, flow: Flow) -> None:
+    def give_back(self, sock: socket.socket, waits: bool) -> None:
         """Let go of a borrowed socket, as it was."""
-        if flow.waits:  # else the program may have changed it meanwhile
+        if waits:  # else the program may have changed it meanwhile
             sock.setblocking(True)
         sock.close()
 
     def settle(self, sock: socket.socket, flow: Flow, error: int) -> None:
         """Let the program learn how its connect() ended, by the socket or the call."""
-        flow.pending, flow.error, number = False, error, cookie(sock)
+        flow.error = error
         with contextlib.suppress(OSError):
-            if not error:
-                self.unsettled.discard(number)
-            elif flow.waits:
+            if error and flow.waits:
                 # AF_UNSPEC: as if it had never been connected.
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            else:
+            elif error:
                 # As after a true failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
                 sock.shutdown(socket.SHUT_RDWR)
-        self.give_back(sock, flow)
-        calls, flow.calls = flow.calls, []
-        for call in calls:
-            if self.waiting.pop(call.id, None) and call.name == "connect":
-                call.answer(error)
-                if error:
-                    self.forget(number)
-            else:
-                self.handle(call)
+        self.give_back(sock, flow.waits)
+        flow.over.set()
         if self.verbose:
             say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
 
-    def connect_again(self, call: Call, sock: socket.socket, flow: Flow | None) -> None:
-        """Answer connect() on a socket that has been connected, or tried to."""
-        if is_connected(sock) and not (flow and flow.pending and flow.waits):
-            return call.answer(errno.EISCONN)
-        assert flow
-        if flow.error:
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self.forget(cookie(sock))
-            return call.answer(flow.error)
-        if flow.waits or os.get_blocking(sock.fileno()):
-            return self.hold(call, flow)
-        call.answer(errno.EALREADY)
+    async def wait_for(self, flow: Flow, call: Call) -> Answer:
+        """Wait for the end of a flow, and return the answer to a call."""
+        flow.waiting += 1
+        try:
+            await flow.over.wait()
+        finally:
+            flow.waiting -= 1
+            if flow.pending and not flow.waiting and not call.is_alive() and flow.task:
+                flow.task.cancel()
+        return self.getsockopt(call) if call.name == "getsockopt" else self.tell(flow)
 
-    def make_socket(self, call: Call) -> None:
+    def tell(self, flow: Flow) -> int:
+        """Return how a flow has ended; a failure is told once."""
+        if flow.error:
+            self.flows.pop(flow.cookie, None)
+        return flow.error
+
+    def connect_again(
+        self, call: Call, sock: socket.socket, flow: Flow | None
+    ) -> Answer:
+        """Answer connect() on a socket that has been connected, or tried to."""
+        connected = is_connected(sock)
+        if flow and flow.pending and (flow.waits or not connected):
+            waits = flow.waits or os.get_blocking(sock.fileno())
+            return self.wait_for(flow, call) if waits else errno.EALREADY
+        if connected or not flow:
+            return errno.EISCONN
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return self.tell(flow)
+
+    def getsockopt(self, call: Call) -> Answer:
+        """Answer getsockopt() of SO_ERROR."""
+        if not any(flow.error for flow in self.flows.values()):
+            return PROCEED
+        with call.borrow() as sock:
+            flow = self.flows.get(cookie(sock))
+            if not flow or not flow.error:
+                return PROCEED
+            if flow.pending:
+                return self.wait_for(flow, call) if flow.waits else PROCEED
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        _, _, _, there, size_at, _ = call.arguments
+        call.write(there, flow.error.to_bytes(4, sys.byteorder))
+        call.write(size_at, (4).to_bytes(4, sys.byteorder))
+        self.tell(flow)
+        return 0
+
+    def getsockname(self, call: Call) -> Answer:
+        """Answer with the address that the gateway connected from."""
+        if not self.flows:
+            return PROCEED
+        with call.borrow() as sock:
+            flow = self.flows.get(cookie(sock))
+            failed = flow and flow.error and not flow.pending
+            if not flow or failed or sock.type != socket.SOCK_STREAM:
+                return PROCEED
+            family, port = sock.family, sock.getsockname()[1]
+        # A guess as long as it is under way, and for a server that does not say.
+        guess = Endpoint(self.gateway.address(flow.peer or NOWHERE), port)
+        call.write_address(family, flow.local or guess)
+        return 0
+
+    def getpeername(self, call: Call) -> Answer:
+        """Answer with the address that the program meant."""
+        if not self.flows:
+            return PROCEED
+        with call.borrow() as sock:
+            flow, family = self.flows.get(cookie(sock)), sock.family
+            if not flow or not flow.peer:
+                return PROCEED
+            # Out of the waiting room, it is connected before the flow is settled.
+            if flow.pending and flow.waits or not is_connected(sock):
+                return errno.ENOTCONN
+        call.write_address(family, flow.peer)
+        return 0
+
+    def is_private(self, sock: socket.socket) -> bool:
+        """Return whether a socket is one of the namespace."""
+        own = cookie(self.server, SO_NETNS_COOKIE)
+        return bool(self.datagrams) and cookie(sock, SO_NETNS_COOKIE) != own
+
+    def make_socket(self, call: Call) -> Answer:
         """Answer socket() of UDP: it is one of the namespace."""
-        program, protocol = self.settings.of(call.app), call.arguments[2]
-        if program.udp == "no":
-            call.answer(errno.EACCES)
-        elif not self.datagrams or program.udp == "local" or protocol not in (0, 17):
-            call.proceed()
-        else:
-            self.datagrams.make(call)
+        family, kind, protocol = (number & WHOLE for number in call.arguments[:3])
+        udp = self.programs[call.app].udp
+        if udp == "no":
+            return errno.EACCES
+        if not self.datagrams or udp == "local" or protocol not in (0, 17):
+            return PROCEED
+        with self.datagrams.make(family, kind & 15) as sock:
+            sock.setblocking(not kind & socket.SOCK_NONBLOCK)
+            call.give(sock, kind & socket.SOCK_CLOEXEC)  # which is O_CLOEXEC
+        return None
 
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint
-    ) -> None:
+    ) -> Answer:
         """Answer connect() of what is no stream: a query is for our name server."""
-        if self.datagrams and netns(sock) != netns(self.server):
-            return call.proceed()
-        program = self.settings.of(call.app)
-        ours = program.redirect and program.dns != "local" and target.port == 53
-        if not ours or sock.type != socket.SOCK_DGRAM:
+        program = self.programs[call.app]
+        ours = program.redirect == "yes" and program.dns != "local"
+        if self.is_private(sock):
+            return PROCEED
+        if sock.type != socket.SOCK_DGRAM or target.port != 53 or not ours:
             if self.is_near(call.app, target):
-                return call.proceed()
+                return PROCEED
             self.once("datagrams go nowhere here, but for names")
-            return call.answer(errno.ENETUNREACH)
+            return errno.ENETUNREACH
         free(sock)
         sock.connect(endpoint(self.server.getsockname()).pair(sock.family))
-        meant = target, call.app, program.dns == "fake"
-        remember(self.asked, sock.getsockname()[1], meant)
-        self.record(sock, Flow(target))
-        call.answer()
+        remember(self.asked, sock.getsockname()[1], (target, call.app))
+        self.record(sock, target)
+        return 0
 
     def read_query(self) -> None:
         """Begin to answer a query that came to our name server."""
         with contextlib.suppress(OSError):
             query, sender = self.server.recvfrom(65535)
-            server, app, fake = self.asked.get(sender[1], (NOWHERE, "?", False))
+            server, app = self.asked.get(sender[1], (NOWHERE, "?"))
 
-            async def answer() -> None:
-                found = await self.names.answer(query, server, app, fake)
+            def reply(found: bytes) -> None:
                 with contextlib.suppress(OSError):
                     self.server.sendto(found, sender)
 
-            self.start(answer())
+            self.names.begin(query, server, app, reply)
 
-    def getsockopt(self, call: Call) -> None:
-        """Answer getsockopt() of SO_ERROR: a failure is told once."""
-        if not self.unsettled:
-            return call.proceed()
-        with call.borrow() as sock:
-            number = cookie(sock)
-            flow = self.flows.get(number) if number in self.unsettled else None
-            if not flow or flow.pending and not flow.waits:
-                return call.proceed()
-            if flow.pending:
-                return self.hold(call, flow)
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        _, _, _, there, size_at, _ = call.arguments
-        call.write(there, flow.error.to_bytes(4, sys.byteorder))
-        call.write(size_at, (4).to_bytes(4, sys.byteorder))
-        self.forget(number)
-        call.answer()
-
-    def getsockname(self, call: Call) -> None:
-        """Answer with the address that the gateway connected from."""
-        if not self.flows:
-            return call.proceed()
-        with call.borrow() as sock:
-            flow = self.flows.get(cookie(sock))
-            if not flow or flow.error or sock.type != socket.SOCK_STREAM:
-                return call.proceed()
-            family, port = sock.family, sock.getsockname()[1]
-        # A guess as long as it is under way, and for a server that does not say.
-        guess = Endpoint(self.gateway.address(flow.peer or NOWHERE), port)
-        call.write_address(family, flow.local or guess)
-        call.answer()
-
-    def getpeername(self, call: Call) -> None:
-        """Answer with the address that the program meant."""
-        if not self.flows:
-            return call.proceed()
-        with call.borrow() as sock:
-            flow, family = self.flows.get(cookie(sock)), sock.family
-            if not flow or not flow.peer:
-                return call.proceed()
-            # Out of the waiting room, it is connected before the flow is settled.
-            if flow.pending and flow.waits or not is_connected(sock):
-                return call.answer(errno.ENOTCONN)
-        call.write_address(family, flow.peer)
-        call.answer()
-
-    def bind(self, call: Call) -> None:
+    def bind(self, call: Call) -> Answer:
         """Answer bind(): to the outside address, or to a port that is to be there."""
-        where, program = call.target(), self.settings.of(call.app)
+        where, listen = call.target(), self.programs[call.app].listen
         if not where:
-            return call.proceed()
+            return PROCEED
+        anywhere = not any(where.packed)
         outside = within(self.gateway.outside, where.packed)
-        listens = any(where.port in ports for ports in program.listen)
-        near = any(where.packed) and self.gateway.has_inside(where.packed)
-        listens = listens and not any(where.packed)
-        if not (outside or listens or near and self.datagrams):
-            return call.proceed()
+        outside |= anywhere and any(where.port in ports for ports in listen)
+        near = not anywhere and self.gateway.has_inside(where.packed)
+        if not outside and not (near and self.datagrams):
+            return PROCEED
         sock = call.borrow()
         if sock.type == socket.SOCK_STREAM and not near and self.gateway.mappings:
-            self.hold(call)
-            call.task = self.start(self.map(call, sock, where))
-            return
+            return self.map(sock, where)
         with sock:
-            ours = sock.type == socket.SOCK_DGRAM and netns(sock) != netns(self.server)
-            if near and ours:
-                call.swap(sock)
-        call.proceed()
+            if near and sock.type == socket.SOCK_DGRAM and self.is_private(sock):
+                self.swap(call, sock)
+        return PROCEED
 
-    async def map(self, call: Call, sock: socket.socket, where: Endpoint) -> None:
-        """Bind a socket to a port that the gateway has outside."""
-        error = 0
+    def swap(self, call: Call, old: socket.socket) -> None:
+        """Put an ordinary socket in the place of one of the namespace."""
+        fd = call.arguments[0] & WHOLE
+        flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
+        with socket.socket(old.family, old.type) as new:
+            for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
+                value = old.getsockopt(socket.SOL_SOCKET, option)
+                new.setsockopt(socket.SOL_SOCKET, option, value)
+            new.setblocking(not flags & os.O_NONBLOCK)
+            call.give(new, flags & os.O_CLOEXEC, fd)
+
+    async def map(self, sock: socket.socket, where: Endpoint) -> int:
+        """Bind a socket, and map a port of the outside to it; raise OSError."""
+        anywhere, gateway = "::" if sock.family == socket.AF_INET6 else "", self.gateway
         with sock:
+            if not where.port:
+                sock.bind((anywhere, 0))
+            internal = where.port or sock.getsockname()[1]
+            # Of users, only who has a session may map.
+            if gateway.password and (not self.session or self.session.done()):
+                self.session = asyncio.ensure_future(self.stay())
+                await asyncio.sleep(LOOK_TIME)
+            external = await gateway.map(internal, internal, LEASE)
             try:
-                self.record(sock, await self.mappings.add(sock, where))
-            except OSError as failed:
-                error = failed.errno or errno.EIO
-        self.waiting.pop(call.id, None)
-        call.answer(error)
+                if where.port:
+                    if external != where.port:
+                        raise failure(errno.EADDRINUSE)
+                    sock.bind((anywhere, where.port))
+            except OSError:
+                await gateway.map(internal, 0, 0)
+                raise
+            local = Endpoint(where.packed, external)
+            self.record(sock, None, local=local, mapped=internal)
+        return 0
 
-    def accept(self, call: Call) -> None:
+    async def stay(self) -> None:
+        """Keep a session open."""
+        with contextlib.suppress(OSError):
+            with socket.socket(self.gateway.at.family) as control:
+                await self.gateway.talk(control, ASSOCIATE, NOWHERE, "natrun")
+                await receive(control, 1)
+
+    async def keep(self) -> None:
+        """Renew mappings, and forget sockets that are gone."""
+        for second in itertools.count():
+            await asyncio.sleep(1)
+            if self.datagrams:
+                self.datagrams.sweep()
+            # With many sockets, to look is not for nothing.
+            if second % 60 and not any(flow.mapped for flow in self.flows.values()):
+                continue
+            tables = [f"/proc/net/{name}" for name in ("tcp", "tcp6", "udp", "udp6")]
+            live = {int(row[9]) for table in tables for row in rows(table)}
+            for flow in [*self.flows.values()]:
+                with contextlib.suppress(OSError):
+                    await self.care_for(flow, flow.inode in live)
+
+    async def care_for(self, flow: Flow, lives: bool) -> None:
+        """Renew a mapping as long as somebody listens; forget a socket that is gone."""
+        flow.seen, age = flow.seen or lives, time.monotonic() - flow.since
+        # Neither in the tables is one that listens later, or whose failure is not told.
+        gone = flow.seen if flow.mapped else age > ANSWER_TIME and not flow.pending
+        if gone and not lives:
+            del self.flows[flow.cookie]
+            if flow.mapped:
+                await self.gateway.map(flow.mapped, 0, 0)
+        elif flow.mapped and flow.local and age > LEASE / 2:
+            flow.since = time.monotonic()
+            await self.gateway.map(flow.mapped, flow.local.port, LEASE)
+
+    def accept(self, call: Call) -> Answer:
         """Answer accept() on a socket that has a port outside."""
-        if not self.mappings.held:
-            return call.proceed()
+        if not any(flow.mapped for flow in self.flows.values()):
+            return PROCEED
         sock = call.borrow()
-        if cookie(sock) not in self.mappings.held:
-            sock.close()
-            return call.proceed()
-        self.hold(call)
-        call.task = self.start(self.take_caller(call, sock))
+        flow = self.flows.get(cookie(sock))
+        if flow and flow.mapped:
+            return self.take_caller(call, sock, flow)
+        sock.close()
+        return PROCEED
 
-    async def take_caller(self, call: Call, sock: socket.socket) -> None:
+    async def take_caller(self, call: Call, sock: socket.socket, flow: Flow) -> None:
         """Accept a connection, and say who it is that called."""
+        loop, ready, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
+        poll.register(sock, select.POLLIN)
         with sock:
-            waits, kept = os.get_blocking(sock.fileno()), cookie(sock)
-            queue = self.kept.setdefault(kept, [])
-            try:
-                while not queue:
-                    try:
-                        queue.append(accept_now(sock))
-                    except BlockingIOError:
-                        if not waits:
-                            raise
-                        await readable(sock)
-                # It stays in the queue until it is delivered: a signal may come.
-                one = queue.pop(0)
+            # Nobody but us takes what is there.
+            while not flow.accepted and not poll.poll(0):
+                if not os.get_blocking(sock.fileno()):
+                    raise failure(errno.EAGAIN)
+                ready.clear()
+                loop.add_reader(sock, ready.set)
                 try:
-                    await self.present(call, one, self.flows[kept])
-                except BaseException:
-                    queue.insert(0, one)
-                    raise
-                one.close()
-            except OSError as error:
-                call.answer(error.errno or errno.EIO)
-            finally:
-                self.waiting.pop(call.id, None)
+                    await ready.wait()
+                finally:
+                    loop.remove_reader(sock)
+            one = flow.accepted.pop() if flow.accepted else sock.accept()[0]
+        try:
+            await self.present(call, one, flow.local or NOWHERE)
+        except BaseException:
+            flow.accepted.append(one)  # a signal has come: it is for the next call
+            raise
+        one.close()
 
-    async def present(self, call: Call, one: socket.socket, flow: Flow) -> None:
+    async def present(self, call: Call, one: socket.socket, local: Endpoint) -> None:
         """Give a caller to the program, with its true address; raise OSError."""
-        peer, local = endpoint(one.getpeername()), flow.local or NOWHERE
-        who = self.login("natrun")
+        peer = endpoint(one.getpeername())
         path = f"/table.json?source_port={peer.port}"
         # The row may be written after the connection has been made.
         for pause in (0, 0.01, 0.1) if peer.packed == self.gateway.at.packed else ():
             await asyncio.sleep(pause)
-            failures = OSError, ValueError, LookupError, asyncio.TimeoutError
-            with contextlib.suppress(*failures):
-                page = self.gateway.fetch(path, who)
-                row = (await asyncio.wait_for(page, FIND_TIME))["sessions"][0]
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                row = (await self.gateway.fetch(path))["sessions"][0]
                 peer = endpoint((row["source_ip"], row["original_source_port"]))
                 break
         here = local.packed if any(local.packed) else self.gateway.address(NOWHERE)
-        self.record(one, Flow(peer, Endpoint(here, local.port)))
+        self.record(one, peer, local=Endpoint(here, local.port))
         if call.arguments[1]:
             call.write_address(one.family, peer)
-        call.give(one, call.arguments[3] if call.name == "accept4" else 0)
-
-    def hold(self, call: Call, flow: Flow | None = None) -> None:
-        """Let a call wait, for the end of a flow or of its own task."""
-        self.waiting[call.id] = call
-        if flow:
-            flow.calls.append(call)
-        if not self.looking or self.looking.done():
-            self.looking = self.start(self.look_after())
-
-    async def look_after(self) -> None:
-        """Let signals interrupt calls that wait, and end what the dead wait for.
-
-        The kernel does not: it would let the program give a connect() up half done.
-        """
-        while self.waiting:
-            await asyncio.sleep(LOOK_TIME)
-            for call in [*self.waiting.values()]:
-                alive = call.is_alive()
-                with contextlib.suppress(OSError):
-                    if call.task and call.task.done():  # by a fault in it
-                        call.answer(errno.EIO)
-                    elif alive and not call.is_interrupted():
-                        continue
-                del self.waiting[call.id]
-                for flow in [one for one in self.flows.values() if call in one.calls]:
-                    flow.calls.remove(call)
-                    if not alive and not flow.calls and flow.task:
-                        flow.task.cancel()
-                if call.task:
-                    call.task.cancel()
-                # The kernel runs the handler, then restarts the call or gives EINTR.
-                call.answer(ERESTARTSYS)
+        flags = call.arguments[3] if call.name == "accept4" else 0
+        one.setblocking(not flags & socket.SOCK_NONBLOCK)
+        call.give(one, flags & socket.SOCK_CLOEXEC)  # which is O_CLOEXEC
 
 
 # --- The command --------------------------------------------------------------
 
 # What a person or a service manager sends; the rest mean a fault, or stop and go on.
-PASSED = {
-    getattr(signal, f"SIG{n}") for n in "HUP INT QUIT TERM USR1 USR2 WINCH".split()
-}
+NAMES = "HUP INT QUIT TERM USR1 USR2 WINCH CHLD"
+HANDLED = {getattr(signal, f"SIG{name}") for name in NAMES.split()}
 SI_KERNEL = 0x80
-YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
 
 class Command:
     """The program that is run, and how it ended."""
 
-    def __init__(self, words: list[str], machine: str, code: bytes) -> None:
+    def __init__(self, words: list[str], code: bytes) -> None:
         """Start it under a filter, whose listener is taken; raise Fault."""
         said, go = os.pipe(), os.pipe()
         self.code: int | None = None
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.pid = os.fork()
         if not self.pid:
             os.close(go[1])
-            self.become(words, machine, code, said[1], go[0])
+            self.become(words, code, said[1], go[0])
         # Each connection that is dialed is a descriptor here.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         os.close(said[1])
         number = os.read(said[0], 16)
         if not number:
             self.leave()
-        with open(os.pidfd_open(self.pid)) as process:
-            try:
-                arguments = process.fileno(), int(number), 0
-                self.listener = system(LIBC.syscall, PIDFD_GETFD, *arguments)
-            except OSError as error:
-                raise Fault(f"cannot take the listener: {reason(error)}") from None
+        process = os.pidfd_open(self.pid)
+        try:
+            arguments = PIDFD_GETFD, process, int(number), 0
+            self.listener = system(LIBC.syscall, *arguments)
+        except OSError as error:
+            raise Fault(f"cannot take the listener: {reason(error)}") from None
+        os.close(process)
         os.write(go[1], b"+")
 
-    def become(
-        self, words: list[str], machine: str, code: bytes, said: int, go: int
-    ) -> NoReturn:
+    def become(self, words: list[str], code: bytes, said: int, go: int) -> NoReturn:
         """Become the command, in the child."""
         try:
-            listener = install(machine, code)
+            listener = install(code)
         except OSError as error:
             told = {errno.EBUSY: "it runs in another natrun"}
             told[errno.EINVAL] = "the kernel is older than Linux 5.19"
@@ -1987,73 +1872,72 @@ class Command:
         if not os.read(go, 1):
             os._exit(125)
         os.close(listener)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*PASSED, signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
         try:
-            os.execvp(words[0], words)
+            os.execvpe(words[0], words, os.environ)
         except OSError as error:
             say(f"cannot run {words[0]}: {reason(error)}")
             os._exit(127 if error.errno == errno.ENOENT else 126)
 
-    def attend(self, loop: asyncio.AbstractEventLoop) -> NoReturn:
-        """Bring signals to a loop: the work of a thread."""
-        while True:
-            info = signal.sigwaitinfo({*PASSED, signal.SIGCHLD})
-            # A terminal's Ctrl-C has reached the command, too.
-            if info.si_code != SI_KERNEL or info.si_signo == signal.SIGCHLD:
-                loop.call_soon_threadsafe(self.take, info.si_signo)
+    def attend(self) -> None:
+        """Have signals handled by the loop that runs."""
+        mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
+        signals = system(LIBC.signalfd, -1, mask, 0)
+        asyncio.get_running_loop().add_reader(signals, self.take, signals)
 
-    def take(self, number: int) -> None:
+    def take(self, signals: int) -> None:
         """Reap the dead, or pass a signal on."""
+        # struct signalfd_siginfo
+        number, _, code = struct.unpack_from("=Iii", os.read(signals, 128))
         if number == signal.SIGCHLD:
-            return self.reap(os.WNOHANG)
-        with contextlib.suppress(OSError):
-            os.kill(self.pid, number) if self.code is None else self.leave()
-
-    def reap(self, flags: int) -> None:
-        """Reap the dead; children of the command come to us when they lose it."""
-        with contextlib.suppress(ChildProcessError):
-            while self.code is None or flags:
-                pid, status = os.waitpid(-1, flags)
-                if not pid:
-                    return
-                if pid == self.pid:
-                    self.code = os.waitstatus_to_exitcode(status)
+            # Children of the command come to us when they lose it.
+            with contextlib.suppress(ChildProcessError):
+                while (dead := os.waitpid(-1, os.WNOHANG))[0]:
+                    if dead[0] == self.pid:
+                        self.code = os.waitstatus_to_exitcode(dead[1])
+        # A terminal's Ctrl-C has reached the command, too.
+        elif code != SI_KERNEL:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, number) if self.code is None else self.leave()
 
     def leave(self) -> NoReturn:
         """End as the command has ended."""
-        self.reap(0)
-        code = self.code or 0
-        if code < 0:
+        if self.code is None:
+            _, status = os.waitpid(self.pid, 0)
+            self.code = os.waitstatus_to_exitcode(status)
+        if self.code < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
             with contextlib.suppress(OSError, ValueError):
-                signal.signal(-code, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
-            os.kill(os.getpid(), -code)
-        os._exit(code)
+                signal.signal(-self.code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-self.code})
+            os.kill(os.getpid(), -self.code)
+        os._exit(self.code)
 
 
 # --- main ---------------------------------------------------------------------
 
 
-def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -> None:
+def run(
+    words: list[str],
+    programs: defaultdict[str, Settings],
+    gateway: Gateway,
+    verbose: bool,
+) -> None:
     """Run a command to its end, and end as it did; raise Fault."""
-    machine = platform.machine()
-    if machine not in NUMBERS:
-        raise Fault(f"cannot run on {machine}, only on {' and '.join(NUMBERS)}")
+    if MACHINE not in MACHINES:
+        raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
     # What becomes a daemon stays a descendant, whom Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED, signal.SIGCHLD})
-    control = fork_relay()
-    supervisor = Supervisor(settings, gateway, control, verbose)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    supervisor = Supervisor(programs, gateway, fork_relay(), verbose)
     supervisor.carry_datagrams(os.path.basename(words[0]))
-    command = Command(words, machine, assemble(machine, supervisor.calls()))
+    command = Command(words, assemble(supervisor.calls()))
 
     async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=command.attend, args=[loop], daemon=True).start()
-        await supervisor.serve(command.listener, machine)
+        command.attend()
+        await supervisor.serve(command.listener)
         if verbose:
             say(f"{supervisor.notified} notifications")
         command.leave()
@@ -2063,10 +1947,11 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
 
 def check(option: list[str], settings: Settings) -> int:
     """Say what works on this machine, and what does not and why."""
-    machine = platform.machine()
-    say(f"Linux {platform.release()} on {machine}, Python {platform.python_version()}")
-    with contextlib.suppress(OSError), open(YAMA) as file:
-        level = int(file.read())
+    python = ".".join(map(str, sys.version_info[:3]))
+    say(f"Linux {os.uname().release} on {MACHINE}, Python {python}")
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
+            level = int(file.read())
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     try:
         fork_namespace([])
@@ -2095,13 +1980,13 @@ def main() -> int:
             version = "--version" in given
             print(f"natrun {__version__}" if version else __doc__)
             return 0
-        settings = find_settings(given.get("-c", ""))
+        programs = read_settings(given.get("-c", ""))
         if "--check" in given:
-            return check([given["-g"]] if "-g" in given else [], settings)
-        gateway = find_gateway(given.get("-g", ""), settings)
+            return check([given["-g"]] if "-g" in given else [], programs["natrun"])
+        gateway = find_gateway(given.get("-g", ""), programs["natrun"])
         if not words:
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")
-        run(words, settings, gateway, "-v" in given)
+        run(words, programs, gateway, "-v" in given)
     except (Fault, getopt.GetoptError) as fault:
         say(str(fault))
     except OSError as error:
