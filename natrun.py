@@ -57,6 +57,7 @@ import getopt
 import itertools
 import json
 import os
+import pwd
 import re
 import resource
 import select
@@ -68,12 +69,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from collections.abc import Coroutine
-from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
-from dataclasses import replace
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -171,10 +169,6 @@ def rows(path: str) -> list[list[str]]:
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, NOTIFY, FAIL = 0x7FFF0000, 0x7FC00000, 0x00050000
 WHOLE = 0xFFFFFFFF
-MACHINE = os.uname().machine
-# AUDIT_ARCH, and the number of seccomp().
-MACHINES = {"x86_64": (0xC000003E, 317), "aarch64": (0xC00000B7, 277)}
-
 # A test is an argument, a mask, and the values that the argument may have under it.
 # sockaddr_in, sockaddr_in6 and sockaddr_storage: AF_UNIX mostly has other lengths.
 INTERNET = (2, WHOLE, 16, 28, 128)
@@ -197,20 +191,19 @@ RULES: list[tuple[Any, ...]] = [
     ("sendmmsg", (307, 269), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
     ("io_uring_setup", (425, 425), FAIL | errno.ENOSYS),
 ]
+MACHINES = ["x86_64", "aarch64"]
+MACHINE = os.uname().machine
+COLUMN = MACHINES.index(MACHINE) if MACHINE in MACHINES else 0
+AUDIT_ARCH, SECCOMP = (0xC000003E, 0xC00000B7)[COLUMN], (317, 277)[COLUMN]
+CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 
 
-def calls_by_number() -> dict[int, str]:
-    """Return the calls that there are rules for, by their numbers here."""
-    column = [*MACHINES].index(MACHINE)
-    return {numbers[column]: name for name, numbers, *_ in RULES}
-
-
-def assemble(calls: Iterable[str]) -> bytes:
-    """Return the filter that notifies of some calls, an array of struct sock_filter."""
-    code, column = [(RETURN, 0, 0, ALLOW)], [*MACHINES].index(MACHINE)
+def assemble(ignored: set[str]) -> bytes:
+    """Return the filter but for some calls, an array of struct sock_filter."""
+    code = [(RETURN, 0, 0, ALLOW)]
     # From the end, so that it is known how far the jumps go: if true, and if false.
     for name, numbers, action, *tests in RULES:
-        if action == NOTIFY and name not in calls:
+        if name in ignored:
             continue
         rest = len(code)
         code.insert(0, (RETURN, 0, 0, action))
@@ -219,9 +212,9 @@ def assemble(calls: Iterable[str]) -> bytes:
                 code.insert(0, (EQUAL, n, 0 if n else len(code) - 1, value))
             # The low half of an argument, in struct seccomp_data.
             code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
-        code.insert(0, (EQUAL, 0, len(code) - rest, numbers[column]))
-    architecture = (LOAD, 0, 0, 4), (EQUAL, 1, 0, MACHINES[MACHINE][0])
-    code[:0] = *architecture, (RETURN, 0, 0, ALLOW), (LOAD, 0, 0, 0)
+        code.insert(0, (EQUAL, 0, len(code) - rest, numbers[COLUMN]))
+    machine = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
+    code[:0] = *machine, (LOAD, 0, 0, 0)  # the number of the call
     return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
@@ -231,7 +224,7 @@ def install(code: bytes) -> int:
     # struct sock_fprog has a length, and on the next word a pointer.
     fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
     flags = NEW_LISTENER | WAIT_KILLABLE_RECV
-    request = MACHINES[MACHINE][1], 1, flags, ctypes.addressof(fields)
+    request = SECCOMP, 1, flags, ctypes.addressof(fields)
     try:
         return system(LIBC.syscall, *request)
     except PermissionError:  # without rights, a process must give up setuid first
@@ -365,7 +358,10 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def read_settings(path: str) -> defaultdict[str, Settings]:
+Programs = defaultdict[str, Settings]
+
+
+def read_settings(path: str) -> Programs:
     """Return the settings of programs by their names; raise Fault with what is wrong.
 
     They are in a file that is named, else in that of the user or the machine.
@@ -411,20 +407,16 @@ PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Let steps take no longer than that; raise OSError."""
-    task, timed_out = asyncio.current_task(), False
-
-    def end() -> None:
-        nonlocal timed_out
-        timed_out = bool(task and task.cancel())
-
-    timer = asyncio.get_running_loop().call_later(seconds, end)
+    """Let steps take no longer; raise OSError.  It is asyncio.timeout() of 3.11."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+    timer = loop.call_later(seconds, task.cancel)
     try:
         yield
     except asyncio.CancelledError:
-        if timed_out:
-            raise failure(errno.ETIMEDOUT) from None
-        raise
+        if loop.time() < timer.when():  # somebody else has canceled
+            raise
+        raise failure(errno.ETIMEDOUT) from None
     finally:
         timer.cancel()
 
@@ -458,7 +450,7 @@ class Gateway:
     inside: Blocks
     natwork: bool = False
     outside: Blocks = field(default_factory=list)
-    domains: tuple[str, ...] = ()
+    domains: list[str] = field(default_factory=list)
     mappings: bool = False
     udp: bool = False
 
@@ -530,68 +522,38 @@ class Gateway:
         name = await receive(sock, size + 2)
         return name[:-2], int.from_bytes(name[-2:], "big")
 
-    async def fetch(self, path: str) -> Any:
-        """Return a page of it that is JSON; raise OSError, or ValueError."""
-        proof = binascii.b2a_base64(b":".join(self.login("")), newline=False).decode()
-        # What only may be a gateway is not told the password.
-        login = self.natwork and self.password
-        field = f"Authorization: Basic {proof}\r\n" if login else ""
-        with limit(FIND_TIME):
-            reader, writer = await asyncio.open_connection(*self.at.pair())
-            with contextlib.closing(writer):
-                head = f"GET {path} HTTP/1.0\r\nHost: {self.at}\r\n{field}\r\n"
-                writer.write(head.encode())
-                answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
-            raise ValueError(f"it answers {path} with {match[1].decode()}")
-        return json.loads(body)
-
     async def map(self, internal: int, external: int, seconds: int) -> int:
         """Have it map a port, or unmap it; return the port outside: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
+        answer = struct.pack("!HHIHHI", 0, 3, 0, 0, 0, 0)  # the network is down
         with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             sock.connect(at.pair())
             for patience in (0.25, 0.5, 1.0):
                 await loop.sock_sendall(sock, request)
-                answer = b""
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
                     with limit(patience):
-                        answer = await loop.sock_recv(sock, 64)
-                if answer:
-                    _, code, result, _ = struct.unpack_from("!BBHI", answer)
-                    if code == 130 and result == 0 and answer[8:10] == request[4:6]:
-                        return int.from_bytes(answer[10:12], "big")
-                    raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
-        raise failure(errno.ENETUNREACH)
+                        answer = await loop.sock_recv(sock, 16)
+                        break
+        _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
+        if result:
+            raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
+        return int(port)
 
 
-def user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
-
-
-def with_table(gateway: Gateway, lat: dict[str, Any]) -> Gateway:
-    """Return a gateway as its /lat.json has it; raise KeyError or ValueError."""
-    at = gateway.at
-    with contextlib.suppress(KeyError, OSError, ValueError):
-        host, _, port = lat["socks"].rpartition(":")
-        at = endpoint((host.strip("[]"), int(port)))
-    return replace(
-        gateway,
-        at=at,
-        natwork=True,
-        inside=parse_blocks(" ".join([OWN, *lat["inside"]])),
-        outside=parse_blocks(" ".join(lat.get("outside", ()))),
-        domains=tuple(str(n).lower().strip(".") for n in lat.get("domains", ())),
-        mappings=bool(lat.get("mappings")),
-        udp=bool(lat.get("udp")),
-    )
+async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
+    """Return a page that is JSON; raise OSError, or ValueError."""
+    proof = binascii.b2a_base64(login, newline=False).decode()
+    field = f"Authorization: Basic {proof}\r\n" if login else ""
+    with limit(FIND_TIME):
+        reader, writer = await asyncio.open_connection(*at.pair())
+        with contextlib.closing(writer):
+            writer.write(f"GET {path} HTTP/1.0\r\nHost: {at}\r\n{field}\r\n".encode())
+            answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
+        raise ValueError(f"it answers {path} with {match[1].decode()}")
+    return json.loads(body)
 
 
 def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
@@ -603,32 +565,42 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     if match:
         host, port = match[2] or match[3], int(match[4] or port)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    who = settings.user or user_name(), settings.password
-    gateway = Gateway(endpoint(found[0][4]), *who, parse_blocks(f"{OWN} {PRIVATE}"))
-    if match and match[1] == "socks5://":
-        return gateway
-    no_table = LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError
-    with contextlib.suppress(*no_table):
-        return with_table(gateway, asyncio.run(gateway.fetch("/lat.json")))
-    if not named:
-        raise ValueError("it has no /lat.json")
-    say(f"{gateway.at} has no /lat.json, so it is taken for a SOCKS server")
-    return gateway
-
-
-def default_route() -> str:
-    """Return the address of the router, "" if there is none."""
-    for _, target, router, *_ in rows("/proc/net/route"):
-        if target == "00000000" != router:
-            packed = int(router, 16).to_bytes(4, sys.byteorder)
-            return socket.inet_ntop(socket.AF_INET, packed)
-    return ""
+    at, lat, inside = endpoint(found[0][4]), {}, [PRIVATE]
+    if not match or match[1] != "socks5://":
+        try:
+            lat = asyncio.run(fetch(at, "/lat.json"))
+            inside = [*lat["inside"]]
+        except (LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError):
+            if not named:
+                raise ValueError("it has no /lat.json") from None
+            say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
+            lat = {}
+    user = str(os.getuid())
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(os.getuid()).pw_name
+    with contextlib.suppress(KeyError, OSError, ValueError):
+        host, _, tail = lat["socks"].rpartition(":")
+        at = endpoint((host.strip("[]"), int(tail)))
+    return Gateway(
+        at,
+        settings.user or user,
+        settings.password,
+        parse_blocks(" ".join([OWN, *inside])),
+        natwork=bool(lat),
+        outside=parse_blocks(" ".join(lat.get("outside", ()))),
+        domains=[str(name).lower().strip(".") for name in lat.get("domains", ())],
+        mappings=bool(lat.get("mappings")),
+        udp=bool(lat.get("udp")),
+    )
 
 
 def find_gateway(option: str, settings: Settings) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
-    places = [(named, 8080)] if named else [("wpad", 80), (default_route(), 8080)]
+    routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
+    packed = [int(router, 16).to_bytes(4, sys.byteorder) for router in routers]
+    router = socket.inet_ntop(socket.AF_INET, packed[0]) if packed else ""
+    places = [(named, 8080)] if named else [("wpad", 80), (router, 8080)]
     tried = []
     # No name server may be there.  The command has its environment from os.environ,
     # which this does not change.
@@ -642,11 +614,69 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
     raise Fault(f"{what}: {'; '.join(tried)}")
 
 
-# --- The relay ----------------------------------------------------------------
+# --- The helper ---------------------------------------------------------------
 #
-# A connection through the waiting room is two: to the program and to the gateway.
-# One process, forked while it is small, joins them all; splice(2) moves the bytes in
-# the kernel.  It goes on without the supervisor for what is under way.
+# A process that is forked while natrun is small.  It makes the sockets of UDP, in a
+# network namespace whose only way out is a cable to us.  And a connection through the
+# waiting room is two, to the program and to the gateway: the helper joins them, and
+# splice(2) moves the bytes in the kernel.  It goes on without the supervisor for what
+# is under way.  Numbers are from <linux/rtnetlink.h>, <linux/if_link.h> and
+# <linux/if_packet.h>.
+
+NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
+UP_NOARP, NODAD = 0x81, 0x2
+SOL_PACKET, IGNORE_OUTGOING = 263, 23
+END = b"\2natru"  # the address of both ends of the cable, made up
+SYSCTLS = {
+    "ipv4/ip_nonlocal_bind": "1",
+    "ipv6/ip_nonlocal_bind": "1",
+    "ipv4/conf/all/rp_filter": "0",
+    "ipv4/conf/default/rp_filter": "0",
+    "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
+}
+
+
+def attribute(kind: int, data: bytes) -> bytes:
+    """Return a struct rtattr."""
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
+    """Have netlink do something; raise OSError."""
+    body, flags = b"".join(parts), 0x605  # REQUEST, ACK, CREATE, EXCL
+    netlink.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
+    (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+    if code:
+        raise failure(-code)
+
+
+def make_namespace(outside: Blocks) -> socket.socket:
+    """Put this process into a namespace with a cable; return the cable's other end."""
+    system(LIBC.unshare, NEWUSER | NEWNET)
+    for name, value in SYSCTLS.items():
+        with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
+            file.write(value)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
+        # As large as a datagram can be; and one packet is one datagram.
+        sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
+        kind = attribute(18, attribute(1, b"veth"))
+        change(netlink, NEWLINK, bytes(16), *sizes, kind)
+        near, far = (index for index, name in socket.if_nameindex() if name != "lo")
+        for index in (near, far):
+            head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
+            change(netlink, SETLINK, head, attribute(1, END))
+        for packed, _ in outside:
+            family, bits = Endpoint(packed, 0).family, 8 * len(packed)
+            head = struct.pack("=BBBBI", family, bits, NODAD, 0, near)
+            change(netlink, NEWADDR, head, attribute(1, packed), attribute(2, packed))
+            # The default route: main table, static, unicast.
+            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 4, 0, 1, 0)
+            with contextlib.suppress(FileExistsError):  # of two addresses
+                change(netlink, NEWROUTE, head, attribute(4, struct.pack("=i", near)))
+    cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
+    cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
+    return cable
 
 
 def carry(source: socket.socket, sink: socket.socket) -> None:
@@ -671,41 +701,61 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                     sock.shutdown(socket.SHUT_RD)  # wakes the other direction
 
 
-def carry_both(one: socket.socket, other: socket.socket) -> None:
-    """Join two sockets until both directions have ended."""
-    with one, other:
-        back = threading.Thread(target=carry, args=(other, one))
-        back.start()
-        carry(one, other)
-        back.join()
-
-
-def relay(control: socket.socket) -> NoReturn:
-    """Join the pairs of sockets that come by a socket, to the last one's end."""
+def help_out(control: socket.socket, outside: Blocks) -> None:
+    """Make and join sockets, until nobody asks and nothing is under way."""
+    # A reader of our output must not wait for that.
+    for fd in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     threading.stack_size(64 * 1024)
-    while fds := socket.recv_fds(control, 1, 2)[1]:
-        pair = [socket.socket(fileno=fd) for fd in fds]
-        for sock in pair:
-            sock.setblocking(True)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=carry_both, args=pair).start()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
-    os._exit(0)
+    while True:
+        asked, fds, _, _ = socket.recv_fds(control, 8, 2)
+        if fds:
+            one, other = (socket.socket(fileno=fd) for fd in fds)
+            for source, sink in ((one, other), (other, one)):
+                source.setblocking(True)
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=carry, args=(source, sink)).start()
+            # The thread that ends last lets go of both, which closes them.
+            del one, other, source, sink
+            continue
+        if not asked:
+            break
+        try:
+            family, kind = struct.unpack("=ii", asked)
+            cable = family == socket.AF_PACKET
+            made = make_namespace(outside) if cable else socket.socket(family, kind)
+            with made:
+                socket.send_fds(control, [b"+"], [made.fileno()])
+        except OSError as error:
+            control.send(b"%d" % (error.errno or errno.EIO))
+    for thread in threading.enumerate()[1:]:
+        thread.join()
 
 
-def fork_relay() -> socket.socket:
-    """Start the relay; return the socket by which it takes pairs."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if not os.fork():
-        ours.close()
-        # A reader of our output must not wait for what is still under way.
-        for fd in range(3):
-            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
-        relay(theirs)
-    theirs.close()
-    return ours
+class Helper:
+    """The process, and what it is asked for."""
+
+    def __init__(self, outside: Blocks) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.control.close()
+                help_out(theirs, outside)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def make(self, family: int, kind: int) -> socket.socket:
+        """Return a socket of the namespace, or the cable to it; raise OSError."""
+        self.control.send(struct.pack("=ii", family, kind))
+        said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
+        if not fds:
+            raise failure(int(said or errno.EIO))  # or it has been killed
+        return socket.socket(fileno=fds[0])
+
+    def join(self, one: socket.socket, other: socket.socket) -> None:
+        socket.send_fds(self.control, [b"+"], [one.fileno(), other.fileno()])
 
 
 # --- Names --------------------------------------------------------------------
@@ -759,17 +809,10 @@ def reversed_address(name: bytes) -> bytes:
     return b""
 
 
-def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
-    """Put something into a table that does not grow for ever."""
-    table[key] = value
-    if len(table) > RECORDS:
-        del table[next(iter(table))]
-
-
 class Names:
     """The addresses of names, for all programs of a run."""
 
-    def __init__(self, gateway: Gateway, programs: defaultdict[str, Settings]) -> None:
+    def __init__(self, gateway: Gateway, programs: Programs) -> None:
         self.gateway, self.programs = gateway, programs
         self.known: dict[bytes, tuple[float, asyncio.Future[bytes]]] = {}
         self.fakes: dict[bytes, bytes] = {}
@@ -793,11 +836,13 @@ class Names:
         except (IndexError, ValueError):
             return reply_to(query.ljust(12, b"\0"), 12, BAD)
         target, data = reversed_address(name) if kind == PTR else b"", b""
+        ends = [b"localhost", *map(str.encode, self.gateway.domains)]
+        near = b"." not in name or any(b"." + end in b"." + name for end in ends)
         try:
             if target and not self.gateway.has_inside(target):
                 data = await self.look_back(target, app)
-            elif self.is_near(name) or kind not in (A, AAAA, SVCB, HTTPS):
-                return await self.forward(query, server, app, self.is_near(name))
+            elif near or kind not in (A, AAAA, SVCB, HTTPS):
+                return await self.forward(query, server, app, near)
             elif kind in (A, AAAA):
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
@@ -805,11 +850,6 @@ class Names:
             unknown = error.errno == errno.EHOSTUNREACH
             return reply_to(query, end, NO_NAME if unknown else FAILED)
         return reply_to(query, end, 0, kind, data)
-
-    def is_near(self, name: bytes) -> bool:
-        """Return whether a name is for the machine's own name server."""
-        ends = [b"localhost", *map(str.encode, self.gateway.domains)]
-        return b"." not in name or any(b"." + end in b"." + name for end in ends)
 
     async def forward(
         self, query: bytes, server: Endpoint, app: str, near: bool
@@ -844,7 +884,9 @@ class Names:
                 # A resolver asks for A and AAAA at once: that is one question.
                 steps = self.resolve(RESOLVE, name + bytes(2), app)
                 known = asyncio.ensure_future(steps)
-                remember(self.known, name, (time.monotonic() + NAME_TIME, known))
+                if len(self.known) > RECORDS:
+                    self.known.clear()
+                self.known[name] = time.monotonic() + NAME_TIME, known
             try:
                 return await known
             except OSError as error:
@@ -880,11 +922,13 @@ PROCEED = -1  # in place of an errno: let the kernel do what it would without us
 class Call:
     """A notification: a thread has made a call, and waits for our answer."""
 
-    def __init__(self, listener: int, raw: bytes, names: dict[int, str]) -> None:
+    def __init__(self, listener: int) -> None:
+        """Receive it; raise OSError."""
+        raw = bytearray(80)  # the kernel wants zeros
+        fcntl.ioctl(listener, NOTIF_RECV, raw)
         # struct seccomp_notif, with its struct seccomp_data
-        fields = struct.unpack("=QIIiIQ6Q", raw)
-        self.listener, self.id, self.tid = listener, fields[0], fields[1]
-        self.name, self.arguments = names[fields[3]], fields[6:]
+        self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
+        self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
         self.app = "?"
         with contextlib.suppress(OSError), open(f"/proc/{self.tid}/comm") as file:
             self.app = file.read().rstrip("\n")
@@ -895,10 +939,14 @@ class Call:
         with contextlib.suppress(OSError):  # it has been killed
             fcntl.ioctl(self.listener, NOTIF_SEND, struct.pack("=QqiI", *fields))
 
-    def give(self, sock: socket.socket, cloexec: int, fd: int | None = None) -> None:
-        """Answer with a descriptor of a socket of ours, or put it in place of one."""
-        flags = ADDFD_SEND if fd is None else ADDFD_SETFD
-        fields = self.id, flags, sock.fileno(), fd or 0, cloexec
+    def give(self, sock: socket.socket, flags: int, fd: int | None = None) -> None:
+        """Answer with a descriptor of a socket of ours, or put it in place of one.
+
+        The flags are O_NONBLOCK and O_CLOEXEC, as are SOCK_NONBLOCK and SOCK_CLOEXEC.
+        """
+        sock.setblocking(not flags & os.O_NONBLOCK)
+        how = ADDFD_SEND if fd is None else ADDFD_SETFD
+        fields = self.id, how, sock.fileno(), fd or 0, flags & os.O_CLOEXEC
         fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
 
     def is_alive(self) -> bool:
@@ -966,15 +1014,16 @@ class Call:
         """Return the address that connect() or bind() is about; raise OSError."""
         return parse_sockaddr(self.read(self.arguments[1], self.arguments[2] & 0xFF))
 
-    def write_address(self, family: int, where: Endpoint) -> None:
+    def write_address(self, family: int, where: Endpoint) -> int:
         """Write an address where the second and third argument say; raise OSError."""
         there, size_at = self.arguments[1:3]
         raw = write_sockaddr(family, where)
         room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
         if room < 0:
-            raise failure(errno.EINVAL)
+            return errno.EINVAL
         self.write(there, raw[:room])
         self.write(size_at, len(raw).to_bytes(4, sys.byteorder))
+        return 0
 
 
 @dataclass(eq=False)
@@ -983,8 +1032,8 @@ class Flow:
 
     cookie: bytes
     inode: int
-    peer: Endpoint | None
-    local: Endpoint | None = None
+    peer: Endpoint = NOWHERE
+    local: Endpoint = NOWHERE
     error: int = 0  # to be told once; EINPROGRESS until it is known
     over: asyncio.Event = field(default_factory=asyncio.Event)  # it is known
     waits: bool = False  # it is not O_NONBLOCK
@@ -1008,25 +1057,21 @@ class WaitingRoom:
     """
 
     def __init__(self) -> None:
-        self.listener = self.bound(("127.0.0.1", 0))
+        self.listener = self.bind("127.0.0.1", 0)
         self.listener.listen(0)
-        self.address = self.listener.getsockname()
-        self.filler = socket.create_connection(self.address)
+        self.at = endpoint(self.listener.getsockname())
+        self.filler = socket.create_connection(self.at.pair())
 
-    def bound(self, address: tuple[str, int]) -> socket.socket:
+    def bind(self, *address: Any) -> socket.socket:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
-        sock.setblocking(False)
         return sock
 
-    def enter(self, sock: socket.socket) -> int:
-        """Connect a socket that does not block; return the errno."""
-        return sock.connect_ex(endpoint(self.address).pair(sock.family))
-
     async def meet(self, sock: socket.socket) -> socket.socket:
-        """Return a socket that is connected to one that has entered; raise OSError."""
-        near, address = self.bound(self.address), endpoint(sock.getsockname()).pair()
+        """Return a socket that is connected to one that waits there; raise OSError."""
+        near, address = self.bind(*self.at.pair()), endpoint(sock.getsockname()).pair()
+        near.setblocking(False)
         try:
             with limit(REACH_TIME):
                 # TCP simultaneous open: RFC 9293 section 3.5.
@@ -1057,97 +1102,12 @@ def free(sock: socket.socket) -> None:
 
 # --- Datagrams ----------------------------------------------------------------
 #
-# Sockets of UDP are made in a network namespace of the run, whose only way out is a
-# cable to us.  So the kernel does all that a program can ask of such a socket.  We
+# The kernel does all that a program can ask of a socket of UDP, in the namespace.  We
 # read packets off the cable and wrap them for the gateway, one association (RFC 1928
 # section 7) for each port; packets that come back go in by the cable, from the
-# address that they came from.  Numbers are from <linux/rtnetlink.h>,
-# <linux/if_link.h> and <linux/if_packet.h>.
+# address that they came from.
 
-NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
-UP_NOARP, NODAD = 0x81, 0x2
-SOL_PACKET, IGNORE_OUTGOING = 263, 23
-END = b"\2natru"  # the address of both ends of the cable, made up
 TO_IP, TO_IP6 = END + END + b"\x08\0", END + END + b"\x86\xdd"  # Ethernet's header
-SYSCTLS = {
-    "ipv4/ip_nonlocal_bind": "1",
-    "ipv6/ip_nonlocal_bind": "1",
-    "ipv4/conf/all/rp_filter": "0",
-    "ipv4/conf/default/rp_filter": "0",
-    "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
-}
-
-
-def attribute(kind: int, data: bytes) -> bytes:
-    """Return a struct rtattr."""
-    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
-
-
-def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
-    """Have netlink do something; raise OSError."""
-    body, flags = b"".join(parts), 0x605  # REQUEST, ACK, CREATE, EXCL
-    netlink.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
-    (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
-    if code:
-        raise failure(-code)
-
-
-def make_namespace(outside: Blocks) -> socket.socket:
-    """Put this process into a namespace with a cable; return the cable's other end."""
-    system(LIBC.unshare, NEWUSER | NEWNET)
-    for name, value in SYSCTLS.items():
-        with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
-            file.write(value)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-        # As large as a datagram can be; and one packet is one datagram.
-        sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
-        kind = attribute(18, attribute(1, b"veth"))
-        change(netlink, NEWLINK, bytes(16), *sizes, kind)
-        near, far = (index for index, name in socket.if_nameindex() if name != "lo")
-        for index in (near, far):
-            head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
-            change(netlink, SETLINK, head, attribute(1, END))
-        for packed, _ in outside:
-            family, bits = Endpoint(packed, 0).family, 8 * len(packed)
-            head = struct.pack("=BBBBI", family, bits, NODAD, 0, near)
-            change(netlink, NEWADDR, head, attribute(1, packed), attribute(2, packed))
-            # The default route: main table, static, unicast.
-            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 4, 0, 1, 0)
-            with contextlib.suppress(FileExistsError):  # of two addresses
-                change(netlink, NEWROUTE, head, attribute(4, struct.pack("=i", near)))
-    cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
-    cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
-    return cable
-
-
-def fork_namespace(outside: Blocks) -> tuple[socket.socket, socket.socket, int]:
-    """Start a process that makes sockets in a namespace; raise Fault.
-
-    Return the socket to ask it by, the cable, and its process number.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid:
-        theirs.close()
-        why, fds, _, _ = socket.recv_fds(ours, 200, 1)
-        if not fds:
-            raise Fault(why.decode())
-        cable = socket.socket(fileno=fds[0])
-        cable.setblocking(False)
-        return ours, cable, pid
-    ours.close()
-    try:
-        cable = make_namespace(outside)
-        socket.send_fds(theirs, [b"+"], [cable.fileno()])
-        while asked := theirs.recv(16):
-            with socket.socket(*struct.unpack("=ii", asked)) as sock:
-                socket.send_fds(theirs, [b"+"], [sock.fileno()])
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            theirs.send(reason(error).encode())
-    finally:
-        os._exit(0)
 
 
 def checksum(data: bytes) -> int:
@@ -1196,24 +1156,19 @@ class Association:
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(self, gateway: Gateway, names: Names, app: str) -> None:
-        """Make the namespace; raise Fault."""
-        self.gateway, self.names, self.app = gateway, names, app
-        self.maker, self.cable, self.pid = fork_namespace(gateway.outside)
+    def __init__(
+        self, gateway: Gateway, names: Names, helper: Helper, app: str
+    ) -> None:
+        """Have a namespace made for them; raise OSError."""
+        self.gateway, self.names, self.app, self.helper = gateway, names, app, helper
+        self.cable = helper.make(socket.AF_PACKET, socket.SOCK_RAW)
+        self.cable.setblocking(False)
         self.associations: dict[Endpoint, Association] = {}
         # Asked for each datagram.
         self.has_inside = functools.lru_cache(RECORDS)(gateway.has_inside)
         self.head = functools.lru_cache(RECORDS)(
             lambda there: bytes(3) + request_of(0, there)[3:]
         )
-
-    def make(self, family: int, kind: int) -> socket.socket:
-        """Return a socket of the namespace; raise OSError."""
-        self.maker.send(struct.pack("=ii", family, kind))
-        _, fds, _, _ = socket.recv_fds(self.maker, 100, 1)
-        if not fds:
-            raise failure(errno.EIO)  # its maker has been killed
-        return socket.socket(fileno=fds[0])
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
@@ -1300,7 +1255,7 @@ class Datagrams:
 
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
-        tables = [f"/proc/{self.pid}/net/{name}" for name in ("udp", "udp6")]
+        tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
         lines = [row for table in tables for row in rows(table)]
         ports = {int(row[1].rpartition(":")[2], 16) for row in lines}
         for one in [*self.associations.values()]:
@@ -1315,10 +1270,8 @@ class Datagrams:
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
-# nothing may block.  What fails here is an answer, too, and never "go on".
-
-# The errno of a call, PROCEED, None if it has its answer; or steps to one of them.
-Answer = int | None | Coroutine[Any, Any, Any]
+# nothing may block.  Each call is a task; a signal to the program cancels it.  What
+# fails here is an answer, too, and never "go on".
 
 
 def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -1328,58 +1281,42 @@ def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
 
 
 class Supervisor:
-    """The answers to the calls of a run."""
+    """The answers to the calls of a run.
 
-    datagrams: Datagrams | None = None
-    session: asyncio.Task[None] | None = None
+    What is called on_ and the name of a call returns its errno, PROCEED, or None if
+    it has answered by itself; and raises OSError.
+    """
 
     def __init__(
-        self,
-        programs: defaultdict[str, Settings],
-        gateway: Gateway,
-        relay: socket.socket,
-        verbose: bool,
+        self, programs: Programs, gateway: Gateway, app: str, verbose: bool
     ) -> None:
-        self.programs, self.gateway, self.relay = programs, gateway, relay
-        self.verbose, self.notified, self.said = verbose, 0, set[str]()
-        self.names, self.room = Names(gateway, programs), WaitingRoom()
+        self.programs, self.gateway, self.verbose = programs, gateway, verbose
+        self.helper, self.room = Helper(gateway.outside), WaitingRoom()
+        self.names, self.datagrams = Names(gateway, programs), None
+        self.notified, self.said = 0, set[str]()
         self.flows: dict[bytes, Flow] = {}  # by cookie
         self.server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.server.bind(("127.0.0.1", 0))
         self.server.setblocking(False)
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
-        self.stories: dict[str, Callable[[Call], Answer]] = {
-            "connect": self.connect,
-            "getsockopt": self.getsockopt,
-            "getsockname": self.getsockname,
-            "getpeername": self.getpeername,
-            "socket": self.make_socket,
-            "bind": self.bind,
-            "accept": self.accept,
-            "accept4": self.accept,
-        }
+        self.session: asyncio.Task[None] | None = None
+        try:
+            if gateway.udp:
+                self.datagrams = Datagrams(gateway, self.names, self.helper, app)
+        except OSError as error:
+            say(f"datagrams are not carried, but for names: {reason(error)}")
 
-    def calls(self) -> list[str]:
-        """Return the calls that it is to be notified of."""
+    def ignored(self) -> set[str]:
+        """Return the calls that it need not be notified of."""
         refused = any(program.udp == "no" for program in self.programs.values())
-        without = set() if self.datagrams or refused else {"socket"}
-        if not self.gateway.mappings:
-            without |= {"accept", "accept4", *({"bind"} if without else ())}
-        return [name for name in self.stories if name not in without]
+        accepting = set() if self.gateway.mappings else {"accept", "accept4"}
+        return accepting if self.datagrams or refused else accepting | {"socket"}
 
     def once(self, text: str) -> None:
         """Say what holds for the whole run."""
         if text not in self.said:
             self.said.add(text)
             say(text)
-
-    def carry_datagrams(self, app: str) -> None:
-        """Have datagrams carried, if gateway and kernel can; say why not."""
-        try:
-            if self.gateway.udp:
-                self.datagrams = Datagrams(self.gateway, self.names, app)
-        except Fault as fault:
-            self.once(f"datagrams are not carried, but for names: {fault}")
 
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
@@ -1388,155 +1325,139 @@ class Supervisor:
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
             loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
-        names = calls_by_number()
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
-            raw = bytearray(80)  # the kernel wants zeros
             # NOTIF_RECV would wait: all others may have been killed.
             for _, events in poll.poll(0):
-                if not events & select.POLLIN:
-                    loop.remove_reader(listener)  # POLLHUP: nobody is left
-                    return over.set()
-                with contextlib.suppress(FileNotFoundError):  # killed since
-                    fcntl.ioctl(listener, NOTIF_RECV, raw)
-                    self.notified += 1
-                    self.handle(Call(listener, bytes(raw), names))
+                if events & select.POLLIN:
+                    with contextlib.suppress(FileNotFoundError):  # killed since
+                        self.begin(Call(listener))
+                else:  # POLLHUP: nobody is left
+                    over.set()
 
         loop.add_reader(listener, take)
         keeping = loop.create_task(self.keep())
         await over.wait()
+        loop.remove_reader(listener)
         keeping.cancel()
         ports = [flow.mapped for flow in self.flows.values() if flow.mapped]
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
 
-    def handle(self, call: Call) -> None:
-        """Answer a call, or begin to."""
-        try:
-            answer = self.stories[call.name](call)
-        except Exception as error:
-            answer = self.code_of(error, call)
-        if isinstance(answer, Coroutine):
-            self.look(call, asyncio.ensure_future(self.wait(answer, call)))
-        elif answer is not None:
-            call.answer(answer)
-
-    async def wait(self, answer: Answer, call: Call) -> None:
-        """Answer a call by what its steps return, or when they are canceled."""
-        try:
-            while isinstance(answer, Coroutine):
-                answer = await answer
-        except asyncio.CancelledError:
-            # The kernel runs the handler, then restarts the call or gives EINTR.
-            answer = ERESTARTSYS
-        except Exception as error:
-            answer = self.code_of(error, call)
-        if answer is not None:
-            call.answer(answer)
+    def begin(self, call: Call) -> None:
+        """Begin to answer a call."""
+        self.notified += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(LOOK_TIME, self.look, call, loop.create_task(self.answer(call)))
 
     def look(self, call: Call, task: asyncio.Task[None]) -> None:
-        """Cancel the task of a call when a signal has come, or the program is dead.
+        """Cancel what a call waits for, if a signal has come, or the program is dead.
 
         The kernel does not: it would let the program give a connect() up half done.
         """
-        if task.done():
-            return
-        asyncio.get_running_loop().call_later(LOOK_TIME, self.look, call, task)
-        with contextlib.suppress(OSError):
-            if call.is_alive() and not call.is_interrupted():
-                return
-        task.cancel()
+        if not task.done():
+            asyncio.get_running_loop().call_later(LOOK_TIME, self.look, call, task)
+            with contextlib.suppress(OSError):
+                if call.is_alive() and not call.is_interrupted():
+                    return
+            task.cancel()
 
-    def code_of(self, error: Exception, call: Call) -> int:
-        """Return the errno that a call gets for what went wrong."""
-        if not isinstance(error, OSError):
-            say(f"fault in {call.name}: {type(error).__name__}: {error}")
-            return errno.EIO
-        if error.errno == errno.EPERM:
-            why = "not dumpable, so its connections are refused"
-            self.once(f"cannot look into {call.app}: {why}")
-            return errno.EACCES
-        return error.errno or errno.EIO
-
-    def is_near(self, app: str, target: Endpoint) -> bool:
-        """Return whether a program reaches a target without the gateway."""
-        program = self.programs[app]
-        near = self.gateway.has_inside(target.packed)
-        ports = any(target.port in ports for ports in program.direct_ports)
-        direct = near or ports or within(program.direct, target.packed)
-        return direct or program.redirect == "no"
-
-    def connect(self, call: Call) -> Answer:
-        """Answer connect(): the story that the rest serves."""
-        target = call.target()
-        if not target or self.is_near(call.app, target) and target.port != 53:
-            return PROCEED
-        sock = call.borrow()
-        if sock.type != socket.SOCK_STREAM or self.is_near(call.app, target):
-            with sock:
-                return self.connect_datagrams(call, sock, target)
-        flow = self.flows.get(cookie(sock))
-        if flow and flow.error or is_connected(sock):
-            with sock:
-                return self.connect_again(call, sock, flow)
-        waits = os.get_blocking(sock.fileno())
-        sock.setblocking(False)
-        free(sock)
-        server = sock
-        if not waits or self.gateway.at.family > sock.family:
-            server = socket.socket(self.gateway.at.family)
-            if (code := self.room.enter(sock)) != errno.EINPROGRESS:
-                server.close()
-                self.give_back(sock, waits)
-                return code or errno.EIO
-        flow = self.record(sock, target, error=errno.EINPROGRESS, waits=waits)
-        steps = self.dial(sock, server, flow, target, call.app)
-        flow.task = asyncio.ensure_future(steps)
-        return self.wait_for(flow, call) if waits else errno.EINPROGRESS
-
-    async def dial(
-        self,
-        sock: socket.socket,
-        server: socket.socket,
-        flow: Flow,
-        target: Endpoint,
-        app: str,
-    ) -> None:
-        """Have the gateway connect a socket to a target, and settle the flow."""
-        error = errno.EIO
+    async def answer(self, call: Call) -> None:
+        """Answer a call, when it is known what with."""
+        answer: int | None = PROCEED
+        story = getattr(self, f"on_{call.name}")
         try:
-            name = self.names.called.get(target.packed, b"")
-            where = name + target.port.to_bytes(2, "big") if name else target
-            host, port = await self.gateway.talk(server, CONNECT, where, app)
-            if len(host) in (4, 16) and any(host):
-                flow.local = Endpoint(unmapped(host), port)
-            if server is not sock:
-                with await self.room.meet(sock) as near:
-                    pair = [near.fileno(), server.fileno()]
-                    socket.send_fds(self.relay, [b"+"], pair)
-            error = 0
-        except OSError as failed:
-            if isinstance(failed, Lost):
-                at = self.gateway.at
-                self.once(f"cannot use the gateway {at}: {reason(failed)}")
-            error = failed.errno or errno.EIO
-        finally:
-            if server is not sock:
-                server.close()
-            self.settle(sock, flow, error)
+            if call.name in ("connect", "bind", "socket"):
+                answer = await story(call)
+            elif self.flows:  # the others are only about them
+                with call.borrow() as sock:
+                    if flow := self.flows.get(cookie(sock)):
+                        answer = await story(call, sock, flow)
+        except asyncio.CancelledError:
+            answer = ERESTARTSYS  # the kernel runs the handler, then calls again
+        except OSError as error:
+            answer = error.errno or errno.EIO
+            if answer == errno.EPERM:
+                answer, why = errno.EACCES, "so its connections are refused"
+                self.once(f"cannot look into {call.app}: not dumpable, {why}")
+        except Exception as error:
+            answer = errno.EIO
+            say(f"fault in {call.name}: {type(error).__name__}: {error}")
+        if answer is not None:
+            call.answer(answer)
 
-    def record(self, sock: socket.socket, peer: Endpoint | None, **known: Any) -> Flow:
+    def record(self, sock: socket.socket, **known: Any) -> Flow:
         """Keep what is known of a socket, until it is gone."""
-        flow = Flow(cookie(sock), os.fstat(sock.fileno()).st_ino, peer, **known)
+        flow = Flow(cookie(sock), os.fstat(sock.fileno()).st_ino, **known)
         self.flows[flow.cookie] = flow
         return flow
 
-    def give_back(self, sock: socket.socket, waits: bool) -> None:
-        """Let go of a borrowed socket, as it was."""
-        if waits:  # else the program may have changed it meanwhile
-            sock.setblocking(True)
-        sock.close()
+    def is_near(self, app: str, target: Endpoint) -> bool:
+        """Return whether a program reaches a target without the gateway."""
+        program, packed = self.programs[app], target.packed
+        near = self.gateway.has_inside(packed) or within(program.direct, packed)
+        direct = near or any(target.port in ports for ports in program.direct_ports)
+        return direct or program.redirect == "no"
+
+    async def on_connect(self, call: Call) -> int:
+        """Have the gateway connect: the story that the rest serves."""
+        if not (target := call.target()):
+            return PROCEED
+        near = self.is_near(call.app, target)
+        if near and target.port != 53:
+            return PROCEED
+        sock = call.borrow()
+        if sock.type != socket.SOCK_STREAM or near:
+            with sock:
+                return self.connect_datagrams(call, sock, target, near)
+        flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
+        connected = is_connected(sock)
+        if connected or flow and flow.error:
+            with sock:
+                if not flow or connected and not (flow.pending and flow.waits):
+                    return errno.EISCONN
+                if flow.pending and not flow.waits and not waits:
+                    return errno.EALREADY
+                if not flow.pending:
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                return await self.end_of(flow, call)
+        sock.setblocking(False)
+        free(sock)
+        paired = not waits or self.gateway.at.family > sock.family
+        if paired:
+            code = sock.connect_ex(self.room.at.pair(sock.family))
+            if code != errno.EINPROGRESS:
+                self.give_back(sock, waits)
+                return code or errno.EIO
+        flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
+        flow.task = asyncio.ensure_future(self.dial(sock, flow, call.app, paired))
+        return await self.end_of(flow, call) if waits else errno.EINPROGRESS
+
+    async def dial(
+        self, sock: socket.socket, flow: Flow, app: str, paired: bool
+    ) -> None:
+        """Have the gateway connect to the target of a flow, and settle it."""
+        gateway, target, error = self.gateway, flow.peer, errno.EIO
+        server = socket.socket(gateway.at.family) if paired else sock
+        try:
+            name = self.names.called.get(target.packed, b"")
+            where = name + target.port.to_bytes(2, "big") if name else target
+            host, port = await gateway.talk(server, CONNECT, where, app)
+            if len(host) in (4, 16) and any(host):
+                flow.local = Endpoint(unmapped(host), port)
+            if paired:
+                with await self.room.meet(sock) as near:
+                    self.helper.join(near, server)
+            error = 0
+        except OSError as failed:
+            error = failed.errno or errno.EIO
+            if isinstance(failed, Lost):
+                self.once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
+        finally:
+            if paired:
+                server.close()
+            self.settle(sock, flow, error)
 
     def settle(self, sock: socket.socket, flow: Flow, error: int) -> None:
         """Let the program learn how its connect() ended, by the socket or the call."""
@@ -1554,117 +1475,88 @@ class Supervisor:
         if self.verbose:
             say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
 
-    async def wait_for(self, flow: Flow, call: Call) -> Answer:
-        """Wait for the end of a flow, and return the answer to a call."""
+    def give_back(self, sock: socket.socket, waits: bool) -> None:
+        """Let go of a borrowed socket, as it was."""
+        if waits:  # else the program may have changed it meanwhile
+            sock.setblocking(True)
+        sock.close()
+
+    async def end_of(self, flow: Flow, call: Call) -> int:
+        """Return how a flow has ended, when it has; a failure is told once."""
         flow.waiting += 1
         try:
-            await flow.over.wait()
+            if flow.pending:
+                await flow.over.wait()
         finally:
             flow.waiting -= 1
             if flow.pending and not flow.waiting and not call.is_alive() and flow.task:
                 flow.task.cancel()
-        return self.getsockopt(call) if call.name == "getsockopt" else self.tell(flow)
-
-    def tell(self, flow: Flow) -> int:
-        """Return how a flow has ended; a failure is told once."""
         if flow.error:
             self.flows.pop(flow.cookie, None)
         return flow.error
 
-    def connect_again(
-        self, call: Call, sock: socket.socket, flow: Flow | None
-    ) -> Answer:
-        """Answer connect() on a socket that has been connected, or tried to."""
-        connected = is_connected(sock)
-        if flow and flow.pending and (flow.waits or not connected):
-            waits = flow.waits or os.get_blocking(sock.fileno())
-            return self.wait_for(flow, call) if waits else errno.EALREADY
-        if connected or not flow:
-            return errno.EISCONN
+    async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
+        """Tell by SO_ERROR why a connect() has failed."""
+        if flow.pending and not flow.waits:
+            return PROCEED
+        if not (error := await self.end_of(flow, call)):
+            return PROCEED
         sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return self.tell(flow)
-
-    def getsockopt(self, call: Call) -> Answer:
-        """Answer getsockopt() of SO_ERROR."""
-        if not any(flow.error for flow in self.flows.values()):
-            return PROCEED
-        with call.borrow() as sock:
-            flow = self.flows.get(cookie(sock))
-            if not flow or not flow.error:
-                return PROCEED
-            if flow.pending:
-                return self.wait_for(flow, call) if flow.waits else PROCEED
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         _, _, _, there, size_at, _ = call.arguments
-        call.write(there, flow.error.to_bytes(4, sys.byteorder))
+        call.write(there, error.to_bytes(4, sys.byteorder))
         call.write(size_at, (4).to_bytes(4, sys.byteorder))
-        self.tell(flow)
         return 0
 
-    def getsockname(self, call: Call) -> Answer:
-        """Answer with the address that the gateway connected from."""
-        if not self.flows:
+    async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
+        """Tell the address that the gateway connected from."""
+        failed = flow.error and not flow.pending
+        if failed or sock.type != socket.SOCK_STREAM:
             return PROCEED
-        with call.borrow() as sock:
-            flow = self.flows.get(cookie(sock))
-            failed = flow and flow.error and not flow.pending
-            if not flow or failed or sock.type != socket.SOCK_STREAM:
-                return PROCEED
-            family, port = sock.family, sock.getsockname()[1]
         # A guess as long as it is under way, and for a server that does not say.
-        guess = Endpoint(self.gateway.address(flow.peer or NOWHERE), port)
-        call.write_address(family, flow.local or guess)
-        return 0
+        guess = Endpoint(self.gateway.address(flow.peer), sock.getsockname()[1])
+        return call.write_address(sock.family, flow.local if flow.local.port else guess)
 
-    def getpeername(self, call: Call) -> Answer:
-        """Answer with the address that the program meant."""
-        if not self.flows:
+    async def on_getpeername(self, call: Call, sock: socket.socket, flow: Flow) -> int:
+        """Tell the address that the program meant."""
+        if flow.peer == NOWHERE:
             return PROCEED
-        with call.borrow() as sock:
-            flow, family = self.flows.get(cookie(sock)), sock.family
-            if not flow or not flow.peer:
-                return PROCEED
-            # Out of the waiting room, it is connected before the flow is settled.
-            if flow.pending and flow.waits or not is_connected(sock):
-                return errno.ENOTCONN
-        call.write_address(family, flow.peer)
-        return 0
+        # Out of the waiting room, it is connected before the flow is settled.
+        if flow.pending and flow.waits or not is_connected(sock):
+            return errno.ENOTCONN
+        return call.write_address(sock.family, flow.peer)
 
     def is_private(self, sock: socket.socket) -> bool:
         """Return whether a socket is one of the namespace."""
-        own = cookie(self.server, SO_NETNS_COOKIE)
-        return bool(self.datagrams) and cookie(sock, SO_NETNS_COOKIE) != own
+        return cookie(sock, SO_NETNS_COOKIE) != cookie(self.server, SO_NETNS_COOKIE)
 
-    def make_socket(self, call: Call) -> Answer:
-        """Answer socket() of UDP: it is one of the namespace."""
+    async def on_socket(self, call: Call) -> int | None:
+        """Make a socket of UDP in the namespace."""
         family, kind, protocol = (number & WHOLE for number in call.arguments[:3])
         udp = self.programs[call.app].udp
         if udp == "no":
             return errno.EACCES
         if not self.datagrams or udp == "local" or protocol not in (0, 17):
             return PROCEED
-        with self.datagrams.make(family, kind & 15) as sock:
-            sock.setblocking(not kind & socket.SOCK_NONBLOCK)
-            call.give(sock, kind & socket.SOCK_CLOEXEC)  # which is O_CLOEXEC
+        with self.helper.make(family, kind & 15) as sock:
+            call.give(sock, kind)
         return None
 
     def connect_datagrams(
-        self, call: Call, sock: socket.socket, target: Endpoint
-    ) -> Answer:
-        """Answer connect() of what is no stream: a query is for our name server."""
+        self, call: Call, sock: socket.socket, target: Endpoint, near: bool
+    ) -> int:
+        """Connect what is no stream: a query is for our name server."""
         program = self.programs[call.app]
-        ours = program.redirect == "yes" and program.dns != "local"
-        if self.is_private(sock):
+        asks = sock.type == socket.SOCK_DGRAM and target.port == 53
+        ours = asks and program.redirect == "yes" and program.dns != "local"
+        if near and not ours or self.is_private(sock):
             return PROCEED
-        if sock.type != socket.SOCK_DGRAM or target.port != 53 or not ours:
-            if self.is_near(call.app, target):
-                return PROCEED
+        if not ours:
             self.once("datagrams go nowhere here, but for names")
             return errno.ENETUNREACH
         free(sock)
         sock.connect(endpoint(self.server.getsockname()).pair(sock.family))
-        remember(self.asked, sock.getsockname()[1], (target, call.app))
-        self.record(sock, target)
+        self.asked[sock.getsockname()[1]] = target, call.app
+        self.record(sock, peer=target)
         return 0
 
     def read_query(self) -> None:
@@ -1679,58 +1571,43 @@ class Supervisor:
 
             self.names.begin(query, server, app, reply)
 
-    def bind(self, call: Call) -> Answer:
-        """Answer bind(): to the outside address, or to a port that is to be there."""
-        where, listen = call.target(), self.programs[call.app].listen
-        if not where:
+    async def on_bind(self, call: Call) -> int:
+        """Bind to the outside address, or to a port that is to be there."""
+        if not (where := call.target()):
             return PROCEED
-        anywhere = not any(where.packed)
-        outside = within(self.gateway.outside, where.packed)
-        outside |= anywhere and any(where.port in ports for ports in listen)
+        anywhere, listen = not any(where.packed), self.programs[call.app].listen
         near = not anywhere and self.gateway.has_inside(where.packed)
-        if not outside and not (near and self.datagrams):
+        listens = anywhere and any(where.port in ports for ports in listen)
+        outside = listens or within(self.gateway.outside, where.packed)
+        if not near and not outside:
             return PROCEED
-        sock = call.borrow()
-        if sock.type == socket.SOCK_STREAM and not near and self.gateway.mappings:
-            return self.map(sock, where)
-        with sock:
-            if near and sock.type == socket.SOCK_DGRAM and self.is_private(sock):
+        with call.borrow() as sock:
+            if outside and sock.type == socket.SOCK_STREAM and self.gateway.mappings:
+                return await self.map(sock, where)
+            if near and self.is_private(sock):
                 self.swap(call, sock)
         return PROCEED
 
-    def swap(self, call: Call, old: socket.socket) -> None:
-        """Put an ordinary socket in the place of one of the namespace."""
-        fd = call.arguments[0] & WHOLE
-        flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
-        with socket.socket(old.family, old.type) as new:
-            for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
-                value = old.getsockopt(socket.SOL_SOCKET, option)
-                new.setsockopt(socket.SOL_SOCKET, option, value)
-            new.setblocking(not flags & os.O_NONBLOCK)
-            call.give(new, flags & os.O_CLOEXEC, fd)
-
     async def map(self, sock: socket.socket, where: Endpoint) -> int:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
-        anywhere, gateway = "::" if sock.family == socket.AF_INET6 else "", self.gateway
-        with sock:
-            if not where.port:
-                sock.bind((anywhere, 0))
-            internal = where.port or sock.getsockname()[1]
-            # Of users, only who has a session may map.
-            if gateway.password and (not self.session or self.session.done()):
-                self.session = asyncio.ensure_future(self.stay())
-                await asyncio.sleep(LOOK_TIME)
-            external = await gateway.map(internal, internal, LEASE)
-            try:
-                if where.port:
-                    if external != where.port:
-                        raise failure(errno.EADDRINUSE)
-                    sock.bind((anywhere, where.port))
-            except OSError:
-                await gateway.map(internal, 0, 0)
-                raise
-            local = Endpoint(where.packed, external)
-            self.record(sock, None, local=local, mapped=internal)
+        gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
+        if not where.port:
+            sock.bind((anywhere, 0))
+        internal = where.port or sock.getsockname()[1]
+        # Of users, only who has a session may map.
+        if gateway.password and (not self.session or self.session.done()):
+            self.session = asyncio.ensure_future(self.stay())
+            await asyncio.sleep(LOOK_TIME)
+        external = await gateway.map(internal, internal, LEASE)
+        try:
+            if where.port:
+                if external != where.port:
+                    raise failure(errno.EADDRINUSE)
+                sock.bind((anywhere, where.port))
+        except OSError:
+            await gateway.map(internal, 0, 0)
+            raise
+        self.record(sock, local=Endpoint(where.packed, external), mapped=internal)
         return 0
 
     async def stay(self) -> None:
@@ -1740,8 +1617,65 @@ class Supervisor:
                 await self.gateway.talk(control, ASSOCIATE, NOWHERE, "natrun")
                 await receive(control, 1)
 
+    def swap(self, call: Call, old: socket.socket) -> None:
+        """Put an ordinary socket in the place of one of the namespace."""
+        fd = call.arguments[0] & WHOLE
+        flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
+        with socket.socket(old.family, old.type) as new:
+            for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
+                value = old.getsockopt(socket.SOL_SOCKET, option)
+                new.setsockopt(socket.SOL_SOCKET, option, value)
+            call.give(new, flags, fd)
+
+    async def on_accept(
+        self, call: Call, sock: socket.socket, flow: Flow
+    ) -> int | None:
+        """Accept a connection at a port outside, and say who it is that called."""
+        if not flow.mapped:
+            return PROCEED
+        loop, ready, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
+        poll.register(sock, select.POLLIN)
+        # Nobody but us takes what is there.
+        while not flow.accepted and not poll.poll(0):
+            if not os.get_blocking(sock.fileno()):
+                return errno.EAGAIN
+            ready.clear()
+            loop.add_reader(sock, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                loop.remove_reader(sock)
+        one = flow.accepted.pop() if flow.accepted else sock.accept()[0]
+        try:
+            await self.present(call, one, flow.local)
+        except BaseException:
+            flow.accepted.append(one)  # for the next call: a signal has come
+            raise
+        one.close()
+        return None
+
+    on_accept4 = on_accept
+
+    async def present(self, call: Call, one: socket.socket, local: Endpoint) -> None:
+        """Give a caller to the program, with its true address; raise OSError."""
+        peer, gateway = endpoint(one.getpeername()), self.gateway
+        path = f"/table.json?source_port={peer.port}"
+        login = b":".join(gateway.login("natrun")) if gateway.password else b""
+        # The row may be written after the connection has been made.
+        for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
+            await asyncio.sleep(pause)
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                row = (await fetch(gateway.at, path, login))["sessions"][0]
+                peer = endpoint((row["source_ip"], row["original_source_port"]))
+                break
+        here = local.packed if any(local.packed) else gateway.address(NOWHERE)
+        self.record(one, peer=peer, local=Endpoint(here, local.port))
+        if call.arguments[1]:
+            call.write_address(one.family, peer)
+        call.give(one, call.arguments[3] if call.name == "accept4" else 0)
+
     async def keep(self) -> None:
-        """Renew mappings, and forget sockets that are gone."""
+        """Renew mappings as long as somebody listens; forget sockets that are gone."""
         for second in itertools.count():
             await asyncio.sleep(1)
             if self.datagrams:
@@ -1753,73 +1687,20 @@ class Supervisor:
             live = {int(row[9]) for table in tables for row in rows(table)}
             for flow in [*self.flows.values()]:
                 with contextlib.suppress(OSError):
-                    await self.care_for(flow, flow.inode in live)
+                    await self.keep_one(flow, flow.inode in live)
 
-    async def care_for(self, flow: Flow, lives: bool) -> None:
-        """Renew a mapping as long as somebody listens; forget a socket that is gone."""
+    async def keep_one(self, flow: Flow, lives: bool) -> None:
+        """Renew or end a mapping, or forget a socket; raise OSError."""
         flow.seen, age = flow.seen or lives, time.monotonic() - flow.since
-        # Neither in the tables is one that listens later, or whose failure is not told.
-        gone = flow.seen if flow.mapped else age > ANSWER_TIME and not flow.pending
-        if gone and not lives:
-            del self.flows[flow.cookie]
+        # In no table is what listens later, nor what has failed and is not told.
+        over = flow.seen if flow.mapped else age > ANSWER_TIME and not flow.pending
+        if over and not lives:
+            self.flows.pop(flow.cookie, None)
             if flow.mapped:
                 await self.gateway.map(flow.mapped, 0, 0)
-        elif flow.mapped and flow.local and age > LEASE / 2:
+        elif flow.mapped and age > LEASE / 2:
             flow.since = time.monotonic()
             await self.gateway.map(flow.mapped, flow.local.port, LEASE)
-
-    def accept(self, call: Call) -> Answer:
-        """Answer accept() on a socket that has a port outside."""
-        if not any(flow.mapped for flow in self.flows.values()):
-            return PROCEED
-        sock = call.borrow()
-        flow = self.flows.get(cookie(sock))
-        if flow and flow.mapped:
-            return self.take_caller(call, sock, flow)
-        sock.close()
-        return PROCEED
-
-    async def take_caller(self, call: Call, sock: socket.socket, flow: Flow) -> None:
-        """Accept a connection, and say who it is that called."""
-        loop, ready, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
-        poll.register(sock, select.POLLIN)
-        with sock:
-            # Nobody but us takes what is there.
-            while not flow.accepted and not poll.poll(0):
-                if not os.get_blocking(sock.fileno()):
-                    raise failure(errno.EAGAIN)
-                ready.clear()
-                loop.add_reader(sock, ready.set)
-                try:
-                    await ready.wait()
-                finally:
-                    loop.remove_reader(sock)
-            one = flow.accepted.pop() if flow.accepted else sock.accept()[0]
-        try:
-            await self.present(call, one, flow.local or NOWHERE)
-        except BaseException:
-            flow.accepted.append(one)  # a signal has come: it is for the next call
-            raise
-        one.close()
-
-    async def present(self, call: Call, one: socket.socket, local: Endpoint) -> None:
-        """Give a caller to the program, with its true address; raise OSError."""
-        peer = endpoint(one.getpeername())
-        path = f"/table.json?source_port={peer.port}"
-        # The row may be written after the connection has been made.
-        for pause in (0, 0.01, 0.1) if peer.packed == self.gateway.at.packed else ():
-            await asyncio.sleep(pause)
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                row = (await self.gateway.fetch(path))["sessions"][0]
-                peer = endpoint((row["source_ip"], row["original_source_port"]))
-                break
-        here = local.packed if any(local.packed) else self.gateway.address(NOWHERE)
-        self.record(one, peer, local=Endpoint(here, local.port))
-        if call.arguments[1]:
-            call.write_address(one.family, peer)
-        flags = call.arguments[3] if call.name == "accept4" else 0
-        one.setblocking(not flags & socket.SOCK_NONBLOCK)
-        call.give(one, flags & socket.SOCK_CLOEXEC)  # which is O_CLOEXEC
 
 
 # --- The command --------------------------------------------------------------
@@ -1919,21 +1800,16 @@ class Command:
 # --- main ---------------------------------------------------------------------
 
 
-def run(
-    words: list[str],
-    programs: defaultdict[str, Settings],
-    gateway: Gateway,
-    verbose: bool,
-) -> None:
+def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -> None:
     """Run a command to its end, and end as it did; raise Fault."""
     if MACHINE not in MACHINES:
         raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
     # What becomes a daemon stays a descendant, whom Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    supervisor = Supervisor(programs, gateway, fork_relay(), verbose)
-    supervisor.carry_datagrams(os.path.basename(words[0]))
-    command = Command(words, assemble(supervisor.calls()))
+    app = os.path.basename(words[0])
+    supervisor = Supervisor(programs, gateway, app, verbose)
+    command = Command(words, assemble(supervisor.ignored()))
 
     async def serve() -> None:
         command.attend()
@@ -1954,10 +1830,10 @@ def check(option: list[str], settings: Settings) -> int:
             level = int(file.read())
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     try:
-        fork_namespace([])
+        Helper([]).make(socket.AF_PACKET, socket.SOCK_RAW)
         say("namespace: yes")
-    except Fault as fault:
-        say(f"namespace: no, {fault}: of datagrams, only names are carried")
+    except OSError as error:
+        say(f"namespace: no, {reason(error)}: of datagrams, only names are carried")
     gateway = find_gateway("".join(option), settings)
     what = "NATWork" if gateway.natwork else "a SOCKS server"
     say(f"gateway: {gateway.at}, {what}")
