@@ -1147,9 +1147,9 @@ class Association:
     """A port of the namespace, and how its datagrams leave the machine."""
 
     here: Endpoint
-    relayed: socket.socket | None = None  # by the gateway, once it is open
+    socks: dict[int, socket.socket] = field(default_factory=dict)  # by family
+    relay: Endpoint | None = None  # of the gateway, once it is known
     queue: list[bytes] = field(default_factory=list)  # until then
-    near: dict[int, socket.socket] = field(default_factory=dict)  # inside, by family
     task: asyncio.Task[None] | None = None
 
 
@@ -1188,29 +1188,25 @@ class Datagrams:
         if not one:
             one = self.associations[here] = Association(here)
         if self.has_inside(there.packed):
-            if there.family not in one.near:
-                one.near[there.family] = self.open(one, there.family)
-            one.near[there.family].sendto(data, there.pair())
-            return
+            return self.send(one, there, data)
         message = self.head(there) + data
-        if one.relayed:
-            one.relayed.send(message)
+        if one.relay:
+            self.send(one, one.relay, message)
         elif len(one.queue) < 64:
             one.queue.append(message)
         if not one.task:
             one.task = asyncio.ensure_future(self.associate(one))
 
-    def open(self, one: Association, family: int) -> socket.socket:
-        """Return a socket of this machine for the datagrams of an association."""
-        sock = socket.socket(family, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        sock.setblocking(False)
-        asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
-        return sock
-
-    def close(self, sock: socket.socket) -> None:
-        asyncio.get_running_loop().remove_reader(sock)
-        sock.close()
+    def send(self, one: Association, there: Endpoint, data: bytes) -> None:
+        """Send something for an association; raise OSError."""
+        if there.family not in one.socks:
+            sock = one.socks[there.family] = socket.socket(
+                there.family, socket.SOCK_DGRAM
+            )
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sock.setblocking(False)
+            asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
+        one.socks[there.family].sendto(data, there.pair())
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace."""
@@ -1222,13 +1218,13 @@ class Datagrams:
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
-                if sock is not one.relayed:
-                    self.inject(endpoint(sender), one.here, data)
+                source = endpoint(sender)
+                if source != one.relay:
+                    self.inject(source, one.here, data)
                 elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
                     port = int.from_bytes(data[at : at + 2], "big")
-                    source = Endpoint(data[4:at], port)
-                    self.inject(source, one.here, data[at + 2 :])
+                    self.inject(Endpoint(data[4:at], port), one.here, data[at + 2 :])
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
@@ -1236,22 +1232,21 @@ class Datagrams:
             with socket.socket(self.gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
                 where = Endpoint(bytes(4), one.here.port)
-                answer = await self.gateway.talk(control, ASSOCIATE, where, self.app)
-                host, port = answer
-                relay = Endpoint(host if any(host) else self.gateway.at.packed, port)
-                one.relayed = self.open(one, relay.family)
-                one.relayed.connect(relay.pair())
+                host, port = await self.gateway.talk(
+                    control, ASSOCIATE, where, self.app
+                )
+                one.relay = Endpoint(
+                    host if any(host) else self.gateway.at.packed, port
+                )
                 for message in one.queue:
-                    one.relayed.send(message)
+                    self.send(one, one.relay, message)
                 one.queue.clear()
                 await receive(control, 1)
         except OSError as error:
-            if not one.relayed:
+            if not one.relay:
                 say(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
         finally:
-            if one.relayed:
-                self.close(one.relayed)
-            one.relayed, one.task = None, None
+            one.relay, one.task = None, None
 
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
@@ -1263,8 +1258,9 @@ class Datagrams:
                 del self.associations[one.here]
                 if one.task:
                     one.task.cancel()
-                for sock in one.near.values():
-                    self.close(sock)
+                for sock in one.socks.values():
+                    asyncio.get_running_loop().remove_reader(sock)
+                    sock.close()
 
 
 # --- The supervisor -----------------------------------------------------------
@@ -1330,11 +1326,13 @@ class Supervisor:
         def take() -> None:
             # NOTIF_RECV would wait: all others may have been killed.
             for _, events in poll.poll(0):
-                if events & select.POLLIN:
-                    with contextlib.suppress(FileNotFoundError):  # killed since
-                        self.begin(Call(listener))
-                else:  # POLLHUP: nobody is left
-                    over.set()
+                if not events & select.POLLIN:  # nobody is left
+                    return over.set()
+                with contextlib.suppress(FileNotFoundError):  # killed since
+                    call = Call(listener)
+                    task = loop.create_task(self.answer(call))
+                    loop.call_later(LOOK_TIME, self.look, call, task)
+                    self.notified += 1
 
         loop.add_reader(listener, take)
         keeping = loop.create_task(self.keep())
@@ -1344,12 +1342,6 @@ class Supervisor:
         ports = [flow.mapped for flow in self.flows.values() if flow.mapped]
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
-
-    def begin(self, call: Call) -> None:
-        """Begin to answer a call."""
-        self.notified += 1
-        loop = asyncio.get_running_loop()
-        loop.call_later(LOOK_TIME, self.look, call, loop.create_task(self.answer(call)))
 
     def look(self, call: Call, task: asyncio.Task[None]) -> None:
         """Cancel what a call waits for, if a signal has come, or the program is dead.
@@ -1714,20 +1706,17 @@ SI_KERNEL = 0x80
 class Command:
     """The program that is run, and how it ended."""
 
-    def __init__(self, words: list[str], code: bytes) -> None:
+    def __init__(self, words: list[str], code: bytes, files: tuple[int, int]) -> None:
         """Start it under a filter, whose listener is taken; raise Fault."""
-        said, go = os.pipe(), os.pipe()
         self.code: int | None = None
+        ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if not self.pid:
-            os.close(go[1])
-            self.become(words, code, said[1], go[0])
-        # Each connection that is dialed is a descriptor here.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        os.close(said[1])
-        number = os.read(said[0], 16)
-        if not number:
+            ours.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
+            self.become(words, code, theirs.detach())
+        theirs.close()
+        if not (number := ours.recv(16)):
             self.leave()
         process = os.pidfd_open(self.pid)
         try:
@@ -1736,9 +1725,9 @@ class Command:
         except OSError as error:
             raise Fault(f"cannot take the listener: {reason(error)}") from None
         os.close(process)
-        os.write(go[1], b"+")
+        ours.send(b"+")
 
-    def become(self, words: list[str], code: bytes, said: int, go: int) -> NoReturn:
+    def become(self, words: list[str], code: bytes, natrun: int) -> NoReturn:
         """Become the command, in the child."""
         try:
             listener = install(code)
@@ -1749,8 +1738,8 @@ class Command:
             say(f"cannot install the filter: {why}")
             os._exit(125)
         # Not by a call that the filter has: nobody answers it yet.
-        os.write(said, b"%d" % listener)
-        if not os.read(go, 1):
+        os.write(natrun, b"%d" % listener)
+        if not os.read(natrun, 1):
             os._exit(125)
         os.close(listener)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
@@ -1807,9 +1796,11 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     # What becomes a daemon stays a descendant, whom Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    app = os.path.basename(words[0])
-    supervisor = Supervisor(programs, gateway, app, verbose)
-    command = Command(words, assemble(supervisor.ignored()))
+    # Each connection is a descriptor here, and some in the helper.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
+    supervisor = Supervisor(programs, gateway, os.path.basename(words[0]), verbose)
+    command = Command(words, assemble(supervisor.ignored()), files)
 
     async def serve() -> None:
         command.attend()
