@@ -36,7 +36,7 @@ Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 1
 the command cannot be run, 127 if it is not found.
 
 Reading order.  Every section uses only the ones above it.  To follow a connection,
-start at Supervisor.connect(), and read Supervisor.dial() next.
+start at Supervisor.on_connect(), and read dial() next.
 
 It is not a fence: the fence is that the machine has no route.  It carries neither
 multicast nor ICMP.  In it, setuid programs gain no rights, and what lets nobody look
@@ -329,33 +329,26 @@ class Settings:
     udp: str = "yes"
 
 
-def parse_word(words: str, text: str) -> str:
-    if text not in words.split():
-        raise ValueError(f"{text!r} is not one of: {words}")
-    return text
+OF_RUN = ("gateway", "user", "password")
+CHOICES = {"redirect": "yes no", "dns": "gateway local fake", "udp": "yes local no"}
+SETTINGS = [*Settings.__annotations__]
 
 
-def parse_ports(text: str) -> list[range]:
-    """Return ranges of ports, such as "80, 8000-8010"; raise ValueError."""
-    found = []
+def parse_setting(name: str, text: str) -> Any:
+    """Return the value of a setting; raise ValueError."""
+    if name in CHOICES and text not in CHOICES[name].split():
+        raise ValueError(f"{text!r} is not one of: {CHOICES[name]}")
+    if name == "direct":
+        return parse_blocks(text)
+    if name not in ("direct_ports", "listen"):
+        return text
+    ranges = []
     for word in text.replace(",", " ").split():
         low, _, high = word.partition("-")
-        found.append(range(int(low), int(high or low) + 1))
-        if not found[-1] or found[-1][-1] > 65535:
+        ranges.append(range(int(low), int(high or low) + 1))
+        if not ranges[-1] or ranges[-1][-1] > 65535:
             raise ValueError(f"{word!r} is not a range of ports")
-    return found
-
-
-OF_RUN = ("gateway", "user", "password")
-PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(OF_RUN, str),
-    "redirect": functools.partial(parse_word, "yes no"),
-    "dns": functools.partial(parse_word, "gateway local fake"),
-    "direct": parse_blocks,
-    "direct_ports": parse_ports,
-    "listen": parse_ports,
-    "udp": functools.partial(parse_word, "yes local no"),
-}
+    return ranges
 
 
 Programs = defaultdict[str, Settings]
@@ -381,9 +374,9 @@ def read_settings(path: str) -> Programs:
             for name, text in texts.items():
                 at = f"{path}, [{section}] {name}"
                 misplaced = name in OF_RUN and parser.defaults().get(name) != text
-                if name not in PARSERS or misplaced:
-                    raise ValueError(f"there is no such setting: {' '.join(PARSERS)}")
-                values[name] = PARSERS[name](text)
+                if name not in SETTINGS or misplaced:
+                    raise ValueError(f"there is no such setting: {' '.join(SETTINGS)}")
+                values[name] = parse_setting(name, text)
             # The kernel knows a program by 15 letters.
             programs[section[:15]] = Settings(**values)
     except (OSError, ValueError, configparser.Error) as error:
@@ -597,6 +590,7 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
 def find_gateway(option: str, settings: Settings) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
+    # The default route's: in the table, an address is a number of this machine.
     routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
     packed = [int(router, 16).to_bytes(4, sys.byteorder) for router in routers]
     router = socket.inet_ntop(socket.AF_INET, packed[0]) if packed else ""
@@ -855,25 +849,22 @@ class Names:
         self, query: bytes, server: Endpoint, app: str, near: bool
     ) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
-        loop, inside = (
-            asyncio.get_running_loop(),
-            self.gateway.has_inside(server.packed),
-        )
-        if near and not inside:
-            raise failure(errno.EHOSTUNREACH)
-        kind = socket.SOCK_DGRAM if inside else socket.SOCK_STREAM
-        family = server.family if inside else self.gateway.at.family
-        with limit(QUERY_TIME), socket.socket(family, kind) as sock:
-            if inside:
-                sock.setblocking(False)
-                sock.connect(server.pair())
-                await loop.sock_sendall(sock, query)
-                return await loop.sock_recv(sock, 65535)
-            await self.gateway.talk(sock, CONNECT, server, app)
-            # RFC 1035 section 4.2.2: by TCP, a length comes first.
-            await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
-            size = await receive(sock, 2)
-            return await receive(sock, int.from_bytes(size, "big"))
+        loop = asyncio.get_running_loop()
+        with limit(QUERY_TIME):
+            if self.gateway.has_inside(server.packed):
+                with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
+                    sock.setblocking(False)
+                    sock.connect(server.pair())
+                    await loop.sock_sendall(sock, query)
+                    return await loop.sock_recv(sock, 65535)
+            if near:
+                raise failure(errno.EHOSTUNREACH)
+            with socket.socket(self.gateway.at.family) as sock:
+                await self.gateway.talk(sock, CONNECT, server, app)
+                # RFC 1035 section 4.2.2: by TCP, a length comes first.
+                await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
+                size = await receive(sock, 2)
+                return await receive(sock, int.from_bytes(size, "big"))
 
     async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
@@ -1156,16 +1147,15 @@ class Association:
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(
-        self, gateway: Gateway, names: Names, helper: Helper, app: str
-    ) -> None:
+    def __init__(self, names: Names, helper: Helper, app: str) -> None:
         """Have a namespace made for them; raise OSError."""
-        self.gateway, self.names, self.app, self.helper = gateway, names, app, helper
+        self.gateway, self.names = names.gateway, names
+        self.helper, self.app = helper, app
         self.cable = helper.make(socket.AF_PACKET, socket.SOCK_RAW)
         self.cable.setblocking(False)
         self.associations: dict[Endpoint, Association] = {}
         # Asked for each datagram.
-        self.has_inside = functools.lru_cache(RECORDS)(gateway.has_inside)
+        self.has_inside = functools.lru_cache(RECORDS)(self.gateway.has_inside)
         self.head = functools.lru_cache(RECORDS)(
             lambda there: bytes(3) + request_of(0, there)[3:]
         )
@@ -1199,14 +1189,14 @@ class Datagrams:
 
     def send(self, one: Association, there: Endpoint, data: bytes) -> None:
         """Send something for an association; raise OSError."""
-        if there.family not in one.socks:
-            sock = one.socks[there.family] = socket.socket(
-                there.family, socket.SOCK_DGRAM
-            )
+        sock = one.socks.get(there.family)
+        if not sock:
+            sock = socket.socket(there.family, socket.SOCK_DGRAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             sock.setblocking(False)
             asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
-        one.socks[there.family].sendto(data, there.pair())
+            one.socks[there.family] = sock
+        sock.sendto(data, there.pair())
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace."""
@@ -1228,23 +1218,20 @@ class Datagrams:
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
+        gateway = self.gateway
         try:
-            with socket.socket(self.gateway.at.family) as control:
+            with socket.socket(gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
                 where = Endpoint(bytes(4), one.here.port)
-                host, port = await self.gateway.talk(
-                    control, ASSOCIATE, where, self.app
-                )
-                one.relay = Endpoint(
-                    host if any(host) else self.gateway.at.packed, port
-                )
+                host, port = await gateway.talk(control, ASSOCIATE, where, self.app)
+                one.relay = Endpoint(host if any(host) else gateway.at.packed, port)
                 for message in one.queue:
                     self.send(one, one.relay, message)
                 one.queue.clear()
                 await receive(control, 1)
         except OSError as error:
             if not one.relay:
-                say(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
+                say(f"cannot send datagrams by {gateway.at}: {reason(error)}")
         finally:
             one.relay, one.task = None, None
 
@@ -1270,12 +1257,6 @@ class Datagrams:
 # fails here is an answer, too, and never "go on".
 
 
-def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Say what has gone wrong in steps that should never fail."""
-    error = context.get("exception")
-    say(f"fault: {type(error).__name__}: {error or context.get('message')}")
-
-
 class Supervisor:
     """The answers to the calls of a run.
 
@@ -1298,7 +1279,7 @@ class Supervisor:
         self.session: asyncio.Task[None] | None = None
         try:
             if gateway.udp:
-                self.datagrams = Datagrams(gateway, self.names, self.helper, app)
+                self.datagrams = Datagrams(self.names, self.helper, app)
         except OSError as error:
             say(f"datagrams are not carried, but for names: {reason(error)}")
 
@@ -1317,7 +1298,11 @@ class Supervisor:
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
         loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
-        loop.set_exception_handler(tell_fault)
+        loop.set_exception_handler(
+            lambda _, fault: say(
+                f"fault: {fault.get('exception') or fault['message']!r}"
+            )
+        )
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
             loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
@@ -1725,7 +1710,8 @@ class Command:
         except OSError as error:
             raise Fault(f"cannot take the listener: {reason(error)}") from None
         os.close(process)
-        ours.send(b"+")
+        with ours:
+            ours.send(b"+")
 
     def become(self, words: list[str], code: bytes, natrun: int) -> NoReturn:
         """Become the command, in the child."""
