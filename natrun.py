@@ -1286,8 +1286,8 @@ class Supervisor:
     def ignored(self) -> set[str]:
         """Return the calls that it need not be notified of."""
         refused = any(program.udp == "no" for program in self.programs.values())
-        accepting = set() if self.gateway.mappings else {"accept", "accept4"}
-        return accepting if self.datagrams or refused else accepting | {"socket"}
+        accepts = set() if self.gateway.mappings else {"accept", "accept4"}
+        return accepts if self.datagrams or refused else accepts | {"socket"}
 
     def once(self, text: str) -> None:
         """Say what holds for the whole run."""
@@ -1299,9 +1299,7 @@ class Supervisor:
         """Answer the calls that a listener brings, until none can come."""
         loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
         loop.set_exception_handler(
-            lambda _, fault: say(
-                f"fault: {fault.get('exception') or fault['message']!r}"
-            )
+            lambda _, met: say(f"fault: {met.get('exception') or met['message']!r}")
         )
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
@@ -1657,7 +1655,7 @@ class Supervisor:
             await asyncio.sleep(1)
             if self.datagrams:
                 self.datagrams.sweep()
-            # With many sockets, to look is not for nothing.
+            # To look costs, where there are many sockets.
             if second % 60 and not any(flow.mapped for flow in self.flows.values()):
                 continue
             tables = [f"/proc/net/{name}" for name in ("tcp", "tcp6", "udp", "udp6")]
@@ -1683,8 +1681,8 @@ class Supervisor:
 # --- The command --------------------------------------------------------------
 
 # What a person or a service manager sends; the rest mean a fault, or stop and go on.
-NAMES = "HUP INT QUIT TERM USR1 USR2 WINCH CHLD"
-HANDLED = {getattr(signal, f"SIG{name}") for name in NAMES.split()}
+SIGNALS = "HUP INT QUIT TERM USR1 USR2 WINCH CHLD"
+HANDLED = {getattr(signal, f"SIG{name}") for name in SIGNALS.split()}
 SI_KERNEL = 0x80
 
 
@@ -1798,7 +1796,7 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     asyncio.run(serve())
 
 
-def check(option: list[str], settings: Settings) -> int:
+def check(given: dict[str, str], settings: Settings) -> int:
     """Say what works on this machine, and what does not and why."""
     python = ".".join(map(str, sys.version_info[:3]))
     say(f"Linux {os.uname().release} on {MACHINE}, Python {python}")
@@ -1811,13 +1809,14 @@ def check(option: list[str], settings: Settings) -> int:
         say("namespace: yes")
     except OSError as error:
         say(f"namespace: no, {reason(error)}: of datagrams, only names are carried")
-    gateway = find_gateway("".join(option), settings)
+    gateway = find_gateway(given.get("-g", ""), settings)
     what = "NATWork" if gateway.natwork else "a SOCKS server"
     say(f"gateway: {gateway.at}, {what}")
     for name, have in (("datagrams", gateway.udp), ("listening", gateway.mappings)):
         say(f"{name}: {'yes' if have else 'no, the gateway does not offer it'}")
     # It says itself what the kernel does not let it do.
-    words = [sys.executable, sys.argv[0], *(["-g", *option] if option else []), "true"]
+    options = [word for flag in ("-g", "-c") for word in (flag, given.get(flag, ""))]
+    words = [sys.executable, sys.argv[0], *options, "true"]
     code = os.spawnv(os.P_WAIT, sys.executable, words)
     say(f"programs: {'no' if code else 'yes'}")
     return 125 if code else 0
@@ -1835,7 +1834,7 @@ def main() -> int:
             return 0
         programs = read_settings(given.get("-c", ""))
         if "--check" in given:
-            return check([given["-g"]] if "-g" in given else [], programs["natrun"])
+            return check(given, programs["natrun"])
         gateway = find_gateway(given.get("-g", ""), programs["natrun"])
         if not words:
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")

@@ -658,6 +658,20 @@ def test_it_says_what_works(rig: Rig, user: str) -> None:
     )
 
 
+def test_it_checks_with_the_settings_that_are_named(rig: Rig) -> None:
+    settings = rig.home("nobody") / "check.conf"
+    settings.write_text("[natrun]\ngateway = 10.9.0.1:9\n")
+    option = ["-c", str(settings), "--check"]
+    lost = rig.natrun("nobody", *option, gateway="")
+    assert lost.returncode == 125 and "10.9.0.1:9: connection" in lost.stderr
+    settings.write_text("[natrun]\ngateway = 10.9.0.1:8080\n[curl]\nudp = local\n")
+    done = rig.natrun("nobody", *option, gateway="")
+    assert done.returncode == 0 and done.stderr.endswith("programs: yes\n")
+    settings.write_text("[curl]\ngateway = 10.9.0.1:8080\n")
+    misplaced = rig.natrun("nobody", *option, gateway="")
+    assert "[curl] gateway: there is no such setting: " in misplaced.stderr
+
+
 def test_it_says_what_it_is() -> None:
     assert local("--version").stdout.startswith("natrun 0.")
     assert "Usage:" in local("--help").stdout
