@@ -1388,7 +1388,7 @@ class Supervisor:
                 return self.connect_datagrams(call, sock, target, near)
         flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
         connected = is_connected(sock)
-        if connected or flow and flow.error:
+        if connected or flow and flow.error:  # it has been tried before
             with sock:
                 if not flow or connected and not (flow.pending and flow.waits):
                     return errno.EISCONN
@@ -1413,9 +1413,10 @@ class Supervisor:
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
     ) -> None:
         """Have the gateway connect to the target of a flow, and settle it."""
-        gateway, target, error = self.gateway, flow.peer, errno.EIO
-        server = socket.socket(gateway.at.family) if paired else sock
+        gateway, target, server, error = self.gateway, flow.peer, sock, errno.EIO
         try:
+            if paired:
+                server = socket.socket(gateway.at.family)
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
             host, port = await gateway.talk(server, CONNECT, where, app)
@@ -1430,7 +1431,7 @@ class Supervisor:
             if isinstance(failed, Lost):
                 self.once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
         finally:
-            if paired:
+            if server is not sock:
                 server.close()
             self.settle(sock, flow, error)
 
@@ -1620,7 +1621,7 @@ class Supervisor:
                 await ready.wait()
             finally:
                 loop.remove_reader(sock)
-        one = flow.accepted.pop() if flow.accepted else sock.accept()[0]
+        one = flow.accepted.pop(0) if flow.accepted else sock.accept()[0]
         try:
             await self.present(call, one, flow.local)
         except BaseException:
