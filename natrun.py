@@ -821,7 +821,12 @@ class Names:
         task = asyncio.ensure_future(self.answer(query, server, app))
         self.tasks.add(task)  # asyncio itself does not keep it
         task.add_done_callback(self.tasks.discard)
-        task.add_done_callback(lambda done: reply(done.result()))
+
+        def deliver(done: asyncio.Task[bytes]) -> None:
+            with contextlib.suppress(OSError):  # one lost datagram
+                reply(done.result())
+
+        task.add_done_callback(deliver)
 
     async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return the response to a query that a program sent to a server."""
@@ -1048,25 +1053,21 @@ class WaitingRoom:
     """
 
     def __init__(self) -> None:
-        self.listener = self.bind("127.0.0.1", 0)
-        self.listener.listen(0)
+        where = "127.0.0.1", 0
+        self.listener = socket.create_server(where, backlog=0, reuse_port=True)
         self.at = endpoint(self.listener.getsockname())
         self.filler = socket.create_connection(self.at.pair())
 
-    def bind(self, *address: Any) -> socket.socket:
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(address)
-        return sock
-
     async def meet(self, sock: socket.socket) -> socket.socket:
         """Return a socket that is connected to one that waits there; raise OSError."""
-        near, address = self.bind(*self.at.pair()), endpoint(sock.getsockname()).pair()
-        near.setblocking(False)
+        near, loop = socket.socket(), asyncio.get_running_loop()
         try:
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            near.bind(self.at.pair())
+            near.setblocking(False)
             with limit(REACH_TIME):
                 # TCP simultaneous open: RFC 9293 section 3.5.
-                await asyncio.get_running_loop().sock_connect(near, address)
+                await loop.sock_connect(near, endpoint(sock.getsockname()).pair())
             return near
         except BaseException:
             near.close()
@@ -1199,9 +1200,8 @@ class Datagrams:
         sock.sendto(data, there.pair())
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
-        """Put a datagram into the namespace."""
-        with contextlib.suppress(OSError):  # one lost datagram
-            self.cable.send(write_packet(source, target, data))
+        """Put a datagram into the namespace; raise OSError."""
+        self.cable.send(write_packet(source, target, data))
 
     def read(self, one: Association, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
@@ -1540,12 +1540,9 @@ class Supervisor:
         with contextlib.suppress(OSError):
             query, sender = self.server.recvfrom(65535)
             server, app = self.asked.get(sender[1], (NOWHERE, "?"))
-
-            def reply(found: bytes) -> None:
-                with contextlib.suppress(OSError):
-                    self.server.sendto(found, sender)
-
-            self.names.begin(query, server, app, reply)
+            self.names.begin(
+                query, server, app, lambda found: self.server.sendto(found, sender)
+            )
 
     async def on_bind(self, call: Call) -> int:
         """Bind to the outside address, or to a port that is to be there."""
