@@ -356,7 +356,7 @@ def orphaned(host: str, port: str) -> None:
 
 def separate(host: str, port: str) -> list[Any]:
     """Connect in a thread with descriptors of its own; say whose socket it was."""
-    made, other_made, found = threading.Event(), threading.Event(), []
+    made, other_made, found = threading.Event(), threading.Event(), list[Any]()
 
     def connect() -> None:
         assert LIBC.unshare(CLONE_FILES) == 0
@@ -607,7 +607,7 @@ def paired_datagrams(host: str) -> list[Any]:
                 return [told(error)]
 
 
-def burst(place: str, count: str) -> int:
+def burst(place: str, count: str) -> None:
     """Send many datagrams without a pause, once the first is answered."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(10)
@@ -616,9 +616,7 @@ def burst(place: str, count: str) -> int:
         sock.recv(100)
         for number in range(int(count)):
             sock.send(b"%d" % number)
-        print("sent", flush=True)
-        sys.stdin.read()  # its socket is there until it is told to end
-    return int(count)
+        signal.pause()  # its socket is there until it is told to end
 
 
 def unconnected(place: str) -> str:

@@ -380,21 +380,6 @@ def test_many_are_connected_under_a_usual_limit(rig: Rig) -> None:
     assert (done.stdout, done.stderr) == ("300\n", "")
 
 
-@contextlib.contextmanager
-def barred(rig: Rig, *places: str, how: str = "unreachable") -> Iterator[None]:
-    """Let nothing go to some places past the gateway: connect() has EHOSTUNREACH."""
-    with contextlib.ExitStack() as undo:
-        for place in places:
-            family = "-6" if ":" in place else "-4"
-            for word in ("add", "del"):
-                command = ["ip", family, "route", word, how, place]
-                if word == "add":
-                    assert rig.box.run("inside", *command).returncode == 0
-                else:
-                    undo.callback(rig.box.run, "inside", *command)
-        yield
-
-
 @users
 @pytest.mark.parametrize(
     ("host", "lengths"),
@@ -406,7 +391,7 @@ def barred(rig: Rig, *places: str, how: str = "unreachable") -> Iterator[None]:
 def test_an_address_may_be_of_any_length(
     rig: Rig, user: str, host: str, lengths: str
 ) -> None:
-    with barred(rig, host):
+    with rig.barred(host):
         found = rig.probe(user, "sizes", host, "80", *lengths.split())
     assert found == dict.fromkeys(lengths.split(), "ok")
 
@@ -688,7 +673,7 @@ def test_a_thread_has_the_settings_of_its_program(rig: Rig, user: str) -> None:
     settings.write_text("[python3]\nredirect = no\n")
     script = str(rig.folder / "natrun_probe.py")
     words = ["-c", str(settings), PYTHON, script]
-    with barred(rig, SERVER):
+    with rig.barred(SERVER):
         for name in ("unnamed", "named"):
             said = rig.output(user, *words, name, SERVER, "80")
             assert said == '["EHOSTUNREACH"]\n', name
