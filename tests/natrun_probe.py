@@ -439,9 +439,9 @@ def multipath(host: str, port: str) -> list[str]:
     """Get a page by sockets of MPTCP, one that waits and one that does not."""
     found = []
     for blocks in (True, False):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP) as sock:
-            sock.settimeout(None if blocks else 10)
-            try:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP) as sock:
+                sock.settimeout(None if blocks else 10)
                 sock.connect((host, int(port)))
                 sock.settimeout(10)
                 sock.sendall(b"GET /page HTTP/1.0\r\n\r\n")
@@ -449,8 +449,8 @@ def multipath(host: str, port: str) -> list[str]:
                 while piece := sock.recv(1000):
                     said += piece
                 found.append(said.decode()[-6:])
-            except OSError as error:
-                found.append(told(error))
+        except OSError as error:
+            found.append(told(error))
     return found
 
 
@@ -608,15 +608,16 @@ def paired_datagrams(host: str) -> list[Any]:
 
 
 def burst(place: str, count: str) -> None:
-    """Send many datagrams without a pause, once the first is answered."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    """Send many datagrams without a pause, in turn on four sockets that are used."""
+    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(4)]
+    for sock in socks:
         sock.settimeout(10)
         sock.connect(where(place))
         sock.send(b"first")
         sock.recv(100)
-        for number in range(int(count)):
-            sock.send(b"%d" % number)
-        signal.pause()  # its socket is there until it is told to end
+    for number in range(int(count)):
+        socks[number % 4].send(b"%d" % number)
+    signal.pause()  # its sockets are there until it is told to end
 
 
 def unconnected(place: str) -> str:

@@ -225,11 +225,11 @@ def test_a_program_is_given_no_socket_of_ours(rig: Rig, user: str) -> None:
 def test_a_burst_of_datagrams_goes_through(rig: Rig) -> None:
     echo = rig.box.within("outside", lambda: Echo(SERVER))
     started = rig.start("nobody", *probe(rig, "burst", echo.place, "400"), name="burst")
-    wait.until(lambda: echo.got)
+    wait.until(lambda: echo.got >= 4)
     wait.at_rest(lambda: echo.got, 1)
     started.process.terminate()
     echo.close()
-    assert echo.got == 401
+    assert echo.got == 404
 
 
 def test_a_dead_gateway_is_told_once_and_nothing_comes_late(rig: Rig) -> None:
