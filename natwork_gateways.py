@@ -263,14 +263,14 @@ def ftp_list(exchange: Exchange, path: str) -> None:
     """Answer with a directory, as a page; raise Refused."""
     if path:
         ask(exchange, f"CWD {path}", "2")
-    # Some servers refuse to list an empty directory, which CWD has shown to be there.
-    refusals, entries = "45" if path else "", [""]
+    entries = [""]
     with data_connection(exchange) as data:
-        reply = ask(exchange, "LIST", "1" + refusals)
+        # Some servers refuse to list an empty directory; it is there, for we are in it.
+        reply = ask(exchange, "LIST", "145")
         if reply[0] == "1":
             entries = read_lines(exchange, data)
     if reply[0] == "1":
-        hear(exchange, "2" if any(entries) else "2" + refusals)
+        hear(exchange, "2" if any(entries) else "245")
     # Relative links, which a URL without its last slash resolves one level up.
     name = path.rpartition("/")[2]
     base = f"{quoted(name)}/" if name else ""

@@ -917,8 +917,6 @@ def test_a_directory_that_is_not_listed_is_empty(
 @pytest.mark.parametrize(
     ("path", "data", "replies", "status"),
     [
-        ("/", b"", {"LIST": b"450 none"}, 502),  # no CWD has shown that it is there
-        ("/", b"", {"LIST": b"550 none"}, 404),
         ("/a/", b"", {"CWD": b"550 none", "LIST": b"450 none"}, 404),
         ("/a/", b"", {"CWD": b"450 none", "LIST": b"450 none"}, 502),
         ("/a/", b"", {"LIST": b"421 not now"}, 502),  # the server leaves
@@ -1061,6 +1059,8 @@ def test_curl_and_wget_read_from_servers_that_refuse(
         ("/file", b"the file", {"USER": many, "SIZE": b"450 no"}, "the file"),
         ("/a/", b"", {"LIST": b"550 none"}, '<a href="../">'),
         ("/a/", b"", {"LIST": b"450 none"}, '<a href="../">'),
+        ("/", b"", {"LIST": b"550 none"}, "<pre>"),
+        ("/", b"", {"LIST": b"450 none"}, "<pre>"),
         ("/a/", listing, {}, '<a href="name/">name/</a>'),
         ("/a/", ls, {"PASV": b"502 no"}, '<a href="a%20file">a file</a>'),
     ]

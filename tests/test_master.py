@@ -192,9 +192,10 @@ def test_a_client_wakes_one_worker(
 
 def test_short_clients_meet_few_workers(natwork: running.Start) -> None:
     gateway = natwork("spare_workers=8")
-    gateway.ready(8)
-    assert [get(gateway) for _ in range(40)] == [403] * 40
-    assert len({line["pid"] for line in gateway.lines(40)}) <= 5
+    for _ in range(20):
+        gateway.ready(8)  # on a busy machine the last one may not be idle again yet
+        assert get(gateway) == 403
+    assert len({line["pid"] for line in gateway.lines(20)}) <= 5
 
 
 def test_the_kernel_asks_no_worker_with_a_tunnel_to_take_a_client(

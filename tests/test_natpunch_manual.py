@@ -12,6 +12,7 @@ from pathlib import Path
 import natlab
 import punching
 import pytest
+import readme
 import test_manuals
 import test_natpunch_clients
 
@@ -20,7 +21,9 @@ keys = test_natpunch_clients.keys
 
 def test_the_first_screen_works_as_written(keys: Path, tmp_path: Path) -> None:
     text = test_manuals.section("natpunch.1", "DESCRIPTION")
-    secret, serve, far, ssh = re.findall(r"^\.Dl \$ (.*)$", text, re.M)
+    commands = re.findall(r"^\.Dl \$ (.*)$", text, re.M)
+    assert readme.block("Machines behind NATs", "(").splitlines() == commands
+    secret, serve, far, ssh = commands
     program = tmp_path / "natpunch"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {punching.PROGRAM} "$@"\n')
     program.chmod(0o755)

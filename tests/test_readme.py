@@ -129,6 +129,12 @@ RUNS = {
     ],
     ".ci/run runs it": ["python3 -m venv .venv"],
     "test_manuals.test_man_has_nothing_to_say": ["man -l"],
+    "test_natpunch_manual.test_the_first_screen_works_as_written": [
+        "(umask 077",
+        "natpunch serve",
+        "natpunch -s",
+        "ssh -o ProxyCommand='natpunch",
+    ],
     "package.build": ["dpkg-buildpackage"],
     "package.Host": ["apt install ./natwork"],
     "test_package.test_purged_it_leaves_nothing": ["apt purge"],
