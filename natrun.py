@@ -111,8 +111,13 @@ def say(text: str) -> None:
         os.write(2, f"natrun: {line}\n".encode())
 
 
+say_once = functools.cache(say)  # what holds for the whole run
+
+
 def reason(error: Exception) -> str:
     """Return why something failed, in the system's words if it has any."""
+    if isinstance(error, ValueError):  # it quotes what somebody wrote
+        return str(error)
     own = getattr(error, "strerror", "") or str(error) or type(error).__name__
     code = 0 if isinstance(error, Lost) else getattr(error, "errno", 0)
     return (os.strerror(code) if code in errno.errorcode else str(own)).lower()
@@ -128,14 +133,14 @@ def failure(code: int) -> OSError:
 # <linux/prctl.h> and <linux/sched.h>.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-PIDFD_GETFD = 438
+PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
 NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
 ERESTARTSYS = 512  # not in errno: no program is to see it
-SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 57, 71, 30
-MSG_FASTOPEN = 0x20000000
+SO_RCVBUFFORCE, SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 33, 57, 71, 30
+MPTCP, MSG_FASTOPEN = 262, 0x20000000
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 
@@ -154,11 +159,11 @@ def cookie(sock: socket.socket, option: int = SO_COOKIE) -> bytes:
     return sock.getsockopt(socket.SOL_SOCKET, option, 8)
 
 
-def rows(path: str) -> list[list[str]]:
-    """Return the words of each line of a table of sockets."""
-    with contextlib.suppress(OSError), open(path) as table:
-        return [line.split() for line in table][1:]
-    return []
+def rows(*paths: str) -> Iterator[list[str]]:
+    """Yield the words of each line of tables of sockets."""
+    for path in paths:
+        with contextlib.suppress(OSError), open(path) as table:
+            yield from [line.split() for line in table][1:]
 
 
 # --- The filter ---------------------------------------------------------------
@@ -170,8 +175,9 @@ LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, NOTIFY, FAIL = 0x7FFF0000, 0x7FC00000, 0x00050000
 WHOLE = 0xFFFFFFFF
 # A test is an argument, a mask, and the values that the argument may have under it.
-# sockaddr_in, sockaddr_in6 and sockaddr_storage: AF_UNIX mostly has other lengths.
-INTERNET = (2, WHOLE, 16, 28, 128)
+# From sockaddr_in to sockaddr_in6, and sockaddr_storage.  The kernel takes others, too,
+# but those are of AF_UNIX, which is not to pay.
+INTERNET = (2, WHOLE, *range(16, 29), 128)
 SO_ERROR = (1, WHOLE, socket.SOL_SOCKET), (2, WHOLE, socket.SO_ERROR)
 UDP = (0, WHOLE, socket.AF_INET, socket.AF_INET6), (1, 15, socket.SOCK_DGRAM)
 # A call, its numbers on the machines, what becomes of it, and under which tests.
@@ -245,6 +251,11 @@ class Endpoint(NamedTuple):
     def family(self) -> int:
         return socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6
 
+    @property
+    def linked(self) -> bool:
+        """Return whether it is ::1 or fe80::, which lead out of no namespace."""
+        return self.packed == bytes(15) + b"\1" or self.packed[:2] == b"\xfe\x80"
+
     def pair(self, family: int = 0) -> tuple[str, int]:
         """Return host and port, as a socket of a family wants them."""
         host = socket.inet_ntop(self.family, self.packed)
@@ -267,8 +278,9 @@ def unmapped(packed: bytes) -> bytes:
 
 def endpoint(address: tuple[Any, ...]) -> Endpoint:
     """Return the endpoint of an address as Python has it."""
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return Endpoint(unmapped(socket.inet_pton(family, address[0])), address[1])
+    host, _, _ = address[0].partition("%")  # the device of fe80::
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return Endpoint(unmapped(socket.inet_pton(family, host)), address[1])
 
 
 def parse_sockaddr(raw: bytes) -> Endpoint | None:
@@ -314,7 +326,7 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 # not say otherwise.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
     """What the settings say of a program; the first three, of the run."""
 
@@ -344,10 +356,11 @@ def parse_setting(name: str, text: str) -> Any:
         return text
     ranges = []
     for word in text.replace(",", " ").split():
-        low, _, high = word.partition("-")
-        ranges.append(range(int(low), int(high or low) + 1))
-        if not ranges[-1] or ranges[-1][-1] > 65535:
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word)
+        ports = range(int(match[1]), int(match[2] or match[1]) + 1) if match else None
+        if not ports or ports[-1] > 65535:
             raise ValueError(f"{word!r} is not a range of ports")
+        ranges.append(ports)
     return ranges
 
 
@@ -367,8 +380,10 @@ def read_settings(path: str) -> Programs:
     parser = configparser.ConfigParser(default_section="natrun", interpolation=None)
     programs: dict[str, Settings] = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
+        if parser.has_section("DEFAULT"):
+            raise ValueError("[DEFAULT] is no program: what is for all is in [natrun]")
         for section, texts in parser.items():
             values = {}
             for name, text in texts.items():
@@ -393,6 +408,7 @@ CONNECT, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 3, 0xF0, 0xF1  # the last two are 
 REPLIES = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.ECONNREFUSED}
 REPLIES |= {6: errno.ETIMEDOUT, 7: errno.EOPNOTSUPP, 8: errno.EAFNOSUPPORT}
 DOMAIN = 3  # an address that is a name
+DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 PMP_PORT = 5351
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
 PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?")
@@ -400,10 +416,10 @@ PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Let steps take no longer; raise OSError.  It is asyncio.timeout() of 3.11."""
+    """Let steps take no longer, if told; raise OSError.  3.11 has asyncio.timeout()."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task
-    timer = loop.call_later(seconds, task.cancel)
+    timer = loop.call_later(seconds or 1e9, task.cancel)
     try:
         yield
     except asyncio.CancelledError:
@@ -451,6 +467,12 @@ class Gateway:
         """Return whether an address is reached without the gateway."""
         return packed == self.at.packed or within(self.inside, packed)
 
+    def is_near(self, program: Settings, target: Endpoint) -> bool:
+        """Return whether a program reaches a target without the gateway."""
+        near = self.has_inside(target.packed) or within(program.direct, target.packed)
+        direct = near or any(target.port in ports for ports in program.direct_ports)
+        return direct or program.redirect == "no"
+
     def address(self, like: Endpoint) -> bytes:
         """Return the outside address that is for targets like one."""
         size = len(like.packed)
@@ -458,7 +480,8 @@ class Gateway:
 
     def login(self, app: str) -> list[bytes]:
         """Return the user that its log is to have, and a password."""
-        claimed = "" if self.password else f";app={app};host={socket.gethostname()}"
+        known = self.natwork or not self.password  # NATWork's users end at the ";"
+        claimed = f";app={app};host={socket.gethostname()}" if known else ""
         return [(self.user + claimed).encode()[:255], self.password.encode()[:255]]
 
     async def talk(
@@ -520,8 +543,7 @@ class Gateway:
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
         answer = struct.pack("!HHIHHI", 0, 3, 0, 0, 0, 0)  # the network is down
-        with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
+        with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
             for patience in (0.25, 0.5, 1.0):
                 await loop.sock_sendall(sock, request)
@@ -552,7 +574,7 @@ async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
 def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     """Return the gateway at a place; raise OSError, or ValueError for what is none.
 
-    What was named, and speaks no HTTP, is a SOCKS server.
+    What was named, and answers no HTTP or closes, is a SOCKS server.
     """
     match, host = PLACE.fullmatch(text), text
     if match:
@@ -563,7 +585,7 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
             inside = [*lat["inside"]]
-        except (LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError):
+        except (LookupError, TypeError, ValueError, ConnectionResetError):
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
@@ -620,6 +642,8 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
 SOL_PACKET, IGNORE_OUTGOING = 263, 23
+OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
+FORBIDDEN = errno.ENOSPC, errno.EUSERS, errno.EPERM, errno.EACCES
 END = b"\2natru"  # the address of both ends of the cable, made up
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
@@ -644,8 +668,12 @@ def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
         raise failure(-code)
 
 
-def make_namespace(outside: Blocks) -> socket.socket:
+def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     """Put this process into a namespace with a cable; return the cable's other end."""
+    routes = [(bytes(len(own)), b"\xff" * len(own)) for own, _ in outside]
+    if all(len(own) == 4 for own, _ in outside):  # IPv6 goes to the inside only
+        outside = [*outside, (OWN_IPV6, OWN_IPV6)]
+        routes += [block for block in inside if len(block[0]) == 16]
     system(LIBC.unshare, NEWUSER | NEWNET)
     for name, value in SYSCTLS.items():
         with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
@@ -659,27 +687,36 @@ def make_namespace(outside: Blocks) -> socket.socket:
         for index in (near, far):
             head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
             change(netlink, SETLINK, head, attribute(1, END))
-        for packed, _ in outside:
-            family, bits = Endpoint(packed, 0).family, 8 * len(packed)
+        for own, _ in outside:
+            family, bits = Endpoint(own, 0).family, 8 * len(own)
             head = struct.pack("=BBBBI", family, bits, NODAD, 0, near)
-            change(netlink, NEWADDR, head, attribute(1, packed), attribute(2, packed))
-            # The default route: main table, static, unicast.
-            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 4, 0, 1, 0)
+            change(netlink, NEWADDR, head, attribute(1, own), attribute(2, own))
+        device = attribute(4, struct.pack("=i", near))
+        for low, high in routes:
+            differ = int.from_bytes(low, "big") ^ int.from_bytes(high, "big")
+            family, bits = Endpoint(low, 0).family, 8 * len(low) - differ.bit_length()
+            # Main table, static, unicast.
+            head = struct.pack("=BBBBBBBBI", family, bits, 0, 0, 254, 4, 0, 1, 0)
             with contextlib.suppress(FileExistsError):  # of two addresses
-                change(netlink, NEWROUTE, head, attribute(4, struct.pack("=i", near)))
+                change(netlink, NEWROUTE, head, attribute(1, low), device)
     cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
+    for option in (socket.SO_RCVBUF, SO_RCVBUFFORCE):  # if it may: more at once
+        with contextlib.suppress(OSError):
+            cable.setsockopt(socket.SOL_SOCKET, option, 1 << 22)
     cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
     return cable
 
 
 def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
+    source.setblocking(True)
+    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with contextlib.ExitStack() as stack:
-        out, into = os.pipe()
-        stack.callback(os.close, out)
-        stack.callback(os.close, into)
         try:
+            out, into = os.pipe()
+            stack.callback(os.close, out)
+            stack.callback(os.close, into)
             while size := os.splice(source.fileno(), into, PIPE_SIZE):
                 if size == 65536:  # all that it holds: bulk comes
                     with contextlib.suppress(OSError):
@@ -695,7 +732,7 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                     sock.shutdown(socket.SHUT_RD)  # wakes the other direction
 
 
-def help_out(control: socket.socket, outside: Blocks) -> None:
+def help_out(control: socket.socket, *blocks: Blocks) -> None:
     """Make and join sockets, until nobody asks and nothing is under way."""
     # A reader of our output must not wait for that.
     for fd in range(3):
@@ -703,21 +740,19 @@ def help_out(control: socket.socket, outside: Blocks) -> None:
     threading.stack_size(64 * 1024)
     while True:
         asked, fds, _, _ = socket.recv_fds(control, 8, 2)
-        if fds:
-            one, other = (socket.socket(fileno=fd) for fd in fds)
-            for source, sink in ((one, other), (other, one)):
-                source.setblocking(True)
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=carry, args=(source, sink)).start()
-            # The thread that ends last lets go of both, which closes them.
-            del one, other, source, sink
+        if asked == b"+":
+            # Where no descriptor was left, fewer than two have come, and are closed.
+            socks = (socket.socket(fileno=fd) for fd in fds)
+            pairs = [*itertools.permutations(socks, 2)]
+            while pairs:  # the thread that ends last lets go of both
+                threading.Thread(target=carry, args=pairs.pop()).start()
             continue
         if not asked:
             break
         try:
             family, kind = struct.unpack("=ii", asked)
             cable = family == socket.AF_PACKET
-            made = make_namespace(outside) if cable else socket.socket(family, kind)
+            made = make_namespace(*blocks) if cable else socket.socket(family, kind)
             with made:
                 socket.send_fds(control, [b"+"], [made.fileno()])
         except OSError as error:
@@ -729,13 +764,13 @@ def help_out(control: socket.socket, outside: Blocks) -> None:
 class Helper:
     """The process, and what it is asked for."""
 
-    def __init__(self, outside: Blocks) -> None:
+    def __init__(self, *blocks: Blocks) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if not self.pid:
             try:
                 self.control.close()
-                help_out(theirs, outside)
+                help_out(theirs, *blocks)
             finally:
                 os._exit(0)
         theirs.close()
@@ -744,12 +779,12 @@ class Helper:
         """Return a socket of the namespace, or the cable to it; raise OSError."""
         self.control.send(struct.pack("=ii", family, kind))
         said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
+        if not fds and family == socket.AF_PACKET and int(said or 0) in FORBIDDEN:
+            raise OSError("user namespaces are forbidden (user.max_user_namespaces)")
         if not fds:
             raise failure(int(said or errno.EIO))  # or it has been killed
+        os.set_inheritable(fds[0], False)
         return socket.socket(fileno=fds[0])
-
-    def join(self, one: socket.socket, other: socket.socket) -> None:
-        socket.send_fds(self.control, [b"+"], [one.fileno(), other.fileno()])
 
 
 # --- Names --------------------------------------------------------------------
@@ -786,9 +821,8 @@ def reply_to(
 ) -> bytes:
     """Return the response to a query whose question ends there, with data or none."""
     flags = 0x8080 | query[2] << 8 & 0x100 | code
-    counts = (int(end > 12), int(bool(data)), 0, 0)
     record = struct.pack("!HHHIH", 0xC00C, kind, 1, NAME_TIME, len(data)) + data
-    head = query[:2] + struct.pack("!HHHHH", flags, *counts)
+    head = query[:2] + struct.pack("!HHHHH", flags, end > 12, bool(data), 0, 0)
     return head + query[12:end] + (record if data else b"")
 
 
@@ -808,25 +842,25 @@ class Names:
 
     def __init__(self, gateway: Gateway, programs: Programs) -> None:
         self.gateway, self.programs = gateway, programs
-        self.known: dict[bytes, tuple[float, asyncio.Future[bytes]]] = {}
+        self.known: dict[bytes, asyncio.Future[bytes]] = {}
         self.fakes: dict[bytes, bytes] = {}
         self.called: dict[bytes, bytes] = {}  # names by address
         self.only_fakes = False
-        self.tasks: set[asyncio.Task[bytes]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
 
     def begin(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
     ) -> None:
         """Have a query to a server answered, and the response brought to a function."""
-        task = asyncio.ensure_future(self.answer(query, server, app))
+
+        async def steps() -> None:
+            response = await self.answer(query, server, app)
+            with contextlib.suppress(OSError):  # one lost datagram
+                reply(response)
+
+        task = asyncio.ensure_future(steps())
         self.tasks.add(task)  # asyncio itself does not keep it
         task.add_done_callback(self.tasks.discard)
-
-        def deliver(done: asyncio.Task[bytes]) -> None:
-            with contextlib.suppress(OSError):  # one lost datagram
-                reply(done.result())
-
-        task.add_done_callback(deliver)
 
     async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return the response to a query that a program sent to a server."""
@@ -857,8 +891,7 @@ class Names:
         loop = asyncio.get_running_loop()
         with limit(QUERY_TIME):
             if self.gateway.has_inside(server.packed):
-                with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
-                    sock.setblocking(False)
+                with socket.socket(server.family, DATAGRAMS) as sock:
                     sock.connect(server.pair())
                     await loop.sock_sendall(sock, query)
                     return await loop.sock_recv(sock, 65535)
@@ -875,16 +908,14 @@ class Names:
         """Return the address of a name; raise OSError."""
         fake = self.programs[app].dns == "fake"
         if not fake and not self.only_fakes:
-            until, known = self.known.get(name, (0.0, None))
-            if not known or until < time.monotonic():
+            if name not in self.known:
                 # A resolver asks for A and AAAA at once: that is one question.
                 steps = self.resolve(RESOLVE, name + bytes(2), app)
-                known = asyncio.ensure_future(steps)
-                if len(self.known) > RECORDS:
-                    self.known.clear()
-                self.known[name] = time.monotonic() + NAME_TIME, known
+                self.known[name] = asyncio.ensure_future(steps)
+                loop = asyncio.get_running_loop()
+                loop.call_later(NAME_TIME, self.known.pop, name)
             try:
-                return await known
+                return await self.known[name]
             except OSError as error:
                 none = self.gateway.natwork or error.errno != errno.ECONNREFUSED
                 if none and error.errno != errno.EOPNOTSUPP:
@@ -925,9 +956,15 @@ class Call:
         # struct seccomp_notif, with its struct seccomp_data
         self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
         self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
-        self.app = "?"
-        with contextlib.suppress(OSError), open(f"/proc/{self.tid}/comm") as file:
-            self.app = file.read().rstrip("\n")
+
+    @functools.cached_property
+    def app(self) -> str:
+        """Return the name of the program, whatever a thread of it is called."""
+        with contextlib.suppress(OSError):
+            process = int(self.read_proc("status")["Tgid"])
+            with open(f"/proc/{process}/comm") as file:
+                return file.read().rstrip("\n")
+        return "?"
 
     def answer(self, error: int) -> None:
         proceed = error == PROCEED
@@ -946,11 +983,10 @@ class Call:
         fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
 
     def is_alive(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             fcntl.ioctl(self.listener, NOTIF_ID_VALID, struct.pack("=Q", self.id))
             return True
-        except OSError:
-            return False
+        return False
 
     def read_proc(self, name: str) -> dict[str, str]:
         """Return the lines of a file about the thread in /proc; raise OSError."""
@@ -970,8 +1006,8 @@ class Call:
         It is not a copy: what is done to it here is done there.
         """
         try:
-            process = os.pidfd_open(self.tid)
-        except OSError:  # it is not the first thread; PIDFD_THREAD came with Linux 6.9
+            process = os.pidfd_open(self.tid, PIDFD_THREAD)
+        except OSError:  # before Linux 6.9
             process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
         try:
             number = self.arguments[0] & WHOLE
@@ -980,7 +1016,7 @@ class Call:
             os.close(process)
         try:
             if self.is_alive():  # else the number may be another's by now
-                return socket.socket(fileno=fd)
+                return socket.socket(proto=0, fileno=fd)  # MPTCP is as TCP, to asyncio
             raise failure(errno.ESRCH)
         except OSError:
             os.close(fd)
@@ -1031,13 +1067,11 @@ class Flow:
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
     error: int = 0  # to be told once; EINPROGRESS until it is known
-    over: asyncio.Event = field(default_factory=asyncio.Event)  # it is known
     waits: bool = False  # it is not O_NONBLOCK
-    waiting: int = 0  # calls, for the end of
     task: asyncio.Task[None] | None = None
     mapped: int = 0  # the port here that a port of the outside leads to
-    accepted: list[socket.socket] = field(default_factory=list)  # for nobody yet
     seen: bool = False  # in the tables of the kernel
+    accepted: list[socket.socket] = field(default_factory=list)  # for nobody yet
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -1060,25 +1094,34 @@ class WaitingRoom:
 
     async def meet(self, sock: socket.socket) -> socket.socket:
         """Return a socket that is connected to one that waits there; raise OSError."""
-        near, loop = socket.socket(), asyncio.get_running_loop()
-        try:
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            near.bind(self.at.pair())
-            near.setblocking(False)
-            with limit(REACH_TIME):
-                # TCP simultaneous open: RFC 9293 section 3.5.
-                await loop.sock_connect(near, endpoint(sock.getsockname()).pair())
-            return near
-        except BaseException:
-            near.close()
-            raise
+        near, there = socket.socket(), endpoint(sock.getsockname()).pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        near.bind(self.at.pair())
+        near.setblocking(False)
+        with limit(REACH_TIME):
+            # TCP simultaneous open: RFC 9293 section 3.5.
+            await asyncio.get_running_loop().sock_connect(near, there)
+        return near
 
 
 def is_connected(sock: socket.socket) -> bool:
-    try:
+    """Return whether a socket is connected, or listens."""
+    with contextlib.suppress(OSError):
         return bool(sock.getpeername())
-    except OSError:
-        return False
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def patience(sock: socket.socket, option: int) -> float:
+    """Return SO_SNDTIMEO or SO_RCVTIMEO, which end a wait, or 0: socket(7)."""
+    whole, part = struct.unpack("ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
+    return float(whole + part / 1e6)
+
+
+def copy_options(old: socket.socket, new: socket.socket) -> None:
+    """Set what a program may have set on a socket of UDP before bind()."""
+    for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
+        value = old.getsockopt(socket.SOL_SOCKET, option)
+        new.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def free(sock: socket.socket) -> None:
@@ -1139,6 +1182,7 @@ class Association:
     """A port of the namespace, and how its datagrams leave the machine."""
 
     here: Endpoint
+    app: str  # the program whose settings hold
     socks: dict[int, socket.socket] = field(default_factory=dict)  # by family
     relay: Endpoint | None = None  # of the gateway, once it is known
     queue: list[bytes] = field(default_factory=list)  # until then
@@ -1155,8 +1199,9 @@ class Datagrams:
         self.cable = helper.make(socket.AF_PACKET, socket.SOCK_RAW)
         self.cable.setblocking(False)
         self.associations: dict[Endpoint, Association] = {}
+        self.apps: dict[int, str] = {}  # by the inode of a socket
         # Asked for each datagram.
-        self.has_inside = functools.lru_cache(RECORDS)(self.gateway.has_inside)
+        self.is_near = functools.lru_cache(RECORDS)(self.gateway.is_near)
         self.head = functools.lru_cache(RECORDS)(
             lambda there: bytes(3) + request_of(0, there)[3:]
         )
@@ -1165,20 +1210,18 @@ class Datagrams:
         """Carry what programs have sent."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):  # then others have their turn
-                packet = read_packet(self.cable.recv(65535 + 54))
-                if packet:
+                if packet := read_packet(self.cable.recv(65535 + 54)):
                     with contextlib.suppress(OSError):  # one lost datagram
                         self.carry(*packet)
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
-        if there.port == 53 and self.names.programs[self.app].dns != "local":
+        one = self.associations.get(here) or self.begin(here)
+        program = self.names.programs[one.app]
+        if there.port == 53 and program.dns != "local":
             reply = functools.partial(self.inject, there, here)
-            return self.names.begin(data, there, self.app, reply)
-        one = self.associations.get(here)
-        if not one:
-            one = self.associations[here] = Association(here)
-        if self.has_inside(there.packed):
+            return self.names.begin(data, there, one.app, reply)
+        if self.is_near(program, there):
             return self.send(one, there, data)
         message = self.head(there) + data
         if one.relay:
@@ -1188,16 +1231,47 @@ class Datagrams:
         if not one.task:
             one.task = asyncio.ensure_future(self.associate(one))
 
+    def begin(self, here: Endpoint) -> Association:
+        """Return a new association, with the settings of who has the port."""
+        app = self.apps.get(self.ports().get(here.port, 0), self.app)
+        return self.associations.setdefault(here, Association(here, app))
+
+    def ports(self) -> dict[int, int]:
+        """Return the inodes of the sockets of the namespace, by port."""
+        tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
+        named = ((row[1].rpartition(":")[2], row[9]) for row in rows(*tables))
+        return {int(port, 16): int(inode) for port, inode in named}
+
+    def bind(self, sock: socket.socket, port: int) -> None:
+        """Bind a socket to any address, here as in the namespace; raise OSError."""
+        self.sweep()  # who had the port a moment ago
+        families, only = [sock.family], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        if sock.family == socket.AF_INET6 and not sock.getsockopt(*only):
+            families.append(socket.AF_INET)
+        made = [socket.socket(family, DATAGRAMS) for family in families]
+        for one in made:
+            copy_options(sock, one)
+            if one.family == socket.AF_INET6:
+                one.setsockopt(*only, 1)
+            one.bind(("", port))
+            port = one.getsockname()[1]
+        sock.bind(("", port))
+        for one in made:
+            own = self.gateway.address(endpoint(one.getsockname()))
+            here = Endpoint(own if any(own) else OWN_IPV6, port)
+            self.attach(self.associations.get(here) or self.begin(here), one)
+
     def send(self, one: Association, there: Endpoint, data: bytes) -> None:
         """Send something for an association; raise OSError."""
-        sock = one.socks.get(there.family)
-        if not sock:
-            sock = socket.socket(there.family, socket.SOCK_DGRAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-            sock.setblocking(False)
-            asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
-            one.socks[there.family] = sock
-        sock.sendto(data, there.pair())
+        if there.family not in one.socks:
+            self.attach(one, socket.socket(there.family, DATAGRAMS))
+        one.socks[there.family].sendto(data, there.pair())
+
+    def attach(self, one: Association, sock: socket.socket) -> None:
+        """Have an association send and receive by a socket, if it has none yet."""
+        sock = one.socks.setdefault(sock.family, sock)  # two may share a port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError."""
@@ -1223,23 +1297,23 @@ class Datagrams:
             with socket.socket(gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
                 where = Endpoint(bytes(4), one.here.port)
-                host, port = await gateway.talk(control, ASSOCIATE, where, self.app)
+                host, port = await gateway.talk(control, ASSOCIATE, where, one.app)
                 one.relay = Endpoint(host if any(host) else gateway.at.packed, port)
                 for message in one.queue:
                     self.send(one, one.relay, message)
-                one.queue.clear()
                 await receive(control, 1)
         except OSError as error:
             if not one.relay:
-                say(f"cannot send datagrams by {gateway.at}: {reason(error)}")
+                say_once(f"cannot send datagrams by {gateway.at}: {reason(error)}")
         finally:
             one.relay, one.task = None, None
+            one.queue.clear()
 
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
-        tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
-        lines = [row for table in tables for row in rows(table)]
-        ports = {int(row[1].rpartition(":")[2], 16) for row in lines}
+        ports = self.ports()
+        while len(self.apps) > RECORDS:
+            del self.apps[next(iter(self.apps))]
         for one in [*self.associations.values()]:
             if one.here.port not in ports:
                 del self.associations[one.here]
@@ -1268,32 +1342,28 @@ class Supervisor:
         self, programs: Programs, gateway: Gateway, app: str, verbose: bool
     ) -> None:
         self.programs, self.gateway, self.verbose = programs, gateway, verbose
-        self.helper, self.room = Helper(gateway.outside), WaitingRoom()
+        self.helper, self.room = Helper(gateway.outside, gateway.inside), WaitingRoom()
         self.names, self.datagrams = Names(gateway, programs), None
-        self.notified, self.said = 0, set[str]()
+        self.notified = 0
         self.flows: dict[bytes, Flow] = {}  # by cookie
-        self.server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.mappings: set[Flow] = set()  # as they were when they were bound
+        self.server = socket.socket(socket.AF_INET, DATAGRAMS)
         self.server.bind(("127.0.0.1", 0))
-        self.server.setblocking(False)
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
         self.session: asyncio.Task[None] | None = None
         try:
-            if gateway.udp:
-                self.datagrams = Datagrams(self.names, self.helper, app)
+            if not gateway.udp:
+                raise OSError("the gateway does not offer it")
+            self.datagrams = Datagrams(self.names, self.helper, app)
         except OSError as error:
-            say(f"datagrams are not carried, but for names: {reason(error)}")
+            if programs["natrun"].udp == "yes":
+                say(f"datagrams go nowhere here, but for names: {reason(error)}")
 
     def ignored(self) -> set[str]:
         """Return the calls that it need not be notified of."""
         refused = any(program.udp == "no" for program in self.programs.values())
         accepts = set() if self.gateway.mappings else {"accept", "accept4"}
         return accepts if self.datagrams or refused else accepts | {"socket"}
-
-    def once(self, text: str) -> None:
-        """Say what holds for the whole run."""
-        if text not in self.said:
-            self.said.add(text)
-            say(text)
 
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
@@ -1314,7 +1384,8 @@ class Supervisor:
                 with contextlib.suppress(FileNotFoundError):  # killed since
                     call = Call(listener)
                     task = loop.create_task(self.answer(call))
-                    loop.call_later(LOOK_TIME, self.look, call, task)
+                    if call.name != "bind":  # what it has bound cannot be unbound
+                        loop.call_later(LOOK_TIME, self.look, call, task)
                     self.notified += 1
 
         loop.add_reader(listener, take)
@@ -1322,8 +1393,7 @@ class Supervisor:
         await over.wait()
         loop.remove_reader(listener)
         keeping.cancel()
-        ports = [flow.mapped for flow in self.flows.values() if flow.mapped]
-        unmapped = [self.gateway.map(port, 0, 0) for port in ports]
+        unmapped = [self.gateway.map(flow.mapped, 0, 0) for flow in self.mappings]
         await asyncio.gather(*unmapped, return_exceptions=True)
 
     def look(self, call: Call, task: asyncio.Task[None]) -> None:
@@ -1355,7 +1425,7 @@ class Supervisor:
             answer = error.errno or errno.EIO
             if answer == errno.EPERM:
                 answer, why = errno.EACCES, "so its connections are refused"
-                self.once(f"cannot look into {call.app}: not dumpable, {why}")
+                say_once(f"cannot look into {call.app}: not dumpable, {why}")
         except Exception as error:
             answer = errno.EIO
             say(f"fault in {call.name}: {type(error).__name__}: {error}")
@@ -1368,19 +1438,23 @@ class Supervisor:
         self.flows[flow.cookie] = flow
         return flow
 
-    def is_near(self, app: str, target: Endpoint) -> bool:
-        """Return whether a program reaches a target without the gateway."""
-        program, packed = self.programs[app], target.packed
-        near = self.gateway.has_inside(packed) or within(program.direct, packed)
-        direct = near or any(target.port in ports for ports in program.direct_ports)
-        return direct or program.redirect == "no"
+    async def forget(self, call: Call) -> int:
+        """Let the kernel connect to AF_UNSPEC, which gives up what was under way."""
+        if self.flows:
+            with call.borrow() as sock:
+                flow = self.flows.get(cookie(sock))
+            if flow and flow.task:
+                flow.task.cancel()
+                await asyncio.wait({flow.task})
+                self.flows.pop(flow.cookie, None)
+        return PROCEED
 
     async def on_connect(self, call: Call) -> int:
         """Have the gateway connect: the story that the rest serves."""
         if not (target := call.target()):
-            return PROCEED
-        near = self.is_near(call.app, target)
-        if near and target.port != 53:
+            return await self.forget(call)
+        near = self.gateway.is_near(self.programs[call.app], target)
+        if near and target.port != 53 and not target.linked:
             return PROCEED
         sock = call.borrow()
         if sock.type != socket.SOCK_STREAM or near:
@@ -1397,17 +1471,27 @@ class Supervisor:
                 if not flow.pending:
                     sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 return await self.end_of(flow, call)
-        sock.setblocking(False)
         free(sock)
-        paired = not waits or self.gateway.at.family > sock.family
+        patient, family = patience(sock, socket.SO_SNDTIMEO), self.gateway.at.family
+        # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
+        bound = family < sock.family and sock.getsockname()[1] > 0
+        paired = not waits or patient > 0 or family > sock.family or bound
+        sock.setblocking(False)
         if paired:
-            code = sock.connect_ex(self.room.at.pair(sock.family))
-            if code != errno.EINPROGRESS:
+            there, option = self.room.at.pair(sock.family), socket.SO_PROTOCOL
+            # MPTCP knows no simultaneous open.
+            lost = sock.getsockopt(socket.SOL_SOCKET, option) == MPTCP
+            if lost or sock.connect_ex(there) != errno.EINPROGRESS:
                 self.give_back(sock, waits)
-                return code or errno.EIO
+                return errno.EPROTONOSUPPORT if lost else errno.EADDRNOTAVAIL
         flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
         flow.task = asyncio.ensure_future(self.dial(sock, flow, call.app, paired))
-        return await self.end_of(flow, call) if waits else errno.EINPROGRESS
+        if waits:
+            with contextlib.suppress(TimeoutError), limit(patient):
+                return await self.end_of(flow, call)
+            sock.setblocking(True)
+            flow.waits = False
+        return errno.EINPROGRESS
 
     async def dial(
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
@@ -1424,12 +1508,13 @@ class Supervisor:
                 flow.local = Endpoint(unmapped(host), port)
             if paired:
                 with await self.room.meet(sock) as near:
-                    self.helper.join(near, server)
+                    ends = [near.fileno(), server.fileno()]
+                    socket.send_fds(self.helper.control, [b"+"], ends)
             error = 0
         except OSError as failed:
             error = failed.errno or errno.EIO
             if isinstance(failed, Lost):
-                self.once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
+                say_once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
         finally:
             if server is not sock:
                 server.close()
@@ -1447,7 +1532,6 @@ class Supervisor:
                 # As after a true failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
                 sock.shutdown(socket.SHUT_RDWR)
         self.give_back(sock, flow.waits)
-        flow.over.set()
         if self.verbose:
             say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
 
@@ -1459,13 +1543,11 @@ class Supervisor:
 
     async def end_of(self, flow: Flow, call: Call) -> int:
         """Return how a flow has ended, when it has; a failure is told once."""
-        flow.waiting += 1
         try:
-            if flow.pending:
-                await flow.over.wait()
+            if flow.pending and flow.task:
+                await asyncio.wait({flow.task})
         finally:
-            flow.waiting -= 1
-            if flow.pending and not flow.waiting and not call.is_alive() and flow.task:
+            if flow.pending and flow.task and not call.is_alive():
                 flow.task.cancel()
         if flow.error:
             self.flows.pop(flow.cookie, None)
@@ -1511,9 +1593,11 @@ class Supervisor:
         udp = self.programs[call.app].udp
         if udp == "no":
             return errno.EACCES
-        if not self.datagrams or udp == "local" or protocol not in (0, 17):
+        local = udp == "local" or self.programs[call.app].redirect == "no"
+        if not self.datagrams or local or protocol not in (0, 17):
             return PROCEED
         with self.helper.make(family, kind & 15) as sock:
+            self.datagrams.apps[os.fstat(sock.fileno()).st_ino] = call.app
             call.give(sock, kind)
         return None
 
@@ -1524,10 +1608,12 @@ class Supervisor:
         program = self.programs[call.app]
         asks = sock.type == socket.SOCK_DGRAM and target.port == 53
         ours = asks and program.redirect == "yes" and program.dns != "local"
-        if near and not ours or self.is_private(sock):
+        private = self.is_private(sock)
+        if private and target.linked:
+            sock, private = self.swap(call, sock), False
+        if near and not ours or private:
             return PROCEED
         if not ours:
-            self.once("datagrams go nowhere here, but for names")
             return errno.ENETUNREACH
         free(sock)
         sock.connect(endpoint(self.server.getsockname()).pair(sock.family))
@@ -1552,35 +1638,45 @@ class Supervisor:
         near = not anywhere and self.gateway.has_inside(where.packed)
         listens = anywhere and any(where.port in ports for ports in listen)
         outside = listens or within(self.gateway.outside, where.packed)
-        if not near and not outside:
-            return PROCEED
         with call.borrow() as sock:
-            if outside and sock.type == socket.SOCK_STREAM and self.gateway.mappings:
-                return await self.map(sock, where)
-            if near and self.is_private(sock):
-                self.swap(call, sock)
+            if sock.type == socket.SOCK_STREAM:
+                if outside and self.gateway.mappings:
+                    return await self.map(sock, where)
+            elif self.datagrams and self.is_private(sock):
+                if near:
+                    self.swap(call, sock).close()
+                elif anywhere:
+                    self.datagrams.bind(sock, where.port)
+                    return 0
         return PROCEED
 
     async def map(self, sock: socket.socket, where: Endpoint) -> int:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
-        if not where.port:
-            sock.bind((anywhere, 0))
-        internal = where.port or sock.getsockname()[1]
+        # NAT-PMP lets nobody choose, and has no IPv6.
+        if any(where.packed) and where.packed != gateway.address(NOWHERE):
+            return errno.EADDRNOTAVAIL
+        sock.bind((anywhere, where.port))
+        port = sock.getsockname()[1]
         # Of users, only who has a session may map.
         if gateway.password and (not self.session or self.session.done()):
             self.session = asyncio.ensure_future(self.stay())
             await asyncio.sleep(LOOK_TIME)
-        external = await gateway.map(internal, internal, LEASE)
-        try:
-            if where.port:
-                if external != where.port:
-                    raise failure(errno.EADDRINUSE)
-                sock.bind((anywhere, where.port))
-        except OSError:
-            await gateway.map(internal, 0, 0)
-            raise
-        self.record(sock, local=Endpoint(where.packed, external), mapped=internal)
+        for pause in (0.1, 0.1, 0.2, 0.2, 0):
+            try:
+                external = await gateway.map(port, port, LEASE)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL or not pause:
+                    raise
+            await self.tidy()  # there is no place; one is free a while after its end
+            await asyncio.sleep(pause)
+        if where.port not in (0, external):
+            if all(flow.mapped != port for flow in self.mappings):
+                await gateway.map(port, 0, 0)
+            return errno.EADDRINUSE
+        here = Endpoint(where.packed, external)
+        self.mappings.add(self.record(sock, local=here, mapped=port))
         return 0
 
     async def stay(self) -> None:
@@ -1590,15 +1686,14 @@ class Supervisor:
                 await self.gateway.talk(control, ASSOCIATE, NOWHERE, "natrun")
                 await receive(control, 1)
 
-    def swap(self, call: Call, old: socket.socket) -> None:
-        """Put an ordinary socket in the place of one of the namespace."""
+    def swap(self, call: Call, old: socket.socket) -> socket.socket:
+        """Put an ordinary socket in the place of one of the namespace; return it."""
         fd = call.arguments[0] & WHOLE
         flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
-        with socket.socket(old.family, old.type) as new:
-            for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
-                value = old.getsockopt(socket.SOL_SOCKET, option)
-                new.setsockopt(socket.SOL_SOCKET, option, value)
-            call.give(new, flags, fd)
+        new = socket.socket(old.family, old.type)
+        copy_options(old, new)
+        call.give(new, flags, fd)
+        return new
 
     async def on_accept(
         self, call: Call, sock: socket.socket, flow: Flow
@@ -1606,6 +1701,7 @@ class Supervisor:
         """Accept a connection at a port outside, and say who it is that called."""
         if not flow.mapped:
             return PROCEED
+        flow.seen = True
         loop, ready, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
         poll.register(sock, select.POLLIN)
         # Nobody but us takes what is there.
@@ -1615,7 +1711,10 @@ class Supervisor:
             ready.clear()
             loop.add_reader(sock, ready.set)
             try:
-                await ready.wait()
+                with limit(patience(sock, socket.SO_RCVTIMEO)):
+                    await ready.wait()
+            except TimeoutError:
+                return errno.EAGAIN
             finally:
                 loop.remove_reader(sock)
         one = flow.accepted.pop(0) if flow.accepted else sock.accept()[0]
@@ -1648,39 +1747,46 @@ class Supervisor:
         call.give(one, call.arguments[3] if call.name == "accept4" else 0)
 
     async def keep(self) -> None:
-        """Renew mappings as long as somebody listens; forget sockets that are gone."""
+        """Look each second after what lasts."""
         for second in itertools.count():
             await asyncio.sleep(1)
             if self.datagrams:
                 self.datagrams.sweep()
             # To look costs, where there are many sockets.
-            if second % 60 and not any(flow.mapped for flow in self.flows.values()):
-                continue
-            tables = [f"/proc/net/{name}" for name in ("tcp", "tcp6", "udp", "udp6")]
-            live = {int(row[9]) for table in tables for row in rows(table)}
-            for flow in [*self.flows.values()]:
-                with contextlib.suppress(OSError):
-                    await self.keep_one(flow, flow.inode in live)
+            if self.mappings or not second % 60:
+                await self.tidy()
 
-    async def keep_one(self, flow: Flow, lives: bool) -> None:
-        """Renew or end a mapping, or forget a socket; raise OSError."""
-        flow.seen, age = flow.seen or lives, time.monotonic() - flow.since
-        # In no table is what listens later, nor what has failed and is not told.
-        over = flow.seen if flow.mapped else age > ANSWER_TIME and not flow.pending
-        if over and not lives:
-            self.flows.pop(flow.cookie, None)
-            if flow.mapped:
-                await self.gateway.map(flow.mapped, 0, 0)
-        elif flow.mapped and age > LEASE / 2:
-            flow.since = time.monotonic()
-            await self.gateway.map(flow.mapped, flow.local.port, LEASE)
+    async def tidy(self) -> None:
+        """Renew mappings as long as somebody has them; forget sockets that are gone."""
+        tables = [f"/proc/net/{name}" for name in ("tcp", "tcp6", "udp", "udp6")]
+        live = {int(row[9]) for row in rows(*tables)}
+        now, steps = time.monotonic(), []
+        for flow in [*self.mappings]:
+            lives, age, port = flow.inode in live, now - flow.since, flow.mapped
+            flow.seen |= lives
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("", port))  # what is bound, and no more, is in no table
+                flow.seen = True
+            if not lives and (flow.seen or age > LEASE):
+                self.mappings.remove(flow)
+                if all(other.mapped != port for other in self.mappings):
+                    steps.append(self.gateway.map(port, 0, 0))
+            elif lives and age > LEASE / 2:
+                flow.since = now
+                steps.append(self.gateway.map(port, flow.local.port, LEASE))
+        for flow in [*self.flows.values()]:
+            held = flow.inode in live or flow.pending or flow in self.mappings
+            if not held and now - flow.since > ANSWER_TIME:
+                del self.flows[flow.cookie]
+        await asyncio.gather(*steps, return_exceptions=True)
 
 
 # --- The command --------------------------------------------------------------
 
-# What a person or a service manager sends; the rest mean a fault, or stop and go on.
-SIGNALS = "HUP INT QUIT TERM USR1 USR2 WINCH CHLD"
-HANDLED = {getattr(signal, f"SIG{name}") for name in SIGNALS.split()}
+# These cannot be caught, or mean a fault of natrun itself; or the terminal sends them
+# to both, and both are to stop.
+KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
+HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
 SI_KERNEL = 0x80
 
 
@@ -1733,12 +1839,6 @@ class Command:
             say(f"cannot run {words[0]}: {reason(error)}")
             os._exit(127 if error.errno == errno.ENOENT else 126)
 
-    def attend(self) -> None:
-        """Have signals handled by the loop that runs."""
-        mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
-        signals = system(LIBC.signalfd, -1, mask, 0)
-        asyncio.get_running_loop().add_reader(signals, self.take, signals)
-
     def take(self, signals: int) -> None:
         """Reap the dead, or pass a signal on."""
         # struct signalfd_siginfo
@@ -1749,10 +1849,15 @@ class Command:
                 while (dead := os.waitpid(-1, os.WNOHANG))[0]:
                     if dead[0] == self.pid:
                         self.code = os.waitstatus_to_exitcode(dead[1])
-        # A terminal's Ctrl-C has reached the command, too.
-        elif code != SI_KERNEL:
+        # A terminal's Ctrl-C or Ctrl-Z has reached the command, too.
+        elif code == SI_KERNEL:
+            if number == signal.SIGTSTP:  # else a shell would wait for us
+                os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.code is None:
             with contextlib.suppress(OSError):
-                os.kill(self.pid, number) if self.code is None else self.leave()
+                os.kill(self.pid, number)
+        elif number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            self.leave()
 
     def leave(self) -> NoReturn:
         """End as the command has ended."""
@@ -1781,11 +1886,13 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     # Each connection is a descriptor here, and some in the helper.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
-    supervisor = Supervisor(programs, gateway, os.path.basename(words[0]), verbose)
+    supervisor = Supervisor(programs, gateway, os.path.basename(words[0])[:15], verbose)
     command = Command(words, assemble(supervisor.ignored()), files)
 
     async def serve() -> None:
-        command.attend()
+        mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
+        signals = system(LIBC.signalfd, -1, mask, 0)
+        asyncio.get_running_loop().add_reader(signals, command.take, signals)
         await supervisor.serve(command.listener)
         if verbose:
             say(f"{supervisor.notified} notifications")
@@ -1796,22 +1903,25 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
 
 def check(given: dict[str, str], settings: Settings) -> int:
     """Say what works on this machine, and what does not and why."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    say(f"Linux {os.uname().release} on {MACHINE}, Python {python}")
+    say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
     with contextlib.suppress(OSError):
         with open("/proc/sys/kernel/yama/ptrace_scope") as file:
             level = int(file.read())
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
+    barred = ""
     try:
-        Helper([]).make(socket.AF_PACKET, socket.SOCK_RAW)
-        say("namespace: yes")
+        Helper([], []).make(socket.AF_PACKET, socket.SOCK_RAW)
     except OSError as error:
-        say(f"namespace: no, {reason(error)}: of datagrams, only names are carried")
+        barred = reason(error)
+    say(f"namespace: {'no, ' + barred if barred else 'yes'}")
     gateway = find_gateway(given.get("-g", ""), settings)
     what = "NATWork" if gateway.natwork else "a SOCKS server"
     say(f"gateway: {gateway.at}, {what}")
-    for name, have in (("datagrams", gateway.udp), ("listening", gateway.mappings)):
-        say(f"{name}: {'yes' if have else 'no, the gateway does not offer it'}")
+    lacks = "the gateway does not offer it"
+    works = {"datagrams": barred if gateway.udp else lacks}
+    works["listening"] = "" if gateway.mappings else lacks
+    for name, why in works.items():
+        say(f"{name}: {'no, ' + why if why else 'yes'}")
     # It says itself what the kernel does not let it do.
     options = [word for flag in ("-g", "-c") for word in (flag, given.get(flag, ""))]
     words = [sys.executable, sys.argv[0], *options, "true"]
@@ -1823,6 +1933,10 @@ def check(given: dict[str, str], settings: Settings) -> int:
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
+    # Our sockets must not be what the command takes for its input or its output.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
     try:
         options, words = getopt.getopt(sys.argv[1:], "g:c:vh", names)
         given = {{"--gateway": "-g", "--config": "-c"}.get(n, n): v for n, v in options}
@@ -1834,7 +1948,7 @@ def main() -> int:
         if "--check" in given:
             return check(given, programs["natrun"])
         gateway = find_gateway(given.get("-g", ""), programs["natrun"])
-        if not words:
+        if words[:1] in ([], [""]):
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")
         run(words, programs, gateway, "-v" in given)
     except (Fault, getopt.GetoptError) as fault:

@@ -598,7 +598,8 @@ def paired_datagrams(host: str) -> list[Any]:
         with socket.socket(family, socket.SOCK_DGRAM) as client:
             client.settimeout(5)
             try:
-                client.sendto(b"ping", server.getsockname()[:2])
+                client.connect(server.getsockname()[:2])
+                client.send(b"ping")
                 data, sender = server.recvfrom(100)
                 server.sendto(data + b"pong", sender[:2])
                 said, peer = client.recvfrom(100)
