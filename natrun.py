@@ -1543,12 +1543,12 @@ class Supervisor:
 
     async def end_of(self, flow: Flow, call: Call) -> int:
         """Return how a flow has ended, when it has; a failure is told once."""
-        try:
-            if flow.pending and flow.task:
+        if flow.pending and flow.task:
+            try:
                 await asyncio.wait({flow.task})
-        finally:
-            if flow.pending and flow.task and not call.is_alive():
-                flow.task.cancel()
+            finally:
+                if not call.is_alive():
+                    flow.task.cancel()
         if flow.error:
             self.flows.pop(flow.cookie, None)
         return flow.error
@@ -1567,8 +1567,7 @@ class Supervisor:
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell the address that the gateway connected from."""
-        failed = flow.error and not flow.pending
-        if failed or sock.type != socket.SOCK_STREAM:
+        if flow.error and not flow.pending or sock.type != socket.SOCK_STREAM:
             return PROCEED
         # A guess as long as it is under way, and for a server that does not say.
         guess = Endpoint(self.gateway.address(flow.peer), sock.getsockname()[1])
@@ -1807,8 +1806,7 @@ class Command:
             self.leave()
         process = os.pidfd_open(self.pid)
         try:
-            arguments = PIDFD_GETFD, process, int(number), 0
-            self.listener = system(LIBC.syscall, *arguments)
+            self.listener = system(LIBC.syscall, PIDFD_GETFD, process, int(number), 0)
         except OSError as error:
             raise Fault(f"cannot take the listener: {reason(error)}") from None
         os.close(process)

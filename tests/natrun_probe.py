@@ -589,6 +589,22 @@ def answer_datagrams(host: str) -> None:
                 sock.sendto(data + b" from " + sender[0].encode(), sender)
 
 
+def rebound(*places: str) -> list[str]:
+    """Bind a socket of UDP to each place, one after the other; say how that went."""
+    found = []
+    for place in places:
+        family = socket.AF_INET6 if "[" in place else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind(where(place))
+                assert sock.getsockname()[1] == where(place)[1]
+                sock.sendto(b"hello", ("::1" if "[" in place else "127.0.0.1", 9))
+                found.append("ok")
+            except OSError as error:
+                found.append(told(error))
+    return found
+
+
 def paired_datagrams(host: str) -> list[Any]:
     """Exchange datagrams between two sockets on one address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -166,6 +166,14 @@ def test_a_server_on_any_address_is_reached_from_near(
     server.stop()
 
 
+def test_a_server_on_any_address_has_a_port_of_the_machine(rig: Rig) -> None:
+    places = ["0.0.0.0:5400", "0.0.0.0:5400", "[::]:5400", "0.0.0.0:5400"]
+    assert rig.probe("nobody", "rebound", *places) == ["ok"] * 4
+    with rig.box.within("inside", lambda: Echo("127.0.0.1", 5400).sock):
+        found = rig.probe("nobody", "rebound", *places, "0.0.0.0:5401")
+    assert found == [*["EADDRINUSE"] * 4, "ok"]
+
+
 @users
 def test_loopback_is_there_in_ipv6(rig: Rig, user: str, at: str) -> None:
     found = rig.probe(user, "paired_datagrams", "::1", gateway=at)
