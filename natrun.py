@@ -545,10 +545,10 @@ class Gateway:
         answer = struct.pack("!HHIHHI", 0, 3, 0, 0, 0, 0)  # the network is down
         with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
-            for patience in (0.25, 0.5, 1.0):
+            for pause in (0.25, 0.5, 1.0):
                 await loop.sock_sendall(sock, request)
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
-                    with limit(patience):
+                    with limit(pause):
                         answer = await loop.sock_recv(sock, 16)
                         break
         _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
@@ -1499,6 +1499,8 @@ class Supervisor:
         """Have the gateway connect to the target of a flow, and settle it."""
         gateway, target, server, error = self.gateway, flow.peer, sock, errno.EIO
         try:
+            if not target.port:  # where nobody listens
+                raise failure(errno.ECONNREFUSED)
             if paired:
                 server = socket.socket(gateway.at.family)
             name = self.names.called.get(target.packed, b"")
@@ -1854,7 +1856,7 @@ class Command:
         elif self.code is None:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, number)
-        elif number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        elif number not in (signal.SIGCONT, signal.SIGURG, signal.SIGWINCH):
             self.leave()
 
     def leave(self) -> NoReturn:
@@ -1913,8 +1915,7 @@ def check(given: dict[str, str], settings: Settings) -> int:
         barred = reason(error)
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
     gateway = find_gateway(given.get("-g", ""), settings)
-    what = "NATWork" if gateway.natwork else "a SOCKS server"
-    say(f"gateway: {gateway.at}, {what}")
+    say(f"gateway: {gateway.at}, {'NATWork' if gateway.natwork else 'a SOCKS server'}")
     lacks = "the gateway does not offer it"
     works = {"datagrams": barred if gateway.udp else lacks}
     works["listening"] = "" if gateway.mappings else lacks
@@ -1939,8 +1940,7 @@ def main() -> int:
         options, words = getopt.getopt(sys.argv[1:], "g:c:vh", names)
         given = {{"--gateway": "-g", "--config": "-c"}.get(n, n): v for n, v in options}
         if given.keys() & {"-h", "--help", "--version"}:
-            version = "--version" in given
-            print(f"natrun {__version__}" if version else __doc__)
+            print(f"natrun {__version__}" if "--version" in given else __doc__)
             return 0
         programs = read_settings(given.get("-c", ""))
         if "--check" in given:

@@ -471,6 +471,16 @@ def bound_before(source: str, host: str, port: str) -> list[str]:
     return found
 
 
+def listened_before(host: str, port: str) -> list[str]:
+    """Connect sockets that listen, each in both manners."""
+    found = []
+    for blocks in (True, False):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            sock.setblocking(blocks)
+            found.append(code(sock.connect_ex((host, int(port)))))
+    return found
+
+
 def elsewhere(silent: str, host: str, port: str) -> list[str]:
     """Give up a connect() under way by AF_UNSPEC; connect to another place."""
     with socket.socket() as sock:
