@@ -229,8 +229,7 @@ def install(code: bytes) -> int:
     program = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog has a length, and on the next word a pointer.
     fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
-    flags = NEW_LISTENER | WAIT_KILLABLE_RECV
-    request = SECCOMP, 1, flags, ctypes.addressof(fields)
+    request = SECCOMP, 1, NEW_LISTENER | WAIT_KILLABLE_RECV, ctypes.addressof(fields)
     try:
         return system(LIBC.syscall, *request)
     except PermissionError:  # without rights, a process must give up setuid first
@@ -1343,8 +1342,7 @@ class Supervisor:
     ) -> None:
         self.programs, self.gateway, self.verbose = programs, gateway, verbose
         self.helper, self.room = Helper(gateway.outside, gateway.inside), WaitingRoom()
-        self.names, self.datagrams = Names(gateway, programs), None
-        self.notified = 0
+        self.names, self.datagrams, self.notified = Names(gateway, programs), None, 0
         self.flows: dict[bytes, Flow] = {}  # by cookie
         self.mappings: set[Flow] = set()  # as they were when they were bound
         self.server = socket.socket(socket.AF_INET, DATAGRAMS)
@@ -1384,7 +1382,7 @@ class Supervisor:
                 with contextlib.suppress(FileNotFoundError):  # killed since
                     call = Call(listener)
                     task = loop.create_task(self.answer(call))
-                    if call.name != "bind":  # what it has bound cannot be unbound
+                    if call.name != "bind":  # which knows no EINTR
                         loop.call_later(LOOK_TIME, self.look, call, task)
                     self.notified += 1
 
@@ -1641,7 +1639,7 @@ class Supervisor:
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
             if sock.type == socket.SOCK_STREAM:
-                if outside and self.gateway.mappings:
+                if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
             elif self.datagrams and self.is_private(sock):
                 if near:
@@ -1657,35 +1655,37 @@ class Supervisor:
         # NAT-PMP lets nobody choose, and has no IPv6.
         if any(where.packed) and where.packed != gateway.address(NOWHERE):
             return errno.EADDRNOTAVAIL
-        sock.bind((anywhere, where.port))
-        port = sock.getsockname()[1]
-        # Of users, only who has a session may map.
-        if gateway.password and (not self.session or self.session.done()):
-            self.session = asyncio.ensure_future(self.stay())
-            await asyncio.sleep(LOOK_TIME)
-        for pause in (0.1, 0.1, 0.2, 0.2, 0):
-            try:
-                external = await gateway.map(port, port, LEASE)
-                break
-            except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL or not pause:
-                    raise
-            await self.tidy()  # there is no place; one is free a while after its end
-            await asyncio.sleep(pause)
-        if where.port not in (0, external):
-            if all(flow.mapped != port for flow in self.mappings):
-                await gateway.map(port, 0, 0)
-            return errno.EADDRINUSE
+        with socket.socket(sock.family) as probe:  # what is refused must stay unbound
+            copy_options(sock, probe)
+            probe.bind((anywhere, where.port))
+            port = probe.getsockname()[1]
+            # Of users, only who has a session may map.
+            if gateway.password and (not self.session or self.session.done()):
+                self.session = asyncio.ensure_future(self.stay())
+                await asyncio.sleep(LOOK_TIME)
+            for pause in (0.1, 0.1, 0.2, 0.2, 0):
+                try:
+                    external = await gateway.map(port, port, LEASE)
+                    break
+                except OSError as error:
+                    if error.errno != errno.EADDRNOTAVAIL or not pause:
+                        raise
+                await self.tidy()  # no place is free: end what is over, and wait
+                await asyncio.sleep(pause)
+            if where.port not in (0, external):
+                if all(flow.mapped != port for flow in self.mappings):
+                    await gateway.map(port, 0, 0)
+                return errno.EADDRINUSE
+        sock.bind((anywhere, port))
         here = Endpoint(where.packed, external)
         self.mappings.add(self.record(sock, local=here, mapped=port))
         return 0
 
     async def stay(self) -> None:
         """Keep a session open."""
-        with contextlib.suppress(OSError):
-            with socket.socket(self.gateway.at.family) as control:
-                await self.gateway.talk(control, ASSOCIATE, NOWHERE, "natrun")
-                await receive(control, 1)
+        with contextlib.suppress(OSError), socket.socket(self.gateway.at.family) as one:
+            await self.gateway.talk(one, ASSOCIATE, NOWHERE, "natrun")
+            await receive(one, 1)
 
     def swap(self, call: Call, old: socket.socket) -> socket.socket:
         """Put an ordinary socket in the place of one of the namespace; return it."""

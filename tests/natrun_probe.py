@@ -725,6 +725,20 @@ def bind_to(*places: str) -> list[Any]:
     return found
 
 
+def bind_again(*places: str) -> list[Any]:
+    """Bind one listener to the first place that can be had; say how that went."""
+    found: list[Any] = []
+    with socket.socket() as sock:
+        for place in places:
+            try:
+                sock.bind(where(place))
+                sock.listen()
+                return [*found, sock.getsockname()]
+            except OSError as error:
+                found.append(told(error))
+    return found
+
+
 def fleeting(host: str, port: str, server: str) -> None:
     """Listen for a moment, and connect from a port of the outside; wait."""
     ports = range(int(port), int(port) + 4)

@@ -165,6 +165,8 @@ def test_a_port_that_is_taken_is_refused(rig: Rig, user: str) -> None:
     with taken:
         places = [f"{OUTSIDE}:20400", f"{OUTSIDE}:0", f"{OUTSIDE}:20401"]
         found = rig.probe(user, "bind_to", *places)
+        again = rig.probe(user, "bind_again", places[0], places[2])
+    assert again == ["EADDRINUSE", [OUTSIDE, 20401]]
     assert found[0] == "EADDRINUSE" and found[2] == [OUTSIDE, 20401]
     assert found[1][0] == OUTSIDE and 20000 <= found[1][1] <= 29999
 
