@@ -36,7 +36,7 @@ Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 1
 the command cannot be run, 127 if it is not found.
 
 Reading order.  Every section uses only the ones above it.  To follow a connection,
-start at Supervisor.connect(), and read Supervisor.dial() next.
+start at Supervisor.on_connect(), and read dial() next.
 
 It is not a fence: the fence is that the machine has no route.  It carries neither
 multicast nor ICMP.  In it, setuid programs gain no rights, and what lets nobody look
@@ -47,15 +47,17 @@ into it (ssh-agent) does not connect.
 from __future__ import annotations
 
 import asyncio
+import binascii
 import contextlib
 import ctypes
 import errno
 import fcntl
 import functools
 import getopt
+import itertools
 import json
 import os
-import platform
+import pwd
 import re
 import resource
 import select
@@ -65,9 +67,9 @@ import struct
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from collections.abc import Coroutine
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -89,10 +91,9 @@ FIND_TIME = 3.0  # for a page of it
 QUERY_TIME = 2.0  # for an answer about a name
 NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
 LEASE = 120  # that a mapping lives without being renewed
-SWEEP_TIME = 10.0  # between two looks for sockets that are gone
-LOOK_TIME = 0.1  # between two looks for signals to what waits
+LOOK_TIME = 0.1  # between two looks for signals to a call that waits
 PIPE_SIZE = 1 << 18  # at once; a larger pipe does not stay in the cache
-RECORDS = 4096  # of sockets, before those that are gone are looked for
+RECORDS = 4096  # in a table that must not grow for ever
 
 
 class Fault(Exception):
@@ -110,12 +111,16 @@ def say(text: str) -> None:
         os.write(2, f"natrun: {line}\n".encode())
 
 
+say_once = functools.cache(say)  # what holds for the whole run
+
+
 def reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno and not isinstance(error, Lost):
-        known = errno.errorcode.get(error.errno) and os.strerror(error.errno)
-        return (known or error.strerror or str(error)).lower()
-    known = getattr(error, "strerror", "") or str(error) or type(error).__name__
-    return str(known).lower()
+    """Return why something failed, in the system's words if it has any."""
+    if isinstance(error, ValueError):  # it quotes what somebody wrote
+        return str(error)
+    own = getattr(error, "strerror", "") or str(error) or type(error).__name__
+    code = 0 if isinstance(error, Lost) else getattr(error, "errno", 0)
+    return (os.strerror(code) if code in errno.errorcode else str(own)).lower()
 
 
 def failure(code: int) -> OSError:
@@ -125,25 +130,19 @@ def failure(code: int) -> OSError:
 # --- Kernel -------------------------------------------------------------------
 #
 # What Python has no function for.  Numbers are from <linux/seccomp.h>,
-# <linux/bpf_common.h>, <asm/unistd.h> and <linux/prctl.h>.
+# <linux/prctl.h> and <linux/sched.h>.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-ANSWERED = "connect bind getsockname getpeername accept accept4 getsockopt socket"
-CALLS = [*ANSWERED.split(), *"sendto sendmsg sendmmsg io_uring_setup seccomp".split()]
-NUMBERS = {  # of CALLS, by machine, with its AUDIT_ARCH
-    "x86_64": (0xC000003E, 42, 49, 51, 52, 43, 288, 55, 41, 44, 46, 307, 425, 317),
-    "aarch64": (0xC00000B7, *(203, 200, 204, 205, 202, 242, 209, 198, 206, 211))
-    + (269, 425, 277),
-}
-PIDFD_GETFD = 438
+PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
 NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
 ERESTARTSYS = 512  # not in errno: no program is to see it
-SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 57, 71, 30
-MSG_FASTOPEN = 0x20000000
+SO_RCVBUFFORCE, SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 33, 57, 71, 30
+MPTCP, MSG_FASTOPEN = 262, 0x20000000
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
+NEWUSER, NEWNET = 0x10000000, 0x40000000
 
 
 def system(function: Callable[..., int], *arguments: Any) -> int:
@@ -155,18 +154,16 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
     return result
 
 
-def copy(function: Callable[..., int], tid: int, there: int, here: Any) -> None:
-    """Copy between a buffer and the memory of a thread; raise OSError."""
-    size = ctypes.sizeof(here)
-    ours = (ctypes.c_size_t * 2)(ctypes.addressof(here), size)  # struct iovec
-    theirs = (ctypes.c_size_t * 2)(there, size)
-    if size and system(function, tid, ours, 1, theirs, 1, 0) < size:
-        raise failure(errno.EFAULT)
+def cookie(sock: socket.socket, option: int = SO_COOKIE) -> bytes:
+    """Return what a socket, or its network namespace, is known by to everybody."""
+    return sock.getsockopt(socket.SOL_SOCKET, option, 8)
 
 
-def cookie(sock: socket.socket) -> bytes:
-    """Return what a socket is known by, whoever has it."""
-    return sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+def rows(*paths: str) -> Iterator[list[str]]:
+    """Yield the words of each line of tables of sockets."""
+    for path in paths:
+        with contextlib.suppress(OSError), open(path) as table:
+            yield from [line.split() for line in table][1:]
 
 
 # --- The filter ---------------------------------------------------------------
@@ -175,62 +172,64 @@ def cookie(sock: socket.socket) -> bytes:
 # of what may be about the outside, and allows what it does not know.
 
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
-NOTIFY, ALLOW, ERROR = 0x7FC00000, 0x7FFF0000, 0x00050000
-Code = list[tuple[int, int, int, int]]  # operation, jumps if true and false, number
-Tests = list[tuple[int, int, tuple[int, ...]]]  # argument, mask, wanted values
+ALLOW, NOTIFY, FAIL = 0x7FFF0000, 0x7FC00000, 0x00050000
 WHOLE = 0xFFFFFFFF
-# sockaddr_in, sockaddr_in6 and sockaddr_storage: AF_UNIX mostly has other lengths.
-INTERNET: Tests = [(2, WHOLE, (16, 28, 128))]
-SO_ERROR: Tests = [(1, WHOLE, (socket.SOL_SOCKET,)), (2, WHOLE, (socket.SO_ERROR,))]
-UDP: Tests = [(0, WHOLE, (socket.AF_INET, socket.AF_INET6)), (1, 15, (2,))]
-TESTS: dict[str, Tests] = {"connect": INTERNET, "bind": INTERNET}
-TESTS |= {"getsockopt": SO_ERROR, "socket": UDP}
-# What is an implicit connect(), by the argument with the flags; and what the kernel
-# does by itself.  Libraries do without both.
-REFUSED = {"sendto": 3, "sendmsg": 2, "sendmmsg": 3, "io_uring_setup": None}
+# A test is an argument, a mask, and the values that the argument may have under it.
+# From sockaddr_in to sockaddr_in6, and sockaddr_storage.  The kernel takes others, too,
+# but those are of AF_UNIX, which is not to pay.
+INTERNET = (2, WHOLE, *range(16, 29), 128)
+SO_ERROR = (1, WHOLE, socket.SOL_SOCKET), (2, WHOLE, socket.SO_ERROR)
+UDP = (0, WHOLE, socket.AF_INET, socket.AF_INET6), (1, 15, socket.SOCK_DGRAM)
+# A call, its numbers on the machines, what becomes of it, and under which tests.
+RULES: list[tuple[Any, ...]] = [
+    ("connect", (42, 203), NOTIFY, INTERNET),
+    ("bind", (49, 200), NOTIFY, INTERNET),
+    ("getsockname", (51, 204), NOTIFY),
+    ("getpeername", (52, 205), NOTIFY),
+    ("accept", (43, 202), NOTIFY),
+    ("accept4", (288, 242), NOTIFY),
+    ("getsockopt", (55, 209), NOTIFY, *SO_ERROR),
+    ("socket", (41, 198), NOTIFY, *UDP),
+    # An implicit connect(); and what the kernel would do by itself.  Libraries do
+    # without both.
+    ("sendto", (44, 206), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
+    ("sendmsg", (46, 211), FAIL | errno.EOPNOTSUPP, (2, MSG_FASTOPEN, MSG_FASTOPEN)),
+    ("sendmmsg", (307, 269), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
+    ("io_uring_setup", (425, 425), FAIL | errno.ENOSYS),
+]
+MACHINES = ["x86_64", "aarch64"]
+MACHINE = os.uname().machine
+COLUMN = MACHINES.index(MACHINE) if MACHINE in MACHINES else 0
+AUDIT_ARCH, SECCOMP = (0xC000003E, 0xC00000B7)[COLUMN], (317, 277)[COLUMN]
+CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 
 
-def guarded(tests: Tests, action: int) -> Code:
-    """Return code that takes an action if the arguments pass all tests, else allows."""
-    code = [(RETURN, 0, 0, action), (RETURN, 0, 0, ALLOW)]
-    for argument, mask, values in reversed(tests):
-        rest, last = len(values) - 1, len(code) - 1
-        jumps = [
-            (EQUAL, rest - n, 0 if n < rest else last, value)
-            for n, value in enumerate(values)
-        ]
-        # The low half of an argument, in struct seccomp_data.
-        code = [(LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask), *jumps, *code]
-    return code
-
-
-def assemble(machine: str, calls: Iterable[str]) -> bytes:
-    """Return the filter for some calls, an array of struct sock_filter."""
-    architecture, *numbers = NUMBERS[machine]
-    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, ALLOW)]
-    code.append((LOAD, 0, 0, 0))  # the number of the call
-    for number, name in zip(numbers, CALLS):
-        if name not in calls and name not in REFUSED:
+def assemble(ignored: set[str]) -> bytes:
+    """Return the filter but for some calls, an array of struct sock_filter."""
+    code = [(RETURN, 0, 0, ALLOW)]
+    # From the end, so that it is known how far the jumps go: if true, and if false.
+    for name, numbers, action, *tests in RULES:
+        if name in ignored:
             continue
-        tests, action = TESTS.get(name, []), NOTIFY
-        if name in REFUSED:
-            at = REFUSED[name]
-            tests = [] if at is None else [(at, MSG_FASTOPEN, (MSG_FASTOPEN,))]
-            action = ERROR | (errno.ENOSYS if at is None else errno.EOPNOTSUPP)
-        block = guarded(tests, action)
-        code += [(EQUAL, 0, len(block), number), *block]
-    return b"".join(
-        struct.pack("=HBBI", *one) for one in (*code, (RETURN, 0, 0, ALLOW))
-    )
+        rest = len(code)
+        code.insert(0, (RETURN, 0, 0, action))
+        for argument, mask, *values in reversed(tests):
+            for n, value in enumerate(values):
+                code.insert(0, (EQUAL, n, 0 if n else len(code) - 1, value))
+            # The low half of an argument, in struct seccomp_data.
+            code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
+        code.insert(0, (EQUAL, 0, len(code) - rest, numbers[COLUMN]))
+    machine = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
+    code[:0] = *machine, (LOAD, 0, 0, 0)  # the number of the call
+    return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
-def install(machine: str, code: bytes) -> int:
+def install(code: bytes) -> int:
     """Put this process and its children under a filter; return the listener."""
     program = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog has a length, and on the next word a pointer.
     fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
-    flags = NEW_LISTENER | WAIT_KILLABLE_RECV
-    request = NUMBERS[machine][-1], 1, flags, ctypes.addressof(fields)
+    request = SECCOMP, 1, NEW_LISTENER | WAIT_KILLABLE_RECV, ctypes.addressof(fields)
     try:
         return system(LIBC.syscall, *request)
     except PermissionError:  # without rights, a process must give up setuid first
@@ -250,6 +249,11 @@ class Endpoint(NamedTuple):
     @property
     def family(self) -> int:
         return socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6
+
+    @property
+    def linked(self) -> bool:
+        """Return whether it is ::1 or fe80::, which lead out of no namespace."""
+        return self.packed == bytes(15) + b"\1" or self.packed[:2] == b"\xfe\x80"
 
     def pair(self, family: int = 0) -> tuple[str, int]:
         """Return host and port, as a socket of a family wants them."""
@@ -273,28 +277,27 @@ def unmapped(packed: bytes) -> bytes:
 
 def endpoint(address: tuple[Any, ...]) -> Endpoint:
     """Return the endpoint of an address as Python has it."""
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return Endpoint(unmapped(socket.inet_pton(family, address[0])), address[1])
+    host, _, _ = address[0].partition("%")  # the device of fe80::
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return Endpoint(unmapped(socket.inet_pton(family, host)), address[1])
 
 
 def parse_sockaddr(raw: bytes) -> Endpoint | None:
     """Return the endpoint in a struct sockaddr, None if it is of another kind."""
     family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
-    if family == socket.AF_INET and len(raw) >= 16:
-        return Endpoint(raw[4:8], int.from_bytes(port, "big"))
-    if family == socket.AF_INET6 and len(raw) >= 28:
-        return Endpoint(unmapped(raw[8:24]), int.from_bytes(port, "big"))
-    return None
+    packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
+    if family not in (socket.AF_INET, socket.AF_INET6) or len(packed) not in (4, 16):
+        return None
+    return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
 
 def write_sockaddr(family: int, where: Endpoint) -> bytes:
     """Return a struct sockaddr of a family; it is 0.0.0.0 if the address is wider."""
-    packed, port = where.packed, where.port.to_bytes(2, "big")
+    head = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
+    narrow = where.family == socket.AF_INET
     if family == socket.AF_INET:
-        packed = packed if len(packed) == 4 else bytes(4)
-        return struct.pack("=H2s4s8x", family, port, packed)
-    packed = MAPPED + packed if len(packed) == 4 else packed
-    return struct.pack("=H2s4x16s4x", family, port, packed)
+        return head + (where.packed if narrow else bytes(4)) + bytes(8)
+    return head + bytes(4) + (MAPPED * narrow + where.packed) + bytes(4)
 
 
 def parse_blocks(text: str) -> Blocks:
@@ -318,96 +321,81 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 # --- Settings -----------------------------------------------------------------
 #
-# What [natrun] says of programs holds for all that have no section of their own.
+# What [natrun] says holds for the run, and for each program whose own section does
+# not say otherwise.
 
 
-@dataclass(frozen=True)
-class Program:
-    """What the settings say of a program."""
-
-    redirect: bool = True
-    dns: str = "gateway"
-    direct: Blocks = field(default_factory=list)
-    direct_ports: tuple[range, ...] = ()
-    listen: tuple[range, ...] = ()
-    udp: str = "yes"
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """What the settings say of a run, and of programs by their names."""
+    """What the settings say of a program; the first three, of the run."""
 
     gateway: str = ""
     user: str = ""
     password: str = ""
-    programs: dict[str, Program] = field(default_factory=dict)
-
-    def of(self, name: str) -> Program:
-        return self.programs.get(name) or self.programs.get("natrun") or Program()
-
-
-def parse_word(words: str, text: str) -> str:
-    if text not in words.split():
-        raise ValueError(f"{text!r} is not one of: {words}")
-    return text
+    redirect: str = "yes"
+    dns: str = "gateway"
+    direct: Blocks = field(default_factory=list)
+    direct_ports: list[range] = field(default_factory=list)
+    listen: list[range] = field(default_factory=list)
+    udp: str = "yes"
 
 
-def parse_ports(text: str) -> tuple[range, ...]:
-    """Return ranges of ports, such as "80, 8000-8010"; raise ValueError."""
-    found = []
+OF_RUN = ("gateway", "user", "password")
+CHOICES = {"redirect": "yes no", "dns": "gateway local fake", "udp": "yes local no"}
+SETTINGS = [*Settings.__annotations__]
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """Return the value of a setting; raise ValueError."""
+    if name in CHOICES and text not in CHOICES[name].split():
+        raise ValueError(f"{text!r} is not one of: {CHOICES[name]}")
+    if name == "direct":
+        return parse_blocks(text)
+    if name not in ("direct_ports", "listen"):
+        return text
+    ranges = []
     for word in text.replace(",", " ").split():
-        low, _, high = word.partition("-")
-        found.append(range(int(low), int(high or low) + 1))
-        if not found[-1] or found[-1][-1] > 65535:
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word)
+        ports = range(int(match[1]), int(match[2] or match[1]) + 1) if match else None
+        if not ports or ports[-1] > 65535:
             raise ValueError(f"{word!r} is not a range of ports")
-    return tuple(found)
+        ranges.append(ports)
+    return ranges
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "redirect": lambda text: parse_word("yes no", text) == "yes",
-    "dns": functools.partial(parse_word, "gateway local fake"),
-    "direct": parse_blocks,
-    "direct_ports": parse_ports,
-    "listen": parse_ports,
-    "udp": functools.partial(parse_word, "yes local no"),
-}
+Programs = defaultdict[str, Settings]
 
 
-def read_settings(path: str) -> Settings:
-    """Return the settings in a file; raise Fault with the first that is wrong."""
+def read_settings(path: str) -> Programs:
+    """Return the settings of programs by their names; raise Fault with what is wrong.
+
+    They are in a file that is named, else in that of the user or the machine.
+    """
     import configparser
 
-    parser, settings = configparser.ConfigParser(interpolation=None), Settings()
-    try:
-        with open(path, encoding="utf-8") as file:
-            parser.read_file(file)
-        common: dict[str, Any] = {}
-        for section in sorted(parser, key=lambda name: name != "natrun"):
-            values = dict(common)
-            for name, text in parser[section].items():
-                where = f"[{section}] {name}"
-                if section == "natrun" and name in ("gateway", "user", "password"):
-                    setattr(settings, name, text)
-                elif name in PARSERS:
-                    values[name] = PARSERS[name](text)
-                else:
-                    raise ValueError(f"there is no such setting: {' '.join(PARSERS)}")
-            if section == "natrun":
-                common = values
-            # The kernel knows a program by 15 letters.
-            settings.programs[section[:15]] = Program(**values)
-    except (OSError, ValueError, configparser.Error) as error:
-        at = f"{path}, {where}" if type(error) is ValueError else path
-        raise Fault(f"cannot use {at}: {reason(error).splitlines()[0]}") from None
-    return settings
-
-
-def find_settings(path: str) -> Settings:
-    """Return the settings in a file, else those of the user or the machine."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    usual = [os.path.join(home, "natrun.conf"), "/etc/natrun.conf"]
-    found = [path] if path else [*filter(os.path.exists, usual)]
-    return read_settings(found[0]) if found else Settings()
+    usual = filter(os.path.exists, [f"{home}/natrun.conf", "/etc/natrun.conf"])
+    at = path = path or next(usual, os.devnull)
+    parser = configparser.ConfigParser(default_section="natrun", interpolation=None)
+    programs: dict[str, Settings] = {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file)
+        if parser.has_section("DEFAULT"):
+            raise ValueError("[DEFAULT] is no program: what is for all is in [natrun]")
+        for section, texts in parser.items():
+            values = {}
+            for name, text in texts.items():
+                at = f"{path}, [{section}] {name}"
+                misplaced = name in OF_RUN and parser.defaults().get(name) != text
+                if name not in SETTINGS or misplaced:
+                    raise ValueError(f"there is no such setting: {' '.join(SETTINGS)}")
+                values[name] = parse_setting(name, text)
+            # The kernel knows a program by 15 letters.
+            programs[section[:15]] = Settings(**values)
+    except (OSError, ValueError, configparser.Error) as error:
+        raise Fault(f"cannot use {at}: {reason(error).splitlines()[0]}") from None
+    return defaultdict(lambda: programs["natrun"], programs)
 
 
 # --- The gateway --------------------------------------------------------------
@@ -419,6 +407,26 @@ CONNECT, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 3, 0xF0, 0xF1  # the last two are 
 REPLIES = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.ECONNREFUSED}
 REPLIES |= {6: errno.ETIMEDOUT, 7: errno.EOPNOTSUPP, 8: errno.EAFNOSUPPORT}
 DOMAIN = 3  # an address that is a name
+DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+PMP_PORT = 5351
+RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
+PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?")
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Let steps take no longer, if told; raise OSError.  3.11 has asyncio.timeout()."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+    timer = loop.call_later(seconds or 1e9, task.cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if loop.time() < timer.when():  # somebody else has canceled
+            raise
+        raise failure(errno.ETIMEDOUT) from None
+    finally:
+        timer.cancel()
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
@@ -442,13 +450,15 @@ def request_of(command: int, where: Endpoint | bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Gateway:
-    """Where the gateway is, and its Local Address Table."""
+    """Where the gateway is, who asks it, and its Local Address Table."""
 
     at: Endpoint
+    user: str
+    password: str
     inside: Blocks
     natwork: bool = False
     outside: Blocks = field(default_factory=list)
-    domains: tuple[str, ...] = ()
+    domains: list[str] = field(default_factory=list)
     mappings: bool = False
     udp: bool = False
 
@@ -456,163 +466,256 @@ class Gateway:
         """Return whether an address is reached without the gateway."""
         return packed == self.at.packed or within(self.inside, packed)
 
+    def is_near(self, program: Settings, target: Endpoint) -> bool:
+        """Return whether a program reaches a target without the gateway."""
+        near = self.has_inside(target.packed) or within(program.direct, target.packed)
+        direct = near or any(target.port in ports for ports in program.direct_ports)
+        return direct or program.redirect == "no"
+
     def address(self, like: Endpoint) -> bytes:
         """Return the outside address that is for targets like one."""
         size = len(like.packed)
-        known = [low for low, _ in self.outside if len(low) == size]
-        return known[0] if known else bytes(size)
+        return next((low for low, _ in self.outside if len(low) == size), bytes(size))
 
-    async def reach(self, sock: socket.socket) -> None:
-        """Connect a socket to the gateway; raise Lost."""
+    def login(self, app: str) -> list[bytes]:
+        """Return the user that its log is to have, and a password."""
+        known = self.natwork or not self.password  # NATWork's users end at the ";"
+        claimed = f";app={app};host={socket.gethostname()}" if known else ""
+        return [(self.user + claimed).encode()[:255], self.password.encode()[:255]]
+
+    async def talk(
+        self, sock: socket.socket, command: int, where: Endpoint | bytes, app: str
+    ) -> tuple[bytes, int]:
+        """Connect a socket to it, and have it do a command for a program.
+
+        Returns the address or name, and port, that it answers.  Raises OSError for
+        what became of the command, Lost for the gateway.
+        """
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
         try:
-            await asyncio.wait_for(loop.sock_connect(sock, address), REACH_TIME)
-        except (OSError, asyncio.TimeoutError) as error:
+            with limit(REACH_TIME):
+                await loop.sock_connect(sock, address)
+        except OSError as error:
             raise Lost(errno.ENETUNREACH, reason(error)) from None
-
-    async def ask(
-        self,
-        sock: socket.socket,
-        command: int,
-        where: Endpoint | bytes,
-        who: list[bytes],
-    ) -> tuple[bytes, int]:
-        """Have it do a command; return the address or name, and port, that it answers.
-
-        NATWork takes the name of who asks as claimed, if it has no users.  Raises
-        OSError for what became of the command, Lost for the gateway.
-        """
-        loop, request = asyncio.get_running_loop(), request_of(command, where)
-        methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
-        proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
-        # What NATWork answers is known beforehand, so it is told all at once.
-        first = bytes([5, len(methods)]) + methods
         try:
-            await loop.sock_sendall(sock, first + (self.natwork * (proof + request)))
-            version, method = await receive(sock, 2)
-            if version != 5 or method not in methods:
-                raise Lost(errno.EACCES, "it wants another way to log in")
-            if method == 2:
-                await loop.sock_sendall(sock, b"" if self.natwork else proof)
-                if (await receive(sock, 2))[1]:
-                    raise Lost(
-                        errno.EACCES,
-                        "it lets in nobody without a user and password that it knows",
-                    )
-            await loop.sock_sendall(sock, b"" if self.natwork else request)
-            _, reply, _, kind = await receive(sock, 4)
-            if reply:
-                raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))
-            size = (await receive(sock, 1))[0] if kind == DOMAIN else 4 * kind
-            name = await receive(sock, size + 2)
-            return name[:-2], int.from_bytes(name[-2:], "big")
+            with limit(ANSWER_TIME):
+                return await self.ask(sock, request_of(command, where), self.login(app))
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
                 raise Lost(errno.ENETUNREACH, reason(error)) from None
             # ssh -D says no more of a connection that it could not make.
             raise failure(errno.ECONNREFUSED) from None
 
-    async def fetch(self, path: str, who: list[bytes]) -> Any:
-        """Return a page of it that is JSON; raise OSError, or ValueError."""
-        import base64
+    async def ask(
+        self, sock: socket.socket, request: bytes, who: list[bytes]
+    ) -> tuple[bytes, int]:
+        """Log in by a socket, make a request, and return what it answers.
 
-        proof = base64.b64encode(b":".join(who)).decode()
-        reader, writer = await asyncio.open_connection(*self.at.pair())
+        NATWork takes the name of who asks as claimed, if it has no users.
+        """
+        loop = asyncio.get_running_loop()
+        methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
+        hello = bytes([5, len(methods)]) + methods
+        proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
+        if self.natwork:  # what it answers is known: it is told all at once
+            hello, proof, request = hello + proof + request, b"", b""
+        await loop.sock_sendall(sock, hello)
+        version, method = await receive(sock, 2)
+        if version != 5 or method not in methods:
+            raise Lost(errno.EACCES, "it wants another way to log in")
+        if method == 2:
+            await loop.sock_sendall(sock, proof)
+            if (await receive(sock, 2))[1]:
+                why = "it lets in nobody without a user and password that it knows"
+                raise Lost(errno.EACCES, why)
+        await loop.sock_sendall(sock, request)
+        _, reply, _, kind = await receive(sock, 4)
+        if reply:
+            raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))
+        size = (await receive(sock, 1))[0] if kind == DOMAIN else 4 * kind
+        name = await receive(sock, size + 2)
+        return name[:-2], int.from_bytes(name[-2:], "big")
+
+    async def map(self, internal: int, external: int, seconds: int) -> int:
+        """Have it map a port, or unmap it; return the port outside: RFC 6886."""
+        loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
+        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
+        answer = struct.pack("!HHIHHI", 0, 3, 0, 0, 0, 0)  # the network is down
+        with socket.socket(at.family, DATAGRAMS) as sock:
+            sock.connect(at.pair())
+            for pause in (0.25, 0.5, 1.0):
+                await loop.sock_sendall(sock, request)
+                with contextlib.suppress(TimeoutError, ConnectionRefusedError):
+                    with limit(pause):
+                        answer = await loop.sock_recv(sock, 16)
+                        break
+        _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
+        if result:
+            raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
+        return int(port)
+
+
+async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
+    """Return a page that is JSON; raise OSError, or ValueError."""
+    proof = binascii.b2a_base64(login, newline=False).decode()
+    field = f"Authorization: Basic {proof}\r\n" if login else ""
+    with limit(FIND_TIME):
+        reader, writer = await asyncio.open_connection(*at.pair())
         with contextlib.closing(writer):
-            login = f"Authorization: Basic {proof}\r\n" if who[1] else ""
-            head = f"GET {path} HTTP/1.0\r\nHost: {self.at}\r\n{login}\r\n"
-            writer.write(head.encode())
+            writer.write(f"GET {path} HTTP/1.0\r\nHost: {at}\r\n{field}\r\n".encode())
             answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
-            raise ValueError(f"it answers {path} with {match[1].decode()}")
-        return json.loads(body)
+    if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
+        raise ValueError(f"it answers {path} with {match[1].decode()}")
+    return json.loads(body)
 
 
-def read_lat(at: Endpoint, lat: dict[str, Any]) -> Gateway:
-    """Return a gateway by what its /lat.json says; raise KeyError or ValueError."""
-    with contextlib.suppress(KeyError, OSError, ValueError):
-        host, _, port = lat["socks"].rpartition(":")
-        at = endpoint((host.strip("[]"), int(port)))
-    domains = tuple(str(name).lower().strip(".") for name in lat.get("domains", ()))
-    outside = parse_blocks(" ".join(lat.get("outside", ())))
-    flags = [bool(lat.get(name)) for name in ("mappings", "udp")]
-    inside = parse_blocks(" ".join([OWN, *lat["inside"]]))
-    return Gateway(at, inside, True, outside, domains, *flags)
-
-
-def look(text: str, port: int, named: bool) -> Gateway:
+def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     """Return the gateway at a place; raise OSError, or ValueError for what is none.
 
-    What was named, and speaks no HTTP, is a SOCKS server.
+    What was named, and answers no HTTP or closes, is a SOCKS server.
     """
-    plain = text.startswith("socks5://")
-    host = re.sub(r"^\w+://|/$", "", text)
-    if match := re.fullmatch(r"\[?([^]]+?)\]?:(\d+)|\[(.+)\]", host):
-        if host.count(":") == 1 or host.startswith("["):
-            host, port = match[1] or match[3], int(match[2] or port)
+    match, host = PLACE.fullmatch(text), text
+    if match:
+        host, port = match[2] or match[3], int(match[4] or port)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    at = endpoint(found[0][4])
-    gateway = Gateway(at, parse_blocks(f"{OWN} {PRIVATE}"))
-    if plain:
-        return gateway
-    page = asyncio.wait_for(gateway.fetch("/lat.json", [b"", b""]), FIND_TIME)
-    try:
-        return read_lat(at, asyncio.run(page))
-    except (LookupError, TypeError, ValueError, TimeoutError, ConnectionResetError):
-        pass
-    except asyncio.TimeoutError:  # it is not yet a TimeoutError in Python 3.10
-        pass
-    if not named:
-        raise ValueError("it has no /lat.json")
-    say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
-    return gateway
-
-
-def default_route() -> str:
-    """Return the address of the router, "" if there is none."""
-    with contextlib.suppress(OSError), open("/proc/net/route") as table:
-        for _, target, router, *_ in map(str.split, table):
-            if target == "00000000" != router:
-                packed = int(router, 16).to_bytes(4, sys.byteorder)
-                return socket.inet_ntop(socket.AF_INET, packed)
-    return ""
+    at, lat, inside = endpoint(found[0][4]), {}, [PRIVATE]
+    if not match or match[1] != "socks5://":
+        try:
+            lat = asyncio.run(fetch(at, "/lat.json"))
+            inside = [*lat["inside"]]
+        except (LookupError, TypeError, ValueError, ConnectionResetError):
+            if not named:
+                raise ValueError("it has no /lat.json") from None
+            say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
+            lat = {}
+    user = str(os.getuid())
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(os.getuid()).pw_name
+    with contextlib.suppress(KeyError, OSError, ValueError):
+        host, _, tail = lat["socks"].rpartition(":")
+        at = endpoint((host.strip("[]"), int(tail)))
+    return Gateway(
+        at,
+        settings.user or user,
+        settings.password,
+        parse_blocks(" ".join([OWN, *inside])),
+        natwork=bool(lat),
+        outside=parse_blocks(" ".join(lat.get("outside", ()))),
+        domains=[str(name).lower().strip(".") for name in lat.get("domains", ())],
+        mappings=bool(lat.get("mappings")),
+        udp=bool(lat.get("udp")),
+    )
 
 
 def find_gateway(option: str, settings: Settings) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
-    places = [(named, 8080)] if named else [("wpad", 80), (default_route(), 8080)]
-    tried, before = [], os.environ.get("RES_OPTIONS")
+    # The default route's: in the table, an address is a number of this machine.
+    routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
+    packed = [int(router, 16).to_bytes(4, sys.byteorder) for router in routers]
+    router = socket.inet_ntop(socket.AF_INET, packed[0]) if packed else ""
+    places = [(named, 8080)] if named else [("wpad", 80), (router, 8080)]
+    tried = []
+    # No name server may be there.  The command has its environment from os.environ,
+    # which this does not change.
+    os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
-        os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # no server may be there
         try:
-            return look(text, port, bool(named))
+            return look(text, port, bool(named), settings)
         except (OSError, ValueError) as error:
             tried.append(f"{text or 'no default route'}: {reason(error)}")
-        finally:
-            if before is None:
-                os.environ.pop("RES_OPTIONS", None)
-            else:
-                os.environ["RES_OPTIONS"] = before
     what = "cannot use the gateway" if named else "cannot find a gateway (-g names it)"
     raise Fault(f"{what}: {'; '.join(tried)}")
 
 
-# --- The relay ----------------------------------------------------------------
+# --- The helper ---------------------------------------------------------------
 #
-# A connection through the waiting room is two: to the program and to the gateway.
-# One process, forked while it is small, joins them all; splice(2) moves the bytes in
-# the kernel.  It goes on without the supervisor for what is under way.
+# A process that is forked while natrun is small.  It makes the sockets of UDP, in a
+# network namespace whose only way out is a cable to us.  And a connection through the
+# waiting room is two, to the program and to the gateway: the helper joins them, and
+# splice(2) moves the bytes in the kernel.  It goes on without the supervisor for what
+# is under way.  Numbers are from <linux/rtnetlink.h>, <linux/if_link.h> and
+# <linux/if_packet.h>.
+
+NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
+UP_NOARP, NODAD = 0x81, 0x2
+SOL_PACKET, IGNORE_OUTGOING = 263, 23
+OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
+FORBIDDEN = errno.ENOSPC, errno.EUSERS, errno.EPERM, errno.EACCES
+END = b"\2natru"  # the address of both ends of the cable, made up
+SYSCTLS = {
+    "ipv4/ip_nonlocal_bind": "1",
+    "ipv6/ip_nonlocal_bind": "1",
+    "ipv4/conf/all/rp_filter": "0",
+    "ipv4/conf/default/rp_filter": "0",
+    "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
+}
+
+
+def attribute(kind: int, data: bytes) -> bytes:
+    """Return a struct rtattr."""
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
+    """Have netlink do something; raise OSError."""
+    body, flags = b"".join(parts), 0x605  # REQUEST, ACK, CREATE, EXCL
+    netlink.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
+    (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+    if code:
+        raise failure(-code)
+
+
+def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
+    """Put this process into a namespace with a cable; return the cable's other end."""
+    routes = [(bytes(len(own)), b"\xff" * len(own)) for own, _ in outside]
+    if all(len(own) == 4 for own, _ in outside):  # IPv6 goes to the inside only
+        outside = [*outside, (OWN_IPV6, OWN_IPV6)]
+        routes += [block for block in inside if len(block[0]) == 16]
+    system(LIBC.unshare, NEWUSER | NEWNET)
+    for name, value in SYSCTLS.items():
+        with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
+            file.write(value)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
+        # As large as a datagram can be; and one packet is one datagram.
+        sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
+        kind = attribute(18, attribute(1, b"veth"))
+        change(netlink, NEWLINK, bytes(16), *sizes, kind)
+        near, far = (index for index, name in socket.if_nameindex() if name != "lo")
+        for index in (near, far):
+            head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
+            change(netlink, SETLINK, head, attribute(1, END))
+        for own, _ in outside:
+            family, bits = Endpoint(own, 0).family, 8 * len(own)
+            head = struct.pack("=BBBBI", family, bits, NODAD, 0, near)
+            change(netlink, NEWADDR, head, attribute(1, own), attribute(2, own))
+        device = attribute(4, struct.pack("=i", near))
+        for low, high in routes:
+            differ = int.from_bytes(low, "big") ^ int.from_bytes(high, "big")
+            family, bits = Endpoint(low, 0).family, 8 * len(low) - differ.bit_length()
+            # Main table, static, unicast.
+            head = struct.pack("=BBBBBBBBI", family, bits, 0, 0, 254, 4, 0, 1, 0)
+            with contextlib.suppress(FileExistsError):  # of two addresses
+                change(netlink, NEWROUTE, head, attribute(1, low), device)
+    cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
+    for option in (socket.SO_RCVBUF, SO_RCVBUFFORCE):  # if it may: more at once
+        with contextlib.suppress(OSError):
+            cable.setsockopt(socket.SOL_SOCKET, option, 1 << 22)
+    cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
+    return cable
 
 
 def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
+    source.setblocking(True)
+    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with contextlib.ExitStack() as stack:
-        out, into = os.pipe()
-        stack.callback(os.close, out)
-        stack.callback(os.close, into)
         try:
+            out, into = os.pipe()
+            stack.callback(os.close, out)
+            stack.callback(os.close, into)
             while size := os.splice(source.fileno(), into, PIPE_SIZE):
                 if size == 65536:  # all that it holds: bulk comes
                     with contextlib.suppress(OSError):
@@ -628,45 +731,59 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                     sock.shutdown(socket.SHUT_RD)  # wakes the other direction
 
 
-def carry_both(one: socket.socket, other: socket.socket) -> None:
-    """Join two sockets until both directions have ended."""
-    with one, other:
-        back = threading.Thread(target=carry, args=(other, one))
-        back.start()
-        carry(one, other)
-        back.join()
-
-
-def relay(control: socket.socket) -> None:
-    """Join the pairs of sockets that come by a socket, until it ends."""
-    threading.stack_size(64 * 1024)
-    while True:
-        data, fds, _, _ = socket.recv_fds(control, 1, 2)
-        if not data:
-            return
-        pair = [socket.socket(fileno=fd) for fd in fds]
-        for sock in pair:
-            sock.setblocking(True)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=carry_both, args=pair).start()
-
-
-def fork_relay() -> socket.socket:
-    """Start the relay; return the socket by which it takes pairs."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork():
-        theirs.close()
-        ours.setblocking(False)
-        return ours
-    ours.close()
-    # A reader of our output must not wait for what is still under way.
+def help_out(control: socket.socket, *blocks: Blocks) -> None:
+    """Make and join sockets, until nobody asks and nothing is under way."""
+    # A reader of our output must not wait for that.
     for fd in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
-    relay(theirs)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
-    os._exit(0)
+    threading.stack_size(64 * 1024)
+    while True:
+        asked, fds, _, _ = socket.recv_fds(control, 8, 2)
+        if asked == b"+":
+            # Where no descriptor was left, fewer than two have come, and are closed.
+            socks = (socket.socket(fileno=fd) for fd in fds)
+            pairs = [*itertools.permutations(socks, 2)]
+            while pairs:  # the thread that ends last lets go of both
+                threading.Thread(target=carry, args=pairs.pop()).start()
+            continue
+        if not asked:
+            break
+        try:
+            family, kind = struct.unpack("=ii", asked)
+            cable = family == socket.AF_PACKET
+            made = make_namespace(*blocks) if cable else socket.socket(family, kind)
+            with made:
+                socket.send_fds(control, [b"+"], [made.fileno()])
+        except OSError as error:
+            control.send(b"%d" % (error.errno or errno.EIO))
+    for thread in threading.enumerate()[1:]:
+        thread.join()
+
+
+class Helper:
+    """The process, and what it is asked for."""
+
+    def __init__(self, *blocks: Blocks) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.control.close()
+                help_out(theirs, *blocks)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def make(self, family: int, kind: int) -> socket.socket:
+        """Return a socket of the namespace, or the cable to it; raise OSError."""
+        self.control.send(struct.pack("=ii", family, kind))
+        said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
+        if not fds and family == socket.AF_PACKET and int(said or 0) in FORBIDDEN:
+            raise OSError("user namespaces are forbidden (user.max_user_namespaces)")
+        if not fds:
+            raise failure(int(said or errno.EIO))  # or it has been killed
+        os.set_inheritable(fds[0], False)
+        return socket.socket(fileno=fds[0])
 
 
 # --- Names --------------------------------------------------------------------
@@ -679,123 +796,125 @@ def fork_relay() -> socket.socket:
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 BAD, FAILED, NO_NAME = 1, 2, 3  # RFC 1035 section 4.1.1
-QUESTION = re.compile(rb"(?s)(?:[\x01-\x3f][-\w]+)+\0(..)\0\x01")
-FAKES = parse_blocks("198.18.0.0/15")
+NAME = re.compile(rb"[-\w]+(\.[-\w]+)*")
+
+
+def read_question(query: bytes) -> tuple[bytes, int, int]:
+    """Return the name and the type that a query asks for, and where that ends.
+
+    Raises ValueError or IndexError for what is not a query: RFC 1035 section 4.1.
+    """
+    labels, at = [], 12
+    while size := query[at]:
+        labels.append(query[at + 1 : at + 1 + size])
+        at += 1 + size
+    name, kind, place = b".".join(labels).lower(), query[at + 1 : at + 3], at + 5
+    one = query[4:6] == query[at + 3 : place] == b"\0\1"  # question, of the Internet
+    if not one or not NAME.fullmatch(name):
+        raise ValueError("not a query for a name")
+    return name, int.from_bytes(kind, "big"), place
 
 
 def reply_to(
-    query: bytes, code: int, end: int, kind: int = 0, data: bytes = b""
+    query: bytes, end: int, code: int = 0, kind: int = 0, data: bytes = b""
 ) -> bytes:
     """Return the response to a query whose question ends there, with data or none."""
     flags = 0x8080 | query[2] << 8 & 0x100 | code
-    counts = (int(end > 12), int(bool(data)), 0, 0)
     record = struct.pack("!HHHIH", 0xC00C, kind, 1, NAME_TIME, len(data)) + data
-    head = query[:2] + struct.pack("!HHHHH", flags, *counts)
+    head = query[:2] + struct.pack("!HHHHH", flags, end > 12, bool(data), 0, 0)
     return head + query[12:end] + (record if data else b"")
 
 
-def labels_of(question: bytes) -> list[bytes]:
-    """Return the labels of a name as a query has it; raise ValueError."""
-    labels = []
-    while question[0]:
-        size = question[0] + 1
-        labels.append(question[1:size])
-        if len(question) <= size or b"." in labels[-1]:
-            raise ValueError("not a name")
-        question = question[size:]
-    return labels
-
-
-def reversed_address(name: bytes, kind: int) -> Endpoint | None:
-    """Return the address whose name is asked for, None if none is."""
-    labels = name.split(b".")[::-1]
+def reversed_address(name: bytes) -> bytes:
+    """Return the address that a name of in-addr.arpa or ip6.arpa stands for."""
     with contextlib.suppress(ValueError):
-        if kind == PTR and labels[1] == b"in-addr" and len(labels) == 6:
-            return Endpoint(bytes(map(int, labels[2:])), 0)
-        if kind == PTR and labels[1] == b"ip6" and len(labels) == 34:
-            return Endpoint(bytes.fromhex(b"".join(labels[2:]).decode()), 0)
-    return None
-
-
-def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
-    """Put something into a table that does not grow for ever."""
-    table[key] = value
-    if len(table) > RECORDS:
-        del table[next(iter(table))]
+        *digits, zone, _ = name.split(b".")
+        if zone == b"in-addr" and len(digits) == 4:
+            return bytes(map(int, digits[::-1]))
+        if zone == b"ip6" and len(digits) == 32:
+            return bytes.fromhex(b"".join(digits[::-1]).decode())
+    return b""
 
 
 class Names:
     """The addresses of names, for all programs of a run."""
 
-    def __init__(self, gateway: Gateway, login: Callable[[str], list[bytes]]) -> None:
-        self.gateway, self.login = gateway, login
-        self.known: dict[bytes, tuple[float, asyncio.Future[bytes]]] = {}
+    def __init__(self, gateway: Gateway, programs: Programs) -> None:
+        self.gateway, self.programs = gateway, programs
+        self.known: dict[bytes, asyncio.Future[bytes]] = {}
         self.fakes: dict[bytes, bytes] = {}
         self.called: dict[bytes, bytes] = {}  # names by address
         self.only_fakes = False
+        self.tasks: set[asyncio.Task[None]] = set()
 
-    def is_near(self, name: bytes) -> bool:
-        """Return whether a name is for the machine's own name server."""
-        ends = [b"localhost", *map(str.encode, self.gateway.domains)]
-        return b"." not in name or any(b"." + end in b"." + name for end in ends)
+    def begin(
+        self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
+    ) -> None:
+        """Have a query to a server answered, and the response brought to a function."""
 
-    async def answer(
-        self, query: bytes, server: Endpoint, app: str, fake: bool
-    ) -> bytes:
+        async def steps() -> None:
+            response = await self.answer(query, server, app)
+            with contextlib.suppress(OSError):  # one lost datagram
+                reply(response)
+
+        task = asyncio.ensure_future(steps())
+        self.tasks.add(task)  # asyncio itself does not keep it
+        task.add_done_callback(self.tasks.discard)
+
+    async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return the response to a query that a program sent to a server."""
-        match = QUESTION.match(query, 12)
-        if len(query) < 12 or not match or query[4:6] != b"\0\1":
-            return reply_to(query.ljust(12, b"\0"), BAD, 12)
-        kind, end, data = int.from_bytes(match[1], "big"), match.end(), b""
         try:
-            name = b".".join(labels_of(match[0])).lower()
-            near, target = self.is_near(name), reversed_address(name, kind)
-            if target and not self.gateway.has_inside(target.packed):
+            name, kind, end = read_question(query)
+        except (IndexError, ValueError):
+            return reply_to(query.ljust(12, b"\0"), 12, BAD)
+        target, data = reversed_address(name) if kind == PTR else b"", b""
+        ends = [b"localhost", *map(str.encode, self.gateway.domains)]
+        near = b"." not in name or any(b"." + end in b"." + name for end in ends)
+        try:
+            if target and not self.gateway.has_inside(target):
                 data = await self.look_back(target, app)
-                return reply_to(query, 0, end, kind, data)
-            if near or kind not in (A, AAAA, SVCB, HTTPS):
-                forwarded = self.forward(query, server, app, near)
-                return await asyncio.wait_for(forwarded, QUERY_TIME)
-            if kind in (A, AAAA):
-                data = await self.look_up(name, app, fake)
-            data = data if len(data) == (4 if kind == A else 16) else b""
-        except (OSError, ValueError, asyncio.TimeoutError) as error:
-            unknown = getattr(error, "errno", 0) == errno.EHOSTUNREACH
-            return reply_to(query, NO_NAME if unknown else FAILED, end)
-        return reply_to(query, 0, end, kind, data)
+            elif near or kind not in (A, AAAA, SVCB, HTTPS):
+                return await self.forward(query, server, app, near)
+            elif kind in (A, AAAA):
+                found = await self.look_up(name, app)
+                data = found if len(found) == (4 if kind == A else 16) else b""
+        except OSError as error:
+            unknown = error.errno == errno.EHOSTUNREACH
+            return reply_to(query, end, NO_NAME if unknown else FAILED)
+        return reply_to(query, end, 0, kind, data)
 
     async def forward(
         self, query: bytes, server: Endpoint, app: str, near: bool
     ) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
         loop = asyncio.get_running_loop()
-        if self.gateway.has_inside(server.packed):
-            with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                sock.connect(server.pair())
-                await loop.sock_sendall(sock, query)
-                return await loop.sock_recv(sock, 65535)
-        if near:
-            raise failure(errno.EHOSTUNREACH)
-        with socket.socket(self.gateway.at.family) as sock:
-            await self.gateway.reach(sock)
-            await self.gateway.ask(sock, CONNECT, server, self.login(app))
-            # RFC 1035 section 4.2.2: by TCP, a length comes first.
-            await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
-            size = await receive(sock, 2)
-            return await receive(sock, int.from_bytes(size, "big"))
+        with limit(QUERY_TIME):
+            if self.gateway.has_inside(server.packed):
+                with socket.socket(server.family, DATAGRAMS) as sock:
+                    sock.connect(server.pair())
+                    await loop.sock_sendall(sock, query)
+                    return await loop.sock_recv(sock, 65535)
+            if near:
+                raise failure(errno.EHOSTUNREACH)
+            with socket.socket(self.gateway.at.family) as sock:
+                await self.gateway.talk(sock, CONNECT, server, app)
+                # RFC 1035 section 4.2.2: by TCP, a length comes first.
+                await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
+                size = await receive(sock, 2)
+                return await receive(sock, int.from_bytes(size, "big"))
 
-    async def look_up(self, name: bytes, app: str, fake: bool) -> bytes:
+    async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
+        fake = self.programs[app].dns == "fake"
         if not fake and not self.only_fakes:
-            until, known = self.known.get(name, (0.0, None))
-            if not known or until < time.monotonic():
+            if name not in self.known:
                 # A resolver asks for A and AAAA at once: that is one question.
                 steps = self.resolve(RESOLVE, name + bytes(2), app)
-                known = asyncio.ensure_future(steps)
-                remember(self.known, name, (time.monotonic() + NAME_TIME, known))
+                self.known[name] = asyncio.ensure_future(steps)
+                loop = asyncio.get_running_loop()
+                loop.call_later(NAME_TIME, self.known.pop, name)
             try:
-                return await known
+                return await self.known[name]
             except OSError as error:
                 none = self.gateway.natwork or error.errno != errno.ECONNREFUSED
                 if none and error.errno != errno.EOPNOTSUPP:
@@ -807,90 +926,77 @@ class Names:
             self.called[self.fakes[name]] = name
         return self.fakes[name]
 
-    async def look_back(self, target: Endpoint, app: str) -> bytes:
+    async def look_back(self, target: bytes, app: str) -> bytes:
         """Return the name of an address as a query has it; raise OSError."""
-        name = self.called.get(target.packed)
-        name = name or await self.resolve(RESOLVE_PTR, target, app)
+        name = self.called.get(target)
+        name = name or await self.resolve(RESOLVE_PTR, Endpoint(target, 0), app)
         labels = [label[:63] for label in name[:253].strip(b".").split(b".")]
         return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
     async def resolve(self, command: int, what: Endpoint | bytes, app: str) -> bytes:
         """Return what the gateway finds for a name or an address; raise OSError."""
         with socket.socket(self.gateway.at.family) as sock:
-            await self.gateway.reach(sock)
-            found, _ = await self.gateway.ask(sock, command, what, self.login(app))
+            found, _ = await self.gateway.talk(sock, command, what, app)
             return unmapped(found)
 
 
 # --- Calls --------------------------------------------------------------------
 
+PROCEED = -1  # in place of an errno: let the kernel do what it would without us
+
 
 class Call:
     """A notification: a thread has made a call, and waits for our answer."""
 
-    def __init__(self, listener: int, raw: bytes, names: dict[int, str]) -> None:
+    def __init__(self, listener: int) -> None:
+        """Receive it; raise OSError."""
+        raw = bytearray(80)  # the kernel wants zeros
+        fcntl.ioctl(listener, NOTIF_RECV, raw)
         # struct seccomp_notif, with its struct seccomp_data
-        fields = struct.unpack("=QIIiIQ6Q", raw)
-        self.listener, self.id, self.tid = listener, fields[0], fields[1]
-        self.name, self.arguments = names[fields[3]], fields[6:]
-        self.task: asyncio.Task[None] | None = None  # ends with the call
-        with contextlib.suppress(OSError), open(f"/proc/{self.tid}/comm") as file:
-            self.app = file.read().rstrip("\n")
+        self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
+        self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
 
-    app = "?"
+    @functools.cached_property
+    def app(self) -> str:
+        """Return the name of the program, whatever a thread of it is called."""
+        with contextlib.suppress(OSError):
+            process = int(self.read_proc("status")["Tgid"])
+            with open(f"/proc/{process}/comm") as file:
+                return file.read().rstrip("\n")
+        return "?"
 
-    def answer(self, error: int = 0, flags: int = 0) -> None:
-        response = struct.pack("=QqiI", self.id, 0, -error, flags)
+    def answer(self, error: int) -> None:
+        proceed = error == PROCEED
+        fields = self.id, 0, 0 if proceed else -error, CONTINUE if proceed else 0
         with contextlib.suppress(OSError):  # it has been killed
-            fcntl.ioctl(self.listener, NOTIF_SEND, response)
+            fcntl.ioctl(self.listener, NOTIF_SEND, struct.pack("=QqiI", *fields))
 
-    def proceed(self) -> None:
-        """Let the kernel do what it would have done without us."""
-        self.answer(flags=CONTINUE)
+    def give(self, sock: socket.socket, flags: int, fd: int | None = None) -> None:
+        """Answer with a descriptor of a socket of ours, or put it in place of one.
 
-    def give(self, sock: socket.socket, flags: int) -> None:
-        """Answer with a new descriptor, which is a socket of ours; raise OSError."""
-        sock.setblocking(not flags & socket.SOCK_NONBLOCK)
-        cloexec = flags & socket.SOCK_CLOEXEC  # which is O_CLOEXEC
-        raw = struct.pack("=QIIII", self.id, ADDFD_SEND, sock.fileno(), 0, cloexec)
-        try:
-            fcntl.ioctl(self.listener, NOTIF_ADDFD, raw)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise  # it is not there any more
-            self.answer(error.errno or errno.EMFILE)
-
-    def swap(self, old: socket.socket) -> None:
-        """Put an ordinary socket in the place of one of the namespace."""
-        fd = self.arguments[0] & WHOLE
-        with open(f"/proc/{self.tid}/fdinfo/{fd}") as file:
-            flags = int(dict(line.split(":") for line in file)["flags"], 8)
-        with socket.socket(old.family, old.type) as new:
-            options = socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST
-            for option in options:
-                value = old.getsockopt(socket.SOL_SOCKET, option)
-                new.setsockopt(socket.SOL_SOCKET, option, value)
-            new.setblocking(not flags & os.O_NONBLOCK)
-            fields = self.id, ADDFD_SETFD, new.fileno(), fd, flags & os.O_CLOEXEC
-            fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
+        The flags are O_NONBLOCK and O_CLOEXEC, as are SOCK_NONBLOCK and SOCK_CLOEXEC.
+        """
+        sock.setblocking(not flags & os.O_NONBLOCK)
+        how = ADDFD_SEND if fd is None else ADDFD_SETFD
+        fields = self.id, how, sock.fileno(), fd or 0, flags & os.O_CLOEXEC
+        fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
 
     def is_alive(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             fcntl.ioctl(self.listener, NOTIF_ID_VALID, struct.pack("=Q", self.id))
             return True
-        except OSError:
-            return False
+        return False
 
-    def status(self, *names: str) -> list[str]:
-        """Return lines of /proc/TID/status; raise OSError."""
-        with open(f"/proc/{self.tid}/status") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return [lines[name].strip() for name in names]
+    def read_proc(self, name: str) -> dict[str, str]:
+        """Return the lines of a file about the thread in /proc; raise OSError."""
+        with open(f"/proc/{self.tid}/{name}") as file:
+            return dict(line.split(":", 1) for line in file)
 
     def is_interrupted(self) -> bool:
         """Return whether a signal waits that the program is to see now."""
+        status = self.read_proc("status")
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
-        own, shared, blocked, ignored = (int(s, 16) for s in self.status(*names))
+        own, shared, blocked, ignored = (int(status[name], 16) for name in names)
         return bool((own | shared) & ~blocked & ~ignored)
 
     def borrow(self) -> socket.socket:
@@ -899,9 +1005,9 @@ class Call:
         It is not a copy: what is done to it here is done there.
         """
         try:
-            process = os.pidfd_open(self.tid)
-        except OSError:  # it is not the first thread; PIDFD_THREAD came with Linux 6.9
-            process = os.pidfd_open(int(*self.status("Tgid")))
+            process = os.pidfd_open(self.tid, PIDFD_THREAD)
+        except OSError:  # before Linux 6.9
+            process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
         try:
             number = self.arguments[0] & WHOLE
             fd = system(LIBC.syscall, PIDFD_GETFD, process, number, 0)
@@ -909,55 +1015,67 @@ class Call:
             os.close(process)
         try:
             if self.is_alive():  # else the number may be another's by now
-                return socket.socket(fileno=fd)
+                return socket.socket(proto=0, fileno=fd)  # MPTCP is as TCP, to asyncio
             raise failure(errno.ESRCH)
         except OSError:
             os.close(fd)
             raise
 
+    def copy(self, function: Callable[..., int], there: int, here: Any) -> None:
+        """Copy between the program's memory and a buffer; raise OSError."""
+        size = ctypes.sizeof(here)
+        ours = (ctypes.c_size_t * 2)(ctypes.addressof(here), size)  # struct iovec
+        theirs = (ctypes.c_size_t * 2)(there, size)
+        if size and system(function, self.tid, ours, 1, theirs, 1, 0) < size:
+            raise failure(errno.EFAULT)
+
     def read(self, there: int, size: int) -> bytes:
         """Return what stands in the program's memory; raise OSError."""
         here = ctypes.create_string_buffer(size)
-        copy(LIBC.process_vm_readv, self.tid, there, here)
+        self.copy(LIBC.process_vm_readv, there, here)
         if not self.is_alive():
             raise failure(errno.ESRCH)
         return here.raw
 
     def write(self, there: int, data: bytes) -> None:
         here = (ctypes.c_ubyte * len(data))(*data)
-        copy(LIBC.process_vm_writev, self.tid, there, here)
+        self.copy(LIBC.process_vm_writev, there, here)
 
     def target(self) -> Endpoint | None:
         """Return the address that connect() or bind() is about; raise OSError."""
         return parse_sockaddr(self.read(self.arguments[1], self.arguments[2] & 0xFF))
 
-    def write_address(self, family: int, where: Endpoint) -> None:
+    def write_address(self, family: int, where: Endpoint) -> int:
         """Write an address where the second and third argument say; raise OSError."""
         there, size_at = self.arguments[1:3]
         raw = write_sockaddr(family, where)
         room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
         if room < 0:
-            raise failure(errno.EINVAL)
+            return errno.EINVAL
         self.write(there, raw[:room])
         self.write(size_at, len(raw).to_bytes(4, sys.byteorder))
+        return 0
 
 
 @dataclass(eq=False)
 class Flow:
     """What is known of a socket that is not what the kernel takes it for."""
 
-    peer: Endpoint | None
-    local: Endpoint | None = None
-    pending: bool = False
-    error: int = 0  # to be told once
+    cookie: bytes
+    inode: int
+    peer: Endpoint = NOWHERE
+    local: Endpoint = NOWHERE
+    error: int = 0  # to be told once; EINPROGRESS until it is known
     waits: bool = False  # it is not O_NONBLOCK
-    paired: bool = False  # it went through the waiting room
-    inode: int = 0
-    since: float = field(default_factory=time.monotonic)
-    mapped: int = 0  # the port here that a port of the outside leads to
-    listened: bool = False
     task: asyncio.Task[None] | None = None
-    calls: list[Call] = field(default_factory=list)  # that wait for its end
+    mapped: int = 0  # the port here that a port of the outside leads to
+    seen: bool = False  # in the tables of the kernel
+    accepted: list[socket.socket] = field(default_factory=list)  # for nobody yet
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def pending(self) -> bool:
+        return self.error == errno.EINPROGRESS
 
 
 class WaitingRoom:
@@ -968,57 +1086,41 @@ class WaitingRoom:
     """
 
     def __init__(self) -> None:
-        self.listener = self.bound(("127.0.0.1", 0))
-        self.listener.listen(0)
-        self.address = self.listener.getsockname()
-        self.filler = socket.create_connection(self.address)
-
-    def bound(self, address: tuple[str, int]) -> socket.socket:
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(address)
-        sock.setblocking(False)
-        return sock
-
-    def enter(self, sock: socket.socket) -> int:
-        """Connect a socket that does not block; return the errno."""
-        return sock.connect_ex(endpoint(self.address).pair(sock.family))
+        where = "127.0.0.1", 0
+        self.listener = socket.create_server(where, backlog=0, reuse_port=True)
+        self.at = endpoint(self.listener.getsockname())
+        self.filler = socket.create_connection(self.at.pair())
 
     async def meet(self, sock: socket.socket) -> socket.socket:
-        """Return a socket that is connected to one that has entered; raise OSError."""
-        near, loop = self.bound(self.address), asyncio.get_running_loop()
-        try:
+        """Return a socket that is connected to one that waits there; raise OSError."""
+        near, there = socket.socket(), endpoint(sock.getsockname()).pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        near.bind(self.at.pair())
+        near.setblocking(False)
+        with limit(REACH_TIME):
             # TCP simultaneous open: RFC 9293 section 3.5.
-            address = endpoint(sock.getsockname()).pair()
-            await asyncio.wait_for(loop.sock_connect(near, address), REACH_TIME)
-            return near
-        except BaseException:
-            near.close()
-            raise
-
-
-def accept_now(sock: socket.socket) -> socket.socket:
-    """Accept a connection if one is there; raise OSError."""
-    waits = os.get_blocking(sock.fileno())
-    if waits:  # another process may have been faster
-        sock.setblocking(False)
-    try:
-        return sock.accept()[0]
-    finally:
-        if waits:
-            sock.setblocking(True)
-
-
-def netns(sock: socket.socket) -> bytes:
-    """Return what the network namespace of a socket is known by."""
-    return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+            await asyncio.get_running_loop().sock_connect(near, there)
+        return near
 
 
 def is_connected(sock: socket.socket) -> bool:
-    try:
+    """Return whether a socket is connected, or listens."""
+    with contextlib.suppress(OSError):
         return bool(sock.getpeername())
-    except OSError:
-        return False
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def patience(sock: socket.socket, option: int) -> float:
+    """Return SO_SNDTIMEO or SO_RCVTIMEO, which end a wait, or 0: socket(7)."""
+    whole, part = struct.unpack("ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
+    return float(whole + part / 1e6)
+
+
+def copy_options(old: socket.socket, new: socket.socket) -> None:
+    """Set what a program may have set on a socket of UDP before bind()."""
+    for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
+        value = old.getsockopt(socket.SOL_SOCKET, option)
+        new.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def free(sock: socket.socket) -> None:
@@ -1034,117 +1136,12 @@ def free(sock: socket.socket) -> None:
 
 # --- Datagrams ----------------------------------------------------------------
 #
-# Sockets of UDP are made in a network namespace of the run, whose only way out is a
-# cable to us.  So the kernel does all that a program can ask of such a socket.  We
+# The kernel does all that a program can ask of a socket of UDP, in the namespace.  We
 # read packets off the cable and wrap them for the gateway, one association (RFC 1928
 # section 7) for each port; packets that come back go in by the cable, from the
 # address that they came from.
 
-NEWUSER, NEWNET = 0x10000000, 0x40000000
-RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
-UP, NOARP, NODAD = 0x1, 0x80, 0x2
-SOL_PACKET, IGNORE_OUTGOING = 263, 23
-CABLE = "natrun0", "natrun1"  # the namespace's end, and ours
-ENDS = b"\2natru", b"\2natrU"  # their addresses, made up
-SYSCTLS = {
-    "ipv4/ip_nonlocal_bind": "1",
-    "ipv6/ip_nonlocal_bind": "1",
-    "ipv4/conf/all/rp_filter": "0",
-    "ipv4/conf/natrun0/rp_filter": "0",
-    "ipv4/conf/natrun0/route_localnet": "1",  # name servers are often on loopback
-}
-TO_IP = ENDS[0] + ENDS[1] + b"\x08\0"  # Ethernet's header
-TO_IP6 = ENDS[0] + ENDS[1] + b"\x86\xdd"
-
-
-def attribute(kind: int, data: bytes) -> bytes:
-    """Return a struct rtattr."""
-    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
-
-
-def change(sock: socket.socket, kind: int, body: bytes) -> None:
-    """Have netlink do something; raise OSError."""
-    flags = 0x605  # REQUEST, ACK, CREATE, EXCL
-    sock.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
-    (code,) = struct.unpack_from("=i", sock.recv(4096), 16)
-    if code:
-        raise failure(-code)
-
-
-def link(end: int) -> bytes:
-    """Return what netlink wants to know of an end of the cable."""
-    head = struct.pack("=BxHiII", 0, 0, 0, NOARP, NOARP)
-    name = attribute(3, CABLE[end].encode() + b"\0")
-    # As large as a datagram can be; and one packet is one datagram.
-    sizes = attribute(4, struct.pack("=I", 65535)) + attribute(40, b"\1\0\0\0")
-    return head + name + attribute(1, ENDS[end]) + sizes
-
-
-def make_namespace(outside: Blocks) -> socket.socket:
-    """Put this process into a namespace with a cable; return its other end."""
-    user, group = os.getuid(), os.getgid()
-    system(LIBC.unshare, NEWUSER | NEWNET)
-    maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1"}
-    for name, text in {**maps, "gid_map": f"{group} {group} 1"}.items():
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-        peer = attribute(2, attribute(1, link(1)))
-        change(
-            netlink, RTM_NEWLINK, link(0) + attribute(18, attribute(1, b"veth") + peer)
-        )
-        for name in CABLE:  # only now: an end cannot be up without the other
-            index = socket.if_nametoindex(name)
-            change(netlink, RTM_SETLINK, struct.pack("=BxHiII", 0, 0, index, UP, UP))
-        index = socket.if_nametoindex(CABLE[0])
-        for name, value in SYSCTLS.items():
-            with contextlib.suppress(OSError):
-                with open(f"/proc/sys/net/{name}", "w") as file:
-                    file.write(value)
-        for packed, _ in outside:
-            family, bits = Endpoint(packed, 0).family, 8 * len(packed)
-            head = struct.pack("=BBBBI", family, bits, NODAD, 0, index)
-            both = attribute(1, packed) + attribute(2, packed)
-            change(netlink, RTM_NEWADDR, head + both)
-            scope = 253 if family == socket.AF_INET else 0
-            head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 254, 3, scope, 1, 0)
-            route = head + attribute(4, struct.pack("=i", index))
-            with contextlib.suppress(FileExistsError):  # of two addresses
-                change(netlink, RTM_NEWROUTE, route)
-    cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
-    cable.bind((CABLE[1], 3))  # ETH_P_ALL
-    return cable
-
-
-def fork_namespace(outside: Blocks) -> tuple[socket.socket, socket.socket, int]:
-    """Start a process that makes sockets in a namespace; raise Fault.
-
-    Return the socket to ask it by, the cable, and its process number.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid:
-        theirs.close()
-        why, fds, _, _ = socket.recv_fds(ours, 200, 1)
-        if not fds:
-            raise Fault(why.decode())
-        cable = socket.socket(fileno=fds[0])
-        for sock in (ours, cable):
-            sock.setblocking(False)
-        return ours, cable, pid
-    ours.close()
-    try:
-        cable = make_namespace(outside)
-        socket.send_fds(theirs, [b"+"], [cable.fileno()])
-        while asked := theirs.recv(16):
-            with socket.socket(*struct.unpack("=ii", asked)) as sock:
-                socket.send_fds(theirs, [b"+"], [sock.fileno()])
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            theirs.send(reason(error).encode())
-    finally:
-        os._exit(0)
+TO_IP, TO_IP6 = END + END + b"\x08\0", END + END + b"\x86\xdd"  # Ethernet's header
 
 
 def checksum(data: bytes) -> int:
@@ -1179,803 +1176,649 @@ def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
     return TO_IP6 + head + ports + total.to_bytes(2, "big") + data
 
 
+@dataclass(eq=False)
 class Association:
     """A port of the namespace, and how its datagrams leave the machine."""
 
-    def __init__(self, here: Endpoint) -> None:
-        self.here = here
-        self.relayed: socket.socket | None = None  # by the gateway, once it is open
-        self.queue: list[bytes] = []  # until then
-        self.near: dict[int, socket.socket] = {}  # by family, to the inside
-        self.task: asyncio.Task[None] | None = None
+    here: Endpoint
+    app: str  # the program whose settings hold
+    socks: dict[int, socket.socket] = field(default_factory=dict)  # by family
+    relay: Endpoint | None = None  # of the gateway, once it is known
+    queue: list[bytes] = field(default_factory=list)  # until then
+    task: asyncio.Task[None] | None = None
 
 
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(self, gateway: Gateway, names: Names, app: str, dns: str) -> None:
-        """Make the namespace; raise Fault."""
-        self.gateway, self.names, self.app, self.dns = gateway, names, app, dns
-        self.maker, self.cable, self.pid = fork_namespace(gateway.outside)
-        self.asked: list[Call] = []  # for sockets, in order
+    def __init__(self, names: Names, helper: Helper, app: str) -> None:
+        """Have a namespace made for them; raise OSError."""
+        self.gateway, self.names = names.gateway, names
+        self.helper, self.app = helper, app
+        self.cable = helper.make(socket.AF_PACKET, socket.SOCK_RAW)
+        self.cable.setblocking(False)
         self.associations: dict[Endpoint, Association] = {}
-        self.queries: set[asyncio.Task[None]] = set()
-        self.login = names.login(app)
+        self.apps: dict[int, str] = {}  # by the inode of a socket
         # Asked for each datagram.
-        self.has_inside = functools.lru_cache(RECORDS)(gateway.has_inside)
+        self.is_near = functools.lru_cache(RECORDS)(self.gateway.is_near)
         self.head = functools.lru_cache(RECORDS)(
             lambda there: bytes(3) + request_of(0, there)[3:]
         )
-
-    def serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self.cable, self.read_cable)
-        loop.add_reader(self.maker, self.hand_out)
-        self.sweeping = loop.create_task(self.sweep())
-
-    def make(self, call: Call) -> None:
-        """Have socket() answered with one of the namespace; raise OSError."""
-        family, kind, _ = call.arguments[:3]
-        self.maker.send(struct.pack("=ii", family & WHOLE, kind & 15))
-        self.asked.append(call)
-
-    def hand_out(self) -> None:
-        """Answer a call with the socket that has been made for it."""
-        _, fds, _, _ = socket.recv_fds(self.maker, 1, 1)
-        if not fds:  # its maker has been killed
-            asyncio.get_running_loop().remove_reader(self.maker)
-            for call in self.asked:
-                call.answer(errno.EIO)
-            return
-        with socket.socket(fileno=fds[0]) as sock, contextlib.suppress(OSError):
-            call = self.asked.pop(0)
-            call.give(sock, call.arguments[1])
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):  # then others have their turn
-                packet = read_packet(self.cable.recv(65535 + 54))
-                if packet:
+                if packet := read_packet(self.cable.recv(65535 + 54)):
                     with contextlib.suppress(OSError):  # one lost datagram
                         self.carry(*packet)
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
-        one = self.associations.get(here)
-        if not one:
-            one = self.associations[here] = Association(here)
-        loop = asyncio.get_running_loop()
-        if there.port == 53 and self.dns != "local":
-            task = loop.create_task(self.answer(here, there, data))
-            self.queries.add(task)
-            task.add_done_callback(self.queries.discard)
-        elif self.has_inside(there.packed):
-            family = there.family
-            if family not in one.near:
-                sock = one.near[family] = socket.socket(family, socket.SOCK_DGRAM)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-                sock.setblocking(False)
-                loop.add_reader(sock, self.read, one, sock)
-            one.near[family].sendto(data, there.pair())
-        else:
-            message = self.head(there) + data
-            if one.relayed:
-                one.relayed.send(message)
-            elif len(one.queue) < 64:
-                one.queue.append(message)
-            if not one.task:
-                one.task = loop.create_task(self.associate(one))
+        one = self.associations.get(here) or self.begin(here)
+        program = self.names.programs[one.app]
+        if there.port == 53 and program.dns != "local":
+            reply = functools.partial(self.inject, there, here)
+            return self.names.begin(data, there, one.app, reply)
+        if self.is_near(program, there):
+            return self.send(one, there, data)
+        message = self.head(there) + data
+        if one.relay:
+            self.send(one, one.relay, message)
+        elif len(one.queue) < 64:
+            one.queue.append(message)
+        if not one.task:
+            one.task = asyncio.ensure_future(self.associate(one))
 
-    async def answer(self, here: Endpoint, there: Endpoint, query: bytes) -> None:
-        fake = self.dns == "fake"
-        found = await self.names.answer(query, there, self.app, fake)
-        self.inject(there, here, found)
+    def begin(self, here: Endpoint) -> Association:
+        """Return a new association, with the settings of who has the port."""
+        app = self.apps.get(self.ports().get(here.port, 0), self.app)
+        return self.associations.setdefault(here, Association(here, app))
+
+    def ports(self) -> dict[int, int]:
+        """Return the inodes of the sockets of the namespace, by port."""
+        tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
+        named = ((row[1].rpartition(":")[2], row[9]) for row in rows(*tables))
+        return {int(port, 16): int(inode) for port, inode in named}
+
+    def bind(self, sock: socket.socket, port: int) -> None:
+        """Bind a socket to any address, here as in the namespace; raise OSError."""
+        self.sweep()  # who had the port a moment ago
+        families, only = [sock.family], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        if sock.family == socket.AF_INET6 and not sock.getsockopt(*only):
+            families.append(socket.AF_INET)
+        made = [socket.socket(family, DATAGRAMS) for family in families]
+        for one in made:
+            copy_options(sock, one)
+            if one.family == socket.AF_INET6:
+                one.setsockopt(*only, 1)
+            one.bind(("", port))
+            port = one.getsockname()[1]
+        sock.bind(("", port))
+        for one in made:
+            own = self.gateway.address(endpoint(one.getsockname()))
+            here = Endpoint(own if any(own) else OWN_IPV6, port)
+            self.attach(self.associations.get(here) or self.begin(here), one)
+
+    def send(self, one: Association, there: Endpoint, data: bytes) -> None:
+        """Send something for an association; raise OSError."""
+        if there.family not in one.socks:
+            self.attach(one, socket.socket(there.family, DATAGRAMS))
+        one.socks[there.family].sendto(data, there.pair())
+
+    def attach(self, one: Association, sock: socket.socket) -> None:
+        """Have an association send and receive by a socket, if it has none yet."""
+        sock = one.socks.setdefault(sock.family, sock)  # two may share a port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
-        """Put a datagram into the namespace."""
-        with contextlib.suppress(OSError):  # one lost datagram
-            self.cable.send(write_packet(source, target, data))
+        """Put a datagram into the namespace; raise OSError."""
+        self.cable.send(write_packet(source, target, data))
 
     def read(self, one: Association, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
-                if sock is not one.relayed:
-                    self.inject(endpoint(sender), one.here, data)
+                source = endpoint(sender)
+                if source != one.relay:
+                    self.inject(source, one.here, data)
                 elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
-                    source = Endpoint(
-                        data[4:at], int.from_bytes(data[at : at + 2], "big")
-                    )
-                    self.inject(source, one.here, data[at + 2 :])
+                    port = int.from_bytes(data[at : at + 2], "big")
+                    self.inject(Endpoint(data[4:at], port), one.here, data[at + 2 :])
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
-        loop = asyncio.get_running_loop()
+        gateway = self.gateway
         try:
-            with socket.socket(self.gateway.at.family) as control:
-                await self.gateway.reach(control)
+            with socket.socket(gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
-                where, who = Endpoint(bytes(4), one.here.port), self.login
-                host, port = await self.gateway.ask(control, ASSOCIATE, where, who)
-                relay = Endpoint(host if any(host) else self.gateway.at.packed, port)
-                with socket.socket(relay.family, socket.SOCK_DGRAM) as sock:
-                    sock.setblocking(False)
-                    sock.connect(relay.pair())
-                    loop.add_reader(sock, self.read, one, sock)
-                    one.relayed = sock
-                    try:
-                        for message in one.queue:
-                            sock.send(message)
-                        one.queue.clear()
-                        await receive(control, 1)
-                    finally:
-                        loop.remove_reader(sock)
-        except OSError as error:
-            if not one.relayed:
-                say(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
-        finally:
-            one.relayed, one.task = None, None
-
-    async def sweep(self) -> None:
-        """End associations of sockets that have been closed, now and then."""
-        while True:
-            await asyncio.sleep(SWEEP_TIME)
-            ports = set()
-            for name in ("udp", "udp6"):
-                with open(f"/proc/{self.pid}/net/{name}") as table:
-                    lines = [line.split() for line in table][1:]
-                    ports |= {int(line[1].rpartition(":")[2], 16) for line in lines}
-            for here in [*self.associations]:
-                if here.port not in ports:
-                    self.end(self.associations.pop(here))
-
-    def end(self, one: Association) -> None:
-        if one.task:
-            one.task.cancel()
-        for sock in one.near.values():
-            asyncio.get_running_loop().remove_reader(sock)
-            sock.close()
-
-
-# --- Mappings -----------------------------------------------------------------
-#
-# A program that listens on the outside address listens on this machine, and the
-# gateway passes on to it who calls there: NAT-PMP, RFC 6886.
-
-
-PMP_PORT = 5351
-RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
-
-
-async def readable(sock: socket.socket) -> None:
-    """Wait until there is something to read, or to accept."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)
-
-
-def inodes() -> set[int]:
-    """Return the inodes of TCP sockets that listen or are connected."""
-    found = set()
-    for path in "/proc/net/tcp", "/proc/net/tcp6":
-        with contextlib.suppress(OSError), open(path) as table:
-            found |= {int(line.split()[9]) for line in table if ":" in line[:8]}
-    return found
-
-
-class Mappings:
-    """The mappings of a run: they are renewed as long as somebody listens."""
-
-    def __init__(self, gateway: Gateway, who: list[bytes]) -> None:
-        self.gateway, self.who = gateway, who
-        self.held: dict[bytes, Flow] = {}  # by the listener's cookie
-        self.task: asyncio.Task[None] | None = None
-
-    async def ask(self, internal: int, external: int, seconds: int) -> int:
-        """Have the gateway map a port, or unmap it; return the port outside."""
-        at, loop = (
-            Endpoint(self.gateway.at.packed, PMP_PORT),
-            asyncio.get_running_loop(),
-        )
-        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
-        with socket.socket(at.family, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
-            sock.connect(at.pair())
-            for patience in (0.25, 0.5, 1.0):
-                await loop.sock_sendall(sock, request)
-                with contextlib.suppress(asyncio.TimeoutError, ConnectionRefusedError):
-                    answer = await asyncio.wait_for(loop.sock_recv(sock, 64), patience)
-                    _, code, result, _ = struct.unpack_from("!BBHI", answer)
-                    if code == 130 and result == 0 and answer[8:10] == request[4:6]:
-                        return int.from_bytes(answer[10:12], "big")
-                    raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
-        raise failure(errno.ENETUNREACH)
-
-    async def add(self, sock: socket.socket, where: Endpoint) -> Flow:
-        """Bind a socket, and map a port of the outside to it; raise OSError."""
-        anywhere = "::" if sock.family == socket.AF_INET6 else ""
-        if not where.port:
-            sock.bind((anywhere, 0))
-        internal = where.port or sock.getsockname()[1]
-        if self.who[1] and not self.task:  # of users, only who has a session may map
-            self.task = asyncio.ensure_future(self.stay())
-            await asyncio.sleep(LOOK_TIME)
-        external = await self.ask(internal, internal, LEASE)
-        try:
-            if where.port:
-                if external != where.port:
-                    raise failure(errno.EADDRINUSE)
-                sock.bind((anywhere, where.port))
-        except OSError:
-            await self.ask(internal, 0, 0)
-            raise
-        flow = Flow(None, Endpoint(where.packed, external), mapped=internal)
-        self.held[cookie(sock)] = flow
-        return flow
-
-    async def stay(self) -> None:
-        """Keep a session open."""
-        with socket.socket(self.gateway.at.family) as control:
-            with contextlib.suppress(OSError):
-                await self.gateway.reach(control)
-                await self.gateway.ask(control, ASSOCIATE, NOWHERE, self.who)
+                where = Endpoint(bytes(4), one.here.port)
+                host, port = await gateway.talk(control, ASSOCIATE, where, one.app)
+                one.relay = Endpoint(host if any(host) else gateway.at.packed, port)
+                for message in one.queue:
+                    self.send(one, one.relay, message)
                 await receive(control, 1)
-        self.task = None
+        except OSError as error:
+            if not one.relay:
+                say_once(f"cannot send datagrams by {gateway.at}: {reason(error)}")
+        finally:
+            one.relay, one.task = None, None
+            one.queue.clear()
 
-    async def keep(self) -> None:
-        """Renew mappings in use, and end those whose listener is gone."""
-        while True:
-            await asyncio.sleep(1)
-            live, now = inodes() if self.held else set(), time.monotonic()
-            for number, one in [*self.held.items()]:
-                one.listened = one.listened or one.inode in live
-                over = one.listened or now > one.since + LEASE
-                with contextlib.suppress(OSError):
-                    if one.inode not in live and over:
-                        del self.held[number]
-                        await self.ask(one.mapped, 0, 0)
-                    elif now > one.since + LEASE / 2 and one.local:
-                        one.since = now
-                        await self.ask(one.mapped, one.local.port, LEASE)
-
-    async def end(self) -> None:
-        """Unmap all."""
-        ends = [self.ask(one.mapped, 0, 0) for one in self.held.values()]
-        await asyncio.gather(*ends, return_exceptions=True)
+    def sweep(self) -> None:
+        """End the associations of sockets that have been closed."""
+        ports = self.ports()
+        while len(self.apps) > RECORDS:
+            del self.apps[next(iter(self.apps))]
+        for one in [*self.associations.values()]:
+            if one.here.port not in ports:
+                del self.associations[one.here]
+                if one.task:
+                    one.task.cancel()
+                for sock in one.socks.values():
+                    asyncio.get_running_loop().remove_reader(sock)
+                    sock.close()
 
 
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
-# nothing may block.  What fails here is an answer, too, and never "go on".
-
-
-def user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
-
-
-def tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Say what has gone wrong in steps that should never fail."""
-    error = context.get("exception")
-    say(f"fault: {type(error).__name__}: {error or context.get('message')}")
+# nothing may block.  Each call is a task; a signal to the program cancels it.  What
+# fails here is an answer, too, and never "go on".
 
 
 class Supervisor:
-    """The answers to the calls of a run."""
+    """The answers to the calls of a run.
 
-    datagrams: Datagrams | None = None
+    What is called on_ and the name of a call returns its errno, PROCEED, or None if
+    it has answered by itself; and raises OSError.
+    """
 
     def __init__(
-        self, settings: Settings, gateway: Gateway, relay: socket.socket, verbose: bool
+        self, programs: Programs, gateway: Gateway, app: str, verbose: bool
     ) -> None:
-        self.settings, self.gateway, self.relay = settings, gateway, relay
-        self.verbose, self.notified, self.said = verbose, 0, set[str]()
-        self.names, self.room = Names(gateway, self.login), WaitingRoom()
+        self.programs, self.gateway, self.verbose = programs, gateway, verbose
+        self.helper, self.room = Helper(gateway.outside, gateway.inside), WaitingRoom()
+        self.names, self.datagrams, self.notified = Names(gateway, programs), None, 0
         self.flows: dict[bytes, Flow] = {}  # by cookie
-        self.unsettled: set[bytes] = set()  # cookies of flows with something to tell
-        self.limit = RECORDS
-        self.waiting: dict[int, Call] = {}
-        self.looking: asyncio.Task[None] | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.mappings = Mappings(gateway, self.login("natrun"))
-        self.kept: dict[bytes, list[socket.socket]] = {}  # accepted for nobody yet
-        self.server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.asked: dict[int, tuple[Endpoint, str, bool]] = {}  # by the asker's port
-        self.stories: dict[str, Callable[[Call], None]] = {
-            "connect": self.connect,
-            "getsockopt": self.getsockopt,
-            "getsockname": self.getsockname,
-            "getpeername": self.getpeername,
-            "socket": self.make_socket,
-            "bind": self.bind,
-            "accept": self.accept,
-            "accept4": self.accept,
-        }
-
-    def calls(self) -> list[str]:
-        """Return the calls that it is to be notified of."""
-        programs = self.settings.programs.values()
-        refused = any(program.udp == "no" for program in programs)
-        without = set() if self.datagrams or refused else {"socket"}
-        if not self.gateway.mappings:
-            without |= {"accept", "accept4", *({"bind"} if without else ())}
-        return [name for name in self.stories if name not in without]
-
-    def login(self, app: str) -> list[bytes]:
-        """Return the user that the gateway's log is to have, and a password."""
-        user, password = self.settings.user or user_name(), self.settings.password
-        if not password:
-            user = f"{user};app={app};host={socket.gethostname()}"
-        return [user.encode()[:255], password.encode()[:255]]
-
-    def once(self, text: str) -> None:
-        """Say what holds for the whole run."""
-        if text not in self.said:
-            self.said.add(text)
-            say(text)
-
-    def start(self, steps: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(steps)
-        self.tasks.add(task)  # asyncio itself does not keep it
-        task.add_done_callback(self.tasks.discard)
-        return task
-
-    def carry_datagrams(self, app: str) -> None:
-        """Have datagrams carried, if gateway and kernel can; say why not."""
-        if not self.gateway.udp:
-            return
-        try:
-            dns = self.settings.of(app).dns
-            self.datagrams = Datagrams(self.gateway, self.names, app, dns)
-        except Fault as fault:
-            self.once(f"datagrams are not carried, but for names: {fault}")
-
-    async def serve(self, listener: int, machine: str) -> None:
-        """Answer the calls that a listener brings, until none can come."""
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
-        loop.set_exception_handler(tell_fault)
-        names = dict(zip(NUMBERS[machine][1:], CALLS))
+        self.mappings: set[Flow] = set()  # as they were when they were bound
+        self.server = socket.socket(socket.AF_INET, DATAGRAMS)
         self.server.bind(("127.0.0.1", 0))
-        self.server.setblocking(False)
+        self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
+        self.session: asyncio.Task[None] | None = None
+        try:
+            if not gateway.udp:
+                raise OSError("the gateway does not offer it")
+            self.datagrams = Datagrams(self.names, self.helper, app)
+        except OSError as error:
+            if programs["natrun"].udp == "yes":
+                say(f"datagrams go nowhere here, but for names: {reason(error)}")
+
+    def ignored(self) -> set[str]:
+        """Return the calls that it need not be notified of."""
+        refused = any(program.udp == "no" for program in self.programs.values())
+        accepts = set() if self.gateway.mappings else {"accept", "accept4"}
+        return accepts if self.datagrams or refused else accepts | {"socket"}
+
+    async def serve(self, listener: int) -> None:
+        """Answer the calls that a listener brings, until none can come."""
+        loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
+        loop.set_exception_handler(
+            lambda _, met: say(f"fault: {met.get('exception') or met['message']!r}")
+        )
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
-            self.datagrams.serve()
-        poll = select.poll()
+            loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
-            raw = bytearray(80)  # the kernel wants zeros
             # NOTIF_RECV would wait: all others may have been killed.
             for _, events in poll.poll(0):
-                if not events & select.POLLIN:
-                    loop.remove_reader(listener)  # POLLHUP: nobody is left
+                if not events & select.POLLIN:  # nobody is left
                     return over.set()
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    fcntl.ioctl(listener, NOTIF_RECV, raw)
+                    call = Call(listener)
+                    task = loop.create_task(self.answer(call))
+                    if call.name != "bind":  # which knows no EINTR
+                        loop.call_later(LOOK_TIME, self.look, call, task)
                     self.notified += 1
-                    self.handle(Call(listener, bytes(raw), names))
 
         loop.add_reader(listener, take)
-        keeping = self.start(self.mappings.keep())
+        keeping = loop.create_task(self.keep())
         await over.wait()
+        loop.remove_reader(listener)
         keeping.cancel()
-        await self.mappings.end()
+        unmapped = [self.gateway.map(flow.mapped, 0, 0) for flow in self.mappings]
+        await asyncio.gather(*unmapped, return_exceptions=True)
 
-    def handle(self, call: Call) -> None:
-        """Answer a call, or begin to."""
+    def look(self, call: Call, task: asyncio.Task[None]) -> None:
+        """Cancel what a call waits for, if a signal has come, or the program is dead.
+
+        The kernel does not: it would let the program give a connect() up half done.
+        """
+        if not task.done():
+            asyncio.get_running_loop().call_later(LOOK_TIME, self.look, call, task)
+            with contextlib.suppress(OSError):
+                if call.is_alive() and not call.is_interrupted():
+                    return
+            task.cancel()
+
+    async def answer(self, call: Call) -> None:
+        """Answer a call, when it is known what with."""
+        answer: int | None = PROCEED
+        story = getattr(self, f"on_{call.name}")
         try:
-            self.stories.get(call.name, Call.proceed)(call)
+            if call.name in ("connect", "bind", "socket"):
+                answer = await story(call)
+            elif self.flows:  # the others are only about them
+                with call.borrow() as sock:
+                    if flow := self.flows.get(cookie(sock)):
+                        answer = await story(call, sock, flow)
+        except asyncio.CancelledError:
+            answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
-            if error.errno == errno.EPERM:
-                why = "not dumpable, so its connections are refused"
-                self.once(f"cannot look into {call.app}: {why}")
-            code = errno.EACCES if error.errno == errno.EPERM else error.errno
-            call.answer(code or errno.EIO)
+            answer = error.errno or errno.EIO
+            if answer == errno.EPERM:
+                answer, why = errno.EACCES, "so its connections are refused"
+                say_once(f"cannot look into {call.app}: not dumpable, {why}")
         except Exception as error:
+            answer = errno.EIO
             say(f"fault in {call.name}: {type(error).__name__}: {error}")
-            call.answer(errno.EIO)
+        if answer is not None:
+            call.answer(answer)
 
-    def is_near(self, app: str, target: Endpoint) -> bool:
-        """Return whether a program reaches a target without the gateway."""
-        program = self.settings.of(app)
-        near = self.gateway.has_inside(target.packed)
-        ports = any(target.port in ports for ports in program.direct_ports)
-        direct = near or ports or within(program.direct, target.packed)
-        return direct or not program.redirect
+    def record(self, sock: socket.socket, **known: Any) -> Flow:
+        """Keep what is known of a socket, until it is gone."""
+        flow = Flow(cookie(sock), os.fstat(sock.fileno()).st_ino, **known)
+        self.flows[flow.cookie] = flow
+        return flow
 
-    def connect(self, call: Call) -> None:
-        """Answer connect(): the story that the rest serves."""
-        target = call.target()
-        if not target or self.is_near(call.app, target) and target.port != 53:
-            return call.proceed()
+    async def forget(self, call: Call) -> int:
+        """Let the kernel connect to AF_UNSPEC, which gives up what was under way."""
+        if self.flows:
+            with call.borrow() as sock:
+                flow = self.flows.get(cookie(sock))
+            if flow and flow.task:
+                flow.task.cancel()
+                await asyncio.wait({flow.task})
+                self.flows.pop(flow.cookie, None)
+        return PROCEED
+
+    async def on_connect(self, call: Call) -> int:
+        """Have the gateway connect: the story that the rest serves."""
+        if not (target := call.target()):
+            return await self.forget(call)
+        near = self.gateway.is_near(self.programs[call.app], target)
+        if near and target.port != 53 and not target.linked:
+            return PROCEED
         sock = call.borrow()
-        flow = self.flows.get(cookie(sock))
-        if sock.type != socket.SOCK_STREAM or self.is_near(call.app, target):
+        if sock.type != socket.SOCK_STREAM or near:
             with sock:
-                return self.connect_datagrams(call, sock, target)
-        if flow and (flow.pending or flow.error) or is_connected(sock):
+                return self.connect_datagrams(call, sock, target, near)
+        flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
+        connected = is_connected(sock)
+        if connected or flow and flow.error:  # it has been tried before
             with sock:
-                return self.connect_again(call, sock, flow)
-        flow = Flow(target, pending=True, waits=os.get_blocking(sock.fileno()))
-        flow.paired = not flow.waits or self.gateway.at.family > sock.family
-        sock.setblocking(False)
+                if not flow or connected and not (flow.pending and flow.waits):
+                    return errno.EISCONN
+                if flow.pending and not flow.waits and not waits:
+                    return errno.EALREADY
+                if not flow.pending:
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                return await self.end_of(flow, call)
         free(sock)
-        if flow.paired and (code := self.room.enter(sock)) != errno.EINPROGRESS:
-            self.give_back(sock, flow)
-            return call.answer(code or errno.EIO)
-        self.record(sock, flow)
-        if flow.waits:
-            self.hold(call, flow)
-        else:
-            call.answer(errno.EINPROGRESS)
-        flow.task = self.start(self.dial(sock, flow, call.app))
+        patient, family = patience(sock, socket.SO_SNDTIMEO), self.gateway.at.family
+        # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
+        bound = family < sock.family and sock.getsockname()[1] > 0
+        paired = not waits or patient > 0 or family > sock.family or bound
+        sock.setblocking(False)
+        if paired:
+            there, option = self.room.at.pair(sock.family), socket.SO_PROTOCOL
+            # MPTCP knows no simultaneous open.
+            lost = sock.getsockopt(socket.SOL_SOCKET, option) == MPTCP
+            if lost or sock.connect_ex(there) != errno.EINPROGRESS:
+                self.give_back(sock, waits)
+                return errno.EPROTONOSUPPORT if lost else errno.EADDRNOTAVAIL
+        flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
+        flow.task = asyncio.ensure_future(self.dial(sock, flow, call.app, paired))
+        if waits:
+            with contextlib.suppress(TimeoutError), limit(patient):
+                return await self.end_of(flow, call)
+            sock.setblocking(True)
+            flow.waits = False
+        return errno.EINPROGRESS
 
-    async def dial(self, sock: socket.socket, flow: Flow, app: str) -> None:
+    async def dial(
+        self, sock: socket.socket, flow: Flow, app: str, paired: bool
+    ) -> None:
         """Have the gateway connect to the target of a flow, and settle it."""
-        gateway, error, target = self.gateway, errno.EIO, flow.peer or NOWHERE
+        gateway, target, server, error = self.gateway, flow.peer, sock, errno.EIO
         try:
-            server = socket.socket(gateway.at.family) if flow.paired else sock
-            with contextlib.ExitStack() as stack:
-                if flow.paired:
-                    stack.enter_context(server)
-                await gateway.reach(server)
-                name = self.names.called.get(target.packed, b"")
-                where = name + target.port.to_bytes(2, "big") if name else target
-                asked = gateway.ask(server, CONNECT, where, self.login(app))
-                host, port = await asyncio.wait_for(asked, ANSWER_TIME)
-                if len(host) in (4, 16) and any(host):
-                    flow.local = Endpoint(unmapped(host), port)
-                if flow.paired:
-                    with await self.room.meet(sock) as near:
-                        await self.join(near, server)
+            if not target.port:  # where nobody listens
+                raise failure(errno.ECONNREFUSED)
+            if paired:
+                server = socket.socket(gateway.at.family)
+            name = self.names.called.get(target.packed, b"")
+            where = name + target.port.to_bytes(2, "big") if name else target
+            host, port = await gateway.talk(server, CONNECT, where, app)
+            if len(host) in (4, 16) and any(host):
+                flow.local = Endpoint(unmapped(host), port)
+            if paired:
+                with await self.room.meet(sock) as near:
+                    ends = [near.fileno(), server.fileno()]
+                    socket.send_fds(self.helper.control, [b"+"], ends)
             error = 0
-        except Lost as lost:
-            error = lost.errno or errno.ENETUNREACH
-            self.once(f"cannot use the gateway {gateway.at}: {reason(lost)}")
-        except asyncio.TimeoutError:
-            error = errno.ETIMEDOUT
         except OSError as failed:
             error = failed.errno or errno.EIO
+            if isinstance(failed, Lost):
+                say_once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
         finally:
+            if server is not sock:
+                server.close()
             self.settle(sock, flow, error)
-
-    async def join(self, near: socket.socket, server: socket.socket) -> None:
-        """Hand two sockets to the relay; raise OSError."""
-        while True:
-            with contextlib.suppress(BlockingIOError):  # its queue is full
-                pair = [near.fileno(), server.fileno()]
-                socket.send_fds(self.relay, [b"+"], pair)
-                return
-            await asyncio.sleep(LOOK_TIME)
-
-    def record(self, sock: socket.socket, flow: Flow) -> None:
-        """Keep what is known of a socket, until it is gone."""
-        flow.inode = os.fstat(sock.fileno()).st_ino
-        self.flows[cookie(sock)] = flow
-        if flow.pending:
-            self.unsettled.add(cookie(sock))
-        if len(self.flows) > self.limit:
-            live = inodes()
-            old = time.monotonic() - ANSWER_TIME
-            for number, one in [*self.flows.items()]:
-                if one.inode not in live and not one.pending and one.since < old:
-                    self.forget(number)
-            self.limit = max(RECORDS, 2 * len(self.flows))
-
-    def forget(self, number: bytes) -> None:
-        self.flows.pop(number, None)
-        self.unsettled.discard(number)
-
-    def give_back(self, sock: socket.socket, flow: Flow) -> None:
-        """Let go of a borrowed socket, as it was."""
-        if flow.waits:  # else the program may have changed it meanwhile
-            sock.setblocking(True)
-        sock.close()
 
     def settle(self, sock: socket.socket, flow: Flow, error: int) -> None:
         """Let the program learn how its connect() ended, by the socket or the call."""
-        flow.pending, flow.error, number = False, error, cookie(sock)
+        flow.error = error
         with contextlib.suppress(OSError):
-            if not error:
-                self.unsettled.discard(number)
-            elif flow.waits:
+            if error and flow.waits:
                 # AF_UNSPEC: as if it had never been connected.
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            else:
+            elif error:
                 # As after a true failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
                 sock.shutdown(socket.SHUT_RDWR)
-        self.give_back(sock, flow)
-        calls, flow.calls = flow.calls, []
-        for call in calls:
-            if self.waiting.pop(call.id, None) and call.name == "connect":
-                call.answer(error)
-                if error:
-                    self.forget(number)
-            else:
-                self.handle(call)
+        self.give_back(sock, flow.waits)
         if self.verbose:
             say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
 
-    def connect_again(self, call: Call, sock: socket.socket, flow: Flow | None) -> None:
-        """Answer connect() on a socket that has been connected, or tried to."""
-        if is_connected(sock) and not (flow and flow.pending and flow.waits):
-            return call.answer(errno.EISCONN)
-        assert flow
-        if flow.error:
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self.forget(cookie(sock))
-            return call.answer(flow.error)
-        if flow.waits or os.get_blocking(sock.fileno()):
-            return self.hold(call, flow)
-        call.answer(errno.EALREADY)
+    def give_back(self, sock: socket.socket, waits: bool) -> None:
+        """Let go of a borrowed socket, as it was."""
+        if waits:  # else the program may have changed it meanwhile
+            sock.setblocking(True)
+        sock.close()
 
-    def make_socket(self, call: Call) -> None:
-        """Answer socket() of UDP: it is one of the namespace."""
-        program, protocol = self.settings.of(call.app), call.arguments[2]
-        if program.udp == "no":
-            call.answer(errno.EACCES)
-        elif not self.datagrams or program.udp == "local" or protocol not in (0, 17):
-            call.proceed()
-        else:
-            self.datagrams.make(call)
+    async def end_of(self, flow: Flow, call: Call) -> int:
+        """Return how a flow has ended, when it has; a failure is told once."""
+        if flow.pending and flow.task:
+            try:
+                await asyncio.wait({flow.task})
+            finally:
+                if not call.is_alive():
+                    flow.task.cancel()
+        if flow.error:
+            self.flows.pop(flow.cookie, None)
+        return flow.error
+
+    async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
+        """Tell by SO_ERROR why a connect() has failed."""
+        if flow.pending and not flow.waits:
+            return PROCEED
+        if not (error := await self.end_of(flow, call)):
+            return PROCEED
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        _, _, _, there, size_at, _ = call.arguments
+        call.write(there, error.to_bytes(4, sys.byteorder))
+        call.write(size_at, (4).to_bytes(4, sys.byteorder))
+        return 0
+
+    async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
+        """Tell the address that the gateway connected from."""
+        if flow.error and not flow.pending or sock.type != socket.SOCK_STREAM:
+            return PROCEED
+        # A guess as long as it is under way, and for a server that does not say.
+        guess = Endpoint(self.gateway.address(flow.peer), sock.getsockname()[1])
+        return call.write_address(sock.family, flow.local if flow.local.port else guess)
+
+    async def on_getpeername(self, call: Call, sock: socket.socket, flow: Flow) -> int:
+        """Tell the address that the program meant."""
+        if flow.peer == NOWHERE:
+            return PROCEED
+        # Out of the waiting room, it is connected before the flow is settled.
+        if flow.pending and flow.waits or not is_connected(sock):
+            return errno.ENOTCONN
+        return call.write_address(sock.family, flow.peer)
+
+    def is_private(self, sock: socket.socket) -> bool:
+        """Return whether a socket is one of the namespace."""
+        return cookie(sock, SO_NETNS_COOKIE) != cookie(self.server, SO_NETNS_COOKIE)
+
+    async def on_socket(self, call: Call) -> int | None:
+        """Make a socket of UDP in the namespace."""
+        family, kind, protocol = (number & WHOLE for number in call.arguments[:3])
+        udp = self.programs[call.app].udp
+        if udp == "no":
+            return errno.EACCES
+        local = udp == "local" or self.programs[call.app].redirect == "no"
+        if not self.datagrams or local or protocol not in (0, 17):
+            return PROCEED
+        with self.helper.make(family, kind & 15) as sock:
+            self.datagrams.apps[os.fstat(sock.fileno()).st_ino] = call.app
+            call.give(sock, kind)
+        return None
 
     def connect_datagrams(
-        self, call: Call, sock: socket.socket, target: Endpoint
-    ) -> None:
-        """Answer connect() of what is no stream: a query is for our name server."""
-        if self.datagrams and netns(sock) != netns(self.server):
-            return call.proceed()
-        program = self.settings.of(call.app)
-        ours = program.redirect and program.dns != "local" and target.port == 53
-        if not ours or sock.type != socket.SOCK_DGRAM:
-            if self.is_near(call.app, target):
-                return call.proceed()
-            self.once("datagrams go nowhere here, but for names")
-            return call.answer(errno.ENETUNREACH)
+        self, call: Call, sock: socket.socket, target: Endpoint, near: bool
+    ) -> int:
+        """Connect what is no stream: a query is for our name server."""
+        program = self.programs[call.app]
+        asks = sock.type == socket.SOCK_DGRAM and target.port == 53
+        ours = asks and program.redirect == "yes" and program.dns != "local"
+        private = self.is_private(sock)
+        if private and target.linked:
+            sock, private = self.swap(call, sock), False
+        if near and not ours or private:
+            return PROCEED
+        if not ours:
+            return errno.ENETUNREACH
         free(sock)
         sock.connect(endpoint(self.server.getsockname()).pair(sock.family))
-        meant = target, call.app, program.dns == "fake"
-        remember(self.asked, sock.getsockname()[1], meant)
-        self.record(sock, Flow(target))
-        call.answer()
+        self.asked[sock.getsockname()[1]] = target, call.app
+        self.record(sock, peer=target)
+        return 0
 
     def read_query(self) -> None:
         """Begin to answer a query that came to our name server."""
         with contextlib.suppress(OSError):
             query, sender = self.server.recvfrom(65535)
-            server, app, fake = self.asked.get(sender[1], (NOWHERE, "?", False))
+            server, app = self.asked.get(sender[1], (NOWHERE, "?"))
+            self.names.begin(
+                query, server, app, lambda found: self.server.sendto(found, sender)
+            )
 
-            async def answer() -> None:
-                found = await self.names.answer(query, server, app, fake)
-                with contextlib.suppress(OSError):
-                    self.server.sendto(found, sender)
-
-            self.start(answer())
-
-    def getsockopt(self, call: Call) -> None:
-        """Answer getsockopt() of SO_ERROR: a failure is told once."""
-        if not self.unsettled:
-            return call.proceed()
+    async def on_bind(self, call: Call) -> int:
+        """Bind to the outside address, or to a port that is to be there."""
+        if not (where := call.target()):
+            return PROCEED
+        anywhere, listen = not any(where.packed), self.programs[call.app].listen
+        near = not anywhere and self.gateway.has_inside(where.packed)
+        listens = anywhere and any(where.port in ports for ports in listen)
+        outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
-            number = cookie(sock)
-            flow = self.flows.get(number) if number in self.unsettled else None
-            if not flow or flow.pending and not flow.waits:
-                return call.proceed()
-            if flow.pending:
-                return self.hold(call, flow)
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        _, _, _, there, size_at, _ = call.arguments
-        call.write(there, flow.error.to_bytes(4, sys.byteorder))
-        call.write(size_at, (4).to_bytes(4, sys.byteorder))
-        self.forget(number)
-        call.answer()
+            if sock.type == socket.SOCK_STREAM:
+                if outside and self.gateway.mappings and not sock.getsockname()[1]:
+                    return await self.map(sock, where)
+            elif self.datagrams and self.is_private(sock):
+                if near:
+                    self.swap(call, sock).close()
+                elif anywhere:
+                    self.datagrams.bind(sock, where.port)
+                    return 0
+        return PROCEED
 
-    def getsockname(self, call: Call) -> None:
-        """Answer with the address that the gateway connected from."""
-        if not self.flows:
-            return call.proceed()
-        with call.borrow() as sock:
-            flow = self.flows.get(cookie(sock))
-            if not flow or flow.error or sock.type != socket.SOCK_STREAM:
-                return call.proceed()
-            family, port = sock.family, sock.getsockname()[1]
-        # A guess as long as it is under way, and for a server that does not say.
-        guess = Endpoint(self.gateway.address(flow.peer or NOWHERE), port)
-        call.write_address(family, flow.local or guess)
-        call.answer()
-
-    def getpeername(self, call: Call) -> None:
-        """Answer with the address that the program meant."""
-        if not self.flows:
-            return call.proceed()
-        with call.borrow() as sock:
-            flow, family = self.flows.get(cookie(sock)), sock.family
-            if not flow or not flow.peer:
-                return call.proceed()
-            # Out of the waiting room, it is connected before the flow is settled.
-            if flow.pending and flow.waits or not is_connected(sock):
-                return call.answer(errno.ENOTCONN)
-        call.write_address(family, flow.peer)
-        call.answer()
-
-    def bind(self, call: Call) -> None:
-        """Answer bind(): to the outside address, or to a port that is to be there."""
-        where, program = call.target(), self.settings.of(call.app)
-        if not where:
-            return call.proceed()
-        outside = within(self.gateway.outside, where.packed)
-        listens = any(where.port in ports for ports in program.listen)
-        near = any(where.packed) and self.gateway.has_inside(where.packed)
-        listens = listens and not any(where.packed)
-        if not (outside or listens or near and self.datagrams):
-            return call.proceed()
-        sock = call.borrow()
-        if sock.type == socket.SOCK_STREAM and not near and self.gateway.mappings:
-            self.hold(call)
-            call.task = self.start(self.map(call, sock, where))
-            return
-        with sock:
-            ours = sock.type == socket.SOCK_DGRAM and netns(sock) != netns(self.server)
-            if near and ours:
-                call.swap(sock)
-        call.proceed()
-
-    async def map(self, call: Call, sock: socket.socket, where: Endpoint) -> None:
-        """Bind a socket to a port that the gateway has outside."""
-        error = 0
-        with sock:
-            try:
-                self.record(sock, await self.mappings.add(sock, where))
-            except OSError as failed:
-                error = failed.errno or errno.EIO
-        self.waiting.pop(call.id, None)
-        call.answer(error)
-
-    def accept(self, call: Call) -> None:
-        """Answer accept() on a socket that has a port outside."""
-        if not self.mappings.held:
-            return call.proceed()
-        sock = call.borrow()
-        if cookie(sock) not in self.mappings.held:
-            sock.close()
-            return call.proceed()
-        self.hold(call)
-        call.task = self.start(self.take_caller(call, sock))
-
-    async def take_caller(self, call: Call, sock: socket.socket) -> None:
-        """Accept a connection, and say who it is that called."""
-        with sock:
-            waits, kept = os.get_blocking(sock.fileno()), cookie(sock)
-            queue = self.kept.setdefault(kept, [])
-            try:
-                while not queue:
-                    try:
-                        queue.append(accept_now(sock))
-                    except BlockingIOError:
-                        if not waits:
-                            raise
-                        await readable(sock)
-                # It stays in the queue until it is delivered: a signal may come.
-                one = queue.pop(0)
+    async def map(self, sock: socket.socket, where: Endpoint) -> int:
+        """Bind a socket, and map a port of the outside to it; raise OSError."""
+        gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
+        # NAT-PMP lets nobody choose, and has no IPv6.
+        if any(where.packed) and where.packed != gateway.address(NOWHERE):
+            return errno.EADDRNOTAVAIL
+        with socket.socket(sock.family) as probe:  # what is refused must stay unbound
+            copy_options(sock, probe)
+            probe.bind((anywhere, where.port))
+            port = probe.getsockname()[1]
+            # Of users, only who has a session may map.
+            if gateway.password and (not self.session or self.session.done()):
+                self.session = asyncio.ensure_future(self.stay())
+                await asyncio.sleep(LOOK_TIME)
+            for pause in (0.1, 0.1, 0.2, 0.2, 0):
                 try:
-                    await self.present(call, one, self.flows[kept])
-                except BaseException:
-                    queue.insert(0, one)
-                    raise
-                one.close()
-            except OSError as error:
-                call.answer(error.errno or errno.EIO)
-            finally:
-                self.waiting.pop(call.id, None)
+                    external = await gateway.map(port, port, LEASE)
+                    break
+                except OSError as error:
+                    if error.errno != errno.EADDRNOTAVAIL or not pause:
+                        raise
+                await self.tidy()  # no place is free: end what is over, and wait
+                await asyncio.sleep(pause)
+            if where.port not in (0, external):
+                if all(flow.mapped != port for flow in self.mappings):
+                    await gateway.map(port, 0, 0)
+                return errno.EADDRINUSE
+        sock.bind((anywhere, port))
+        here = Endpoint(where.packed, external)
+        self.mappings.add(self.record(sock, local=here, mapped=port))
+        return 0
 
-    async def present(self, call: Call, one: socket.socket, flow: Flow) -> None:
+    async def stay(self) -> None:
+        """Keep a session open."""
+        with contextlib.suppress(OSError), socket.socket(self.gateway.at.family) as one:
+            await self.gateway.talk(one, ASSOCIATE, NOWHERE, "natrun")
+            await receive(one, 1)
+
+    def swap(self, call: Call, old: socket.socket) -> socket.socket:
+        """Put an ordinary socket in the place of one of the namespace; return it."""
+        fd = call.arguments[0] & WHOLE
+        flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
+        new = socket.socket(old.family, old.type)
+        copy_options(old, new)
+        call.give(new, flags, fd)
+        return new
+
+    async def on_accept(
+        self, call: Call, sock: socket.socket, flow: Flow
+    ) -> int | None:
+        """Accept a connection at a port outside, and say who it is that called."""
+        if not flow.mapped:
+            return PROCEED
+        flow.seen = True
+        loop, ready, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
+        poll.register(sock, select.POLLIN)
+        # Nobody but us takes what is there.
+        while not flow.accepted and not poll.poll(0):
+            if not os.get_blocking(sock.fileno()):
+                return errno.EAGAIN
+            ready.clear()
+            loop.add_reader(sock, ready.set)
+            try:
+                with limit(patience(sock, socket.SO_RCVTIMEO)):
+                    await ready.wait()
+            except TimeoutError:
+                return errno.EAGAIN
+            finally:
+                loop.remove_reader(sock)
+        one = flow.accepted.pop(0) if flow.accepted else sock.accept()[0]
+        try:
+            await self.present(call, one, flow.local)
+        except BaseException:
+            flow.accepted.append(one)  # for the next call: a signal has come
+            raise
+        one.close()
+        return None
+
+    on_accept4 = on_accept
+
+    async def present(self, call: Call, one: socket.socket, local: Endpoint) -> None:
         """Give a caller to the program, with its true address; raise OSError."""
-        peer, local = endpoint(one.getpeername()), flow.local or NOWHERE
-        who = self.login("natrun")
+        peer, gateway = endpoint(one.getpeername()), self.gateway
         path = f"/table.json?source_port={peer.port}"
+        login = b":".join(gateway.login("natrun")) if gateway.password else b""
         # The row may be written after the connection has been made.
-        for pause in (0, 0.01, 0.1) if peer.packed == self.gateway.at.packed else ():
+        for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
             await asyncio.sleep(pause)
-            failures = OSError, ValueError, LookupError, asyncio.TimeoutError
-            with contextlib.suppress(*failures):
-                page = self.gateway.fetch(path, who)
-                row = (await asyncio.wait_for(page, FIND_TIME))["sessions"][0]
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                row = (await fetch(gateway.at, path, login))["sessions"][0]
                 peer = endpoint((row["source_ip"], row["original_source_port"]))
                 break
-        here = local.packed if any(local.packed) else self.gateway.address(NOWHERE)
-        self.record(one, Flow(peer, Endpoint(here, local.port)))
+        here = local.packed if any(local.packed) else gateway.address(NOWHERE)
+        self.record(one, peer=peer, local=Endpoint(here, local.port))
         if call.arguments[1]:
             call.write_address(one.family, peer)
         call.give(one, call.arguments[3] if call.name == "accept4" else 0)
 
-    def hold(self, call: Call, flow: Flow | None = None) -> None:
-        """Let a call wait, for the end of a flow or of its own task."""
-        self.waiting[call.id] = call
-        if flow:
-            flow.calls.append(call)
-        if not self.looking or self.looking.done():
-            self.looking = self.start(self.look_after())
+    async def keep(self) -> None:
+        """Look each second after what lasts."""
+        for second in itertools.count():
+            await asyncio.sleep(1)
+            if self.datagrams:
+                self.datagrams.sweep()
+            # To look costs, where there are many sockets.
+            if self.mappings or not second % 60:
+                await self.tidy()
 
-    async def look_after(self) -> None:
-        """Let signals interrupt calls that wait, and end what the dead wait for.
-
-        The kernel does not: it would let the program give a connect() up half done.
-        """
-        while self.waiting:
-            await asyncio.sleep(LOOK_TIME)
-            for call in [*self.waiting.values()]:
-                alive = call.is_alive()
-                with contextlib.suppress(OSError):
-                    if call.task and call.task.done():  # by a fault in it
-                        call.answer(errno.EIO)
-                    elif alive and not call.is_interrupted():
-                        continue
-                del self.waiting[call.id]
-                for flow in [one for one in self.flows.values() if call in one.calls]:
-                    flow.calls.remove(call)
-                    if not alive and not flow.calls and flow.task:
-                        flow.task.cancel()
-                if call.task:
-                    call.task.cancel()
-                # The kernel runs the handler, then restarts the call or gives EINTR.
-                call.answer(ERESTARTSYS)
+    async def tidy(self) -> None:
+        """Renew mappings as long as somebody has them; forget sockets that are gone."""
+        tables = [f"/proc/net/{name}" for name in ("tcp", "tcp6", "udp", "udp6")]
+        live = {int(row[9]) for row in rows(*tables)}
+        now, steps = time.monotonic(), []
+        for flow in [*self.mappings]:
+            lives, age, port = flow.inode in live, now - flow.since, flow.mapped
+            flow.seen |= lives
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("", port))  # what is bound, and no more, is in no table
+                flow.seen = True
+            if not lives and (flow.seen or age > LEASE):
+                self.mappings.remove(flow)
+                if all(other.mapped != port for other in self.mappings):
+                    steps.append(self.gateway.map(port, 0, 0))
+            elif lives and age > LEASE / 2:
+                flow.since = now
+                steps.append(self.gateway.map(port, flow.local.port, LEASE))
+        for flow in [*self.flows.values()]:
+            held = flow.inode in live or flow.pending or flow in self.mappings
+            if not held and now - flow.since > ANSWER_TIME:
+                del self.flows[flow.cookie]
+        await asyncio.gather(*steps, return_exceptions=True)
 
 
 # --- The command --------------------------------------------------------------
 
-# What a person or a service manager sends; the rest mean a fault, or stop and go on.
-PASSED = {
-    getattr(signal, f"SIG{n}") for n in "HUP INT QUIT TERM USR1 USR2 WINCH".split()
-}
+# These cannot be caught, or mean a fault of natrun itself; or the terminal sends them
+# to both, and both are to stop.
+KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
+HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
 SI_KERNEL = 0x80
-YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
 
 class Command:
     """The program that is run, and how it ended."""
 
-    def __init__(self, words: list[str], machine: str, code: bytes) -> None:
+    def __init__(self, words: list[str], code: bytes, files: tuple[int, int]) -> None:
         """Start it under a filter, whose listener is taken; raise Fault."""
-        said, go = os.pipe(), os.pipe()
         self.code: int | None = None
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if not self.pid:
-            os.close(go[1])
-            self.become(words, machine, code, said[1], go[0])
-        # Each connection that is dialed is a descriptor here.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-        os.close(said[1])
-        number = os.read(said[0], 16)
-        if not number:
+            ours.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
+            self.become(words, code, theirs.detach())
+        theirs.close()
+        if not (number := ours.recv(16)):
             self.leave()
-        with open(os.pidfd_open(self.pid)) as process:
-            try:
-                arguments = process.fileno(), int(number), 0
-                self.listener = system(LIBC.syscall, PIDFD_GETFD, *arguments)
-            except OSError as error:
-                raise Fault(f"cannot take the listener: {reason(error)}") from None
-        os.write(go[1], b"+")
+        process = os.pidfd_open(self.pid)
+        try:
+            self.listener = system(LIBC.syscall, PIDFD_GETFD, process, int(number), 0)
+        except OSError as error:
+            raise Fault(f"cannot take the listener: {reason(error)}") from None
+        os.close(process)
+        with ours:
+            ours.send(b"+")
 
-    def become(
-        self, words: list[str], machine: str, code: bytes, said: int, go: int
-    ) -> NoReturn:
+    def become(self, words: list[str], code: bytes, natrun: int) -> NoReturn:
         """Become the command, in the child."""
         try:
-            listener = install(machine, code)
+            listener = install(code)
         except OSError as error:
             told = {errno.EBUSY: "it runs in another natrun"}
             told[errno.EINVAL] = "the kernel is older than Linux 5.19"
@@ -1983,77 +1826,74 @@ class Command:
             say(f"cannot install the filter: {why}")
             os._exit(125)
         # Not by a call that the filter has: nobody answers it yet.
-        os.write(said, b"%d" % listener)
-        if not os.read(go, 1):
+        os.write(natrun, b"%d" % listener)
+        if not os.read(natrun, 1):
             os._exit(125)
         os.close(listener)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*PASSED, signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
         try:
-            os.execvp(words[0], words)
+            os.execvpe(words[0], words, os.environ)
         except OSError as error:
             say(f"cannot run {words[0]}: {reason(error)}")
             os._exit(127 if error.errno == errno.ENOENT else 126)
 
-    def attend(self, loop: asyncio.AbstractEventLoop) -> NoReturn:
-        """Bring signals to a loop: the work of a thread."""
-        while True:
-            info = signal.sigwaitinfo({*PASSED, signal.SIGCHLD})
-            # A terminal's Ctrl-C has reached the command, too.
-            if info.si_code != SI_KERNEL or info.si_signo == signal.SIGCHLD:
-                loop.call_soon_threadsafe(self.take, info.si_signo)
-
-    def take(self, number: int) -> None:
+    def take(self, signals: int) -> None:
         """Reap the dead, or pass a signal on."""
+        # struct signalfd_siginfo
+        number, _, code = struct.unpack_from("=Iii", os.read(signals, 128))
         if number == signal.SIGCHLD:
-            return self.reap(os.WNOHANG)
-        with contextlib.suppress(OSError):
-            os.kill(self.pid, number) if self.code is None else self.leave()
-
-    def reap(self, flags: int) -> None:
-        """Reap the dead; children of the command come to us when they lose it."""
-        with contextlib.suppress(ChildProcessError):
-            while self.code is None or flags:
-                pid, status = os.waitpid(-1, flags)
-                if not pid:
-                    return
-                if pid == self.pid:
-                    self.code = os.waitstatus_to_exitcode(status)
+            # Children of the command come to us when they lose it.
+            with contextlib.suppress(ChildProcessError):
+                while (dead := os.waitpid(-1, os.WNOHANG))[0]:
+                    if dead[0] == self.pid:
+                        self.code = os.waitstatus_to_exitcode(dead[1])
+        # A terminal's Ctrl-C or Ctrl-Z has reached the command, too.
+        elif code == SI_KERNEL:
+            if number == signal.SIGTSTP:  # else a shell would wait for us
+                os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.code is None:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, number)
+        elif number not in (signal.SIGCONT, signal.SIGURG, signal.SIGWINCH):
+            self.leave()
 
     def leave(self) -> NoReturn:
         """End as the command has ended."""
-        self.reap(0)
-        code = self.code or 0
-        if code < 0:
+        if self.code is None:
+            _, status = os.waitpid(self.pid, 0)
+            self.code = os.waitstatus_to_exitcode(status)
+        if self.code < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
             with contextlib.suppress(OSError, ValueError):
-                signal.signal(-code, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
-            os.kill(os.getpid(), -code)
-        os._exit(code)
+                signal.signal(-self.code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-self.code})
+            os.kill(os.getpid(), -self.code)
+        os._exit(self.code)
 
 
 # --- main ---------------------------------------------------------------------
 
 
-def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -> None:
+def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -> None:
     """Run a command to its end, and end as it did; raise Fault."""
-    machine = platform.machine()
-    if machine not in NUMBERS:
-        raise Fault(f"cannot run on {machine}, only on {' and '.join(NUMBERS)}")
+    if MACHINE not in MACHINES:
+        raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
     # What becomes a daemon stays a descendant, whom Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED, signal.SIGCHLD})
-    control = fork_relay()
-    supervisor = Supervisor(settings, gateway, control, verbose)
-    supervisor.carry_datagrams(os.path.basename(words[0]))
-    command = Command(words, machine, assemble(machine, supervisor.calls()))
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    # Each connection is a descriptor here, and some in the helper.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
+    supervisor = Supervisor(programs, gateway, os.path.basename(words[0])[:15], verbose)
+    command = Command(words, assemble(supervisor.ignored()), files)
 
     async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=command.attend, args=[loop], daemon=True).start()
-        await supervisor.serve(command.listener, machine)
+        mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
+        signals = system(LIBC.signalfd, -1, mask, 0)
+        asyncio.get_running_loop().add_reader(signals, command.take, signals)
+        await supervisor.serve(command.listener)
         if verbose:
             say(f"{supervisor.notified} notifications")
         command.leave()
@@ -2061,25 +1901,29 @@ def run(words: list[str], settings: Settings, gateway: Gateway, verbose: bool) -
     asyncio.run(serve())
 
 
-def check(option: list[str], settings: Settings) -> int:
+def check(given: dict[str, str], settings: Settings) -> int:
     """Say what works on this machine, and what does not and why."""
-    machine = platform.machine()
-    say(f"Linux {platform.release()} on {machine}, Python {platform.python_version()}")
-    with contextlib.suppress(OSError), open(YAMA) as file:
-        level = int(file.read())
+    say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
+            level = int(file.read())
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
+    barred = ""
     try:
-        fork_namespace([])
-        say("namespace: yes")
-    except Fault as fault:
-        say(f"namespace: no, {fault}: of datagrams, only names are carried")
-    gateway = find_gateway("".join(option), settings)
-    what = "NATWork" if gateway.natwork else "a SOCKS server"
-    say(f"gateway: {gateway.at}, {what}")
-    for name, have in (("datagrams", gateway.udp), ("listening", gateway.mappings)):
-        say(f"{name}: {'yes' if have else 'no, the gateway does not offer it'}")
+        Helper([], []).make(socket.AF_PACKET, socket.SOCK_RAW)
+    except OSError as error:
+        barred = reason(error)
+    say(f"namespace: {'no, ' + barred if barred else 'yes'}")
+    gateway = find_gateway(given.get("-g", ""), settings)
+    say(f"gateway: {gateway.at}, {'NATWork' if gateway.natwork else 'a SOCKS server'}")
+    lacks = "the gateway does not offer it"
+    works = {"datagrams": barred if gateway.udp else lacks}
+    works["listening"] = "" if gateway.mappings else lacks
+    for name, why in works.items():
+        say(f"{name}: {'no, ' + why if why else 'yes'}")
     # It says itself what the kernel does not let it do.
-    words = [sys.executable, sys.argv[0], *(["-g", *option] if option else []), "true"]
+    options = [word for flag in ("-g", "-c") for word in (flag, given.get(flag, ""))]
+    words = [sys.executable, sys.argv[0], *options, "true"]
     code = os.spawnv(os.P_WAIT, sys.executable, words)
     say(f"programs: {'no' if code else 'yes'}")
     return 125 if code else 0
@@ -2088,20 +1932,23 @@ def check(option: list[str], settings: Settings) -> int:
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
+    # Our sockets must not be what the command takes for its input or its output.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
     try:
         options, words = getopt.getopt(sys.argv[1:], "g:c:vh", names)
         given = {{"--gateway": "-g", "--config": "-c"}.get(n, n): v for n, v in options}
         if given.keys() & {"-h", "--help", "--version"}:
-            version = "--version" in given
-            print(f"natrun {__version__}" if version else __doc__)
+            print(f"natrun {__version__}" if "--version" in given else __doc__)
             return 0
-        settings = find_settings(given.get("-c", ""))
+        programs = read_settings(given.get("-c", ""))
         if "--check" in given:
-            return check([given["-g"]] if "-g" in given else [], settings)
-        gateway = find_gateway(given.get("-g", ""), settings)
-        if not words:
+            return check(given, programs["natrun"])
+        gateway = find_gateway(given.get("-g", ""), programs["natrun"])
+        if words[:1] in ([], [""]):
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")
-        run(words, settings, gateway, "-v" in given)
+        run(words, programs, gateway, "-v" in given)
     except (Fault, getopt.GetoptError) as fault:
         say(str(fault))
     except OSError as error:

@@ -66,6 +66,11 @@ def is_gone(pid: int) -> bool:
     return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
 
 
+def account(session: Session) -> str:
+    """Return the user that a password was for; the rest differs by session."""
+    return session.user.partition(";")[0]
+
+
 class Mapper:
     """The process that answers NAT-PMP, then what it forks: a mapping, and a caller.
 
@@ -205,11 +210,11 @@ class Mapper:
         """Free what has ended, and end the mappings that are no longer due."""
         self.reap(orphans=True)
         mappings = list(self.mappings())
-        users = self.users() if mappings else set()
+        users = self.users() if mappings else {}
         for slot, one in mappings:
             host, place = map(natwork.host_of, (one.client, one.address))
             is_there = natwork.route_to(natwork.pack(place)).local
-            if not is_there or self.config.users and (host, one.user) not in users:
+            if not is_there or self.config.users and (host, account(one)) not in users:
                 slot.words[LEASE] = 0
 
     def receive(self, sock: socket.socket) -> None:
@@ -257,11 +262,11 @@ class Mapper:
                 if host in ("", natwork.host_of(one.client)):
                     yield slot, one
 
-    def users(self) -> set[tuple[str, str]]:
-        """Return the machines that have sessions of users, with these."""
+    def users(self) -> dict[tuple[str, str], str]:
+        """Return users with what they say of themselves, by machine and account."""
         found = (one for _, one in natwork.sessions(self.board))
         named = (one for one in found if one.user != "-" and one.proto != "map")
-        return {(natwork.host_of(one.client), one.user) for one in named}
+        return {(natwork.host_of(one.client), account(one)): one.user for one in named}
 
     def places(self, host: str) -> dict[bytes, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
@@ -281,7 +286,7 @@ class Mapper:
             return OK, 0
         users, ends_at = ["-"], now + seconds * 10**9
         if self.config.users:
-            users = sorted(user for at, user in self.users() if at == host)
+            users = sorted(user for (at, _), user in self.users().items() if at == host)
         if not users or not port or self.policy.closes(natwork.pack(host)) != "inside":
             return NOT_AUTHORIZED, 0
         if key in mine:

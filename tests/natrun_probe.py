@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import json
 import os
 import select
 import signal
 import socket
+import stat
+import struct
 import sys
+import threading
 import time
 from typing import Any
 
 Address = tuple[str, int]
+LIBC = ctypes.CDLL(None, use_errno=True)
+EXIT = {"x86_64": 60, "aarch64": 93}  # the system call that ends one thread
+CLONE_FILES, MPTCP = 0x400, 262
 
 
 def code(number: int) -> str:
     return errno.errorcode[number] if number else "ok"
+
+
+def told(error: OSError) -> str:
+    return code(error.errno) if error.errno else type(error).__name__
 
 
 def error_of(sock: socket.socket) -> str:
@@ -221,9 +232,7 @@ def near(address: str, port: str) -> dict[str, Any]:
 
 def deaf(host: str, port: str) -> list[str]:
     """Connect as a program that lets nobody look into it."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
+    LIBC.prctl(4, 0)  # PR_SET_DUMPABLE
     return blocking((host, int(port)))
 
 
@@ -290,6 +299,198 @@ def crowd(host: str, port: str, count: str) -> int:
         return sum(await asyncio.gather(*[one() for _ in range(int(count))]))
 
     return asyncio.run(run())
+
+
+def held(host: str, port: str, count: str) -> int:
+    """Hold many connections to a server; return how many of them it echoes on."""
+
+    async def begin() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.wait_for(asyncio.open_connection(host, int(port)), 8)
+
+    async def use(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"word")
+        return await asyncio.wait_for(reader.readexactly(4), 8) == b"word"
+
+    async def run() -> int:
+        begun = [begin() for _ in range(int(count))]
+        ends = await asyncio.gather(*begun, return_exceptions=True)
+        used = [use(*end) for end in ends if isinstance(end, tuple)]
+        return (await asyncio.gather(*used, return_exceptions=True)).count(True)
+
+    return asyncio.run(run())
+
+
+def sizes(host: str, port: str, *lengths: str) -> dict[str, str]:
+    """Return what connect() says of each length of an address."""
+    six, found = ":" in host, {}
+    family = socket.AF_INET6 if six else socket.AF_INET
+    packed = socket.inet_pton(family, host)
+    raw = struct.pack("=H2s", family, int(port).to_bytes(2, "big"))
+    raw += (bytes(4) if six else b"") + packed
+    for length in map(int, lengths):
+        with socket.socket(family) as sock:
+            failed = LIBC.connect(sock.fileno(), raw.ljust(128, b"\0"), length)
+            found[str(length)] = code(ctypes.get_errno() if failed else 0)
+    return found
+
+
+def orphaned(host: str, port: str) -> None:
+    """Connect from a thread when the first one has ended."""
+
+    def connect() -> None:
+        path = f"/proc/self/task/{os.getpid()}/stat"
+        deadline = time.monotonic() + 10
+        with open(path) as first:
+            while first.read().rpartition(") ")[2][0] != "Z":
+                assert time.monotonic() < deadline
+                first.seek(0)
+                time.sleep(0.01)
+        with socket.socket() as sock:
+            said = [code(sock.connect_ex((host, int(port)))), peer_of(sock)]
+        print(json.dumps(said), flush=True)
+        os._exit(0)
+
+    threading.Thread(target=connect).start()
+    LIBC.syscall(EXIT[os.uname().machine])
+
+
+def separate(host: str, port: str) -> list[Any]:
+    """Connect in a thread with descriptors of its own; say whose socket it was."""
+    made, other_made, found = threading.Event(), threading.Event(), list[Any]()
+
+    def connect() -> None:
+        assert LIBC.unshare(CLONE_FILES) == 0
+        sock = socket.socket()
+        found.append(sock.fileno())
+        made.set()
+        assert other_made.wait(10)
+        found.append(code(sock.connect_ex((host, int(port)))))
+        found.append(peer_of(sock))
+        sock.close()
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    assert made.wait(10)
+    with socket.socket() as own:
+        assert own.fileno() == found.pop(0)  # the same number, another socket
+        other_made.set()
+        thread.join(20)
+        return [*found, peer_of(own)]
+
+
+def named(host: str, port: str) -> list[str]:
+    """Connect in a thread with a name of its own."""
+    found = []
+
+    def connect() -> None:
+        with open("/proc/thread-self/comm", "w") as file:
+            file.write("fetcher")
+        found.extend(blocking((host, int(port))))
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    thread.join(20)
+    return found
+
+
+def unnamed(host: str, port: str) -> list[str]:
+    """Connect in the first thread."""
+    return blocking((host, int(port)))
+
+
+@contextlib.contextmanager
+def bounded(seconds: int) -> Any:
+    """Let no call wait for longer: TimeoutError."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError("it waits for too long")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+
+
+def patient(host: str, port: str) -> str:
+    """Connect with SO_SNDTIMEO of a second to what does not answer."""
+    with socket.socket() as sock, bounded(8):
+        second = struct.pack("ll", 1, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, second)
+        try:
+            return code(sock.connect_ex((host, int(port))))
+        except TimeoutError as error:
+            return told(error)
+
+
+def patient_server(place: str) -> str:
+    """Accept with SO_RCVTIMEO of a second, and nobody calls."""
+    with socket.socket() as sock, bounded(8):
+        sock.bind(where(place))
+        sock.listen()
+        second = struct.pack("ll", 1, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, second)
+        try:
+            return str(sock.accept())
+        except OSError as error:
+            return told(error)
+
+
+def multipath(host: str, port: str) -> list[str]:
+    """Get a page by sockets of MPTCP, one that waits and one that does not."""
+    found = []
+    for blocks in (True, False):
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP) as sock:
+                sock.settimeout(None if blocks else 10)
+                sock.connect((host, int(port)))
+                sock.settimeout(10)
+                sock.sendall(b"GET /page HTTP/1.0\r\n\r\n")
+                said = b""
+                while piece := sock.recv(1000):
+                    said += piece
+                found.append(said.decode()[-6:])
+        except OSError as error:
+            found.append(told(error))
+    return found
+
+
+def bound_before(source: str, host: str, port: str) -> list[str]:
+    """Connect sockets of IPv6 that were bound before, each in both manners."""
+    found = []
+    for only in (0, 1):
+        for blocks in (True, False):
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+                sock.bind((source, 0))
+                sock.setblocking(blocks)
+                said = sock.connect_ex((host, int(port)))
+                if said == errno.EINPROGRESS:
+                    select.select([], [sock], [], 10)
+                    said = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                found.append(code(said))
+    return found
+
+
+def listened_before(host: str, port: str) -> list[str]:
+    """Connect sockets that listen, each in both manners."""
+    found = []
+    for blocks in (True, False):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            sock.setblocking(blocks)
+            found.append(code(sock.connect_ex((host, int(port)))))
+    return found
+
+
+def elsewhere(silent: str, host: str, port: str) -> list[str]:
+    """Give up a connect() under way by AF_UNSPEC; connect to another place."""
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        found = [code(sock.connect_ex((host, int(silent))))]
+        failed = LIBC.connect(sock.fileno(), bytes(16), 16)
+        found.append(code(ctypes.get_errno() if failed else 0))
+        found.append(code(sock.connect_ex((host, int(port)))))
+        select.select([], [sock], [], 10)
+        return [*found, error_of(sock), peer_of(sock)]
 
 
 def where(place: str) -> Address:
@@ -381,6 +582,125 @@ def query(name: str) -> str:
         return socket.inet_ntoa(answer[-4:])
 
 
+def answer_datagrams(host: str) -> None:
+    """Say where a socket is bound; wake it by itself; answer all that comes."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    near = "::1" if family == socket.AF_INET6 else "127.0.0.1"
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, 0))
+        port = sock.getsockname()[1]
+        print(port, flush=True)
+        sock.sendto(b"wake", (near, port))
+        while True:
+            data, sender = sock.recvfrom(1000)
+            if data == b"wake":
+                print("awake", flush=True)
+            else:
+                sock.sendto(data + b" from " + sender[0].encode(), sender)
+
+
+def rebound(*places: str) -> list[str]:
+    """Bind a socket of UDP to each place, one after the other; say how that went."""
+    found = []
+    for place in places:
+        family = socket.AF_INET6 if "[" in place else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind(where(place))
+                assert sock.getsockname()[1] == where(place)[1]
+                sock.sendto(b"hello", ("::1" if "[" in place else "127.0.0.1", 9))
+                found.append("ok")
+            except OSError as error:
+                found.append(told(error))
+    return found
+
+
+def paired_datagrams(host: str) -> list[Any]:
+    """Exchange datagrams between two sockets on one address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as server:
+        server.bind((host, 0))
+        server.settimeout(5)
+        with socket.socket(family, socket.SOCK_DGRAM) as client:
+            client.settimeout(5)
+            try:
+                client.connect(server.getsockname()[:2])
+                client.send(b"ping")
+                data, sender = server.recvfrom(100)
+                server.sendto(data + b"pong", sender[:2])
+                said, peer = client.recvfrom(100)
+                return [said.decode(), sender[0], peer[:2] == server.getsockname()[:2]]
+            except OSError as error:
+                return [told(error)]
+
+
+def burst(place: str, count: str) -> None:
+    """Send many datagrams without a pause, in turn on four sockets that are used."""
+    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(4)]
+    for sock in socks:
+        sock.settimeout(10)
+        sock.connect(where(place))
+        sock.send(b"first")
+        sock.recv(100)
+    for number in range(int(count)):
+        socks[number % 4].send(b"%d" % number)
+    signal.pause()  # its sockets are there until it is told to end
+
+
+def unconnected(place: str) -> str:
+    """Send a datagram on a socket that is not connected; return what came."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3)
+        try:
+            sock.sendto(b"hello", where(place))
+            return sock.recv(1000).decode()
+        except OSError as error:
+            return told(error)
+
+
+def inherited() -> list[str]:
+    """Return the sockets that were open before this program opened any."""
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if fd > 2 and stat.S_ISSOCK(os.fstat(fd).st_mode):
+                found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
+
+
+def outlasting(place: str) -> list[str]:
+    """Send datagrams while the gateway is away, and when it has come back.
+
+    It goes on at each file that it is told to wait for.
+    """
+    folder = os.environ["TMPDIR"]
+
+    def reached(name: str) -> None:
+        print(name, flush=True)
+        deadline = time.monotonic() + 60
+        while not os.path.exists(f"{folder}/{name}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        sock.connect(where(place))
+        sock.send(b"first")
+        found = [sock.recv(100).decode().split()[0]]
+        reached("stopped")
+        for number in range(100):
+            sock.send(b"stale%d" % number)
+            time.sleep(0.01)
+        reached("again")
+        sock.settimeout(0.5)
+        deadline = time.monotonic() + 15
+        while "last" not in found and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                sock.send(b"last")
+                found.append(sock.recv(100).decode().split()[0])
+        return found
+
+
 def make_datagram_socket() -> str:
     try:
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
@@ -394,7 +714,7 @@ def bind_to(*places: str) -> list[Any]:
     found: list[Any] = []
     kept = []
     for place in places:
-        sock = socket.socket()
+        sock = socket.socket(socket.AF_INET6 if "[" in place else socket.AF_INET)
         kept.append(sock)
         try:
             sock.bind(where(place))
@@ -403,6 +723,34 @@ def bind_to(*places: str) -> list[Any]:
         except OSError as error:
             found.append(code(error.errno or 0))
     return found
+
+
+def bind_again(*places: str) -> list[Any]:
+    """Bind one listener to the first place that can be had; say how that went."""
+    found: list[Any] = []
+    with socket.socket() as sock:
+        for place in places:
+            try:
+                sock.bind(where(place))
+                sock.listen()
+                return [*found, sock.getsockname()]
+            except OSError as error:
+                found.append(told(error))
+    return found
+
+
+def fleeting(host: str, port: str, server: str) -> None:
+    """Listen for a moment, and connect from a port of the outside; wait."""
+    ports = range(int(port), int(port) + 4)
+    for number in ports:
+        with socket.socket() as sock:
+            sock.bind((host, number))
+            if number % 2:
+                sock.listen()
+            else:
+                sock.connect(where(server))
+    print(json.dumps([*ports]), flush=True)
+    signal.pause()
 
 
 def serve(place: str, count: str) -> list[Any]:

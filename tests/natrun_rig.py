@@ -105,6 +105,18 @@ class Rig(web.Rig):
         command = self.command(user, *words)
         return Background(self, command, self.home(user) / name)
 
+    @contextlib.contextmanager
+    def barred(self, *places: str, how: str = "unreachable") -> Iterator[None]:
+        """Let nothing go to some places past the gateway; connect() has an error."""
+        with contextlib.ExitStack() as undo:
+            for place in places:
+                version = "-6" if ":" in place else "-4"
+                route = ["ip", version, "route", "add", how, place]
+                assert self.box.run("inside", *route).returncode == 0
+                route[3] = "del"
+                undo.callback(self.box.run, "inside", *route)
+            yield
+
     def astray(self) -> str:
         """Return what went past the gateway."""
         return boxes_read(self.capture)

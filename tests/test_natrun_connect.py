@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import platform
 import re
 import shutil
 import signal
@@ -278,7 +280,8 @@ def test_a_gateway_that_is_away_is_named_once(rig: Rig, user: str) -> None:
     assert done.returncode == 0
     assert done.stdout.count("ENETUNREACH") == 5
     assert done.stderr == (
-        "natrun: cannot use the gateway 10.9.0.1:9: connection refused\n"
+        "natrun: datagrams go nowhere here, but for names: the gateway does not offer "
+        "it\nnatrun: cannot use the gateway 10.9.0.1:9: connection refused\n"
     )
 
 
@@ -368,6 +371,105 @@ def test_many_connect_at_once(rig: Rig) -> None:
     assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
 
 
+def test_many_are_connected_under_a_usual_limit(rig: Rig) -> None:
+    server = rig.box.within("outside", lambda: origins.Origin(origins.echo, SERVER))
+    probe = [str(rig.folder / "natrun_probe.py"), "held", SERVER, str(server.port)]
+    command = rig.command("nobody", PYTHON, *probe, "300")
+    limit = 'ulimit -Sn 1024 && exec "$@"'
+    done = rig.box.run("inside", "sh", "-c", limit, "sh", *command)
+    server.close()
+    assert (done.stdout, done.stderr) == ("300\n", "")
+
+
+@users
+@pytest.mark.parametrize(
+    ("host", "lengths"),
+    [
+        # Those between are of AF_UNIX, which is not to pay for it.
+        (SERVER, "16 17 20 24 27 28 128"),
+        (SERVER6, "24 25 27 28 128"),  # 24: SIN6_LEN_RFC2133
+    ],
+)
+def test_an_address_may_be_of_any_length(
+    rig: Rig, user: str, host: str, lengths: str
+) -> None:
+    with rig.barred(host):
+        found = rig.probe(user, "sizes", host, "80", *lengths.split())
+    assert found == dict.fromkeys(lengths.split(), "ok")
+
+
+@users
+@pytest.mark.parametrize("name", ["orphaned", "separate"])
+def test_a_thread_connects_by_its_own_descriptor(
+    rig: Rig, user: str, name: str
+) -> None:
+    version = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+    if name == "separate" and version < (6, 9):
+        needs.unavailable("Linux has no PIDFD_THREAD")
+    found = rig.probe(user, name, SERVER, "80")
+    assert found == ["ok", [SERVER, 80], *["ENOTCONN"] * (name == "separate")]
+
+
+@pytest.fixture
+def silent(rig: Rig) -> Iterator[str]:
+    """Return the port of a server outside that does not answer a SYN."""
+    with contextlib.ExitStack() as stack:
+        enter = functools.partial(stack.enter_context, wire.full_listener(SERVER))
+        yield str(rig.box.within("outside", enter))
+
+
+@users
+def test_a_connect_ends_when_its_time_is_over(rig: Rig, user: str, silent: str) -> None:
+    # socket(7): as if the socket did not block.
+    assert rig.probe(user, "patient", SERVER, silent) == "EINPROGRESS"
+
+
+@users
+def test_another_connect_follows_one_that_was_given_up(
+    rig: Rig, user: str, silent: str
+) -> None:
+    found = rig.probe(user, "elsewhere", silent, SERVER, "80")
+    begun = "EINPROGRESS"
+    assert found == [begun, "ok", begun, "ok", [SERVER, 80]]
+
+
+@users
+def test_a_socket_of_mptcp_connects(rig: Rig, user: str) -> None:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).close()
+    except OSError:
+        needs.unavailable("Linux has no MPTCP here")
+    # It knows no simultaneous open: where it must not wait, the program takes TCP.
+    found = rig.probe(user, "multipath", SERVER, "80")
+    assert found == ["a page", "EPROTONOSUPPORT"]
+
+
+@users
+def test_nobody_listens_at_port_0(rig: Rig, user: str) -> None:
+    found = rig.probe(user, "errors", f"{SERVER}:0")[f"{SERVER}:0"]
+    assert found["blocking"] == found["looped"] == ["ECONNREFUSED"]
+    assert found["polled"] == ["EINPROGRESS", "ECONNREFUSED", "ok"]
+
+
+@users
+def test_a_socket_that_listens_does_not_connect(rig: Rig, user: str) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    done = rig.natrun(user, PYTHON, script, "listened_before", SERVER, "80")
+    assert (done.stdout, done.stderr) == ('["EISCONN", "EISCONN"]\n', "")
+
+
+@users
+@pytest.mark.parametrize("source", ["::", "fd00:9::2"])
+def test_a_bound_socket_of_ipv6_blames_nobody_else(
+    rig: Rig, user: str, source: str
+) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "bound_before", source, SERVER6, "80"]
+    done = rig.natrun(user, *words)
+    assert done.returncode == 0 and "the gateway" not in done.stderr
+    assert "ENETUNREACH" not in done.stdout
+
+
 # Signals, processes, faults.
 
 
@@ -394,14 +496,26 @@ def test_a_dead_supervisor_lets_nothing_through(rig: Rig, user: str) -> None:
 
 
 @users
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM),
+        *(signal.SIGVTALRM, signal.SIGIO, signal.SIGPWR, signal.SIGTSTP),
+        signal.SIGRTMIN + 1,
+    ],
+)
 def test_signals_reach_the_command(rig: Rig, user: str, number: int) -> None:
     told = f"trap 'echo got {number}; exit 7' {number}; echo ready; "
     command = told + "while :; do sleep 0.1; done"
     started = rig.start(user, "sh", "-c", command, name="signals")
     assert started.line() == "ready"
-    started.process.send_signal(number)
-    assert started.process.wait(10) == 7
+    try:
+        started.process.send_signal(number)
+        assert started.process.wait(10) == 7
+    finally:
+        for pid in rig.box.pids("inside"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert started.said() == ["ready", f"got {number}"]
 
 
@@ -426,6 +540,14 @@ def test_a_terminals_interrupt_is_seen_once(rig: Rig) -> None:
     terminal.stdin.close()
     terminal.stdout.close()
     assert seen.read_text() == "x\n"
+
+
+def test_it_runs_without_input_and_errors(rig: Rig) -> None:
+    probe = [PYTHON, str(rig.folder / "natrun_probe.py")]
+    command = rig.command("nobody", *probe, "crowd", SERVER, "80", "20")
+    closed = 'exec "$@" <&- 2>&-'
+    done = rig.box.run("inside", "timeout", "20", "sh", "-c", closed, "sh", *command)
+    assert (done.returncode, done.stdout) == (0, "20\n")
 
 
 @users
@@ -564,6 +686,39 @@ def test_settings_are_for_a_program(rig: Rig, user: str) -> None:
 
 
 @users
+def test_a_thread_has_the_settings_of_its_program(rig: Rig, user: str) -> None:
+    settings = rig.home(user) / "threads.conf"
+    settings.write_text("[python3]\nredirect = no\n")
+    script = str(rig.folder / "natrun_probe.py")
+    words = ["-c", str(settings), PYTHON, script]
+    with rig.barred(SERVER):
+        for name in ("unnamed", "named"):
+            said = rig.output(user, *words, name, SERVER, "80")
+            assert said == '["EHOSTUNREACH"]\n', name
+
+
+@pytest.mark.parametrize("name", ["curl", "averylongprogramname"])
+def test_names_are_looked_up_as_the_asking_program_has_it(rig: Rig, name: str) -> None:
+    program = rig.folder / "programs" / name
+    program.parent.mkdir(exist_ok=True)
+    shutil.copy("/usr/bin/curl", program)
+    settings = rig.home("nobody") / "names.conf"
+    settings.write_text(f"[{name}]\ndns = fake\n")
+    get = [str(program), "-sS", "http://www.example.com/page"]
+    # The first is run by another program, the second is the first word itself.
+    words = get if name != "curl" else ["sh", "-c", '"$@"; exit', "sh", *get]
+    gateway = rig.gateways[0]
+    before = len(gateway.lines())
+    assert rig.output("nobody", "-c", str(settings), *words) == "a page"
+    connects = [
+        line["target"]
+        for line in gateway.lines(before + 2)[before:]
+        if line["method"] == "CONNECT"
+    ]
+    assert connects == ["www.example.com:80"]
+
+
+@users
 def test_a_user_logs_in(rig: Rig, user: str) -> None:
     words = [sys.executable, str(running.ROOT / "natwork.py"), "--passwd", "ann"]
     line = subprocess.run(words, input="secret\n", capture_output=True, text=True)
@@ -580,7 +735,8 @@ def test_a_user_logs_in(rig: Rig, user: str) -> None:
     get = ["curl", "-sS", "http://www.example.com/page"]
     at = "10.9.0.1:8097"
     assert rig.output(user, "-c", str(settings), *get, gateway=at) == "a page"
-    assert {line["user"] for line in gateway.lines(3)[1:]} == {"ann"}
+    named = f"ann;app=curl;host={os.uname().nodename}"
+    assert {line["user"] for line in gateway.lines(3)[1:]} == {named}
     script = str(rig.folder / "natrun_probe.py")
     bind = ["-c", str(settings), PYTHON, script, "bind_to", "203.0.113.1:25001"]
     assert rig.output(user, *bind, gateway=at) == '[["203.0.113.1", 25001]]\n'
@@ -600,6 +756,10 @@ CASES = {
     "[curl]\ndirect = 10.0.0.0/99\n": "[curl] direct: '10.0.0.0/99' does not appear",
     "[curl]\nlisten = 70000\n": "[curl] listen: '70000' is not a range of ports",
     "gateway = x\n": "file contains no section headers",
+    "[curl]\nredirect = Yes\n": "[curl] redirect: 'Yes' is not one of: yes no",
+    "[curl]\nlisten = -5\n": "[curl] listen: '-5' is not a range of ports",
+    "\ufeff[curl]\nredirect = maybe\n": "[curl] redirect: 'maybe' is not one of: ",
+    "[DEFAULT]\nredirect = no\n": "[DEFAULT]",
 }
 
 
@@ -607,10 +767,27 @@ CASES = {
 def test_bad_settings_are_told(tmp_path: Path, text: str) -> None:
     settings = tmp_path / "natrun.conf"
     settings.write_text(text)
-    done = local("-c", str(settings), "true")
+    done = local("-c", str(settings), "-g", "socks5://127.0.0.1:1", "true")
     assert done.returncode == 125 and done.stdout == ""
     assert done.stderr.startswith(f"natrun: cannot use {settings}")
     assert CASES[text] in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_misspelt_setting_of_a_run_shows_all_there_are(tmp_path: Path) -> None:
+    settings = tmp_path / "natrun.conf"
+    settings.write_text("[natrun]\ngatway = 10.9.0.1\n")
+    done = local("-c", str(settings), "true")
+    told = "[natrun] gatway: there is no such setting: "
+    assert done.returncode == 125 and told in done.stderr
+    shown = done.stderr.partition(told)[2].split()
+    assert {"gateway", "user", "password", "redirect", "udp"} <= {*shown}
+
+
+def test_an_empty_command_is_told() -> None:
+    done = local("-g", "socks5://127.0.0.1:1", "")
+    assert done.returncode in (125, 127)
+    assert done.stderr.startswith("natrun: cannot run ")
+    assert done.stderr.count("\n") == 1
 
 
 def local(*words: str) -> subprocess.CompletedProcess[str]:
@@ -656,6 +833,49 @@ def test_it_says_what_works(rig: Rig, user: str) -> None:
     assert lost.stderr.endswith(
         "natrun: cannot use the gateway: 10.9.0.1:9: connection refused\n"
     )
+
+
+def test_it_checks_with_the_settings_that_are_named(rig: Rig) -> None:
+    settings = rig.home("nobody") / "check.conf"
+    settings.write_text("[natrun]\ngateway = 10.9.0.1:9\n")
+    option = ["-c", str(settings), "--check"]
+    lost = rig.natrun("nobody", *option, gateway="")
+    assert lost.returncode == 125 and "10.9.0.1:9: connection" in lost.stderr
+    settings.write_text("[natrun]\ngateway = 10.9.0.1:8080\n[curl]\nudp = local\n")
+    done = rig.natrun("nobody", *option, gateway="")
+    assert done.returncode == 0 and done.stderr.endswith("programs: yes\n")
+    settings.write_text("[curl]\ngateway = 10.9.0.1:8080\n")
+    misplaced = rig.natrun("nobody", *option, gateway="")
+    assert "[curl] gateway: there is no such setting: " in misplaced.stderr
+
+
+def test_what_works_is_found_with_the_settings_that_are_named(rig: Rig) -> None:
+    home = rig.home("nobody")
+    good, bad = home / "good.conf", home / "bad" / "natrun.conf"
+    bad.parent.mkdir()
+    good.write_text(f"[natrun]\ngateway = {natrun_rig.GATEWAY}\n")
+    bad.write_text("[natrun]\nredirect = perhaps\n")  # of the user; not the one named
+    usual = {"XDG_CONFIG_HOME": str(bad.parent), "gateway": ""}
+    done = rig.natrun("nobody", "-c", str(good), "--check", **usual)
+    assert done.stderr.endswith("\nnatrun: programs: yes\n"), done.stderr
+    assert done.returncode == 0 and "perhaps" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["silent", "full", "nobody"])
+def test_a_gateway_that_does_not_answer_is_told(rig: Rig, kind: str) -> None:
+    with contextlib.ExitStack() as stack:
+        place, enter = "10.9.0.99:8080", stack.enter_context
+        if kind == "silent":  # it takes the connection, and says nothing
+            make = functools.partial(socket.create_server, ("10.9.0.1", 0))
+            listener = enter(rig.box.within("gateway", make))
+            place = "10.9.0.1:%d" % listener.getsockname()[1]
+        elif kind == "full":
+            full = wire.full_listener("10.9.0.1")
+            place = f"10.9.0.1:{rig.box.within('gateway', lambda: enter(full))}"
+        done = rig.natrun("nobody", "echo", "run", gateway=place)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith(f"natrun: cannot use the gateway: {place}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_it_says_what_it_is() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import boxes
 import natrun_rig
 import needs
 import pytest
+import wait
 from natrun_rig import PYTHON
 from natrun_rig import SERVER
 from natrun_rig import SERVER6
@@ -21,6 +26,7 @@ from natrun_rig import users
 pytestmark = pytest.mark.end_to_end
 
 OTHER = "203.0.113.81"
+OWN = "192.0.2.77"  # an address of the machine inside, and not of the inside
 
 
 class Echo:
@@ -32,6 +38,7 @@ class Echo:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
         self.sock.bind((host, port))
         self.port = self.sock.getsockname()[1]
+        self.got = 0
         self.place = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         threading.Thread(target=self.run, daemon=True).start()
 
@@ -41,6 +48,7 @@ class Echo:
                 data, sender = self.sock.recvfrom(65535)
                 if data == b"stop":
                     return
+                self.got += 1
                 if data.startswith(b"call "):
                     host, _, port = data[5:].decode().rpartition(":")
                     sender_text = b"%s:%d" % (sender[0].encode(), sender[1])
@@ -78,6 +86,23 @@ def echoes(rig: Rig) -> Iterator[list[Echo]]:
         one.close()
 
 
+@pytest.fixture(scope="module")
+def narrow(rig: Rig) -> Iterator[str]:
+    """Run a gateway that has no IPv6 outside; return where it is."""
+    folder = rig.folder / "narrow"
+    folder.mkdir()
+    where = "listen=10.9.0.1:8092 10.9.0.1:8093"
+    gateway = rig.box.natwork(folder, where, "outside=203.0.113.1")
+    yield "10.9.0.1:8092"
+    gateway.stop()
+
+
+@pytest.fixture(params=["wide", "narrow"])
+def at(request: pytest.FixtureRequest, narrow: str) -> str:
+    """Return where a gateway is, one with IPv6 outside and one without."""
+    return narrow if request.param == "narrow" else natrun_rig.GATEWAY
+
+
 @users
 def test_one_socket_has_many_peers(rig: Rig, user: str, echoes: list[Echo]) -> None:
     places = [one.place for one in echoes[:4]]
@@ -107,6 +132,146 @@ def test_the_inside_is_reached_directly(
     found = rig.probe(user, "near_datagrams", echoes[5].place)
     assert found["lan"] == [["10.9.0.1", echoes[5].port, "hello from 10.9.0.2"]]
     assert found["loopback"] == ["127.0.0.1", "pingpong"]
+
+
+@pytest.mark.parametrize(
+    ("host", "caller"),
+    [
+        *(("0.0.0.0", caller) for caller in ("itself", "inside", "gateway")),
+        *(("::", caller) for caller in ("inside", "gateway")),
+    ],
+)
+def test_a_server_on_any_address_is_reached_from_near(
+    rig: Rig, host: str, caller: str
+) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "answer_datagrams", host]
+    server = rig.start("nobody", *words, name="near")
+    port, six = int(server.line()), host == "::"
+    if caller == "itself":
+        assert server.line(1, 5) == "awake"
+    else:
+        own, gateway = ("fd00:9::2", "fd00:9::1") if six else ("10.9.0.2", "10.9.0.1")
+        here = (own if six else "127.0.0.1"), gateway  # ::1 leads into no namespace
+        there = here[0], own
+        far = caller == "gateway"
+        family = socket.AF_INET6 if six else socket.AF_INET
+        make = functools.partial(socket.socket, family, socket.SOCK_DGRAM)
+        with rig.box.within(caller, make) as sock:
+            sock.settimeout(5)
+            sock.sendto(b"hello", (there[far], port))
+            said, sender = sock.recvfrom(1000)
+        assert said.decode().replace("::ffff:", "") == f"hello from {here[far]}"
+        assert sender[:2] == (there[far], port)
+    server.stop()
+
+
+def test_a_server_on_any_address_has_a_port_of_the_machine(rig: Rig) -> None:
+    places = ["0.0.0.0:5400", "0.0.0.0:5400", "[::]:5400", "0.0.0.0:5400"]
+    assert rig.probe("nobody", "rebound", *places) == ["ok"] * 4
+    with rig.box.within("inside", lambda: Echo("127.0.0.1", 5400).sock):
+        found = rig.probe("nobody", "rebound", *places, "0.0.0.0:5401")
+    assert found == [*["EADDRINUSE"] * 4, "ok"]
+
+
+@users
+def test_loopback_is_there_in_ipv6(rig: Rig, user: str, at: str) -> None:
+    found = rig.probe(user, "paired_datagrams", "::1", gateway=at)
+    assert found == ["pingpong", "::1", True]
+
+
+@users
+def test_the_inside_is_reached_in_ipv6(rig: Rig, user: str, at: str) -> None:
+    echo = rig.box.within("gateway", lambda: Echo("fd00:9::1"))
+    found = rig.natrun(user, *probe(rig, "peers", echo.place), gateway=at)
+    echo.close()
+    expected = f'[["fd00:9::1", {echo.port}, "hello from fd00:9::2"]]\n'
+    assert (found.stdout, found.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize("server", ["::1", "fe80::53%lan"])
+def test_names_are_asked_for_at_a_server_of_ipv6(
+    rig: Rig, at: str, server: str
+) -> None:
+    settings = Path("/etc/netns", rig.box.name("inside"), "resolv.conf")
+    before = settings.read_text()
+    settings.write_text(f"nameserver {server}\noptions timeout:2 attempts:1\n")
+    try:
+        words = ["curl", "-sS", "--max-time", "15", "http://www.example.com/page"]
+        done = rig.natrun("nobody", *words, gateway=at)
+    finally:
+        settings.write_text(before)
+    assert (done.stdout, done.stderr) == ("a page", "")
+
+
+def probe(rig: Rig, *words: str) -> list[str]:
+    """Return the words that run a function of natrun_probe.py."""
+    return [PYTHON, str(rig.folder / "natrun_probe.py"), *words]
+
+
+@pytest.mark.parametrize(
+    "settings", [f"direct = {OWN}/32", "redirect = no", "direct_ports = {port}"]
+)
+def test_settings_are_for_datagrams_too(rig: Rig, settings: str) -> None:
+    file = rig.home("nobody") / "direct.conf"
+    name = rig.box.name("inside")
+    boxes.ip("-n", name, "addr", "add", f"{OWN}/32", "dev", "lo")
+    servers = [rig.box.within("inside", functools.partial(Echo, OWN, 0))]
+    if settings == "redirect = no":  # its names are the machine's own, too
+        servers.append(rig.box.within("inside", functools.partial(Echo, OWN, 53)))
+    file.write_text(f"[natrun]\n{settings.format(port=servers[0].port)}\n")
+    try:
+        for one in servers:
+            words = probe(rig, "unconnected", one.place)
+            done = rig.natrun("nobody", "-c", str(file), *words)
+            assert done.stdout.startswith('"hello from '), (one.place, done)
+    finally:
+        for one in servers:
+            one.close()
+        boxes.ip("-n", name, "addr", "del", f"{OWN}/32", "dev", "lo")
+
+
+@users
+def test_a_program_is_given_no_socket_of_ours(rig: Rig, user: str) -> None:
+    assert rig.probe(user, "inherited") == []
+
+
+def test_a_burst_of_datagrams_goes_through(rig: Rig) -> None:
+    echo = rig.box.within("outside", lambda: Echo(SERVER))
+    started = rig.start("nobody", *probe(rig, "burst", echo.place, "400"), name="burst")
+    wait.until(lambda: echo.got >= 4)
+    wait.at_rest(lambda: echo.got, 1)
+    started.process.terminate()
+    echo.close()
+    assert echo.got == 404
+
+
+def test_a_dead_gateway_is_told_once_and_nothing_comes_late(rig: Rig) -> None:
+    home, where = rig.home("nobody"), "listen=10.9.0.1:8094 10.9.0.1:8095"
+    folders = [rig.folder / "first", rig.folder / "again"]
+    for folder in folders:
+        folder.mkdir()
+    echo = rig.box.within("outside", lambda: Echo(SERVER))
+    gateway = rig.box.natwork(folders[0], where)
+    inner = ["env", f"TMPDIR={home}", *probe(rig, "outlasting", echo.place)]
+    command = rig.command("nobody", *inner, gateway="10.9.0.1:8094")
+    started = natrun_rig.Background(rig, command, home / "outlasting")
+    assert started.line() == "stopped"
+    os.killpg(gateway.process.pid, signal.SIGKILL)
+    gateway.process.wait(10)
+    (home / "stopped").touch()
+    assert started.line(1) == "again"
+    gateway = rig.box.natwork(folders[1], where)
+    (home / "again").touch()
+    found = started.line(2, 30)
+    gateway.stop()
+    echo.close()
+    assert started.process.wait(10) == 0
+    said = started.err.read_text().splitlines()
+    assert [line for line in said if "datagrams" in line] == [
+        "natrun: cannot send datagrams by 10.9.0.1:8094: connection refused"
+    ]
+    assert '"first"' in found and '"last"' in found and "stale" not in found
 
 
 @pytest.mark.parametrize("anyone", ["yes", "no"])
@@ -184,8 +349,8 @@ def test_without_a_namespace_there_are_names(
     assert done.stdout.startswith('a page{"203.0.113.80:80": {"blocking": ["ok"]')
     said = [line for line in done.stderr.splitlines() if line.startswith("natrun: ")]
     assert said == [
-        "natrun: datagrams are not carried, but for names: no space left on device",
-        "natrun: datagrams go nowhere here, but for names",
+        "natrun: datagrams go nowhere here, but for names: user namespaces are "
+        "forbidden (user.max_user_namespaces)"
     ]
     assert "Network is unreachable" in done.stderr
     settings = rig.home(user) / "none.conf"
@@ -194,3 +359,37 @@ def test_without_a_namespace_there_are_names(
     inner = rig.command("root", "-c", str(settings), *probe)
     words = [*before, "unshare", "-U", "-r", "sh", "-c", limit, "sh", *inner]
     assert rig.box.run("inside", *words).stdout == '"EACCES"\n'
+
+
+def without_namespaces(rig: Rig, user: str, *words: str) -> list[str]:
+    """Return the words that run others where nobody may make a namespace."""
+    limit = 'echo 0 >/proc/sys/user/max_user_namespaces; exec "$@"'
+    before = natrun_rig.UNPRIVILEGED if user == "nobody" else []
+    return [*before, "unshare", "-U", "-r", "sh", "-c", limit, "sh", *words]
+
+
+@users
+@pytest.mark.parametrize("kind", ["a plain server", "no namespace"])
+def test_datagrams_that_are_not_carried_are_told(
+    rig: Rig, user: str, echoes: list[Echo], kind: str
+) -> None:
+    gateway = "socks5://10.9.0.1:8080" if kind == "a plain server" else "10.9.0.1:8080"
+    # What is not connected goes where the machine's routes lead: here nowhere.
+    with rig.barred(SERVER, how="blackhole"):
+        words = probe(rig, "unconnected", echoes[0].place)
+        if kind == "a plain server":
+            command = rig.command(user, *words, gateway=gateway)
+        else:
+            inner = rig.command("root", *words, gateway=gateway)
+            command = without_namespaces(rig, user, *inner)
+        done = rig.box.run("inside", *command)
+    assert (done.returncode, done.stdout) == (0, '"EINVAL"\n')
+    assert done.stderr.count("natrun: datagrams go nowhere here") == 1
+
+
+@users
+def test_what_is_not_carried_is_not_said_to_work(rig: Rig, user: str) -> None:
+    command = without_namespaces(rig, user, *rig.command("root", "--check"))
+    done = rig.box.run("inside", *command)
+    assert "natrun: namespace: no, " in done.stderr
+    assert "natrun: datagrams: no, " in done.stderr

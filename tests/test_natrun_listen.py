@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boxes
 import natrun_rig
 import needs
 import pytest
@@ -27,6 +28,7 @@ from natrun_rig import users
 pytestmark = pytest.mark.end_to_end
 
 OUTSIDE = "203.0.113.1"
+MAPPINGS = 64  # at once
 VSFTPD = """\
 background=NO
 listen=YES
@@ -54,8 +56,19 @@ server.listen(Number(process.argv[2]), process.argv[1], () => {
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
     with natrun_rig.set_up() as made:
-        limits = ["bind_ports=20000-29999", "max_mappings=64"]
+        limits = ["bind_ports=20000-29999", f"max_mappings={MAPPINGS}"]
         made.natwork("outside=203.0.113.1", "mappings=yes", *limits)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[Rig]:
+    """Return a rig whose gateway has three addresses outside."""
+    with natrun_rig.set_up() as made:
+        address = ["addr", "add", "203.0.113.2/24", "dev", "wan"]
+        boxes.ip("-n", made.box.name("gateway"), *address)
+        outside = "outside=203.0.113.1 203.0.113.2 2001:db8:9::1"
+        made.natwork(outside, "mappings=yes", "bind_ports=20000-29999")
         yield made
 
 
@@ -152,8 +165,79 @@ def test_a_port_that_is_taken_is_refused(rig: Rig, user: str) -> None:
     with taken:
         places = [f"{OUTSIDE}:20400", f"{OUTSIDE}:0", f"{OUTSIDE}:20401"]
         found = rig.probe(user, "bind_to", *places)
+        again = rig.probe(user, "bind_again", places[0], places[2])
+    assert again == ["EADDRINUSE", [OUTSIDE, 20401]]
     assert found[0] == "EADDRINUSE" and found[2] == [OUTSIDE, 20401]
     assert found[1][0] == OUTSIDE and 20000 <= found[1][1] <= 29999
+
+
+@users
+def test_a_port_of_another_run_stays_there(rig: Rig, user: str) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "serve", f"{OUTSIDE}:20450", "1"]
+    server = rig.start(user, *words, name="first")
+    assert json.loads(server.line()) == [OUTSIDE, 20450]
+    assert rig.probe(user, "bind_to", f"{OUTSIDE}:20450") == ["EADDRINUSE"]
+    deadline = (
+        time.monotonic() + 2
+    )  # the gateway closes a port a while after it is told
+    try:
+        while time.monotonic() < deadline:
+            said, sock = call(rig, 20450)
+            with sock:
+                assert json.loads(said)[0] == [*sock.getsockname()]
+    finally:
+        end_all(rig)
+        server.process.wait(10)
+
+
+def with_a_short_lease(
+    rig: Rig, user: str, *words: str, name: str
+) -> natrun_rig.Background:
+    """Start a program by natrun.py, whose mappings live for 3 s."""
+    code = f"import sys; sys.path.insert(0, {str(rig.folder)!r}); import natrun; "
+    code += "natrun.LEASE = 3; sys.exit(natrun.main())"
+    before = natrun_rig.UNPRIVILEGED if user == "nobody" else []
+    command = [*before, PYTHON, "-B", "-c", code, "-g", natrun_rig.GATEWAY, *words]
+    return natrun_rig.Background(rig, command, rig.home(user) / name)
+
+
+@users
+def test_a_port_used_for_a_moment_is_given_back(rig: Rig, user: str) -> None:
+    first = {"root": "20460", "nobody": "20470"}[user]
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "fleeting", OUTSIDE, first, f"{SERVER}:80"]
+    program = with_a_short_lease(rig, user, *words, name="fleeting")
+    ports = json.loads(program.line())
+    try:
+        wait.until(lambda: not any(is_open(rig, port) for port in ports), 15)
+        assert program.process.poll() is None
+    finally:
+        program.stop()
+
+
+@users
+def test_an_address_that_cannot_be_had_is_refused(wide: Rig, user: str) -> None:
+    assert wide.probe(user, "bind_to", "[2001:db8:9::1]:20100") == ["EADDRNOTAVAIL"]
+    # The second address of IPv4 is opened itself, or not at all.
+    script = str(wide.folder / "natrun_probe.py")
+    words = [PYTHON, script, "serve", "203.0.113.2:20101", "1"]
+    server = wide.start(user, *words, name="second")
+    wait.until(lambda: server.said() or server.process.poll() is not None)
+    shown = wide.box.run("gateway", "ss", "-Hltn", "sport = :20101").stdout
+    if server.said():
+        assert "203.0.113.2:20101" in shown
+    else:
+        assert "[Errno 99]" in server.err.read_text()  # EADDRNOTAVAIL
+    assert f"{OUTSIDE}:20101" not in shown
+    end_all(wide)
+    server.process.wait(10)
+
+
+@users
+def test_an_accept_ends_when_its_time_is_over(rig: Rig, user: str) -> None:
+    # socket(7): as if the socket did not block.
+    assert rig.probe(user, "patient_server", f"{OUTSIDE}:20480") == "EAGAIN"
 
 
 @users
@@ -181,13 +265,9 @@ def test_a_port_of_the_settings_is_outside_too(rig: Rig, user: str) -> None:
 
 @users
 def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig, user: str) -> None:
-    code = f"import sys; sys.path.insert(0, {str(rig.folder)!r}); import natrun; "
-    code += "natrun.LEASE = 3; sys.exit(natrun.main())"
     script = str(rig.folder / "natrun_probe.py")
-    words = ["-g", natrun_rig.GATEWAY, PYTHON, script, "serve", f"{OUTSIDE}:20600", "1"]
-    before = natrun_rig.UNPRIVILEGED if user == "nobody" else []
-    command = [*before, PYTHON, "-B", "-c", code, *words]
-    server = natrun_rig.Background(rig, command, rig.home(user) / "lease")
+    words = [PYTHON, script, "serve", f"{OUTSIDE}:20600", "1"]
+    server = with_a_short_lease(rig, user, *words, name="lease")
     assert json.loads(server.line()) == [OUTSIDE, 20600]
     time.sleep(4)  # it is renewed
     assert is_open(rig, 20600)
@@ -242,6 +322,25 @@ def test_an_ftp_server_calls_back(rig: Rig, user: str, vsftpd: Path) -> None:
     assert f"EPRT |1|{OUTSIDE}|" in log
     assert f"PORT {OUTSIDE.replace('.', ',')}," in log
     assert '"226 ' in log and '"500 ' not in log
+
+
+@users
+def test_more_files_come_by_ftp_than_mappings_at_once(
+    rig: Rig, user: str, vsftpd: Path
+) -> None:
+    needs.programs("tnftp")
+    names = [f"small{number}" for number in range(MAPPINGS + 16)]
+    for name in names:
+        (rig.folder / "ftp" / name).write_text(name)
+    got = rig.home(user) / "small"
+    got.mkdir()
+    if user == "nobody":
+        os.chown(got, 65534, 65534)
+    get = f"cd {got} && echo 'mget small*' | timeout 50 tnftp -A -a -i {SERVER}"
+    rig.natrun(user, "sh", "-c", get)
+    assert {path.name: path.read_text() for path in got.iterdir()} == {
+        name: name for name in names
+    }
 
 
 def test_mappings_that_are_off_are_told(rig: Rig) -> None:
