@@ -46,6 +46,7 @@ import ipaddress
 import itertools
 import os
 import random
+import re
 import resource
 import select
 import selectors
@@ -122,7 +123,8 @@ class Failure(Exception):
 def say(message: object) -> None:
     """Write a line to standard error; where nobody reads it, it is lost."""
     with contextlib.suppress(OSError):
-        os.write(2, f"natpunch: {message}\n".encode(errors="replace"))
+        line = " ".join(str(message).splitlines())
+        os.write(2, f"natpunch: {line}\n".encode(errors="replace"))
 
 
 @contextlib.contextmanager
@@ -131,7 +133,8 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = (error.strerror or str(error)).partition(" (")[0]
+        # OpenSSL puts its name for it before, and its place behind.
+        why = re.sub(r"^\[.*?\] | \(.*", "", error.strerror or str(error))
         raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
     except UnicodeError as error:
         raise Failure(f"cannot {to}: there is no such host", code) from error
@@ -149,9 +152,12 @@ def parse_address(text: str, port: int = 0) -> Address:
     host, colon, number = text.rpartition(":")
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
-    if not (number.isascii() and number.isdigit() and 0 < int(number) < 65535):
-        raise Failure(f"cannot use {text!r}: it has no port from 1 to 65534", 2)
-    return host.strip("[]"), int(number)
+    most = 65534 if port else 65535  # a server has the next one, too
+    if not (number.isascii() and number.isdigit() and 0 < int(number) <= most):
+        raise Failure(f"cannot use {text!r}: it has no port from 1 to {most}", 2)
+    if not (host := host.strip("[]")):
+        raise Failure(f"cannot use {text!r}: it has no host", 2)
+    return host, int(number)
 
 
 def secret_of(variable: str, path: str, default: str) -> bytes:
@@ -478,17 +484,29 @@ def keep_alive(sock: Socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
         sock.setsockopt(socket.IPPROTO_TCP, name, int(KEEP_ALIVE))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def check_answers(sock: Socket) -> None:
+    """Raise OSError if a peer has answered nothing that TCP sent it for too long.
+
+    TCP_USER_TIMEOUT would also end one that answers, and whose reader has paused.
+    """
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+    # In <linux/tcp.h>: retransmits, probes and, in milliseconds, last_ack_recv.
+    retransmits, probes, silence = struct.unpack("=2x2B52xI", info)
+    if (retransmits or probes > 1) and silence > SILENCE * 1000:
+        raise TimeoutError("the peer does not answer")
 
 
 class Meeting:
     """A connection to the server, and what was agreed there with the peer."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, seconds: float = ANSWER_TIME) -> None:
         """Connect; raise what trying() takes."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
-        self.sock = socket.create_connection(options.server, ANSWER_TIME)
+        self.sock = socket.create_connection(options.server, min(ANSWER_TIME, seconds))
         keep_alive(self.sock)
         tell(self.sock, "natpunch 1")
         nonce, *others = hear(self.sock, "natpunch")
@@ -560,12 +578,12 @@ class Meeting:
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
     ends_at, say_at = time.monotonic() + options.wait, 0.0
-    stays = options.wait == FOREVER and (options.udp or options.to)
+    stays = options.wait == FOREVER and options.side != "pipe"
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
         try:
             with trying(to):
-                return Meeting(options).enter(min(left, WAIT_TIME + ANSWER_TIME))
+                return Meeting(options, left).enter(min(left, WAIT_TIME + ANSWER_TIME))
         except Failure as failure:
             why, now = str(failure.__cause__), time.monotonic()
             if why in (REFUSALS["full"], REFUSALS["nobody"]):
@@ -665,6 +683,7 @@ class Channel:
 
     def write(self, data: Any) -> int:
         """Send a frame, or the rest of it where it was begun."""
+        check_answers(self.sock)
         self.going = self.going or memoryview(len(data).to_bytes(4, "big") + data)
         while self.going:
             self.going = self.going[self.sock.send(self.going) :]
@@ -738,6 +757,8 @@ class Pipe:
     def write(self, data: Any) -> int:
         """Write, or let the end be seen."""
         if data and self.out:
+            if self.out.family != socket.AF_UNIX:
+                check_answers(self.out)
             return self.out.send(data, socket.MSG_DONTWAIT)
         if data:
             return os.write(self.sink, data)
@@ -1020,7 +1041,7 @@ class Server:
                 for key in self.selector.get_map().values():
                     if key.fileobj not in socks:
                         os.close(key.fd)  # or no end of a member would be seen
-                signal.alarm(self.options.relay_time)
+                signal.alarm(min(self.options.relay_time, 1 << 30))
                 carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
@@ -1056,6 +1077,13 @@ def run(stopped: int, work: Callable[..., object], *what: Any) -> int:
     except KeyboardInterrupt:
         return stopped
     return 0
+
+
+def stop(*_: object) -> None:
+    """End what is done, as a signal asks; a second one changes nothing."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def leave_with(client: Socket) -> None:
@@ -1149,6 +1177,8 @@ def be_client(options: Any) -> None:
     options.server = parse_address(options.server, PORT)
     options.key = secret_of("NATPUNCH_KEY", options.key, "")
     if options.room == "nat":
+        if options.to or options.listen:
+            raise Failure("cannot use --to or --listen with nat, which is no room", 2)
         return tell_nat(options)
     options.secret = secret_of("NATPUNCH_SECRET", options.secret, "~/.natpunch")
     if options.udp and not options.to and not options.listen:
@@ -1179,7 +1209,26 @@ def serve(options: Any) -> None:
     options.addresses = [parse_address(text, PORT) for text in options.addresses]
     if len({port for _, port in options.addresses}) > 1:
         raise Failure("cannot serve: all addresses must have the same port", 2)
+    for host, _ in options.addresses:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise Failure(f"cannot serve {host}: it is not an address", 2) from None
     Server(options).run()
+
+
+def count(text: str) -> int:
+    """Return a number of 1 or more; raise ValueError."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Return seconds above 0; raise ValueError."""
+    if not (seconds := float(text)) > 0:
+        raise ValueError
+    return seconds
 
 
 def main() -> int:
@@ -1204,7 +1253,7 @@ def main() -> int:
             ("--relay-bytes", 1 << 40),  # each way of each
             ("--relay-time", 86400),
         ):
-            parser.add_argument(name, type=int, default=number, metavar="N")
+            parser.add_argument(name, type=count, default=number, metavar="N")
     else:
         parser.add_argument("-s", "--server", required=True)
         parser.add_argument("room", metavar="ROOM", help="or nat, to ask which it is")
@@ -1213,11 +1262,11 @@ def main() -> int:
         end.add_argument("--to", metavar="HOST:PORT")
         end.add_argument("--listen", metavar="PORT")
         parser.add_argument("--udp", action="store_true")
-        parser.add_argument("--wait", type=float, default=FOREVER, metavar="SECONDS")
+        parser.add_argument("--wait", type=duration, default=FOREVER, metavar="SECONDS")
         parser.add_argument("--direct-only", action="store_true")
     options = parser.parse_args(sys.argv[1 + serves :])
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, stop)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     is_pipe = not serves and not options.to and not options.listen

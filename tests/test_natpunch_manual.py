@@ -89,6 +89,9 @@ ERRORS = {
     "taken port": (1, "-s 127.0.0.1 room --listen {port}", "cannot listen on 127."),
     "taken, udp": (1, "-s 127.0.0.1 room --udp --listen {udp}", "cannot open the loc"),
     "taken server": (1, "serve 127.0.0.1:{port}", "cannot listen on 127.0.0.1:"),
+    "no host": (2, "-s 127.0.0.1 room --to :22", "cannot use ':22': it has no host"),
+    "no address": (2, "serve localhost", "cannot serve localhost: it is not an add"),
+    "nat with an end": (2, "-s 127.0.0.1 nat --to 127.0.0.1:22", "cannot use --to"),
     "two ports": (2, "serve 127.0.0.1:7 127.0.0.2:8", "cannot serve: "),
     "no name": (1, "-s a..b room", "cannot meet in room at a..b:3478: "),
     "no nat": (1, "-s 127.0.0.1:9 nat", "cannot ask 127.0.0.1:9: connection refused"),
@@ -114,6 +117,17 @@ def test_what_cannot_be_is_said_in_one_line(name: str) -> None:
     assert (done.returncode, done.stdout) == (code, "")
     assert re.fullmatch(f"natpunch: {re.escape(said)}.*\n", done.stderr), done.stderr
     assert "that is not natpunch" not in done.stderr  # nobody has been asked
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["serve --relay-time 0", "serve --per-address -1", "serve --relays x"]
+    + [f"-s 127.0.0.1 room --wait {text}" for text in ("nan", "0", "-1", "x")],
+)
+def test_a_number_that_cannot_be_is_refused(words: str) -> None:
+    command = punching.words(*words.split())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "error: argument --" in done.stderr
 
 
 # With a byte that is not UTF-8, as the environment and the command line may have it.

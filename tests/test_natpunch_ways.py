@@ -940,3 +940,73 @@ def test_it_works_by_ipv6_too() -> None:
         for process in (one, other):
             assert punching.read_line(process).startswith("natpunch: direct [::1]:")
         punching.talk(one, other)
+
+
+# Time: a reader that pauses, a peer that is gone, a server that is away.
+
+QUICK = "natpunch.KEEP_ALIVE, natpunch.SILENCE, natpunch.RETRY_TIME = 1.0, 2.0, 0.3"
+KINDS = {"direct": ("port", "port"), "relay": ("fully", "fully")}
+
+
+@contextlib.contextmanager
+def written(lab: natlab.Lab) -> Iterator[Pair]:
+    """Yield a writer with more to write than is read, and its reader."""
+    kinds = [punching.peer(lab, at, "much", changed=QUICK) for at in "ab"]
+    assert punching.got(kinds[0]) == punching.got(kinds[1])
+    with ThreadPoolExecutor(1) as pool:
+
+        def fill() -> None:
+            with contextlib.suppress(BrokenPipeError):
+                write(kinds[0], bytes(30_000_000))
+                close(kinds[0])
+
+        pool.submit(fill)
+        yield kinds[0], kinds[1]
+
+
+@pytest.mark.parametrize("way", KINDS)
+def test_a_reader_may_pause(way: str) -> None:
+    with natlab.lab(*KINDS[way]) as lab, punching.server(lab), written(lab) as pair:
+        time.sleep(6)  # three times as long as a peer may be silent
+        close(pair[1])
+        assert pair[1].stdout and len(pair[1].stdout.read()) == 30_000_000
+        assert [process.wait(15) for process in pair] == [0, 0]
+
+
+def test_a_peer_that_answers_nothing_has_gone() -> None:
+    with natlab.lab("port", "port") as lab, punching.server(lab), written(lab) as pair:
+        lab.nft("nat_b", DROP + "meta l4proto tcp drop; }; }")
+        assert pair[1].stdout
+        with ThreadPoolExecutor(1) as pool:  # which is read, so that bytes are lost
+            pool.submit(pair[1].stdout.read)
+            code, said = pair[0].wait(30), punching.read_line(pair[0])
+            while "cannot" not in said:
+                said = punching.read_line(pair[0])
+            pair[1].kill()
+    assert code == 1
+    assert said == "natpunch: cannot carry the stream: the peer does not answer\n"
+
+
+def test_calls_wait_for_a_server_that_is_away() -> None:
+    with natlab.lab() as lab:
+        target = lab.start("b", sys.executable, "-c", ECHO)
+        assert punching.read_line(target) == "ready\n"
+        for at, *how in (("b", "--to", "127.0.0.1:7007"), ("a", "--listen", "7008")):
+            punching.peer(lab, at, "calls", *how, changed=QUICK)
+        wait.until(lambda: listening(lab, 7008))
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(echoed, lab, b"early", 30)
+            time.sleep(1)  # in which it is refused some times
+            with punching.server(lab):
+                assert answer.result()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_changes_nothing(lab: natlab.Lab, number: int) -> None:
+    for pause in (0, 0.001, 0.01, 0.02, 0.04):
+        peer = punching.peer(lab, "a", "signals", "--listen", "7021")
+        wait.until(lambda: listening(lab, 7021))
+        peer.send_signal(number)
+        time.sleep(pause)
+        peer.send_signal(number)
+        assert ended(peer) == (0, "")
