@@ -1952,7 +1952,8 @@ class Uplink(NamedTuple):
 
     def is_there(self) -> bool:
         """Return whether this box has it now; raise OSError."""
-        return any(route_to(packed).local for packed in self.addresses())
+        found = self.addresses()
+        return bool(found and (not self.packed or route_to(self.packed).local))
 
 
 def parse_uplink(text: str) -> Uplink:
