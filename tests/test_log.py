@@ -667,6 +667,7 @@ def test_half_a_line_is_not_joined_by_the_next(
         for pid in (gateway.process.pid, *gateway.workers()):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
+    gateway.ready(8)  # one that is forked between the two has the old limit
     limit(1000)
     for _ in range(12):
         assert served(gateway)  # a lost line stops no session

@@ -39,6 +39,8 @@ def refuses(address: tuple[str, int]) -> bool:
         socket.create_connection(address, 10).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # closed while it was in the queue
+        return False
     return False
 
 
