@@ -1217,14 +1217,14 @@ def serve(options: Any) -> None:
     Server(options).run()
 
 
-def count(text: str) -> int:
+def parse_count(text: str) -> int:
     """Return a number of 1 or more; raise ValueError."""
     if not (text.isascii() and text.isdigit() and int(text)):
         raise ValueError
     return int(text)
 
 
-def duration(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """Return seconds above 0; raise ValueError."""
     if not (seconds := float(text)) > 0:
         raise ValueError
@@ -1253,7 +1253,7 @@ def main() -> int:
             ("--relay-bytes", 1 << 40),  # each way of each
             ("--relay-time", 86400),
         ):
-            parser.add_argument(name, type=count, default=number, metavar="N")
+            parser.add_argument(name, type=parse_count, default=number, metavar="N")
     else:
         parser.add_argument("-s", "--server", required=True)
         parser.add_argument("room", metavar="ROOM", help="or nat, to ask which it is")
@@ -1262,7 +1262,9 @@ def main() -> int:
         end.add_argument("--to", metavar="HOST:PORT")
         end.add_argument("--listen", metavar="PORT")
         parser.add_argument("--udp", action="store_true")
-        parser.add_argument("--wait", type=duration, default=FOREVER, metavar="SECONDS")
+        parser.add_argument(
+            "--wait", type=parse_seconds, default=FOREVER, metavar="SECONDS"
+        )
         parser.add_argument("--direct-only", action="store_true")
     options = parser.parse_args(sys.argv[1 + serves :])
     for number in (signal.SIGINT, signal.SIGTERM):

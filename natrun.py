@@ -1231,7 +1231,7 @@ class Datagrams:
             one.task = asyncio.ensure_future(self.associate(one))
 
     def begin(self, here: Endpoint) -> Association:
-        """Return a new association, with the settings of who has the port."""
+        """Return a new association, with the settings of the program at the port."""
         app = self.apps.get(self.ports().get(here.port, 0), self.app)
         return self.associations.setdefault(here, Association(here, app))
 

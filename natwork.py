@@ -44,7 +44,8 @@ Usage:
 
 Signals to the master: TERM and INT stop accepting and let busy workers finish
 (a second one ends them now); HUP reads the configuration again and, if that is
-good, puts it in force for new clients.  TERM to a worker ends that one session.
+good, new workers serve by it with the access log opened anew, and the old ones
+finish what they have.  TERM to a worker ends that one session.
 
 Exit codes: 0 asked to stop, 1 unexpected, 2 bad command line, 78 bad
 configuration.
@@ -1710,8 +1711,8 @@ class Master:
 
 # --- Rules --------------------------------------------------------------------
 #
-# Who is a client, and what may be dialed for it.  The addresses judged are the
-# ones that will be dialed, whatever name led to them, and with every IPv4
+# Which peers are clients, and what may be dialed for them.  The addresses judged
+# are the ones that will be dialed, whatever name led to them, and with every IPv4
 # address that is embedded in an IPv6 one.  Addresses are kept packed, as the
 # kernel has them, 4 or 16 bytes: of one length they compare like numbers.
 
@@ -1887,10 +1888,10 @@ def parse_line(
     lists = {word: listed.split(",") for word, listed in zip(words[1::2], words[2::2])}
     if 2 * len(lists) + 1 != len(words):
         raise ValueError("the rest is not pairs of a word and a list with commas")
-    for word, members in lists.items():
+    for word, listed in lists.items():
         if word not in known:
             raise ValueError(f"{word!r} is none of {', '.join(known)}")
-        if "" in members:
+        if "" in listed:
             raise ValueError("a list has an empty member")
     return words, lists
 
@@ -1968,7 +1969,7 @@ def parse_uplink(text: str) -> Uplink:
 
 
 class Policy:
-    """Who is a client, and what may be dialed for it: `inside`, `outside`, `rules`."""
+    """Which peers are clients, and what may be dialed: `inside`, `outside`, `rules`."""
 
     # Some address of the outside, where but the way there is asked for; by its size.
     ANYWHERE = {4: pack("192.0.2.1"), 16: pack("2001:db8::1")}
@@ -2920,13 +2921,13 @@ class Exchange:
 
     def await_head(self) -> bytes:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        client, run = self.client, self.watch.run
+        client, watch = self.client, self.watch
         deadline = time.monotonic() + self.config.head_timeout
         late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
         while self.http.drop_blanks():
-            run(client.need(len(client.received) + 1), *late)
+            watch.run(client.need(len(client.received) + 1), *late)
         steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
-        head: bytes = run(steps, *late)
+        head: bytes = watch.run(steps, *late)
         return head
 
     def check_begun(self) -> tuple[()]:
@@ -3175,10 +3176,10 @@ class Exchange:
 
     def read_response(self, server: Stream) -> Steps:
         """Pass interim responses on; return the head of the next; raise Refused."""
-        bad, check = BAD_RESPONSE, lambda: check_response_begun(server.received)
+        bad, inspect = BAD_RESPONSE, lambda: check_response_begun(server.received)
         for _ in range(INTERIM_LIMIT):
             yield from server.need()
-            raw = yield from server.until(HEAD_END, HEAD_LIMIT, bad, check)
+            raw = yield from server.until(HEAD_END, HEAD_LIMIT, bad, inspect)
             response = ResponseHead(raw)
             response.forwarded += self.via_line(response)
             if response.status >= 200 or response.status == 101:
