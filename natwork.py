@@ -864,10 +864,10 @@ class AccessLog:
             lost = f"the access log{name} took no more: lines were lost{why}"
             board.words[board.UNREPORTED] = not board.say(lost)
 
-    def write_killed(self, slot: Slot, code: int) -> None:
-        """Write the line that a process could not write itself, by its exit code."""
+    def write_killed(self, slot: Slot, code: int, told: Outcome = OPERATOR) -> None:
+        """Write the line that a process could not: killed, or told to end by TERM."""
         if session := slot.session():
-            outcome = OPERATOR if code == -signal.SIGTERM else KILLED
+            outcome = told if code == -signal.SIGTERM else KILLED
             self.write(session, outcome.word, slot)
 
 
@@ -1501,6 +1501,7 @@ class Master:
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
         self.killed = 0  # workers that have left no successor
+        self.told = OPERATOR  # the outcome of a session whose worker is told to end
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
@@ -1571,7 +1572,7 @@ class Master:
             slot, _ = self.workers.pop(pid)
             if status:
                 code = os.waitstatus_to_exitcode(status)
-                self.generation.log.write_killed(slot, code)
+                self.generation.log.write_killed(slot, code, self.told)
             slot.set_state(FREE)
             # A client may have woken the killed worker and no other; a new one looks
             # at the queue before it waits.
@@ -1679,9 +1680,9 @@ class Master:
     def stop(self) -> None:
         """Let busy workers finish until drain_timeout; told again, end them now."""
         if self.stopping:
-            self.kill_at = min(self.kill_at, time.monotonic())
+            self.kill_at, self.told = min(self.kill_at, time.monotonic()), OPERATOR
             return
-        self.stopping = True
+        self.stopping, self.told = True, DRAINED
         notify("STOPPING=1")
         for generation in self.generations:
             os.close(generation.lifeline_write)
@@ -3178,7 +3179,6 @@ class Exchange:
         """Pass interim responses on; return the head of the next; raise Refused."""
         bad, inspect = BAD_RESPONSE, lambda: check_response_begun(server.received)
         for _ in range(INTERIM_LIMIT):
-            yield from server.need()
             raw = yield from server.until(HEAD_END, HEAD_LIMIT, bad, inspect)
             response = ResponseHead(raw)
             response.forwarded += self.via_line(response)

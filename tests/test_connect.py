@@ -497,6 +497,21 @@ def test_a_failure_on_the_way_has_its_outcome(
     assert (line["outcome"], line["address"]) == (word, dialed)
 
 
+def test_a_drain_does_not_wait_for_a_silent_name_server(
+    lines: Lines, gateway: running.Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RES_OPTIONS", "timeout:30 attempts:1")
+    started = gateway("drain_timeout=0.5")
+    with lines.client() as client:
+        client.sendall(http_wire.request(b"silent.example:80", method=b"CONNECT"))
+        wait.until(lambda: lines.names.asked)
+        started.process.terminate()
+        assert wire.read_all(client) == b""
+        assert started.process.wait(20) == 0
+    (line,) = started.lines(1)
+    assert line["outcome"] == "drained"
+
+
 def test_a_name_is_resolved_once_and_the_judged_address_is_dialed(
     lines: Lines, gateway: running.Start
 ) -> None:
