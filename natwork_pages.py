@@ -72,9 +72,9 @@ tbody tr:hover { background: var(--line) }
 .stale { opacity: .5 }
 @media (min-width: 1201px) {
   table { margin: 8px -7px 0; table-layout: auto; width: calc(100%% + 14px) }
-  .source_ip { max-width: 14vw }
+  .source_ip { max-width: max(14vw, 100vw - 1610px) }
   .destination { max-width: 17vw }
-  .user { max-width: 9vw }
+  .user { max-width: max(9vw, 100vw - 1700px) }
   .host { max-width: 0; width: 100%% }  /* what the others leave */
   [class$="port"], .protocol, .up, .down, .pid { min-width: 64px }
   .age, .moving { min-width: 74px }
