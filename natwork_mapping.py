@@ -8,10 +8,10 @@ caller has a process that is forked from it:
      `- natwork: map 203.0.113.1:8000 > 10.0.0.7:8000 95s left
          `- natwork: 192.0.2.7:3456 > 10.0.0.1:5678 > 10.0.0.7:8000 map 10.0.0.7
 
-A mapping leads to the machine that asked for it and to no other.  The row of its
-process on the scoreboard is all that is known of it, so the next mapper, after a
-reload or a kill, finds it.  When its lease is over, the port closes and the callers
-stay.  It maps no UDP, which SOCKS has, and speaks neither PCP nor UPnP.
+A mapping leads to the machine that asked for it and to no other.  Its slot on the
+scoreboard is all that is known of it, so the next mapper, after a reload or a kill,
+finds it.  When its lease is over, the port closes and the callers stay.  It maps no
+UDP, which SOCKS has, and speaks neither PCP nor UPnP.
 """
 # SPDX-License-Identifier: MIT
 
@@ -29,7 +29,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
 
 import natwork
 from natwork import Session
@@ -43,7 +42,9 @@ LOOK_TIME = 0.2  # between looks at the end of a lease
 OPEN_TIME = 0.02  # between attempts at a port that another process is to let go
 RELEASE_TIME = 2.0  # for it to do so
 KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
-LEASE = Slot.PEER + 1  # the word of a slot with the end of its lease, monotonic_ns
+# Words of a slot: the end of a lease, monotonic_ns; and which process has forked the
+# one that has the slot, 0 where none has it.
+LEASE, PARENT = Slot.PEER + 1, Slot.PEER + 2
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 # Operations with their requests' sizes, and results: sections 3.2, 3.3 and 3.5.
@@ -53,33 +54,22 @@ OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range
 
 
 def is_gone(pid: int) -> bool:
-    """Return whether a process has ended, and no process of ours will reap it.
-
-    In a container nobody else may, either: then it stays a zombie.
-    """
+    """Return whether a process has ended; it stays a zombie where init reaps nobody."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):  # or another user's has its number
+    except OSError:  # it is not there, or another user's has its number
         return True
-    stat = natwork.stat_of(pid)
-    is_zombie = stat[:1] == [b"Z"]
-    return is_zombie and natwork.stat_of(int(stat[1]))[3:4] != stat[3:4]
-
-
-def account(session: Session) -> str:
-    """Return the user that a password was for; the rest differs by session."""
-    return session.user.partition(";")[0]
+    return natwork.stat_of(pid)[:1] == [b"Z"]
 
 
 class Mapper:
     """The process that answers NAT-PMP, then what it forks: a mapping, and a caller.
 
-    Each has a slot on the scoreboard; a lock is held where one is taken or given back.
-    What a process could not write down that was killed, its parent writes, or, where
-    that is gone, the mapper.
+    A mapping and a caller have a slot on the scoreboard, and give it back themselves.
+    What one that was killed could not write down, whoever finds its slot does.
     """
 
-    # What is made is a mapping: the inside address asked, its session and listener.
+    # What is forked is a mapping: the inside address asked, its session and listener.
     here: str
     session: Session
     listener: socket.socket
@@ -91,9 +81,8 @@ class Mapper:
         self.generation = generation._replace(listeners={})
         self.config, self.policy = generation.config, generation.chapters.policy
         self.board, self.log = generation.chapters.board, generation.log
-        first = self.board.states().index(KEPT)
-        self.slots = [Slot(self.board, first + n) for n in range(SLOT_COUNT)]
-        self.children: dict[int, Slot] = {}  # of this process, by pid
+        self.first = self.board.states().index(KEPT)
+        self.slots = [Slot(self.board, self.first + n) for n in range(SLOT_COUNT)]
         places = [place for some in self.policy.listeners.values() for place in some]
         # A listener at :: takes IPv4 clients too.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
@@ -103,6 +92,7 @@ class Mapper:
 
     def run(self) -> None:
         """Answer until it is time to leave; then see mappings and callers out."""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel is to reap for us
         lifeline = self.generation.lifeline_read
         watch = natwork.Watch(lifeline, self.config, self.sockets)
         while not watch.retired:
@@ -118,16 +108,15 @@ class Mapper:
                 self.board.say(f"the mapper goes on after an error: {why}")
                 time.sleep(OPEN_TIME)  # it may come again at once
         natwork.set_title("natwork: mapper that leaves")
-        signal.signal(signal.SIGTERM, self.end_callers)
-        while self.sockets:
-            self.sockets.popitem()[1].close()
-        while True:
-            is_needed = self.reap(orphans=True)
-            # Where the master leaves, too, nobody else would see orphans out.
-            leaves = natwork.readable([lifeline])[lifeline] & select.POLLHUP
-            if not is_needed and not (leaves and len(self.free()) < SLOT_COUNT):
+        signal.signal(signal.SIGTERM, self.end_all)
+        self.close()
+        while self.count(0) < SLOT_COUNT:
+            # After a reload, what is not of this mapper is left to the next one.
+            is_last = natwork.readable([lifeline])[lifeline] & select.POLLHUP
+            if not is_last and not self.count(os.getpid()):
                 break
             time.sleep(LOOK_TIME)
+            self.sweep()
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
@@ -147,13 +136,18 @@ class Mapper:
                     why = f"at {host}:{PORT}: {natwork.reason(error)}"
                     natwork.say(f"cannot answer NAT-PMP {why}")
 
-    # The slots on the scoreboard, and the processes that this one has forked.
+    def close(self) -> None:
+        while self.sockets:
+            self.sockets.popitem()[1].close()
+
+    # The slots on the scoreboard, and the processes that have them.
 
     def lock(self, how: int) -> None:
         fcntl.lockf(self.board.fd, how, 1, LOCK)
 
-    def free(self) -> list[Slot]:
-        return [slot for slot in self.slots if not slot.words[Slot.PID]]
+    def count(self, parent: int) -> int:
+        """Return how many slots the children of a process have; of 0: how many none."""
+        return self.board.column(PARENT)[self.first :][:SLOT_COUNT].count(parent)
 
     def fork(self, work: Callable[[Slot], None], ends_at: int = 0) -> bool:
         """Have a new process, with a slot, do some work; return whether it does.
@@ -161,60 +155,65 @@ class Mapper:
         It is a mapping if its lease has an end.
         """
         self.lock(fcntl.LOCK_EX)
-        if slot := next(iter(self.free()), None):
-            slot.words[LEASE] = ends_at
+        slot = next((one for one in self.slots if not one.words[PARENT]), None)
+        if slot:
+            slot.clear(os.getpid())  # until the new process has its own pid there
+            slot.words[LEASE], slot.words[PARENT] = ends_at, os.getpid()
             if ends_at:
                 slot.publish(self.session)
             try:
-                pid = self.board.fork(functools.partial(work, slot))
-                self.children[pid], slot.words[Slot.PID] = slot, pid
+                self.board.fork(functools.partial(self.begin, work, slot))
             except OSError as error:
                 self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
-                slot.clear(0)
+                self.give_back(slot)
                 slot = None
         self.lock(fcntl.LOCK_UN)
         return slot is not None
 
-    def reap(self, orphans: bool = False) -> bool:
-        """Give back the slots of children that have ended, or of their children too.
+    def begin(self, work: Callable[[Slot], None], slot: Slot) -> None:
+        """Do some work in this new process."""
+        slot.words[Slot.PID] = os.getpid()
+        self.close()
 
-        Returns whether a child is left.
-        """
-        self.lock(fcntl.LOCK_EX)
-        while self.children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            self.give_back(self.children.pop(pid), os.waitstatus_to_exitcode(status))
-        for slot in self.slots if orphans else ():
-            pid = slot.words[Slot.PID]
-            if pid and is_gone(pid):
-                self.give_back(slot, -signal.SIGKILL)
-            elif not pid and slot.words[Slot.WHICH]:
-                slot.clear(0)  # of a mapper that was killed before it forked
-        self.lock(fcntl.LOCK_UN)
-        return bool(self.children)
+        def end(*_: object) -> None:  # as the operator asks, or the mapper
+            self.log.write_killed(slot, -signal.SIGTERM)
+            self.give_back(slot)
+            os._exit(1)
 
-    def give_back(self, slot: Slot, code: int) -> None:
-        self.log.write_killed(slot, code)
+        signal.signal(signal.SIGTERM, end)
+        work(slot)
+        self.give_back(slot)
+
+    def give_back(self, slot: Slot) -> None:
         slot.clear(0)
+        slot.words[PARENT] = 0
 
-    def end_callers(self, *_: object) -> None:
-        """End what is not our own child, as the master asks when time is over."""
-        pids = {slot.words[Slot.PID] for slot in self.slots}
-        for pid in pids - {0, *self.children}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    def sweep(self) -> None:
+        """Write down what was killed, and give its slots back."""
+        self.lock(fcntl.LOCK_EX)
+        for slot in self.slots:
+            if slot.words[PARENT] and is_gone(slot.words[Slot.PID]):
+                self.log.write_killed(slot, -signal.SIGKILL)
+                self.give_back(slot)
+        self.lock(fcntl.LOCK_UN)
+
+    def end_all(self, *_: object) -> None:
+        """End mappings and callers, as the master asks when time is over."""
+        for slot in self.slots:
+            if slot.words[PARENT]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(slot.words[Slot.PID], signal.SIGTERM)
+
+    # What the mapper is asked.
 
     def look(self) -> None:
-        """Free what has ended, and end the mappings that are no longer due."""
-        self.reap(orphans=True)
-        mappings = list(self.mappings())
-        users = self.users() if mappings else {}
-        for slot, one in mappings:
-            host, place = map(natwork.host_of, (one.client, one.address))
-            is_there = natwork.route_to(natwork.pack(place)).local
-            if not is_there or self.config.users and (host, account(one)) not in users:
+        """See to what was killed, and end the mappings that are no longer due."""
+        self.sweep()
+        users = self.users() if self.config.users else {}
+        for slot, one in self.mappings():
+            who, place = self.who(one), natwork.pack(natwork.host_of(one.address))
+            is_there = natwork.route_to(place).local
+            if not is_there or self.config.users and who not in users:
                 slot.words[LEASE] = 0
 
     def receive(self, sock: socket.socket) -> None:
@@ -239,14 +238,15 @@ class Mapper:
         """Return the answer to what a machine asks, b"" for what is no request."""
         if len(data) < 2 or data[1] >= ANSWER:
             return b""
-        version, operation = data[:2]
-        result, rest = BAD_VERSION if version else BAD_OPERATION, b""
-        if not version and len(data) != SIZES.get(operation, len(data)):
+        (version, operation), result, rest = data[:2], BAD_OPERATION, b""
+        if version:
+            result = BAD_VERSION
+        elif len(data) != SIZES.get(operation, len(data)):
             return b""
-        if not version and operation == ADDRESS:
+        elif operation == ADDRESS:
             rest = next(iter(self.places(host)), bytes(4))
             result = OK if any(rest) else NO_ADDRESS
-        elif not version and operation == MAP_TCP:
+        elif operation == MAP_TCP:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
             result, wanted = self.map(host, port, wanted, seconds)
@@ -254,19 +254,22 @@ class Mapper:
         age = max(0, int(time.time()) - self.board.words[natwork.Scoreboard.BEGAN])
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
-    def mappings(self, host: str = "") -> Iterator[tuple[Slot, Session]]:
-        """Yield the mappings, or those of a machine."""
-        for slot in self.slots:
-            one = slot.session()
-            if one and one.method == "MAP":
-                if host in ("", natwork.host_of(one.client)):
-                    yield slot, one
+    def mappings(self, host: str = "") -> list[tuple[Slot, Session]]:
+        """Return the mappings, or those of a machine."""
+        found = ((slot, slot.session()) for slot in self.slots)
+        every = [(slot, one) for slot, one in found if one and one.method == "MAP"]
+        return [own for own in every if host in ("", natwork.host_of(own[1].client))]
+
+    @staticmethod
+    def who(session: Session) -> tuple[str, str]:
+        """Return machine and user of a session, less what the user says of itself."""
+        return natwork.host_of(session.client), session.user.partition(";")[0]
 
     def users(self) -> dict[tuple[str, str], str]:
-        """Return users with what they say of themselves, by machine and account."""
+        """Return users with what they say of themselves, by machine and user."""
         found = (one for _, one in natwork.sessions(self.board))
         named = (one for one in found if one.user != "-" and one.proto != "map")
-        return {(natwork.host_of(one.client), account(one)): one.user for one in named}
+        return {self.who(one): one.user for one in named}
 
     def places(self, host: str) -> dict[bytes, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
@@ -277,12 +280,13 @@ class Mapper:
 
     def map(self, host: str, port: int, wanted: int, seconds: int) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
-        self.reap(orphans=True)
+        self.sweep()
         key, now = natwork.endpoint((host, port)), time.monotonic_ns()
         mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
             for client, (slot, _) in mine.items():
-                slot.words[LEASE] *= port > 0 and client != key  # port 0: all of them
+                if not port or client == key:  # port 0: all of them
+                    slot.words[LEASE] = 0
             return OK, 0
         users, ends_at = ["-"], now + seconds * 10**9
         if self.config.users:
@@ -292,8 +296,7 @@ class Mapper:
         if key in mine:
             slot, one = mine.pop(key)
             wanted = int(one.address.rpartition(":")[2])
-            is_ours = slot.words[Slot.PID] in self.children
-            if is_ours and slot.words[LEASE] > now:
+            if slot.words[PARENT] == os.getpid() and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, wanted
             # It is over, or of an earlier mapper with other settings: make it anew.
@@ -301,7 +304,7 @@ class Mapper:
             while slot.session() and time.monotonic() < until:
                 time.sleep(OPEN_TIME)
         full = len(mine) >= self.config.max_mappings
-        full = full or len(list(self.mappings())) >= MAPPING_LIMIT
+        full = full or len(self.mappings()) >= MAPPING_LIMIT
         if full or not (listener := self.listen(host, wanted)):
             return NO_RESOURCES, 0
         self.listener, self.session = listener, Session(key, "-", "map")
@@ -315,8 +318,7 @@ class Mapper:
         """Return a socket that listens on the outside, at the wanted port if it may."""
         ports, places = self.policy.ports, self.places(host)
         fits = wanted in (ports if any(ports) else range(1024, 65536))
-        first = int.from_bytes(os.urandom(2), "big") % len(ports)
-        for port in [*[wanted] * fits, *ports[first:], *ports[:first]]:
+        for port in [*[wanted] * fits, *ports]:
             for place, uplink in places.items():
                 sock = socket.socket(natwork.INET, natwork.STREAM)
                 with contextlib.suppress(OSError):  # the port has another owner
@@ -336,32 +338,27 @@ class Mapper:
 
     def hold(self, slot: Slot) -> None:
         """Take callers until the lease is over, and see them out."""
-        for sock in self.sockets.values():
-            sock.close()
-        self.children.clear()
         session, lifeline = self.session, self.generation.lifeline_read
-        slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
+        session.pid, poll = str(os.getpid()), select.poll()
         slot.publish(session)
         title = f"natwork: map {session.address} > {session.client}"
-        while True:
-            left = (slot.words[LEASE] - time.monotonic_ns()) / 1e9
-            natwork.set_title(f"{title} {max(0, round(left))}s left")
-            poll = select.poll()
-            poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
+        poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
+        while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
+            natwork.set_title(f"{title} {left:.0f}s left")
             # One mapping has no more callers than there is room for those of others.
-            if len(self.children) < len(self.free()):
-                poll.register(self.listener, natwork.POLLIN)
+            has_room = self.count(os.getpid()) < self.count(0)
+            poll.register(self.listener, natwork.POLLIN if has_room else 0)
             ready = dict(poll.poll(LOOK_TIME * 1000))
-            self.reap()
-            if left <= 0 or lifeline in ready:
+            if lifeline in ready:
                 break
             if ready:
                 self.accept()
         natwork.set_title(f"{title} over")
         natwork.shut(self.listener)
         self.log.write(session, natwork.ENDED.word, slot)
-        while self.reap():
+        while self.count(os.getpid()):
             time.sleep(LOOK_TIME)
+            self.sweep()
 
     def accept(self) -> None:
         """Have a new process serve a caller that has come."""
@@ -370,8 +367,6 @@ class Mapper:
             with sock:
                 client = natwork.Client(sock, address)
                 self.fork(functools.partial(self.serve, client))
-        except (BlockingIOError, ConnectionAbortedError):
-            pass
         except OSError as error:
             self.board.say(f"cannot take a caller: {natwork.reason(error)}")
             time.sleep(LOOK_TIME)
@@ -383,7 +378,6 @@ class Mapper:
         self.listener.close()
         if os.geteuid() != 0:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
-        slot.clear(os.getpid())
         worker = natwork.Worker(self.generation, slot)
         worker.client, mapping = client, self.session
         session = Session(client.endpoint, worker.pid_text, "map")
