@@ -100,9 +100,9 @@ class Mapper:
                 self.open()
                 wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
                 ready = watch.wait(wanted, OPEN_TIME if self.closed else LOOK_TIME)
+                self.look()
                 for fd in ready.keys() & self.sockets.keys():
                     self.receive(self.sockets[fd])
-                self.look()
             except OSError as error:
                 why = natwork.reason(error)
                 self.board.say(f"the mapper goes on after an error: {why}")
@@ -280,7 +280,6 @@ class Mapper:
 
     def map(self, host: str, port: int, wanted: int, seconds: int) -> tuple[int, int]:
         """Make, renew or end a mapping as a machine asks; return result and port."""
-        self.sweep()
         key, now = natwork.endpoint((host, port)), time.monotonic_ns()
         mine = {one.client: (slot, one) for slot, one in self.mappings(host)}
         if not seconds:
