@@ -53,7 +53,8 @@ body { background: var(--back); color: var(--text); padding: 12px 16px;
 header, nav, #bar, dl { display: flex; flex-wrap: wrap; gap: 4px 12px;
   align-items: baseline }
 h1 { font-size: 20px; margin-right: auto }
-small, dt, th, p, ::before { color: var(--soft); font-size: 12px; font-weight: normal }
+small, dt, th, p, ::before, ::placeholder { color: var(--soft); font-size: 12px;
+  font-weight: normal }
 a { color: inherit }
 dl { gap: 4px 32px; margin: 10px 0 }
 dd { font-size: 17px }
@@ -417,7 +418,7 @@ def own_page(exchange: Exchange) -> None:
     """Answer what was asked of the gateway itself; raise Refused."""
     import json
 
-    head, nonce = exchange.head, os.urandom(16).hex()
+    method, nonce = exchange.session.method, os.urandom(16).hex()
     pac_file = "application/x-ns-proxy-autoconfig", lambda: pac(exchange)
     lat_file = "application/json", lambda: json.dumps(local_address_table(exchange))
     pages: dict[bytes, tuple[str, Callable[[], str]]] = {
@@ -433,9 +434,8 @@ def own_page(exchange: Exchange) -> None:
         admit(exchange)
     if not page:
         raise Refused(natwork.NO_PAGE, "the gateway has no such page")
-    if head.method not in (b"GET", b"HEAD"):
-        why = f"{head.method.decode()} of a page of the gateway"
-        raise Refused(natwork.BAD_METHOD, why)
+    if method not in ("GET", "HEAD"):
+        raise Refused(natwork.BAD_METHOD, f"{method} of a page of the gateway")
     kind, text = page
     lines = f"Content-Type: {kind}\r\n{GUARDS.replace('NONCE', nonce)}"
     exchange.answer("200 OK", lines.encode(), text().encode())
