@@ -106,8 +106,6 @@ def warn(
     hosts = {host for host, _ in config.parsed("listen", natwork.parse_endpoint)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
         natwork.say("listen: nobody is a client at an address of outside")
-    if config.mappings and all(":" in host for host in hosts):
-        natwork.say("mappings: nobody can ask, no listener has an IPv4 address")
     for uplink in policy.uplinks:
         if not uplink.is_there():
             natwork.say(f"outside: {uplink.name} is not there now")
