@@ -25,6 +25,7 @@ import natwork
 from natwork import Exchange
 from natwork import Refused
 from natwork import Scoreboard
+from natwork import Slot
 
 VERSION = "0.1.0"
 
@@ -267,7 +268,7 @@ def figures(exchange: Exchange) -> dict[str, int]:
         "busy": states.count(natwork.BUSY) + states.count(natwork.SILENT),
         "limit": exchange.config.max_workers,
         **counts,
-        "uptime": int(time.time()) - board.words[natwork.Scoreboard.BEGAN],
+        "uptime": int(time.time()) - board.words[Scoreboard.BEGAN],
     }
 
 
@@ -316,36 +317,30 @@ def table_data(exchange: Exchange) -> dict[str, Any]:
 def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
-    words = board.words
-    total = [sum(board.column(word)) for word in range(natwork.Slot.PEER)]
-
-    def by(label: str, **counts: int) -> dict[str, Any]:
-        return {f'{{{label}="{word}"}}': count for word, count in counts.items()}
-
-    values: dict[str, dict[str, Any]] = {
-        "build_info": {f'{{version="{natwork.__version__}"}}': 1},
-        "sessions_total": {
-            f'{{protocol="{proto}",outcome="{word}"}}': count
+    words, total = board.words, [sum(board.column(n)) for n in range(Slot.PEER)]
+    values: list[tuple[str, str, float]] = [
+        ("build_info", f'{{version="{natwork.__version__}"}}', 1),
+        *(
+            ("sessions_total", f'{{protocol="{proto}",outcome="{word}"}}', count)
             for (proto, word), count in ended(board).items()
-        },
-        "bytes_total": by(
-            "direction", up=total[natwork.Slot.UPS], down=total[natwork.Slot.DOWNS]
         ),
-        "connect_seconds": {
-            "_sum": total[natwork.Slot.CONNECTING] / 1e6,
-            "_count": total[natwork.Slot.CONNECTIONS],
-        },
-        "workers": by("state", idle=found["idle"], busy=found["busy"]),
-        "workers_limit": {"": found["limit"]},
-        "forks_total": {"": words[natwork.Scoreboard.FORKS]},
-        "forks_failed_total": {"": words[natwork.Scoreboard.FORKS_FAILED]},
-        "log_lines_lost_total": {"": total[natwork.Slot.LOST]},
-        "start_time_seconds": {"": words[natwork.Scoreboard.BEGAN]},
-    }
+        ("bytes_total", '{direction="up"}', total[Slot.UPS]),
+        ("bytes_total", '{direction="down"}', total[Slot.DOWNS]),
+        ("connect_seconds", "_sum", total[Slot.CONNECTING] / 1e6),
+        ("connect_seconds", "_count", total[Slot.CONNECTIONS]),
+        ("workers", '{state="idle"}', found["idle"]),
+        ("workers", '{state="busy"}', found["busy"]),
+        ("workers_limit", "", found["limit"]),
+        ("forks_total", "", words[Scoreboard.FORKS]),
+        ("forks_failed_total", "", words[Scoreboard.FORKS_FAILED]),
+        ("log_lines_lost_total", "", total[Slot.LOST]),
+        ("start_time_seconds", "", words[Scoreboard.BEGAN]),
+    ]
     lines = []
     for name, (kind, told) in METRICS.items():
         lines.append(f"# HELP natwork_{name} {told}\n# TYPE natwork_{name} {kind}\n")
-        lines += [f"natwork_{name}{at} {value}\n" for at, value in values[name].items()]
+        own = ((at, value) for one, at, value in values if one == name)
+        lines += [f"natwork_{name}{at} {value}\n" for at, value in own]
     return "".join(lines)
 
 
