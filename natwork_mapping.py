@@ -319,18 +319,16 @@ class Mapper:
         fits = wanted in (ports if any(ports) else range(1024, 65536))
         for port in [*[wanted] * fits, *ports]:
             for place, uplink in places.items():
-                sock = socket.socket(natwork.INET, natwork.STREAM)
+                where = natwork.unpack(place), port
                 with contextlib.suppress(OSError):  # the port has another owner
+                    sock = socket.create_server(where, backlog=64)
                     if uplink and not uplink.packed:
                         natwork.leave_by(sock, uplink)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    sock.bind((natwork.unpack(place), port))
-                    sock.listen(64)
                     sock.setblocking(False)
                     natwork.reset_on_close(sock)  # handed down to each caller's socket
                     if sock.getsockname()[1] not in self.policy.listeners:
                         return sock
-                sock.close()
+                    sock.close()
         return None
 
     # The process of a mapping.
