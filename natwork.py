@@ -537,7 +537,7 @@ class Scoreboard:
 
     The header has 64-bit words: the master's pid; the slots that ever were used; the
     Unix time of the start; forks; forks that failed; the second in which say() was last
-    heard; whether lost lines are still to be reported; when each uplink last failed.
+    heard; the errno of lost lines not yet reported; when each uplink last failed.
     """
 
     MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
@@ -841,7 +841,7 @@ class AccessLog:
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
         """Write the line of a session that has ended, and count it; or it is lost."""
-        line, board, why = session.line(outcome), slot.board, ""
+        line, board, why = session.line(outcome), slot.board, errno.EAGAIN
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
         slot.settle(session)
         try:
@@ -849,20 +849,20 @@ class AccessLog:
                 while written < len(data):
                     written += os.write(self.fd, data[written:])
         except OSError as error:
-            why = f" ({reason(error)})"
+            why = error.errno or errno.EIO
         # After a partial write the file's offset is the end of what was written.
         if 0 < written < len(data):
             with contextlib.suppress(OSError):  # a pipe or a terminal
-                at = os.lseek(self.fd, 0, os.SEEK_CUR)
-                os.ftruncate(self.fd, at - written)
+                os.ftruncate(self.fd, os.lseek(self.fd, -written, os.SEEK_CUR))
         if written < len(data):
             slot.words[slot.LOST] += 1
-            board.words[board.UNREPORTED] = 1
+            board.words[board.UNREPORTED] = why
         slot.words[ended_by(session.proto, outcome)] += 1
-        if board.words[board.UNREPORTED]:  # perhaps standard error took nothing either
+        if why := board.words[board.UNREPORTED]:  # perhaps it could not be said then
             name = "" if self.path == "-" else f" {self.path}"
-            lost = f"the access log{name} took no more: lines were lost{why}"
-            board.words[board.UNREPORTED] = not board.say(lost)
+            lost = f"the access log{name} took no more: lines were lost"
+            said = board.say(f"{lost} ({reason(OSError(why, name))})")
+            board.words[board.UNREPORTED] = 0 if said else why
 
     def write_killed(self, slot: Slot, code: int, told: Outcome = OPERATOR) -> None:
         """Write the line that a process could not: killed, or told to end by TERM."""

@@ -692,6 +692,23 @@ def lost_lines(gateway: running.Gateway) -> bool:
     return bool(lost)
 
 
+def test_a_lost_line_that_is_said_later_has_its_reason(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config = natwork.Config()
+    config.log = "/dev/full"
+    log, board = natwork.AccessLog(config), natwork.Scoreboard()
+    board.words[board.LAST_SAID] = int(time.monotonic())  # another one had its turn
+    slot = natwork.Slot(board, 0)
+    log.write(natwork.Session("10.0.0.7:1", "1"), "ok", slot)
+    board.words[board.LAST_SAID] = 0
+    with open("/dev/null", "wb") as file:
+        os.dup2(file.fileno(), log.fd)  # there is room again
+    log.write(natwork.Session("10.0.0.7:1", "1"), "ok", slot)
+    lost = "the access log /dev/full took no more: lines were lost"
+    assert capfd.readouterr().err == f"natwork: {lost} (no space left on device)\n"
+
+
 def test_a_full_disk_loses_lines_and_no_session(
     daemon: running.Start, tmp_path: Path
 ) -> None:
