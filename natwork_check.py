@@ -26,9 +26,9 @@ SOCKET_UNIT = "/etc/systemd/system/sockets.target.wants/natwork.socket"
 
 def hinted(fault: str) -> str:
     """Return the line of a fault, with what was probably meant."""
-    match = re.fullmatch(r".*?: (\w+) = (.*): (.*)", fault)
+    match = re.fullmatch(r".*?: (\S+) = (.*): (.*)", fault)
     name, value, why = match.groups() if match else ("", "", "")
-    near = difflib.get_close_matches(name, natwork.DEFAULTS, 1)
+    near = difflib.get_close_matches(name.lower(), natwork.DEFAULTS, 1)
     if near and name not in natwork.DEFAULTS:
         return f"{fault}; did you mean {near[0]}?"
     comment = r"\s#" if name in ("rules", "parents") else r"\s[#;]"

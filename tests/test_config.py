@@ -614,6 +614,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     [
         ("max_worker = 9", "; did you mean max_workers?"),
         ("keepalive_timeou = 9", "; did you mean keepalive_timeout?"),
+        ("Idle-Timeout = 9", "; did you mean idle_timeout?"),
         ("idle_timeout = 5m", "is not a number of seconds above 0; it has no unit"),
         ("idle_timeout = 5 ; or 6", "; a comment has a line of its own"),
         ("listen = *:8080 # all", "; a comment has a line of its own"),
