@@ -36,7 +36,7 @@ def hinted(fault: str) -> str:
         return f"{fault}; a comment has a line of its own"
     if re.search("[,;]", value) and name in ("listen", "inside", "outside", "gateways"):
         return f"{fault}; blanks stand between them, and no commas"
-    if "is not pairs" in why:
+    if "is not pairs" in why or "is none of" in why:
         return f"{fault}; commas stand between the members of a list, and no blanks"
     if re.fullmatch("[0-9.]+ *[a-z]+", value) and "number" in why:
         return f"{fault}; it has no unit"
