@@ -102,6 +102,9 @@ def warn(
         natwork.say("inside: nobody is a client, it is empty")
     if not config.users and any(rule.users for rule in policy.rules):
         natwork.say("rules: a rule with user fits nobody, users is not set")
+    for name in ("log", "pidfile"):
+        if re.search(r"\s[#;]", path := getattr(config, name)):
+            natwork.say(f"{name}: it is {path!r}; a comment has a line of its own")
     theirs = {packed for uplink in policy.uplinks for packed in uplink.addresses()}
     hosts = {host for host, _ in config.parsed("listen", natwork.parse_endpoint)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
