@@ -348,8 +348,8 @@ def check_gateway(word: str) -> None:
     """Raise ValueError for a word of `gateways` that is not HOST:PORT."""
     try:
         natwork.parse_authority(os.fsencode(word), 0)
-    except Refused:
-        raise ValueError(f"{word!r} is not HOST:PORT") from None
+    except Refused as refusal:
+        raise ValueError(f"{word!r} is not HOST:PORT ({refusal.detail})") from None
 
 
 def pac(exchange: Exchange) -> str:

@@ -623,6 +623,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         ("rules = deny to a.example b.example c.example", "list, and no blanks"),
         ("inside = 10.0.0.0/8, ::1", "; blanks stand between them, and no commas"),
         ("listen = 127.0.0.1:65536", "'127.0.0.1:65536' has no port from 0 to 65535"),
+        ("gateways = a.example:65536", "HOST:PORT (port not from 1 to 65535)"),
         ("rules = allow to a.example b", "pairs of a word and a list with commas"),
     ],
 )
