@@ -266,6 +266,7 @@ def test_purged_it_leaves_nothing(
     host: package.Host, before: set[str], deb: Path
 ) -> None:
     host.run("cd / && natwork -t")  # as root, who may write anywhere
+    host.run("echo alice:x >/etc/natwork/users")  # the operator's own
     assert "`apt purge natwork`" in readme.section("The service")
     host.run("export DEBIAN_FRONTEND=noninteractive; yes | apt purge natwork")
     assert host.names() - before == set()
