@@ -3206,6 +3206,8 @@ class Exchange:
             unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
             raise Refused(unknown, "it wants a user")
         told = None if response.status == 204 else response.length()
+        # A length beside chunked does not count, and who says so is not asked again.
+        doubtful = told == CHUNKED and b"content-length" in response.fields
         if self.head_only or response.status in (204, 304):
             # RFC 9112 section 6.3: they may tell a length, and nothing follows.
             size = 0
@@ -3213,8 +3215,6 @@ class Exchange:
                 told = None
         else:
             size = ALL if told is None else told
-        # A length beside chunked does not count, and who says so is not asked again.
-        doubtful = size == CHUNKED and b"content-length" in response.fields
         self.server_keeps = response.keep_alive and size != ALL and not doubtful
         self.progress = self.BEGUN
         if self.watch.retired or goes_on and not self.server_keeps:
