@@ -190,8 +190,9 @@ RULES: list[tuple[Any, ...]] = [
     ("accept4", (288, 242), NOTIFY),
     ("getsockopt", (55, 209), NOTIFY, *SO_ERROR),
     ("socket", (41, 198), NOTIFY, *UDP),
-    # An implicit connect(); and what the kernel would do by itself.  Libraries do
-    # without both.
+    # What knows no simultaneous open; an implicit connect(); and what the kernel would
+    # do by itself.  Libraries do without them.
+    ("socket", (41, 198), FAIL | errno.EPROTONOSUPPORT, (2, WHOLE, MPTCP)),
     ("sendto", (44, 206), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
     ("sendmsg", (46, 211), FAIL | errno.EOPNOTSUPP, (2, MSG_FASTOPEN, MSG_FASTOPEN)),
     ("sendmmsg", (307, 269), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
@@ -204,23 +205,21 @@ AUDIT_ARCH, SECCOMP = (0xC000003E, 0xC00000B7)[COLUMN], (317, 277)[COLUMN]
 CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 
 
-def assemble(ignored: set[str]) -> bytes:
-    """Return the filter but for some calls, an array of struct sock_filter."""
+def assemble() -> bytes:
+    """Return the filter, an array of struct sock_filter."""
     code = [(RETURN, 0, 0, ALLOW)]
     # From the end, so that it is known how far the jumps go: if true, and if false.
-    for name, numbers, action, *tests in RULES:
-        if name in ignored:
-            continue
+    for _, numbers, action, *tests in RULES:
         rest = len(code)
         code.insert(0, (RETURN, 0, 0, action))
         for argument, mask, *values in reversed(tests):
             for n, value in enumerate(values):
-                code.insert(0, (EQUAL, n, 0 if n else len(code) - 1, value))
+                code.insert(0, (EQUAL, n, 0 if n else len(code) - rest, value))
             # The low half of an argument, in struct seccomp_data.
             code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
-        code.insert(0, (EQUAL, 0, len(code) - rest, numbers[COLUMN]))
-    machine = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
-    code[:0] = *machine, (LOAD, 0, 0, 0)  # the number of the call
+        called = LOAD, 0, 0, 0
+        code[:0] = called, (EQUAL, 0, len(code) - rest, numbers[COLUMN])
+    code[:0] = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
     return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
@@ -1015,7 +1014,7 @@ class Call:
             os.close(process)
         try:
             if self.is_alive():  # else the number may be another's by now
-                return socket.socket(proto=0, fileno=fd)  # MPTCP is as TCP, to asyncio
+                return socket.socket(fileno=fd)
             raise failure(errno.ESRCH)
         except OSError:
             os.close(fd)
@@ -1357,12 +1356,6 @@ class Supervisor:
             if programs["natrun"].udp == "yes":
                 say(f"datagrams go nowhere here, but for names: {reason(error)}")
 
-    def ignored(self) -> set[str]:
-        """Return the calls that it need not be notified of."""
-        refused = any(program.udp == "no" for program in self.programs.values())
-        accepts = set() if self.gateway.mappings else {"accept", "accept4"}
-        return accepts if self.datagrams or refused else accepts | {"socket"}
-
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
         loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
@@ -1476,12 +1469,10 @@ class Supervisor:
         paired = not waits or patient > 0 or family > sock.family or bound
         sock.setblocking(False)
         if paired:
-            there, option = self.room.at.pair(sock.family), socket.SO_PROTOCOL
-            # MPTCP knows no simultaneous open.
-            lost = sock.getsockopt(socket.SOL_SOCKET, option) == MPTCP
-            if lost or sock.connect_ex(there) != errno.EINPROGRESS:
+            there = self.room.at.pair(sock.family)
+            if sock.connect_ex(there) != errno.EINPROGRESS:
                 self.give_back(sock, waits)
-                return errno.EPROTONOSUPPORT if lost else errno.EADDRNOTAVAIL
+                return errno.EADDRNOTAVAIL
         flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
         flow.task = asyncio.ensure_future(self.dial(sock, flow, call.app, paired))
         if waits:
@@ -1794,42 +1785,33 @@ SI_KERNEL = 0x80
 class Command:
     """The program that is run, and how it ended."""
 
-    def __init__(self, words: list[str], code: bytes, files: tuple[int, int]) -> None:
-        """Start it under a filter, whose listener is taken; raise Fault."""
+    def __init__(self, words: list[str], files: tuple[int, int]) -> None:
+        """Start it under the filter, whose listener is taken."""
         self.code: int | None = None
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if not self.pid:
-            ours.close()
             resource.setrlimit(resource.RLIMIT_NOFILE, files)
-            self.become(words, code, theirs.detach())
+            self.become(words, theirs)
         theirs.close()
-        if not (number := ours.recv(16)):
-            self.leave()
-        process = os.pidfd_open(self.pid)
-        try:
-            self.listener = system(LIBC.syscall, PIDFD_GETFD, process, int(number), 0)
-        except OSError as error:
-            raise Fault(f"cannot take the listener: {reason(error)}") from None
-        os.close(process)
         with ours:
-            ours.send(b"+")
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if not fds:
+            self.leave()
+        self.listener = fds[0]
 
-    def become(self, words: list[str], code: bytes, natrun: int) -> NoReturn:
+    def become(self, words: list[str], natrun: socket.socket) -> NoReturn:
         """Become the command, in the child."""
         try:
-            listener = install(code)
+            listener = install(assemble())
         except OSError as error:
             told = {errno.EBUSY: "it runs in another natrun"}
             told[errno.EINVAL] = "the kernel is older than Linux 5.19"
             why = told.get(error.errno or 0) or reason(error)
             say(f"cannot install the filter: {why}")
             os._exit(125)
-        # Not by a call that the filter has: nobody answers it yet.
-        os.write(natrun, b"%d" % listener)
-        if not os.read(natrun, 1):
-            os._exit(125)
-        os.close(listener)
+        # By sendmsg(), which the filter allows: nobody answers a call yet.
+        socket.send_fds(natrun, [b"+"], [listener])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
@@ -1887,7 +1869,7 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
     supervisor = Supervisor(programs, gateway, os.path.basename(words[0])[:15], verbose)
-    command = Command(words, assemble(supervisor.ignored()), files)
+    command = Command(words, files)
 
     async def serve() -> None:
         mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
