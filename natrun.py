@@ -68,6 +68,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ from dataclasses import field
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
+from typing import TypeVar
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("natrun: needs Python 3.10 or later")
@@ -87,7 +89,7 @@ __version__ = "0.1.0"
 
 REACH_TIME = 5.0  # for the gateway to take a connection
 ANSWER_TIME = 130.0  # for it to answer: Linux tries a dead host for 127
-FIND_TIME = 3.0  # for a page of it
+FIND_TIME = 3.0  # for it to take a connection for a page, or to send it
 QUERY_TIME = 2.0  # for an answer about a name
 NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
 LEASE = 120  # that a mapping lives without being renewed
@@ -138,6 +140,7 @@ NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
 NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
+AGAIN = errno.EISCONN, errno.EALREADY
 ERESTARTSYS = 512  # not in errno: no program is to see it
 SO_RCVBUFFORCE, SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 33, 57, 71, 30
 MPTCP, MSG_FASTOPEN = 262, 0x20000000
@@ -409,23 +412,16 @@ DOMAIN = 3  # an address that is a name
 DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 PMP_PORT = 5351
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
+T = TypeVar("T")
 PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?")
 
 
-@contextlib.contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Let steps take no longer, if told; raise OSError.  3.11 has asyncio.timeout()."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task
-    timer = loop.call_later(seconds or 1e9, task.cancel)
+async def timed(steps: Awaitable[T], seconds: float) -> T:
+    """Return what steps return, if they take no longer; raise OSError."""
     try:
-        yield
-    except asyncio.CancelledError:
-        if loop.time() < timer.when():  # somebody else has canceled
-            raise
+        return await asyncio.wait_for(steps, seconds or None)
+    except asyncio.TimeoutError:  # not the built-in one before Python 3.11
         raise failure(errno.ETIMEDOUT) from None
-    finally:
-        timer.cancel()
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
@@ -493,13 +489,12 @@ class Gateway:
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
         try:
-            with limit(REACH_TIME):
-                await loop.sock_connect(sock, address)
+            await timed(loop.sock_connect(sock, address), REACH_TIME)
         except OSError as error:
             raise Lost(errno.ENETUNREACH, reason(error)) from None
         try:
-            with limit(ANSWER_TIME):
-                return await self.ask(sock, request_of(command, where), self.login(app))
+            asking = self.ask(sock, request_of(command, where), self.login(app))
+            return await timed(asking, ANSWER_TIME)
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
                 raise Lost(errno.ENETUNREACH, reason(error)) from None
@@ -546,9 +541,8 @@ class Gateway:
             for pause in (0.25, 0.5, 1.0):
                 await loop.sock_sendall(sock, request)
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
-                    with limit(pause):
-                        answer = await loop.sock_recv(sock, 16)
-                        break
+                    answer = await timed(loop.sock_recv(sock, 16), pause)
+                    break
         _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
         if result:
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
@@ -559,11 +553,11 @@ async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
     """Return a page that is JSON; raise OSError, or ValueError."""
     proof = binascii.b2a_base64(login, newline=False).decode()
     field = f"Authorization: Basic {proof}\r\n" if login else ""
-    with limit(FIND_TIME):
-        reader, writer = await asyncio.open_connection(*at.pair())
-        with contextlib.closing(writer):
-            writer.write(f"GET {path} HTTP/1.0\r\nHost: {at}\r\n{field}\r\n".encode())
-            answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    reader, writer = await timed(asyncio.open_connection(*at.pair()), FIND_TIME)
+    with contextlib.closing(writer):
+        writer.write(f"GET {path} HTTP/1.0\r\nHost: {at}\r\n{field}\r\n".encode())
+        page = await timed(reader.read(), FIND_TIME)
+    answer, _, body = page.partition(b"\r\n\r\n")
     if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
         raise ValueError(f"it answers {path} with {match[1].decode()}")
     return json.loads(body)
@@ -844,21 +838,14 @@ class Names:
         self.fakes: dict[bytes, bytes] = {}
         self.called: dict[bytes, bytes] = {}  # names by address
         self.only_fakes = False
-        self.tasks: set[asyncio.Task[None]] = set()
 
-    def begin(
+    async def serve(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
     ) -> None:
-        """Have a query to a server answered, and the response brought to a function."""
-
-        async def steps() -> None:
-            response = await self.answer(query, server, app)
-            with contextlib.suppress(OSError):  # one lost datagram
-                reply(response)
-
-        task = asyncio.ensure_future(steps())
-        self.tasks.add(task)  # asyncio itself does not keep it
-        task.add_done_callback(self.tasks.discard)
+        """Answer a query to a server by a function."""
+        response = await self.answer(query, server, app)
+        with contextlib.suppress(OSError):  # one lost datagram
+            reply(response)
 
     async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return the response to a query that a program sent to a server."""
@@ -873,7 +860,7 @@ class Names:
             if target and not self.gateway.has_inside(target):
                 data = await self.look_back(target, app)
             elif near or kind not in (A, AAAA, SVCB, HTTPS):
-                return await self.forward(query, server, app, near)
+                return await timed(self.forward(query, server, app, near), QUERY_TIME)
             elif kind in (A, AAAA):
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
@@ -887,20 +874,19 @@ class Names:
     ) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
         loop = asyncio.get_running_loop()
-        with limit(QUERY_TIME):
-            if self.gateway.has_inside(server.packed):
-                with socket.socket(server.family, DATAGRAMS) as sock:
-                    sock.connect(server.pair())
-                    await loop.sock_sendall(sock, query)
-                    return await loop.sock_recv(sock, 65535)
-            if near:
-                raise failure(errno.EHOSTUNREACH)
-            with socket.socket(self.gateway.at.family) as sock:
-                await self.gateway.talk(sock, CONNECT, server, app)
-                # RFC 1035 section 4.2.2: by TCP, a length comes first.
-                await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
-                size = await receive(sock, 2)
-                return await receive(sock, int.from_bytes(size, "big"))
+        if self.gateway.has_inside(server.packed):
+            with socket.socket(server.family, DATAGRAMS) as sock:
+                sock.connect(server.pair())
+                await loop.sock_sendall(sock, query)
+                return await loop.sock_recv(sock, 65535)
+        if near:
+            raise failure(errno.EHOSTUNREACH)
+        with socket.socket(self.gateway.at.family) as sock:
+            await self.gateway.talk(sock, CONNECT, server, app)
+            # RFC 1035 section 4.2.2: by TCP, a length comes first.
+            await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
+            size = await receive(sock, 2)
+            return await receive(sock, int.from_bytes(size, "big"))
 
     async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
@@ -992,11 +978,14 @@ class Call:
             return dict(line.split(":", 1) for line in file)
 
     def is_interrupted(self) -> bool:
-        """Return whether a signal waits that the program is to see now."""
-        status = self.read_proc("status")
+        """Return whether the program is dead, or a signal waits that it is to see."""
+        try:
+            status = self.read_proc("status")
+        except OSError:
+            return True
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
-        return bool((own | shared) & ~blocked & ~ignored)
+        return bool((own | shared) & ~blocked & ~ignored) or not self.is_alive()
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
@@ -1068,7 +1057,6 @@ class Flow:
     waits: bool = False  # it is not O_NONBLOCK
     task: asyncio.Task[None] | None = None
     mapped: int = 0  # the port here that a port of the outside leads to
-    seen: bool = False  # in the tables of the kernel
     accepted: list[socket.socket] = field(default_factory=list)  # for nobody yet
     since: float = field(default_factory=time.monotonic)
 
@@ -1096,17 +1084,19 @@ class WaitingRoom:
         near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         near.bind(self.at.pair())
         near.setblocking(False)
-        with limit(REACH_TIME):
-            # TCP simultaneous open: RFC 9293 section 3.5.
-            await asyncio.get_running_loop().sock_connect(near, there)
+        # TCP simultaneous open: RFC 9293 section 3.5.
+        await timed(asyncio.get_running_loop().sock_connect(near, there), REACH_TIME)
         return near
 
 
-def is_connected(sock: socket.socket) -> bool:
-    """Return whether a socket is connected, or listens."""
-    with contextlib.suppress(OSError):
-        return bool(sock.getpeername())
-    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+async def readable(sock: socket.socket) -> None:
+    """Wait until there is something to receive or accept."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 def patience(sock: socket.socket, option: int) -> float:
@@ -1218,7 +1208,8 @@ class Datagrams:
         program = self.names.programs[one.app]
         if there.port == 53 and program.dns != "local":
             reply = functools.partial(self.inject, there, here)
-            return self.names.begin(data, there, one.app, reply)
+            asyncio.ensure_future(self.names.serve(data, there, one.app, reply))
+            return
         if self.is_near(program, there):
             return self.send(one, there, data)
         message = self.head(there) + data
@@ -1343,6 +1334,8 @@ class Supervisor:
         self.helper, self.room = Helper(gateway.outside, gateway.inside), WaitingRoom()
         self.names, self.datagrams, self.notified = Names(gateway, programs), None, 0
         self.flows: dict[bytes, Flow] = {}  # by cookie
+        # The kernel takes out of it what nobody has open any more, and lists the rest.
+        self.live = select.epoll()
         self.mappings: set[Flow] = set()  # as they were when they were bound
         self.server = socket.socket(socket.AF_INET, DATAGRAMS)
         self.server.bind(("127.0.0.1", 0))
@@ -1373,10 +1366,7 @@ class Supervisor:
                 if not events & select.POLLIN:  # nobody is left
                     return over.set()
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    call = Call(listener)
-                    task = loop.create_task(self.answer(call))
-                    if call.name != "bind":  # which knows no EINTR
-                        loop.call_later(LOOK_TIME, self.look, call, task)
+                    loop.create_task(self.answer(Call(listener)))
                     self.notified += 1
 
         loop.add_reader(listener, take)
@@ -1387,29 +1377,29 @@ class Supervisor:
         unmapped = [self.gateway.map(flow.mapped, 0, 0) for flow in self.mappings]
         await asyncio.gather(*unmapped, return_exceptions=True)
 
-    def look(self, call: Call, task: asyncio.Task[None]) -> None:
-        """Cancel what a call waits for, if a signal has come, or the program is dead.
-
-        The kernel does not: it would let the program give a connect() up half done.
-        """
-        if not task.done():
-            asyncio.get_running_loop().call_later(LOOK_TIME, self.look, call, task)
-            with contextlib.suppress(OSError):
-                if call.is_alive() and not call.is_interrupted():
-                    return
-            task.cancel()
+    async def find(self, call: Call) -> int | None:
+        """Return what to answer a call; raise OSError."""
+        story: Callable[..., Awaitable[int | None]] = getattr(self, f"on_{call.name}")
+        if call.name in ("connect", "bind", "socket"):
+            return await story(call)
+        if self.flows:  # the others are only about them
+            with call.borrow() as sock:
+                if flow := self.flows.get(cookie(sock)):
+                    return await story(call, sock, flow)
+        return PROCEED
 
     async def answer(self, call: Call) -> None:
-        """Answer a call, when it is known what with."""
-        answer: int | None = PROCEED
-        story = getattr(self, f"on_{call.name}")
+        """Answer a call, when it is known what with, or a signal has come.
+
+        The kernel does not look: it would let a connect() be given up half done.
+        """
+        task = asyncio.ensure_future(self.find(call))
+        answer: int | None
         try:
-            if call.name in ("connect", "bind", "socket"):
-                answer = await story(call)
-            elif self.flows:  # the others are only about them
-                with call.borrow() as sock:
-                    if flow := self.flows.get(cookie(sock)):
-                        answer = await story(call, sock, flow)
+            while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
+                if call.name != "bind" and call.is_interrupted():  # it knows no EINTR
+                    task.cancel()
+            answer = task.result()
         except asyncio.CancelledError:
             answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
@@ -1427,130 +1417,103 @@ class Supervisor:
         """Keep what is known of a socket, until it is gone."""
         flow = Flow(cookie(sock), os.fstat(sock.fileno()).st_ino, **known)
         self.flows[flow.cookie] = flow
+        with contextlib.suppress(FileExistsError):
+            self.live.register(sock, 0)
         return flow
-
-    async def forget(self, call: Call) -> int:
-        """Let the kernel connect to AF_UNSPEC, which gives up what was under way."""
-        if self.flows:
-            with call.borrow() as sock:
-                flow = self.flows.get(cookie(sock))
-            if flow and flow.task:
-                flow.task.cancel()
-                await asyncio.wait({flow.task})
-                self.flows.pop(flow.cookie, None)
-        return PROCEED
 
     async def on_connect(self, call: Call) -> int:
         """Have the gateway connect: the story that the rest serves."""
         if not (target := call.target()):
-            return await self.forget(call)
+            return PROCEED
         near = self.gateway.is_near(self.programs[call.app], target)
         if near and target.port != 53 and not target.linked:
             return PROCEED
-        sock = call.borrow()
-        if sock.type != socket.SOCK_STREAM or near:
-            with sock:
+        with call.borrow() as sock:
+            if sock.type != socket.SOCK_STREAM or near:
                 return self.connect_datagrams(call, sock, target, near)
-        flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
-        connected = is_connected(sock)
-        if connected or flow and flow.error:  # it has been tried before
-            with sock:
-                if not flow or connected and not (flow.pending and flow.waits):
-                    return errno.EISCONN
-                if flow.pending and not flow.waits and not waits:
-                    return errno.EALREADY
-                if not flow.pending:
-                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                return await self.end_of(flow, call)
-        free(sock)
-        patient, family = patience(sock, socket.SO_SNDTIMEO), self.gateway.at.family
-        # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
-        bound = family < sock.family and sock.getsockname()[1] > 0
-        paired = not waits or patient > 0 or family > sock.family or bound
-        sock.setblocking(False)
-        if paired:
-            there = self.room.at.pair(sock.family)
-            if sock.connect_ex(there) != errno.EINPROGRESS:
-                self.give_back(sock, waits)
-                return errno.EADDRNOTAVAIL
-        flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
-        flow.task = asyncio.ensure_future(self.dial(sock, flow, call.app, paired))
-        if waits:
-            with contextlib.suppress(TimeoutError), limit(patient):
-                return await self.end_of(flow, call)
-            sock.setblocking(True)
-            flow.waits = False
-        return errno.EINPROGRESS
+            flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
+            if flow and flow.pending:
+                waits = waits or flow.waits
+            if flow and flow.error and (waits or not flow.pending):
+                return await self.end_of(flow, sock)  # it has been tried before
+            free(sock)
+            patient, family = patience(sock, socket.SO_SNDTIMEO), self.gateway.at.family
+            # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
+            bound = family < sock.family and sock.getsockname()[1] > 0
+            paired = not waits or patient > 0 or family > sock.family or bound
+            sock.setblocking(False)
+            there = self.room.at if paired else self.gateway.at
+            error, known = sock.connect_ex(there.pair(sock.family)), (0, *AGAIN)
+            if error != errno.EINPROGRESS and (paired or error in known):
+                sock.setblocking(waits)
+                return error if error in known else errno.EADDRNOTAVAIL
+            flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
+            steps = self.dial(sock.dup(), flow, call.app, paired)
+            flow.task = asyncio.ensure_future(steps)
+            if waits:
+                with contextlib.suppress(TimeoutError):
+                    return await timed(self.end_of(flow, sock), patient)
+                sock.setblocking(True)
+                flow.waits = False
+            return errno.EINPROGRESS
 
     async def dial(
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
     ) -> None:
         """Have the gateway connect to the target of a flow, and settle it."""
-        gateway, target, server, error = self.gateway, flow.peer, sock, errno.EIO
+        gateway, target, error = self.gateway, flow.peer, errno.EIO
         try:
             if not target.port:  # where nobody listens
                 raise failure(errno.ECONNREFUSED)
-            if paired:
-                server = socket.socket(gateway.at.family)
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
-            host, port = await gateway.talk(server, CONNECT, where, app)
-            if len(host) in (4, 16) and any(host):
-                flow.local = Endpoint(unmapped(host), port)
-            if paired:
-                with await self.room.meet(sock) as near:
-                    ends = [near.fileno(), server.fileno()]
-                    socket.send_fds(self.helper.control, [b"+"], ends)
+            with socket.socket(gateway.at.family) if paired else sock.dup() as server:
+                host, port = await gateway.talk(server, CONNECT, where, app)
+                if len(host) in (4, 16) and any(host):
+                    flow.local = Endpoint(unmapped(host), port)
+                if paired:
+                    with await self.room.meet(sock) as near:
+                        ends = [near.fileno(), server.fileno()]
+                        socket.send_fds(self.helper.control, [b"+"], ends)
             error = 0
         except OSError as failed:
             error = failed.errno or errno.EIO
             if isinstance(failed, Lost):
                 say_once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
         finally:
-            if server is not sock:
-                server.close()
             self.settle(sock, flow, error)
 
     def settle(self, sock: socket.socket, flow: Flow, error: int) -> None:
         """Let the program learn how its connect() ended, by the socket or the call."""
         flow.error = error
-        with contextlib.suppress(OSError):
+        with sock, contextlib.suppress(OSError):
+            if flow.waits:  # else the program may have changed it meanwhile
+                sock.setblocking(True)
             if error and flow.waits:
                 # AF_UNSPEC: as if it had never been connected.
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
-                sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             elif error:
                 # As after a true failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
                 sock.shutdown(socket.SHUT_RDWR)
-        self.give_back(sock, flow.waits)
         if self.verbose:
             say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
 
-    def give_back(self, sock: socket.socket, waits: bool) -> None:
-        """Let go of a borrowed socket, as it was."""
-        if waits:  # else the program may have changed it meanwhile
-            sock.setblocking(True)
-        sock.close()
-
-    async def end_of(self, flow: Flow, call: Call) -> int:
+    async def end_of(self, flow: Flow, sock: socket.socket) -> int:
         """Return how a flow has ended, when it has; a failure is told once."""
         if flow.pending and flow.task:
-            try:
-                await asyncio.wait({flow.task})
-            finally:
-                if not call.is_alive():
-                    flow.task.cancel()
+            await asyncio.wait({flow.task})
         if flow.error:
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what the kernel had
             self.flows.pop(flow.cookie, None)
         return flow.error
 
     async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell by SO_ERROR why a connect() has failed."""
+        # After EINTR, a socket that waits is at the gateway, and writable, too early.
         if flow.pending and not flow.waits:
             return PROCEED
-        if not (error := await self.end_of(flow, call)):
+        if not (error := await self.end_of(flow, sock)):
             return PROCEED
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         _, _, _, there, size_at, _ = call.arguments
         call.write(there, error.to_bytes(4, sys.byteorder))
         call.write(size_at, (4).to_bytes(4, sys.byteorder))
@@ -1569,8 +1532,9 @@ class Supervisor:
         if flow.peer == NOWHERE:
             return PROCEED
         # Out of the waiting room, it is connected before the flow is settled.
-        if flow.pending and flow.waits or not is_connected(sock):
+        if flow.pending and flow.waits:
             return errno.ENOTCONN
+        sock.getpeername()  # which says if it is not
         return call.write_address(sock.family, flow.peer)
 
     def is_private(self, sock: socket.socket) -> bool:
@@ -1616,9 +1580,10 @@ class Supervisor:
         with contextlib.suppress(OSError):
             query, sender = self.server.recvfrom(65535)
             server, app = self.asked.get(sender[1], (NOWHERE, "?"))
-            self.names.begin(
+            steps = self.names.serve(
                 query, server, app, lambda found: self.server.sendto(found, sender)
             )
+            asyncio.ensure_future(steps)
 
     async def on_bind(self, call: Call) -> int:
         """Bind to the outside address, or to a port that is to be there."""
@@ -1693,22 +1658,16 @@ class Supervisor:
         """Accept a connection at a port outside, and say who it is that called."""
         if not flow.mapped:
             return PROCEED
-        flow.seen = True
-        loop, ready, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
+        poll, patient = select.poll(), patience(sock, socket.SO_RCVTIMEO)
         poll.register(sock, select.POLLIN)
         # Nobody but us takes what is there.
         while not flow.accepted and not poll.poll(0):
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
-            ready.clear()
-            loop.add_reader(sock, ready.set)
             try:
-                with limit(patience(sock, socket.SO_RCVTIMEO)):
-                    await ready.wait()
+                await timed(readable(sock), patient)
             except TimeoutError:
                 return errno.EAGAIN
-            finally:
-                loop.remove_reader(sock)
         one = flow.accepted.pop(0) if flow.accepted else sock.accept()[0]
         try:
             await self.present(call, one, flow.local)
@@ -1740,36 +1699,28 @@ class Supervisor:
 
     async def keep(self) -> None:
         """Look each second after what lasts."""
-        for second in itertools.count():
+        while True:
             await asyncio.sleep(1)
             if self.datagrams:
                 self.datagrams.sweep()
-            # To look costs, where there are many sockets.
-            if self.mappings or not second % 60:
-                await self.tidy()
+            await self.tidy()
 
     async def tidy(self) -> None:
-        """Renew mappings as long as somebody has them; forget sockets that are gone."""
-        tables = [f"/proc/net/{name}" for name in ("tcp", "tcp6", "udp", "udp6")]
-        live = {int(row[9]) for row in rows(*tables)}
+        """Forget sockets that are gone; renew the mappings of those that are there."""
+        with open(f"/proc/self/fdinfo/{self.live.fileno()}") as file:
+            live = {int(inode, 16) for inode in re.findall(r"ino:(\w+)", file.read())}
+        for flow in [*self.flows.values()]:
+            if flow.inode not in live:
+                del self.flows[flow.cookie]
         now, steps = time.monotonic(), []
         for flow in [*self.mappings]:
-            lives, age, port = flow.inode in live, now - flow.since, flow.mapped
-            flow.seen |= lives
-            with contextlib.suppress(OSError), socket.socket() as probe:
-                probe.bind(("", port))  # what is bound, and no more, is in no table
-                flow.seen = True
-            if not lives and (flow.seen or age > LEASE):
+            if flow.inode not in live:
                 self.mappings.remove(flow)
-                if all(other.mapped != port for other in self.mappings):
-                    steps.append(self.gateway.map(port, 0, 0))
-            elif lives and age > LEASE / 2:
+                if all(other.mapped != flow.mapped for other in self.mappings):
+                    steps.append(self.gateway.map(flow.mapped, 0, 0))
+            elif now - flow.since > LEASE / 2:
                 flow.since = now
-                steps.append(self.gateway.map(port, flow.local.port, LEASE))
-        for flow in [*self.flows.values()]:
-            held = flow.inode in live or flow.pending or flow in self.mappings
-            if not held and now - flow.since > ANSWER_TIME:
-                del self.flows[flow.cookie]
+                steps.append(self.gateway.map(flow.mapped, flow.local.port, LEASE))
         await asyncio.gather(*steps, return_exceptions=True)
 
 

@@ -470,18 +470,6 @@ def listened_before(host: str, port: str) -> list[str]:
     return found
 
 
-def elsewhere(silent: str, host: str, port: str) -> list[str]:
-    """Give up a connect() under way by AF_UNSPEC; connect to another place."""
-    with socket.socket() as sock:
-        sock.setblocking(False)
-        found = [code(sock.connect_ex((host, int(silent))))]
-        failed = LIBC.connect(sock.fileno(), bytes(16), 16)
-        found.append(code(ctypes.get_errno() if failed else 0))
-        found.append(code(sock.connect_ex((host, int(port)))))
-        select.select([], [sock], [], 10)
-        return [*found, error_of(sock), peer_of(sock)]
-
-
 def where(place: str) -> Address:
     host, _, port = place.rpartition(":")
     return host.strip("[]"), int(port)
