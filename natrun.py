@@ -1366,7 +1366,10 @@ class Supervisor:
                 if not events & select.POLLIN:  # nobody is left
                     return over.set()
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    loop.create_task(self.answer(Call(listener)))
+                    call = Call(listener)
+                    task = loop.create_task(self.answer(call))
+                    if call.name != "bind":  # which knows no EINTR
+                        loop.create_task(self.watch(call, task))
                     self.notified += 1
 
         loop.add_reader(listener, take)
@@ -1377,29 +1380,26 @@ class Supervisor:
         unmapped = [self.gateway.map(flow.mapped, 0, 0) for flow in self.mappings]
         await asyncio.gather(*unmapped, return_exceptions=True)
 
-    async def find(self, call: Call) -> int | None:
-        """Return what to answer a call; raise OSError."""
-        story: Callable[..., Awaitable[int | None]] = getattr(self, f"on_{call.name}")
-        if call.name in ("connect", "bind", "socket"):
-            return await story(call)
-        if self.flows:  # the others are only about them
-            with call.borrow() as sock:
-                if flow := self.flows.get(cookie(sock)):
-                    return await story(call, sock, flow)
-        return PROCEED
+    async def watch(self, call: Call, task: asyncio.Task[None]) -> None:
+        """Cancel what a call waits for, if a signal has come, or the program is dead.
+
+        The kernel does not: it would let the program give a connect() up half done.
+        """
+        while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
+            if call.is_interrupted():
+                task.cancel()
 
     async def answer(self, call: Call) -> None:
-        """Answer a call, when it is known what with, or a signal has come.
-
-        The kernel does not look: it would let a connect() be given up half done.
-        """
-        task = asyncio.ensure_future(self.find(call))
-        answer: int | None
+        """Answer a call, when it is known what with."""
+        answer: int | None = PROCEED
+        story = getattr(self, f"on_{call.name}")
         try:
-            while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
-                if call.name != "bind" and call.is_interrupted():  # it knows no EINTR
-                    task.cancel()
-            answer = task.result()
+            if call.name in ("connect", "bind", "socket"):
+                answer = await story(call)
+            elif self.flows:  # the others are only about them
+                with call.borrow() as sock:
+                    if flow := self.flows.get(cookie(sock)):
+                        answer = await story(call, sock, flow)
         except asyncio.CancelledError:
             answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
