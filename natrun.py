@@ -54,6 +54,7 @@ import errno
 import fcntl
 import functools
 import getopt
+import ipaddress
 import itertools
 import json
 import os
@@ -111,6 +112,13 @@ def say(text: str) -> None:
     line = "".join(c if " " <= c <= "~" else "?" for c in text)
     with contextlib.suppress(OSError):
         os.write(2, f"natrun: {line}\n".encode())
+
+
+def keep(table: dict[Any, Any], key: Any, value: Any) -> None:
+    """Put something into a table, which forgets the oldest."""
+    table[key] = value
+    if len(table) > RECORDS:
+        del table[next(iter(table))]
 
 
 say_once = functools.cache(say)  # what holds for the whole run
@@ -268,7 +276,7 @@ class Endpoint(NamedTuple):
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-Blocks = list[tuple[bytes, bytes]]  # first and last addresses
+Blocks = list[ipaddress.IPv4Network | ipaddress.IPv6Network]
 MAPPED = bytes(10) + b"\xff\xff"
 NOWHERE = Endpoint(bytes(4), 0)
 
@@ -304,16 +312,13 @@ def write_sockaddr(family: int, where: Endpoint) -> bytes:
 
 def parse_blocks(text: str) -> Blocks:
     """Return the networks that a text names; raise ValueError."""
-    import ipaddress
-
     words = text.replace(",", " ").split()
-    networks = [ipaddress.ip_network(word, strict=False) for word in words]
-    return [(one.network_address.packed, one[-1].packed) for one in networks]
+    return [ipaddress.ip_network(word, strict=False) for word in words]
 
 
 def within(blocks: Blocks, packed: bytes) -> bool:
-    size = len(packed)
-    return any(len(low) == size and low <= packed <= high for low, high in blocks)
+    address = ipaddress.ip_address(packed)
+    return any(address in block for block in blocks)
 
 
 # Never reached by a gateway: this host, its links, multicast.
@@ -347,14 +352,8 @@ CHOICES = {"redirect": "yes no", "dns": "gateway local fake", "udp": "yes local 
 SETTINGS = [*Settings.__annotations__]
 
 
-def parse_setting(name: str, text: str) -> Any:
-    """Return the value of a setting; raise ValueError."""
-    if name in CHOICES and text not in CHOICES[name].split():
-        raise ValueError(f"{text!r} is not one of: {CHOICES[name]}")
-    if name == "direct":
-        return parse_blocks(text)
-    if name not in ("direct_ports", "listen"):
-        return text
+def parse_ports(text: str) -> list[range]:
+    """Return the ranges of ports that a text names; raise ValueError."""
     ranges = []
     for word in text.replace(",", " ").split():
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word)
@@ -363,6 +362,16 @@ def parse_setting(name: str, text: str) -> Any:
             raise ValueError(f"{word!r} is not a range of ports")
         ranges.append(ports)
     return ranges
+
+
+PARSERS = {"direct": parse_blocks, "direct_ports": parse_ports, "listen": parse_ports}
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """Return the value of a setting; raise ValueError."""
+    if name in CHOICES and text not in CHOICES[name].split():
+        raise ValueError(f"{text!r} is not one of: {CHOICES[name]}")
+    return PARSERS.get(name, str)(text)
 
 
 Programs = defaultdict[str, Settings]
@@ -424,6 +433,24 @@ async def timed(steps: Awaitable[T], seconds: float) -> T:
         raise failure(errno.ETIMEDOUT) from None
 
 
+@contextlib.contextmanager
+def reading(sock: socket.socket, function: Callable[..., Any], *words: Any) -> Any:
+    """Have a function called while there is something to receive or accept."""
+    loop = asyncio.get_running_loop()
+    loop.add_reader(sock, function, *words)
+    try:
+        yield
+    finally:
+        loop.remove_reader(sock)
+
+
+async def readable(sock: socket.socket) -> None:
+    """Wait until there is something to receive or accept."""
+    ready = asyncio.Event()
+    with reading(sock, ready.set):
+        await ready.wait()
+
+
 async def receive(sock: socket.socket, size: int) -> bytes:
     """Return so many bytes, and leave the next in the socket; raise OSError."""
     data = b""
@@ -469,8 +496,9 @@ class Gateway:
 
     def address(self, like: Endpoint) -> bytes:
         """Return the outside address that is for targets like one."""
+        own = [block.network_address.packed for block in self.outside]
         size = len(like.packed)
-        return next((low for low, _ in self.outside if len(low) == size), bytes(size))
+        return next((one for one in own if len(one) == size), bytes(size))
 
     def login(self, app: str) -> list[bytes]:
         """Return the user that its log is to have, and a password."""
@@ -628,15 +656,14 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
 # network namespace whose only way out is a cable to us.  And a connection through the
 # waiting room is two, to the program and to the gateway: the helper joins them, and
 # splice(2) moves the bytes in the kernel.  It goes on without the supervisor for what
-# is under way.  Numbers are from <linux/rtnetlink.h>, <linux/if_link.h> and
-# <linux/if_packet.h>.
+# is under way.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
-SOL_PACKET, IGNORE_OUTGOING = 263, 23
+UDP_NO_CHECK6_RX = 102
 OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
 FORBIDDEN = errno.ENOSPC, errno.EUSERS, errno.EPERM, errno.EACCES
-END = b"\2natru"  # the address of both ends of the cable, made up
+JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
@@ -662,10 +689,15 @@ def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
 
 def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     """Put this process into a namespace with a cable; return the cable's other end."""
-    routes = [(bytes(len(own)), b"\xff" * len(own)) for own, _ in outside]
-    if all(len(own) == 4 for own, _ in outside):  # IPv6 goes to the inside only
-        outside = [*outside, (OWN_IPV6, OWN_IPV6)]
-        routes += [block for block in inside if len(block[0]) == 16]
+    addresses, routes = (
+        [one.network_address for one in outside],
+        parse_blocks("0.0.0.0/0"),
+    )
+    if any(address.version == 6 for address in addresses):
+        routes += parse_blocks("::/0")
+    else:  # IPv6 goes to the inside only
+        addresses.append(ipaddress.ip_address(OWN_IPV6))
+        routes += {block for block in inside if block.version == 6}
     system(LIBC.unshare, NEWUSER | NEWNET)
     for name, value in SYSCTLS.items():
         with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
@@ -678,24 +710,20 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
         near, far = (index for index, name in socket.if_nameindex() if name != "lo")
         for index in (near, far):
             head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
-            change(netlink, SETLINK, head, attribute(1, END))
-        for own, _ in outside:
-            family, bits = Endpoint(own, 0).family, 8 * len(own)
-            head = struct.pack("=BBBBI", family, bits, NODAD, 0, near)
+            change(netlink, SETLINK, head)
+        for address in addresses:
+            family, own = Endpoint(address.packed, 0).family, address.packed
+            head = struct.pack("=BBBBI", family, address.max_prefixlen, NODAD, 0, near)
             change(netlink, NEWADDR, head, attribute(1, own), attribute(2, own))
         device = attribute(4, struct.pack("=i", near))
-        for low, high in routes:
-            differ = int.from_bytes(low, "big") ^ int.from_bytes(high, "big")
-            family, bits = Endpoint(low, 0).family, 8 * len(low) - differ.bit_length()
+        for block in routes:
+            low = block.network_address.packed
+            family, bits = Endpoint(low, 0).family, block.prefixlen
             # Main table, static, unicast.
             head = struct.pack("=BBBBBBBBI", family, bits, 0, 0, 254, 4, 0, 1, 0)
-            with contextlib.suppress(FileExistsError):  # of two addresses
-                change(netlink, NEWROUTE, head, attribute(1, low), device)
-    cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    cable.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
-    for option in (socket.SO_RCVBUF, SO_RCVBUFFORCE):  # if it may: more at once
-        with contextlib.suppress(OSError):
-            cable.setsockopt(socket.SOL_SOCKET, option, 1 << 22)
+            change(netlink, NEWROUTE, head, attribute(1, low), device)
+    cable = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    cable.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
     cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
     return cable
 
@@ -704,24 +732,34 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
     source.setblocking(True)
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    with contextlib.ExitStack() as stack:
-        try:
-            out, into = os.pipe()
-            stack.callback(os.close, out)
-            stack.callback(os.close, into)
-            while size := os.splice(source.fileno(), into, PIPE_SIZE):
-                if size == 65536:  # all that it holds: bulk comes
-                    with contextlib.suppress(OSError):
-                        fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-                while size:
-                    size -= os.splice(out, sink.fileno(), size)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            for sock in (source, sink):
+    pipe: tuple[int, ...] = ()
+    try:
+        pipe = out, into = os.pipe()
+        while size := os.splice(source.fileno(), into, PIPE_SIZE):
+            if size == 65536:  # all that it holds: bulk comes
                 with contextlib.suppress(OSError):
-                    linger = struct.pack("ii", 1, 0)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                    sock.shutdown(socket.SHUT_RD)  # wakes the other direction
+                    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+            while size:
+                size -= os.splice(out, sink.fileno(), size)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                linger = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                sock.shutdown(socket.SHUT_RD)  # wakes the other direction
+    finally:
+        for fd in pipe:
+            os.close(fd)
+
+
+def join(near: socket.socket, server: socket.socket) -> None:
+    """Carry what two sockets receive, until both have ended."""
+    with near, server:
+        back = threading.Thread(target=carry, args=(server, near))
+        back.start()
+        carry(near, server)
+        back.join()
 
 
 def help_out(control: socket.socket, *blocks: Blocks) -> None:
@@ -732,12 +770,10 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
     threading.stack_size(64 * 1024)
     while True:
         asked, fds, _, _ = socket.recv_fds(control, 8, 2)
-        if asked == b"+":
-            # Where no descriptor was left, fewer than two have come, and are closed.
-            socks = (socket.socket(fileno=fd) for fd in fds)
-            pairs = [*itertools.permutations(socks, 2)]
-            while pairs:  # the thread that ends last lets go of both
-                threading.Thread(target=carry, args=pairs.pop()).start()
+        if asked == JOIN:
+            socks = [socket.socket(fileno=fd) for fd in fds]
+            if len(socks) == 2:  # where no descriptor was left, fewer have come
+                threading.Thread(target=join, args=socks).start()
             continue
         if not asked:
             break
@@ -746,6 +782,8 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
             cable = family == socket.AF_PACKET
             made = make_namespace(*blocks) if cable else socket.socket(family, kind)
             with made:
+                if family == socket.AF_INET6:
+                    made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
                 socket.send_fds(control, [b"+"], [made.fileno()])
         except OSError as error:
             control.send(b"%d" % (error.errno or errno.EIO))
@@ -754,11 +792,11 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
 
 
 class Helper:
-    """The process, and what it is asked for."""
+    """The process, and what it is asked for; it may have been stopped."""
 
     def __init__(self, *blocks: Blocks) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = os.fork()
+        self.pid, self.turn = os.fork(), asyncio.Lock()
         if not self.pid:
             try:
                 self.control.close()
@@ -767,16 +805,36 @@ class Helper:
                 os._exit(0)
         theirs.close()
 
-    def make(self, family: int, kind: int) -> socket.socket:
-        """Return a socket of the namespace, or the cable to it; raise OSError."""
-        self.control.send(struct.pack("=ii", family, kind))
+    def ask(self, family: int, kind: int) -> None:
+        asked = struct.pack("=ii", family, kind)
+        self.control.send(asked, socket.MSG_DONTWAIT)
+
+    def take(self) -> socket.socket:
+        """Return what it has made; raise OSError."""
         said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
-        if not fds and family == socket.AF_PACKET and int(said or 0) in FORBIDDEN:
+        if fds:
+            os.set_inheritable(fds[0], False)
+            return socket.socket(fileno=fds[0])
+        code = int(said or errno.EIO)  # or it has been killed
+        if code in FORBIDDEN:
             raise OSError("user namespaces are forbidden (user.max_user_namespaces)")
-        if not fds:
-            raise failure(int(said or errno.EIO))  # or it has been killed
-        os.set_inheritable(fds[0], False)
-        return socket.socket(fileno=fds[0])
+        raise failure(code)
+
+    def cable(self) -> socket.socket:
+        """Have it make a namespace; return the cable; raise OSError."""
+        self.ask(socket.AF_PACKET, 0)
+        return self.take()
+
+    async def make(self, family: int, kind: int) -> socket.socket:
+        """Return a socket of the namespace; raise OSError."""
+        async with self.turn:
+            self.ask(family, kind)
+            await readable(self.control)
+            return self.take()
+
+    def join(self, *socks: socket.socket) -> None:
+        fds = [sock.fileno() for sock in socks]
+        socket.send_fds(self.control, [JOIN], fds, socket.MSG_DONTWAIT)
 
 
 # --- Names --------------------------------------------------------------------
@@ -835,7 +893,8 @@ class Names:
     def __init__(self, gateway: Gateway, programs: Programs) -> None:
         self.gateway, self.programs = gateway, programs
         self.known: dict[bytes, asyncio.Future[bytes]] = {}
-        self.fakes: dict[bytes, bytes] = {}
+        self.fakes: dict[bytes, bytes] = {}  # addresses by name
+        self.numbers = itertools.count()
         self.called: dict[bytes, bytes] = {}  # names by address
         self.only_fakes = False
 
@@ -906,9 +965,9 @@ class Names:
                     raise
         self.only_fakes = self.only_fakes or not fake
         if name not in self.fakes:
-            number = (198 << 24) + (18 << 16) + 1 + len(self.fakes) % 131070
-            self.fakes[name] = number.to_bytes(4, "big")
-            self.called[self.fakes[name]] = name
+            number = (198 << 24) + (18 << 16) + 1 + next(self.numbers) % 131070
+            keep(self.fakes, name, number.to_bytes(4, "big"))
+            keep(self.called, self.fakes[name], name)
         return self.fakes[name]
 
     async def look_back(self, target: bytes, app: str) -> bytes:
@@ -1089,16 +1148,6 @@ class WaitingRoom:
         return near
 
 
-async def readable(sock: socket.socket) -> None:
-    """Wait until there is something to receive or accept."""
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)
-
-
 def patience(sock: socket.socket, option: int) -> float:
     """Return SO_SNDTIMEO or SO_RCVTIMEO, which end a wait, or 0: socket(7)."""
     whole, part = struct.unpack("ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
@@ -1130,21 +1179,15 @@ def free(sock: socket.socket) -> None:
 # section 7) for each port; packets that come back go in by the cable, from the
 # address that they came from.
 
-TO_IP, TO_IP6 = END + END + b"\x08\0", END + END + b"\x86\xdd"  # Ethernet's header
-
-
-def checksum(data: bytes) -> int:
-    """Return the checksum of RFC 1071."""
-    # The sum of 16-bit words, with carries added, is the number modulo 0xFFFF.
-    return 0xFFFF - int.from_bytes(data + bytes(len(data) % 2), "big") % 0xFFFF
+ANYBODY = b"\xff" * 6  # at the other end of the cable
 
 
 def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
     """Return source, target and payload of a packet, None if it is not UDP."""
-    if raw[14] >> 4 == 4 and raw[23] == socket.IPPROTO_UDP:
-        at, source, target = 14 + 4 * (raw[14] & 15), raw[26:30], raw[30:34]
-    elif raw[14] >> 4 == 6 and raw[20] == socket.IPPROTO_UDP:
-        at, source, target = 54, raw[22:38], raw[38:54]
+    if raw[0] >> 4 == 4 and raw[9] == socket.IPPROTO_UDP:
+        at, source, target = 4 * (raw[0] & 15), raw[12:16], raw[16:20]
+    elif raw[0] >> 4 == 6 and raw[6] == socket.IPPROTO_UDP:
+        at, source, target = 40, raw[8:24], raw[24:40]
     else:
         return None
     here, there, size = struct.unpack_from("!HHH", raw, at)
@@ -1152,17 +1195,16 @@ def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
 
 
 def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
-    """Return a packet of UDP."""
+    """Return a packet of UDP, which has no checksum: our sockets need none."""
     size, addresses = 8 + len(data), source.packed + target.packed
-    ports = struct.pack("!HHH", source.port, target.port, size)
-    if len(source.packed) == 4:  # there, UDP need not have a checksum
+    if len(source.packed) == 4:
         head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
-        head = head[:10] + checksum(head).to_bytes(2, "big") + head[12:]
-        return TO_IP + head + ports + bytes(2) + data
-    head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
-    pseudo = addresses + struct.pack("!II", size, 17)
-    total = checksum(pseudo + ports + bytes(2) + data)
-    return TO_IP6 + head + ports + total.to_bytes(2, "big") + data
+        # RFC 1071: the sum of 16-bit words, with carries, is the number modulo 0xFFFF.
+        check = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
+        head = head[:10] + check.to_bytes(2, "big") + head[12:]
+    else:
+        head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
+    return head + struct.pack("!HHHxx", source.port, target.port, size) + data
 
 
 @dataclass(eq=False)
@@ -1171,8 +1213,8 @@ class Association:
 
     here: Endpoint
     app: str  # the program whose settings hold
-    socks: dict[int, socket.socket] = field(default_factory=dict)  # by family
-    relay: Endpoint | None = None  # of the gateway, once it is known
+    direct: socket.socket | None = None  # to the inside
+    relay: socket.socket | None = None  # to the gateway's, once that is known
     queue: list[bytes] = field(default_factory=list)  # until then
     task: asyncio.Task[None] | None = None
 
@@ -1184,8 +1226,9 @@ class Datagrams:
         """Have a namespace made for them; raise OSError."""
         self.gateway, self.names = names.gateway, names
         self.helper, self.app = helper, app
-        self.cable = helper.make(socket.AF_PACKET, socket.SOCK_RAW)
+        self.cable = helper.cable()
         self.cable.setblocking(False)
+        self.device = self.cable.getsockname()[0]
         self.associations: dict[Endpoint, Association] = {}
         self.apps: dict[int, str] = {}  # by the inode of a socket
         # Asked for each datagram.
@@ -1198,7 +1241,7 @@ class Datagrams:
         """Carry what programs have sent."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):  # then others have their turn
-                if packet := read_packet(self.cable.recv(65535 + 54)):
+                if packet := read_packet(self.cable.recv(65535 + 40)):
                     with contextlib.suppress(OSError):  # one lost datagram
                         self.carry(*packet)
 
@@ -1211,10 +1254,14 @@ class Datagrams:
             asyncio.ensure_future(self.names.serve(data, there, one.app, reply))
             return
         if self.is_near(program, there):
-            return self.send(one, there, data)
+            sock = one.direct or self.attach(
+                one, socket.socket(there.family, DATAGRAMS)
+            )
+            sock.sendto(data, there.pair())
+            return
         message = self.head(there) + data
         if one.relay:
-            self.send(one, one.relay, message)
+            one.relay.send(message)
         elif len(one.queue) < 64:
             one.queue.append(message)
         if not one.task:
@@ -1248,32 +1295,30 @@ class Datagrams:
         for one in made:
             own = self.gateway.address(endpoint(one.getsockname()))
             here = Endpoint(own if any(own) else OWN_IPV6, port)
-            self.attach(self.associations.get(here) or self.begin(here), one)
+            association = self.associations.get(here) or self.begin(here)
+            if not association.direct:  # two may share a port
+                self.attach(association, one)
 
-    def send(self, one: Association, there: Endpoint, data: bytes) -> None:
-        """Send something for an association; raise OSError."""
-        if there.family not in one.socks:
-            self.attach(one, socket.socket(there.family, DATAGRAMS))
-        one.socks[there.family].sendto(data, there.pair())
-
-    def attach(self, one: Association, sock: socket.socket) -> None:
-        """Have an association send and receive by a socket, if it has none yet."""
-        sock = one.socks.setdefault(sock.family, sock)  # two may share a port
+    def attach(self, one: Association, sock: socket.socket) -> socket.socket:
+        """Have an association send to the inside by a socket, and hear it."""
+        one.direct = sock
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
+        return sock
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError."""
-        self.cable.send(write_packet(source, target, data))
+        kind = 0x0800 if source.family == socket.AF_INET else 0x86DD  # EtherType
+        packet = write_packet(source, target, data)
+        self.cable.sendto(packet, (self.device, kind, 0, 0, ANYBODY))
 
     def read(self, one: Association, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
-                source = endpoint(sender)
-                if source != one.relay:
-                    self.inject(source, one.here, data)
+                if sock is one.direct:
+                    self.inject(endpoint(sender), one.here, data)
                 elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
                     port = int.from_bytes(data[at : at + 2], "big")
@@ -1287,10 +1332,14 @@ class Datagrams:
                 # From the same port of the outside, where it is free.
                 where = Endpoint(bytes(4), one.here.port)
                 host, port = await gateway.talk(control, ASSOCIATE, where, one.app)
-                one.relay = Endpoint(host if any(host) else gateway.at.packed, port)
-                for message in one.queue:
-                    self.send(one, one.relay, message)
-                await receive(control, 1)
+                at = Endpoint(host if any(host) else gateway.at.packed, port)
+                with socket.socket(at.family, DATAGRAMS) as relay:
+                    relay.connect(at.pair())
+                    with reading(relay, self.read, one, relay):
+                        one.relay = relay
+                        for message in one.queue:
+                            relay.send(message)
+                        await receive(control, 1)
         except OSError as error:
             if not one.relay:
                 say_once(f"cannot send datagrams by {gateway.at}: {reason(error)}")
@@ -1301,16 +1350,14 @@ class Datagrams:
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
         ports = self.ports()
-        while len(self.apps) > RECORDS:
-            del self.apps[next(iter(self.apps))]
         for one in [*self.associations.values()]:
             if one.here.port not in ports:
                 del self.associations[one.here]
                 if one.task:
                     one.task.cancel()
-                for sock in one.socks.values():
-                    asyncio.get_running_loop().remove_reader(sock)
-                    sock.close()
+                if one.direct:
+                    asyncio.get_running_loop().remove_reader(one.direct)
+                    one.direct.close()
 
 
 # --- The supervisor -----------------------------------------------------------
@@ -1368,7 +1415,7 @@ class Supervisor:
                 with contextlib.suppress(FileNotFoundError):  # killed since
                     call = Call(listener)
                     task = loop.create_task(self.answer(call))
-                    if call.name != "bind":  # which knows no EINTR
+                    if call.name not in ("bind", "socket"):  # which know no EINTR
                         loop.create_task(self.watch(call, task))
                     self.notified += 1
 
@@ -1473,8 +1520,7 @@ class Supervisor:
                     flow.local = Endpoint(unmapped(host), port)
                 if paired:
                     with await self.room.meet(sock) as near:
-                        ends = [near.fileno(), server.fileno()]
-                        socket.send_fds(self.helper.control, [b"+"], ends)
+                        self.helper.join(near, server)
             error = 0
         except OSError as failed:
             error = failed.errno or errno.EIO
@@ -1550,8 +1596,8 @@ class Supervisor:
         local = udp == "local" or self.programs[call.app].redirect == "no"
         if not self.datagrams or local or protocol not in (0, 17):
             return PROCEED
-        with self.helper.make(family, kind & 15) as sock:
-            self.datagrams.apps[os.fstat(sock.fileno()).st_ino] = call.app
+        with await self.helper.make(family, kind & 15) as sock:
+            keep(self.datagrams.apps, os.fstat(sock.fileno()).st_ino, call.app)
             call.give(sock, kind)
         return None
 
@@ -1843,7 +1889,7 @@ def check(given: dict[str, str], settings: Settings) -> int:
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     barred = ""
     try:
-        Helper([], []).make(socket.AF_PACKET, socket.SOCK_RAW)
+        Helper([], []).cable()
     except OSError as error:
         barred = reason(error)
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
