@@ -428,7 +428,7 @@ PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?
 async def timed(steps: Awaitable[T], seconds: float) -> T:
     """Return what steps return, if they take no longer; raise OSError."""
     try:
-        return await asyncio.wait_for(steps, seconds or None)
+        return await asyncio.wait_for(steps, seconds)
     except asyncio.TimeoutError:  # not the built-in one before Python 3.11
         raise failure(errno.ETIMEDOUT) from None
 
@@ -470,19 +470,22 @@ def request_of(command: int, where: Endpoint | bytes) -> bytes:
     return bytes([5, command, 0, kind]) + where.packed + where.port.to_bytes(2, "big")
 
 
-@dataclass(frozen=True)
 class Gateway:
     """Where the gateway is, who asks it, and its Local Address Table."""
 
-    at: Endpoint
-    user: str
-    password: str
-    inside: Blocks
-    natwork: bool = False
-    outside: Blocks = field(default_factory=list)
-    domains: list[str] = field(default_factory=list)
-    mappings: bool = False
-    udp: bool = False
+    def __init__(self, at: Endpoint, lat: dict[str, Any], settings: Settings) -> None:
+        """Take what /lat.json says; a SOCKS server of another kind has none."""
+        self.at, self.natwork = at, bool(lat)
+        if lat.get("socks"):
+            host, _, port = lat["socks"].rpartition(":")
+            self.at = endpoint((host.strip("[]"), int(port)))
+        self.inside = parse_blocks(" ".join([OWN, *lat.get("inside", [PRIVATE])]))
+        self.outside = parse_blocks(" ".join(lat.get("outside", ())))
+        self.domains = [str(one).lower().strip(".") for one in lat.get("domains", ())]
+        self.mappings, self.udp = bool(lat.get("mappings")), bool(lat.get("udp"))
+        self.user, self.password = settings.user or str(os.getuid()), settings.password
+        with contextlib.suppress(KeyError):
+            self.user = settings.user or pwd.getpwuid(os.getuid()).pw_name
 
     def has_inside(self, packed: bytes) -> bool:
         """Return whether an address is reached without the gateway."""
@@ -600,33 +603,16 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     if match:
         host, port = match[2] or match[3], int(match[4] or port)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    at, lat, inside = endpoint(found[0][4]), {}, [PRIVATE]
+    at = endpoint(found[0][4])
     if not match or match[1] != "socks5://":
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
-            inside = [*lat["inside"]]
+            return Gateway(at, {"inside": lat["inside"], **lat}, settings)
         except (LookupError, TypeError, ValueError, ConnectionResetError):
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
-            lat = {}
-    user = str(os.getuid())
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwuid(os.getuid()).pw_name
-    with contextlib.suppress(KeyError, OSError, ValueError):
-        host, _, tail = lat["socks"].rpartition(":")
-        at = endpoint((host.strip("[]"), int(tail)))
-    return Gateway(
-        at,
-        settings.user or user,
-        settings.password,
-        parse_blocks(" ".join([OWN, *inside])),
-        natwork=bool(lat),
-        outside=parse_blocks(" ".join(lat.get("outside", ()))),
-        domains=[str(name).lower().strip(".") for name in lat.get("domains", ())],
-        mappings=bool(lat.get("mappings")),
-        udp=bool(lat.get("udp")),
-    )
+    return Gateway(at, {}, settings)
 
 
 def find_gateway(option: str, settings: Settings) -> Gateway:
@@ -1148,12 +1134,6 @@ class WaitingRoom:
         return near
 
 
-def patience(sock: socket.socket, option: int) -> float:
-    """Return SO_SNDTIMEO or SO_RCVTIMEO, which end a wait, or 0: socket(7)."""
-    whole, part = struct.unpack("ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
-    return float(whole + part / 1e6)
-
-
 def copy_options(old: socket.socket, new: socket.socket) -> None:
     """Set what a program may have set on a socket of UDP before bind()."""
     for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
@@ -1387,7 +1367,7 @@ class Supervisor:
         self.server = socket.socket(socket.AF_INET, DATAGRAMS)
         self.server.bind(("127.0.0.1", 0))
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
-        self.session: asyncio.Task[None] | None = None
+        self.session = socket.socket()
         try:
             if not gateway.udp:
                 raise OSError("the gateway does not offer it")
@@ -1484,10 +1464,10 @@ class Supervisor:
             if flow and flow.error and (waits or not flow.pending):
                 return await self.end_of(flow, sock)  # it has been tried before
             free(sock)
-            patient, family = patience(sock, socket.SO_SNDTIMEO), self.gateway.at.family
+            family = self.gateway.at.family
             # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
             bound = family < sock.family and sock.getsockname()[1] > 0
-            paired = not waits or patient > 0 or family > sock.family or bound
+            paired = not waits or family > sock.family or bound
             sock.setblocking(False)
             there = self.room.at if paired else self.gateway.at
             error, known = sock.connect_ex(there.pair(sock.family)), (0, *AGAIN)
@@ -1497,12 +1477,7 @@ class Supervisor:
             flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
             steps = self.dial(sock.dup(), flow, call.app, paired)
             flow.task = asyncio.ensure_future(steps)
-            if waits:
-                with contextlib.suppress(TimeoutError):
-                    return await timed(self.end_of(flow, sock), patient)
-                sock.setblocking(True)
-                flow.waits = False
-            return errno.EINPROGRESS
+            return await self.end_of(flow, sock) if waits else errno.EINPROGRESS
 
     async def dial(
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
@@ -1657,37 +1632,29 @@ class Supervisor:
         # NAT-PMP lets nobody choose, and has no IPv6.
         if any(where.packed) and where.packed != gateway.address(NOWHERE):
             return errno.EADDRNOTAVAIL
+        if gateway.password:  # of users, only who has a session may map
+            session = socket.socket(gateway.at.family)
+            await gateway.talk(session, ASSOCIATE, NOWHERE, "natrun")
+            self.session.close()
+            self.session = session
+        await self.tidy()  # there is a limit to mappings
         with socket.socket(sock.family) as probe:  # what is refused must stay unbound
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
-            # Of users, only who has a session may map.
-            if gateway.password and (not self.session or self.session.done()):
-                self.session = asyncio.ensure_future(self.stay())
-                await asyncio.sleep(LOOK_TIME)
-            for pause in (0.1, 0.1, 0.2, 0.2, 0):
-                try:
-                    external = await gateway.map(port, port, LEASE)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EADDRNOTAVAIL or not pause:
-                        raise
-                await self.tidy()  # no place is free: end what is over, and wait
-                await asyncio.sleep(pause)
+            external = await gateway.map(port, port, LEASE)
             if where.port not in (0, external):
-                if all(flow.mapped != port for flow in self.mappings):
-                    await gateway.map(port, 0, 0)
+                await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
         here = Endpoint(where.packed, external)
         self.mappings.add(self.record(sock, local=here, mapped=port))
         return 0
 
-    async def stay(self) -> None:
-        """Keep a session open."""
-        with contextlib.suppress(OSError), socket.socket(self.gateway.at.family) as one:
-            await self.gateway.talk(one, ASSOCIATE, NOWHERE, "natrun")
-            await receive(one, 1)
+    async def unmap(self, port: int) -> None:
+        """End a mapping, unless a socket has it."""
+        if all(flow.mapped != port for flow in self.mappings):
+            await self.gateway.map(port, 0, 0)
 
     def swap(self, call: Call, old: socket.socket) -> socket.socket:
         """Put an ordinary socket in the place of one of the namespace; return it."""
@@ -1704,16 +1671,13 @@ class Supervisor:
         """Accept a connection at a port outside, and say who it is that called."""
         if not flow.mapped:
             return PROCEED
-        poll, patient = select.poll(), patience(sock, socket.SO_RCVTIMEO)
+        poll = select.poll()
         poll.register(sock, select.POLLIN)
         # Nobody but us takes what is there.
         while not flow.accepted and not poll.poll(0):
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
-            try:
-                await timed(readable(sock), patient)
-            except TimeoutError:
-                return errno.EAGAIN
+            await readable(sock)
         one = flow.accepted.pop(0) if flow.accepted else sock.accept()[0]
         try:
             await self.present(call, one, flow.local)
@@ -1758,12 +1722,11 @@ class Supervisor:
         for flow in [*self.flows.values()]:
             if flow.inode not in live:
                 del self.flows[flow.cookie]
-        now, steps = time.monotonic(), []
+        now, steps = time.monotonic(), list[Awaitable[Any]]()
         for flow in [*self.mappings]:
             if flow.inode not in live:
                 self.mappings.remove(flow)
-                if all(other.mapped != flow.mapped for other in self.mappings):
-                    steps.append(self.gateway.map(flow.mapped, 0, 0))
+                steps.append(self.unmap(flow.mapped))
             elif now - flow.since > LEASE / 2:
                 flow.since = now
                 steps.append(self.gateway.map(flow.mapped, flow.local.port, LEASE))

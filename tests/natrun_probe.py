@@ -398,43 +398,6 @@ def unnamed(host: str, port: str) -> list[str]:
     return blocking((host, int(port)))
 
 
-@contextlib.contextmanager
-def bounded(seconds: int) -> Any:
-    """Let no call wait for longer: TimeoutError."""
-
-    def ring(*_: Any) -> None:
-        raise TimeoutError("it waits for too long")
-
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    yield
-    signal.alarm(0)
-
-
-def patient(host: str, port: str) -> str:
-    """Connect with SO_SNDTIMEO of a second to what does not answer."""
-    with socket.socket() as sock, bounded(8):
-        second = struct.pack("ll", 1, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, second)
-        try:
-            return code(sock.connect_ex((host, int(port))))
-        except TimeoutError as error:
-            return told(error)
-
-
-def patient_server(place: str) -> str:
-    """Accept with SO_RCVTIMEO of a second, and nobody calls."""
-    with socket.socket() as sock, bounded(8):
-        sock.bind(where(place))
-        sock.listen()
-        second = struct.pack("ll", 1, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, second)
-        try:
-            return str(sock.accept())
-        except OSError as error:
-            return told(error)
-
-
 def multipath() -> str:
     try:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP).close()

@@ -409,20 +409,6 @@ def test_a_thread_connects_by_its_own_descriptor(
     assert found == ["ok", [SERVER, 80], *["ENOTCONN"] * (name == "separate")]
 
 
-@pytest.fixture
-def silent(rig: Rig) -> Iterator[str]:
-    """Return the port of a server outside that does not answer a SYN."""
-    with contextlib.ExitStack() as stack:
-        enter = functools.partial(stack.enter_context, wire.full_listener(SERVER))
-        yield str(rig.box.within("outside", enter))
-
-
-@users
-def test_a_connect_ends_when_its_time_is_over(rig: Rig, user: str, silent: str) -> None:
-    # socket(7): as if the socket did not block.
-    assert rig.probe(user, "patient", SERVER, silent) == "EINPROGRESS"
-
-
 @users
 def test_a_program_takes_tcp_for_mptcp(rig: Rig, user: str) -> None:
     assert rig.probe(user, "multipath") == "EPROTONOSUPPORT"

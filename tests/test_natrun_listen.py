@@ -235,12 +235,6 @@ def test_an_address_that_cannot_be_had_is_refused(wide: Rig, user: str) -> None:
 
 
 @users
-def test_an_accept_ends_when_its_time_is_over(rig: Rig, user: str) -> None:
-    # socket(7): as if the socket did not block.
-    assert rig.probe(user, "patient_server", f"{OUTSIDE}:20480") == "EAGAIN"
-
-
-@users
 def test_a_port_of_the_settings_is_outside_too(rig: Rig, user: str) -> None:
     settings = rig.home(user) / "listen.conf"
     settings.write_text("[natrun]\nlisten = 20500-20510\n")
