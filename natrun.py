@@ -68,6 +68,7 @@ import struct
 import sys
 import threading
 import time
+import types
 from collections import defaultdict
 from collections.abc import Awaitable
 from collections.abc import Callable
@@ -332,24 +333,15 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 # not say otherwise.
 
 
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What the settings say of a program; the first three, of the run."""
+def choice(*words: str) -> Callable[[str], str]:
+    """Return a function that returns one of some words; it raises ValueError."""
 
-    gateway: str = ""
-    user: str = ""
-    password: str = ""
-    redirect: str = "yes"
-    dns: str = "gateway"
-    direct: Blocks = field(default_factory=list)
-    direct_ports: list[range] = field(default_factory=list)
-    listen: list[range] = field(default_factory=list)
-    udp: str = "yes"
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not one of: {' '.join(words)}")
+        return text
 
-
-OF_RUN = ("gateway", "user", "password")
-CHOICES = {"redirect": "yes no", "dns": "gateway local fake", "udp": "yes local no"}
-SETTINGS = [*Settings.__annotations__]
+    return parse
 
 
 def parse_ports(text: str) -> list[range]:
@@ -364,16 +356,18 @@ def parse_ports(text: str) -> list[range]:
     return ranges
 
 
-PARSERS = {"direct": parse_blocks, "direct_ports": parse_ports, "listen": parse_ports}
-
-
-def parse_setting(name: str, text: str) -> Any:
-    """Return the value of a setting; raise ValueError."""
-    if name in CHOICES and text not in CHOICES[name].split():
-        raise ValueError(f"{text!r} is not one of: {CHOICES[name]}")
-    return PARSERS.get(name, str)(text)
-
-
+# The first three are the run's, and stand in [natrun] only.
+OF_RUN = ("gateway", "user", "password")
+SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    **dict.fromkeys(OF_RUN, ("", str)),
+    "redirect": ("yes", choice("yes", "no")),
+    "dns": ("gateway", choice("gateway", "local", "fake")),
+    "direct": ("", parse_blocks),
+    "direct_ports": ("", parse_ports),
+    "listen": ("", parse_ports),
+    "udp": ("yes", choice("yes", "local", "no")),
+}
+Settings = types.SimpleNamespace
 Programs = defaultdict[str, Settings]
 
 
@@ -385,9 +379,12 @@ def read_settings(path: str) -> Programs:
     import configparser
 
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    usual = filter(os.path.exists, [f"{home}/natrun.conf", "/etc/natrun.conf"])
-    at = path = path or next(usual, os.devnull)
-    parser = configparser.ConfigParser(default_section="natrun", interpolation=None)
+    found = filter(os.path.exists, [f"{home}/natrun.conf", "/etc/natrun.conf"])
+    at = path = path or next(found, os.devnull)
+    usual = {name: default for name, (default, _) in SETTINGS.items()}
+    parser = configparser.ConfigParser(
+        usual, default_section="natrun", interpolation=None
+    )
     programs: dict[str, Settings] = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -395,15 +392,14 @@ def read_settings(path: str) -> Programs:
         if parser.has_section("DEFAULT"):
             raise ValueError("[DEFAULT] is no program: what is for all is in [natrun]")
         for section, texts in parser.items():
-            values = {}
+            # The kernel knows a program by 15 letters.
+            program = programs[section[:15]] = Settings()
             for name, text in texts.items():
                 at = f"{path}, [{section}] {name}"
-                misplaced = name in OF_RUN and parser.defaults().get(name) != text
+                misplaced = name in OF_RUN and parser.defaults()[name] != text
                 if name not in SETTINGS or misplaced:
                     raise ValueError(f"there is no such setting: {' '.join(SETTINGS)}")
-                values[name] = parse_setting(name, text)
-            # The kernel knows a program by 15 letters.
-            programs[section[:15]] = Settings(**values)
+                setattr(program, name, SETTINGS[name][1](text))
     except (OSError, ValueError, configparser.Error) as error:
         raise Fault(f"cannot use {at}: {reason(error).splitlines()[0]}") from None
     return defaultdict(lambda: programs["natrun"], programs)
@@ -588,10 +584,7 @@ async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
     with contextlib.closing(writer):
         writer.write(f"GET {path} HTTP/1.0\r\nHost: {at}\r\n{field}\r\n".encode())
         page = await timed(reader.read(), FIND_TIME)
-    answer, _, body = page.partition(b"\r\n\r\n")
-    if match := re.match(rb"HTTP/1\.\d ([^2]\S+) ", answer):
-        raise ValueError(f"it answers {path} with {match[1].decode()}")
-    return json.loads(body)
+    return json.loads(page.partition(b"\r\n\r\n")[2])
 
 
 def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
@@ -748,31 +741,32 @@ def join(near: socket.socket, server: socket.socket) -> None:
         back.join()
 
 
+def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) -> None:
+    """Send a socket that a function makes, else the errno."""
+    try:
+        with make(*how) as made:
+            socket.send_fds(control, [b"+"], [made.fileno()])
+    except OSError as error:
+        control.send(b"%d" % (error.errno or errno.EIO))
+
+
 def help_out(control: socket.socket, *blocks: Blocks) -> None:
     """Make and join sockets, until nobody asks and nothing is under way."""
     # A reader of our output must not wait for that.
     for fd in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     threading.stack_size(64 * 1024)
+    give(control, make_namespace, *blocks)
     while True:
         asked, fds, _, _ = socket.recv_fds(control, 8, 2)
-        if asked == JOIN:
-            socks = [socket.socket(fileno=fd) for fd in fds]
-            if len(socks) == 2:  # where no descriptor was left, fewer have come
-                threading.Thread(target=join, args=socks).start()
-            continue
         if not asked:
             break
-        try:
-            family, kind = struct.unpack("=ii", asked)
-            cable = family == socket.AF_PACKET
-            made = make_namespace(*blocks) if cable else socket.socket(family, kind)
-            with made:
-                if family == socket.AF_INET6:
-                    made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
-                socket.send_fds(control, [b"+"], [made.fileno()])
-        except OSError as error:
-            control.send(b"%d" % (error.errno or errno.EIO))
+        if asked != JOIN:
+            give(control, socket.socket, *struct.unpack("=ii", asked))
+            continue
+        socks = [socket.socket(fileno=fd) for fd in fds]
+        if len(socks) == 2:  # where no descriptor was left, fewer have come
+            threading.Thread(target=join, args=socks).start()
     for thread in threading.enumerate()[1:]:
         thread.join()
 
@@ -791,12 +785,8 @@ class Helper:
                 os._exit(0)
         theirs.close()
 
-    def ask(self, family: int, kind: int) -> None:
-        asked = struct.pack("=ii", family, kind)
-        self.control.send(asked, socket.MSG_DONTWAIT)
-
     def take(self) -> socket.socket:
-        """Return what it has made; raise OSError."""
+        """Return what it has made, first of all the cable; raise OSError."""
         said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
         if fds:
             os.set_inheritable(fds[0], False)
@@ -806,19 +796,18 @@ class Helper:
             raise OSError("user namespaces are forbidden (user.max_user_namespaces)")
         raise failure(code)
 
-    def cable(self) -> socket.socket:
-        """Have it make a namespace; return the cable; raise OSError."""
-        self.ask(socket.AF_PACKET, 0)
-        return self.take()
-
     async def make(self, family: int, kind: int) -> socket.socket:
         """Return a socket of the namespace; raise OSError."""
         async with self.turn:
-            self.ask(family, kind)
+            self.control.send(struct.pack("=ii", family, kind), socket.MSG_DONTWAIT)
             await readable(self.control)
-            return self.take()
+            made = self.take()
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
+        return made
 
     def join(self, *socks: socket.socket) -> None:
+        """Have it carry what two sockets receive; raise OSError."""
         fds = [sock.fileno() for sock in socks]
         socket.send_fds(self.control, [JOIN], fds, socket.MSG_DONTWAIT)
 
@@ -879,9 +868,8 @@ class Names:
     def __init__(self, gateway: Gateway, programs: Programs) -> None:
         self.gateway, self.programs = gateway, programs
         self.known: dict[bytes, asyncio.Future[bytes]] = {}
-        self.fakes: dict[bytes, bytes] = {}  # addresses by name
-        self.numbers = itertools.count()
-        self.called: dict[bytes, bytes] = {}  # names by address
+        self.called: dict[bytes, bytes] = {}  # names by fake address
+        self.numbers = itertools.count(1)
         self.only_fakes = False
 
     async def serve(
@@ -950,11 +938,12 @@ class Names:
                 if none and error.errno != errno.EOPNOTSUPP:
                     raise
         self.only_fakes = self.only_fakes or not fake
-        if name not in self.fakes:
-            number = (198 << 24) + (18 << 16) + 1 + next(self.numbers) % 131070
-            keep(self.fakes, name, number.to_bytes(4, "big"))
-            keep(self.called, self.fakes[name], name)
-        return self.fakes[name]
+        for address, known in self.called.items():
+            if known == name:
+                return address
+        number = (198 << 24) + (18 << 16) + next(self.numbers) % 131071
+        keep(self.called, number.to_bytes(4, "big"), name)
+        return number.to_bytes(4, "big")
 
     async def look_back(self, target: bytes, app: str) -> bytes:
         """Return the name of an address as a query has it; raise OSError."""
@@ -1041,11 +1030,9 @@ class Call:
             process = os.pidfd_open(self.tid, PIDFD_THREAD)
         except OSError:  # before Linux 6.9
             process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
-        try:
+        with open(process, "rb", 0):  # which closes it
             number = self.arguments[0] & WHOLE
             fd = system(LIBC.syscall, PIDFD_GETFD, process, number, 0)
-        finally:
-            os.close(process)
         try:
             if self.is_alive():  # else the number may be another's by now
                 return socket.socket(fileno=fd)
@@ -1110,28 +1097,15 @@ class Flow:
         return self.error == errno.EINPROGRESS
 
 
-class WaitingRoom:
-    """A listener whose queue is full, so that the kernel drops each SYN to it.
-
-    What connects to it is neither accepted nor refused, until a socket of ours
-    calls from the room's address.
-    """
-
-    def __init__(self) -> None:
-        where = "127.0.0.1", 0
-        self.listener = socket.create_server(where, backlog=0, reuse_port=True)
-        self.at = endpoint(self.listener.getsockname())
-        self.filler = socket.create_connection(self.at.pair())
-
-    async def meet(self, sock: socket.socket) -> socket.socket:
-        """Return a socket that is connected to one that waits there; raise OSError."""
-        near, there = socket.socket(), endpoint(sock.getsockname()).pair()
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        near.bind(self.at.pair())
-        near.setblocking(False)
-        # TCP simultaneous open: RFC 9293 section 3.5.
-        await timed(asyncio.get_running_loop().sock_connect(near, there), REACH_TIME)
-        return near
+async def meet(room: Endpoint, sock: socket.socket) -> socket.socket:
+    """Return a socket that is connected to one in the waiting room; raise OSError."""
+    near, there = socket.socket(), endpoint(sock.getsockname()).pair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    near.bind(room.pair())
+    near.setblocking(False)
+    # TCP simultaneous open: RFC 9293 section 3.5.
+    await timed(asyncio.get_running_loop().sock_connect(near, there), REACH_TIME)
+    return near
 
 
 def copy_options(old: socket.socket, new: socket.socket) -> None:
@@ -1202,17 +1176,20 @@ class Association:
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(self, names: Names, helper: Helper, app: str) -> None:
-        """Have a namespace made for them; raise OSError."""
+    def __init__(
+        self, names: Names, helper: Helper, cable: socket.socket, app: str
+    ) -> None:
         self.gateway, self.names = names.gateway, names
         self.helper, self.app = helper, app
-        self.cable = helper.cable()
+        self.cable = cable
         self.cable.setblocking(False)
         self.device = self.cable.getsockname()[0]
         self.associations: dict[Endpoint, Association] = {}
         self.apps: dict[int, str] = {}  # by the inode of a socket
         # Asked for each datagram.
-        self.is_near = functools.lru_cache(RECORDS)(self.gateway.is_near)
+        self.is_near = functools.lru_cache(RECORDS)(
+            lambda app, there: names.gateway.is_near(names.programs[app], there)
+        )
         self.head = functools.lru_cache(RECORDS)(
             lambda there: bytes(3) + request_of(0, there)[3:]
         )
@@ -1228,12 +1205,11 @@ class Datagrams:
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
         one = self.associations.get(here) or self.begin(here)
-        program = self.names.programs[one.app]
-        if there.port == 53 and program.dns != "local":
+        if there.port == 53 and self.names.programs[one.app].dns != "local":
             reply = functools.partial(self.inject, there, here)
             asyncio.ensure_future(self.names.serve(data, there, one.app, reply))
             return
-        if self.is_near(program, there):
+        if self.is_near(one.app, there):
             sock = one.direct or self.attach(
                 one, socket.socket(there.family, DATAGRAMS)
             )
@@ -1358,7 +1334,13 @@ class Supervisor:
         self, programs: Programs, gateway: Gateway, app: str, verbose: bool
     ) -> None:
         self.programs, self.gateway, self.verbose = programs, gateway, verbose
-        self.helper, self.room = Helper(gateway.outside, gateway.inside), WaitingRoom()
+        self.helper = Helper(gateway.outside, gateway.inside)
+        # The waiting room: its queue is full, so the kernel drops each SYN to it.  What
+        # connects to it is neither accepted nor refused, until meet() calls from it.
+        where = "127.0.0.1", 0
+        self.listener = socket.create_server(where, backlog=0, reuse_port=True)
+        self.room = endpoint(self.listener.getsockname())
+        self.filler = socket.create_connection(self.room.pair())
         self.names, self.datagrams, self.notified = Names(gateway, programs), None, 0
         self.flows: dict[bytes, Flow] = {}  # by cookie
         # The kernel takes out of it what nobody has open any more, and lists the rest.
@@ -1369,9 +1351,10 @@ class Supervisor:
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
         self.session = socket.socket()
         try:
+            cable = self.helper.take()
             if not gateway.udp:
                 raise OSError("the gateway does not offer it")
-            self.datagrams = Datagrams(self.names, self.helper, app)
+            self.datagrams = Datagrams(self.names, self.helper, cable, app)
         except OSError as error:
             if programs["natrun"].udp == "yes":
                 say(f"datagrams go nowhere here, but for names: {reason(error)}")
@@ -1469,7 +1452,7 @@ class Supervisor:
             bound = family < sock.family and sock.getsockname()[1] > 0
             paired = not waits or family > sock.family or bound
             sock.setblocking(False)
-            there = self.room.at if paired else self.gateway.at
+            there = self.room if paired else self.gateway.at
             error, known = sock.connect_ex(there.pair(sock.family)), (0, *AGAIN)
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
@@ -1494,7 +1477,7 @@ class Supervisor:
                 if len(host) in (4, 16) and any(host):
                     flow.local = Endpoint(unmapped(host), port)
                 if paired:
-                    with await self.room.meet(sock) as near:
+                    with await meet(self.room, sock) as near:
                         self.helper.join(near, server)
             error = 0
         except OSError as failed:
@@ -1852,7 +1835,7 @@ def check(given: dict[str, str], settings: Settings) -> int:
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     barred = ""
     try:
-        Helper([], []).cable()
+        Helper([], []).take()
     except OSError as error:
         barred = reason(error)
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
