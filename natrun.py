@@ -815,35 +815,33 @@ class Helper:
 # --- Names --------------------------------------------------------------------
 #
 # What a program sends to port 53 comes here.  The gateway looks names up, so the
-# program connects to true addresses.  For a SOCKS server that cannot (RESOLVE), a
-# name gets an address of 198.18.0.0/15, which no host has (RFC 2544), and is asked
-# for by name later.  Names without a dot, and those of the LAT's domains, are the
-# machine's own name server's.
+# program connects to true addresses.  Where it is another SOCKS server, a name gets an
+# address of 198.18.0.0/15, which no host has (RFC 2544), and is asked for by name
+# later.  Names without a dot, and those of the LAT's domains, are the machine's own
+# name server's.
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
-BAD, FAILED, NO_NAME = 1, 2, 3  # RFC 1035 section 4.1.1
+FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
 NAME = re.compile(rb"[-\w]+(\.[-\w]+)*")
 
 
 def read_question(query: bytes) -> tuple[bytes, int, int]:
     """Return the name and the type that a query asks for, and where that ends.
 
-    Raises ValueError or IndexError for what is not a query: RFC 1035 section 4.1.
+    There is no name in what is not a query: RFC 1035 section 4.1.
     """
-    labels, at = [], 12
-    while size := query[at]:
-        labels.append(query[at + 1 : at + 1 + size])
-        at += 1 + size
-    name, kind, place = b".".join(labels).lower(), query[at + 1 : at + 3], at + 5
-    one = query[4:6] == query[at + 3 : place] == b"\0\1"  # question, of the Internet
-    if not one or not NAME.fullmatch(name):
-        raise ValueError("not a query for a name")
-    return name, int.from_bytes(kind, "big"), place
+    labels, at, one = [], 12, b"\0\1"  # question, of the Internet
+    with contextlib.suppress(IndexError):
+        while size := query[at]:
+            labels.append(query[at + 1 : at + 1 + size])
+            at += 1 + size
+        name, kind, end = b".".join(labels).lower(), query[at + 1 : at + 3], at + 5
+        if query[4:6] == query[at + 3 : end] == one and NAME.fullmatch(name):
+            return name, int.from_bytes(kind, "big"), end
+    return b"", 0, 12
 
 
-def reply_to(
-    query: bytes, end: int, code: int = 0, kind: int = 0, data: bytes = b""
-) -> bytes:
+def reply_to(query: bytes, end: int, code: int, kind: int, data: bytes) -> bytes:
     """Return the response to a query whose question ends there, with data or none."""
     flags = 0x8080 | query[2] << 8 & 0x100 | code
     record = struct.pack("!HHHIH", 0xC00C, kind, 1, NAME_TIME, len(data)) + data
@@ -870,7 +868,6 @@ class Names:
         self.known: dict[bytes, asyncio.Future[bytes]] = {}
         self.called: dict[bytes, bytes] = {}  # names by fake address
         self.numbers = itertools.count(1)
-        self.only_fakes = False
 
     async def serve(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
@@ -882,11 +879,8 @@ class Names:
 
     async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return the response to a query that a program sent to a server."""
-        try:
-            name, kind, end = read_question(query)
-        except (IndexError, ValueError):
-            return reply_to(query.ljust(12, b"\0"), 12, BAD)
-        target, data = reversed_address(name) if kind == PTR else b"", b""
+        name, kind, end = read_question(query)
+        target, data, code = reversed_address(name) if kind == PTR else b"", b"", 0
         ends = [b"localhost", *map(str.encode, self.gateway.domains)]
         near = b"." not in name or any(b"." + end in b"." + name for end in ends)
         try:
@@ -898,9 +892,8 @@ class Names:
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
         except OSError as error:
-            unknown = error.errno == errno.EHOSTUNREACH
-            return reply_to(query, end, NO_NAME if unknown else FAILED)
-        return reply_to(query, end, 0, kind, data)
+            code = NO_NAME if error.errno == errno.EHOSTUNREACH else FAILED
+        return reply_to(query, end, code, kind, data)
 
     async def forward(
         self, query: bytes, server: Endpoint, app: str, near: bool
@@ -923,27 +916,24 @@ class Names:
 
     async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
-        fake = self.programs[app].dns == "fake"
-        if not fake and not self.only_fakes:
-            if name not in self.known:
-                # A resolver asks for A and AAAA at once: that is one question.
-                steps = self.resolve(RESOLVE, name + bytes(2), app)
-                self.known[name] = asyncio.ensure_future(steps)
-                loop = asyncio.get_running_loop()
-                loop.call_later(NAME_TIME, self.known.pop, name)
-            try:
-                return await self.known[name]
-            except OSError as error:
-                none = self.gateway.natwork or error.errno != errno.ECONNREFUSED
-                if none and error.errno != errno.EOPNOTSUPP:
-                    raise
-        self.only_fakes = self.only_fakes or not fake
+        if self.programs[app].dns == "fake" or not self.gateway.natwork:
+            return self.fake(name)
+        if name not in self.known:
+            # A resolver asks for A and AAAA at once: that is one question.
+            steps = self.resolve(RESOLVE, name + bytes(2), app)
+            self.known[name] = asyncio.ensure_future(steps)
+            asyncio.get_running_loop().call_later(NAME_TIME, self.known.pop, name)
+        return await self.known[name]
+
+    def fake(self, name: bytes) -> bytes:
+        """Return an address that stands for a name."""
         for address, known in self.called.items():
             if known == name:
                 return address
         number = (198 << 24) + (18 << 16) + next(self.numbers) % 131071
-        keep(self.called, number.to_bytes(4, "big"), name)
-        return number.to_bytes(4, "big")
+        address = number.to_bytes(4, "big")
+        keep(self.called, address, name)
+        return address
 
     async def look_back(self, target: bytes, app: str) -> bytes:
         """Return the name of an address as a query has it; raise OSError."""
@@ -1362,9 +1352,6 @@ class Supervisor:
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
         loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
-        loop.set_exception_handler(
-            lambda _, met: say(f"fault: {met.get('exception') or met['message']!r}")
-        )
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
             loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
@@ -1468,8 +1455,6 @@ class Supervisor:
         """Have the gateway connect to the target of a flow, and settle it."""
         gateway, target, error = self.gateway, flow.peer, errno.EIO
         try:
-            if not target.port:  # where nobody listens
-                raise failure(errno.ECONNREFUSED)
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
             with socket.socket(gateway.at.family) if paired else sock.dup() as server:

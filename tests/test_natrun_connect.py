@@ -415,13 +415,6 @@ def test_a_program_takes_tcp_for_mptcp(rig: Rig, user: str) -> None:
 
 
 @users
-def test_nobody_listens_at_port_0(rig: Rig, user: str) -> None:
-    found = rig.probe(user, "errors", f"{SERVER}:0")[f"{SERVER}:0"]
-    assert found["blocking"] == found["looped"] == ["ECONNREFUSED"]
-    assert found["polled"] == ["EINPROGRESS", "ECONNREFUSED", "ok"]
-
-
-@users
 def test_a_socket_that_listens_does_not_connect(rig: Rig, user: str) -> None:
     script = str(rig.folder / "natrun_probe.py")
     done = rig.natrun(user, PYTHON, script, "listened_before", SERVER, "80")
