@@ -16,10 +16,10 @@ Table calls inside goes on untouched.  For the rest the supervisor answers:
     supervisor --------+-----------+ borrows the socket, connects it to the gateway,
                                      and asks by SOCKS for 203.0.113.80:80
 
-After that the program has an ordinary socket, and nobody stands in its way.  A
-socket that must not wait gets EINPROGRESS, and connects to a listener of ours that
-never accepts, the waiting room.  When the gateway is there, a socket of ours calls
-it from the room's address (TCP simultaneous open), and a relay joins the two.
+After that the program has an ordinary socket.  One that must not wait gets
+EINPROGRESS, and connects to a listener of ours that never accepts, the waiting room.
+When the gateway is there, a socket of ours calls it from the room's address (TCP
+simultaneous open), and a relay joins the two.
 
 Usage:
 
@@ -35,12 +35,11 @@ Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a secti
 Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 126 if
 the command cannot be run, 127 if it is not found.
 
+It is not a fence: the fence is that the machine has no route.  natrun(1) has the
+settings, and what does not go through it.
+
 Reading order.  Every section uses only the ones above it.  To follow a connection,
 start at Supervisor.on_connect(), and read dial() next.
-
-It is not a fence: the fence is that the machine has no route.  It carries neither
-multicast nor ICMP.  In it, setuid programs gain no rights, and what lets nobody look
-into it (ssh-agent) does not connect.
 """
 # SPDX-License-Identifier: MIT
 
@@ -240,12 +239,9 @@ def install(code: bytes) -> int:
     program = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog has a length, and on the next word a pointer.
     fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
-    request = SECCOMP, 1, NEW_LISTENER | WAIT_KILLABLE_RECV, ctypes.addressof(fields)
-    try:
-        return system(LIBC.syscall, *request)
-    except PermissionError:  # without rights, a process must give up setuid first
-        system(LIBC.prctl, NO_NEW_PRIVS, 1, 0, 0, 0)
-        return system(LIBC.syscall, *request)
+    flags = NEW_LISTENER | WAIT_KILLABLE_RECV
+    system(LIBC.prctl, NO_NEW_PRIVS, 1, 0, 0, 0)
+    return system(LIBC.syscall, SECCOMP, 1, flags, ctypes.addressof(fields))
 
 
 # --- Addresses ----------------------------------------------------------------
@@ -642,6 +638,7 @@ UP_NOARP, NODAD = 0x81, 0x2
 UDP_NO_CHECK6_RX = 102
 OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
 FORBIDDEN = errno.ENOSPC, errno.EUSERS, errno.EPERM, errno.EACCES
+DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
@@ -668,15 +665,11 @@ def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
 
 def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     """Put this process into a namespace with a cable; return the cable's other end."""
-    addresses, routes = (
-        [one.network_address for one in outside],
-        parse_blocks("0.0.0.0/0"),
-    )
-    if any(address.version == 6 for address in addresses):
-        routes += parse_blocks("::/0")
-    else:  # IPv6 goes to the inside only
+    addresses, routes = [block.network_address for block in outside], {*DEFAULTS}
+    if all(address.version == 4 for address in addresses):
+        # IPv6 goes to the inside only.
         addresses.append(ipaddress.ip_address(OWN_IPV6))
-        routes += {block for block in inside if block.version == 6}
+        routes = {DEFAULTS[0], *(block for block in inside if block.version == 6)}
     system(LIBC.unshare, NEWUSER | NEWNET)
     for name, value in SYSCTLS.items():
         with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
@@ -1180,9 +1173,6 @@ class Datagrams:
         self.is_near = functools.lru_cache(RECORDS)(
             lambda app, there: names.gateway.is_near(names.programs[app], there)
         )
-        self.head = functools.lru_cache(RECORDS)(
-            lambda there: bytes(3) + request_of(0, there)[3:]
-        )
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
@@ -1205,7 +1195,7 @@ class Datagrams:
             )
             sock.sendto(data, there.pair())
             return
-        message = self.head(there) + data
+        message = bytes(3) + request_of(0, there)[3:] + data
         if one.relay:
             one.relay.send(message)
         elif len(one.queue) < 64:

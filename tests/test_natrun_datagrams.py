@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -9,10 +10,12 @@ import re
 import signal
 import socket
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import boxes
+import kernel
 import natrun_rig
 import needs
 import pytest
@@ -22,6 +25,8 @@ from natrun_rig import SERVER
 from natrun_rig import SERVER6
 from natrun_rig import Rig
 from natrun_rig import users
+
+import natrun
 
 pytestmark = pytest.mark.end_to_end
 
@@ -385,6 +390,31 @@ def test_datagrams_that_are_not_carried_are_told(
         done = rig.box.run("inside", *command)
     assert (done.returncode, done.stdout) == (0, '"EINVAL"\n')
     assert done.stderr.count("natrun: datagrams go nowhere here") == 1
+
+
+def test_a_stopped_helper_stops_nobody_else(rig: Rig) -> None:
+    home = rig.home("nobody")
+    words = ["env", f"TMPDIR={home}", *probe(rig, "beside", f"{SERVER}:80")]
+    started = rig.start("nobody", *words, name="stopped")
+    assert started.line() == "ready"
+    helper = min(kernel.children(started.supervisor))  # the command was started later
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        (home / "beside").touch()
+        assert started.line(1) == "connected before"
+    finally:
+        os.kill(helper, signal.SIGCONT)
+    assert started.line(2) == '"made"'
+    assert started.process.wait(10) == 0
+
+
+def test_fake_names_do_not_grow_for_ever() -> None:
+    settings = types.SimpleNamespace(user="", password="")
+    gateway = natrun.Gateway(natrun.NOWHERE, {}, settings)
+    names = natrun.Names(gateway, collections.defaultdict())
+    found = [names.fake(b"%d.example" % n) for n in range(natrun.RECORDS + 10)]
+    assert len({*found}) == len(found) and len(names.called) == natrun.RECORDS
+    assert names.fake(b"20.example") == found[20] != names.fake(b"1.example")
 
 
 @users
