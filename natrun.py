@@ -148,9 +148,8 @@ NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
 NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
-AGAIN = errno.EISCONN, errno.EALREADY
 ERESTARTSYS = 512  # not in errno: no program is to see it
-SO_RCVBUFFORCE, SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 33, 57, 71, 30
+SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 57, 71, 30
 MPTCP, MSG_FASTOPEN = 262, 0x20000000
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
 NEWUSER, NEWNET = 0x10000000, 0x40000000
@@ -228,8 +227,7 @@ def assemble() -> bytes:
                 code.insert(0, (EQUAL, n, 0 if n else len(code) - rest, value))
             # The low half of an argument, in struct seccomp_data.
             code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
-        called = LOAD, 0, 0, 0
-        code[:0] = called, (EQUAL, 0, len(code) - rest, numbers[COLUMN])
+        code[:0] = (LOAD, 0, 0, 0), (EQUAL, 0, len(code) - rest, numbers[COLUMN])
     code[:0] = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
     return b"".join(struct.pack("=HBBI", *one) for one in code)
 
@@ -410,6 +408,7 @@ CONNECT, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 3, 0xF0, 0xF1  # the last two are 
 REPLIES = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.ECONNREFUSED}
 REPLIES |= {6: errno.ETIMEDOUT, 7: errno.EOPNOTSUPP, 8: errno.EAFNOSUPPORT}
 DOMAIN = 3  # an address that is a name
+OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
 DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 PMP_PORT = 5351
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
@@ -425,22 +424,14 @@ async def timed(steps: Awaitable[T], seconds: float) -> T:
         raise failure(errno.ETIMEDOUT) from None
 
 
-@contextlib.contextmanager
-def reading(sock: socket.socket, function: Callable[..., Any], *words: Any) -> Any:
-    """Have a function called while there is something to receive or accept."""
-    loop = asyncio.get_running_loop()
-    loop.add_reader(sock, function, *words)
-    try:
-        yield
-    finally:
-        loop.remove_reader(sock)
-
-
 async def readable(sock: socket.socket) -> None:
     """Wait until there is something to receive or accept."""
-    ready = asyncio.Event()
-    with reading(sock, ready.set):
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
         await ready.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
@@ -473,6 +464,10 @@ class Gateway:
             self.at = endpoint((host.strip("[]"), int(port)))
         self.inside = parse_blocks(" ".join([OWN, *lat.get("inside", [PRIVATE])]))
         self.outside = parse_blocks(" ".join(lat.get("outside", ())))
+        # The first address of each size: it is put there last.
+        self.own = {4: bytes(4), 16: OWN_IPV6}
+        for block in reversed(self.outside):
+            self.own[block.max_prefixlen // 8] = block.network_address.packed
         self.domains = [str(one).lower().strip(".") for one in lat.get("domains", ())]
         self.mappings, self.udp = bool(lat.get("mappings")), bool(lat.get("udp"))
         self.user, self.password = settings.user or str(os.getuid()), settings.password
@@ -488,12 +483,6 @@ class Gateway:
         near = self.has_inside(target.packed) or within(program.direct, target.packed)
         direct = near or any(target.port in ports for ports in program.direct_ports)
         return direct or program.redirect == "no"
-
-    def address(self, like: Endpoint) -> bytes:
-        """Return the outside address that is for targets like one."""
-        own = [block.network_address.packed for block in self.outside]
-        size = len(like.packed)
-        return next((one for one in own if len(one) == size), bytes(size))
 
     def login(self, app: str) -> list[bytes]:
         """Return the user that its log is to have, and a password."""
@@ -636,7 +625,6 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
 UDP_NO_CHECK6_RX = 102
-OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
 FORBIDDEN = errno.ENOSPC, errno.EUSERS, errno.EPERM, errno.EACCES
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # two sockets that come with it
@@ -862,31 +850,27 @@ class Names:
         self.called: dict[bytes, bytes] = {}  # names by fake address
         self.numbers = itertools.count(1)
 
-    async def serve(
+    async def answer(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
     ) -> None:
-        """Answer a query to a server by a function."""
-        response = await self.answer(query, server, app)
-        with contextlib.suppress(OSError):  # one lost datagram
-            reply(response)
-
-    async def answer(self, query: bytes, server: Endpoint, app: str) -> bytes:
-        """Return the response to a query that a program sent to a server."""
-        name, kind, end = read_question(query)
-        target, data, code = reversed_address(name) if kind == PTR else b"", b"", 0
+        """Answer a query that a program sent to a server, by a function."""
+        (name, kind, end), code, data, response = read_question(query), 0, b"", b""
+        target = reversed_address(name) if kind == PTR else b""
         ends = [b"localhost", *map(str.encode, self.gateway.domains)]
         near = b"." not in name or any(b"." + end in b"." + name for end in ends)
         try:
             if target and not self.gateway.has_inside(target):
                 data = await self.look_back(target, app)
             elif near or kind not in (A, AAAA, SVCB, HTTPS):
-                return await timed(self.forward(query, server, app, near), QUERY_TIME)
+                steps = self.forward(query, server, app, near)
+                response = await timed(steps, QUERY_TIME)
             elif kind in (A, AAAA):
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
         except OSError as error:
             code = NO_NAME if error.errno == errno.EHOSTUNREACH else FAILED
-        return reply_to(query, end, code, kind, data)
+        with contextlib.suppress(OSError):  # one lost datagram
+            reply(response or reply_to(query, end, code, kind, data))
 
     async def forward(
         self, query: bytes, server: Endpoint, app: str, near: bool
@@ -1113,8 +1097,8 @@ def free(sock: socket.socket) -> None:
 #
 # The kernel does all that a program can ask of a socket of UDP, in the namespace.  We
 # read packets off the cable and wrap them for the gateway, one association (RFC 1928
-# section 7) for each port; packets that come back go in by the cable, from the
-# address that they came from.
+# section 7) for each address and port.  For each port there is one socket of the
+# machine; what comes back to it goes in by the cable, from where it came.
 
 ANYBODY = b"\xff" * 6  # at the other end of the cable
 
@@ -1150,8 +1134,7 @@ class Association:
 
     here: Endpoint
     app: str  # the program whose settings hold
-    direct: socket.socket | None = None  # to the inside
-    relay: socket.socket | None = None  # to the gateway's, once that is known
+    relay: Endpoint | None = None  # of the gateway, once it is known
     queue: list[bytes] = field(default_factory=list)  # until then
     task: asyncio.Task[None] | None = None
 
@@ -1163,11 +1146,14 @@ class Datagrams:
         self, names: Names, helper: Helper, cable: socket.socket, app: str
     ) -> None:
         self.gateway, self.names = names.gateway, names
-        self.helper, self.app = helper, app
-        self.cable = cable
+        self.helper, self.cable, self.app = helper, cable, app
         self.cable.setblocking(False)
         self.device = self.cable.getsockname()[0]
+        # One that does for both, unless the machine has no IPv6.
+        self.family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        self.socks: dict[int, socket.socket] = {}  # by port
         self.associations: dict[Endpoint, Association] = {}
+        self.relays: dict[Endpoint, Association] = {}
         self.apps: dict[int, str] = {}  # by the inode of a socket
         # Asked for each datagram.
         self.is_near = functools.lru_cache(RECORDS)(
@@ -1187,17 +1173,13 @@ class Datagrams:
         one = self.associations.get(here) or self.begin(here)
         if there.port == 53 and self.names.programs[one.app].dns != "local":
             reply = functools.partial(self.inject, there, here)
-            asyncio.ensure_future(self.names.serve(data, there, one.app, reply))
+            asyncio.ensure_future(self.names.answer(data, there, one.app, reply))
             return
         if self.is_near(one.app, there):
-            sock = one.direct or self.attach(
-                one, socket.socket(there.family, DATAGRAMS)
-            )
-            sock.sendto(data, there.pair())
-            return
+            return self.send(here.port, there, data)
         message = bytes(3) + request_of(0, there)[3:] + data
         if one.relay:
-            one.relay.send(message)
+            self.send(here.port, one.relay, message)
         elif len(one.queue) < 64:
             one.queue.append(message)
         if not one.task:
@@ -1214,33 +1196,35 @@ class Datagrams:
         named = ((row[1].rpartition(":")[2], row[9]) for row in rows(*tables))
         return {int(port, 16): int(inode) for port, inode in named}
 
+    def open(self) -> socket.socket:
+        """Return a socket of the machine; raise OSError."""
+        sock = socket.socket(self.family, DATAGRAMS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if self.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        return sock
+
     def bind(self, sock: socket.socket, port: int) -> None:
         """Bind a socket to any address, here as in the namespace; raise OSError."""
         self.sweep()  # who had the port a moment ago
-        families, only = [sock.family], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-        if sock.family == socket.AF_INET6 and not sock.getsockopt(*only):
-            families.append(socket.AF_INET)
-        made = [socket.socket(family, DATAGRAMS) for family in families]
-        for one in made:
-            copy_options(sock, one)
-            if one.family == socket.AF_INET6:
-                one.setsockopt(*only, 1)
-            one.bind(("", port))
-            port = one.getsockname()[1]
+        if port not in self.socks:  # else two share it
+            own = self.open()
+            copy_options(sock, own)
+            own.bind(("", port))
+            port = own.getsockname()[1]
+            self.attach(port, own)
         sock.bind(("", port))
-        for one in made:
-            own = self.gateway.address(endpoint(one.getsockname()))
-            here = Endpoint(own if any(own) else OWN_IPV6, port)
-            association = self.associations.get(here) or self.begin(here)
-            if not association.direct:  # two may share a port
-                self.attach(association, one)
 
-    def attach(self, one: Association, sock: socket.socket) -> socket.socket:
-        """Have an association send to the inside by a socket, and hear it."""
-        one.direct = sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        asyncio.get_running_loop().add_reader(sock, self.read, one, sock)
+    def attach(self, port: int, sock: socket.socket) -> socket.socket:
+        """Have a port send and receive by a socket."""
+        self.socks[port] = sock
+        asyncio.get_running_loop().add_reader(sock, self.read, port, sock)
         return sock
+
+    def send(self, port: int, there: Endpoint, data: bytes) -> None:
+        """Send something from a port; raise OSError."""
+        sock = self.socks.get(port) or self.attach(port, self.open())
+        sock.sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError."""
@@ -1248,17 +1232,19 @@ class Datagrams:
         packet = write_packet(source, target, data)
         self.cable.sendto(packet, (self.device, kind, 0, 0, ANYBODY))
 
-    def read(self, one: Association, sock: socket.socket) -> None:
+    def read(self, port: int, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
-                if sock is one.direct:
-                    self.inject(endpoint(sender), one.here, data)
+                source = endpoint(sender)
+                if not (one := self.relays.get(source)):
+                    own = self.gateway.own[len(source.packed)]
+                    self.inject(source, Endpoint(own, port), data)
                 elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
-                    port = int.from_bytes(data[at : at + 2], "big")
-                    self.inject(Endpoint(data[4:at], port), one.here, data[at + 2 :])
+                    there = int.from_bytes(data[at : at + 2], "big")
+                    self.inject(Endpoint(data[4:at], there), one.here, data[at + 2 :])
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
@@ -1268,32 +1254,30 @@ class Datagrams:
                 # From the same port of the outside, where it is free.
                 where = Endpoint(bytes(4), one.here.port)
                 host, port = await gateway.talk(control, ASSOCIATE, where, one.app)
-                at = Endpoint(host if any(host) else gateway.at.packed, port)
-                with socket.socket(at.family, DATAGRAMS) as relay:
-                    relay.connect(at.pair())
-                    with reading(relay, self.read, one, relay):
-                        one.relay = relay
-                        for message in one.queue:
-                            relay.send(message)
-                        await receive(control, 1)
+                relay = Endpoint(host if any(host) else gateway.at.packed, port)
+                one.relay, self.relays[relay] = relay, one
+                for message in one.queue:
+                    self.send(one.here.port, relay, message)
+                await receive(control, 1)
         except OSError as error:
             if not one.relay:
                 say_once(f"cannot send datagrams by {gateway.at}: {reason(error)}")
         finally:
+            self.relays.pop(one.relay or NOWHERE, None)
             one.relay, one.task = None, None
             one.queue.clear()
 
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
         ports = self.ports()
-        for one in [*self.associations.values()]:
-            if one.here.port not in ports:
-                del self.associations[one.here]
+        for here in [*self.associations]:
+            if here.port not in ports:
+                one = self.associations.pop(here)
                 if one.task:
                     one.task.cancel()
-                if one.direct:
-                    asyncio.get_running_loop().remove_reader(one.direct)
-                    one.direct.close()
+        for port in self.socks.keys() - ports.keys():
+            asyncio.get_running_loop().remove_reader(self.socks[port])
+            self.socks.pop(port).close()
 
 
 # --- The supervisor -----------------------------------------------------------
@@ -1430,7 +1414,8 @@ class Supervisor:
             paired = not waits or family > sock.family or bound
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
-            error, known = sock.connect_ex(there.pair(sock.family)), (0, *AGAIN)
+            error = sock.connect_ex(there.pair(sock.family))
+            known = 0, errno.EISCONN, errno.EALREADY
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
                 return error if error in known else errno.EADDRNOTAVAIL
@@ -1500,11 +1485,9 @@ class Supervisor:
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell the address that the gateway connected from."""
-        if flow.error and not flow.pending or sock.type != socket.SOCK_STREAM:
+        if not flow.local.port:  # it is not known yet, or the server does not say
             return PROCEED
-        # A guess as long as it is under way, and for a server that does not say.
-        guess = Endpoint(self.gateway.address(flow.peer), sock.getsockname()[1])
-        return call.write_address(sock.family, flow.local if flow.local.port else guess)
+        return call.write_address(sock.family, flow.local)
 
     async def on_getpeername(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell the address that the program meant."""
@@ -1559,7 +1542,7 @@ class Supervisor:
         with contextlib.suppress(OSError):
             query, sender = self.server.recvfrom(65535)
             server, app = self.asked.get(sender[1], (NOWHERE, "?"))
-            steps = self.names.serve(
+            steps = self.names.answer(
                 query, server, app, lambda found: self.server.sendto(found, sender)
             )
             asyncio.ensure_future(steps)
@@ -1588,7 +1571,7 @@ class Supervisor:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
         # NAT-PMP lets nobody choose, and has no IPv6.
-        if any(where.packed) and where.packed != gateway.address(NOWHERE):
+        if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
         if gateway.password:  # of users, only who has a session may map
             session = socket.socket(gateway.at.family)
@@ -1659,7 +1642,7 @@ class Supervisor:
                 row = (await fetch(gateway.at, path, login))["sessions"][0]
                 peer = endpoint((row["source_ip"], row["original_source_port"]))
                 break
-        here = local.packed if any(local.packed) else gateway.address(NOWHERE)
+        here = local.packed if any(local.packed) else gateway.own[4]
         self.record(one, peer=peer, local=Endpoint(here, local.port))
         if call.arguments[1]:
             call.write_address(one.family, peer)
