@@ -411,6 +411,7 @@ DOMAIN = 3  # an address that is a name
 OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
 DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 PMP_PORT = 5351
+LACKS = "the gateway does not offer it"
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
 T = TypeVar("T")
 PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?")
@@ -753,7 +754,7 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
 
 
 class Helper:
-    """The process, and what it is asked for; it may have been stopped."""
+    """The process, and what it is asked for."""
 
     def __init__(self, *blocks: Blocks) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -765,9 +766,15 @@ class Helper:
             finally:
                 os._exit(0)
         theirs.close()
+        self.barred = ""  # why there is no namespace
+        try:
+            self.cable = self.take()
+        except OSError as error:
+            self.barred = reason(error)
+        self.control.setblocking(False)  # from now on, it may have been stopped
 
     def take(self) -> socket.socket:
-        """Return what it has made, first of all the cable; raise OSError."""
+        """Return what it has made; raise OSError."""
         said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
         if fds:
             os.set_inheritable(fds[0], False)
@@ -780,7 +787,7 @@ class Helper:
     async def make(self, family: int, kind: int) -> socket.socket:
         """Return a socket of the namespace; raise OSError."""
         async with self.turn:
-            self.control.send(struct.pack("=ii", family, kind), socket.MSG_DONTWAIT)
+            self.control.send(struct.pack("=ii", family, kind))
             await readable(self.control)
             made = self.take()
         if family == socket.AF_INET6:
@@ -789,8 +796,7 @@ class Helper:
 
     def join(self, *socks: socket.socket) -> None:
         """Have it carry what two sockets receive; raise OSError."""
-        fds = [sock.fileno() for sock in socks]
-        socket.send_fds(self.control, [JOIN], fds, socket.MSG_DONTWAIT)
+        socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
 
 
 # --- Names --------------------------------------------------------------------
@@ -1142,11 +1148,9 @@ class Association:
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(
-        self, names: Names, helper: Helper, cable: socket.socket, app: str
-    ) -> None:
+    def __init__(self, names: Names, helper: Helper, app: str) -> None:
         self.gateway, self.names = names.gateway, names
-        self.helper, self.cable, self.app = helper, cable, app
+        self.helper, self.cable, self.app = helper, helper.cable, app
         self.cable.setblocking(False)
         self.device = self.cable.getsockname()[0]
         # One that does for both, unless the machine has no IPv6.
@@ -1305,7 +1309,8 @@ class Supervisor:
         self.listener = socket.create_server(where, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
         self.filler = socket.create_connection(self.room.pair())
-        self.names, self.datagrams, self.notified = Names(gateway, programs), None, 0
+        self.names, self.notified = Names(gateway, programs), 0
+        self.datagrams: Datagrams | None = None
         self.flows: dict[bytes, Flow] = {}  # by cookie
         # The kernel takes out of it what nobody has open any more, and lists the rest.
         self.live = select.epoll()
@@ -1314,14 +1319,11 @@ class Supervisor:
         self.server.bind(("127.0.0.1", 0))
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
         self.session = socket.socket()
-        try:
-            cable = self.helper.take()
-            if not gateway.udp:
-                raise OSError("the gateway does not offer it")
-            self.datagrams = Datagrams(self.names, self.helper, cable, app)
-        except OSError as error:
-            if programs["natrun"].udp == "yes":
-                say(f"datagrams go nowhere here, but for names: {reason(error)}")
+        barred = self.helper.barred if gateway.udp else LACKS
+        if not barred:
+            self.datagrams = Datagrams(self.names, self.helper, app)
+        elif programs["natrun"].udp == "yes":
+            say(f"datagrams go nowhere here, but for names: {barred}")
 
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
@@ -1403,10 +1405,9 @@ class Supervisor:
             if sock.type != socket.SOCK_STREAM or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
-            if flow and flow.pending:
-                waits = waits or flow.waits
-            if flow and flow.error and (waits or not flow.pending):
-                return await self.end_of(flow, sock)  # it has been tried before
+            # It has been tried before, and is O_NONBLOCK as long as that is under way.
+            if flow and flow.error and (waits or flow.waits or not flow.pending):
+                return await self.end_of(flow, sock)
             free(sock)
             family = self.gateway.at.family
             # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
@@ -1791,17 +1792,12 @@ def check(given: dict[str, str], settings: Settings) -> int:
         with open("/proc/sys/kernel/yama/ptrace_scope") as file:
             level = int(file.read())
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
-    barred = ""
-    try:
-        Helper([], []).take()
-    except OSError as error:
-        barred = reason(error)
+    barred = Helper([], []).barred
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
     gateway = find_gateway(given.get("-g", ""), settings)
     say(f"gateway: {gateway.at}, {'NATWork' if gateway.natwork else 'a SOCKS server'}")
-    lacks = "the gateway does not offer it"
-    works = {"datagrams": barred if gateway.udp else lacks}
-    works["listening"] = "" if gateway.mappings else lacks
+    works = {"datagrams": barred if gateway.udp else LACKS}
+    works["listening"] = "" if gateway.mappings else LACKS
     for name, why in works.items():
         say(f"{name}: {'no, ' + why if why else 'yes'}")
     # It says itself what the kernel does not let it do.
