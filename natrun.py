@@ -255,11 +255,6 @@ class Endpoint(NamedTuple):
     def family(self) -> int:
         return socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6
 
-    @property
-    def linked(self) -> bool:
-        """Return whether it is ::1 or fe80::, which lead out of no namespace."""
-        return self.packed == bytes(15) + b"\1" or self.packed[:2] == b"\xfe\x80"
-
     def pair(self, family: int = 0) -> tuple[str, int]:
         """Return host and port, as a socket of a family wants them."""
         host = socket.inet_ntop(self.family, self.packed)
@@ -318,6 +313,7 @@ def within(blocks: Blocks, packed: bytes) -> bool:
 
 # Never reached by a gateway: this host, its links, multicast.
 OWN = "0.0.0.0/8 127.0.0.0/8 169.254.0.0/16 224.0.0.0/3 ::/127 fe80::/10 ff00::/8"
+LINKED = parse_blocks("::1 fe80::/10")  # they lead out of no namespace
 PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 
@@ -1031,8 +1027,7 @@ class Call:
         return here.raw
 
     def write(self, there: int, data: bytes) -> None:
-        here = (ctypes.c_ubyte * len(data))(*data)
-        self.copy(LIBC.process_vm_writev, there, here)
+        self.copy(LIBC.process_vm_writev, there, (ctypes.c_ubyte * len(data))(*data))
 
     def target(self) -> Endpoint | None:
         """Return the address that connect() or bind() is about; raise OSError."""
@@ -1399,7 +1394,7 @@ class Supervisor:
         if not (target := call.target()):
             return PROCEED
         near = self.gateway.is_near(self.programs[call.app], target)
-        if near and target.port != 53 and not target.linked:
+        if near and target.port != 53 and not within(LINKED, target.packed):
             return PROCEED
         with call.borrow() as sock:
             if sock.type != socket.SOCK_STREAM or near:
@@ -1526,7 +1521,7 @@ class Supervisor:
         asks = sock.type == socket.SOCK_DGRAM and target.port == 53
         ours = asks and program.redirect == "yes" and program.dns != "local"
         private = self.is_private(sock)
-        if private and target.linked:
+        if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
         if near and not ours or private:
             return PROCEED
