@@ -856,10 +856,11 @@ class Names:
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
     ) -> None:
         """Answer a query that a program sent to a server, by a function."""
+        query = query.ljust(12, b"\0")  # its head
         (name, kind, end), code, data, response = read_question(query), 0, b"", b""
         target = reversed_address(name) if kind == PTR else b""
-        ends = [b"localhost", *map(str.encode, self.gateway.domains)]
-        near = b"." not in name or any(b"." + end in b"." + name for end in ends)
+        ends = tuple(f".{one}".encode() for one in ("localhost", *self.gateway.domains))
+        near = b"." not in name or (b"." + name).endswith(ends)
         try:
             if target and not self.gateway.has_inside(target):
                 data = await self.look_back(target, app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import functools
@@ -408,10 +409,25 @@ def test_a_stopped_helper_stops_nobody_else(rig: Rig) -> None:
     assert started.process.wait(10) == 0
 
 
-def test_fake_names_do_not_grow_for_ever() -> None:
+def make_names() -> natrun.Names:
     settings = types.SimpleNamespace(user="", password="")
     gateway = natrun.Gateway(natrun.NOWHERE, {}, settings)
-    names = natrun.Names(gateway, collections.defaultdict())
+    return natrun.Names(gateway, collections.defaultdict())
+
+
+@pytest.mark.parametrize(
+    "query", [b"", b"\7", b"\7\7\1\0\0\1", bytes(40), b"\xff" * 40]
+)
+def test_what_is_no_query_is_refused(query: bytes) -> None:
+    said: list[bytes] = []
+    server = natrun.Endpoint(b"\x08\x08\x08\x08", 53)
+    asyncio.run(make_names().answer(query, server, "?", said.append))
+    (head,) = said
+    assert head[:2] == query.ljust(2, b"\0")[:2] and head[2] & 0x80 and head[3] & 0xF
+
+
+def test_fake_names_do_not_grow_for_ever() -> None:
+    names = make_names()
     found = [names.fake(b"%d.example" % n) for n in range(natrun.RECORDS + 10)]
     assert len({*found}) == len(found) and len(names.called) == natrun.RECORDS
     assert names.fake(b"20.example") == found[20] != names.fake(b"1.example")
