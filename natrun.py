@@ -1770,9 +1770,11 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     command = Command(words, files)
 
     async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
         mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
         signals = system(LIBC.signalfd, -1, mask, 0)
-        asyncio.get_running_loop().add_reader(signals, command.take, signals)
+        loop.add_reader(signals, command.take, signals)
         await supervisor.serve(command.listener)
         if verbose:
             say(f"{supervisor.notified} notifications")

@@ -215,6 +215,24 @@ def probe(rig: Rig, *words: str) -> list[str]:
     return [PYTHON, str(rig.folder / "natrun_probe.py"), *words]
 
 
+def test_a_fault_in_the_loop_is_a_line_and_no_traceback(rig: Rig, at: str) -> None:
+    script = rig.home("nobody") / "faulty.py"
+    lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(rig.tool.parent)!r})",
+        "import natrun",
+        "natrun.Datagrams.read_cable = lambda self: 1 // len(self.cable.recv(1)[1:])",
+        "sys.exit(natrun.main())",
+    ]
+    script.write_text("\n".join(lines))
+    code = "from socket import *; socket(2, 2).sendto(b'x', ('203.0.113.80', 9))"
+    command = [PYTHON, str(script), "-g", at, PYTHON, "-c", code]
+    done = rig.box.run("inside", *command)
+    assert done.returncode == 0
+    assert "natrun: fault: " in done.stderr and "ZeroDivisionError" in done.stderr
+    assert all(line.startswith("natrun: ") for line in done.stderr.splitlines())
+
+
 @pytest.mark.parametrize(
     "settings", [f"direct = {OWN}/32", "redirect = no", "direct_ports = {port}"]
 )
