@@ -111,7 +111,8 @@ def say(text: str) -> None:
     """Write a line on standard error, whatever was in the text."""
     line = "".join(c if " " <= c <= "~" else "?" for c in text)
     with contextlib.suppress(OSError):
-        os.write(2, f"natrun: {line}\n".encode())
+        if select.select([], [2], [], 0)[1]:  # we must not wait for who reads it
+            os.write(2, f"natrun: {line}\n".encode()[: select.PIPE_BUF])
 
 
 def keep(table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -410,7 +411,9 @@ PMP_PORT = 5351
 LACKS = "the gateway does not offer it"
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
 T = TypeVar("T")
-PLACE = re.compile(r"(\w+://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?")
+PLACE = re.compile(
+    r"(https?://|socks5://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?"
+)
 
 
 async def timed(steps: Awaitable[T], seconds: float) -> T:
@@ -577,13 +580,21 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     match, host = PLACE.fullmatch(text), text
     if match:
         host, port = match[2] or match[3], int(match[4] or port)
+    if port > 65535 or not match and "://" in text:
+        raise ValueError("it is not HOST, HOST:PORT or socks5://HOST:PORT")
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     at = endpoint(found[0][4])
     if not match or match[1] != "socks5://":
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
             return Gateway(at, {"inside": lat["inside"], **lat}, settings)
-        except (LookupError, TypeError, ValueError, ConnectionResetError):
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            ConnectionResetError,
+        ):
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
@@ -744,7 +755,8 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
             continue
         socks = [socket.socket(fileno=fd) for fd in fds]
         if len(socks) == 2:  # where no descriptor was left, fewer have come
-            threading.Thread(target=join, args=socks).start()
+            with contextlib.suppress(RuntimeError):  # or no thread is
+                threading.Thread(target=join, args=socks).start()
     for thread in threading.enumerate()[1:]:
         thread.join()
 
@@ -1058,7 +1070,7 @@ class Flow:
     waits: bool = False  # it is not O_NONBLOCK
     task: asyncio.Task[None] | None = None
     mapped: int = 0  # the port here that a port of the outside leads to
-    accepted: list[socket.socket] = field(default_factory=list)  # for nobody yet
+    accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -1362,8 +1374,9 @@ class Supervisor:
         """Answer a call, when it is known what with."""
         answer: int | None = PROCEED
         story = getattr(self, f"on_{call.name}")
+        leads_out = call.name in ("connect", "bind", "socket")
         try:
-            if call.name in ("connect", "bind", "socket"):
+            if leads_out:
                 answer = await story(call)
             elif self.flows:  # the others are only about them
                 with call.borrow() as sock:
@@ -1373,7 +1386,9 @@ class Supervisor:
             answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
             answer = error.errno or errno.EIO
-            if answer == errno.EPERM:
+            if answer == errno.EPERM and not leads_out:
+                answer = PROCEED
+            elif answer == errno.EPERM:
                 answer, why = errno.EACCES, "so its connections are refused"
                 say_once(f"cannot look into {call.app}: not dumpable, {why}")
         except Exception as error:
@@ -1600,6 +1615,8 @@ class Supervisor:
         flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
         new = socket.socket(old.family, old.type)
         copy_options(old, new)
+        # What it sends elsewhere must not go past the gateway.
+        new.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
         call.give(new, flags, fd)
         return new
 
@@ -1616,20 +1633,22 @@ class Supervisor:
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
             await readable(sock)
-        one = flow.accepted.pop(0) if flow.accepted else sock.accept()[0]
+        one, address = flow.accepted.pop(0) if flow.accepted else sock.accept()
         try:
-            await self.present(call, one, flow.local)
+            await self.present(call, one, endpoint(address), flow.local)
         except BaseException:
-            flow.accepted.append(one)  # for the next call: a signal has come
+            flow.accepted.append((one, address))  # for the next call
             raise
         one.close()
         return None
 
     on_accept4 = on_accept
 
-    async def present(self, call: Call, one: socket.socket, local: Endpoint) -> None:
+    async def present(
+        self, call: Call, one: socket.socket, peer: Endpoint, local: Endpoint
+    ) -> None:
         """Give a caller to the program, with its true address; raise OSError."""
-        peer, gateway = endpoint(one.getpeername()), self.gateway
+        gateway = self.gateway
         path = f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
         # The row may be written after the connection has been made.
@@ -1683,14 +1702,16 @@ SI_KERNEL = 0x80
 class Command:
     """The program that is run, and how it ended."""
 
-    def __init__(self, words: list[str], files: tuple[int, int]) -> None:
-        """Start it under the filter, whose listener is taken."""
+    def __init__(self, words: list[str], restore: Callable[[], None]) -> None:
+        """Start it under the filter, whose listener is taken.
+
+        What natrun has changed of its own process, restore() undoes in the new one.
+        """
         self.code: int | None = None
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if not self.pid:
-            resource.setrlimit(resource.RLIMIT_NOFILE, files)
-            self.become(words, theirs)
+            self.become(words, theirs, restore)
         theirs.close()
         with ours:
             _, fds, _, _ = socket.recv_fds(ours, 1, 1)
@@ -1698,7 +1719,9 @@ class Command:
             self.leave()
         self.listener = fds[0]
 
-    def become(self, words: list[str], natrun: socket.socket) -> NoReturn:
+    def become(
+        self, words: list[str], natrun: socket.socket, restore: Callable[[], None]
+    ) -> NoReturn:
         """Become the command, in the child."""
         try:
             listener = install(assemble())
@@ -1710,7 +1733,7 @@ class Command:
             os._exit(125)
         # By sendmsg(), which the filter allows: nobody answers a call yet.
         socket.send_fds(natrun, [b"+"], [listener])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        restore()
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
         try:
@@ -1726,12 +1749,15 @@ class Command:
         if number == signal.SIGCHLD:
             # Children of the command come to us when they lose it.
             with contextlib.suppress(ChildProcessError):
-                while (dead := os.waitpid(-1, os.WNOHANG))[0]:
-                    if dead[0] == self.pid:
-                        self.code = os.waitstatus_to_exitcode(dead[1])
-        # A terminal's Ctrl-C or Ctrl-Z has reached the command, too.
-        elif code == SI_KERNEL:
-            if number == signal.SIGTSTP:  # else a shell would wait for us
+                while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
+                    if one[0] != self.pid:
+                        continue
+                    if not os.WIFSTOPPED(one[1]):
+                        self.code = os.waitstatus_to_exitcode(one[1])
+                    elif os.isatty(2):  # else a shell would wait for us
+                        os.kill(os.getpid(), signal.SIGSTOP)
+        elif code == SI_KERNEL:  # of a terminal: it has reached the command, too
+            if number == signal.SIGTSTP and self.code is not None:
                 os.kill(os.getpid(), signal.SIGSTOP)
         elif self.code is None:
             with contextlib.suppress(OSError):
@@ -1762,12 +1788,17 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
         raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
     # What becomes a daemon stays a descendant, whom Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     # Each connection is a descriptor here, and some in the helper.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
     supervisor = Supervisor(programs, gateway, os.path.basename(words[0])[:15], verbose)
-    command = Command(words, files)
+
+    def restore() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    command = Command(words, restore)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()

@@ -6,12 +6,16 @@ import contextlib
 import functools
 import os
 import platform
+import pty
 import re
+import select
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -505,6 +509,98 @@ def test_a_terminals_interrupt_is_seen_once(rig: Rig) -> None:
     assert seen.read_text() == "x\n"
 
 
+@pytest.mark.parametrize(
+    "command", ["kill -STOP $$; exit 6", "trap '' TSTP; echo rea'dy'; sleep 1; exit 6"]
+)
+def test_who_stops_itself_gives_the_shell_its_terminal(rig: Rig, command: str) -> None:
+    words = shlex.join(rig.command("root", "sh", "-c", command))
+    pid, terminal = pty.fork()
+    if not pid:
+        shell = rig.box.command("inside", "bash", "--norc", "-i")
+        os.execvpe(shell[0], shell, {**os.environ, "PS1": "$ "})
+    said = b""
+
+    def until(mark: bytes) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 20
+        while mark not in said and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                said += os.read(terminal, 4096)
+        assert mark in said, said
+
+    try:
+        os.write(terminal, words.encode() + b"; echo ended $?\n")
+        if "trap" in command:
+            until(b"ready")
+            os.write(terminal, b"\x1a")  # Ctrl-Z, which it does not heed
+        else:
+            until(b"Stopped")
+            os.write(terminal, b"fg; echo ended $?\n")
+        until(b"ended 6")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.close(terminal)
+        os.waitpid(pid, 0)
+
+
+def test_the_command_has_the_signals_that_were_blocked(rig: Rig) -> None:
+    code = "import signal; print(*map(int, signal.pthread_sigmask(0, [])))"
+    inner = rig.command("root", PYTHON, "-c", code)
+    before = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {10, 34});"
+        " os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    done = rig.box.run("inside", PYTHON, "-c", before, *inner)
+    assert done.stdout in ("10 34\n", "34 10\n"), done
+
+
+def test_it_does_not_wait_for_who_reads_its_errors(rig: Rig) -> None:
+    words = rig.command("nobody", "-v", "curl", "-sS", f"http://{SERVER}/page")
+    full = (
+        "import os, sys; read, write = os.pipe(); os.set_blocking(write, False)\n"
+        "try:\n while os.write(write, bytes(4096)): pass\n"
+        "except OSError: os.set_blocking(write, True); os.dup2(write, 2)\n"
+        "os.set_inheritable(read, True); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    done = rig.box.run("inside", "timeout", "20", PYTHON, "-c", full, *words)
+    assert (done.returncode, done.stdout) == (0, "a page")
+
+
+def test_where_no_thread_is_left_one_connection_is_lost(rig: Rig) -> None:
+    script = rig.home("nobody") / "threadless.py"
+    script.write_text(
+        "import sys, threading\n"
+        f"sys.path.insert(0, {str(rig.tool.parent)!r})\n"
+        "import natrun\n"
+        "class Thread(threading.Thread):\n"
+        "    fails = [True]\n"
+        "    def start(self):\n"
+        "        if self.fails and self.fails.pop():\n"
+        "            raise RuntimeError('cannot start new thread')\n"
+        "        super().start()\n"
+        "threading.Thread = Thread\n"
+        "sys.exit(natrun.main())\n"
+    )
+    curl = f"curl -sS --max-time 10 http://{SERVER}/page"
+    words = ["-g", natrun_rig.GATEWAY, "sh", "-c", f"{curl}; echo then; {curl}"]
+    done = rig.box.run("inside", PYTHON, str(script), *words)
+    assert done.stdout == "then\na page", done
+
+
+def test_an_agent_serves_while_others_are_connected(rig: Rig) -> None:
+    needs.programs("ssh-agent", "ssh-add")
+    held = f"import socket; s = socket.create_connection(({SERVER!r}, 80)); input()"
+    command = (
+        f'mkfifo "$0"; "{PYTHON}" -c "$1" <"$0" & exec 3>"$0"; sleep 1;'
+        ' timeout 5 ssh-add -l; echo "code $?"; exec 3>&-; wait; kill $SSH_AGENT_PID'
+    )
+    pipe = rig.home("nobody") / "hold"
+    pipe.unlink(missing_ok=True)
+    inner = ["sh", "-c", command, str(pipe), held]
+    done = rig.natrun("nobody", "ssh-agent", *inner)
+    assert "code 1\n" in done.stdout, done  # it is there, and has no identities
+
+
 def test_it_runs_without_input_and_errors(rig: Rig) -> None:
     probe = [PYTHON, str(rig.folder / "natrun_probe.py")]
     command = rig.command("nobody", *probe, "crowd", SERVER, "80", "20")
@@ -771,6 +867,8 @@ def local(*words: str) -> subprocess.CompletedProcess[str]:
         (["-c", "/nonexistent", "true"], "cannot use /nonexistent: no such file or"),
         (["-g", "socks5://127.0.0.1:1"], "cannot run nothing: "),
         (["-x", "true"], "option -x not recognized"),
+        (["-g", "socks4://a", "true"], "cannot use the gateway: socks4://a: it is not"),
+        (["-g", "a:99999", "true"], "cannot use the gateway: a:99999: it is not HOST,"),
     ],
 )
 def test_a_bad_command_line_is_told(words: list[str], told: str) -> None:

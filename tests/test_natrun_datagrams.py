@@ -393,6 +393,26 @@ def without_namespaces(rig: Rig, user: str, *words: str) -> list[str]:
 
 
 @users
+def test_a_socket_of_the_inside_reaches_nothing_else(
+    rig: Rig, user: str, echoes: list[Echo]
+) -> None:
+    code = """if True:
+        import errno, socket
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("10.9.0.2", 0))
+        sock.settimeout(5)
+        for host, port in %r:
+            try:
+                sock.sendto(b"hello", (host, port))
+                print(sock.recv(99).decode())
+            except OSError as error:
+                print(errno.errorcode[error.errno])"""
+    places = [one.sock.getsockname() for one in (echoes[5], echoes[0])]
+    said = rig.output(user, PYTHON, "-c", code % places)
+    assert said == "hello from 10.9.0.2\nENETUNREACH\n"
+
+
+@users
 @pytest.mark.parametrize("kind", ["a plain server", "no namespace"])
 def test_datagrams_that_are_not_carried_are_told(
     rig: Rig, user: str, echoes: list[Echo], kind: str

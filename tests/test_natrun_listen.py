@@ -20,6 +20,7 @@ import needs
 import pytest
 import wait
 import web
+import wire
 from natrun_rig import PYTHON
 from natrun_rig import SERVER
 from natrun_rig import Rig
@@ -269,6 +270,46 @@ def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig, user: str) -> None
     server.process.wait(10)
     end_all(rig)
     wait.until(lambda: not is_open(rig, 20600), 15)
+
+
+RESET_FIRST = """\
+import socket, sys
+listener = socket.create_server(("203.0.113.1", 20750))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(2):
+    with listener.accept()[0] as caller:
+        caller.settimeout(5)
+        try:
+            print(caller.recv(9), flush=True)
+        except OSError as error:
+            print(type(error).__name__, flush=True)
+"""
+
+
+@users
+def test_a_caller_that_resets_before_accept_is_one_caller(rig: Rig, user: str) -> None:
+    go = rig.home(user) / "go"
+    go.unlink(missing_ok=True)
+    os.mkfifo(go, 0o666)
+    words = ["sh", "-c", 'exec "$0" -c "$1" <"$2"', PYTHON, RESET_FIRST, str(go)]
+    server = rig.start(user, *words, name="reset")
+    with go.open("w") as line:
+        assert server.line() == "ready"
+        for reset in (True, False):
+            sock = rig.box.within(
+                "outside", lambda: socket.create_connection((OUTSIDE, 20750), 10)
+            )
+            if reset:
+                time.sleep(0.3)  # it passes the gateway
+                wire.reset(sock)
+                time.sleep(0.3)
+        sock.sendall(b"hello")
+        line.write("go\n")
+    assert server.line(1) == "ConnectionResetError"
+    assert server.line(2) == "b'hello'"
+    sock.close()
+    assert server.process.wait(10) == 0
 
 
 @users
