@@ -303,6 +303,8 @@ def ask_stun(sock: Socket, server: Address, token: bytes, *asked: Attribute) -> 
     """Return as what a server sees a socket; raise what trying() takes."""
     request = stun(BINDING, COOKIE + token + os.urandom(4), *asked)
     sock.settimeout(OBSERVE_TIME)
+    if sock.type == STREAM:
+        sock.connect(server)
     for _ in range(2):  # a datagram may be lost
         sock.sendto(request, server)
         with contextlib.suppress(TimeoutError):
@@ -518,16 +520,10 @@ class Meeting:
         """Return as what the servers see a local port; forget those that are silent."""
         seen, port = {}, listener.getsockname()[1]
         for server in self.servers:
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                if listener.type == DGRAM:
-                    seen[server] = ask_stun(listener, server, self.nonce[:8])
-                    continue
-                with bound(STREAM, listener.family, port) as sock:
-                    sock.settimeout(OBSERVE_TIME)
-                    sock.connect(server)
-                    tell(sock, "see", self.nonce[:8].hex())
-                    host, source = hear(sock, "seen")
-                    seen[server] = address_of(host, source)
+            is_udp = listener.type == DGRAM
+            sock = listener.dup() if is_udp else bound(STREAM, listener.family, port)
+            with contextlib.suppress(OSError, ValueError, LookupError), sock:
+                seen[server] = ask_stun(sock, server, self.nonce[:8])
         self.servers = [*seen]
         return [*seen.values()]
 
@@ -955,6 +951,10 @@ class Server:
         """Act on what a member sends; drop it at its end, or at nonsense."""
         try:
             data = member.sock.recv(LINE_LIMIT)
+            if data[:2] == b"\0\1":  # RFC 8489 section 6.2.2
+                self.note(data[8:16], member.source)
+                member.sock.sendall(stun_answer(data, member.source, None)[0])
+                return None
             *lines, member.buffer = (member.buffer + data).split(b"\n")
             if not data or max(map(len, (*lines, member.buffer))) >= LINE_LIMIT:
                 return self.drop(member)
@@ -967,9 +967,6 @@ class Server:
     def obey(self, member: Member, words: list[str]) -> None:
         """Act on one line; raise ValueError."""
         match words:
-            case ["see", token]:
-                self.note(bytes.fromhex(token), member.source)
-                tell(member.sock, "seen", *member.source)
             case ["natpunch", "1"]:
                 others = [host for host, _ in member.places[2:3]]
                 tell(member.sock, "natpunch", member.nonce.hex(), *others)
