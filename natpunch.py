@@ -40,7 +40,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import fcntl
 import hmac
 import ipaddress
 import itertools
@@ -81,7 +80,7 @@ ANSWER_TIME = 10.0  # for a server, a target, or a client that has not joined
 PAIR_TIME = 8.0  # for a pair to have a hole, or the relay
 RELAY_TIME = 1.5  # of this, which is left for the relay
 WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
-RETRY_TIME = 5.0  # of a far end whose server is away
+RETRY_TIME = 1.0  # of a client that waits for a server or a peer
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
 SILENCE = 45.0  # of a hole that is then punched anew
 STUN_RATE = 10  # answers to one source in a second
@@ -110,14 +109,15 @@ REFUSALS = {
     "gone": "the peer has left",
     "relay": "no hole could be made, and it may not be relayed",
 }
+CHANGING = REFUSALS["full"], REFUSALS["nobody"]
 
 
 class Failure(Exception):
-    """The end of a run: the line that says why, and the exit code."""
+    """The end of a run: what cannot be done, why not, and the exit code."""
 
-    def __init__(self, text: str, code: int = 1) -> None:
-        super().__init__(text)
-        self.code = code
+    def __init__(self, to: str, why: str, code: int = 1) -> None:
+        super().__init__(f"cannot {to}: {why}")
+        self.why, self.code = why, code
 
 
 def say(message: object) -> None:
@@ -135,11 +135,11 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
     except OSError as error:
         # OpenSSL puts its name for it before, and its place behind.
         why = re.sub(r"^\[.*?\] | \(.*", "", error.strerror or str(error))
-        raise Failure(f"cannot {to}: {why[:1].lower() + why[1:]}", code) from error
+        raise Failure(to, why[:1].lower() + why[1:], code) from error
     except UnicodeError as error:
-        raise Failure(f"cannot {to}: there is no such host", code) from error
+        raise Failure(to, "there is no such host", code) from error
     except (ValueError, LookupError) as error:
-        raise Failure(f"cannot {to}: that is not natpunch", code) from error
+        raise Failure(to, "that is not natpunch", code) from error
 
 
 def spelled(address: Any) -> str:
@@ -154,9 +154,9 @@ def parse_address(text: str, port: int = 0) -> Address:
         host, number = text, str(port)
     most = 65534 if port else 65535  # a server has the next one, too
     if not (number.isascii() and number.isdigit() and 0 < int(number) <= most):
-        raise Failure(f"cannot use {text!r}: it has no port from 1 to {most}", 2)
+        raise Failure(f"use {text!r}", f"it has no port from 1 to {most}", 2)
     if not (host := host.strip("[]")):
-        raise Failure(f"cannot use {text!r}: it has no host", 2)
+        raise Failure(f"use {text!r}", "it has no host", 2)
     return host, int(number)
 
 
@@ -170,7 +170,7 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
                 raise OSError("others may read it")
             found = file.read(LINE_LIMIT).strip()
     if len(found) < 16 and (path or found):
-        raise Failure(f"cannot use {path or variable}: 16 characters are the least", 2)
+        raise Failure(f"use {path or variable}", "16 characters are the least", 2)
     return found
 
 
@@ -436,14 +436,14 @@ class Puncher:
 
     def wait(self, until: float) -> Socket | None:
         """Return the hole, if there is one by that time."""
-        while True:
+        left = 1.0
+        while left and self.selector.get_map():
             left = max(until - time.monotonic(), 0)
             for key, event in self.selector.select(left):
                 with contextlib.suppress(OSError):
                     if hole := self.act(key.data, event):
                         return hole
-            if not left:
-                return None
+        return None
 
     def run(self, there: list[Address], seconds: float, low_ttl: bool) -> Socket | None:
         """Send from every port to everywhere; return the hole, once there is one.
@@ -495,6 +495,8 @@ def check_answers(sock: Socket) -> None:
 
     TCP_USER_TIMEOUT would also end one that answers, and whose reader has paused.
     """
+    if sock.family == socket.AF_UNIX:
+        return
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
     # In <linux/tcp.h>: retransmits, probes and, in milliseconds, last_ack_recv.
     retransmits, probes, silence = struct.unpack("=2x2B52xI", info)
@@ -573,7 +575,7 @@ class Meeting:
 
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
-    ends_at, say_at = time.monotonic() + options.wait, 0.0
+    ends_at, said, said_at = time.monotonic() + options.wait, "", 0.0
     stays = options.wait == FOREVER and options.side != "pipe"
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
@@ -581,18 +583,16 @@ def meet(options: Any) -> Meeting:
             with trying(to):
                 return Meeting(options, left).enter(min(left, WAIT_TIME + ANSWER_TIME))
         except Failure as failure:
-            why, now = str(failure.__cause__), time.monotonic()
-            if why in (REFUSALS["full"], REFUSALS["nobody"]):
-                if now >= say_at:
-                    say(f"waiting in {options.room}: {why}")
-                    say_at = now + WAIT_TIME
-                time.sleep(why == REFUSALS["full"])
-            elif stays and why not in REFUSALS.values():
-                say(f"{failure}; trying again")
-                time.sleep(RETRY_TIME)
-            elif now < ends_at:
+            why, now = failure.why, time.monotonic()
+            if now >= ends_at:
+                break
+            if why not in CHANGING and (why in REFUSALS.values() or not stays):
                 raise
-    raise Failure(f"cannot {to}: nobody came in {options.wait:g} s")
+            if why != said or now >= said_at + WAIT_TIME:
+                say(f"{failure}; waiting")
+                said, said_at = why, now
+            time.sleep(RETRY_TIME)
+    raise Failure(to, f"nobody came in {options.wait:g} s")
 
 
 def find_way(meeting: Meeting) -> tuple[Socket, str]:
@@ -611,13 +611,10 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
             raise OSError(REFUSALS["relay"])
         tell(server, "relay")
         hear(meeting.in_time(), "relay")
-        for n, kind in enumerate((SYN, ACK, DONE)):
-            if n % 2 == meeting.peers.role:
-                meeting.peers.say(server, kind)
-            elif not (data := meeting.in_time().recv(PROBE_SIZE)):
-                raise OSError("the peer has left")
-            elif meeting.peers.kind_of(data) != kind:
-                raise OSError("the peer does not prove the secret")
+        puncher = Puncher(meeting.peers, [])
+        puncher.watch(server)
+        if not puncher.wait(meeting.ends_at):
+            raise OSError("the peer has left, or has another secret")
         return server, f"relay ({pair})"
 
 
@@ -677,49 +674,61 @@ class Channel:
             self.came, self.ended = self.came[4 + size :], size == 0
         return found
 
+    def check(self) -> None:
+        check_answers(self.sock)
+
     def write(self, data: Any) -> int:
         """Send a frame, or the rest of it where it was begun."""
-        check_answers(self.sock)
         self.going = self.going or memoryview(len(data).to_bytes(4, "big") + data)
         while self.going:
             self.going = self.going[self.sock.send(self.going) :]
         return len(data)
 
 
-class Hole:
-    """A hole that datagrams cross, used as a channel is."""
+class Datagrams:
+    """A local port of datagrams, or with peers the hole that they cross."""
 
-    def __init__(self, sock: Socket, meeting: Meeting) -> None:
-        self.sock, self.peers, self.there = sock, meeting.peers, sock.getpeername()
+    def __init__(self, sock: Socket, peers: Peers | None = None) -> None:
+        self.sock, self.peers = sock, peers
         self.source = self.sink = sock.fileno()
+        self.there: Any = peers and sock.getpeername()
+        sock.setblocking(False)
         self.heard_at = self.told_at = time.monotonic()
 
-    def read(self) -> list[Any]:
-        """Return a datagram, if one has come, and keep the hole open; raise OSError."""
+    def check(self) -> None:
+        """Keep a hole open; raise OSError if it is silent for too long."""
         now = time.monotonic()
-        if now > self.told_at + KEEP_ALIVE:
+        if self.peers and now > self.told_at + KEEP_ALIVE:
             self.peers.say(self.sock, DONE)
             self.told_at = now
-        if now > self.heard_at + SILENCE:
+        if self.peers and now > self.heard_at + SILENCE:
             raise OSError(f"the peer was silent for {SILENCE:g} s")
+
+    def read(self) -> list[Any]:
+        """Return a datagram, if one of payload has come; raise OSError."""
         data, source = self.sock.recvfrom(READ_SIZE)
-        if source != self.there:
+        kind = b""
+        if not self.peers:
+            self.there = source
+        elif source != self.there:
             return []  # it came before this was the hole
-        self.heard_at, kind = now, self.peers.kind_of(data)
-        if kind == BYE:
-            raise OSError("the peer has left")
-        if kind in (SYN, ACK):
-            self.peers.say(self.sock, DONE)
-        return [] if kind else [data]
+        else:
+            self.heard_at, kind = time.monotonic(), self.peers.kind_of(data)
+            if kind == BYE:
+                raise OSError("the peer has left")
+            if kind in (SYN, ACK):
+                self.peers.say(self.sock, DONE)
+        return [data] if data and not kind else []  # an empty one would be an end
 
     def write(self, data: Any) -> int:
-        """Send a datagram, or lose it."""
+        """Send a datagram, to the client that wrote last, or lose it."""
         with contextlib.suppress(OSError):
-            self.sock.send(data)
+            self.sock.sendmsg([data], (), 0, self.there)
         return len(data)
 
     def close(self) -> None:
-        self.peers.say(self.sock, BYE)
+        if self.peers:
+            self.peers.say(self.sock, BYE)
         self.sock.close()
 
 
@@ -728,19 +737,24 @@ class Pipe:
 
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
         """Take both descriptors, and see to it that writing does not block."""
-        self.source, self.sink, self.left = 0, 1, left
+        self.source, self.sink, self.out, self.left = 0, 1, sock, left
         if sock:
+            self.source = self.sink = sock.fileno()
             sock.setblocking(False)
-            # Each by itself, to be closed, and with a number that select() takes.
-            self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
-        mode = os.fstat(self.sink).st_mode
-        self.out = socket.socket(fileno=self.sink) if stat.S_ISSOCK(mode) else None
-        with contextlib.suppress(OSError):  # there may be no /proc
-            if stat.S_ISFIFO(mode):
+            sock.setsockopt(*RESET)
+        elif stat.S_ISSOCK(os.fstat(1).st_mode):
+            self.out = socket.socket(fileno=1)
+        elif stat.S_ISFIFO(os.fstat(1).st_mode):
+            with contextlib.suppress(OSError):  # there may be no /proc
                 # One of our own: others may share the one that we were given.
                 own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
                 os.dup2(own, 1)
                 os.close(own)
+
+    def check(self) -> None:
+        """Raise OSError if a connection is one no more."""
+        if self.out:
+            check_answers(self.out)
 
     def read(self) -> list[Any]:
         """Return what has come, or an empty end; raise OSError, also at the limit."""
@@ -753,43 +767,19 @@ class Pipe:
     def write(self, data: Any) -> int:
         """Write, or let the end be seen."""
         if data and self.out:
-            if self.out.family != socket.AF_UNIX:
-                check_answers(self.out)
             return self.out.send(data, socket.MSG_DONTWAIT)
         if data:
-            return os.write(self.sink, data)
-        if self.out:
-            with contextlib.suppress(OSError):  # it may have gone
-                self.out.shutdown(socket.SHUT_WR)
-            self.sink = self.out.detach()
-        os.close(self.sink)
+            return os.write(1, data)
+        if not self.out:
+            os.close(1)
+            return 0
+        with contextlib.suppress(OSError):  # it may have gone
+            self.out.shutdown(socket.SHUT_WR)
+            self.out.setsockopt(*RESET[:2], bytes(8))  # all has been written
         return 0
 
 
-class Datagrams:
-    """The local port of datagrams, used as a pipe is."""
-
-    def __init__(self, options: Any) -> None:
-        """Open the port; raise OSError."""
-        self.client, at = options.to, options.to or options.listen
-        self.sock = socket.socket(family_of(at[0]), DGRAM)
-        self.source = self.sink = self.sock.fileno()
-        self.sock.setblocking(False)
-        (self.sock.connect if self.client else self.sock.bind)(at)
-
-    def read(self) -> list[Any]:
-        data, self.client = self.sock.recvfrom(READ_SIZE)
-        return [data] if data else []  # an empty one would be an end: it is lost
-
-    def write(self, data: Any) -> int:
-        """Send to the client that wrote last, or lose it."""
-        with contextlib.suppress(OSError):
-            if self.client:
-                self.sock.sendto(data, self.client)
-        return len(data)
-
-
-def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
+def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
     ended: set[Any] = set()
     # With what has come and has not gone, where an empty one is the end.  The peer is
@@ -803,8 +793,8 @@ def carry(way: Channel | Hole | Pipe, local: Pipe | Datagrams) -> None:
         ready = select.select(readers, writers, [], KEEP_ALIVE / 2)[0]
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
-                # A hole is kept open also when nothing has come.
-                if not data and (source.source in ready or isinstance(source, Hole)):
+                source.check()
+                if not data and source.source in ready:
                     data += source.read()
                 while data:
                     sent = sink.write(data[0])
@@ -1038,8 +1028,10 @@ class Server:
                 for key in self.selector.get_map().values():
                     if key.fileobj not in socks:
                         os.close(key.fd)  # or no end of a member would be seen
-                signal.alarm(min(self.options.relay_time, 1 << 30))
-                carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
+                seconds = min(self.options.relay_time, 1e9)
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                # Each gets a number that select() takes.
+                carry(*[Pipe(sock.dup(), self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
         self.relays[pid], one.peer = one.room, None
@@ -1050,18 +1042,23 @@ class Server:
 # --- main ---------------------------------------------------------------------
 
 
-def join(meeting: Meeting, local: Callable[[], Pipe | Datagrams]) -> None:
-    """Find a way to the peer, then a local end, and carry between; raise Failure."""
+def dial(target: Address) -> Pipe:
+    with trying(f"connect to {spelled(target)}"):
+        return Pipe(socket.create_connection(target, ANSWER_TIME))
+
+
+def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None:
+    """Find a way to the peer, then the target, and carry between; raise Failure."""
     sock, name = find_way(meeting)
-    is_stream = meeting.kind == STREAM
-    with trying("carry the stream" if is_stream else "carry datagrams"):
-        way = (Channel if sock.type == STREAM else Hole)(sock, meeting)
+    with trying(f"carry {'datagrams' if options.udp else 'the stream'}"):
+        is_hole = sock.type == DGRAM
+        way = Datagrams(sock, meeting.peers) if is_hole else Channel(sock, meeting)
         with contextlib.closing(way):
             say(name)  # from now on, the peer hears of it when we are stopped
-            if is_stream:
+            if not options.udp:
                 why = "plain: TLS needs Python 3.13 on both sides"
                 say(f"the stream is {'encrypted' if meeting.tls else why}")
-            carry(way, local())
+            carry(way, local or dial(options.to))
 
 
 def run(stopped: int, work: Callable[..., object], *what: Any) -> int:
@@ -1083,42 +1080,8 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def leave_with(client: Socket) -> None:
-    """End this process once a client has gone: by a reset, or before its first byte."""
-
-    def look(*_: object) -> None:
-        state = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        is_empty = state == CLOSE_WAIT and not client.recv(1, socket.MSG_PEEK)
-        if state == CLOSED or is_empty:
-            say("the local client has gone")
-            os._exit(1)
-
-    signal.signal(signal.SIGIO, look)
-    fcntl.fcntl(client, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(client, fcntl.F_SETFL, fcntl.FASYNC)
-    look()
-
-
-def join_call(options: Any, meeting: Meeting | None, sock: Socket) -> None:
-    """Join a connection with a peer, after making what there is not; raise Failure."""
-    if not meeting:
-        leave_with(sock)
-
-    def local() -> Pipe:
-        nonlocal sock
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
-        if meeting:
-            with trying(f"connect to {spelled(options.to)}"):
-                sock = socket.create_connection(options.to, ANSWER_TIME)
-                sock.setsockopt(*RESET)
-        return Pipe(sock)
-
-    join(meeting or meet(options), local)
-    sock.setsockopt(*RESET[:2], bytes(8))  # all has been carried
-
-
 def join_calls(options: Any) -> None:
-    """Carry one stream after another, also at the same time; raise Failure."""
+    """Carry one stream after another, each in a process; raise Failure."""
     listener = socket.socket()
     if at := options.listen:
         with trying(f"listen on {spelled(at)}"):
@@ -1126,16 +1089,36 @@ def join_calls(options: Any) -> None:
     listener.setsockopt(*RESET)  # of the connections that it takes
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        meeting = meet(options) if options.to else None
-        sock = meeting.sock if meeting else listener.accept()[0]
+        # One client at a time waits for a peer, and the others in the backlog.
+        client = listener.accept()[0] if options.listen else None
+        meeting = meet(options)
         try:
             with trying("start a process"):
                 if os.fork() == 0:
                     listener.close()
-                    os._exit(run(0, join_call, options, meeting, sock))
+                    local = Pipe(client) if client else None
+                    os._exit(run(0, join, options, meeting, local))
         except Failure as failure:
             say(failure)
-        sock.close()
+        for sock in filter(None, (client, meeting.sock)):
+            sock.close()
+
+
+def join_datagrams(options: Any) -> None:
+    """Carry datagrams with one peer after another; raise Failure."""
+    with trying("open the local port"):
+        at = options.to or options.listen
+        sock = socket.socket(family_of(at[0]), DGRAM)
+        (sock.connect if options.to else sock.bind)(at)
+    local = Datagrams(sock)
+    while True:
+        meeting = meet(options)
+        try:
+            join(options, meeting, local)
+        except Failure as failure:
+            if failure.why == REFUSALS["relay"]:
+                raise
+            say(f"{failure}; meeting again")
 
 
 def filtering(meeting: Meeting) -> str:
@@ -1175,29 +1158,18 @@ def be_client(options: Any) -> None:
     options.key = secret_of("NATPUNCH_KEY", options.key, "")
     if options.room == "nat":
         if options.to or options.listen:
-            raise Failure("cannot use --to or --listen with nat, which is no room", 2)
+            raise Failure("use --to or --listen with nat", "it is not a room", 2)
         return tell_nat(options)
     options.secret = secret_of("NATPUNCH_SECRET", options.secret, "~/.natpunch")
     if options.udp and not options.to and not options.listen:
-        raise Failure("cannot use --udp without --to or --listen", 2)
+        raise Failure("use --udp", "it needs --to or --listen", 2)
     options.side = "far" if options.to else "call" if options.listen else "pipe"
     options.to = parse_address(options.to) if options.to else None
     if at := options.listen:
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
     if options.side == "pipe":
-        return join(meet(options), Pipe)
-    if not options.udp:
-        return join_calls(options)
-    with trying("open the local port"):
-        local = Datagrams(options)
-    while True:
-        meeting = meet(options)
-        try:
-            join(meeting, lambda: local)
-        except Failure as failure:
-            if str(failure.__cause__) == REFUSALS["relay"]:
-                raise
-            say(f"{failure}; meeting again")
+        return join(options, meet(options), Pipe())
+    (join_datagrams if options.udp else join_calls)(options)
 
 
 def serve(options: Any) -> None:
@@ -1205,27 +1177,20 @@ def serve(options: Any) -> None:
     options.key = secret_of("NATPUNCH_KEY", options.key, "")
     options.addresses = [parse_address(text, PORT) for text in options.addresses]
     if len({port for _, port in options.addresses}) > 1:
-        raise Failure("cannot serve: all addresses must have the same port", 2)
+        raise Failure("serve", "all addresses must have the same port", 2)
     for host, _ in options.addresses:
         try:
             ipaddress.ip_address(host)
         except ValueError:
-            raise Failure(f"cannot serve {host}: it is not an address", 2) from None
+            raise Failure(f"serve {host}", "it is not an address", 2) from None
     Server(options).run()
 
 
-def parse_count(text: str) -> int:
-    """Return a number of 1 or more; raise ValueError."""
-    if not (text.isascii() and text.isdigit() and int(text)):
+def positive(text: str) -> float:
+    """Return a number above 0; raise ValueError."""
+    if not (number := float(text)) > 0:
         raise ValueError
-    return int(text)
-
-
-def parse_seconds(text: str) -> float:
-    """Return seconds above 0; raise ValueError."""
-    if not (seconds := float(text)) > 0:
-        raise ValueError
-    return seconds
+    return number
 
 
 def main() -> int:
@@ -1250,7 +1215,7 @@ def main() -> int:
             ("--relay-bytes", 1 << 40),  # each way of each
             ("--relay-time", 86400),
         ):
-            parser.add_argument(name, type=parse_count, default=number, metavar="N")
+            parser.add_argument(name, type=positive, default=number, metavar="N")
     else:
         parser.add_argument("-s", "--server", required=True)
         parser.add_argument("room", metavar="ROOM", help="or nat, to ask which it is")
@@ -1259,9 +1224,7 @@ def main() -> int:
         end.add_argument("--to", metavar="HOST:PORT")
         end.add_argument("--listen", metavar="PORT")
         parser.add_argument("--udp", action="store_true")
-        parser.add_argument(
-            "--wait", type=parse_seconds, default=FOREVER, metavar="SECONDS"
-        )
+        parser.add_argument("--wait", type=positive, default=FOREVER, metavar="SECONDS")
         parser.add_argument("--direct-only", action="store_true")
     options = parser.parse_args(sys.argv[1 + serves :])
     for number in (signal.SIGINT, signal.SIGTERM):
