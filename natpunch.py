@@ -91,12 +91,11 @@ STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 # A round's time, and whether it begins with a low TTL: 6 s in all.
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
 Address = tuple[str, int]
-Attribute = tuple[int, bytes]  # of STUN
 Socket = socket.socket
 # Behind a NAT: RFC 1918, RFC 4193.
 PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"
-# Of Linux; the socket module does not have them.
-IP_PKTINFO, CLOSED, CLOSE_WAIT = 8, 7, 8
+# Of Linux; the socket module does not have it.
+IP_PKTINFO = 8
 RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
 
 # --- What is said -------------------------------------------------------------
@@ -185,8 +184,9 @@ def tell(sock: Socket, *words: object) -> None:
         sock.sendall(" ".join(map(str, words)).encode() + b"\n")
 
 
-def hear(sock: Socket, expected: str) -> list[str]:
+def hear(sock: Socket, expected: str, until: float) -> list[str]:
     """Return the words of the server's next message; raise what trying() takes."""
+    sock.settimeout(max(until - time.monotonic(), 0.01))
     # Not a byte more: after the last message comes what is relayed.
     with sock.makefile("rb", buffering=0) as file:
         line = file.readline(LINE_LIMIT)
@@ -229,7 +229,7 @@ KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and proofs that nobody ne
 OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
-def stun(kind: int, transaction: bytes, *attributes: Attribute) -> bytes:
+def stun(kind: int, transaction: bytes, *attributes: tuple[int, bytes]) -> bytes:
     """Return a message."""
     body = b""
     for name, value in attributes:
@@ -299,7 +299,9 @@ def bound(kind: int, family: int, port: int = 0) -> Socket:
     return sock
 
 
-def ask_stun(sock: Socket, server: Address, token: bytes, *asked: Attribute) -> Address:
+def ask_stun(
+    sock: Socket, server: Address, token: bytes, *asked: tuple[int, bytes]
+) -> Address:
     """Return as what a server sees a socket; raise what trying() takes."""
     request = stun(BINDING, COOKIE + token + os.urandom(4), *asked)
     sock.settimeout(OBSERVE_TIME)
@@ -457,10 +459,9 @@ class Puncher:
         if len(pairs) >= BIRTHDAYS:
             # The peer has to have sent to all its ports before we are seen there.
             again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
-        low_ttl = low_ttl and len(pairs) <= BIRTHDAYS
-        passes = [(0.0, LOW_TTL)] * low_ttl
-        later = pause * low_ttl
-        passes += [(later + n * again, -1) for n in range(int(seconds / again))]
+        passes = [(n * again, -1) for n in range(int(seconds / again))]
+        if low_ttl and len(pairs) <= BIRTHDAYS:
+            passes = [(0.0, LOW_TTL), *((pause + at, ttl) for at, ttl in passes)]
         shots = itertools.product(passes, enumerate(pairs))
         for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
             if hole := self.wait(start + at + n // 8 * 0.004):
@@ -490,20 +491,6 @@ def keep_alive(sock: Socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def check_answers(sock: Socket) -> None:
-    """Raise OSError if a peer has answered nothing that TCP sent it for too long.
-
-    TCP_USER_TIMEOUT would also end one that answers, and whose reader has paused.
-    """
-    if sock.family == socket.AF_UNIX:
-        return
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-    # In <linux/tcp.h>: retransmits, probes and, in milliseconds, last_ack_recv.
-    retransmits, probes, silence = struct.unpack("=2x2B52xI", info)
-    if (retransmits or probes > 1) and silence > SILENCE * 1000:
-        raise TimeoutError("the peer does not answer")
-
-
 class Meeting:
     """A connection to the server, and what was agreed there with the peer."""
 
@@ -513,7 +500,7 @@ class Meeting:
         self.sock = socket.create_connection(options.server, min(ANSWER_TIME, seconds))
         keep_alive(self.sock)
         tell(self.sock, "natpunch 1")
-        nonce, *others = hear(self.sock, "natpunch")
+        nonce, *others = hear(self.sock, "natpunch", time.monotonic() + ANSWER_TIME)
         self.nonce, (host, port) = bytes.fromhex(nonce), self.sock.getpeername()[:2]
         # The first is host1:p, then host1:p+1 and host2:p.
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
@@ -529,20 +516,14 @@ class Meeting:
         self.servers = [*seen]
         return [*seen.values()]
 
-    def in_time(self) -> Socket:
-        """Return the connection to the server, with as much patience as is left."""
-        self.sock.settimeout(max(self.ends_at - time.monotonic(), 0.01))
-        return self.sock
-
     def enter(self, seconds: float) -> Meeting:
         """Wait in the room for a peer; raise as __init__()."""
         has_psk = getattr(ssl, "HAS_PSK", False)  # from Python 3.13
         mine = [os.urandom(16).hex(), "tls" if has_psk else "plain"]
-        room = mac(self.options.secret, "room", self.options.room).hex()
-        line = " ".join(("join", room, f"{self.kind:d}", self.options.side, *mine))
+        room = mac(self.options.secret, "room", self.options.room, int(self.kind)).hex()
+        line = " ".join(("join", room, self.options.side, *mine))
         tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
-        self.ends_at = time.monotonic() + seconds
-        role, *theirs = hear(self.in_time(), "paired")
+        role, *theirs = hear(self.sock, "paired", time.monotonic() + seconds)
         self.ends_at = time.monotonic() + PAIR_TIME
         # What was agreed is in the key: nobody has altered it on the way.
         both = [mine, theirs] if role == "0" else [theirs, mine]
@@ -556,12 +537,13 @@ class Meeting:
         listeners = [bound(self.kind, self.sock.family)]
         seen = self.observe(listeners[0])
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
-        tell(self.sock, "round", *behavior(seen), seen[-1][1] if seen else 0, *here)
-        mine, host, port, kind, step, *inner = hear(self.in_time(), "peer")
-        if not {mine, kind} <= {"same", "step", "random", "none"}:
+        mine, step = behavior(seen)
+        tell(self.sock, "round", mine, step, *here)
+        theirs, ahead, host, port, *inner = hear(self.sock, "peer", self.ends_at)
+        if theirs not in ("same", "step", "random", "none"):
             raise ValueError("not a behavior")
         inside = inside_of(*inner) if len(inner) == 2 else []
-        count, there = aims(mine, kind, address_of(host, port), int(step), *inside)
+        count, there = aims(mine, theirs, address_of(host, port), int(ahead), *inside)
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
@@ -570,7 +552,7 @@ class Meeting:
         with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
             hole = puncher.run(there, seconds, low_ttl)
             # One of many may have a number above 1023, which select() does not take.
-            return hole and hole.dup(), f"{mine}-{kind}"
+            return hole and hole.dup(), f"{mine}-{theirs}"
 
 
 def meet(options: Any) -> Meeting:
@@ -610,7 +592,7 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
         if meeting.options.direct_only:
             raise OSError(REFUSALS["relay"])
         tell(server, "relay")
-        hear(meeting.in_time(), "relay")
+        hear(server, "relay", meeting.ends_at)
         puncher = Puncher(meeting.peers, [])
         puncher.watch(server)
         if not puncher.wait(meeting.ends_at):
@@ -674,9 +656,6 @@ class Channel:
             self.came, self.ended = self.came[4 + size :], size == 0
         return found
 
-    def check(self) -> None:
-        check_answers(self.sock)
-
     def write(self, data: Any) -> int:
         """Send a frame, or the rest of it where it was begun."""
         self.going = self.going or memoryview(len(data).to_bytes(4, "big") + data)
@@ -691,39 +670,33 @@ class Datagrams:
     def __init__(self, sock: Socket, peers: Peers | None = None) -> None:
         self.sock, self.peers = sock, peers
         self.source = self.sink = sock.fileno()
-        self.there: Any = peers and sock.getpeername()
-        sock.setblocking(False)
+        self.client: Any = None  # of a local port, which wrote last
         self.heard_at = self.told_at = time.monotonic()
+        sock.setblocking(False)
 
-    def check(self) -> None:
-        """Keep a hole open; raise OSError if it is silent for too long."""
-        now = time.monotonic()
+    def read(self) -> list[Any]:
+        """Return a datagram of payload, if one has come; raise OSError."""
+        now, kind = time.monotonic(), b""
         if self.peers and now > self.told_at + KEEP_ALIVE:
-            self.peers.say(self.sock, DONE)
+            self.peers.say(self.sock, DONE)  # which keeps the hole open
             self.told_at = now
         if self.peers and now > self.heard_at + SILENCE:
             raise OSError(f"the peer was silent for {SILENCE:g} s")
-
-    def read(self) -> list[Any]:
-        """Return a datagram, if one of payload has come; raise OSError."""
         data, source = self.sock.recvfrom(READ_SIZE)
-        kind = b""
-        if not self.peers:
-            self.there = source
-        elif source != self.there:
-            return []  # it came before this was the hole
-        else:
-            self.heard_at, kind = time.monotonic(), self.peers.kind_of(data)
+        if self.peers:
+            self.heard_at, kind = now, self.peers.kind_of(data)
             if kind == BYE:
                 raise OSError("the peer has left")
             if kind in (SYN, ACK):
                 self.peers.say(self.sock, DONE)
+        else:
+            self.client = source
         return [data] if data and not kind else []  # an empty one would be an end
 
     def write(self, data: Any) -> int:
-        """Send a datagram, to the client that wrote last, or lose it."""
+        """Send a datagram, or lose it."""
         with contextlib.suppress(OSError):
-            self.sock.sendmsg([data], (), 0, self.there)
+            self.sock.sendmsg([data], (), 0, self.client)
         return len(data)
 
     def close(self) -> None:
@@ -750,11 +723,6 @@ class Pipe:
                 own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
                 os.dup2(own, 1)
                 os.close(own)
-
-    def check(self) -> None:
-        """Raise OSError if a connection is one no more."""
-        if self.out:
-            check_answers(self.out)
 
     def read(self) -> list[Any]:
         """Return what has come, or an empty end; raise OSError, also at the limit."""
@@ -793,8 +761,9 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
         ready = select.select(readers, writers, [], KEEP_ALIVE / 2)[0]
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
-                source.check()
-                if not data and source.source in ready:
+                # A hole is kept open also when nothing has come.
+                is_ready = source.source in ready or isinstance(source, Datagrams)
+                if not data and is_ready:
                     data += source.read()
                 while data:
                     sent = sink.write(data[0])
@@ -823,8 +792,8 @@ class Member:
         self.room = self.side = ""
         self.words: list[str] = []  # for the peer
         self.peer: Member | None = None
-        self.ports: set[int] = set()  # as which it was seen in this round
-        self.said: list[Any] = []  # in this round
+        self.port = 0  # as which it was last seen, in this round
+        self.wants_relay = False
 
 
 class Server:
@@ -835,30 +804,30 @@ class Server:
         self.options, self.selector = options, selectors.DefaultSelector()
         self.udp: dict[Address, Socket] = {}
         self.members: dict[bytes, Member] = {}  # by token
-        self.far_until: dict[str, float] = {}  # rooms where a pipe wants the far end
         self.relays: dict[int, str] = {}  # pid -> room
         self.asked: dict[str, int] = {}  # of STUN, by source, in this second
         for host, port in options.addresses:
-            for here in ((host, port), (host, port + 1)):
-                with trying(f"listen on {spelled(here)}"):
-                    self.listen(here)
+            family = family_of(host)
+            others = [at for at, _ in options.addresses if at != host]
+            hosts = host, *[at for at in others if family_of(at) == family][:1]
+            for ports in ((port, port + 1), (port + 1, port)):
+                # In the order of the flags of CHANGE-REQUEST.
+                places = [(at, number) for at in hosts for number in ports]
+                with trying(f"listen on {spelled(places[0])}"):
+                    self.listen(places)
             say(f"serving on {spelled((host, port))} and {port + 1}")
 
-    def listen(self, here: Address) -> None:
-        """Open an address for both transports; raise OSError."""
-        addresses, family = self.options.addresses, family_of(here[0])
-        hosts = [at for at, _ in addresses if at != here[0] and family_of(at) == family]
-        ports = here[1], 2 * addresses[0][1] + 1 - here[1]
-        # In the order of the flags of CHANGE-REQUEST.
-        places = [(host, port) for host in (here[0], *hosts[:1]) for port in ports]
-        tcp = socket.create_server(here, family=family, backlog=1024)
-        udp = self.udp[here] = socket.socket(family, DGRAM)
-        is_any = here[0] in ("0.0.0.0", "::")
-        if family == socket.AF_INET6:
+    def listen(self, places: list[Address]) -> None:
+        """Open the first of these places for both transports; raise OSError."""
+        host, _ = here = places[0]
+        tcp = socket.create_server(here, family=family_of(host), backlog=1024)
+        udp = self.udp[here] = socket.socket(family_of(host), DGRAM)
+        # Where we have all addresses, the kernel says which one was asked.
+        if host == "0.0.0.0":
+            udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        if host == "::":
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, is_any)
-        else:
-            udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, is_any)
+            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         udp.bind(here)
         for sock, act in ((tcp, self.accept), (udp, self.observe)):
             sock.setblocking(False)
@@ -866,35 +835,30 @@ class Server:
 
     def run(self) -> None:
         """Serve until a signal."""
-        second = 0.0
         while True:
-            ready = self.selector.select(1.0)
-            while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
-                del self.relays[pid]  # before a member joins, for the room is free
-            for key, _ in ready:
-                act, *what = key.data
-                act(*what)
-            if (now := time.monotonic()) < second + 1:
-                continue
-            second = now
             self.asked.clear()
-            self.far_until = {r: at for r, at in self.far_until.items() if at > now}
+            until = (now := time.monotonic()) + 1
             for member in [m for m in self.members.values() if m.ends_at < now]:
                 self.drop(member, "gone" if member.peer else "nobody")
+            while (left := until - time.monotonic()) > 0:
+                ready = self.selector.select(left)
+                while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
+                    del self.relays[pid]  # before a member joins, for the room is free
+                for key, _ in ready:
+                    act, *what = key.data
+                    act(*what)
 
     def note(self, token: bytes, source: Address) -> bool:
-        """Remember as whom a member is seen; return whether it comes from there."""
+        """Remember as which port a member is seen; return whether it is one."""
         member = self.members.get(token)
         if not member or member.source[0] != source[0]:
             return False
-        if len(member.ports) < FAN:
-            member.ports.add(source[1])
+        member.port = source[1]
         return True
 
     def observe(self, sock: Socket, places: list[Address]) -> None:
         """Answer a datagram, from where it is wanted."""
         with contextlib.suppress(OSError, ValueError):
-            # Where we have all addresses, the kernel says which one was asked.
             message, asked, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
             other = places[3] if len(places) > 2 else None
             answer, change = stun_answer(message, source[:2], other)
@@ -960,14 +924,18 @@ class Server:
             case ["natpunch", "1"]:
                 others = [host for host, _ in member.places[2:3]]
                 tell(member.sock, "natpunch", member.nonce.hex(), *others)
-            case ["join", room, kind, side, nonce, can, proof] if not member.words:
+            case ["join", room, side, nonce, can, proof] if not member.words:
                 member.words, member.side = [nonce, can], side
                 right = mac(self.options.key, member.nonce.hex(), *words[:-1]).hex()
                 if not hmac.compare_digest(right, proof):
                     return self.drop(member, "key")
-                self.join(member, f"{room} {kind}")
-            case ["round", _, _, _, _, _] if member.peer:
-                self.compare(member, member.peer, words[1:])
+                self.join(member, room)
+            case ["round", kind, step, *inside] if len(inside) == 2 and member.peer:
+                told = [kind, step, member.source[0], member.port]
+                if member.source[0] == member.peer.source[0]:
+                    told += inside  # behind one NAT they may meet there
+                tell(member.peer.sock, "peer", *told)
+                member.port = 0
             case ["relay"] if member.peer:
                 self.relay(member, member.peer)
             case _:
@@ -976,49 +944,33 @@ class Server:
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
         here = [other for other in self.members.values() if other.room == room]
-        if any(other.peer for other in here) or room in self.relays.values():
+        has_far = "far" in (member.side, *(other.side for other in here))
+        is_taken = not has_far and any(other.peer for other in here)
+        if is_taken or room in self.relays.values():
             return self.drop(member, "taken")
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
-        if member.side == "far":
-            self.far_until[room] = member.ends_at
-        elif room in self.far_until:
-            member.side = "call"  # a pipe, too, waits for the far end
-        for other in here:
-            if member.side == other.side == "far":
+        for other in [other for other in here if not other.peer]:
+            sides = member.side, other.side
+            if sides == ("far", "far"):
                 self.drop(other, "taken")  # whose box may have lost its power
-            elif (member.side, other.side) != ("call", "call"):
+            elif "far" in sides or not has_far and sides != ("call", "call"):
                 return self.pair(other, member)
         if self.crowd(member):
             self.drop(member, "full")
 
     def pair(self, one: Member, two: Member) -> None:
-        """Tell two members of one another; a far end makes room for its next call."""
+        """Tell two members of one another."""
         for role, (member, peer) in enumerate(((one, two), (two, one))):
             member.peer, member.ends_at = peer, time.monotonic() + PAIR_TIME
             tell(member.sock, "paired", role, *peer.words)
-            if "far" in (one.side, two.side):
-                member.room = ""
-
-    def compare(self, one: Member, two: Member, words: list[str]) -> None:
-        """Tell both where the other was seen, once both have said how."""
-        kind, step, port, *inside = words
-        if int(port) not in one.ports or not 0 <= int(step) <= STEP_LIMIT:
-            kind, step, port = "none", "0", "0"
-        one.said = [int(port), kind, int(step), *itertools.chain(*inside_of(*inside))]
-        if len(two.said) < 3:
-            return
-        for member, peer in ((one, two), (two, one)):
-            seen = peer.said[: None if peer.source[0] == member.source[0] else 3]
-            tell(member.sock, "peer", member.said[1], peer.source[0], *seen)
-        one.said, one.ports, two.said, two.ports = [], set(), [], set()
 
     def relay(self, one: Member, two: Member) -> None:
         """Join two members' connections in a process, once both want it."""
         if self.options.no_relay or len(self.relays) >= self.options.relays:
             return self.drop(one, "relay")
-        one.said = ["relay"]
-        if two.said != ["relay"]:
+        one.wants_relay = True
+        if not two.wants_relay:
             return
         for member in (one, two):
             tell(member.sock, "relay")
@@ -1034,7 +986,9 @@ class Server:
                 carry(*[Pipe(sock.dup(), self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
-        self.relays[pid], one.peer = one.room, None
+        # A far end takes its next call meanwhile.
+        self.relays[pid] = "" if "far" in (one.side, two.side) else one.room
+        one.peer = None
         self.drop(one)
         self.drop(two)
 
@@ -1061,23 +1015,14 @@ def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None
             carry(way, local or dial(options.to))
 
 
-def run(stopped: int, work: Callable[..., object], *what: Any) -> int:
-    """Return the exit code of what is done, or of its being stopped."""
+def run(work: Callable[..., object], *what: Any) -> int:
+    """Return the exit code of what is done."""
     try:
         work(*what)
     except Failure as failure:
         say(failure)
         return failure.code
-    except KeyboardInterrupt:
-        return stopped
     return 0
-
-
-def stop(*_: object) -> None:
-    """End what is done, as a signal asks; a second one changes nothing."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def join_calls(options: Any) -> None:
@@ -1097,7 +1042,7 @@ def join_calls(options: Any) -> None:
                 if os.fork() == 0:
                     listener.close()
                     local = Pipe(client) if client else None
-                    os._exit(run(0, join, options, meeting, local))
+                    os._exit(run(join, options, meeting, local))
         except Failure as failure:
             say(failure)
         for sock in filter(None, (client, meeting.sock)):
@@ -1123,17 +1068,13 @@ def join_datagrams(options: Any) -> None:
 
 def filtering(meeting: Meeting) -> str:
     """Return what a datagram is let in by: RFC 5780 section 4.4."""
-    has_two = len(meeting.servers) > 2
-    tests = {OTHER_PORT: "address at most"}
-    if has_two:
-        tests = {OTHER_HOST | OTHER_PORT: "nothing", OTHER_PORT: "address"}
     sock = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
-    for flags, what in tests.items():
+    for flags, what in ((OTHER_HOST | OTHER_PORT, "nothing"), (OTHER_PORT, "address")):
         with contextlib.suppress(TimeoutError):
             change = CHANGE, bytes((0, 0, 0, flags))
             ask_stun(sock, meeting.servers[0], meeting.nonce[:8], change)
             return what
-    return "address and port" if has_two else "port, and perhaps address"
+    return "address and port"
 
 
 def tell_nat(options: Any) -> None:
@@ -1147,7 +1088,7 @@ def tell_nat(options: Any) -> None:
             text = f"{name}: {how} {step or ''}".rstrip()
             ports = " ".join(map(spelled, seen)) or "nowhere"
             text += f", port {listener.getsockname()[1]} seen at {ports}"
-            if kind == DGRAM and seen:
+            if kind == DGRAM and len(meeting.servers) > 2:
                 text += f", filtered by {filtering(meeting)}"
             print(text)
 
@@ -1205,8 +1146,7 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--key", default="", metavar="FILE", help="of the server")
     if serves:
-        every = ["0.0.0.0"]
-        parser.add_argument("addresses", nargs="*", metavar="ADDRESS", default=every)
+        parser.add_argument("addresses", nargs="*", default=["0.0.0.0"])
         parser.add_argument("--no-relay", action="store_true")
         for name, number in (
             ("--waiting", 256),  # members without a peer, and as many of no room
@@ -1227,12 +1167,18 @@ def main() -> int:
         parser.add_argument("--wait", type=positive, default=FOREVER, metavar="SECONDS")
         parser.add_argument("--direct-only", action="store_true")
     options = parser.parse_args(sys.argv[1 + serves :])
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second one changes nothing
+        is_pipe = not serves and not options.to and not options.listen
+        sys.exit(130 * is_pipe)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    is_pipe = not serves and not options.to and not options.listen
-    return run(130 * is_pipe, serve if serves else be_client, options)
+    return run(serve if serves else be_client, options)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def idle_server() -> float:
             sock = socket.create_connection((lab.servers[0], 3478), 5)
             sock.sendall(b"natpunch 1\n")
             nonce = sock.recv(200).decode().split()[1]
-            line = f"join {number:032x} 1 pipe {'0' * 32} plain"
+            line = f"join {number:032x} pipe {'0' * 32} plain"
             proof = natpunch.mac(b"", nonce, line).hex()
             sock.sendall(f"{line} {proof}\n".encode())
             return sock
