@@ -299,11 +299,10 @@ def bound(kind: int, family: int, port: int = 0) -> Socket:
     return sock
 
 
-def ask_stun(
-    sock: Socket, server: Address, token: bytes, *asked: tuple[int, bytes]
-) -> Address:
+def ask_stun(sock: Socket, server: Address, token: bytes, flags: int = 0) -> Address:
     """Return as what a server sees a socket; raise what trying() takes."""
-    request = stun(BINDING, COOKIE + token + os.urandom(4), *asked)
+    change = [(CHANGE, bytes((0, 0, 0, flags)))] if flags else []
+    request = stun(BINDING, COOKIE + token + os.urandom(4), *change)
     sock.settimeout(OBSERVE_TIME)
     if sock.type == STREAM:
         sock.connect(server)
@@ -709,20 +708,12 @@ class Pipe:
     """Standard input and output, or both directions of a connection."""
 
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
-        """Take both descriptors, and see to it that writing does not block."""
-        self.source, self.sink, self.out, self.left = 0, 1, sock, left
+        self.source, self.sink, self.left = 0, 1, left
         if sock:
-            self.source = self.sink = sock.fileno()
-            sock.setblocking(False)
-            sock.setsockopt(*RESET)
-        elif stat.S_ISSOCK(os.fstat(1).st_mode):
-            self.out = socket.socket(fileno=1)
-        elif stat.S_ISFIFO(os.fstat(1).st_mode):
-            with contextlib.suppress(OSError):  # there may be no /proc
-                # One of our own: others may share the one that we were given.
-                own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
-                os.dup2(own, 1)
-                os.close(own)
+            # Each by itself, to be closed, and with a number that select() takes.
+            self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
+        if not os.isatty(self.sink):  # which a shell shares
+            os.set_blocking(self.sink, False)
 
     def read(self) -> list[Any]:
         """Return what has come, or an empty end; raise OSError, also at the limit."""
@@ -734,16 +725,15 @@ class Pipe:
 
     def write(self, data: Any) -> int:
         """Write, or let the end be seen."""
-        if data and self.out:
-            return self.out.send(data, socket.MSG_DONTWAIT)
         if data:
-            return os.write(1, data)
-        if not self.out:
-            os.close(1)
+            return os.write(self.sink, data)
+        if not stat.S_ISSOCK(os.fstat(self.sink).st_mode):
+            os.close(self.sink)
             return 0
-        with contextlib.suppress(OSError):  # it may have gone
-            self.out.shutdown(socket.SHUT_WR)
-            self.out.setsockopt(*RESET[:2], bytes(8))  # all has been written
+        with socket.socket(fileno=self.sink) as sock:
+            with contextlib.suppress(OSError):  # it may have gone
+                sock.shutdown(socket.SHUT_WR)
+                sock.setsockopt(*RESET[:2], bytes(8))  # all has been written
         return 0
 
 
@@ -766,12 +756,10 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
                 if not data and is_ready:
                     data += source.read()
                 while data:
-                    sent = sink.write(data[0])
-                    if not data[0]:
+                    if rest := data[0][sink.write(data[0]) :]:
+                        data[0] = rest
+                    elif not data.pop(0):
                         ended.add(source)
-                    data[0] = data[0][sent:]
-                    if not data[0]:
-                        del data[0]
 
 
 # --- The server ---------------------------------------------------------------
@@ -982,8 +970,7 @@ class Server:
                         os.close(key.fd)  # or no end of a member would be seen
                 seconds = min(self.options.relay_time, 1e9)
                 signal.setitimer(signal.ITIMER_REAL, seconds)
-                # Each gets a number that select() takes.
-                carry(*[Pipe(sock.dup(), self.options.relay_bytes) for sock in socks])
+                carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
         # A far end takes its next call meanwhile.
@@ -998,7 +985,9 @@ class Server:
 
 def dial(target: Address) -> Pipe:
     with trying(f"connect to {spelled(target)}"):
-        return Pipe(socket.create_connection(target, ANSWER_TIME))
+        sock = socket.create_connection(target, ANSWER_TIME)
+        sock.setsockopt(*RESET)
+        return Pipe(sock)
 
 
 def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None:
@@ -1071,8 +1060,7 @@ def filtering(meeting: Meeting) -> str:
     sock = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
     for flags, what in ((OTHER_HOST | OTHER_PORT, "nothing"), (OTHER_PORT, "address")):
         with contextlib.suppress(TimeoutError):
-            change = CHANGE, bytes((0, 0, 0, flags))
-            ask_stun(sock, meeting.servers[0], meeting.nonce[:8], change)
+            ask_stun(sock, meeting.servers[0], meeting.nonce[:8], flags)
             return what
     return "address and port"
 
