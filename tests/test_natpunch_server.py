@@ -183,6 +183,11 @@ def test_a_far_end_takes_one_call_after_another(lab: natlab.Lab) -> None:
         far = Client(lab, "b")
         far.join(side="far")
         assert calls[1].hear().startswith("paired 0")
+        far.sock.close()
+        assert calls[1].hear() == "no gone"
+        last = Client(lab)
+        last.join()  # without a far end, two pipes meet
+        assert third.hear().startswith("paired 0") and last.hear()
 
 
 def test_who_waits_is_sent_away_and_who_says_nothing_too(lab: natlab.Lab) -> None:
