@@ -983,13 +983,6 @@ class Server:
 # --- main ---------------------------------------------------------------------
 
 
-def dial(target: Address) -> Pipe:
-    with trying(f"connect to {spelled(target)}"):
-        sock = socket.create_connection(target, ANSWER_TIME)
-        sock.setsockopt(*RESET)
-        return Pipe(sock)
-
-
 def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None:
     """Find a way to the peer, then the target, and carry between; raise Failure."""
     sock, name = find_way(meeting)
@@ -1001,7 +994,12 @@ def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None
             if not options.udp:
                 why = "plain: TLS needs Python 3.13 on both sides"
                 say(f"the stream is {'encrypted' if meeting.tls else why}")
-            carry(way, local or dial(options.to))
+            if not local:
+                with trying(f"connect to {spelled(options.to)}"):
+                    target = socket.create_connection(options.to, ANSWER_TIME)
+                target.setsockopt(*RESET)
+                local = Pipe(target)
+            carry(way, local)
 
 
 def run(work: Callable[..., object], *what: Any) -> int:
