@@ -590,7 +590,8 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
                 break  # no round will help
         if meeting.options.direct_only:
             raise OSError(REFUSALS["relay"])
-        tell(server, "relay")
+        if meeting.peers.role == 0:  # role 1 has a hole only if role 0 has it, too
+            tell(server, "relay")
         hear(server, "relay", meeting.ends_at)
         puncher = Puncher(meeting.peers, [])
         puncher.watch(server)
@@ -781,7 +782,6 @@ class Member:
         self.words: list[str] = []  # for the peer
         self.peer: Member | None = None
         self.port = 0  # as which it was last seen, in this round
-        self.wants_relay = False
 
 
 class Server:
@@ -954,12 +954,9 @@ class Server:
             tell(member.sock, "paired", role, *peer.words)
 
     def relay(self, one: Member, two: Member) -> None:
-        """Join two members' connections in a process, once both want it."""
+        """Join two members' connections in a process."""
         if self.options.no_relay or len(self.relays) >= self.options.relays:
             return self.drop(one, "relay")
-        one.wants_relay = True
-        if not two.wants_relay:
-            return
         for member in (one, two):
             tell(member.sock, "relay")
         pid, socks = os.fork(), (one.sock, two.sock)

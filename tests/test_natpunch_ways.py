@@ -803,11 +803,12 @@ def test_a_far_end_dials_nobody_for_who_does_not_prove_the_secret(
         room = hmac.digest(punching.SECRET.encode(), b"room proof 1", "sha256")[:16]
         client = Client(lab, "a")
         client.join(room.hex(), "call")
-        assert client.hear().startswith("paired ")
+        _, role, *_ = client.hear().split()
         client.say("round random 0 10.0.0.2 9")
         assert client.hear().startswith("peer ")
         client.sock.settimeout(15)
-        client.say("relay")
+        if role == "0":
+            client.say("relay")
         assert client.hear() == "relay"
         assert not select.select([target], [], [], 0.5)[0]
         client.sock.close()
