@@ -525,9 +525,9 @@ class Meeting:
         role, *theirs = hear(self.sock, "paired", time.monotonic() + seconds)
         self.ends_at = time.monotonic() + PAIR_TIME
         # What was agreed is in the key: nobody has altered it on the way.
-        both = [mine, theirs] if role == "0" else [theirs, mine]
-        text = f"{self.kind:d} {both}".encode()
-        self.peers = Peers(int(role), hmac.digest(self.options.secret, text, "sha256"))
+        both = mine + theirs if role == "0" else theirs + mine
+        key = mac(self.options.secret, "peers", int(self.kind), *both)
+        self.peers = Peers(int(role), key)
         self.tls = self.kind == STREAM and mine[1] == theirs[1] == "tls"
         return self
 
@@ -793,6 +793,7 @@ class Server:
         self.udp: dict[Address, Socket] = {}
         self.members: dict[bytes, Member] = {}  # by token
         self.relays: dict[int, str] = {}  # pid -> room
+        self.far_until: dict[str, float] = {}  # rooms whose far end may come again
         self.asked: dict[str, int] = {}  # of STUN, by source, in this second
         for host, port in options.addresses:
             family = family_of(host)
@@ -826,6 +827,7 @@ class Server:
         while True:
             self.asked.clear()
             until = (now := time.monotonic()) + 1
+            self.far_until = {r: at for r, at in self.far_until.items() if at > now}
             for member in [m for m in self.members.values() if m.ends_at < now]:
                 self.drop(member, "gone" if member.peer else "nobody")
             while (left := until - time.monotonic()) > 0:
@@ -884,6 +886,8 @@ class Server:
         if self.members.pop(member.nonce[:8], None):
             if why:
                 tell(member.sock, "no", why)
+            if member.side == "far":
+                self.far_until[member.room] = time.monotonic() + ANSWER_TIME
             self.selector.unregister(member.sock)
             member.sock.close()
             if member.peer:
@@ -932,17 +936,18 @@ class Server:
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
         here = [other for other in self.members.values() if other.room == room]
-        has_far = "far" in (member.side, *(other.side for other in here))
+        sides = [member.side, *(other.side for other in here)]
+        has_far = "far" in sides or room in self.far_until
         is_taken = not has_far and any(other.peer for other in here)
         if is_taken or room in self.relays.values():
             return self.drop(member, "taken")
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
         for other in [other for other in here if not other.peer]:
-            sides = member.side, other.side
-            if sides == ("far", "far"):
+            both = member.side, other.side
+            if both == ("far", "far"):
                 self.drop(other, "taken")  # whose box may have lost its power
-            elif "far" in sides or not has_far and sides != ("call", "call"):
+            elif "far" in both or not has_far and both != ("call", "call"):
                 return self.pair(other, member)
         if self.crowd(member):
             self.drop(member, "full")

@@ -168,7 +168,7 @@ def test_a_far_end_that_comes_anew_has_the_place_of_the_one_before(
 
 
 def test_a_far_end_takes_one_call_after_another(lab: natlab.Lab) -> None:
-    with serving(lab):
+    with serving(lab, changed="natpunch.ANSWER_TIME = 2"):
         far = Client(lab, "b")
         far.join(side="far")
         calls = [Client(lab), Client(lab)]
@@ -176,14 +176,17 @@ def test_a_far_end_takes_one_call_after_another(lab: natlab.Lab) -> None:
             call.join()
         assert calls[0].hear().startswith("paired 1") and far.hear()
         assert not select.select([calls[1].sock], [], [], 0.2)[0]  # not by a pipe
+        far.sock.close()
+        assert calls[0].hear() == "no gone"
         third = Client(lab)
-        third.join()
+        third.join()  # while the far end is about to come again
         assert not select.select([third.sock], [], [], 0.2)[0]
         far = Client(lab, "b")
         far.join(side="far")
         assert calls[1].hear().startswith("paired 0")
         far.sock.close()
         assert calls[1].hear() == "no gone"
+        time.sleep(3.1)  # in which it may come again
         last = Client(lab)
         last.join()  # without a far end, two pipes meet
         assert third.hear().startswith("paired 0") and last.hear()
