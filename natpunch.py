@@ -525,8 +525,8 @@ class Meeting:
         role, *theirs = hear(self.sock, "paired", time.monotonic() + seconds)
         self.ends_at = time.monotonic() + PAIR_TIME
         # What was agreed is in the key: nobody has altered it on the way.
-        both = mine + theirs if role == "0" else theirs + mine
-        key = mac(self.options.secret, "peers", int(self.kind), *both)
+        both = [mine, theirs] if role == "0" else [theirs, mine]
+        key = mac(self.options.secret, "peers", int(self.kind), both)
         self.peers = Peers(int(role), key)
         self.tls = self.kind == STREAM and mine[1] == theirs[1] == "tls"
         return self

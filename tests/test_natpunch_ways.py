@@ -506,13 +506,25 @@ def check_wire(lab: natlab.Lab, one: str, other: str) -> None:
     assert (PLAIN.decode() in sent(dump)) != both
 
 
-def test_a_server_that_alters_what_was_agreed_gets_no_pair(lab: natlab.Lab) -> None:
+# Of the words that a peer hears: its role, and the other's nonce and what it can.
+ALTERED = {
+    "another word": "[role, words[0], 'other']",
+    "more words": "[role, *([*more, *words] if role == '0' else [*words, *more])]",
+}
+
+
+@pytest.mark.parametrize("how", ALTERED)
+def test_a_server_that_alters_what_was_agreed_gets_no_pair(
+    how: str, lab: natlab.Lab
+) -> None:
     # As one that wants a stream to be plain would.
     alters = (
         "natpunch.ANSWER_TIME = 1; natpunch.ROUNDS = {1: ((0.3, False),)}; "
         "hear = natpunch.hear; "
-        "natpunch.hear = lambda sock, word, until: [w.replace('plain', 'other')"
-        " if word == 'paired' else w for w in hear(sock, word, until)]"
+        "alter = lambda role, *words, more=['0', 'plain']: "
+        f"{ALTERED[how]}; "
+        "natpunch.hear = lambda sock, word, until: alter(*hear(sock, word, until))"
+        " if word == 'paired' else hear(sock, word, until)"
     )
     peers = [punching.peer(lab, at, "altered", changed=alters) for at in "ab"]
     for process in peers:
