@@ -970,8 +970,7 @@ class Server:
                 for key in self.selector.get_map().values():
                     if key.fileobj not in socks:
                         os.close(key.fd)  # or no end of a member would be seen
-                seconds = min(self.options.relay_time, 1e9)
-                signal.setitimer(signal.ITIMER_REAL, seconds)
+                signal.setitimer(signal.ITIMER_REAL, min(self.options.relay_time, 1e9))
                 carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
@@ -1159,8 +1158,7 @@ def main() -> int:
     def stop(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second one changes nothing
-        is_pipe = not serves and not options.to and not options.listen
-        sys.exit(130 * is_pipe)
+        sys.exit(0 if serves or options.to or options.listen else 130)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
