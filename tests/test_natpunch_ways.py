@@ -255,7 +255,7 @@ def asleep(lab: natlab.Lab, seconds: float) -> None:
 
 def at_once(function: Callable[..., None], cases: Iterable[tuple[Any, ...]]) -> None:
     """Call a function with each case, some at a time."""
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda case: function(*case), cases))
 
 
