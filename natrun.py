@@ -469,7 +469,9 @@ class Gateway:
         for block in reversed(self.outside):
             self.own[block.max_prefixlen // 8] = block.network_address.packed
         self.domains = [str(one).lower().strip(".") for one in lat.get("domains", ())]
-        self.mappings, self.udp = bool(lat.get("mappings")), bool(lat.get("udp"))
+        # NAT-PMP has no IPv6.
+        self.mappings = bool(lat.get("mappings")) and len(self.at.packed) == 4
+        self.udp = bool(lat.get("udp"))
         self.user, self.password = settings.user or str(os.getuid()), settings.password
         with contextlib.suppress(KeyError):
             self.user = settings.user or pwd.getpwuid(os.getuid()).pw_name
@@ -542,6 +544,12 @@ class Gateway:
         size = (await receive(sock, 1))[0] if kind == DOMAIN else 4 * kind
         name = await receive(sock, size + 2)
         return name[:-2], int.from_bytes(name[-2:], "big")
+
+    def errno_of(self, error: OSError) -> int:
+        """Return the errno of an error; say once if the gateway itself is to blame."""
+        if isinstance(error, Lost):
+            say_once(f"cannot use the gateway {self.at}: {reason(error)}")
+        return error.errno or errno.EIO
 
     async def map(self, internal: int, external: int, seconds: int) -> int:
         """Have it map a port, or unmap it; return the port outside: RFC 6886."""
@@ -703,7 +711,12 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
     pipe: tuple[int, ...] = ()
     try:
         pipe = out, into = os.pipe()
-        while size := os.splice(source.fileno(), into, PIPE_SIZE):
+        while True:
+            if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
+                # It is the end, or what follows an urgent byte.
+                if not (data := source.recv(65536)):
+                    break
+                sink.sendall(data)
             if size == 65536:  # all that it holds: bulk comes
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
@@ -804,7 +817,11 @@ class Helper:
 
     def join(self, *socks: socket.socket) -> None:
         """Have it carry what two sockets receive; raise OSError."""
-        socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
+        try:
+            socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
+        except OSError as error:
+            say_once(f"cannot carry a connection, the helper is gone: {reason(error)}")
+            raise
 
 
 # --- Names --------------------------------------------------------------------
@@ -883,7 +900,8 @@ class Names:
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
         except OSError as error:
-            code = NO_NAME if error.errno == errno.EHOSTUNREACH else FAILED
+            lacks = self.gateway.errno_of(error) == errno.EHOSTUNREACH
+            code = NO_NAME if lacks else FAILED
         with contextlib.suppress(OSError):  # one lost datagram
             reply(response or reply_to(query, end, code, kind, data))
 
@@ -1316,7 +1334,7 @@ class Supervisor:
         where = "127.0.0.1", 0
         self.listener = socket.create_server(where, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
-        self.filler = socket.create_connection(self.room.pair())
+        self.filler = socket.create_connection(self.room.pair(), REACH_TIME)
         self.names, self.notified = Names(gateway, programs), 0
         self.datagrams: Datagrams | None = None
         self.flows: dict[bytes, Flow] = {}  # by cookie
@@ -1331,7 +1349,7 @@ class Supervisor:
         if not barred:
             self.datagrams = Datagrams(self.names, self.helper, app)
         elif programs["natrun"].udp == "yes":
-            say(f"datagrams go nowhere here, but for names: {barred}")
+            say(f"datagrams are not carried, but for names: {barred}")
 
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
@@ -1453,9 +1471,7 @@ class Supervisor:
                         self.helper.join(near, server)
             error = 0
         except OSError as failed:
-            error = failed.errno or errno.EIO
-            if isinstance(failed, Lost):
-                say_once(f"cannot use the gateway {gateway.at}: {reason(failed)}")
+            error = gateway.errno_of(failed)
         finally:
             self.settle(sock, flow, error)
 
@@ -1582,7 +1598,7 @@ class Supervisor:
     async def map(self, sock: socket.socket, where: Endpoint) -> int:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
-        # NAT-PMP lets nobody choose, and has no IPv6.
+        # NAT-PMP lets nobody choose.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
         if gateway.password:  # of users, only who has a session may map
@@ -1754,16 +1770,22 @@ class Command:
                         continue
                     if not os.WIFSTOPPED(one[1]):
                         self.code = os.waitstatus_to_exitcode(one[1])
-                    elif os.isatty(2):  # else a shell would wait for us
-                        os.kill(os.getpid(), signal.SIGSTOP)
+                    else:  # else a shell would wait for us
+                        self.stop()
         elif code == SI_KERNEL:  # of a terminal: it has reached the command, too
             if number == signal.SIGTSTP and self.code is not None:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                self.stop()
         elif self.code is None:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, number)
         elif number not in (signal.SIGCONT, signal.SIGURG, signal.SIGWINCH):
             self.leave()
+
+    def stop(self) -> None:
+        """Stop, unless there is no shell to let us go on: the kernel knows."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
 
     def leave(self) -> NoReturn:
         """End as the command has ended."""
@@ -1789,6 +1811,8 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     # What becomes a daemon stays a descendant, whom Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    # If whoever started us ignored it, the kernel would reap in our place.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Each connection is a descriptor here, and some in the helper.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
@@ -1825,7 +1849,12 @@ def check(given: dict[str, str], settings: Settings) -> int:
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
     gateway = find_gateway(given.get("-g", ""), settings)
     say(f"gateway: {gateway.at}, {'NATWork' if gateway.natwork else 'a SOCKS server'}")
-    works = {"datagrams": barred if gateway.udp else LACKS}
+    works = {"login": "", "datagrams": barred if gateway.udp else LACKS}
+    with contextlib.suppress(OSError), socket.socket(gateway.at.family) as sock:
+        try:
+            asyncio.run(gateway.talk(sock, RESOLVE, b"localhost\0\0", "natrun"))
+        except Lost as error:  # any other answer is one to who is let in
+            works["login"] = reason(error)
     works["listening"] = "" if gateway.mappings else LACKS
     for name, why in works.items():
         say(f"{name}: {'no, ' + why if why else 'yes'}")

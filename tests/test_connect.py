@@ -497,6 +497,17 @@ def test_a_failure_on_the_way_has_its_outcome(
     assert (line["outcome"], line["address"]) == (word, dialed)
 
 
+def test_socks_tells_no_name_from_no_answer(
+    lines: Lines, gateway: running.Start
+) -> None:
+    gateway()
+    for name, reply in (b"nosuch.example", 4), (b"failing.example", 6):
+        with lines.client() as client:
+            asked = b"\5\1\0\3%c%b\0\x50" % (len(name), name)
+            client.sendall(b"\5\1\0" + asked)
+            assert wire.read_exactly(client, 4) == b"\5\0\5%c" % reply
+
+
 def test_a_drain_does_not_wait_for_a_silent_name_server(
     lines: Lines, gateway: running.Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,7 +283,7 @@ def test_a_gateway_that_is_away_is_named_once(rig: Rig, user: str) -> None:
     assert done.returncode == 0
     assert done.stdout.count("ENETUNREACH") == 5
     assert done.stderr == (
-        "natrun: datagrams go nowhere here, but for names: the gateway does not offer "
+        "natrun: datagrams are not carried, but for names: the gateway does not offer "
         "it\nnatrun: cannot use the gateway 10.9.0.1:9: connection refused\n"
     )
 
@@ -357,6 +357,25 @@ def test_an_end_and_a_reset_go_through(rig: Rig, user: str) -> None:
     words = [SERVER, str(server.port)]
     assert rig.probe(user, "half_closed", *words) == ["SOME WORDS"] * 2
     assert rig.probe(user, "reset", *words) == ["ECONNRESET"] * 2
+    server.close()
+
+
+def test_an_urgent_byte_is_not_the_end(rig: Rig) -> None:
+    make = functools.partial(origins.Origin, say_or_reset, SERVER)
+    server = rig.box.within("outside", make)
+    code = f"""if True:
+        import select, socket, time
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            sock.connect_ex(({SERVER!r}, {server.port}))
+            select.select([], [sock], [], 10)
+            sock.setblocking(True)
+            for data, flags in (b"before", 0), (b"!", socket.MSG_OOB), (b" after", 0):
+                sock.send(data, flags)
+                time.sleep(0.1)
+            sock.shutdown(socket.SHUT_WR)
+            print(b"".join(iter(lambda: sock.recv(99), b"")).decode())"""
+    assert rig.output("nobody", PYTHON, "-c", code) == "BEFORE AFTER\n"
     server.close()
 
 
@@ -509,38 +528,61 @@ def test_a_terminals_interrupt_is_seen_once(rig: Rig) -> None:
     assert seen.read_text() == "x\n"
 
 
+class Terminal:
+    """A terminal, what is run there, and what it shows."""
+
+    def __init__(self, *words: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.execvpe(words[0], words, {**os.environ, "PS1": "$ "})
+        self.said = b""
+
+    def until(self, mark: bytes) -> None:
+        """Wait until it has shown something."""
+        deadline = time.monotonic() + 20
+        while mark not in self.said and time.monotonic() < deadline:
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.said += os.read(self.fd, 4096)
+        assert mark in self.said, self.said
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.close(self.fd)
+        os.waitpid(self.pid, 0)
+
+
 @pytest.mark.parametrize(
     "command", ["kill -STOP $$; exit 6", "trap '' TSTP; echo rea'dy'; sleep 1; exit 6"]
 )
 def test_who_stops_itself_gives_the_shell_its_terminal(rig: Rig, command: str) -> None:
     words = shlex.join(rig.command("root", "sh", "-c", command))
-    pid, terminal = pty.fork()
-    if not pid:
-        shell = rig.box.command("inside", "bash", "--norc", "-i")
-        os.execvpe(shell[0], shell, {**os.environ, "PS1": "$ "})
-    said = b""
-
-    def until(mark: bytes) -> None:
-        nonlocal said
-        deadline = time.monotonic() + 20
-        while mark not in said and time.monotonic() < deadline:
-            if select.select([terminal], [], [], 0.1)[0]:
-                said += os.read(terminal, 4096)
-        assert mark in said, said
-
-    try:
-        os.write(terminal, words.encode() + b"; echo ended $?\n")
+    terminal = Terminal(*rig.box.command("inside", "bash", "--norc", "-i"))
+    with contextlib.closing(terminal):
+        os.write(terminal.fd, words.encode() + b"; echo ended $?\n")
         if "trap" in command:
-            until(b"ready")
-            os.write(terminal, b"\x1a")  # Ctrl-Z, which it does not heed
+            terminal.until(b"ready")
+            os.write(terminal.fd, b"\x1a")  # Ctrl-Z, which it does not heed
         else:
-            until(b"Stopped")
-            os.write(terminal, b"fg; echo ended $?\n")
-        until(b"ended 6")
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.close(terminal)
-        os.waitpid(pid, 0)
+            terminal.until(b"Stopped")
+            os.write(terminal.fd, b"fg; echo ended $?\n")
+        terminal.until(b"ended 6")
+
+
+def test_ctrl_z_stops_nothing_where_there_is_no_shell(rig: Rig) -> None:
+    curl = f"curl -sS http://{SERVER}/page"
+    inner = rig.command("root", "sh", "-c", f"echo rea'dy'; sleep 1; {curl}")
+    terminal = Terminal(*rig.box.command("inside", *inner))
+    with contextlib.closing(terminal):
+        terminal.until(b"ready")
+        os.write(terminal.fd, b"\x1a")
+        terminal.until(b"a page")
+
+
+def test_a_parent_may_ignore_its_children(rig: Rig) -> None:
+    command = rig.command("nobody", "sh", "-c", "exit 3")
+    ignoring = "trap '' CHLD; exec \"$@\""
+    done = rig.box.run("inside", "bash", "-c", ignoring, "bash", *command)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_the_command_has_the_signals_that_were_blocked(rig: Rig) -> None:
@@ -806,6 +848,11 @@ def test_a_user_logs_in(rig: Rig, user: str) -> None:
         f"natrun: cannot use the gateway {at}: it lets in nobody without a user and "
         "password that it knows\n"
     )
+    for option, word in ([], "no, it lets in nobody "), (["-c", str(settings)], "yes"):
+        told = rig.natrun(user, *option, "--check", gateway=at).stderr
+        assert f"natrun: login: {word}" in told
+    unknown = rig.natrun(user, *get, gateway=at)  # a name is asked for first
+    assert unknown.stderr.startswith(refused.stderr), unknown
     gateway.stop()
 
 
@@ -882,9 +929,10 @@ def test_it_says_what_works(rig: Rig, user: str) -> None:
     done = rig.natrun(user, "--check")
     said = [line.removeprefix("natrun: ") for line in done.stderr.splitlines()]
     assert done.returncode == 0 and said[0].startswith("Linux ")
-    assert said[-5:] == [
+    assert said[-6:] == [
         "namespace: yes",
         f"gateway: {natrun_rig.GATEWAY}, NATWork",
+        "login: yes",
         "datagrams: yes",
         "listening: no, the gateway does not offer it",
         "programs: yes",

@@ -373,7 +373,7 @@ def test_without_a_namespace_there_are_names(
     assert done.stdout.startswith('a page{"203.0.113.80:80": {"blocking": ["ok"]')
     said = [line for line in done.stderr.splitlines() if line.startswith("natrun: ")]
     assert said == [
-        "natrun: datagrams go nowhere here, but for names: user namespaces are "
+        "natrun: datagrams are not carried, but for names: user namespaces are "
         "forbidden (user.max_user_namespaces)"
     ]
     assert "Network is unreachable" in done.stderr
@@ -428,7 +428,7 @@ def test_datagrams_that_are_not_carried_are_told(
             command = without_namespaces(rig, user, *inner)
         done = rig.box.run("inside", *command)
     assert (done.returncode, done.stdout) == (0, '"EINVAL"\n')
-    assert done.stderr.count("natrun: datagrams go nowhere here") == 1
+    assert done.stderr.count("natrun: datagrams are not carried") == 1
 
 
 def test_a_stopped_helper_stops_nobody_else(rig: Rig) -> None:
