@@ -276,6 +276,7 @@ def test_purged_it_leaves_nothing(
     assert host.run("dpkg --list natwork", check=False).stdout.count("\nii ") == 0
     with kernel.network_of(host.leader), pytest.raises(ConnectionRefusedError):
         origins.socket.create_connection(("127.0.0.1", 8080))
-    assert host.run("getent passwd natwork").stdout  # by choice: debian/natwork.postrm
-    host.install(deb)  # and once more, with the user there
+    for table in ("passwd", "group"):
+        assert host.run(f"getent {table} natwork", check=False).stdout == ""
+    host.install(deb)  # and once more
     assert host.run("systemctl is-active natwork").stdout == "active\n"
