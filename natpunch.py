@@ -1130,11 +1130,12 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--key", default="", metavar="FILE", help="of the server")
+    add = parser.add_argument
+    add("--version", action="version", version=f"natpunch {__version__}")
+    add("--key", default="", metavar="FILE", help="of the server")
     if serves:
-        parser.add_argument("addresses", nargs="*", default=["0.0.0.0"])
-        parser.add_argument("--no-relay", action="store_true")
+        add("addresses", nargs="*", default=["0.0.0.0"])
+        add("--no-relay", action="store_true")
         for name, number in (
             ("--waiting", 256),  # members without a peer, and as many of no room
             ("--per-address", 16),  # of these
@@ -1142,17 +1143,17 @@ def main() -> int:
             ("--relay-bytes", 1 << 40),  # each way of each
             ("--relay-time", 86400),
         ):
-            parser.add_argument(name, type=positive, default=number, metavar="N")
+            add(name, type=positive, default=number, metavar="N")
     else:
-        parser.add_argument("-s", "--server", required=True)
-        parser.add_argument("room", metavar="ROOM", help="or nat, to ask which it is")
-        parser.add_argument("--secret", default="", metavar="FILE")
+        add("-s", "--server", required=True)
+        add("room", metavar="ROOM", help="or nat, to ask which it is")
+        add("--secret", default="", metavar="FILE")
         end = parser.add_mutually_exclusive_group()
         end.add_argument("--to", metavar="HOST:PORT")
         end.add_argument("--listen", metavar="PORT")
-        parser.add_argument("--udp", action="store_true")
-        parser.add_argument("--wait", type=positive, default=FOREVER, metavar="SECONDS")
-        parser.add_argument("--direct-only", action="store_true")
+        add("--udp", action="store_true")
+        add("--wait", type=positive, default=FOREVER, metavar="SECONDS")
+        add("--direct-only", action="store_true")
     options = parser.parse_args(sys.argv[1 + serves :])
 
     def stop(*_: object) -> None:

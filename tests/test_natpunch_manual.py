@@ -75,6 +75,12 @@ def test_every_option_is_there() -> None:
     assert listed == offered
 
 
+def test_it_says_which_version_it_is() -> None:
+    command = [sys.executable, str(punching.PROGRAM), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    assert re.fullmatch(r"natpunch [0-9.]+\n", said)
+
+
 def test_exit_codes_are_there() -> None:
     text = test_manuals.section("natpunch.1", "EXIT STATUS")
     assert re.findall(r"^\.It (\d+)$", text, re.M) == ["0", "1", "2", "130"]
