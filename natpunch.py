@@ -684,6 +684,8 @@ class Datagrams:
             raise OSError(f"the peer was silent for {SILENCE:g} s")
         data, source = self.sock.recvfrom(READ_SIZE)
         if self.peers:
+            if source != self.sock.getpeername():
+                return []  # it came before this was the hole
             self.heard_at, kind = now, self.peers.kind_of(data)
             if kind == BYE:
                 raise OSError("the peer has left")

@@ -115,7 +115,7 @@ def say(text: str) -> None:
             os.write(2, f"natrun: {line}\n".encode()[: select.PIPE_BUF])
 
 
-def keep(table: dict[Any, Any], key: Any, value: Any) -> None:
+def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
     """Put something into a table, which forgets the oldest."""
     table[key] = value
     if len(table) > RECORDS:
@@ -942,7 +942,7 @@ class Names:
                 return address
         number = (198 << 24) + (18 << 16) + next(self.numbers) % 131071
         address = number.to_bytes(4, "big")
-        keep(self.called, address, name)
+        remember(self.called, address, name)
         return address
 
     async def look_back(self, target: bytes, app: str) -> bytes:
@@ -1153,8 +1153,8 @@ def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
     if len(source.packed) == 4:
         head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
         # RFC 1071: the sum of 16-bit words, with carries, is the number modulo 0xFFFF.
-        check = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
-        head = head[:10] + check.to_bytes(2, "big") + head[12:]
+        checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
+        head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
     else:
         head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
     return head + struct.pack("!HHHxx", source.port, target.port, size) + data
@@ -1541,7 +1541,7 @@ class Supervisor:
         if not self.datagrams or local or protocol not in (0, 17):
             return PROCEED
         with await self.helper.make(family, kind & 15) as sock:
-            keep(self.datagrams.apps, os.fstat(sock.fileno()).st_ino, call.app)
+            remember(self.datagrams.apps, os.fstat(sock.fileno()).st_ino, call.app)
             call.give(sock, kind)
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import socket
 import sys
@@ -278,5 +279,19 @@ def test_it_has_the_form_of_the_others() -> None:
     assert natpunch.__version__ == test_shape.heart.__version__
 
 
+def test_what_came_before_the_hole_was_there_is_not_from_the_peer() -> None:
+    with contextlib.ExitStack() as stack:
+        ours, peer, other = (
+            stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)) for _ in range(3)
+        )
+        for sock in (ours, peer, other):
+            sock.bind(("127.0.0.1", 0))
+        other.sendto(b"not the peer's", ours.getsockname())
+        ours.connect(peer.getsockname())
+        peer.sendto(b"the peer's", ours.getsockname())
+        hole = natpunch.Datagrams(ours, natpunch.Peers(0, b"key"))
+        assert [hole.read(), hole.read()] == [[], [b"the peer's"]]
+
+
 def test_it_keeps_to_its_size() -> None:
-    assert SOURCE.count("\n") <= 1172
+    assert SOURCE.count("\n") <= 1174
