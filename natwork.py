@@ -607,6 +607,8 @@ class Scoreboard:
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
+# Of a target as the log has it.
+HOST = re.compile(r"(?:[^/]*?://)?(?:\[([^]]*)\]|([^/:]*)).*")
 
 
 def printable(raw: bytes, limit: int = 255) -> str:
@@ -665,8 +667,7 @@ class Session:
 
     def host(self) -> str:
         """Return the host of the target, without scheme, port and path."""
-        authority = re.sub(r"\A[^/]*://|/.*", "", self.target)
-        return host_of(authority) or authority
+        return "".join(HOST.findall(self.target)[0])
 
     def title(self) -> str:
         """Return the process title: no path, no query, and the host last."""
@@ -3286,9 +3287,7 @@ class Exchange:
             return False
         if self.session.method == "-" or self.head.keep_alive or self.length:
             return True
-        with contextlib.suppress(Refused):
-            return self.client.fill() and bool(self.client.received)
-        return False
+        return bool(readable([self.client.fd]))
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""
