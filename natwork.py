@@ -917,26 +917,27 @@ class Stream:
         del self.received[:count]
         return piece
 
-    def failed(self, error: OSError) -> Refused:
-        """Return the refusal for an error of the socket, and remember a reset.
+    def attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a call on the socket returns, None if it can do nothing now.
 
-        EPIPE: the peer had closed its side before, so what it sent is complete.
+        Raises Refused.  EPIPE: the peer had closed its side before, so what it sent is
+        complete; any other error is a reset, or as bad.
         """
-        self.was_reset = not isinstance(error, BrokenPipeError)
-        return Refused(self.lost, reason(error))
+        try:
+            return call(*arguments)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self.was_reset = not isinstance(error, BrokenPipeError)
+            raise Refused(self.lost, reason(error)) from None
 
     def fill(self) -> bool:
         """Receive what is there; return False at the end; raise Refused."""
-        try:
-            data = self.sock.recv(COPY_SIZE)
-        except BlockingIOError:
-            return True  # nothing is there yet
-        except OSError as error:
-            raise self.failed(error) from None
-        if not data and self.was_reset:
+        data: bytes | None = self.attempt(self.sock.recv, COPY_SIZE)
+        if data == b"" and self.was_reset:
             raise Refused(self.lost, "connection reset")
-        self.received += data
-        return bool(data)
+        self.received += data or b""
+        return data != b""
 
     def need(self, count: int = 1) -> Steps:
         """Receive until so many bytes are there; raise Refused if it ends before."""
@@ -973,23 +974,9 @@ class Stream:
             yield from self.need(len(self.received) + 1)
         return taken
 
-    def splice(self, fd_from: int, fd_to: int, count: int) -> int:
-        """Splice at most count bytes, return how many; raise Refused."""
-        try:
-            return os.splice(fd_from, fd_to, count)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self.failed(error) from None
-
     def send(self, data: bytes | bytearray) -> int:
         """Send what the kernel takes now; return its size; raise Refused."""
-        try:
-            sent = self.sock.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self.failed(error) from None
+        sent: int = self.attempt(self.sock.send, data) or 0
         self.sent += sent
         return sent
 
@@ -1181,7 +1168,7 @@ class Direction:
             pipe_out, pipe_in = os.pipe2(PIPE_FLAGS)
         except OSError:  # no descriptors left
             return 0
-        total, size = 0, COPY_SIZE
+        source, sink, total, size = self.source, self.sink, 0, COPY_SIZE
         count = min(count, 64 * PIPE_SIZE)  # then the other direction has its turn
         try:
             # Refused to a user that has many pipes already: then 64 KiB, or less, do.
@@ -1189,14 +1176,14 @@ class Direction:
                 fcntl.fcntl(pipe_in, 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
             while size >= COPY_SIZE and total < count:
                 size = min(count - total, PIPE_SIZE)
-                held = size = self.source.splice(self.source.fd, pipe_in, size)
+                held = size = source.attempt(os.splice, source.fd, pipe_in, size) or 0
                 total += size
                 while held:
-                    sent = self.sink.splice(pipe_out, self.sink.fd, held)
+                    sent = sink.attempt(os.splice, pipe_out, sink.fd, held) or 0
                     if not sent:
-                        yield self.sink.fd, POLLOUT
+                        yield sink.fd, POLLOUT
                     held -= sent
-                    self.sink.sent += sent
+                    sink.sent += sent
             return total
         finally:
             os.close(pipe_out)
