@@ -522,8 +522,8 @@ def test_a_pid_file_that_is_removed_while_it_is_awaited_is_no_lock(
 def test_the_pid_file_is_there_while_the_gateway_is(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid")
     pidfile = gateway.folder / "natwork.pid"
-    wait.until(pidfile.exists)
-    assert pidfile.read_text() == f"{gateway.process.pid}\n"
+    written = f"{gateway.process.pid}\n"
+    wait.until(lambda: pidfile.exists() and pidfile.read_text() == written)
     gateway.stop()
     assert not pidfile.exists()
 
@@ -537,12 +537,13 @@ def test_a_stale_pid_file_is_taken_over(daemon: running.Start, tmp_path: Path) -
 
 def test_a_second_gateway_with_one_pid_file_is_refused(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid")
-    wait.until((gateway.folder / "natwork.pid").exists)
+    pidfile, written = gateway.folder / "natwork.pid", f"{gateway.process.pid}\n"
+    wait.until(lambda: pidfile.exists() and pidfile.read_text() == written)
     done = running.command("-o", "log=-", cwd=gateway.folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last == "natwork: another natwork holds the pid file natwork.pid"
-    assert int((gateway.folder / "natwork.pid").read_text()) == gateway.process.pid
+    assert pidfile.read_text() == written
     assert answers(gateway.address)
 
 
