@@ -654,8 +654,9 @@ class Session:
     via = b""  # the gateways that a request has come through
 
     def __init__(self, client: str, pid: str, proto: str = "-") -> None:
-        """Begin a session of a client, as endpoint() writes it, now."""
-        self.began, self.pid, self.client, self.proto = time.time(), pid, client, proto
+        """Begin a session of a client, as endpoint() writes it, now (monotonic)."""
+        self.began, self.pid = time.monotonic(), pid
+        self.client, self.proto = client, proto
 
     def fields(self, user_size: int = NAME_SIZE) -> str:
         """Return what the log line and the row have in common, in the log's form."""
@@ -677,9 +678,9 @@ class Session:
 
     def line(self, outcome: str) -> str:
         """Return the line of the access log, its fields in their order."""
-        seconds = max(0.0, time.time() - self.began)  # the clock may have been set
+        seconds = time.monotonic() - self.began  # the clock may have been set meanwhile
         return (
-            f"time={timestamp(int(self.began))} {self.fields()} "
+            f"time={timestamp(int(time.time() - seconds))} {self.fields()} "
             f"outcome={outcome} up={self.up} down={self.down} secs={seconds:.3f}"
         )
 
@@ -805,7 +806,7 @@ def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
         old, new = (name.rpartition(":")[2] for name in (one.client, one.source))
         ports = [int(port) if port.isdecimal() else None for port in (old, new)]
         way = host_of(one.client), *ports, one.address, one.proto, one.host(), one.user
-        age = round(time.time() - one.began, 1)
+        age = round(time.monotonic() - one.began, 1)
         rows.append(dict(zip(keys, (*way, age, one.up, one.down, pid))))
     return rows
 
@@ -1451,11 +1452,13 @@ class Worker:
         try:
             serve()
             outcome = session.outcome
-        except Refused as refusal:
-            session.user = refusal.user or session.user
-            outcome = refuse(refusal)
-        except OSError as error:
-            outcome = refuse(Refused(outcome_of(error), reason(error)))
+        except (Refused, OSError) as error:
+            if isinstance(error, OSError):
+                error = Refused(outcome_of(error), reason(error))
+            session.user = error.user or session.user
+            outcome = refuse(error)
+            if outcome in (BROKEN, OVERLOAD):  # the operator may mend it
+                self.board.say(f"a session had to end: {error.detail}")
         finally:
             session.down += self.client.stream.counted()
             if not outcome:  # what nobody foresaw: half an answer must not look whole
@@ -2369,6 +2372,8 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         if refusal.outcome is SERVER_GONE:
             deliver(watch, client)
         client.abort()
+        if refusal.outcome is SERVER_GONE and up.state == up.DONE:
+            raise Refused(CLIENT_GONE, "the client had gone before") from None
         raise
     finally:
         session.up += server.counted()
@@ -3368,8 +3373,9 @@ def admit(worker: Worker, client: Client) -> bool:
     try:
         inside = worker.policy.is_client(client.address, client.stream.sock)
         outcome = OK if inside else OUTSIDER
-    except OSError as error:  # the kernel does not say where it comes from
+    except OSError as error:
         outcome = outcome_of(error)
+        worker.board.say(f"cannot tell where a client comes from: {reason(error)}")
     if outcome is not OK:
         session = Session(client.endpoint, worker.pid_text)
         worker.generation.log.write(session, outcome.word, worker.slot)
@@ -3596,9 +3602,11 @@ def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
     os.setgroups([])
     os.setgid(user[1])
     os.setuid(user[0])
-    if config.users and not os.access(config.users, os.R_OK):
-        who = f"{config.user} cannot read {config.users}"
-        say(f"users: {who}, so no reload will work: see to its group")
+    needed = ("users", os.R_OK), ("file", os.R_OK), ("log", os.W_OK)
+    for path, how in ((getattr(config, name), how) for name, how in needed):
+        if path not in ("", "-") and not os.access(path, how):
+            who = f"{config.user} cannot {'read' if how == os.R_OK else 'open'} {path}"
+            say(f"{who}, so no reload will work: see to its owner and group")
 
 
 def run(config: Config, ready: Callable[[], None]) -> int:
@@ -3621,8 +3629,6 @@ def run(config: Config, ready: Callable[[], None]) -> int:
     # drain, and not cut.  USR1 and USR2 tell others to open their log.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # Silence from a name server must not outlast the client's patience.
-    os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     try:
         route_to(pack("127.0.0.1"))  # or we could not tell this box from others
     except OSError as error:
@@ -3812,6 +3818,8 @@ def main() -> int:
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
+    # Silence from a name server must not outlast the client's patience.
+    os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:2")
     for fd in (1, 2):  # both may be one file, which may be cut and begin anew
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)

@@ -220,6 +220,20 @@ def test_the_host_is_not_taken_from_the_path(target: str, host: str) -> None:
     assert session.host() == host
 
 
+def test_a_clock_that_is_set_makes_no_session_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a box without a clock of its own does when it hears the time."""
+    board = natwork.Scoreboard()
+    board.words[board.USED] = 1
+    session, now = natwork.Session("10.0.0.7:1", "1"), time.time()
+    natwork.Slot(board, 0).publish(session)
+    for step in (10 * 86400, -86400):
+        monkeypatch.setattr(time, "time", lambda set_to=now + step: set_to)
+        assert float(session.line("ok").rpartition("secs=")[2]) < 60
+        assert 0 <= natwork.table_rows(board)[0]["age"] < 60
+
+
 def test_user_and_password_in_a_target_are_written_nowhere(
     gateway: running.Gateway,
 ) -> None:

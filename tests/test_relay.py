@@ -434,6 +434,20 @@ def test_a_reset_of_the_server_reaches_the_client(
     assert int(line["down"]) == len(http_wire.ACCEPTED) + moved
 
 
+def test_a_client_that_gives_up_is_not_the_servers_fault(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    """A server that has more to send answers the client's end by a reset."""
+
+    def leave(connection: socket.socket, server: origins.Origin) -> None:
+        assert wire.read_all(connection) == b""
+        wire.reset(connection)
+
+    server = origin(leave)
+    http_wire.tunnel(gateway, server).close()
+    assert gateway.line_about(server)["outcome"] == "client-gone"
+
+
 @pytest.mark.parametrize("way", ["tunnel", "endless"])
 def test_what_was_taken_from_a_server_arrives_before_his_reset(
     gateway: running.Gateway, origin: origins.Start, way: str

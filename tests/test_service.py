@@ -528,6 +528,18 @@ def test_the_pid_file_is_there_while_the_gateway_is(daemon: running.Start) -> No
     assert not pidfile.exists()
 
 
+@needs.root
+def test_it_is_said_that_no_reload_will_work() -> None:
+    """The parents' passwords in the file may have made it root's alone."""
+    with running.public_folder() as folder:
+        mask = os.umask(0o077)
+        gateway = running.Gateway.configured(folder, user="nobody")
+        os.umask(mask)
+        who = "natwork: nobody cannot read natwork.conf, so no reload will work"
+        wait.until(lambda: any(line.startswith(who) for line in gateway.said()))
+        gateway.stop()
+
+
 def test_a_stale_pid_file_is_taken_over(daemon: running.Start, tmp_path: Path) -> None:
     pidfile = tmp_path / "stale.pid"
     pidfile.write_text("4194304 and more of it\n")
