@@ -565,9 +565,13 @@ class Scoreboard:
         """Return memory that a chapter's processes share; ask before the first fork."""
         return self.regions.setdefault(name, mmap.mmap(-1, size))
 
+    def used(self) -> int:
+        """Return how many slots ever were used; no more in memory that is forged."""
+        return min(self.words[self.USED], SLOT_LIMIT)
+
     def states(self) -> bytes:
         """Return the state bytes of all slots that ever were used."""
-        return self.memory[self.STATES : self.STATES + self.words[self.USED]]
+        return self.memory[self.STATES : self.STATES + self.used()]
 
     def say(self, message: str) -> bool:
         """Say what many workers may want to say at once: one line a second.
@@ -603,7 +607,7 @@ class Scoreboard:
     def column(self, word: int) -> list[int]:
         """Return one word of all slots that ever were used."""
         first, step = self.SLOTS // 8 + word, self.SLOT_SIZE // 8
-        return self.words[first : first + self.words[self.USED] * step : step].tolist()
+        return self.words[first : first + self.used() * step : step].tolist()
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
@@ -1408,9 +1412,8 @@ class Worker:
         ready = dict(poll.poll(min(seconds, SHORT_SILENCE) * 1000))
         if not ready and seconds > SHORT_SILENCE:
             self.stand_in_line(False)
-            self.slot.set_state(SILENT)
-            ready = dict(poll.poll((seconds - SHORT_SILENCE) * 1000))
-            self.slot.set_state(BUSY)
+            with self.yielding():
+                ready = dict(poll.poll((seconds - SHORT_SILENCE) * 1000))
         if ready.keys() == {self.lifeline} and (new or ready[self.lifeline] == POLLIN):
             poll.unregister(self.lifeline)
             ready = dict(poll.poll(CROSSING_TIME * 1000))
@@ -1418,6 +1421,15 @@ class Worker:
             return client.fd in ready and client.fill() and bool(client.received)
         except Refused:
             return False
+
+    @contextlib.contextmanager
+    def yielding(self) -> Iterator[None]:
+        """Let the master ask us meanwhile to leave for another client."""
+        self.slot.set_state(SILENT)
+        try:
+            yield
+        finally:
+            self.slot.set_state(BUSY)
 
     def leave_if_silent(self, *_: object) -> None:
         """Leave for another client, as the master asks, if ours is silent still."""
@@ -1979,6 +1991,7 @@ class Policy:
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
+        self.is_near = remembered(1.0, self.comes_from_inside)
 
     def listens_at(self, host: str, port: int) -> None:
         """Take note of an address of the gateway itself, which is not dialed."""
@@ -1987,26 +2000,34 @@ class Policy:
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
         """Return whether a peer is on the inside, and came to us from there.
 
-        A neighbor on the network of the outside may have an address that is in
-        `inside`, between two NATs or as a link-local one.  Such a peer comes to an
-        address of the outside, or our answers would leave by the uplink's device.
         address is what accept() returns; without a socket it came to an inside one.
+        Raises OSError.
         """
         packed = address_of(address[0])
         if not contains(self.inside, packed):
             return False
-        link_local = contains(LINK_LOCAL, packed)
-        if not self.uplinks and not link_local:
-            return True
         scope = address[3] if len(address) == 4 else 0
+        here = address_of(sock.getsockname()[0]) if sock and self.uplinks else b""
+        return bool(self.is_near(packed, scope, here))
+
+    def comes_from_inside(self, packed: bytes, scope: int, here: bytes) -> bool:
+        """Return whether a peer that came to an address here is not of the outside.
+
+        A peer of the outside may have an address that is in `inside`: between two NATs,
+        a link-local one, or one that its network routes to it.  It comes to an address
+        of the outside, or our answers would leave by a device of the outside, which is
+        none that has an address of the inside itself.  Raises OSError.
+        """
         device = socket.if_indextoname(scope) if scope else route_to(packed).device
-        here = {address_of(sock.getsockname()[0])} if sock else set()
-        if link_local:  # each device has those: the addresses beside them say its side
-            here.update(device_addresses(device))
-        devices = [uplink.name for uplink in self.uplinks]
-        devices = devices or [way.device for way in self.defaults()]
-        theirs = (uplink.addresses() for uplink in self.uplinks)
-        return device not in devices and all(map(here.isdisjoint, theirs))
+        held, link_local = device_addresses(device), contains(LINK_LOCAL, packed)
+        inner = [one for one in held if not contains(LINK_LOCAL, one)]
+        leads_inside = not link_local and contains(self.inside, *inner)
+        if not self.uplinks:
+            return leads_inside or device not in [way.device for way in self.defaults()]
+        theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
+        if here in theirs or device in [uplink.name for uplink in self.uplinks]:
+            return False
+        return leads_inside or theirs.isdisjoint(held)
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
@@ -2125,7 +2146,7 @@ def resolve(host: str) -> list[bytes]:
             silent = time.monotonic() > began + 1.5
             outcome = DNS_TIMEOUT if silent else DNS_FAILED
         raise Refused(outcome, f"{host}: {error.args[1]}") from None
-    addresses = [*dict.fromkeys(address_of(str(info[4][0])) for info in found)]
+    addresses = [*dict.fromkeys(address_of(str(info[4][0])) for info in found)][:32]
     # The families take turns: RFC 8305 section 4.
     family = {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
     return sorted(addresses, key=lambda packed: family[len(packed)].index(packed))
@@ -2400,7 +2421,7 @@ STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
 # Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
 FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
 RESPONSE_HEAD = re.compile(
-    rb"%b(?: +(%b))?\r\n(%b)" % (STATUS, TEXT, FIELD_LINES.pattern)
+    rb"%b(?: +((?! )%b))?\r\n(%b)" % (STATUS, TEXT, FIELD_LINES.pattern)
 )
 # RFC 9112 section 5.1: the blanks are an error in a request, removed from a response.
 FAULTY_FIELD = re.compile(rb"(%b)[\t ]*:([^\n]*)" % TOKEN)
@@ -2918,10 +2939,11 @@ class Exchange:
         client, watch = self.client, self.watch
         deadline = time.monotonic() + self.config.head_timeout
         late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
-        while self.http.drop_blanks():
-            watch.run(client.need(len(client.received) + 1), *late)
-        steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
-        head: bytes = watch.run(steps, *late)
+        with self.worker.yielding():
+            while self.http.drop_blanks():
+                watch.run(client.need(len(client.received) + 1), *late)
+            steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
+            head: bytes = watch.run(steps, *late)
         return head
 
     def check_begun(self) -> tuple[()]:
@@ -3410,7 +3432,8 @@ def serve_client(worker: Worker) -> bool:
                 worker.record(exchange.session, exchange.serve, exchange.refuse)
                 asks = exchange.keep and http.await_request()
             if exchange.lingers():
-                linger(worker.watch, client.stream)
+                with worker.yielding():
+                    linger(worker.watch, client.stream)
     return True
 
 
@@ -3597,7 +3620,8 @@ def warm(generation: Generation) -> None:
 def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
     """Give up root for a user, by uid and gid, who may open the log again."""
     status = os.fstat(log.fd)
-    if log.path != "-" and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+    is_new = stat.S_ISREG(status.st_mode) and not status.st_size
+    if log.path != "-" and is_new and status.st_nlink == 1:
         os.fchown(log.fd, *user)
     os.setgroups([])
     os.setgid(user[1])
@@ -3696,7 +3720,7 @@ def boards() -> dict[int, Scoreboard]:
         with contextlib.suppress(OSError, ValueError):
             if not os.readlink(link).startswith("/memfd:natwork "):
                 continue
-            with open(link, "rb") as file:
+            with open(os.open(link, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 board = Scoreboard(file.fileno())
             is_here = os.readlink(f"/proc/{pid}/ns/net") == here
             if is_here and board.words[board.MASTER] == pid:

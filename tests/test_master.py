@@ -1031,13 +1031,17 @@ def test_no_descriptor_for_the_server_is_an_answer(
     )
     (worker,) = gateway.ready(1)
     free = min(set(range(64)) - set(kernel.descriptors(worker)))
-    limit(worker, "nofile", free + 1)  # one for the client, and no more
     with gateway.connect() as client:
+        denied = http_wire.request(http_wire.DENIED)
+        assert http_wire.exchange(client, denied).status == 403
+        limit(worker, "nofile", free + 1)  # one for the client, and no more
         answer = http_wire.exchange(client, http_wire.request(server))
         assert answer.status == 503 and answer.values(b"Retry-After")
     limit(worker, "nofile", 1024)
     assert get(gateway, server) == 200
-    assert [line["outcome"] for line in gateway.lines(2)] == ["overload", "ok"]
+    assert [line["outcome"] for line in gateway.lines(3)][1:] == ["overload", "ok"]
+    said = "natwork: a session had to end: "
+    assert any(said in line and "(limit " in line for line in gateway.said())
 
 
 def test_a_failing_fork_is_said_once_and_tried_again(daemon: running.Start) -> None:
