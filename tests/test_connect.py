@@ -71,6 +71,13 @@ def test_the_families_take_turns(
     assert found == order  # RFC 8305 section 4
 
 
+def test_of_thousands_of_addresses_a_few_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = [f"198.18.{n >> 8}.{n & 255}" for n in range(4000)]
+    test_the_families_take_turns(monkeypatch, every, every[:32])
+
+
 @pytest.mark.parametrize(
     ("outside", "failed", "order"),
     [

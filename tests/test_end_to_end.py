@@ -632,6 +632,27 @@ def test_the_outside_is_closed_without_a_byte(rig: web.Rig, address: str) -> Non
     assert rig.curl(f"http://www.example.com{path}") == "a page"  # others are served
 
 
+@pytest.mark.parametrize("outside", ["", "203.0.113.1", "wan"])
+@pytest.mark.parametrize("place", ["203.0.113.1", "10.9.0.1"])
+def test_who_is_routed_here_from_outside_is_no_client(
+    rig: web.Rig, outside: str, place: str
+) -> None:
+    """Its address may be in `inside`: the outside has private networks, too."""
+    gateway = rig.natwork(f"outside={outside}")
+    words = "-n", rig.box.name("outside")
+    boxes.ip(*words, "address", "add", "192.168.55.5/32", "dev", "lo")
+    boxes.ip(*words, "route", "add", "10.9.0.1/32", "via", "203.0.113.1")
+    try:
+        url = f"http://{place}:8080/table.json"
+        ask = "curl", "--silent", "--max-time", "5", "--interface", "192.168.55.5", url
+        done = rig.box.run("outside", *ask)
+        assert done.returncode in (52, 56) and done.stdout == ""
+        assert gateway.lines(1)[0]["outcome"] == "not-inside"
+    finally:
+        boxes.ip(*words, "address", "del", "192.168.55.5/32", "dev", "lo")
+        boxes.ip(*words, "route", "del", "10.9.0.1/32")
+
+
 def test_an_outside_address_serves_nobody_where_outside_is_set(rig: web.Rig) -> None:
     rig.natwork("outside=203.0.113.1")
     request = b"GET / HTTP/1.1\r\nHost: 203.0.113.1:8080\r\n\r\n"

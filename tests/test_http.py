@@ -285,6 +285,17 @@ def test_long_runs_of_blanks_are_refused_in_no_time(
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("end", [b"a: b", b"b"])
+def test_long_runs_of_blanks_in_a_status_line_cost_no_time(
+    gateway: running.Gateway, origin: origins.Start, end: bytes
+) -> None:
+    lines = b"HTTP/1.1 200" + b" " * 30_000 + b"\r\n" + b"a:\r\n" * 7_000
+    answer = lines + b"Content-Length: 2\r\n" + end + b"\r\n\r\nok"
+    began = time.monotonic()
+    assert http_wire.ask(gateway, origin(http_wire.Script(answer))).status == 200
+    assert time.monotonic() - began < 3
+
+
 @pytest.mark.parametrize("size", [8_000, 15_000])
 def test_a_long_target_is_served(
     gateway: running.Gateway, origin: origins.Start, size: int

@@ -496,6 +496,12 @@ time.sleep(60)
 """
 
 
+def test_a_board_that_is_forged_has_no_more_slots_than_there_are() -> None:
+    board = natwork.Scoreboard()
+    board.words[board.USED] = (1 << 64) - 1
+    assert len(board.states()) == len(board.column(0)) == natwork.SLOT_LIMIT
+
+
 def test_the_table_of_another_names_no_process_that_is_not_his(tmp_path: Path) -> None:
     words = [
         sys.executable,

@@ -120,7 +120,7 @@ def test_beyond_max_workers_clients_wait_and_are_served_later(
         assert wire.echoes(second)
 
 
-@pytest.mark.parametrize("kind", ["kept alive", "never said a word"])
+@pytest.mark.parametrize("kind", ["kept alive", "never said a word", "half a head"])
 def test_a_full_house_of_silent_clients_lets_the_next_one_in(
     natwork: running.Start, kind: str
 ) -> None:
@@ -135,6 +135,8 @@ def test_a_full_house_of_silent_clients_lets_the_next_one_in(
                     ).status
                     == 403
                 )
+            elif kind == "half a head":
+                client.sendall(b"G")
         for _ in range(6):
             newcomer = stack.enter_context(gateway.connect(timeout=5))
             assert (
@@ -145,6 +147,27 @@ def test_a_full_house_of_silent_clients_lets_the_next_one_in(
     said = gateway.errors.read_text()
     assert said.count("\nnatwork: all 3 workers are busy and clients wait") <= 1
     assert said.count("max_workers") == 1, said
+
+
+def test_who_goes_on_after_a_refusal_makes_room(natwork: running.Start) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=2", *PATIENT)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(gateway.connect()) for _ in range(2)]
+        for client in clients:
+            client.sendall(b"\0")
+            assert http_wire.read_answer(client).status == 400
+        newcomer = stack.enter_context(gateway.connect(timeout=0.5))
+        newcomer.sendall(http_wire.request(http_wire.DENIED))
+
+        def is_served() -> bool:
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.sendall(b"\0")  # for this a lingering close goes on
+            with contextlib.suppress(TimeoutError):
+                return newcomer.recv(12) == b"HTTP/1.1 403"
+            return False
+
+        wait.until(is_served)
 
 
 def test_a_full_house_does_not_disturb_who_is_served(

@@ -120,7 +120,8 @@ RUNS = {
         "systemctl restart natwork"
     ],
     "test_systemd.test_without_the_socket_unit_listen_holds": [
-        "systemctl disable --now natwork.socket;"
+        "systemctl disable --now natwork.socket;",
+        "systemctl stop natwork; systemctl enable --now natwork.socket",
     ],
     "test_systemd.test_stopped_it_has_left_with_nothing_behind": [
         "systemctl stop",

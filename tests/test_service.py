@@ -654,6 +654,18 @@ def test_a_reload_that_asks_for_lost_privileges_is_refused_whole() -> None:
 
 
 @needs.root
+@pytest.mark.parametrize("text", ["", "root's\n"])
+def test_root_gives_no_file_away_that_has_been_used(text: str) -> None:
+    with running.public_folder() as folder:
+        kept = folder / "kept"
+        kept.write_text(text)
+        gateway = running.Gateway.configured(folder, user="nobody", log=str(kept))
+        wait.until(lambda: len(gateway.idle()) == 8)
+        assert kept.stat().st_uid == (0 if text else pwd.getpwnam("nobody").pw_uid)
+        gateway.stop()
+
+
+@needs.root
 def test_root_follows_no_link_where_the_log_should_be(tmp_path: Path) -> None:
     secret, made = tmp_path / "secret", tmp_path / "made"
     secret.write_text("root's\n")
