@@ -43,7 +43,7 @@ OPEN_TIME = 0.02  # between attempts at a port that another process is to let go
 RELEASE_TIME = 2.0  # for it to do so
 KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
 # Words of a slot: the end of a lease, monotonic_ns; and which process has forked the
-# one that has the slot, 0 where none has it.
+# one that has the slot.  A slot that none has is clear: it has no pid.
 LEASE, PARENT = Slot.PEER + 1, Slot.PEER + 2
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
@@ -55,11 +55,10 @@ OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range
 
 def is_gone(pid: int) -> bool:
     """Return whether a process has ended; it stays a zombie where init reaps nobody."""
-    try:
+    with contextlib.suppress(OSError):  # it is not there, or another user's
         os.kill(pid, 0)
-    except OSError:  # it is not there, or another user's has its number
-        return True
-    return natwork.stat_of(pid)[:1] == [b"Z"]
+        return natwork.stat_of(pid)[:1] == [b"Z"]
+    return True
 
 
 class Mapper:
@@ -70,19 +69,19 @@ class Mapper:
     """
 
     # What is forked is a mapping: the inside address asked, its session and listener.
-    here: str
+    here: natwork.Uplink
     session: Session
     listener: socket.socket
 
     def __init__(self, generation: natwork.Generation) -> None:
         """Begin in the new process, which takes no clients."""
-        for listener in generation.listeners.values():
-            listener.close()
-        self.generation = generation._replace(listeners={})
+        while generation.listeners:
+            generation.listeners.popitem()[1].close()
+        self.generation, self.log = generation, generation.log
         self.config, self.policy = generation.config, generation.chapters.policy
-        self.board, self.log = generation.chapters.board, generation.log
-        self.first = self.board.states().index(KEPT)
-        self.slots = [Slot(self.board, self.first + n) for n in range(SLOT_COUNT)]
+        self.board = board = generation.chapters.board
+        states = enumerate(board.states())
+        self.slots = [Slot(board, n) for n, state in states if state == KEPT]
         places = [place for some in self.policy.listeners.values() for place in some]
         # A listener at :: takes IPv4 clients too.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
@@ -110,13 +109,12 @@ class Mapper:
         natwork.set_title("natwork: mapper that leaves")
         signal.signal(signal.SIGTERM, self.end_all)
         self.close()
-        while self.count(0) < SLOT_COUNT:
-            # After a reload, what is not of this mapper is left to the next one.
-            is_last = natwork.readable([lifeline])[lifeline] & select.POLLHUP
-            if not is_last and not self.count(os.getpid()):
-                break
+        is_last = False
+        # After a reload, what is not of this mapper is left to the next one.
+        while self.count(0) < SLOT_COUNT if is_last else self.count(os.getpid()):
             time.sleep(LOOK_TIME)
             self.sweep()
+            is_last = natwork.readable([lifeline])[lifeline] & select.POLLHUP > 0
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
@@ -147,62 +145,56 @@ class Mapper:
 
     def count(self, parent: int) -> int:
         """Return how many slots the children of a process have; of 0: how many none."""
-        return self.board.column(PARENT)[self.first :][:SLOT_COUNT].count(parent)
+        words = (slot.words for slot in self.slots)
+        return [one[Slot.PID] and one[PARENT] for one in words].count(parent)
 
-    def fork(self, work: Callable[[Slot], None], ends_at: int = 0) -> bool:
-        """Have a new process, with a slot, do some work; return whether it does.
-
-        It is a mapping if its lease has an end.
-        """
+    def fork(self, session: Session, work: Callable[[Slot], None], lease: int) -> bool:
+        """Have a new process, with a row, do some work; return whether it does."""
         self.lock(fcntl.LOCK_EX)
-        slot = next((one for one in self.slots if not one.words[PARENT]), None)
+        slot = next((one for one in self.slots if not one.words[Slot.PID]), None)
         if slot:
             slot.clear(os.getpid())  # until the new process has its own pid there
-            slot.words[LEASE], slot.words[PARENT] = ends_at, os.getpid()
-            if ends_at:
-                slot.publish(self.session)
+            slot.words[LEASE], slot.words[PARENT] = lease, os.getpid()
+            slot.publish(session)
             try:
-                self.board.fork(functools.partial(self.begin, work, slot))
+                self.board.fork(functools.partial(self.begin, session, work, slot))
             except OSError as error:
                 self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
-                self.give_back(slot)
+                slot.clear(0)
                 slot = None
         self.lock(fcntl.LOCK_UN)
         return slot is not None
 
-    def begin(self, work: Callable[[Slot], None], slot: Slot) -> None:
+    def begin(self, session: Session, work: Callable[[Slot], None], slot: Slot) -> None:
         """Do some work in this new process."""
-        slot.words[Slot.PID] = os.getpid()
+        slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
+        slot.publish(session)
         self.close()
 
         def end(*_: object) -> None:  # as the operator asks, or the mapper
             self.log.write_killed(slot, -signal.SIGTERM)
-            self.give_back(slot)
+            slot.clear(0)
             os._exit(1)
 
         signal.signal(signal.SIGTERM, end)
         work(slot)
-        self.give_back(slot)
-
-    def give_back(self, slot: Slot) -> None:
         slot.clear(0)
-        slot.words[PARENT] = 0
 
     def sweep(self) -> None:
         """Write down what was killed, and give its slots back."""
         self.lock(fcntl.LOCK_EX)
         for slot in self.slots:
-            if slot.words[PARENT] and is_gone(slot.words[Slot.PID]):
+            if slot.words[Slot.PID] and is_gone(slot.words[Slot.PID]):
                 self.log.write_killed(slot, -signal.SIGKILL)
-                self.give_back(slot)
+                slot.clear(0)
         self.lock(fcntl.LOCK_UN)
 
     def end_all(self, *_: object) -> None:
         """End mappings and callers, as the master asks when time is over."""
         for slot in self.slots:
-            if slot.words[PARENT]:
+            if pid := slot.words[Slot.PID]:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(slot.words[Slot.PID], signal.SIGTERM)
+                    os.kill(pid, signal.SIGTERM)
 
     # What the mapper is asked.
 
@@ -229,7 +221,7 @@ class Mapper:
         to_outside = here != asked or policy.uplinks and here in policy.outside()
         if not is_near or to_outside or not policy.is_client(peer, None):
             return
-        self.here = natwork.unpack(here)
+        self.here = natwork.Uplink(natwork.unpack(here), here)
         if answer := self.answer(data, peer[0]):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
             sock.sendmsg([answer], [info], 0, peer)
@@ -310,7 +302,7 @@ class Mapper:
         self.session.method, self.session.user = "MAP", users[0]
         self.session.address = natwork.endpoint(listener.getsockname())
         with listener:
-            made = self.fork(self.hold, ends_at)
+            made = self.fork(self.session, self.hold, ends_at)
             return (OK, listener.getsockname()[1]) if made else (NO_RESOURCES, 0)
 
     def listen(self, host: str, wanted: int) -> socket.socket | None:
@@ -335,20 +327,17 @@ class Mapper:
 
     def hold(self, slot: Slot) -> None:
         """Take callers until the lease is over, and see them out."""
-        session, lifeline = self.session, self.generation.lifeline_read
-        session.pid, poll = str(os.getpid()), select.poll()
-        slot.publish(session)
+        session, fd = self.session, self.listener.fileno()
+        watch = natwork.Watch(self.generation.lifeline_read, self.config, {})
         title = f"natwork: map {session.address} > {session.client}"
-        poll.register(lifeline, 0)  # POLLHUP comes unasked: the master leaves
         while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
             natwork.set_title(f"{title} {left:.0f}s left")
             # One mapping has no more callers than there is room for those of others.
             has_room = self.count(os.getpid()) < self.count(0)
-            poll.register(self.listener, natwork.POLLIN if has_room else 0)
-            ready = dict(poll.poll(LOOK_TIME * 1000))
-            if lifeline in ready:
+            called = watch.wait({fd: natwork.POLLIN if has_room else 0}, LOOK_TIME)
+            if watch.drain_at < math.inf:  # the master leaves
                 break
-            if ready:
+            if called:
                 self.accept()
         natwork.set_title(f"{title} over")
         natwork.shut(self.listener)
@@ -363,30 +352,28 @@ class Mapper:
             sock, address = self.listener.accept()
             with sock:
                 client = natwork.Client(sock, address)
-                self.fork(functools.partial(self.serve, client))
+                session = Session(client.endpoint, "-", "map")
+                session.target, session.user = self.session.client, self.session.user
+                self.fork(session, functools.partial(self.serve, client, session), 0)
         except OSError as error:
             self.board.say(f"cannot take a caller: {natwork.reason(error)}")
             time.sleep(LOOK_TIME)
 
     # The process of a caller.
 
-    def serve(self, client: natwork.Client, slot: Slot) -> None:
+    def serve(self, client: natwork.Client, session: Session, slot: Slot) -> None:
         """Join a caller to the machine of a mapping, from where that has reached us."""
         self.listener.close()
         if os.geteuid() != 0:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
         worker = natwork.Worker(self.generation, slot)
-        worker.client, mapping = client, self.session
-        session = Session(client.endpoint, worker.pid_text, "map")
-        session.target, session.user = mapping.client, mapping.user
-        session.outcome = natwork.ENDED
+        worker.client, session.outcome = client, natwork.ENDED
 
         def carry() -> None:
             worker.begin(session)
-            host, port = natwork.parse_endpoint(mapping.client)
+            host, port = natwork.parse_endpoint(session.target)
             (packed,) = natwork.judged(worker, session, host, port)
-            way = natwork.Uplink(self.here, natwork.pack(self.here))
-            attempt = natwork.Attempt(packed, port, way, 0.0)
+            attempt = natwork.Attempt(packed, port, self.here, 0.0)
             server = natwork.Race(worker, session).run([attempt])
             worker.proceed(session)
             client.stream.tune()
