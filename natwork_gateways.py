@@ -45,11 +45,8 @@ FILE_TYPES = dict(
     "html=text/html jpeg=image/jpeg jpg=image/jpeg pdf=application/pdf png=image/png "
     "svg=image/svg+xml txt=text/plain xml=text/xml zip=application/zip".split()
 )
-MARKUP = str.maketrans(
-    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
-)
-PLAIN = re.compile("[A-Za-z0-9._~-]")  # RFC 3986 section 2.3
-ESCAPES = {n: f"%{n:02X}" for n in range(256) if not PLAIN.match(chr(n))}
+MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "&<>\"'"}
+RESERVED = re.compile("[^A-Za-z0-9._~-]")  # RFC 3986 section 2.3
 
 
 def words_of(raw: bytes) -> str:
@@ -66,7 +63,7 @@ def decoded(raw: bytes) -> str:
 
 def quoted(text: str) -> str:
     """Return what decoded() decodes, with no byte that means something in a URL."""
-    return text.translate(ESCAPES)
+    return RESERVED.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def content_type(name: str) -> str:
@@ -424,5 +421,4 @@ def gopher(exchange: Exchange) -> None:
 
 def join(chapters: natwork.Chapters) -> None:
     """Answer for two more schemes from now on."""
-    chapters.schemes[b"ftp"] = ftp
-    chapters.schemes[b"gopher"] = gopher
+    chapters.schemes |= {b"ftp": ftp, b"gopher": gopher}
