@@ -16,6 +16,7 @@ import socket
 
 import natwork
 from natwork import Config
+from natwork import say
 
 VERSION = "0.1.0"
 
@@ -75,49 +76,42 @@ def examine_files(config: Config) -> None:
             config.refuse(name, f"it cannot be written: {why}")
 
 
-def warn_of_start(
+def warn(
     config: Config, held: dict[str, socket.socket], old: natwork.Generation | None
 ) -> None:
-    """Say which settings have no effect: here, or until a restart.
+    """Say what is probably not meant, and what has no effect; raise OSError.
 
     The listeners held are those that systemd passed, or of the old generation.
     """
     for name in ("user", "pidfile"):
         if old and getattr(config, name) != getattr(old.config, name):
-            natwork.say(f"{name} is changed by a restart only")
+            say(f"{name} is changed by a restart only")
             setattr(config, name, getattr(old.config, name))  # said once
     passed = any(name.startswith("systemd ") for name in held)
     before = old.config.listen if old else ""
     if passed and "listen" in config.where and config.listen != before:
-        natwork.say("listen is not used: systemd passes the listeners (natwork.socket)")
-
-
-def warn(
-    config: Config, held: dict[str, socket.socket], old: natwork.Generation | None
-) -> None:
-    """Say what is probably not meant, and what has no effect; raise OSError."""
-    warn_of_start(config, held, old)
+        say("listen is not used: systemd passes the listeners (natwork.socket)")
     policy = natwork.Policy(config)
     if not policy.inside:
-        natwork.say("inside: nobody is a client, it is empty")
+        say("inside: nobody is a client, it is empty")
     if not config.users and any(rule.users for rule in policy.rules):
-        natwork.say("rules: a rule with user fits nobody, users is not set")
+        say("rules: a rule with user fits nobody, users is not set")
     for name in ("log", "pidfile"):
         if re.search(r"\s[#;]", path := getattr(config, name)):
-            natwork.say(f"{name}: it is {path!r}; a comment has a line of its own")
+            say(f"{name}: it is {path!r}; a comment has a line of its own")
     theirs = {packed for uplink in policy.uplinks for packed in uplink.addresses()}
     hosts = {host for host, _ in config.parsed("listen", natwork.parse_endpoint)}
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
-        natwork.say("listen: nobody is a client at an address of outside")
+        say("listen: nobody is a client at an address of outside")
     for uplink in policy.uplinks:
         if not uplink.is_there():
-            natwork.say(f"outside: {uplink.name} is not there now")
+            say(f"outside: {uplink.name} is not there now")
     device = "" if config.outside else policy.defaults()[0].device
     for packed in natwork.device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
         near = len(packed) == 16 or natwork.contains(natwork.LINK_LOCAL, packed)
         if not near and natwork.contains(policy.inside, packed):
-            natwork.say(
+            say(
                 f"{device} leads outside and has {natwork.unpack(packed)}, an inside "
                 "address: its neighbors count as clients; set outside or inside"
             )
@@ -139,11 +133,9 @@ def warn_of_test(config: Config) -> None:
     user = "natwork" if serves else config.user
     with contextlib.suppress(OSError, KeyError):
         if config.users and os.geteuid() == 0 and not may_read(config.users, user):
-            natwork.say(f"users: {user} cannot read {config.users}: see to its group")
+            say(f"users: {user} cannot read {config.users}: see to its group")
     if serves and "listen" in config.where and os.path.exists(SOCKET_UNIT):
-        natwork.say(
-            "listen: the service does not use it, natwork.socket listens for it"
-        )
+        say("listen: the service does not use it, natwork.socket listens for it")
     warn(config, {}, None)
 
 
@@ -154,7 +146,8 @@ SETTINGS = """\
 # and send HUP to the master.  A bad file changes nothing, and all its faults are
 # said at once.  Times are seconds, at most 2000000.  Paths count from the
 # directory of this file, which is what -c names, else ./natwork.conf, else
-# /etc/natwork/natwork.conf.
+# /etc/natwork/natwork.conf.  Some settings need a file beside natwork.py, and
+# where it is not there, they are refused with its name.
 
 [natwork]
 
@@ -202,7 +195,6 @@ SETTINGS = """\
 # in "user" of a rule.  Empty: everybody on the inside, and the name that a SOCKS5
 # client gives is logged, but proves nothing.
 #   natwork.py --passwd alice >>users; curl -x http://10.0.0.1:8080 -U alice ...
-# Needs natwork_users.py beside natwork.py.
 #users =
 
 # Through which other proxies: lines (or parts between ";") of
@@ -212,13 +204,11 @@ SETTINGS = """\
 # target is judged first all the same, and a name that is not known here goes on
 # only if a rule allows it by name.  A cache for all plain requests is one line:
 #   parents = http://127.0.0.1:3128 scheme http
-# Needs natwork_parents.py beside natwork.py.
 #parents =
 
 # Other NATWork boxes, as HOST:PORT, that /proxy.pac offers a browser beside this
 # one: http://GATEWAY:8080/proxy.pac is what to tell it for automatic setup.  The
 # order is drawn from the client's address, and a dead one is passed over.
-# Needs natwork_pages.py beside natwork.py.
 #gateways =
 
 # What Via, Proxy-Status and the pages call this gateway, and by what name its
@@ -238,7 +228,6 @@ SETTINGS = """\
 #max_workers = 2048
 
 # Sessions at once from one client address; what is beyond gets a 503.  0: no limit.
-# Needs natwork_users.py beside natwork.py.
 #max_per_client = 0
 
 # Clients that one worker serves, one after another, before it makes way for a
@@ -271,23 +260,19 @@ SETTINGS = """\
 # it back (BIND), the one of its datagrams (UDP ASSOCIATE: the one that it asks for,
 # if that is free) and its mappings.  LOW-HIGH, or 0 to let the kernel choose.  A
 # firewall on the outside must let these in.
-# Needs natwork_socks.py beside natwork.py.
 #bind_ports = 0
 
 # Deliver datagrams from hosts that the client has not written to: yes or no.
 # Games and voice between two such boxes may need it.
-# Needs natwork_socks.py beside natwork.py.
 #udp_from_anyone = no
 
 # Answer NAT-PMP (RFC 6886) on UDP port 5351 of the inside: yes or no.  A machine
 # of the inside then gets a TCP port of an outside address, for itself and for two
 # hours at most, from bind_ports or, where that is 0, from 1024 on.  The rules judge
 # each caller: "from" is its address, "to" and "port" are the machine's.
-# Needs natwork_mapping.py beside natwork.py.
 #mappings = no
 
 # Such ports at once for one machine.
-# Needs natwork_mapping.py beside natwork.py.
 #max_mappings = 16
 
 # --- What is written down, and as whom? ---------------------------------------
@@ -303,6 +288,5 @@ SETTINGS = """\
 
 # Written after the listeners are open, and locked while the gateway lives.  Root
 # makes its directory if need be, for "user", who removes the file at the end.
-# Needs natwork_daemon.py beside natwork.py.
 #pidfile =
 """
