@@ -233,13 +233,6 @@ def data_connection(exchange: Exchange) -> Iterator[Stream]:
         data.close()
 
 
-def ftp_login(head: natwork.RequestHead, login: bytes) -> tuple[str, str]:
-    """Return user and password, the request's or the URL's; raise Refused."""
-    name, colon, secret = words_of(head.login(b"authorization")).partition(":")
-    user, _, password = map(decoded, login.partition(b":"))
-    return (name, secret) if colon else (user, password)
-
-
 def ftp_entry(line: str, base: str) -> str:
     """Return a line of a directory as HTML, its link relative to the base."""
     match = FTP_ENTRY.fullmatch(line)
@@ -329,12 +322,14 @@ def ftp(exchange: Exchange) -> None:
     path, kind = decoded(target.path[1:]), target.path[-7:].lower()
     if kind in (b";type=a", b";type=i", b";type=d"):
         path = path[:-7]
-    login = ftp_login(head, target.login)
+    user, colon, password = words_of(head.login(b"authorization")).partition(":")
+    if not colon:
+        user, _, password = map(decoded, target.login.partition(b":"))
     if session.method == "PUT":
         check_put(head, path)
     exchange.worker.begin(session)
     with dialed(exchange):
-        log_in(exchange, *login)
+        log_in(exchange, user, password)
         if session.method == "PUT":
             ftp_put(exchange, path)
         elif path.endswith("/") or not path or kind == b";type=d":
