@@ -49,10 +49,7 @@ def parse_name(raw: bytes) -> str:
 
 
 def read_address(take: Callable[[int], bytes]) -> tuple[bytes, int]:
-    """Return name and port of an address, by what take(count) returns; raise Refused.
-
-    RFC 1928 section 5.  Raises ValueError if take() returns too few.
-    """
+    """Return name and port, read by take(count); raise Refused or ValueError."""
     (kind,) = take(1)
     if kind == NAME:
         (size,) = take(1)
@@ -158,13 +155,12 @@ class Association:
         self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest way that was refused
-        # Monotonic; what is dropped does not put it off.
-        self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
-        control = self.socks.client
-        while (left := self.ends_at - time.monotonic()) > 0:
+        control, seconds = self.socks.client, self.worker.config.idle_timeout
+        ends_at = time.monotonic() + seconds
+        while (left := ends_at - time.monotonic()) > 0:
             sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
             wanted = dict.fromkeys((control.fd, *sockets), natwork.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
@@ -177,6 +173,7 @@ class Association:
                 # What is malformed, unwanted or too long is dropped.
                 with contextlib.suppress(OSError, Refused, ValueError):
                     self.pass_on(sockets[fd])
+                    ends_at = time.monotonic() + seconds
         raise Refused(natwork.IDLE, "no datagram moved")
 
     def pass_on(self, sock: socket.socket) -> None:
@@ -187,13 +184,9 @@ class Association:
         else:
             self.session.down += self.send_in(data, sender)
         self.worker.slot.moved(self.session.up, self.session.down)
-        self.ends_at = time.monotonic() + self.worker.config.idle_timeout
 
     def send_out(self, message: io.BytesIO, sender: SocketAddress) -> int:
-        """Send what the client wants sent (RFC 1928 section 7); return its size.
-
-        Raises Refused, or as read_address().
-        """
+        """Send what the client wants sent; return its size, or raise why not."""
         if natwork.address_of(sender[0]) != natwork.address_of(self.worker.client.host):
             raise Refused(natwork.OUTSIDER, "not the client's address")
         if message.read(3) != bytes(3):
