@@ -68,10 +68,7 @@ def explain_dials(
 
 
 def explain(config: natwork.Config, words: list[str]) -> int:
-    """Print which rule decides about a client and a target; dial nothing.
-
-    Returns the exit code: 0 for what is allowed, else 1.
-    """
+    """Print which rule decides; return the exit code, 0 for what is allowed, else 1."""
     board = natwork.Scoreboard()
     chapters = natwork.examine(config, board)
     print(f"settings: {config.file or 'the defaults'}")

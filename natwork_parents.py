@@ -192,10 +192,7 @@ class Parents:
     def dial(
         self, worker: Worker, session: Session, host: str, port: int, only: str
     ) -> Stream:
-        """Return a connection to a target, as the heart's dial(), perhaps by a parent.
-
-        Raises Refused.
-        """
+        """Return a connection to a target, perhaps by a parent; raise Refused."""
         client, proto = worker.client.host, session.proto
         user = session.user if worker.config.users else "-"  # else it is but a claim
         try:

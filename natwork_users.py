@@ -127,10 +127,7 @@ class Users:
             self.memory[KEY] = os.urandom(32)
 
     def identify(self, worker: Worker, login: bytes) -> str:
-        """Return who a client is by its name:password, "-" where none is required.
-
-        Raises Refused.
-        """
+        """Return who a client is, "-" where nobody has to say; raise Refused."""
         if not self.required:
             return "-"
         if not login:
@@ -225,10 +222,7 @@ class Users:
 
 
 def passwd(name: str) -> int:
-    """Read a password, from a terminal twice, and print a line for the file of users.
-
-    Returns 0.
-    """
+    """Read a password, from a terminal twice; print a line of the file; return 0."""
     user = os.fsencode(name)
     try:
         check_name(user)
