@@ -24,7 +24,6 @@ from typing import Any
 import natwork
 from natwork import Exchange
 from natwork import Refused
-from natwork import Scoreboard
 from natwork import Slot
 
 VERSION = "0.1.0"
@@ -43,11 +42,9 @@ HTML = """\
 <meta name="viewport" content="width=device-width">
 <link rel="icon" href="data:,">
 <style nonce="%(nonce)s">
-:root { color-scheme: light dark; --back: #fff; --text: #1c2126; --soft: #5c6670;
-  --line: #e2e6ea }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171a; --text: #e3e7eb; --soft: #98a3ae; --line: #2b3138 }
-}
+:root { color-scheme: light dark; --back: light-dark(#fff, #14171a);
+  --text: light-dark(#1c2126, #e3e7eb); --soft: light-dark(#5c6670, #98a3ae);
+  --line: light-dark(#e2e6ea, #2b3138) }
 * { box-sizing: border-box; margin: 0; overflow-wrap: anywhere }
 body { background: var(--back); color: var(--text); padding: 12px 16px;
   font: 13px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums }
@@ -244,7 +241,7 @@ NAME_IT = (
 )
 
 
-def ended(board: Scoreboard) -> dict[tuple[str, str], int]:
+def ended(board: natwork.Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
     counts = {}
     for proto in natwork.PROTOCOLS:
@@ -268,7 +265,7 @@ def figures(exchange: Exchange) -> dict[str, int]:
         "busy": states.count(natwork.BUSY) + states.count(natwork.SILENT),
         "limit": exchange.config.max_workers,
         **counts,
-        "uptime": int(time.time()) - board.words[Scoreboard.BEGAN],
+        "uptime": int(time.time()) - board.words[board.BEGAN],
     }
 
 
@@ -331,10 +328,10 @@ def metrics(exchange: Exchange) -> str:
         ("workers", '{state="idle"}', found["idle"]),
         ("workers", '{state="busy"}', found["busy"]),
         ("workers_limit", "", found["limit"]),
-        ("forks_total", "", words[Scoreboard.FORKS]),
-        ("forks_failed_total", "", words[Scoreboard.FORKS_FAILED]),
+        ("forks_total", "", words[board.FORKS]),
+        ("forks_failed_total", "", words[board.FORKS_FAILED]),
         ("log_lines_lost_total", "", total[Slot.LOST]),
-        ("start_time_seconds", "", words[Scoreboard.BEGAN]),
+        ("start_time_seconds", "", words[board.BEGAN]),
     ]
     lines = []
     for name, (kind, told) in METRICS.items():
