@@ -83,13 +83,6 @@ def dialed(exchange: Exchange) -> Iterator[Stream]:
         exchange.http.close()
 
 
-def send_line(exchange: Exchange, line: str) -> None:
-    """Send a line of Latin-1 to the server; raise Refused."""
-    server = exchange.http.server
-    assert server
-    exchange.watch.send(server, f"{line}\r\n".encode("latin-1"))
-
-
 def run(exchange: Exchange, steps: natwork.Steps, seconds: float) -> Any:
     """Run steps that read from a server, for so many seconds at most; raise Refused."""
     end = time.monotonic() + seconds
@@ -178,7 +171,9 @@ def hear(exchange: Exchange, kinds: str = "") -> str:
 
 def ask(exchange: Exchange, command: str, kinds: str = "") -> str:
     """Send a command, and return its reply as hear() does; raise Refused."""
-    send_line(exchange, command)
+    server = exchange.http.server
+    assert server
+    exchange.watch.send(server, f"{command}\r\n".encode("latin-1"))
     return hear(exchange, kinds)
 
 
@@ -398,7 +393,7 @@ def gopher(exchange: Exchange) -> None:
         form = '<form>Search for: <input name="q"> <input type="submit"></form>'
         return answer_page(exchange, target.host, [form])
     with dialed(exchange) as server:
-        send_line(exchange, selector)
+        exchange.watch.send(server, f"{selector}\r\n".encode("latin-1"))
         if kind == "0":
             return gopher_text(exchange, server)
         if kind not in "17":
