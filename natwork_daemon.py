@@ -52,8 +52,7 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
 def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
     """Hold a pid file, which becomes the user's, and remove it at the end.
 
-    Yields its descriptor; the file is empty until there is something to say in it.
-    Raises OSError.
+    Yields the descriptor of what is an empty file so far; raises OSError.
     """
     fd = lock_pidfile(path, user)
     try:

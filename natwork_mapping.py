@@ -236,14 +236,14 @@ class Mapper:
         elif len(data) != SIZES.get(operation, len(data)):
             return b""
         elif operation == ADDRESS:
-            rest = next(iter(self.places(host)), bytes(4))
+            rest = natwork.pack(next(iter(self.places(host)), "0.0.0.0"))
             result = OK if any(rest) else NO_ADDRESS
         elif operation == MAP_TCP:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
             result, wanted = self.map(host, port, wanted, seconds)
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = max(0, int(time.time()) - self.board.words[natwork.Scoreboard.BEGAN])
+        age = max(0, int(time.time()) - self.board.words[self.board.BEGAN])
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
     def mappings(self, host: str = "") -> list[tuple[Slot, Session]]:
@@ -263,11 +263,11 @@ class Mapper:
         named = (one for one in found if one.user != "-" and one.proto != "map")
         return {self.who(one): one.user for one in named}
 
-    def places(self, host: str) -> dict[bytes, natwork.Uplink | None]:
+    def places(self, host: str) -> dict[str, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
-        mappings = (one for _, one in self.mappings(host))
-        mine = {natwork.pack(natwork.host_of(one.address)) for one in mappings}
-        places = {p: way for p, way in self.policy.outside().items() if len(p) == 4}
+        mine = {natwork.host_of(one.address) for _, one in self.mappings(host)}
+        outside = self.policy.outside().items()
+        places = {natwork.unpack(p): way for p, way in outside if len(p) == 4}
         return {p: way for p, way in places.items() if p in mine} or places
 
     def map(self, host: str, port: int, wanted: int, seconds: int) -> tuple[int, int]:
@@ -311,9 +311,8 @@ class Mapper:
         fits = wanted in (ports if any(ports) else range(1024, 65536))
         for port in [*[wanted] * fits, *ports]:
             for place, uplink in places.items():
-                where = natwork.unpack(place), port
                 with contextlib.suppress(OSError):  # the port has another owner
-                    sock = socket.create_server(where, backlog=64)
+                    sock = socket.create_server((place, port), backlog=64)
                     if uplink and not uplink.packed:
                         natwork.leave_by(sock, uplink)
                     sock.setblocking(False)

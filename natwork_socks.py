@@ -26,7 +26,6 @@ from typing import Any
 
 import natwork
 from natwork import Refused
-from natwork import Worker
 
 VERSION = "0.1.0"
 
@@ -241,7 +240,7 @@ class Association:
 class Socks:
     """One client's SOCKS session, from the version's byte on."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: natwork.Worker) -> None:
         """Take a worker whose client has sent its first byte."""
         self.worker, self.client = worker, worker.client.stream
         self.version = self.client.received[0]
@@ -428,7 +427,7 @@ class Socks:
             association.run()
 
 
-def serve(worker: Worker) -> None:
+def serve(worker: natwork.Worker) -> None:
     """Serve a client whose first byte, 4 or 5, has been received."""
     socks = Socks(worker)
     worker.record(socks.session, socks.serve, socks.refuse)

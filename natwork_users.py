@@ -25,7 +25,6 @@ from collections.abc import Iterator
 
 import natwork
 from natwork import Refused
-from natwork import Worker
 
 VERSION = "0.1.0"
 
@@ -126,7 +125,7 @@ class Users:
         if not any(self.memory[KEY]):
             self.memory[KEY] = os.urandom(32)
 
-    def identify(self, worker: Worker, login: bytes) -> str:
+    def identify(self, worker: natwork.Worker, login: bytes) -> str:
         """Return who a client is, "-" where nobody has to say; raise Refused."""
         if not self.required:
             return "-"
@@ -135,7 +134,7 @@ class Users:
         name, _, password = login.partition(b":")
         return self.authenticate(worker, name, password)
 
-    def authenticate(self, worker: Worker, name: bytes, password: bytes) -> str:
+    def authenticate(self, worker: natwork.Worker, name: bytes, password: bytes) -> str:
         """Return a user's name for the log, once the password is verified.
 
         Raises Refused.  A name may go on after a ";" with what the client says of
@@ -161,7 +160,7 @@ class Users:
         return natwork.printable(name, natwork.NAME_SIZE)
 
     @contextlib.contextmanager
-    def turn(self, worker: Worker) -> Iterator[None]:
+    def turn(self, worker: natwork.Worker) -> Iterator[None]:
         """Hold the lock for the one password check at a time; raise Refused."""
         deadline, fd = time.monotonic() + PASSWORD_TIMEOUT, worker.client.stream.fd
         while True:
@@ -198,7 +197,7 @@ class Users:
         now = int(time.monotonic()).to_bytes(8, "big")
         self.memory[self.place(digest)] = now + digest
 
-    def check_share(self, worker: Worker) -> None:
+    def check_share(self, worker: natwork.Worker) -> None:
         """Count a session that begins; raise Refused if its client has too many.
 
         A client may see the end of a session before the worker has settled it, so
