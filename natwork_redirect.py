@@ -135,8 +135,8 @@ def sniff(worker: Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
 
 def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> None:
     """Join a redirected client to the address that it dialed; raise Refused."""
-    peer, policy, users = worker.client.host, worker.policy, worker.chapters.users
-    if users and users.required:
+    peer, policy = worker.client.host, worker.policy
+    if worker.config.users:
         raise Refused(natwork.AUTH_REQUIRED, "a redirected client cannot log in")
     if natwork.route_to(natwork.address_of(peer)).local:
         raise Refused(natwork.LOOP, "this box redirects what it sends itself")

@@ -247,8 +247,7 @@ class Socks:
         name, proto = worker.client.endpoint, f"socks{self.version}"
         self.session = natwork.Session(name, worker.pid_text, proto)
         self.session.outcome = natwork.ENDED
-        users = worker.chapters.users
-        self.users = users if users and users.required else None  # None: all may ask
+        self.users = worker.chapters.users if worker.config.users else None
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
         # What a refusal has to say, b"" for its reply, None for nothing.
         self.owed = b"" if self.version == 4 else None  # in 5 a method comes first

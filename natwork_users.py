@@ -88,10 +88,8 @@ def parse_users(text: bytes) -> dict[str, Line]:
     return users
 
 
-def read_users(config: natwork.Config) -> dict[str, Line] | None:
-    """Return salt and hash of each user, None if all may ask; refuse a bad file."""
-    if not config.users:
-        return None
+def read_users(config: natwork.Config) -> dict[str, Line]:
+    """Return salt and hash of each user; refuse a bad file."""
     try:
         import hashlib  # here, so that it is not loaded in every worker
         import hmac
@@ -115,19 +113,16 @@ def read_users(config: natwork.Config) -> dict[str, Line] | None:
 class Users:
     """The users of one configuration, and how many sessions each client may have."""
 
-    def __init__(
-        self, lines: dict[str, Line] | None, limit: int, board: natwork.Scoreboard
-    ) -> None:
-        """Take salt and hash of each user, None if all may ask; and max_per_client."""
-        self.lines, self.limit, self.board = lines or {}, limit, board
-        self.required = lines is not None  # clients must say who they are
+    def __init__(self, config: natwork.Config, board: natwork.Scoreboard) -> None:
+        self.lines = read_users(config) if config.users else {}
+        self.limit, self.board = config.max_per_client, board
         self.memory = board.region("users", PLACE_SIZE * (1 + PLACES))
         if not any(self.memory[KEY]):
             self.memory[KEY] = os.urandom(32)
 
     def identify(self, worker: natwork.Worker, login: bytes) -> str:
         """Return who a client is, "-" where nobody has to say; raise Refused."""
-        if not self.required:
+        if not worker.config.users:
             return "-"
         if not login:
             raise Refused(natwork.AUTH_REQUIRED, "a name and a password are needed")
@@ -247,6 +242,5 @@ def passwd(name: str) -> int:
 def join(chapters: natwork.Chapters) -> None:
     """Ask who a client is from now on, where that is wanted."""
     config = chapters.config
-    lines = read_users(config)
-    if lines is not None or config.max_per_client:
-        chapters.users = Users(lines, config.max_per_client, chapters.board)
+    if config.users or config.max_per_client:
+        chapters.users = Users(config, chapters.board)

@@ -686,7 +686,7 @@ def test_who_dies_with_the_lock_leaves_it(
 
 
 def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = natwork_users.Users({}, 0, natwork.Scoreboard())
+    board = natwork_users.Users(natwork.Config(), natwork.Scoreboard())
     # The last two have one place.
     digests = [bytes([0, 0, 0, n]) + os.urandom(20) for n in (1, 2, 3, 3)]
     for number, digest in enumerate(digests):
