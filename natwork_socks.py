@@ -194,7 +194,7 @@ class Association:
         host, payload = parse_name(name), message.read()
         self.client_at = sender
         if not (way := self.way(host, port)):
-            return 0
+            raise Refused(natwork.DENIED, "there is no way to it")
         packed, sock = way
         there = natwork.unpack(packed), port
         sock.sendto(payload, there)
