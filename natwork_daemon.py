@@ -30,8 +30,7 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
         if user and folder and not os.path.exists(folder):
             os.mkdir(folder, 0o755)
             os.chown(folder, *user)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         why = natwork.reason(error)
         raise OSError(f"cannot open the pid file {path}: {why}") from None

@@ -164,8 +164,7 @@ def hear(exchange: Exchange, kinds: str = "") -> str:
         return reply
     outcome = natwork.BAD_RESPONSE
     if reply[:2] == "55":  # it is about the file
-        stores = session.method == "PUT"
-        outcome = natwork.NOT_STORED if stores else natwork.NOT_FOUND
+        outcome = natwork.NOT_STORED if session.method == "PUT" else natwork.NOT_FOUND
     raise Refused(outcome, said(reply))
 
 

@@ -437,6 +437,5 @@ def join(chapters: natwork.Chapters) -> None:
     """Answer for the gateway itself from now on."""
     import json  # noqa: F401  # later a worker may be unable to read it
 
-    config = chapters.config
-    config.parsed("gateways", check_gateway)
+    chapters.config.parsed("gateways", check_gateway)
     chapters.schemes[natwork.OWN_PAGE] = own_page

@@ -253,7 +253,5 @@ class Parents:
 
 def join(chapters: natwork.Chapters) -> None:
     """Dial by way of parents from now on, if there are any."""
-    config = chapters.config
-    parents = config.parsed("parents", parse_parent)
-    if parents:
+    if parents := chapters.config.parsed("parents", parse_parent):
         chapters.parents = Parents(parents, chapters.policy)

@@ -204,8 +204,7 @@ class Users:
         for _ in range(SHARE_LOOKS):
             # Held for microseconds, so this waits; the kernel frees it of the dead.
             fcntl.lockf(self.board.fd, fcntl.LOCK_EX, 1, SHARE_LOCK)
-            peers = self.board.column(natwork.Slot.PEER)
-            if free := peers.count(own) < self.limit:
+            if free := self.board.column(natwork.Slot.PEER).count(own) < self.limit:
                 worker.slot.words[natwork.Slot.PEER] = own
             fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, SHARE_LOCK)
             if free:
