@@ -76,6 +76,91 @@ class Parent(NamedTuple):
         word = f"{natwork.PARENT_FAILED.word}-{outcome.word}"
         return Refused(outcome._replace(word=word), why)
 
+    def ask_http(self, server: Stream, via: bytes, target: bytes) -> natwork.Steps:
+        """Have it tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
+        lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
+        request = lines % (target, target, via, self.login_line())
+        yield from server.send_all(bytearray(request))
+        bad, end = natwork.BAD_RESPONSE, natwork.HEAD_END
+        for _ in range(natwork.INTERIM_LIMIT):
+            head = yield from server.until(end, natwork.HEAD_LIMIT, bad)
+            answer = natwork.ResponseHead(head)
+            if answer.status >= 300:
+                outcome = REFUSALS.get(answer.status, natwork.CONNECT_FAILED)
+                why = answer.line[9:].decode("latin-1").strip()
+                raise Refused(outcome._replace(word=str(answer.status)), why)
+            if answer.status >= 200:
+                return
+        raise Refused(bad, f"over {natwork.INTERIM_LIMIT} interim responses")
+
+    def ask_socks(self, server: Stream, host: str, port: int) -> natwork.Steps:
+        """Have it connect to a host: RFC 1928 and 1929; raise Refused."""
+        user, _, password = map(natwork.unescaped, self.login.partition(b":"))
+        methods = b"\0\2" if user else b"\0"
+        yield from server.send_all(bytearray([5, len(methods), *methods]))
+        version, method = yield from server.exactly(2)
+        if version != 5:
+            raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
+        failed = natwork.CONNECT_FAILED
+        if method not in methods:
+            raise Refused(UNKNOWN._replace(word="auth-required"), "it wants a user")
+        if method == 2:
+            login = b"\1%c%b%c%b" % (len(user), user, len(password), password)
+            yield from server.send_all(bytearray(login))
+            if (yield from server.exactly(2))[1]:
+                why = "it does not know our user"
+                raise Refused(UNKNOWN._replace(word="auth-failed"), why)
+        try:
+            packed = natwork.pack(host)
+            address = (b"\1" if len(packed) == 4 else b"\4") + packed
+        except ValueError:
+            address = b"\3%c%b" % (len(host), host.encode())
+        request = b"\5\1\0%b%b" % (address, port.to_bytes(2, "big"))
+        yield from server.send_all(bytearray(request))
+        version, reply, _, kind = yield from server.exactly(4)
+        if version != 5 or not reply and kind not in (1, 3, 4):
+            raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
+        if reply:
+            outcome = REFUSALS.get(reply, failed)._replace(word=f"reply-{reply}")
+            raise Refused(outcome, f"SOCKS reply {reply}")
+        size = {1: 4, 4: 16}.get(kind) or (yield from server.exactly(1))[0]
+        yield from server.exactly(size + 2)
+
+    def dial(self, worker: Worker, session: Session, host: str, port: int) -> Stream:
+        """Return a connection that leads to a target through it; raise Refused.
+
+        For an http:// request and a parent that takes such it is one to the parent,
+        and the stream says so.
+        """
+        policy, found = worker.policy, natwork.resolve(self.host)
+        if policy.is_own_listener(found, self.port):
+            # SOCKS has no Via that would tell.
+            raise Refused(natwork.LOOP, "it is this gateway")
+        deadline = time.monotonic() + worker.config.connect_timeout
+        # A parent inside or on this box is not reached by way of the outside.
+        inside = [packed for packed in found if policy.closes(packed)]
+        outside = [packed for packed in found if packed not in inside]
+        attempts = [natwork.Attempt(one, self.port, None, 0.0) for one in inside]
+        attempts += natwork.ways_to(policy, outside, self.port, worker.board)
+        server = natwork.Race(worker, session).run(attempts)
+        if self.scheme == "socks5":
+            steps = self.ask_socks(server, host, port)
+        elif session.proto == "http":
+            server.parent = self
+            return server
+        else:
+            via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
+            target = natwork.endpoint((host, port)).encode()
+            steps = self.ask_http(server, via, target)
+        late, why = natwork.CONNECT_TIMEOUT, "no answer within connect_timeout"
+        try:
+            worker.watch.run(steps, late, why, deadline=deadline)
+        except Refused:
+            server.close()
+            raise
+        server.counted()  # what was said to the parent is not the session's
+        return server
+
 
 def parse_parent(text: str) -> Parent:
     """Return the parent that a line of `parents` describes.
@@ -100,60 +185,6 @@ def parse_parent(text: str) -> Parent:
     targets = natwork.Rule(f"allow to {','.join(lists.get('to', '*'))}")
     shown, plain = f"{scheme}://{authority}", "scheme" in lists
     return Parent(shown, scheme, host, port, login.encode(), targets, plain)
-
-
-def ask_http(
-    server: Stream, parent: Parent, via: bytes, target: bytes
-) -> natwork.Steps:
-    """Have a parent tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
-    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
-    request = lines % (target, target, via, parent.login_line())
-    yield from server.send_all(bytearray(request))
-    bad, end = natwork.BAD_RESPONSE, natwork.HEAD_END
-    for _ in range(natwork.INTERIM_LIMIT):
-        head = yield from server.until(end, natwork.HEAD_LIMIT, bad)
-        answer = natwork.ResponseHead(head)
-        if answer.status >= 300:
-            outcome = REFUSALS.get(answer.status, natwork.CONNECT_FAILED)
-            why = answer.line[9:].decode("latin-1").strip()
-            raise Refused(outcome._replace(word=str(answer.status)), why)
-        if answer.status >= 200:
-            return
-    raise Refused(bad, f"over {natwork.INTERIM_LIMIT} interim responses")
-
-
-def ask_socks(server: Stream, parent: Parent, host: str, port: int) -> natwork.Steps:
-    """Have a parent connect to a host: RFC 1928 and 1929; raise Refused."""
-    user, _, password = map(natwork.unescaped, parent.login.partition(b":"))
-    methods = b"\0\2" if user else b"\0"
-    yield from server.send_all(bytearray([5, len(methods), *methods]))
-    version, method = yield from server.exactly(2)
-    if version != 5:
-        raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
-    failed = natwork.CONNECT_FAILED
-    if method not in methods:
-        raise Refused(UNKNOWN._replace(word="auth-required"), "it wants a user")
-    if method == 2:
-        login = b"\1%c%b%c%b" % (len(user), user, len(password), password)
-        yield from server.send_all(bytearray(login))
-        if (yield from server.exactly(2))[1]:
-            why = "it does not know our user"
-            raise Refused(UNKNOWN._replace(word="auth-failed"), why)
-    try:
-        packed = natwork.pack(host)
-        address = (b"\1" if len(packed) == 4 else b"\4") + packed
-    except ValueError:
-        address = b"\3%c%b" % (len(host), host.encode())
-    request = b"\5\1\0%b%b" % (address, port.to_bytes(2, "big"))
-    yield from server.send_all(bytearray(request))
-    version, reply, _, kind = yield from server.exactly(4)
-    if version != 5 or not reply and kind not in (1, 3, 4):
-        raise Refused(natwork.BAD_RESPONSE, "this is not SOCKS5")
-    if reply:
-        outcome = REFUSALS.get(reply, failed)._replace(word=f"reply-{reply}")
-        raise Refused(outcome, f"SOCKS reply {reply}")
-    size = {1: 4, 4: 16}.get(kind) or (yield from server.exactly(1))[0]
-    yield from server.exactly(size + 2)
 
 
 class Parents:
@@ -204,51 +235,13 @@ class Parents:
                 raise
         if parent:
             try:
-                return self.dial_parent(worker, session, parent, host, port)
+                return parent.dial(worker, session, host, port)
             except Refused as refusal:
                 raise parent.blamed(refusal) from None
         if only:
             addresses = natwork.judged(worker, session, host, port, only)
         attempts = natwork.ways_to(self.policy, addresses, port, worker.board)
         return natwork.Race(worker, session).run(attempts)
-
-    def dial_parent(
-        self, worker: Worker, session: Session, parent: Parent, host: str, port: int
-    ) -> Stream:
-        """Return a connection that leads to a target through a parent; raise Refused.
-
-        For an http:// request and a parent that takes such it is one to the parent,
-        and the stream says so.
-        """
-        policy = self.policy
-        found = natwork.resolve(parent.host)
-        if policy.is_own_listener(found, parent.port):
-            # SOCKS has no Via that would tell.
-            raise Refused(natwork.LOOP, "it is this gateway")
-        deadline = time.monotonic() + worker.config.connect_timeout
-        # A parent inside or on this box is not reached by way of the outside.
-        inside = [packed for packed in found if policy.closes(packed)]
-        outside = [packed for packed in found if packed not in inside]
-        attempts = [natwork.Attempt(one, parent.port, None, 0.0) for one in inside]
-        attempts += natwork.ways_to(policy, outside, parent.port, worker.board)
-        server = natwork.Race(worker, session).run(attempts)
-        if parent.scheme == "socks5":
-            steps = ask_socks(server, parent, host, port)
-        elif session.proto == "http":
-            server.parent = parent
-            return server
-        else:
-            via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
-            target = natwork.endpoint((host, port)).encode()
-            steps = ask_http(server, parent, via, target)
-        late, why = natwork.CONNECT_TIMEOUT, "no answer within connect_timeout"
-        try:
-            worker.watch.run(steps, late, why, deadline=deadline)
-        except Refused:
-            server.close()
-            raise
-        server.counted()  # what was said to the parent is not the session's
-        return server
 
 
 def join(chapters: natwork.Chapters) -> None:
