@@ -17,19 +17,17 @@ import natwork
 VERSION = "0.1.0"
 
 
-def explain_client(
-    config: natwork.Config, policy: natwork.Policy, client: str, user: str
-) -> bool:
+def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
     """Print whether a client is served; return whether it may be; raise OSError."""
     scope = 0
     with contextlib.suppress(OSError):  # it names no device
         scope = socket.if_nametoindex(client.partition("%")[2])
     try:
-        inside = policy.is_client((client, 0, 0, scope), None)
+        inside = chapters.policy.is_client((client, 0, 0, scope), None)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
-    if inside and config.users and user == "-":
+    if inside and chapters.config.users and user == "-":
         print("as no user: asked for name and password first")
     return inside
 
@@ -46,11 +44,9 @@ def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
     return "connect", *natwork.parse_authority(wanted, 0)
 
 
-def explain_dials(
-    policy: natwork.Policy, board: natwork.Scoreboard, allowed: list[bytes], port: int
-) -> bool:
+def explain_dials(chapters: natwork.Chapters, allowed: list[bytes], port: int) -> bool:
     """Print what would be dialed for some allowed addresses; return whether any is."""
-    attempts = natwork.ways_to(policy, allowed, port, board)
+    attempts = natwork.ways_to(chapters.policy, allowed, port, chapters.board)
     if allowed and not attempts:
         print("cannot dial it: unreachable: no uplink has an address of its family")
     for attempt in attempts:
@@ -69,15 +65,14 @@ def explain_dials(
 
 def explain(config: natwork.Config, words: list[str]) -> int:
     """Print which rule decides; return the exit code, 0 for what is allowed, else 1."""
-    board = natwork.Scoreboard()
-    chapters = natwork.examine(config, board)
+    chapters = natwork.examine(config, natwork.Scoreboard())
     print(f"settings: {config.file or 'the defaults'}")
     policy, parents = chapters.policy, chapters.parents
     for host, port in config.parsed("listen", natwork.parse_endpoint):
         policy.listens_at("0.0.0.0" if host == "*" else host, port)
     client = words[0]
     user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
-    if not explain_client(config, policy, client, user):
+    if not explain_client(chapters, client, user):
         return 1
     host, addresses, parent = "", [], None
     try:
@@ -106,4 +101,4 @@ def explain(config: natwork.Config, words: list[str]) -> int:
     if parent:
         print(f"would ask the parent {parent.name}")
         return 0
-    return 0 if explain_dials(policy, board, allowed, port) else 1
+    return 0 if explain_dials(chapters, allowed, port) else 1
