@@ -93,49 +93,6 @@ def open_port(
     raise failure
 
 
-def open_outside(
-    socks: Socks, addresses: list[bytes], port: int, opened: dict[str, socket.socket]
-) -> Way:
-    """Return the first address that there is a way to, and a socket on that way.
-
-    It is one of those opened, by source address, or a new one.  Raises Refused.
-    """
-    worker, ways, failed = socks.worker, [], []
-    for attempt in natwork.ways_to(worker.policy, addresses, port, worker.board):
-        family = natwork.INET if len(attempt.packed) == 4 else natwork.INET6
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            try:
-                if attempt.uplink:
-                    natwork.leave_by(probe, attempt.uplink)
-                probe.connect(attempt.where())  # no packet is sent
-                ways.append((attempt, probe.getsockname()))
-            except OSError as error:
-                failed.append((error, attempt))
-    kind = socket.SOCK_DGRAM if socks.session.proto == "udp" else natwork.STREAM
-    if kind == natwork.STREAM:
-        # An FTP server calls back to the address of the control connection, no other.
-        name, host = natwork.host_of, worker.client.host
-        pairs = {(host, natwork.unpack(packed)) for packed in addresses}
-        known = {
-            name(session.source)
-            for _, session in natwork.sessions(worker.board)
-            if (name(session.client), name(session.address)) in pairs
-        }
-        ways = [way for way in ways if way[1][0] in known] or ways
-    ports, first = worker.policy.ports, int.from_bytes(os.urandom(4), "big")
-    # The first port to be tried is the one wanted, or not to be guessed.
-    first = (ports.index(socks.wanted) if socks.wanted in ports else first) % len(ports)
-    order = [*ports[first:], *ports[:first]]
-    for attempt, where in ways:
-        try:
-            if where[0] not in opened:
-                opened[where[0]] = open_port(kind, where, order, attempt.uplink)
-            return attempt.packed, opened[where[0]]
-        except OSError as error:
-            failed.append((error, attempt))
-    raise natwork.Race.defeat(failed)
-
-
 class Association:
     """A client's UDP association, RFC 1928 section 7: datagrams there and back.
 
@@ -148,7 +105,6 @@ class Association:
         self.socks, self.worker, self.session = socks, socks.worker, socks.session
         here = socks.client.sock.getsockname()
         self.inner = open_port(socket.SOCK_DGRAM, here, [0], None)
-        self.outer: dict[str, socket.socket] = {}  # by source address
         self.client_at: SocketAddress = ()  # where its latest datagram came from
         # The same by peer, and by host with port 0; the latest is the last.
         self.writers: dict[tuple[bytes, int], SocketAddress] = {}
@@ -160,7 +116,7 @@ class Association:
         control, seconds = self.socks.client, self.worker.config.idle_timeout
         ends_at = time.monotonic() + seconds
         while (left := ends_at - time.monotonic()) > 0:
-            sockets = {s.fileno(): s for s in (self.inner, *self.outer.values())}
+            sockets = {s.fileno(): s for s in (self.inner, *self.socks.outer.values())}
             wanted = dict.fromkeys((control.fd, *sockets), natwork.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
             if control.fd in ready and not control.fill():
@@ -215,7 +171,7 @@ class Association:
         """Return a host's address and the socket to use; None if it may not be used."""
         try:
             addresses = natwork.judged(self.worker, self.session, host, port)
-            return open_outside(self.socks, addresses, port, self.outer)
+            return self.socks.open_outside(addresses, port)
         except Refused as refusal:
             self.refusal = refusal
         return None
@@ -233,7 +189,7 @@ class Association:
         return len(data)
 
     def close(self) -> None:
-        for sock in (self.inner, *self.outer.values()):
+        for sock in (self.inner, *self.socks.outer.values()):
             sock.close()
 
 
@@ -252,6 +208,7 @@ class Socks:
         # What a refusal has to say, b"" for its reply, None for nothing.
         self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
         self.wanted = 0  # the port of the outside that datagrams should leave from
+        self.outer: dict[str, socket.socket] = {}  # opened there, by source address
 
     def serve(self) -> None:
         """Read a request and do what it asks for; raise Refused."""
@@ -375,6 +332,46 @@ class Socks:
         self.send(reply)
         self.owed, session.outcome = None, natwork.OK
 
+    def open_outside(self, addresses: list[bytes], port: int) -> Way:
+        """Return the first address that there is a way to, and a socket on that way.
+
+        It is one of those opened, by source address, or a new one.  Raises Refused.
+        """
+        worker, ways, failed = self.worker, [], []
+        for attempt in natwork.ways_to(worker.policy, addresses, port, worker.board):
+            family = natwork.INET if len(attempt.packed) == 4 else natwork.INET6
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                try:
+                    if attempt.uplink:
+                        natwork.leave_by(probe, attempt.uplink)
+                    probe.connect(attempt.where())  # no packet is sent
+                    ways.append((attempt, probe.getsockname()))
+                except OSError as error:
+                    failed.append((error, attempt))
+        kind = socket.SOCK_DGRAM if self.session.proto == "udp" else natwork.STREAM
+        if kind == natwork.STREAM:
+            # An FTP server calls back to where the control connection comes from.
+            name, host = natwork.host_of, worker.client.host
+            pairs = {(host, natwork.unpack(packed)) for packed in addresses}
+            known = {
+                name(session.source)
+                for _, session in natwork.sessions(worker.board)
+                if (name(session.client), name(session.address)) in pairs
+            }
+            ways = [way for way in ways if way[1][0] in known] or ways
+        ports, first = worker.policy.ports, int.from_bytes(os.urandom(4), "big")
+        # The first port to be tried is the one wanted, or not to be guessed.
+        first = ports.index(self.wanted) if self.wanted in ports else first
+        order = [ports[(first + n) % len(ports)] for n in range(len(ports))]
+        for attempt, where in ways:
+            try:
+                if where[0] not in self.outer:
+                    self.outer[where[0]] = open_port(kind, where, order, attempt.uplink)
+                return attempt.packed, self.outer[where[0]]
+            except OSError as error:
+                failed.append((error, attempt))
+        raise natwork.Race.defeat(failed)
+
     def bind(self, host: str) -> Connection:
         """Return a connection from a host: RFC 1928 section 4; raise Refused."""
         worker, session, anywhere = self.worker, self.session, natwork.Policy.ANYWHERE
@@ -382,7 +379,7 @@ class Socks:
         allowed = natwork.judged(worker, session, host, 0)
         expected = [one for one in allowed if self.version == 5 or len(one) == 4]
         there = [one if any(one) else anywhere[len(one)] for one in expected]
-        _, listener = open_outside(self, there, 0, {})
+        _, listener = self.open_outside(there, 0)
         with listener:
             here = listener.getsockname()
             session.source = natwork.endpoint(here)
