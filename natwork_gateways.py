@@ -70,19 +70,6 @@ def content_type(name: str) -> str:
     return FILE_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
 
 
-@contextlib.contextmanager
-def dialed(exchange: Exchange) -> Iterator[Stream]:
-    """Dial the server of a request, and leave it at the end; raise Refused."""
-    session, target = exchange.session, exchange.target
-    server = exchange.http.dial(session, target.host, target.port)
-    exchange.worker.proceed(session)
-    try:
-        yield server
-    finally:
-        session.up += server.counted()
-        exchange.http.close()
-
-
 def run(exchange: Exchange, steps: natwork.Steps, seconds: float) -> Any:
     """Run steps that read from a server, for so many seconds at most; raise Refused."""
     end = time.monotonic() + seconds
@@ -173,6 +160,7 @@ def ask(exchange: Exchange, command: str, kinds: str = "") -> str:
     server = exchange.http.server
     assert server
     exchange.watch.send(server, f"{command}\r\n".encode("latin-1"))
+    exchange.session.up += server.counted()
     return hear(exchange, kinds)
 
 
@@ -322,7 +310,9 @@ def ftp(exchange: Exchange) -> None:
     if session.method == "PUT":
         check_put(head, path)
     exchange.worker.begin(session)
-    with dialed(exchange):
+    with contextlib.closing(exchange.http) as http:
+        http.dial(session, target.host, target.port)
+        exchange.worker.proceed(session)
         log_in(exchange, user, password)
         if session.method == "PUT":
             ftp_put(exchange, path)
@@ -391,8 +381,11 @@ def gopher(exchange: Exchange) -> None:
         natwork.judged(exchange.worker, session, target.host, target.port)
         form = '<form>Search for: <input name="q"> <input type="submit"></form>'
         return answer_page(exchange, target.host, [form])
-    with dialed(exchange) as server:
+    with contextlib.closing(exchange.http) as http:
+        server = http.dial(session, target.host, target.port)
+        exchange.worker.proceed(session)
         exchange.watch.send(server, f"{selector}\r\n".encode("latin-1"))
+        session.up += server.counted()
         if kind == "0":
             return gopher_text(exchange, server)
         if kind not in "17":
