@@ -105,8 +105,7 @@ class Association:
         self.socks, self.worker, self.session = socks, socks.worker, socks.session
         here = socks.client.sock.getsockname()
         self.inner = open_port(socket.SOCK_DGRAM, here, [0], None)
-        self.client_at: SocketAddress = ()  # where its latest datagram came from
-        # The same by peer, and by host with port 0; the latest is the last.
+        # Who wrote last, by peer, and by host with port 0; the latest is the last.
         self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest way that was refused
@@ -148,7 +147,6 @@ class Association:
             raise Refused(natwork.BAD_REQUEST, "fragments are not reassembled")
         name, port = read_address(message.read)
         host, payload = parse_name(name), message.read()
-        self.client_at = sender
         if not (way := self.way(host, port)):
             raise Refused(natwork.DENIED, "there is no way to it")
         packed, sock = way
@@ -184,7 +182,7 @@ class Association:
             if not self.worker.config.udp_from_anyone:
                 raise Refused(natwork.OUTSIDER, "it was not written to")
             natwork.judged(self.worker, self.session, natwork.unpack(packed), port)
-            writer = self.client_at  # it has written: that opened the socket
+            *_, writer = self.writers.values()
         self.inner.sendto(bytes(3) + write_address(sender) + data, writer)
         return len(data)
 
