@@ -21,7 +21,6 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
 
 import natwork
 from natwork import Refused
@@ -144,7 +143,8 @@ class Users:
         pair, key = salt + wanted + password, self.memory[KEY]
         digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
         if not self.remembers(digest):
-            with self.turn(worker):
+            self.await_turn(worker)
+            try:
                 if not self.remembers(digest):  # or another connection was quicker
                     if not hmac.compare_digest(scrypt(password, salt), wanted):
                         why = "the name or the password is wrong"
@@ -152,26 +152,23 @@ class Users:
                         account = known if known in self.lines else ""
                         raise Refused(natwork.AUTH_FAILED, why, account)
                     self.remember(digest)
+            finally:
+                fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, PASSWORD_LOCK)
         return natwork.printable(name, natwork.NAME_SIZE)
 
-    @contextlib.contextmanager
-    def turn(self, worker: natwork.Worker) -> Iterator[None]:
-        """Hold the lock for the one password check at a time; raise Refused."""
+    def await_turn(self, worker: natwork.Worker) -> None:
+        """Take the lock for the one password check at a time; raise Refused."""
         deadline, fd = time.monotonic() + PASSWORD_TIMEOUT, worker.client.stream.fd
         while True:
             with contextlib.suppress(OSError):  # another process has it
                 flags = fcntl.LOCK_EX | fcntl.LOCK_NB
                 fcntl.lockf(self.board.fd, flags, 1, PASSWORD_LOCK)
-                break
+                return
             if time.monotonic() >= deadline:
                 why = "too many passwords wait to be checked"
                 raise Refused(natwork.AUTH_BUSY, why)
             if worker.watch.wait({fd: 0}, LOCK_PAUSE):
                 raise Refused(natwork.CLIENT_GONE, "left before the password check")
-        try:
-            yield
-        finally:
-            fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, PASSWORD_LOCK)
 
     def place(self, digest: bytes) -> slice:
         """Return where in the shared memory a digest may be."""
