@@ -155,8 +155,7 @@ SETTINGS = """\
 
 # Addresses and ports to accept clients on, separated by blanks.  "*" stands for
 # every address of the box, IPv4 and IPv6; port 0 lets the kernel pick one.
-# Sockets that systemd passes take the place of this setting, and each start then
-# says that it is not used.
+# Sockets that systemd passes take its place, and each start then says so.
 #listen = *:8080
 
 # The inside: networks whose machines may be clients, and whose addresses are
@@ -212,10 +211,9 @@ SETTINGS = """\
 #gateways =
 
 # What Via, Proxy-Status and the pages call this gateway, and by what name its
-# pages may be asked for besides its addresses.  Gateways that are
-# chained need different names, or they take each other for a loop.  What follows
-# the first dot is the domain that /lat.json calls the inside's.  Empty: the host
-# name.
+# pages may be asked for besides its addresses.  Gateways that are chained need
+# different names, or they take each other for a loop.  What follows the first dot
+# is the domain that /lat.json calls the inside's.  Empty: the host name.
 #name =
 
 # --- How many? ----------------------------------------------------------------
