@@ -135,22 +135,18 @@ def sniff(worker: Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
 
 def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> None:
     """Join a redirected client to the address that it dialed; raise Refused."""
-    peer, policy = worker.client.host, worker.policy
     if worker.config.users:
         raise Refused(natwork.AUTH_REQUIRED, "a redirected client cannot log in")
-    if natwork.route_to(natwork.address_of(peer)).local:
+    if natwork.route_to(natwork.address_of(worker.client.host)).local:
         raise Refused(natwork.LOOP, "this box redirects what it sends itself")
     worker.begin(session)
     server = natwork.dial(worker, session, host, port)
     try:
         worker.proceed(session)
-        strict = any(rule.names and not rule.allow for rule in policy.rules)
+        strict = any(rule.names and not rule.allow for rule in worker.policy.rules)
         for name in sniff(worker, server, strict):
             session.target = natwork.endpoint((natwork.printable(name.lower()), port))
-            claim, packed = name.decode("latin-1").lower(), natwork.pack(host)
-            outcome, rule = policy.judge(peer, "-", claim, port, packed, "redirect")
-            if outcome is not natwork.OK:
-                raise Refused(outcome, rule)
+            natwork.judged(worker, session, name.decode("latin-1").lower(), port, host)
             worker.proceed(session)
         session.outcome = natwork.ENDED
         natwork.tunnel(worker, session, server, b"")
