@@ -48,8 +48,7 @@ def examine_listeners(config: Config, found: list[tuple[str, int]]) -> None:
     """Refuse two addresses of `listen` that cannot be together."""
     for host, port in found:
         if found.count((host, port)) > 1:
-            twice = natwork.endpoint((host, port))
-            config.refuse("listen", f"names {twice} twice")
+            config.refuse("listen", f"names {natwork.endpoint((host, port))} twice")
         for every in ("*", "::" if ":" in host else "0.0.0.0"):
             if host not in ("*", every) and port and (every, port) in found:
                 whole = natwork.endpoint((every, port))
