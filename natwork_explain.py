@@ -70,8 +70,9 @@ def explain(config: natwork.Config, words: list[str]) -> int:
     policy, parents = chapters.policy, chapters.parents
     for host, port in config.parsed("listen", natwork.parse_endpoint):
         policy.listens_at("0.0.0.0" if host == "*" else host, port)
-    client = words[0]
-    user = natwork.printable(os.fsencode("".join(words[2:])), natwork.NAME_SIZE)
+    # Without `users` a name is but a claim, and no rule sees it.
+    client, name = words[0], "".join(words[2:]) if config.users else ""
+    user = natwork.printable(os.fsencode(name), natwork.NAME_SIZE)
     if not explain_client(chapters, client, user):
         return 1
     host, addresses, parent = "", [], None

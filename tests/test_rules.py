@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import addresses
@@ -531,12 +532,19 @@ def explained(
     client: str,
     *words: str,
 ) -> str:
-    """Return what --explain prints of TARGET, then options, then perhaps a user."""
+    """Return what --explain prints of TARGET, then options, then perhaps a user.
+
+    With a user there are users, though none has a password.
+    """
     (target, *options) = words
     user = [options.pop()] if len(options) % 2 else []
     listen = "listen=%s:%d" % gateway.address
     capsys.readouterr()
-    code = natwork.command(["-o", listen, *options, "--explain", client, target, *user])
+    with tempfile.NamedTemporaryFile() as file:
+        if user:
+            options += ["-o", f"users={file.name}"]
+        words = "-o", listen, *options, "--explain", client, target, *user
+        code = natwork.command([*words])
     settings, _, said = capsys.readouterr().out.partition("\n")
     assert settings.startswith("settings: ")
     goes = re.search("would dial|would ask|answered by the gateway", said)
@@ -649,6 +657,14 @@ def test_explain_knows_the_user_and_who_is_no_client(
         assert decision in said and f"client {CLIENT}: inside, served" in said
     said = explained(capsys, closed, "192.0.2.9", f"{OUTSIDE}:80")
     assert said == "client 192.0.2.9: not inside, refused\n"
+
+
+def test_explain_takes_a_name_that_proves_nothing_as_the_gateway_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "-o", "rules=deny user ann", "--explain", CLIENT, f"{OUTSIDE}:80", "ann"
+    assert natwork.command([*words]) == 0
+    assert "allowed by built-in rule" in capsys.readouterr().out
 
 
 def test_explain_knows_a_user_who_is_not_ascii(
