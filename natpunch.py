@@ -785,6 +785,15 @@ class Member:
         self.peer: Member | None = None
         self.port = 0  # as which it was last seen, in this round
 
+    def take(self) -> bytes:
+        """Return the next message, once all of it has come: a line, or STUN's."""
+        size = self.buffer.find(b"\n") + 1
+        if self.buffer[:1] == b"\0":  # RFC 8489 section 6.2.2
+            size = 20 + int.from_bytes(self.buffer[2:4], "big")
+        message = self.buffer[:size] if size <= len(self.buffer) else b""
+        self.buffer = self.buffer[len(message) :]
+        return message
+
 
 class Server:
     """Members, whom it introduces to one another."""
@@ -898,17 +907,19 @@ class Server:
     def read(self, member: Member) -> None:
         """Act on what a member sends; drop it at its end, or at nonsense."""
         try:
-            data = member.sock.recv(LINE_LIMIT)
-            if data[:2] == b"\0\1":  # RFC 8489 section 6.2.2
-                self.note(data[8:16], member.source)
-                member.sock.sendall(stun_answer(data, member.source, None)[0])
-                return None
-            *lines, member.buffer = (member.buffer + data).split(b"\n")
-            if not data or max(map(len, (*lines, member.buffer))) >= LINE_LIMIT:
+            # Nothing fits into a buffer that is full and has no message.
+            data = member.sock.recv(LINE_LIMIT - len(member.buffer))
+            if not data:
                 return self.drop(member)
-            for line in lines:
-                if member.nonce[:8] in self.members:  # it may have been refused
-                    self.obey(member, line.decode("ascii").split())
+            member.buffer += data
+            # After a message it may have been dropped.
+            while member.nonce[:8] in self.members and (message := member.take()):
+                if message[:1] == b"\0":
+                    self.note(message[8:16], member.source)
+                    answer, _ = stun_answer(message, member.source, None)
+                    member.sock.sendall(answer)
+                else:
+                    self.obey(member, message.decode("ascii").split())
         except (OSError, ValueError):
             self.drop(member)
 

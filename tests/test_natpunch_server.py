@@ -365,12 +365,21 @@ def test_nobody_joins_twice(lab: natlab.Lab, after: str) -> None:
         assert not select.select([third.sock], [], [], 0.2)[0]
 
 
-def test_one_byte_at_a_time_is_slow_and_right(served: natlab.Lab) -> None:
-    client = Client(served)
-    for byte in b"natpunch 1\n":
-        client.sock.sendall(bytes((byte,)))
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_messages_come_in_pieces_or_at_once(served: natlab.Lab, size: int) -> None:
+    client, nonces = Client(served), ["1" * 16, "2" * 16]
+    requests = [natpunch.COOKIE + bytes.fromhex(nonce) + b"mine" for nonce in nonces]
+    said = b"natpunch 1\n" + b"".join(
+        natpunch.stun(natpunch.BINDING, transaction) for transaction in requests
+    )
+    for at in range(0, len(said), size):
+        client.sock.sendall(said[at : at + size])
         time.sleep(0.01)
     assert client.hear().startswith("natpunch ")
+    client.sock.settimeout(5)
+    for transaction in requests:
+        answer = natpunch.parse_stun(client.sock.recv(32, socket.MSG_WAITALL))
+        assert answer[:2] == (natpunch.SUCCESS, transaction)
 
 
 # What is told.
