@@ -92,10 +92,8 @@ STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, True))}
 Address = tuple[str, int]
 Socket = socket.socket
-# Behind a NAT: RFC 1918, RFC 4193.
-PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"
-# Of Linux; the socket module does not have it.
-IP_PKTINFO = 8
+PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"  # RFC 1918, 4193
+IP_PKTINFO = 8  # of Linux; the socket module does not have it
 RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
 
 # --- What is said -------------------------------------------------------------
@@ -127,7 +125,7 @@ def say(message: object) -> None:
 
 
 @contextlib.contextmanager
-def trying(to: str, code: int = 1) -> Iterator[None]:
+def trying(to: str, code: int = 1, other: str = "it is not natpunch") -> Iterator[None]:
     """Turn what fails into the one line of a Failure, with nothing of the network."""
     try:
         yield
@@ -135,10 +133,8 @@ def trying(to: str, code: int = 1) -> Iterator[None]:
         # OpenSSL puts its name for it before, and its place behind.
         why = re.sub(r"^\[.*?\] | \(.*", "", error.strerror or str(error))
         raise Failure(to, why[:1].lower() + why[1:], code) from error
-    except UnicodeError as error:
-        raise Failure(to, "there is no such host", code) from error
     except (ValueError, LookupError) as error:
-        raise Failure(to, "that is not natpunch", code) from error
+        raise Failure(to, other, code) from error
 
 
 def spelled(address: Any) -> str:
@@ -154,8 +150,9 @@ def parse_address(text: str, port: int = 0) -> Address:
     most = 65534 if port else 65535  # a server has the next one, too
     if not (number.isascii() and number.isdigit() and 0 < int(number) <= most):
         raise Failure(f"use {text!r}", f"it has no port from 1 to {most}", 2)
-    if not (host := host.strip("[]")):
-        raise Failure(f"use {text!r}", "it has no host", 2)
+    with trying(f"use {text!r}", 2, "it has no host"):
+        if not (host := host.strip("[]")).encode("idna"):
+            raise ValueError
     return host, int(number)
 
 
@@ -260,7 +257,7 @@ def hidden(value: bytes, transaction: bytes) -> bytes:
 
 
 def stun_answer(
-    message: bytes, source: Address, other: Address | None
+    message: bytes, source: Address, other: Address | None = None
 ) -> tuple[bytes, int]:
     """Return an answer, and the flags of CHANGE-REQUEST; raise ValueError.
 
@@ -861,8 +858,7 @@ class Server:
         """Answer a datagram, from where it is wanted."""
         with contextlib.suppress(OSError, ValueError):
             message, asked, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
-            other = places[3] if len(places) > 2 else None
-            answer, change = stun_answer(message, source[:2], other)
+            answer, change = stun_answer(message, source[:2], *places[3:])
             if not self.note(message[8:16], source):
                 count = self.asked.get(source[0], 0)
                 if count >= STUN_RATE or len(self.asked) >= SOURCES:
@@ -914,18 +910,16 @@ class Server:
             member.buffer += data
             # After a message it may have been dropped.
             while member.nonce[:8] in self.members and (message := member.take()):
-                if message[:1] == b"\0":
-                    self.note(message[8:16], member.source)
-                    answer, _ = stun_answer(message, member.source, None)
-                    member.sock.sendall(answer)
-                else:
-                    self.obey(member, message.decode("ascii").split())
+                self.obey(member, message)
         except (OSError, ValueError):
             self.drop(member)
 
-    def obey(self, member: Member, words: list[str]) -> None:
-        """Act on one line; raise ValueError."""
-        match words:
+    def obey(self, member: Member, message: bytes) -> None:
+        """Act on one message; raise ValueError or OSError."""
+        if message[:1] == b"\0":
+            self.note(message[8:16], member.source)
+            return member.sock.sendall(stun_answer(message, member.source)[0])
+        match words := message.decode("ascii").split():
             case ["natpunch", "1"]:
                 others = [host for host, _ in member.places[2:3]]
                 tell(member.sock, "natpunch", member.nonce.hex(), *others)
@@ -948,15 +942,14 @@ class Server:
 
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
-        here = [other for other in self.members.values() if other.room == room]
-        sides = [member.side, *(other.side for other in here)]
-        has_far = "far" in sides or room in self.far_until
-        is_taken = not has_far and any(other.peer for other in here)
-        if is_taken or room in self.relays.values():
+        here = [m for m in self.members.values() if m.room == room]
+        has_far = room in self.far_until or "far" in [m.side for m in (member, *here)]
+        has_pair = room in self.relays.values() or any(m.peer for m in here)
+        if has_pair and not has_far:
             return self.drop(member, "taken")
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
-        for other in [other for other in here if not other.peer]:
+        for other in [m for m in here if not m.peer]:
             both = member.side, other.side
             if both == ("far", "far"):
                 self.drop(other, "taken")  # whose box may have lost its power
@@ -1120,10 +1113,8 @@ def serve(options: Any) -> None:
     if len({port for _, port in options.addresses}) > 1:
         raise Failure("serve", "all addresses must have the same port", 2)
     for host, _ in options.addresses:
-        try:
+        with trying(f"serve {host}", 2, "it is not an address"):
             ipaddress.ip_address(host)
-        except ValueError:
-            raise Failure(f"serve {host}", "it is not an address", 2) from None
     Server(options).run()
 
 
@@ -1149,14 +1140,11 @@ def main() -> int:
     if serves:
         add("addresses", nargs="*", default=["0.0.0.0"])
         add("--no-relay", action="store_true")
-        for name, number in (
-            ("--waiting", 256),  # members without a peer, and as many of no room
-            ("--per-address", 16),  # of these
-            ("--relays", 64),
-            ("--relay-bytes", 1 << 40),  # each way of each
-            ("--relay-time", 86400),
-        ):
-            add(name, type=positive, default=number, metavar="N")
+        add("--waiting", type=positive, default=256, metavar="N")  # or to join
+        add("--per-address", type=positive, default=16, metavar="N")  # of these
+        add("--relays", type=positive, default=64, metavar="N")
+        add("--relay-bytes", type=positive, default=1 << 40, metavar="N")  # each way
+        add("--relay-time", type=positive, default=86400, metavar="N")
     else:
         add("-s", "--server", required=True)
         add("room", metavar="ROOM", help="or nat, to ask which it is")
