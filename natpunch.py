@@ -45,7 +45,6 @@ import ipaddress
 import itertools
 import os
 import random
-import re
 import resource
 import select
 import selectors
@@ -130,8 +129,7 @@ def trying(to: str, code: int = 1, other: str = "it is not natpunch") -> Iterato
     try:
         yield
     except OSError as error:
-        # OpenSSL puts its name for it before, and its place behind.
-        why = re.sub(r"^\[.*?\] | \(.*", "", error.strerror or str(error))
+        why = error.strerror or str(error)
         raise Failure(to, why[:1].lower() + why[1:], code) from error
     except (ValueError, LookupError) as error:
         raise Failure(to, other, code) from error
@@ -227,7 +225,6 @@ OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
 def stun(kind: int, transaction: bytes, *attributes: tuple[int, bytes]) -> bytes:
-    """Return a message."""
     body = b""
     for name, value in attributes:
         body += struct.pack("!HH", name, len(value)) + value + bytes(-len(value) % 4)
@@ -256,9 +253,7 @@ def hidden(value: bytes, transaction: bytes) -> bytes:
     return bytes(a ^ b for a, b in zip(value, bytes(2) + transaction[:2] + transaction))
 
 
-def stun_answer(
-    message: bytes, source: Address, other: Address | None = None
-) -> tuple[bytes, int]:
+def stun_answer(message: bytes, source: Address, *other: Address) -> tuple[bytes, int]:
     """Return an answer, and the flags of CHANGE-REQUEST; raise ValueError.
 
     It is the least there is, so that a forged source gains little.
@@ -278,7 +273,7 @@ def stun_answer(
     seen = packed(source) if is_old else hidden(packed(source), transaction)
     found = {MAPPED if is_old else XOR_MAPPED: seen}
     if other:
-        found[CHANGED if is_old else OTHER] = packed(other)
+        found[CHANGED if is_old else OTHER] = packed(*other)
     return stun(SUCCESS, transaction, *found.items()), change
 
 
@@ -298,8 +293,8 @@ def bound(kind: int, family: int, port: int = 0) -> Socket:
 
 def ask_stun(sock: Socket, server: Address, token: bytes, flags: int = 0) -> Address:
     """Return as what a server sees a socket; raise what trying() takes."""
-    change = [(CHANGE, bytes((0, 0, 0, flags)))] if flags else []
-    request = stun(BINDING, COOKIE + token + os.urandom(4), *change)
+    change = CHANGE, bytes((0, 0, 0, flags))
+    request = stun(BINDING, COOKIE + token + os.urandom(4), change)
     sock.settimeout(OBSERVE_TIME)
     if sock.type == STREAM:
         sock.connect(server)
@@ -876,17 +871,17 @@ class Server:
         connection.setblocking(False)
         self.members[member.nonce[:8]] = member
         self.selector.register(connection, selectors.EVENT_READ, (self.read, member))
-        for first in self.crowd(member)[:1]:
-            self.drop(first, "full")
+        self.make_room(member)
 
-    def crowd(self, member: Member) -> list[Member]:
-        """Return those who wait as a member does, in a room or not, if too many do."""
+    def make_room(self, member: Member) -> None:
+        """Drop one where too many wait: the last in a room, else the first."""
         waiting = [m for m in self.members.values() if not m.peer]
         alike = [m for m in waiting if bool(m.room) == bool(member.room)]
         near = [m for m in alike if m.network == member.network]
-        if len(near) > self.options.per_address:
-            return near
-        return alike if len(alike) > self.options.waiting else []
+        limits = self.options.per_address, self.options.waiting
+        for crowd, limit in zip((near, alike), limits):
+            if len(crowd) > limit:
+                return self.drop(member if member.room else crowd[0], "full")
 
     def drop(self, member: Member, why: str = "") -> None:
         """Forget a member, and then its peer."""
@@ -955,8 +950,7 @@ class Server:
                 self.drop(other, "taken")  # whose box may have lost its power
             elif "far" in both or not has_far and both != ("call", "call"):
                 return self.pair(other, member)
-        if self.crowd(member):
-            self.drop(member, "full")
+        self.make_room(member)
 
     def pair(self, one: Member, two: Member) -> None:
         """Tell two members of one another."""
