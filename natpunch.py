@@ -1013,45 +1013,36 @@ def run(work: Callable[..., object], *what: Any) -> int:
     return 0
 
 
-def join_calls(options: Any) -> None:
-    """Carry one stream after another, each in a process; raise Failure."""
-    listener = socket.socket()
-    if at := options.listen:
-        with trying(f"listen on {spelled(at)}"):
+def join_all(options: Any) -> None:
+    """Join one peer after another, each stream in a process; raise Failure."""
+    at, listener, local = options.to or options.listen, socket.socket(), None
+    with trying(f"use {spelled(at)}"):
+        if options.udp:
+            sock = socket.socket(family_of(at[0]), DGRAM)
+            (sock.connect if options.to else sock.bind)(at)
+            local = Datagrams(sock)
+        elif options.listen:
             listener = socket.create_server(at, family=family_of(at[0]))
     listener.setsockopt(*RESET)  # of the connections that it takes
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         # One client at a time waits for a peer, and the others in the backlog.
-        client = listener.accept()[0] if options.listen else None
+        client = None if options.udp or options.to else listener.accept()[0]
         meeting = meet(options)
         try:
             with trying("start a process"):
-                if os.fork() == 0:
+                if local:
+                    join(options, meeting, local)
+                elif os.fork() == 0:
                     listener.close()
-                    local = Pipe(client) if client else None
-                    os._exit(run(join, options, meeting, local))
-        except Failure as failure:
-            say(failure)
-        for sock in filter(None, (client, meeting.sock)):
-            sock.close()
-
-
-def join_datagrams(options: Any) -> None:
-    """Carry datagrams with one peer after another; raise Failure."""
-    with trying("open the local port"):
-        at = options.to or options.listen
-        sock = socket.socket(family_of(at[0]), DGRAM)
-        (sock.connect if options.to else sock.bind)(at)
-    local = Datagrams(sock)
-    while True:
-        meeting = meet(options)
-        try:
-            join(options, meeting, local)
+                    end = Pipe(client) if client else None
+                    os._exit(run(join, options, meeting, end))
         except Failure as failure:
             if failure.why == REFUSALS["relay"]:
                 raise
             say(f"{failure}; meeting again")
+        for sock in filter(None, (client, meeting.sock)):
+            sock.close()
 
 
 def filtering(meeting: Meeting) -> str:
@@ -1097,7 +1088,7 @@ def be_client(options: Any) -> None:
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
     if options.side == "pipe":
         return join(options, meet(options), Pipe())
-    (join_datagrams if options.udp else join_calls)(options)
+    join_all(options)
 
 
 def serve(options: Any) -> None:
