@@ -315,6 +315,7 @@ def test_guesses_of_rooms_keep_no_pair_from_meeting(lab: natlab.Lab) -> None:
         b"relay\n",
         b"see 0000000000000000\n",
         b"\0\1\0\x04" + bytes(16),
+        b"\0\1\xff\xff" + bytes(2000),
         b"GET / HTTP/1.1\r\n\r\n",
         bytes(range(256)),
         b"\0" * 2000,
