@@ -129,7 +129,7 @@ def trying(to: str, code: int = 1, other: str = "it is not natpunch") -> Iterato
     try:
         yield
     except OSError as error:
-        why = error.strerror or str(error)
+        why = (error.strerror or str(error)).partition(" (")[0]  # but not where
         raise Failure(to, why[:1].lower() + why[1:], code) from error
     except (ValueError, LookupError) as error:
         raise Failure(to, other, code) from error
