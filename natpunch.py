@@ -722,13 +722,12 @@ class Pipe:
         """Write, or let the end be seen."""
         if data:
             return os.write(self.sink, data)
-        if not stat.S_ISSOCK(os.fstat(self.sink).st_mode):
-            os.close(self.sink)
-            return 0
-        with socket.socket(fileno=self.sink) as sock:
-            with contextlib.suppress(OSError):  # it may have gone
-                sock.shutdown(socket.SHUT_WR)
+        if stat.S_ISSOCK(os.fstat(self.sink).st_mode):
+            with contextlib.suppress(OSError), socket.socket(fileno=self.sink) as sock:
+                sock.shutdown(socket.SHUT_WR)  # the other side may have gone
                 sock.setsockopt(*RESET[:2], bytes(8))  # all has been written
+        else:
+            os.close(self.sink)
         return 0
 
 
@@ -1035,8 +1034,7 @@ def join_all(options: Any) -> None:
                     join(options, meeting, local)
                 elif os.fork() == 0:
                     listener.close()
-                    end = Pipe(client) if client else None
-                    os._exit(run(join, options, meeting, end))
+                    os._exit(run(join, options, meeting, client and Pipe(client)))
         except Failure as failure:
             if failure.why == REFUSALS["relay"]:
                 raise
