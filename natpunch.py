@@ -271,10 +271,9 @@ def stun_answer(message: bytes, source: Address, *other: Address) -> tuple[bytes
         return stun(ERROR, transaction, code, (UNKNOWN, names)), 0
     is_old = transaction[:4] != COOKIE
     seen = packed(source) if is_old else hidden(packed(source), transaction)
-    found = {MAPPED if is_old else XOR_MAPPED: seen}
-    if other:
-        found[CHANGED if is_old else OTHER] = packed(*other)
-    return stun(SUCCESS, transaction, *found.items()), change
+    found = [(MAPPED if is_old else XOR_MAPPED, seen)]
+    found += [(CHANGED if is_old else OTHER, packed(at)) for at in other]
+    return stun(SUCCESS, transaction, *found), change
 
 
 # --- Observing ----------------------------------------------------------------
@@ -326,7 +325,7 @@ def behavior(seen: list[Address]) -> tuple[str, int]:
 
 MAGIC, PROBE_SIZE = b"\xf5\x9d", 19
 SYN, ACK, DONE, BYE = b"\1", b"\2", b"\3", b"\4"
-REPLIES = {(0, SYN): SYN, (1, SYN): ACK, (0, ACK): DONE}  # by role
+REPLIES = {(0, SYN): [SYN], (1, SYN): [ACK], (0, ACK): [DONE] * 3}  # one may be lost
 LAST = ACK, DONE
 
 
@@ -420,9 +419,8 @@ class Puncher:
         if is_tcp and not kind:
             self.selector.unregister(sock)
             sock.close()
-        if reply := REPLIES.get((role, kind)):
-            for _ in range(3 if reply == DONE and not is_tcp else 1):  # it may be lost
-                self.peers.say(sock, reply, there)
+        for reply in REPLIES.get((role, kind), [])[: 1 if is_tcp else 3]:
+            self.peers.say(sock, reply, there)
         if kind == LAST[role] and there:
             sock.connect(there)
         return sock if kind == LAST[role] else None
@@ -526,9 +524,8 @@ class Meeting:
     def punch(self, seconds: float, low_ttl: bool) -> tuple[Socket | None, str]:
         """Observe, meet, punch; return the hole, or None, and for which pair."""
         listeners = [bound(self.kind, self.sock.family)]
-        seen = self.observe(listeners[0])
+        mine, step = behavior(self.observe(listeners[0]))
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
-        mine, step = behavior(seen)
         tell(self.sock, "round", mine, step, *here)
         theirs, ahead, host, port, *inner = hear(self.sock, "peer", self.ends_at)
         if theirs not in ("same", "step", "random", "none"):
@@ -1078,9 +1075,9 @@ def be_client(options: Any) -> None:
             raise Failure("use --to or --listen with nat", "it is not a room", 2)
         return tell_nat(options)
     options.secret = secret_of("NATPUNCH_SECRET", options.secret, "~/.natpunch")
-    if options.udp and not options.to and not options.listen:
-        raise Failure("use --udp", "it needs --to or --listen", 2)
     options.side = "far" if options.to else "call" if options.listen else "pipe"
+    if options.udp and options.side == "pipe":
+        raise Failure("use --udp", "it needs --to or --listen", 2)
     options.to = parse_address(options.to) if options.to else None
     if at := options.listen:
         options.listen = parse_address(at if ":" in at else f"127.0.0.1:{at}")
