@@ -665,24 +665,23 @@ class Datagrams:
 
     def read(self) -> list[Any]:
         """Return a datagram of payload, if one has come; raise OSError."""
-        now, kind = time.monotonic(), b""
-        if self.peers and now > self.told_at + KEEP_ALIVE:
+        if not self.peers:
+            data, self.client = self.sock.recvfrom(READ_SIZE)
+            return [data] if data else []  # an empty one would be an end
+        if (now := time.monotonic()) > self.told_at + KEEP_ALIVE:
             self.peers.say(self.sock, DONE)  # which keeps the hole open
             self.told_at = now
-        if self.peers and now > self.heard_at + SILENCE:
+        if now > self.heard_at + SILENCE:
             raise OSError(f"the peer was silent for {SILENCE:g} s")
         data, source = self.sock.recvfrom(READ_SIZE)
-        if self.peers:
-            if source != self.sock.getpeername():
-                return []  # it came before this was the hole
-            self.heard_at, kind = now, self.peers.kind_of(data)
-            if kind == BYE:
-                raise OSError("the peer has left")
-            if kind in (SYN, ACK):
-                self.peers.say(self.sock, DONE)
-        else:
-            self.client = source
-        return [data] if data and not kind else []  # an empty one would be an end
+        if source != self.sock.getpeername():
+            return []  # it came before this was the hole
+        self.heard_at, kind = now, self.peers.kind_of(data)
+        if kind == BYE:
+            raise OSError("the peer has left")
+        if kind in (SYN, ACK):
+            self.peers.say(self.sock, DONE)
+        return [data] if data and not kind else []
 
     def write(self, data: Any) -> int:
         """Send a datagram, or lose it."""
@@ -795,9 +794,8 @@ class Server:
         self.far_until: dict[str, float] = {}  # rooms whose far end may come again
         self.asked: dict[str, int] = {}  # of STUN, by source, in this second
         for host, port in options.addresses:
-            family = family_of(host)
             others = [at for at, _ in options.addresses if at != host]
-            hosts = host, *[at for at in others if family_of(at) == family][:1]
+            hosts = host, *[at for at in others if family_of(at) == family_of(host)][:1]
             for ports in ((port, port + 1), (port + 1, port)):
                 # In the order of the flags of CHANGE-REQUEST.
                 places = [(at, number) for at in hosts for number in ports]
@@ -839,11 +837,10 @@ class Server:
 
     def note(self, token: bytes, source: Address) -> bool:
         """Remember as which port a member is seen; return whether it is one."""
-        member = self.members.get(token)
-        if not member or member.source[0] != source[0]:
-            return False
-        member.port = source[1]
-        return True
+        if (member := self.members.get(token)) and member.source[0] == source[0]:
+            member.port = source[1]
+            return True
+        return False
 
     def observe(self, sock: Socket, places: list[Address]) -> None:
         """Answer a datagram, from where it is wanted."""
@@ -1057,10 +1054,9 @@ def tell_nat(options: Any) -> None:
             meeting = Meeting(options)
             listener = bound(kind, meeting.sock.family)
             seen = meeting.observe(listener)
-            how, step = behavior(seen)
-            text = f"{name}: {how} {step or ''}".rstrip()
+            how = " ".join(map(str, behavior(seen))).removesuffix(" 0")
             ports = " ".join(map(spelled, seen)) or "nowhere"
-            text += f", port {listener.getsockname()[1]} seen at {ports}"
+            text = f"{name}: {how}, port {listener.getsockname()[1]} seen at {ports}"
             if kind == DGRAM and len(meeting.servers) > 2:
                 text += f", filtered by {filtering(meeting)}"
             print(text)
