@@ -358,13 +358,12 @@ def aims(
     whichever of them the peer aims at has been opened towards it.
     """
     host, last = at
-    ahead = [last + step * n for n in range(1, FAN + 1)]
     table = {
         ("same", "same"): (1, [last]),
-        ("same", "step"): (1, ahead),
+        ("same", "step"): (1, [last + step * n for n in range(1, FAN + 1)]),
         ("same", "random"): (1, random.sample(range(1024, 65536), PROBES)),
         ("step", "same"): (1, [last]),
-        ("step", "step"): (FAN, ahead[FAN // 2 - 1 : FAN // 2]),
+        ("step", "step"): (FAN, [last + step * FAN // 2]),
         ("random", "same"): (BIRTHDAYS, [last]),
     }
     count, ports = table.get((mine, theirs), (1, []))
