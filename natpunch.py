@@ -866,7 +866,7 @@ class Server:
         self.make_room(member)
 
     def make_room(self, member: Member) -> None:
-        """Drop one where too many wait: the last in a room, else the first."""
+        """Drop one if too many wait: the last in a room, or the first of no room."""
         waiting = [m for m in self.members.values() if not m.peer]
         alike = [m for m in waiting if bool(m.room) == bool(member.room)]
         near = [m for m in alike if m.network == member.network]
@@ -931,8 +931,8 @@ class Server:
         """Pair a member, or let it wait."""
         here = [m for m in self.members.values() if m.room == room]
         has_far = room in self.far_until or "far" in [m.side for m in (member, *here)]
-        has_pair = room in self.relays.values() or any(m.peer for m in here)
-        if has_pair and not has_far:
+        is_taken = not has_far and any(m.peer for m in here)
+        if is_taken or room in self.relays.values():
             return self.drop(member, "taken")
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
