@@ -135,9 +135,10 @@ def test_a_third_is_refused_and_the_pair_lives_on(lab: natlab.Lab) -> None:
         assert one.hear() == other.hear() == "relay"
         one.sock.sendall(b"hello")
         assert other.sock.recv(5) == b"hello"
-        third = Client(lab)
-        third.join()
-        assert third.hear() == "no taken"
+        for side in ("pipe", "call", "far"):
+            third = Client(lab)
+            third.join(side=side)
+            assert third.hear() == "no taken"
         one.sock.close()
         assert other.sock.recv(5) == b""
         other.sock.close()
