@@ -536,7 +536,7 @@ class Scoreboard:
     """The shared memory: a header, a state byte for each slot, then the slots.
 
     The header has 64-bit words: the master's pid; the slots that ever were used; the
-    Unix time of the start; forks; forks that failed; the second in which say() was last
+    second of the start; forks; forks that failed; the second in which say() was last
     heard; the errno of lost lines not yet reported; when each uplink last failed.
     """
 
@@ -1509,7 +1509,7 @@ class Master:
         self.fork_at = self.full_said_at = self.notify_at = 0.0
         self.kill_at = math.inf
         board.words[board.MASTER] = os.getpid()
-        board.words[board.BEGAN] = int(time.time())
+        board.words[board.BEGAN] = int(time.monotonic())
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
@@ -3572,7 +3572,7 @@ def open_generation(chapters: Chapters, old: Generation | None = None) -> Genera
             say(f"listening on {endpoint(sock.getsockname())}")
     with contextlib.suppress(OSError):
         if checks := load_chapter("check"):
-            checks.warn(config, held, old)
+            checks.warn(chapters, held, old)
     return Generation(config, listeners, log, chapters, *lifeline)
 
 
@@ -3776,9 +3776,9 @@ def check(config: Config) -> int:
     checks = load_chapter("check")
     if checks:
         checks.examine_files(config)
-    examine(config, Scoreboard())
+    chapters = examine(config, Scoreboard())
     if checks:
-        checks.warn_of_test(config)
+        checks.warn_of_test(chapters)
     print_settings(config)
     say(f"ok: {config.file or 'the defaults'}")
     return 0

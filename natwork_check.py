@@ -25,6 +25,9 @@ SERVICE_FILE = "/etc/natwork/natwork.conf"
 SOCKET_UNIT = "/etc/systemd/system/sockets.target.wants/natwork.socket"
 
 
+EVERYWHERE = frozenset(natwork.networks("0.0.0.0/0 ::/0"))
+
+
 def hinted(fault: str) -> str:
     """Return the line of a fault, with what was probably meant."""
     match = re.fullmatch(r".*?: (\S+) = (.*): (.*)", fault)
@@ -75,13 +78,31 @@ def examine_files(config: Config) -> None:
             config.refuse(name, f"it cannot be written: {why}")
 
 
+def warn_of_rules(chapters: natwork.Chapters) -> None:
+    """Say which rules fit nobody, or open more than they seem to."""
+    config, policy = chapters.config, chapters.policy
+    if not config.users and any(rule.users for rule in policy.rules):
+        say("rules: a rule with user fits nobody, users is not set")
+    users = chapters.users.lines if config.users else {}
+    if config.users and not users:
+        say(f"users: {config.users} has none, so nobody is served")
+    for rule in policy.rules:
+        for user in sorted(rule.users.difference(users)) if users else ():
+            say(f"rules: {user} in {rule.text!r} is not in {config.users}")
+        if rule.allow and not EVERYWHERE.isdisjoint(rule.blocks):
+            say(f"rules: {rule.text!r} opens loopback, this box and the inside, too")
+
+
 def warn(
-    config: Config, held: dict[str, socket.socket], old: natwork.Generation | None
+    chapters: natwork.Chapters,
+    held: dict[str, socket.socket],
+    old: natwork.Generation | None,
 ) -> None:
     """Say what is probably not meant, and what has no effect; raise OSError.
 
     The listeners held are those that systemd passed, or of the old generation.
     """
+    config, policy = chapters.config, chapters.policy
     for name in ("user", "pidfile"):
         if old and getattr(config, name) != getattr(old.config, name):
             say(f"{name} is changed by a restart only")
@@ -90,11 +111,9 @@ def warn(
     before = old.config.listen if old else ""
     if passed and "listen" in config.where and config.listen != before:
         say("listen is not used: systemd passes the listeners (natwork.socket)")
-    policy = natwork.Policy(config)
     if not policy.inside:
         say("inside: nobody is a client, it is empty")
-    if not config.users and any(rule.users for rule in policy.rules):
-        say("rules: a rule with user fits nobody, users is not set")
+    warn_of_rules(chapters)
     for name in ("log", "pidfile"):
         if re.search(r"\s[#;]", path := getattr(config, name)):
             say(f"{name}: it is {path!r}; a comment has a line of its own")
@@ -105,6 +124,11 @@ def warn(
     for uplink in policy.uplinks:
         if not uplink.is_there():
             say(f"outside: {uplink.name} is not there now")
+    for packed in theirs:
+        near = natwork.contains(natwork.LINK_LOCAL, packed)
+        if natwork.contains(policy.inside, packed) and not near:
+            place = natwork.unpack(packed)
+            say(f"outside: {place} is an inside address, but nobody is a client there")
     device = "" if config.outside else policy.defaults()[0].device
     for packed in natwork.device_addresses(device):
         # Link-local neighbors are refused; and the addresses of IPv6 are many.
@@ -126,8 +150,9 @@ def may_read(path: str, user: str) -> bool:
     return user == "root" or bool(status.st_mode & bit)
 
 
-def warn_of_test(config: Config) -> None:
+def warn_of_test(chapters: natwork.Chapters) -> None:
     """Say what is probably not meant, and what the service would fail at."""
+    config = chapters.config
     serves = os.path.realpath(config.file or ".") == SERVICE_FILE
     user = "natwork" if serves else config.user
     with contextlib.suppress(OSError, KeyError):
@@ -135,7 +160,7 @@ def warn_of_test(config: Config) -> None:
             say(f"users: {user} cannot read {config.users}: see to its group")
     if serves and "listen" in config.where and os.path.exists(SOCKET_UNIT):
         say("listen: the service does not use it, natwork.socket listens for it")
-    warn(config, {}, None)
+    warn(chapters, {}, None)
 
 
 SETTINGS = """\

@@ -29,13 +29,15 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     try:
         if user and folder and not os.path.exists(folder):
             os.mkdir(folder, 0o755)
-            os.chown(folder, *user)
+            os.chown(folder, *user, follow_symlinks=False)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         why = natwork.reason(error)
         raise OSError(f"cannot open the pid file {path}: {why}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise OSError(f"cannot use the pid file {path}: it is no regular file")
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        why = "it is no regular file, or has another name"
+        raise OSError(f"cannot use the pid file {path}: {why}")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -70,6 +72,8 @@ def run_daemon(config: natwork.Config) -> int:
     except ImportError:
         missing = "python-daemon is not installed (apt install python3-daemon)"
         raise OSError(f"cannot detach: {missing}") from None
+    if config.log == "-" and os.isatty(1):
+        natwork.say("log: - is this terminal, which a daemon leaves: name a file")
     news_out, news_in = os.pipe2(0)
     if os.fork():
         os.close(news_in)

@@ -19,16 +19,24 @@ VERSION = "0.1.0"
 
 def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
     """Print whether a client is served; return whether it may be; raise OSError."""
-    scope = 0
+    policy, scope = chapters.policy, 0
     with contextlib.suppress(OSError):  # it names no device
         scope = socket.if_nametoindex(client.partition("%")[2])
     try:
-        inside = chapters.policy.is_client((client, 0, 0, scope), None)
+        # It comes to the address from which it would be answered.
+        here = natwork.route_to(natwork.address_of(client)).source
+        theirs = policy.outside() if policy.uplinks else {}
+        inside = policy.is_client((client, 0, 0, scope), None)
+        inside = inside and not (here and natwork.pack(here) in theirs)
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    users = chapters.users.lines if chapters.config.users else {}
     if inside and chapters.config.users and user == "-":
         print("as no user: asked for name and password first")
+    elif inside and user.partition(";")[0] not in (*users, "-"):
+        print(f"as {user}: refused (auth-failed), not in {chapters.config.users}")
+        return False
     return inside
 
 

@@ -26,7 +26,8 @@ from natwork import Stream
 
 VERSION = "0.1.0"
 
-PAGE_LIMIT = 8 * 1024 * 1024  # a directory, for 100,000 files; a menu or a text
+PAGE_LIMIT = 2 * 1024 * 1024  # a directory, a menu or a text; and its lines
+PAGE_LINES = 20_000
 PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
 
 # As ls -l has it, also without a group, or with blanks in owner or group; as DIR does;
@@ -89,6 +90,8 @@ def until_end(source: Stream) -> natwork.Steps:
 def read_lines(exchange: Exchange, source: Stream) -> list[str]:
     """Return the lines that come until a stream ends, as Latin-1; raise Refused."""
     data: bytes = run(exchange, until_end(source), PAGE_TIMEOUT)
+    if data.count(b"\n") > PAGE_LINES:
+        raise Refused(natwork.BAD_RESPONSE, f"over {PAGE_LINES} lines in a page")
     return data.decode("latin-1").replace("\r\n", "\n").split("\n")
 
 
@@ -241,7 +244,9 @@ def ftp_list(exchange: Exchange, path: str) -> None:
         if reply[0] == "1":
             entries = read_lines(exchange, data)
     if reply[0] == "1":
-        hear(exchange, "2" if any(entries) else "245")
+        end = hear(exchange, "2" if any(entries) else "245")
+        if end[:2] == "42":  # RFC 959 section 4.2.1: it is about the connection
+            raise Refused(natwork.BAD_RESPONSE, said(end))
     # Relative links, which a URL without its last slash resolves one level up.
     name = path.rpartition("/")[2]
     base = f"{quoted(name)}/" if name else ""

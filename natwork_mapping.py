@@ -51,6 +51,7 @@ PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 ADDRESS, MAP_TCP, ANSWER = 0, 2, 128
 SIZES = {ADDRESS: 2, MAP_TCP: 12}
 OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range(6)
+SILENCE = -1  # none is sent
 
 
 def is_gone(pid: int) -> bool:
@@ -115,6 +116,8 @@ class Mapper:
             time.sleep(LOOK_TIME)
             self.sweep()
             is_last = natwork.readable([lifeline])[lifeline] & select.POLLHUP > 0
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)  # until none is left, since SIGCHLD is ignored
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
@@ -242,8 +245,10 @@ class Mapper:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
             result, wanted = self.map(host, port, wanted, seconds)
+            if result == SILENCE:
+                return b""
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = max(0, int(time.time()) - self.board.words[self.board.BEGAN])
+        age = int(time.monotonic()) - self.board.words[self.board.BEGAN]
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
     def mappings(self, host: str = "") -> list[tuple[Slot, Session]]:
@@ -290,10 +295,11 @@ class Mapper:
             if slot.words[PARENT] == os.getpid() and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, wanted
-            # It is over, or of an earlier mapper with other settings: make it anew.
-            slot.words[LEASE], until = 0, time.monotonic() + RELEASE_TIME
-            while slot.session() and time.monotonic() < until:
-                time.sleep(OPEN_TIME)
+            # It is over, or of an earlier mapper with other settings: once its process
+            # has gone, it can be made anew.  RFC 6886 section 3.1: who hears nothing
+            # asks again.
+            slot.words[LEASE] = 0
+            return SILENCE, 0
         full = len(mine) >= self.config.max_mappings
         full = full or len(self.mappings()) >= MAPPING_LIMIT
         if full or not (listener := self.listen(host, wanted)):

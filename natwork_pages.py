@@ -265,7 +265,7 @@ def figures(exchange: Exchange) -> dict[str, int]:
         "busy": states.count(natwork.BUSY) + states.count(natwork.SILENT),
         "limit": exchange.config.max_workers,
         **counts,
-        "uptime": int(time.time()) - board.words[board.BEGAN],
+        "uptime": int(time.monotonic()) - board.words[board.BEGAN],
     }
 
 
@@ -315,6 +315,7 @@ def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
     words, total = board.words, [sum(board.column(n)) for n in range(Slot.PEER)]
+    since_1970 = round(time.time() - time.monotonic())  # what the clocks differ by
     values: list[tuple[str, str, float]] = [
         ("build_info", f'{{version="{natwork.__version__}"}}', 1),
         *(
@@ -331,7 +332,7 @@ def metrics(exchange: Exchange) -> str:
         ("forks_total", "", words[board.FORKS]),
         ("forks_failed_total", "", words[board.FORKS_FAILED]),
         ("log_lines_lost_total", "", total[Slot.LOST]),
-        ("start_time_seconds", "", words[board.BEGAN]),
+        ("start_time_seconds", "", words[board.BEGAN] + since_1970),
     ]
     lines = []
     for name, (kind, told) in METRICS.items():

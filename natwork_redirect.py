@@ -22,6 +22,7 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
+RECORDS = 256  # for a TLS hello, which mostly has one
 SNIFF_DELAY = 0.25  # for half a request that no rule has to see: below what one notices
 # What may yet become a request line to some server: some take any word for a method,
 # any blank, and any byte in a path.
@@ -53,14 +54,18 @@ def original_target(client: natwork.Client) -> tuple[str, int] | None:
 def server_name(data: bytes) -> list[bytes] | None:
     """Return the name in a TLS ClientHello, [] for none, None while it is not whole.
 
-    RFC 8446 section 4.1.2, RFC 6066 section 3; it may come in many records.
+    RFC 8446 section 4.1.2, RFC 6066 section 3; it may come in some records.  Raises
+    Refused where they are so many that to look at them again and again is work.
     """
-    hello, at = bytearray(), 0
+    hello, at, records = bytearray(), 0, 0
 
     def number(at: int, size: int) -> int:
         return int.from_bytes(hello[at : at + size], "big")
 
     while data[at : at + 1] == b"\x16":  # a handshake record
+        records += 1
+        if records > RECORDS:
+            raise Refused(natwork.BAD_REQUEST, "a TLS hello in too many records")
         size = int.from_bytes(data[at + 3 : at + 5], "big")
         hello += data[at + 5 : at + 5 + size]
         at += 5 + size

@@ -21,6 +21,7 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
 
 import natwork
 from natwork import Refused
@@ -29,6 +30,7 @@ VERSION = "0.1.0"
 
 PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
+WRONG_PAUSE = 0.5  # after a wrong one, until the client may try another
 LOCK_PAUSE = 0.02  # until a waiting worker tries a lock again; a check takes 0.05
 SHARE_LOOKS = 20  # at a client's sessions, before it has too many
 
@@ -38,8 +40,10 @@ SHARE_LOOKS = 20  # at a client's sessions, before it has too many
 KEY, PLACE_SIZE, PLACES = slice(0, 32), 32, 1 << 18
 # Record locks, by a byte of the scoreboard: the kernel frees one when its process ends.
 PASSWORD_LOCK, SHARE_LOCK = 0, 1
+CLIENT_LOCKS = 16  # the first; by the number of a client
 
 Line = tuple[bytes, bytes]  # salt and hash
+BOM = b"\xef\xbb\xbf"
 NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
 USER_LINE = re.compile(
     rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
@@ -73,7 +77,8 @@ def user_line(name: bytes, password: bytes) -> bytes:
 def parse_users(text: bytes) -> dict[str, Line]:
     """Return salt and hash by name of a file of users; raise ValueError."""
     users: dict[str, Line] = {}
-    for number, line in enumerate(text.split(b"\n"), 1):
+    # An editor may begin a file with a byte order mark.
+    for number, line in enumerate(text.removeprefix(BOM).split(b"\n"), 1):
         if not line or line.startswith(b"#"):
             continue
         match = USER_LINE.fullmatch(line)
@@ -143,32 +148,39 @@ class Users:
         pair, key = salt + wanted + password, self.memory[KEY]
         digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
         if not self.remembers(digest):
-            self.await_turn(worker)
-            try:
-                if not self.remembers(digest):  # or another connection was quicker
-                    if not hmac.compare_digest(scrypt(password, salt), wanted):
-                        why = "the name or the password is wrong"
-                        # Of nobody's name the log has nothing: it may be a password.
-                        account = known if known in self.lines else ""
-                        raise Refused(natwork.AUTH_FAILED, why, account)
-                    self.remember(digest)
-            finally:
-                fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, PASSWORD_LOCK)
+            # A client has one guess at a time, so it cannot keep all others waiting.
+            with self.turn(worker, CLIENT_LOCKS + worker.client.number):
+                with self.turn(worker, PASSWORD_LOCK):
+                    # Another connection may have been quicker.
+                    right = self.remembers(digest) or hmac.compare_digest(
+                        scrypt(password, salt), wanted
+                    )
+                if not right:
+                    time.sleep(WRONG_PAUSE)
+                    # Of nobody's name the log has nothing: it may be a password.
+                    account = known if known in self.lines else ""
+                    why = "the name or the password is wrong"
+                    raise Refused(natwork.AUTH_FAILED, why, account)
+                self.remember(digest)
         return natwork.printable(name, natwork.NAME_SIZE)
 
-    def await_turn(self, worker: natwork.Worker) -> None:
-        """Take the lock for the one password check at a time; raise Refused."""
+    @contextlib.contextmanager
+    def turn(self, worker: natwork.Worker, place: int) -> Iterator[None]:
+        """Hold a lock, once the others that want it have had it; raise Refused."""
         deadline, fd = time.monotonic() + PASSWORD_TIMEOUT, worker.client.stream.fd
         while True:
             with contextlib.suppress(OSError):  # another process has it
-                flags = fcntl.LOCK_EX | fcntl.LOCK_NB
-                fcntl.lockf(self.board.fd, flags, 1, PASSWORD_LOCK)
-                return
+                fcntl.lockf(self.board.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                break
             if time.monotonic() >= deadline:
                 why = "too many passwords wait to be checked"
                 raise Refused(natwork.AUTH_BUSY, why)
             if worker.watch.wait({fd: 0}, LOCK_PAUSE):
                 raise Refused(natwork.CLIENT_GONE, "left before the password check")
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.board.fd, fcntl.LOCK_UN, 1, place)
 
     def place(self, digest: bytes) -> slice:
         """Return where in the shared memory a digest may be."""

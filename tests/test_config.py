@@ -24,6 +24,7 @@ import running
 import wait
 
 import natwork
+import natwork_users
 
 SHIPPED = running.ROOT / "natwork.conf"
 ONE_LINE = r"natwork: [^\n]+[^\n.!]\n"
@@ -718,6 +719,36 @@ def test_listeners_on_a_device_of_outside_alone_serve_nobody(tmp_path: Path) -> 
     )
     said = "natwork: listen: nobody is a client at an address of outside\n"
     assert done.returncode == 0 and said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "rules=allow to 0.0.0.0/0",
+            "rules: 'allow to 0.0.0.0/0' opens loopback, this box and the inside, too",
+        ),
+        (
+            "outside=127.0.0.1",
+            "outside: 127.0.0.1 is an inside address, but nobody is a client there",
+        ),
+        ("users=empty", "users: empty has none, so nobody is served"),
+        ("rules=deny user Ann", "rules: Ann in 'deny user Ann' is not in one"),
+    ],
+)
+def test_what_is_probably_not_meant_is_said(
+    tmp_path: Path, setting: str, said: str
+) -> None:
+    (tmp_path / "empty").touch(mode=0o600)
+    one = tmp_path / "one"
+    one.touch(mode=0o600)
+    one.write_bytes(natwork_users.user_line(b"ann", b"secret") + b"\n")
+    words = "-t", "-o", "users=one", "-o", setting
+    for harmless in ("rules=allow to 10.0.0.0/8", "rules=deny user ann"):
+        done = running.command(*words[:-1], harmless, cwd=tmp_path)
+        assert said not in done.stderr
+    done = running.command(*words, cwd=tmp_path)
+    assert done.returncode == 0 and f"natwork: {said}\n" in done.stderr
 
 
 @needs.root

@@ -304,6 +304,26 @@ def test_what_is_given_back_may_be_asked_for_at_once(
     wait.until(lambda: len(lines(gateway, "MAP")) == 5)
 
 
+def test_a_machine_that_maps_and_unmaps_delays_no_other(
+    box: boxes.Box, start: Start
+) -> None:
+    start()
+    waited = 0.0
+
+    def shout() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(pmp.request(7000, 7000, 60), ("10.9.0.1", pmp.PORT))
+
+    for _ in range(5):
+        assert pmp.mapped(box, 7000, 7000).port == 7000
+        assert pmp.mapped(box, 7000, 0, 0).result == pmp.OK
+        box.within("inside", shout)
+        began = time.monotonic()
+        assert pmp.address(box, WEB)
+        waited += time.monotonic() - began
+    assert waited < 0.5
+
+
 def test_a_lease_is_two_hours_at_most(box: boxes.Box, start: Start) -> None:
     start()
     assert pmp.mapped(box, 8000, 8000, 1 << 31).seconds == 7200
@@ -607,8 +627,8 @@ def test_a_mapper_that_is_killed_has_a_successor_that_knows_all(
         another, _ = called(box, 8000)
         with another:
             assert wire.echoes(another)
-            # It makes the mapping anew when it is renewed, at the same port.
-            assert pmp.mapped(box, port, 0) == (pmp.OK, port, 8000, 60)
+            # It makes the mapping anew when it is renewed: RFC 6886 section 3.3.
+            assert pmp.mapped(box, port, 8000) == (pmp.OK, port, 8000, 60)
             third, _ = called(box, 8000)
             with third:
                 assert all(map(wire.echoes, (caller, another, third)))

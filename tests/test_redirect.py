@@ -132,8 +132,17 @@ def test_what_claims_nothing_is_known_at_once(case: str) -> None:
 )
 def test_garbage_is_looked_at_quickly(garbage: bytes) -> None:
     began = time.monotonic()
-    natwork_redirect.claimed_names(garbage)
+    with contextlib.suppress(natwork.Refused):
+        natwork_redirect.claimed_names(garbage)
     assert time.monotonic() - began < 0.5  # trap 9
+
+
+def test_a_hello_in_too_many_records_is_refused() -> None:
+    """Each byte more would have all of them looked at again."""
+    whole = hello("a.example")
+    assert natwork_redirect.claimed_names(in_records(whole, 7)) == [b"a.example"]
+    with pytest.raises(natwork.Refused):
+        natwork_redirect.claimed_names(in_records(whole, 1))
 
 
 @pytest.mark.parametrize(("word", "target"), addresses.TARGETS)

@@ -18,6 +18,7 @@ import pytest
 import running
 
 import natwork
+import natwork_users
 
 CLIENT = "10.0.0.7"
 
@@ -526,6 +527,9 @@ def test_who_is_a_client_is_served(
 # --- Live: rules, and --explain -----------------------------------------------
 
 
+USER_LINE = natwork_users.user_line(b"", b"secret")  # of anybody
+
+
 def explained(
     capsys: pytest.CaptureFixture[str],
     gateway: running.Gateway,
@@ -534,15 +538,18 @@ def explained(
 ) -> str:
     """Return what --explain prints of TARGET, then options, then perhaps a user.
 
-    With a user there are users, though none has a password.
+    With a user there are users, and this is one of them.
     """
     (target, *options) = words
     user = [options.pop()] if len(options) % 2 else []
+    line = os.fsencode("".join(user)) + USER_LINE
     listen = "listen=%s:%d" % gateway.address
     capsys.readouterr()
     with tempfile.NamedTemporaryFile() as file:
         if user:
             options += ["-o", f"users={file.name}"]
+            file.write(line)
+            file.flush()
         words = "-o", listen, *options, "--explain", client, target, *user
         code = natwork.command([*words])
     settings, _, said = capsys.readouterr().out.partition("\n")
@@ -657,6 +664,8 @@ def test_explain_knows_the_user_and_who_is_no_client(
         assert decision in said and f"client {CLIENT}: inside, served" in said
     said = explained(capsys, closed, "192.0.2.9", f"{OUTSIDE}:80")
     assert said == "client 192.0.2.9: not inside, refused\n"
+    said = explained(capsys, closed, "127.0.0.1", f"{OUTSIDE}:80", "-o", "outside=lo")
+    assert said == "client 127.0.0.1: not inside, refused\n"
 
 
 def test_explain_takes_a_name_that_proves_nothing_as_the_gateway_does(
@@ -773,6 +782,10 @@ def test_explain_says_that_users_are_asked_first(
     words = f"{OUTSIDE}:80", "-o", f"users={file}"
     assert "as no user: asked for" in explained(capsys, closed, CLIENT, *words)
     assert "as no user" not in explained(capsys, closed, CLIENT, *words, "ann")
+    assert (
+        natwork.command(["-o", f"users={file}", "--explain", CLIENT, "a:1", "b"]) == 1
+    )
+    assert "as b: refused (auth-failed), not in " in capsys.readouterr().out
 
 
 def test_an_uplink_may_be_written_as_mapped() -> None:
