@@ -84,9 +84,9 @@ class Mapper:
         states = enumerate(board.states())
         self.slots = [Slot(board, n) for n, state in states if state == KEPT]
         places = [place for some in self.policy.listeners.values() for place in some]
-        # A listener at :: takes IPv4 clients too.
+        # Where we do not listen yet; a listener at :: takes IPv4 clients too.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
-        self.closed = {bytes(4)} & hosts or hosts  # where we do not listen yet
+        self.closed = {natwork.unpack(host) for host in {bytes(4)} & hosts or hosts}
         self.sockets: dict[int, socket.socket] = {}
         self.patient_until = time.monotonic() + RELEASE_TIME
 
@@ -121,14 +121,13 @@ class Mapper:
 
     def open(self) -> None:
         """Listen where machines ask; say why not, if the mapper before us has left."""
-        for packed in [*self.closed]:
-            host = natwork.unpack(packed)
+        for host in [*self.closed]:
             sock = socket.socket(natwork.INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
                 sock.setsockopt(socket.SOL_IP, PKTINFO, 1)
                 sock.bind((host, PORT))
                 self.sockets[sock.fileno()] = sock
-                self.closed.discard(packed)
+                self.closed.discard(host)
                 natwork.set_title("natwork: mapper")
             except OSError as error:
                 sock.close()
