@@ -64,6 +64,7 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -115,13 +116,6 @@ def say(text: str) -> None:
             os.write(2, f"natrun: {line}\n".encode()[: select.PIPE_BUF])
 
 
-def remember(table: dict[Any, Any], key: Any, value: Any) -> None:
-    """Put something into a table, which forgets the oldest."""
-    table[key] = value
-    if len(table) > RECORDS:
-        del table[next(iter(table))]
-
-
 say_once = functools.cache(say)  # what holds for the whole run
 
 
@@ -150,8 +144,7 @@ NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take b
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
 ERESTARTSYS = 512  # not in errno: no program is to see it
-SO_COOKIE, SO_NETNS_COOKIE, TCP_FASTOPEN_CONNECT = 57, 71, 30
-MPTCP, MSG_FASTOPEN = 262, 0x20000000
+MPTCP, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 262, 0x20000000, 30
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 
@@ -165,9 +158,9 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
     return result
 
 
-def cookie(sock: socket.socket, option: int = SO_COOKIE) -> bytes:
-    """Return what a socket, or its network namespace, is known by to everybody."""
-    return sock.getsockopt(socket.SOL_SOCKET, option, 8)
+def inode(sock: socket.socket) -> int:
+    """Return what a socket is known by, whoever has it."""
+    return os.fstat(sock.fileno()).st_ino
 
 
 def rows(*paths: str) -> Iterator[list[str]]:
@@ -942,7 +935,9 @@ class Names:
                 return address
         number = (198 << 24) + (18 << 16) + next(self.numbers) % 131071
         address = number.to_bytes(4, "big")
-        remember(self.called, address, name)
+        self.called[address] = name
+        if len(self.called) > RECORDS:
+            del self.called[next(iter(self.called))]
         return address
 
     async def look_back(self, target: bytes, app: str) -> bytes:
@@ -1080,20 +1075,18 @@ class Call:
 class Flow:
     """What is known of a socket that is not what the kernel takes it for."""
 
-    cookie: bytes
-    inode: int
+    app: str = ""  # that it was made for, in the namespace
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
-    error: int = 0  # to be told once; EINPROGRESS until it is known
-    waits: bool = False  # it is not O_NONBLOCK
-    task: asyncio.Task[None] | None = None
-    mapped: int = 0  # the port here that a port of the outside leads to
+    waits: bool = False  # it was not O_NONBLOCK when it began to connect
+    task: asyncio.Task[int] | None = None  # has the errno, which is told once
+    mapped: tuple[int, int] = (0, 0)  # its port, and the port of the outside
+    since: float = 0.0  # it has been mapped
     accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
-    since: float = field(default_factory=time.monotonic)
 
     @property
     def pending(self) -> bool:
-        return self.error == errno.EINPROGRESS
+        return bool(self.task and not self.task.done())
 
 
 async def meet(room: Endpoint, sock: socket.socket) -> socket.socket:
@@ -1174,8 +1167,10 @@ class Association:
 class Datagrams:
     """The datagrams of a run."""
 
-    def __init__(self, names: Names, helper: Helper, app: str) -> None:
-        self.gateway, self.names = names.gateway, names
+    def __init__(
+        self, names: Names, helper: Helper, flows: dict[int, Flow], app: str
+    ) -> None:
+        self.gateway, self.names, self.flows = names.gateway, names, flows
         self.helper, self.cable, self.app = helper, helper.cable, app
         self.cable.setblocking(False)
         self.device = self.cable.getsockname()[0]
@@ -1184,7 +1179,6 @@ class Datagrams:
         self.socks: dict[int, socket.socket] = {}  # by port
         self.associations: dict[Endpoint, Association] = {}
         self.relays: dict[Endpoint, Association] = {}
-        self.apps: dict[int, str] = {}  # by the inode of a socket
         # Asked for each datagram.
         self.is_near = functools.lru_cache(RECORDS)(
             lambda app, there: names.gateway.is_near(names.programs[app], there)
@@ -1200,7 +1194,10 @@ class Datagrams:
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
-        one = self.associations.get(here) or self.begin(here)
+        if not (one := self.associations.get(here)):
+            flow = self.flows.get(self.ports().get(here.port, 0))
+            one = Association(here, flow.app if flow else self.app)
+            self.associations[here] = one
         if there.port == 53 and self.names.programs[one.app].dns != "local":
             reply = functools.partial(self.inject, there, here)
             asyncio.ensure_future(self.names.answer(data, there, one.app, reply))
@@ -1215,45 +1212,39 @@ class Datagrams:
         if not one.task:
             one.task = asyncio.ensure_future(self.associate(one))
 
-    def begin(self, here: Endpoint) -> Association:
-        """Return a new association, with the settings of the program at the port."""
-        app = self.apps.get(self.ports().get(here.port, 0), self.app)
-        return self.associations.setdefault(here, Association(here, app))
-
     def ports(self) -> dict[int, int]:
         """Return the inodes of the sockets of the namespace, by port."""
         tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
         named = ((row[1].rpartition(":")[2], row[9]) for row in rows(*tables))
         return {int(port, 16): int(inode) for port, inode in named}
 
-    def open(self) -> socket.socket:
-        """Return a socket of the machine; raise OSError."""
+    def open(self, port: int, bound: socket.socket | None = None) -> socket.socket:
+        """Return a new socket of the machine for a port; raise OSError.
+
+        It is bound to the port, too, if that is asked for on behalf of another.
+        """
         sock = socket.socket(self.family, DATAGRAMS)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         if self.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if bound:
+            copy_options(bound, sock)
+            sock.bind(("", port))
+            port = sock.getsockname()[1]
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.socks[port] = sock
+        asyncio.get_running_loop().add_reader(sock, self.read, port, sock)
         return sock
 
     def bind(self, sock: socket.socket, port: int) -> None:
         """Bind a socket to any address, here as in the namespace; raise OSError."""
         self.sweep()  # who had the port a moment ago
         if port not in self.socks:  # else two share it
-            own = self.open()
-            copy_options(sock, own)
-            own.bind(("", port))
-            port = own.getsockname()[1]
-            self.attach(port, own)
+            port = self.open(port, sock).getsockname()[1]
         sock.bind(("", port))
-
-    def attach(self, port: int, sock: socket.socket) -> socket.socket:
-        """Have a port send and receive by a socket."""
-        self.socks[port] = sock
-        asyncio.get_running_loop().add_reader(sock, self.read, port, sock)
-        return sock
 
     def send(self, port: int, there: Endpoint, data: bytes) -> None:
         """Send something from a port; raise OSError."""
-        sock = self.socks.get(port) or self.attach(port, self.open())
+        sock = self.socks.get(port) or self.open(port)
         sock.sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
@@ -1337,17 +1328,16 @@ class Supervisor:
         self.filler = socket.create_connection(self.room.pair(), REACH_TIME)
         self.names, self.notified = Names(gateway, programs), 0
         self.datagrams: Datagrams | None = None
-        self.flows: dict[bytes, Flow] = {}  # by cookie
+        self.flows: dict[int, Flow] = {}  # by inode
         # The kernel takes out of it what nobody has open any more, and lists the rest.
         self.live = select.epoll()
-        self.mappings: set[Flow] = set()  # as they were when they were bound
         self.server = socket.socket(socket.AF_INET, DATAGRAMS)
         self.server.bind(("127.0.0.1", 0))
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
         self.session = socket.socket()
         barred = self.helper.barred if gateway.udp else LACKS
         if not barred:
-            self.datagrams = Datagrams(self.names, self.helper, app)
+            self.datagrams = Datagrams(self.names, self.helper, self.flows, app)
         elif programs["natrun"].udp == "yes":
             say(f"datagrams are not carried, but for names: {barred}")
 
@@ -1376,7 +1366,8 @@ class Supervisor:
         await over.wait()
         loop.remove_reader(listener)
         keeping.cancel()
-        unmapped = [self.gateway.map(flow.mapped, 0, 0) for flow in self.mappings]
+        ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
+        unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
 
     async def watch(self, call: Call, task: asyncio.Task[None]) -> None:
@@ -1398,8 +1389,7 @@ class Supervisor:
                 answer = await story(call)
             elif self.flows:  # the others are only about them
                 with call.borrow() as sock:
-                    if flow := self.flows.get(cookie(sock)):
-                        answer = await story(call, sock, flow)
+                    answer = await story(call, sock, self.flow_of(sock))
         except asyncio.CancelledError:
             answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
@@ -1415,10 +1405,14 @@ class Supervisor:
         if answer is not None:
             call.answer(answer)
 
+    def flow_of(self, sock: socket.socket) -> Flow:
+        """Return what is known of a socket, if anything."""
+        return self.flows.get(inode(sock)) or Flow()
+
     def record(self, sock: socket.socket, **known: Any) -> Flow:
         """Keep what is known of a socket, until it is gone."""
-        flow = Flow(cookie(sock), os.fstat(sock.fileno()).st_ino, **known)
-        self.flows[flow.cookie] = flow
+        flow = self.flows.setdefault(inode(sock), Flow())
+        vars(flow).update(known)
         with contextlib.suppress(FileExistsError):
             self.live.register(sock, 0)
         return flow
@@ -1433,10 +1427,12 @@ class Supervisor:
         with call.borrow() as sock:
             if sock.type != socket.SOCK_STREAM or near:
                 return self.connect_datagrams(call, sock, target, near)
-            flow, waits = self.flows.get(cookie(sock)), os.get_blocking(sock.fileno())
+            flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
             # It has been tried before, and is O_NONBLOCK as long as that is under way.
-            if flow and flow.error and (waits or flow.waits or not flow.pending):
-                return await self.end_of(flow, sock)
+            if waits or flow.waits or not flow.pending:
+                tried, error = flow.task, await self.end_of(flow, sock)
+                if error or tried and flow.waits:  # else the kernel knows
+                    return error
             free(sock)
             family = self.gateway.at.family
             # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
@@ -1449,16 +1445,19 @@ class Supervisor:
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
                 return error if error in known else errno.EADDRNOTAVAIL
-            flow = self.record(sock, peer=target, error=errno.EINPROGRESS, waits=waits)
+            flow = self.record(sock, peer=target, waits=waits)
             steps = self.dial(sock.dup(), flow, call.app, paired)
             flow.task = asyncio.ensure_future(steps)
             return await self.end_of(flow, sock) if waits else errno.EINPROGRESS
 
     async def dial(
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
-    ) -> None:
-        """Have the gateway connect to the target of a flow, and settle it."""
-        gateway, target, error = self.gateway, flow.peer, errno.EIO
+    ) -> int:
+        """Have the gateway connect to the target of a flow; return the errno.
+
+        The program learns it by the call, or by the socket.
+        """
+        gateway, target, error = self.gateway, flow.peer, 0
         try:
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
@@ -1469,15 +1468,8 @@ class Supervisor:
                 if paired:
                     with await meet(self.room, sock) as near:
                         self.helper.join(near, server)
-            error = 0
         except OSError as failed:
             error = gateway.errno_of(failed)
-        finally:
-            self.settle(sock, flow, error)
-
-    def settle(self, sock: socket.socket, flow: Flow, error: int) -> None:
-        """Let the program learn how its connect() ended, by the socket or the call."""
-        flow.error = error
         with sock, contextlib.suppress(OSError):
             if flow.waits:  # else the program may have changed it meanwhile
                 sock.setblocking(True)
@@ -1488,16 +1480,17 @@ class Supervisor:
                 # As after a true failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
                 sock.shutdown(socket.SHUT_RDWR)
         if self.verbose:
-            say(f"{flow.peer}: {os.strerror(error) if error else 'connected'}")
+            say(f"{target}: {os.strerror(error) if error else 'connected'}")
+        return error
 
     async def end_of(self, flow: Flow, sock: socket.socket) -> int:
-        """Return how a flow has ended, when it has; a failure is told once."""
-        if flow.pending and flow.task:
-            await asyncio.wait({flow.task})
-        if flow.error:
+        """Return how a connect() has ended, when it has, if that is not told yet."""
+        error = await asyncio.shield(flow.task) if flow.task else 0
+        flow.task = None
+        if error:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what the kernel had
-            self.flows.pop(flow.cookie, None)
-        return flow.error
+            flow.peer = NOWHERE
+        return error
 
     async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell by SO_ERROR why a connect() has failed."""
@@ -1527,10 +1520,6 @@ class Supervisor:
         sock.getpeername()  # which says if it is not
         return call.write_address(sock.family, flow.peer)
 
-    def is_private(self, sock: socket.socket) -> bool:
-        """Return whether a socket is one of the namespace."""
-        return cookie(sock, SO_NETNS_COOKIE) != cookie(self.server, SO_NETNS_COOKIE)
-
     async def on_socket(self, call: Call) -> int | None:
         """Make a socket of UDP in the namespace."""
         family, kind, protocol = (number & WHOLE for number in call.arguments[:3])
@@ -1541,7 +1530,7 @@ class Supervisor:
         if not self.datagrams or local or protocol not in (0, 17):
             return PROCEED
         with await self.helper.make(family, kind & 15) as sock:
-            remember(self.datagrams.apps, os.fstat(sock.fileno()).st_ino, call.app)
+            self.record(sock, app=call.app)
             call.give(sock, kind)
         return None
 
@@ -1552,7 +1541,7 @@ class Supervisor:
         program = self.programs[call.app]
         asks = sock.type == socket.SOCK_DGRAM and target.port == 53
         ours = asks and program.redirect == "yes" and program.dns != "local"
-        private = self.is_private(sock)
+        private = bool(self.flow_of(sock).app)
         if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
         if near and not ours or private:
@@ -1587,7 +1576,7 @@ class Supervisor:
             if sock.type == socket.SOCK_STREAM:
                 if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
-            elif self.datagrams and self.is_private(sock):
+            elif self.datagrams and self.flow_of(sock).app:
                 if near:
                     self.swap(call, sock).close()
                 elif anywhere:
@@ -1617,12 +1606,13 @@ class Supervisor:
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
         here = Endpoint(where.packed, external)
-        self.mappings.add(self.record(sock, local=here, mapped=port))
+        ports = port, external
+        self.record(sock, local=here, mapped=ports, since=time.monotonic())
         return 0
 
     async def unmap(self, port: int) -> None:
-        """End a mapping, unless a socket has it."""
-        if all(flow.mapped != port for flow in self.mappings):
+        """End a mapping, unless a socket has it, or it is none."""
+        if port and all(flow.mapped[0] != port for flow in self.flows.values()):
             await self.gateway.map(port, 0, 0)
 
     def swap(self, call: Call, old: socket.socket) -> socket.socket:
@@ -1640,7 +1630,7 @@ class Supervisor:
         self, call: Call, sock: socket.socket, flow: Flow
     ) -> int | None:
         """Accept a connection at a port outside, and say who it is that called."""
-        if not flow.mapped:
+        if not flow.mapped[0]:
             return PROCEED
         poll = select.poll()
         poll.register(sock, select.POLLIN)
@@ -1692,17 +1682,14 @@ class Supervisor:
         """Forget sockets that are gone; renew the mappings of those that are there."""
         with open(f"/proc/self/fdinfo/{self.live.fileno()}") as file:
             live = {int(inode, 16) for inode in re.findall(r"ino:(\w+)", file.read())}
-        for flow in [*self.flows.values()]:
-            if flow.inode not in live:
-                del self.flows[flow.cookie]
         now, steps = time.monotonic(), list[Awaitable[Any]]()
-        for flow in [*self.mappings]:
-            if flow.inode not in live:
-                self.mappings.remove(flow)
-                steps.append(self.unmap(flow.mapped))
-            elif now - flow.since > LEASE / 2:
+        for number, flow in [*self.flows.items()]:
+            if number not in live:
+                del self.flows[number]
+                steps.append(self.unmap(flow.mapped[0]))
+            elif flow.mapped[0] and now - flow.since > LEASE / 2:
                 flow.since = now
-                steps.append(self.gateway.map(flow.mapped, flow.local.port, LEASE))
+                steps.append(self.gateway.map(*flow.mapped, LEASE))
         await asyncio.gather(*steps, return_exceptions=True)
 
 
@@ -1725,38 +1712,34 @@ class Command:
         """
         self.code: int | None = None
         ours, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if not self.pid:
-            self.become(words, theirs, restore)
+
+        def prepare() -> None:
+            try:
+                listener = install(assemble())
+            except OSError as error:
+                told = {errno.EBUSY: "it runs in another natrun"}
+                told[errno.EINVAL] = "the kernel is older than Linux 5.19"
+                why = told.get(error.errno or 0) or reason(error)
+                say(f"cannot install the filter: {why}")
+                os._exit(125)
+            # By sendmsg(), which the filter allows: nobody answers a call yet.
+            socket.send_fds(theirs, [b"+"], [listener])
+            restore()
+
+        try:
+            # RES_OPTIONS is set for natrun alone.
+            self.process = subprocess.Popen(
+                words, env=os.environ, close_fds=False, preexec_fn=prepare
+            )
+        except OSError as error:
+            say(f"cannot run {words[0]}: {reason(error)}")
+            sys.exit(127 if error.errno == errno.ENOENT else 126)
         theirs.close()
         with ours:
             _, fds, _, _ = socket.recv_fds(ours, 1, 1)
         if not fds:
             self.leave()
         self.listener = fds[0]
-
-    def become(
-        self, words: list[str], natrun: socket.socket, restore: Callable[[], None]
-    ) -> NoReturn:
-        """Become the command, in the child."""
-        try:
-            listener = install(assemble())
-        except OSError as error:
-            told = {errno.EBUSY: "it runs in another natrun"}
-            told[errno.EINVAL] = "the kernel is older than Linux 5.19"
-            why = told.get(error.errno or 0) or reason(error)
-            say(f"cannot install the filter: {why}")
-            os._exit(125)
-        # By sendmsg(), which the filter allows: nobody answers a call yet.
-        socket.send_fds(natrun, [b"+"], [listener])
-        restore()
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
-            signal.signal(number, signal.SIG_DFL)
-        try:
-            os.execvpe(words[0], words, os.environ)
-        except OSError as error:
-            say(f"cannot run {words[0]}: {reason(error)}")
-            os._exit(127 if error.errno == errno.ENOENT else 126)
 
     def take(self, signals: int) -> None:
         """Reap the dead, or pass a signal on."""
@@ -1766,7 +1749,7 @@ class Command:
             # Children of the command come to us when they lose it.
             with contextlib.suppress(ChildProcessError):
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
-                    if one[0] != self.pid:
+                    if one[0] != self.process.pid:
                         continue
                     if not os.WIFSTOPPED(one[1]):
                         self.code = os.waitstatus_to_exitcode(one[1])
@@ -1777,7 +1760,7 @@ class Command:
                 self.stop()
         elif self.code is None:
             with contextlib.suppress(OSError):
-                os.kill(self.pid, number)
+                os.kill(self.process.pid, number)
         elif number not in (signal.SIGCONT, signal.SIGURG, signal.SIGWINCH):
             self.leave()
 
@@ -1790,7 +1773,7 @@ class Command:
     def leave(self) -> NoReturn:
         """End as the command has ended."""
         if self.code is None:
-            _, status = os.waitpid(self.pid, 0)
+            _, status = os.waitpid(self.process.pid, 0)
             self.code = os.waitstatus_to_exitcode(status)
         if self.code < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
