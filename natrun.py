@@ -276,15 +276,6 @@ def endpoint(address: tuple[Any, ...]) -> Endpoint:
     return Endpoint(unmapped(socket.inet_pton(family, host)), address[1])
 
 
-def parse_sockaddr(raw: bytes) -> Endpoint | None:
-    """Return the endpoint in a struct sockaddr, None if it is of another kind."""
-    family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
-    packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
-    if family not in (socket.AF_INET, socket.AF_INET6) or len(packed) not in (4, 16):
-        return None
-    return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
-
-
 def write_sockaddr(family: int, where: Endpoint) -> bytes:
     """Return a struct sockaddr of a family; it is 0.0.0.0 if the address is wider."""
     head = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
@@ -449,9 +440,9 @@ def request_of(command: int, where: Endpoint | bytes) -> bytes:
 class Gateway:
     """Where the gateway is, who asks it, and its Local Address Table."""
 
-    def __init__(self, at: Endpoint, lat: dict[str, Any], settings: Settings) -> None:
+    def __init__(self, at: Endpoint, lat: dict[str, Any], programs: Programs) -> None:
         """Take what /lat.json says; a SOCKS server of another kind has none."""
-        self.at, self.natwork = at, bool(lat)
+        self.at, self.natwork, self.programs = at, bool(lat), programs
         if lat.get("socks"):
             host, _, port = lat["socks"].rpartition(":")
             self.at = endpoint((host.strip("[]"), int(port)))
@@ -465,16 +456,18 @@ class Gateway:
         # NAT-PMP has no IPv6.
         self.mappings = bool(lat.get("mappings")) and len(self.at.packed) == 4
         self.udp = bool(lat.get("udp"))
-        self.user, self.password = settings.user or str(os.getuid()), settings.password
+        own, self.user = programs["natrun"], str(os.getuid())
         with contextlib.suppress(KeyError):
-            self.user = settings.user or pwd.getpwuid(os.getuid()).pw_name
+            self.user = pwd.getpwuid(os.getuid()).pw_name
+        self.user, self.password = own.user or self.user, own.password
 
     def has_inside(self, packed: bytes) -> bool:
         """Return whether an address is reached without the gateway."""
         return packed == self.at.packed or within(self.inside, packed)
 
-    def is_near(self, program: Settings, target: Endpoint) -> bool:
+    def is_near(self, app: str, target: Endpoint) -> bool:
         """Return whether a program reaches a target without the gateway."""
+        program = self.programs[app]
         near = self.has_inside(target.packed) or within(program.direct, target.packed)
         direct = near or any(target.port in ports for ports in program.direct_ports)
         return direct or program.redirect == "no"
@@ -487,11 +480,11 @@ class Gateway:
 
     async def talk(
         self, sock: socket.socket, command: int, where: Endpoint | bytes, app: str
-    ) -> tuple[bytes, int]:
+    ) -> Endpoint:
         """Connect a socket to it, and have it do a command for a program.
 
-        Returns the address or name, and port, that it answers.  Raises OSError for
-        what became of the command, Lost for the gateway.
+        Returns the endpoint that it answers, whose address may be a name.  Raises
+        OSError for what became of the command, Lost for the gateway.
         """
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
@@ -510,7 +503,7 @@ class Gateway:
 
     async def ask(
         self, sock: socket.socket, request: bytes, who: list[bytes]
-    ) -> tuple[bytes, int]:
+    ) -> Endpoint:
         """Log in by a socket, make a request, and return what it answers.
 
         NATWork takes the name of who asks as claimed, if it has no users.
@@ -535,8 +528,8 @@ class Gateway:
         if reply:
             raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))
         size = (await receive(sock, 1))[0] if kind == DOMAIN else 4 * kind
-        name = await receive(sock, size + 2)
-        return name[:-2], int.from_bytes(name[-2:], "big")
+        found = await receive(sock, size + 2)
+        return Endpoint(unmapped(found[:-2]), int.from_bytes(found[-2:], "big"))
 
     def errno_of(self, error: OSError) -> int:
         """Return the errno of an error; say once if the gateway itself is to blame."""
@@ -573,7 +566,7 @@ async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
     return json.loads(page.partition(b"\r\n\r\n")[2])
 
 
-def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
+def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
     """Return the gateway at a place; raise OSError, or ValueError for what is none.
 
     What was named, and answers no HTTP or closes, is a SOCKS server.
@@ -588,7 +581,7 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
     if not match or match[1] != "socks5://":
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
-            return Gateway(at, {"inside": lat["inside"], **lat}, settings)
+            return Gateway(at, {"inside": lat["inside"], **lat}, programs)
         except (
             LookupError,
             TypeError,
@@ -599,12 +592,12 @@ def look(text: str, port: int, named: bool, settings: Settings) -> Gateway:
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
-    return Gateway(at, {}, settings)
+    return Gateway(at, {}, programs)
 
 
-def find_gateway(option: str, settings: Settings) -> Gateway:
+def find_gateway(option: str, programs: Programs) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
-    named = option or os.environ.get("NATRUN_GATEWAY") or settings.gateway
+    named = option or os.environ.get("NATRUN_GATEWAY") or programs["natrun"].gateway
     # The default route's: in the table, an address is a number of this machine.
     routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
     packed = [int(router, 16).to_bytes(4, sys.byteorder) for router in routers]
@@ -616,7 +609,7 @@ def find_gateway(option: str, settings: Settings) -> Gateway:
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
         try:
-            return look(text, port, bool(named), settings)
+            return look(text, port, bool(named), programs)
         except (OSError, ValueError) as error:
             tried.append(f"{text or 'no default route'}: {reason(error)}")
     what = "cannot use the gateway" if named else "cannot find a gateway (-g names it)"
@@ -868,8 +861,8 @@ def reversed_address(name: bytes) -> bytes:
 class Names:
     """The addresses of names, for all programs of a run."""
 
-    def __init__(self, gateway: Gateway, programs: Programs) -> None:
-        self.gateway, self.programs = gateway, programs
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
         self.known: dict[bytes, asyncio.Future[bytes]] = {}
         self.called: dict[bytes, bytes] = {}  # names by fake address
         self.numbers = itertools.count(1)
@@ -919,7 +912,7 @@ class Names:
 
     async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
-        if self.programs[app].dns == "fake" or not self.gateway.natwork:
+        if self.gateway.programs[app].dns == "fake" or not self.gateway.natwork:
             return self.fake(name)
         if name not in self.known:
             # A resolver asks for A and AAAA at once: that is one question.
@@ -950,8 +943,7 @@ class Names:
     async def resolve(self, command: int, what: Endpoint | bytes, app: str) -> bytes:
         """Return what the gateway finds for a name or an address; raise OSError."""
         with socket.socket(self.gateway.at.family) as sock:
-            found, _ = await self.gateway.talk(sock, command, what, app)
-            return unmapped(found)
+            return (await self.gateway.talk(sock, command, what, app)).packed
 
 
 # --- Calls --------------------------------------------------------------------
@@ -1056,8 +1048,17 @@ class Call:
         self.copy(LIBC.process_vm_writev, there, (ctypes.c_ubyte * len(data))(*data))
 
     def target(self) -> Endpoint | None:
-        """Return the address that connect() or bind() is about; raise OSError."""
-        return parse_sockaddr(self.read(self.arguments[1], self.arguments[2] & 0xFF))
+        """Return the address that connect() or bind() is about; raise OSError.
+
+        There is none if it is of another family.
+        """
+        raw = self.read(self.arguments[1], self.arguments[2] & 0xFF)  # struct sockaddr
+        family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
+        packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
+        sizes: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
+        if len(packed) != sizes.get(family):
+            return None
+        return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
     def write_address(self, family: int, where: Endpoint) -> int:
         """Write an address where the second and third argument say; raise OSError."""
@@ -1180,9 +1181,7 @@ class Datagrams:
         self.associations: dict[Endpoint, Association] = {}
         self.relays: dict[Endpoint, Association] = {}
         # Asked for each datagram.
-        self.is_near = functools.lru_cache(RECORDS)(
-            lambda app, there: names.gateway.is_near(names.programs[app], there)
-        )
+        self.is_near = functools.lru_cache(RECORDS)(names.gateway.is_near)
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
@@ -1198,7 +1197,7 @@ class Datagrams:
             flow = self.flows.get(self.ports().get(here.port, 0))
             one = Association(here, flow.app if flow else self.app)
             self.associations[here] = one
-        if there.port == 53 and self.names.programs[one.app].dns != "local":
+        if there.port == 53 and self.gateway.programs[one.app].dns != "local":
             reply = functools.partial(self.inject, there, here)
             asyncio.ensure_future(self.names.answer(data, there, one.app, reply))
             return
@@ -1274,8 +1273,9 @@ class Datagrams:
             with socket.socket(gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
                 where = Endpoint(bytes(4), one.here.port)
-                host, port = await gateway.talk(control, ASSOCIATE, where, one.app)
-                relay = Endpoint(host if any(host) else gateway.at.packed, port)
+                relay = await gateway.talk(control, ASSOCIATE, where, one.app)
+                if not any(relay.packed):
+                    relay = Endpoint(gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
                 for message in one.queue:
                     self.send(one.here.port, relay, message)
@@ -1315,10 +1315,8 @@ class Supervisor:
     it has answered by itself; and raises OSError.
     """
 
-    def __init__(
-        self, programs: Programs, gateway: Gateway, app: str, verbose: bool
-    ) -> None:
-        self.programs, self.gateway, self.verbose = programs, gateway, verbose
+    def __init__(self, gateway: Gateway, app: str, verbose: bool) -> None:
+        self.gateway, self.programs, self.verbose = gateway, gateway.programs, verbose
         self.helper = Helper(gateway.outside, gateway.inside)
         # The waiting room: its queue is full, so the kernel drops each SYN to it.  What
         # connects to it is neither accepted nor refused, until meet() calls from it.
@@ -1326,7 +1324,7 @@ class Supervisor:
         self.listener = socket.create_server(where, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
         self.filler = socket.create_connection(self.room.pair(), REACH_TIME)
-        self.names, self.notified = Names(gateway, programs), 0
+        self.names, self.notified = Names(gateway), 0
         self.datagrams: Datagrams | None = None
         self.flows: dict[int, Flow] = {}  # by inode
         # The kernel takes out of it what nobody has open any more, and lists the rest.
@@ -1338,22 +1336,24 @@ class Supervisor:
         barred = self.helper.barred if gateway.udp else LACKS
         if not barred:
             self.datagrams = Datagrams(self.names, self.helper, self.flows, app)
-        elif programs["natrun"].udp == "yes":
+        elif self.programs["natrun"].udp == "yes":
             say(f"datagrams are not carried, but for names: {barred}")
 
     async def serve(self, listener: int) -> None:
         """Answer the calls that a listener brings, until none can come."""
-        loop, over, poll = asyncio.get_running_loop(), asyncio.Event(), select.poll()
+        loop, poll = asyncio.get_running_loop(), select.poll()
+        over = loop.create_future()  # never done, but given up when nobody is left
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
             loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
-            # NOTIF_RECV would wait: all others may have been killed.
+            """Take what is there: NOTIF_RECV would wait for who has been killed."""
             for _, events in poll.poll(0):
-                if not events & select.POLLIN:  # nobody is left
-                    return over.set()
+                if not events & select.POLLIN:
+                    over.cancel()
+                    return
                 with contextlib.suppress(FileNotFoundError):  # killed since
                     call = Call(listener)
                     task = loop.create_task(self.answer(call))
@@ -1362,10 +1362,13 @@ class Supervisor:
                     self.notified += 1
 
         loop.add_reader(listener, take)
-        keeping = loop.create_task(self.keep())
-        await over.wait()
+        while not over.done():
+            await asyncio.wait({over}, timeout=1)
+            if self.datagrams:
+                self.datagrams.sweep()
+            with contextlib.suppress(OSError):  # no descriptor is left
+                await self.tidy()
         loop.remove_reader(listener)
-        keeping.cancel()
         ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
@@ -1421,7 +1424,7 @@ class Supervisor:
         """Have the gateway connect: the story that the rest serves."""
         if not (target := call.target()):
             return PROCEED
-        near = self.gateway.is_near(self.programs[call.app], target)
+        near = self.gateway.is_near(call.app, target)
         if near and target.port != 53 and not within(LINKED, target.packed):
             return PROCEED
         with call.borrow() as sock:
@@ -1462,9 +1465,9 @@ class Supervisor:
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
             with socket.socket(gateway.at.family) if paired else sock.dup() as server:
-                host, port = await gateway.talk(server, CONNECT, where, app)
-                if len(host) in (4, 16) and any(host):
-                    flow.local = Endpoint(unmapped(host), port)
+                local = await gateway.talk(server, CONNECT, where, app)
+                if len(local.packed) in (4, 16) and any(local.packed):
+                    flow.local = local
                 if paired:
                     with await meet(self.room, sock) as near:
                         self.helper.join(near, server)
@@ -1670,14 +1673,6 @@ class Supervisor:
             call.write_address(one.family, peer)
         call.give(one, call.arguments[3] if call.name == "accept4" else 0)
 
-    async def keep(self) -> None:
-        """Look each second after what lasts."""
-        while True:
-            await asyncio.sleep(1)
-            if self.datagrams:
-                self.datagrams.sweep()
-            await self.tidy()
-
     async def tidy(self) -> None:
         """Forget sockets that are gone; renew the mappings of those that are there."""
         with open(f"/proc/self/fdinfo/{self.live.fileno()}") as file:
@@ -1714,6 +1709,7 @@ class Command:
         ours, theirs = socket.socketpair()
 
         def prepare() -> None:
+            """Put the new process under the filter."""
             try:
                 listener = install(assemble())
             except OSError as error:
@@ -1787,7 +1783,7 @@ class Command:
 # --- main ---------------------------------------------------------------------
 
 
-def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -> None:
+def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
     """Run a command to its end, and end as it did; raise Fault."""
     if MACHINE not in MACHINES:
         raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
@@ -1799,7 +1795,7 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     # Each connection is a descriptor here, and some in the helper.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
-    supervisor = Supervisor(programs, gateway, os.path.basename(words[0])[:15], verbose)
+    supervisor = Supervisor(gateway, os.path.basename(words[0])[:15], verbose)
 
     def restore() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, files)
@@ -1821,7 +1817,7 @@ def run(words: list[str], programs: Programs, gateway: Gateway, verbose: bool) -
     asyncio.run(serve())
 
 
-def check(given: dict[str, str], settings: Settings) -> int:
+def check(given: dict[str, str], programs: Programs) -> int:
     """Say what works on this machine, and what does not and why."""
     say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
     with contextlib.suppress(OSError):
@@ -1830,7 +1826,7 @@ def check(given: dict[str, str], settings: Settings) -> int:
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     barred = Helper([], []).barred
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
-    gateway = find_gateway(given.get("-g", ""), settings)
+    gateway = find_gateway(given.get("-g", ""), programs)
     say(f"gateway: {gateway.at}, {'NATWork' if gateway.natwork else 'a SOCKS server'}")
     works = {"login": "", "datagrams": barred if gateway.udp else LACKS}
     with contextlib.suppress(OSError), socket.socket(gateway.at.family) as sock:
@@ -1864,11 +1860,11 @@ def main() -> int:
             return 0
         programs = read_settings(given.get("-c", ""))
         if "--check" in given:
-            return check(given, programs["natrun"])
-        gateway = find_gateway(given.get("-g", ""), programs["natrun"])
+            return check(given, programs)
+        gateway = find_gateway(given.get("-g", ""), programs)
         if words[:1] in ([], [""]):
             raise Fault("cannot run nothing: natrun.py [-g GATEWAY] COMMAND...")
-        run(words, programs, gateway, "-v" in given)
+        run(words, gateway, "-v" in given)
     except (Fault, getopt.GetoptError) as fault:
         say(str(fault))
     except OSError as error:

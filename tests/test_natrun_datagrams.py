@@ -449,8 +449,8 @@ def test_a_stopped_helper_stops_nobody_else(rig: Rig) -> None:
 
 def make_names() -> natrun.Names:
     settings = types.SimpleNamespace(user="", password="")
-    gateway = natrun.Gateway(natrun.NOWHERE, {}, settings)
-    return natrun.Names(gateway, collections.defaultdict())
+    programs = collections.defaultdict(lambda: settings)
+    return natrun.Names(natrun.Gateway(natrun.NOWHERE, {}, programs))
 
 
 @pytest.mark.parametrize(
