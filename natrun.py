@@ -158,11 +158,6 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
     return result
 
 
-def inode(sock: socket.socket) -> int:
-    """Return what a socket is known by, whoever has it."""
-    return os.fstat(sock.fileno()).st_ino
-
-
 def rows(*paths: str) -> Iterator[list[str]]:
     """Yield the words of each line of tables of sockets."""
     for path in paths:
@@ -276,15 +271,6 @@ def endpoint(address: tuple[Any, ...]) -> Endpoint:
     return Endpoint(unmapped(socket.inet_pton(family, host)), address[1])
 
 
-def write_sockaddr(family: int, where: Endpoint) -> bytes:
-    """Return a struct sockaddr of a family; it is 0.0.0.0 if the address is wider."""
-    head = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
-    narrow = where.family == socket.AF_INET
-    if family == socket.AF_INET:
-        return head + (where.packed if narrow else bytes(4)) + bytes(8)
-    return head + bytes(4) + (MAPPED * narrow + where.packed) + bytes(4)
-
-
 def parse_blocks(text: str) -> Blocks:
     """Return the networks that a text names; raise ValueError."""
     words = text.replace(",", " ").split()
@@ -308,15 +294,11 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 # not say otherwise.
 
 
-def choice(*words: str) -> Callable[[str], str]:
-    """Return a function that returns one of some words; it raises ValueError."""
-
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"{text!r} is not one of: {' '.join(words)}")
-        return text
-
-    return parse
+def parse_choice(words: str, text: str) -> str:
+    """Return a text that is one of some words; raise ValueError."""
+    if text not in words.split():
+        raise ValueError(f"{text!r} is not one of: {words}")
+    return text
 
 
 def parse_ports(text: str) -> list[range]:
@@ -335,12 +317,12 @@ def parse_ports(text: str) -> list[range]:
 OF_RUN = ("gateway", "user", "password")
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     **dict.fromkeys(OF_RUN, ("", str)),
-    "redirect": ("yes", choice("yes", "no")),
-    "dns": ("gateway", choice("gateway", "local", "fake")),
+    "redirect": ("yes", functools.partial(parse_choice, "yes no")),
+    "dns": ("gateway", functools.partial(parse_choice, "gateway local fake")),
     "direct": ("", parse_blocks),
     "direct_ports": ("", parse_ports),
     "listen": ("", parse_ports),
-    "udp": ("yes", choice("yes", "local", "no")),
+    "udp": ("yes", functools.partial(parse_choice, "yes local no")),
 }
 Settings = types.SimpleNamespace
 Programs = defaultdict[str, Settings]
@@ -367,8 +349,9 @@ def read_settings(path: str) -> Programs:
         if parser.has_section("DEFAULT"):
             raise ValueError("[DEFAULT] is no program: what is for all is in [natrun]")
         for section, texts in parser.items():
-            # The kernel knows a program by 15 letters.
-            program = programs[section[:15]] = Settings()
+            # The kernel knows a program by 15 bytes.
+            known = section.encode()[:15].decode(errors="replace")
+            program = programs[known] = Settings()
             for name, text in texts.items():
                 at = f"{path}, [{section}] {name}"
                 misplaced = name in OF_RUN and parser.defaults()[name] != text
@@ -395,6 +378,7 @@ PMP_PORT = 5351
 LACKS = "the gateway does not offer it"
 RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
 T = TypeVar("T")
+NO_LAT = LookupError, TypeError, AttributeError, ValueError, ConnectionResetError
 PLACE = re.compile(
     r"(https?://|socks5://)?(?:\[(.+)\]|([^:/]+|[^/]*:[^/]*:[^/]*))(?::(\d+))?/?"
 )
@@ -582,13 +566,7 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
             return Gateway(at, {"inside": lat["inside"], **lat}, programs)
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            ConnectionResetError,
-        ):
+        except NO_LAT:
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
@@ -948,7 +926,8 @@ class Names:
 
 # --- Calls --------------------------------------------------------------------
 
-PROCEED = -1  # in place of an errno: let the kernel do what it would without us
+# In place of an errno: let the kernel do what it would without us; it is answered.
+PROCEED, ANSWERED = -1, -2
 
 
 class Call:
@@ -967,7 +946,7 @@ class Call:
         """Return the name of the program, whatever a thread of it is called."""
         with contextlib.suppress(OSError):
             process = int(self.read_proc("status")["Tgid"])
-            with open(f"/proc/{process}/comm") as file:
+            with open(f"/proc/{process}/comm", errors="replace") as file:
                 return file.read().rstrip("\n")
         return "?"
 
@@ -987,26 +966,25 @@ class Call:
         fields = self.id, how, sock.fileno(), fd or 0, flags & os.O_CLOEXEC
         fcntl.ioctl(self.listener, NOTIF_ADDFD, struct.pack("=QIIII", *fields))
 
-    def is_alive(self) -> bool:
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(self.listener, NOTIF_ID_VALID, struct.pack("=Q", self.id))
-            return True
-        return False
+    def check(self) -> None:
+        """Raise OSError if nobody waits for the answer any more."""
+        fcntl.ioctl(self.listener, NOTIF_ID_VALID, struct.pack("=Q", self.id))
 
     def read_proc(self, name: str) -> dict[str, str]:
         """Return the lines of a file about the thread in /proc; raise OSError."""
-        with open(f"/proc/{self.tid}/{name}") as file:
+        with open(f"/proc/{self.tid}/{name}", errors="replace") as file:
             return dict(line.split(":", 1) for line in file)
 
     def is_interrupted(self) -> bool:
         """Return whether the program is dead, or a signal waits that it is to see."""
         try:
+            self.check()
             status = self.read_proc("status")
         except OSError:
             return True
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
-        return bool((own | shared) & ~blocked & ~ignored) or not self.is_alive()
+        return bool((own | shared) & ~blocked & ~ignored)
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
@@ -1021,9 +999,8 @@ class Call:
             number = self.arguments[0] & WHOLE
             fd = system(LIBC.syscall, PIDFD_GETFD, process, number, 0)
         try:
-            if self.is_alive():  # else the number may be another's by now
-                return socket.socket(fileno=fd)
-            raise failure(errno.ESRCH)
+            self.check()  # else the number may have been another's
+            return socket.socket(fileno=fd)
         except OSError:
             os.close(fd)
             raise
@@ -1040,8 +1017,7 @@ class Call:
         """Return what stands in the program's memory; raise OSError."""
         here = ctypes.create_string_buffer(size)
         self.copy(LIBC.process_vm_readv, there, here)
-        if not self.is_alive():
-            raise failure(errno.ESRCH)
+        self.check()
         return here.raw
 
     def write(self, there: int, data: bytes) -> None:
@@ -1061,9 +1037,17 @@ class Call:
         return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
     def write_address(self, family: int, where: Endpoint) -> int:
-        """Write an address where the second and third argument say; raise OSError."""
+        """Write an address where the second and third argument say; raise OSError.
+
+        It is 0.0.0.0 if it is too wide for the family.
+        """
         there, size_at = self.arguments[1:3]
-        raw = write_sockaddr(family, where)
+        raw = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
+        narrow = where.family == socket.AF_INET
+        if family == socket.AF_INET:
+            raw += (where.packed if narrow else bytes(4)) + bytes(8)
+        else:
+            raw += bytes(4) + MAPPED * narrow + where.packed + bytes(4)
         room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
         if room < 0:
             return errno.EINVAL
@@ -1311,8 +1295,8 @@ class Datagrams:
 class Supervisor:
     """The answers to the calls of a run.
 
-    What is called on_ and the name of a call returns its errno, PROCEED, or None if
-    it has answered by itself; and raises OSError.
+    What is called on_ and the name of a call returns its errno, PROCEED or ANSWERED,
+    and raises OSError.
     """
 
     def __init__(self, gateway: Gateway, app: str, verbose: bool) -> None:
@@ -1384,7 +1368,7 @@ class Supervisor:
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
-        answer: int | None = PROCEED
+        answer = PROCEED
         story = getattr(self, f"on_{call.name}")
         leads_out = call.name in ("connect", "bind", "socket")
         try:
@@ -1405,16 +1389,16 @@ class Supervisor:
         except Exception as error:
             answer = errno.EIO
             say(f"fault in {call.name}: {type(error).__name__}: {error}")
-        if answer is not None:
+        if answer != ANSWERED:
             call.answer(answer)
 
     def flow_of(self, sock: socket.socket) -> Flow:
         """Return what is known of a socket, if anything."""
-        return self.flows.get(inode(sock)) or Flow()
+        return self.flows.get(os.fstat(sock.fileno()).st_ino) or Flow()
 
     def record(self, sock: socket.socket, **known: Any) -> Flow:
         """Keep what is known of a socket, until it is gone."""
-        flow = self.flows.setdefault(inode(sock), Flow())
+        flow = self.flows.setdefault(os.fstat(sock.fileno()).st_ino, Flow())
         vars(flow).update(known)
         with contextlib.suppress(FileExistsError):
             self.live.register(sock, 0)
@@ -1523,7 +1507,7 @@ class Supervisor:
         sock.getpeername()  # which says if it is not
         return call.write_address(sock.family, flow.peer)
 
-    async def on_socket(self, call: Call) -> int | None:
+    async def on_socket(self, call: Call) -> int:
         """Make a socket of UDP in the namespace."""
         family, kind, protocol = (number & WHOLE for number in call.arguments[:3])
         udp = self.programs[call.app].udp
@@ -1535,7 +1519,7 @@ class Supervisor:
         with await self.helper.make(family, kind & 15) as sock:
             self.record(sock, app=call.app)
             call.give(sock, kind)
-        return None
+        return ANSWERED
 
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
@@ -1608,8 +1592,7 @@ class Supervisor:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
-        here = Endpoint(where.packed, external)
-        ports = port, external
+        here, ports = Endpoint(where.packed, external), (port, external)
         self.record(sock, local=here, mapped=ports, since=time.monotonic())
         return 0
 
@@ -1629,9 +1612,7 @@ class Supervisor:
         call.give(new, flags, fd)
         return new
 
-    async def on_accept(
-        self, call: Call, sock: socket.socket, flow: Flow
-    ) -> int | None:
+    async def on_accept(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Accept a connection at a port outside, and say who it is that called."""
         if not flow.mapped[0]:
             return PROCEED
@@ -1644,34 +1625,31 @@ class Supervisor:
             await readable(sock)
         one, address = flow.accepted.pop(0) if flow.accepted else sock.accept()
         try:
-            await self.present(call, one, endpoint(address), flow.local)
+            peer, (here, port) = await self.caller(endpoint(address)), flow.local
+            here = here if any(here) else self.gateway.own[4]
+            self.record(one, peer=peer, local=Endpoint(here, port))
+            if call.arguments[1]:
+                call.write_address(one.family, peer)
+            call.give(one, call.arguments[3] if call.name == "accept4" else 0)
         except BaseException:
             flow.accepted.append((one, address))  # for the next call
             raise
         one.close()
-        return None
+        return ANSWERED
 
     on_accept4 = on_accept
 
-    async def present(
-        self, call: Call, one: socket.socket, peer: Endpoint, local: Endpoint
-    ) -> None:
-        """Give a caller to the program, with its true address; raise OSError."""
-        gateway = self.gateway
-        path = f"/table.json?source_port={peer.port}"
+    async def caller(self, peer: Endpoint) -> Endpoint:
+        """Return who it is that calls by the gateway, as that knows."""
+        gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
         # The row may be written after the connection has been made.
         for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
             await asyncio.sleep(pause)
             with contextlib.suppress(OSError, ValueError, LookupError):
                 row = (await fetch(gateway.at, path, login))["sessions"][0]
-                peer = endpoint((row["source_ip"], row["original_source_port"]))
-                break
-        here = local.packed if any(local.packed) else gateway.own[4]
-        self.record(one, peer=peer, local=Endpoint(here, local.port))
-        if call.arguments[1]:
-            call.write_address(one.family, peer)
-        call.give(one, call.arguments[3] if call.name == "accept4" else 0)
+                return endpoint((row["source_ip"], row["original_source_port"]))
+        return peer
 
     async def tidy(self) -> None:
         """Forget sockets that are gone; renew the mappings of those that are there."""
@@ -1700,11 +1678,8 @@ SI_KERNEL = 0x80
 class Command:
     """The program that is run, and how it ended."""
 
-    def __init__(self, words: list[str], restore: Callable[[], None]) -> None:
-        """Start it under the filter, whose listener is taken.
-
-        What natrun has changed of its own process, restore() undoes in the new one.
-        """
+    def __init__(self, words: list[str], mask: set[Any], files: Any) -> None:
+        """Start it under the filter, with the signals and the limit that natrun had."""
         self.code: int | None = None
         ours, theirs = socket.socketpair()
 
@@ -1720,7 +1695,8 @@ class Command:
                 os._exit(125)
             # By sendmsg(), which the filter allows: nobody answers a call yet.
             socket.send_fds(theirs, [b"+"], [listener])
-            restore()
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
         try:
             # RES_OPTIONS is set for natrun alone.
@@ -1745,12 +1721,10 @@ class Command:
             # Children of the command come to us when they lose it.
             with contextlib.suppress(ChildProcessError):
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
-                    if one[0] != self.process.pid:
-                        continue
-                    if not os.WIFSTOPPED(one[1]):
+                    if one[0] == self.process.pid and os.WIFSTOPPED(one[1]):
+                        self.stop()  # else a shell would wait for us
+                    elif one[0] == self.process.pid:
                         self.code = os.waitstatus_to_exitcode(one[1])
-                    else:  # else a shell would wait for us
-                        self.stop()
         elif code == SI_KERNEL:  # of a terminal: it has reached the command, too
             if number == signal.SIGTSTP and self.code is not None:
                 self.stop()
@@ -1796,12 +1770,7 @@ def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
     supervisor = Supervisor(gateway, os.path.basename(words[0])[:15], verbose)
-
-    def restore() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, files)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    command = Command(words, restore)
+    command = Command(words, mask, files)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()

@@ -69,12 +69,19 @@ def registered(where: Address) -> list[str]:
 
 
 def again(where: Address) -> list[str]:
-    """Return what connect() says twice while it is under way, and twice after it."""
-    with socket.socket() as sock:
-        sock.setblocking(False)
-        said = [sock.connect_ex(where), sock.connect_ex(where)]
-        select.select([], [sock], [], 20)
-        return [code(number) for number in (*said, sock.connect_ex(where))]
+    """Return what connect() says twice while it is under way, and once after it.
+
+    On a busy machine it may have ended before the second: then it is tried again.
+    """
+    for _ in range(20):
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            said = [sock.connect_ex(where), sock.connect_ex(where)]
+            select.select([], [sock], [], 20)
+            said.append(sock.connect_ex(where))
+        if said[1] == errno.EALREADY:
+            break
+    return [code(number) for number in said]
 
 
 def looped(where: Address) -> list[str]:
@@ -187,10 +194,14 @@ def moved(host: str, port: str) -> str:
 
 def ticking(host: str, port: str) -> dict[str, Any]:
     """Connect to a dead host while a timer sends a signal each 20 ms."""
-    ticks = []
+    ticks: list[int] = []
     signal.signal(signal.SIGALRM, lambda *_: ticks.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
     answer = blocking((host, int(port)))
+    while answer == ["ok"] and len(ticks) < 5:
+        # A signal came before natrun.py heard of it, and Python takes any EINTR for
+        # that of a connection which goes on.
+        answer = blocking((host, int(port)))
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"answer": answer, "ticks": len(ticks)}
 

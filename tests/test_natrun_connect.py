@@ -798,7 +798,10 @@ def test_a_thread_has_the_settings_of_its_program(rig: Rig, user: str) -> None:
             assert said == '["EHOSTUNREACH"]\n', name
 
 
-@pytest.mark.parametrize("name", ["curl", "averylongprogramname"])
+# The kernel's 15 bytes of the last end within a letter.
+@pytest.mark.parametrize(
+    "name", ["curl", "averylongprogramname", "fourteen-bytes\xfcr"]
+)
 def test_names_are_looked_up_as_the_asking_program_has_it(rig: Rig, name: str) -> None:
     program = rig.folder / "programs" / name
     program.parent.mkdir(exist_ok=True)
