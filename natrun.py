@@ -1024,10 +1024,7 @@ class Call:
         self.copy(LIBC.process_vm_writev, there, (ctypes.c_ubyte * len(data))(*data))
 
     def target(self) -> Endpoint | None:
-        """Return the address that connect() or bind() is about; raise OSError.
-
-        There is none if it is of another family.
-        """
+        """Return the address of the Internet that a call is about; raise OSError."""
         raw = self.read(self.arguments[1], self.arguments[2] & 0xFF)  # struct sockaddr
         family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
         packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
@@ -1037,10 +1034,7 @@ class Call:
         return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
     def write_address(self, family: int, where: Endpoint) -> int:
-        """Write an address where the second and third argument say; raise OSError.
-
-        It is 0.0.0.0 if it is too wide for the family.
-        """
+        """Write an address, 0.0.0.0 if it is too wide; return or raise the errno."""
         there, size_at = self.arguments[1:3]
         raw = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
         narrow = where.family == socket.AF_INET
@@ -1202,10 +1196,7 @@ class Datagrams:
         return {int(port, 16): int(inode) for port, inode in named}
 
     def open(self, port: int, bound: socket.socket | None = None) -> socket.socket:
-        """Return a new socket of the machine for a port; raise OSError.
-
-        It is bound to the port, too, if that is asked for on behalf of another.
-        """
+        """Return a new socket of the machine for a port, bound as another if any."""
         sock = socket.socket(self.family, DATAGRAMS)
         if self.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -1440,10 +1431,7 @@ class Supervisor:
     async def dial(
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
     ) -> int:
-        """Have the gateway connect to the target of a flow; return the errno.
-
-        The program learns it by the call, or by the socket.
-        """
+        """Have the gateway connect to the target of a flow; return the errno."""
         gateway, target, error = self.gateway, flow.peer, 0
         try:
             name = self.names.called.get(target.packed, b"")
@@ -1556,7 +1544,6 @@ class Supervisor:
         if not (where := call.target()):
             return PROCEED
         anywhere, listen = not any(where.packed), self.programs[call.app].listen
-        near = not anywhere and self.gateway.has_inside(where.packed)
         listens = anywhere and any(where.port in ports for ports in listen)
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
@@ -1564,11 +1551,11 @@ class Supervisor:
                 if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
             elif self.datagrams and self.flow_of(sock).app:
-                if near:
-                    self.swap(call, sock).close()
-                elif anywhere:
+                if anywhere:
                     self.datagrams.bind(sock, where.port)
                     return 0
+                if self.gateway.has_inside(where.packed):
+                    self.swap(call, sock).close()
         return PROCEED
 
     async def map(self, sock: socket.socket, where: Endpoint) -> int:
@@ -1680,7 +1667,6 @@ class Command:
 
     def __init__(self, words: list[str], mask: set[Any], files: Any) -> None:
         """Start it under the filter, with the signals and the limit that natrun had."""
-        self.code: int | None = None
         ours, theirs = socket.socketpair()
 
         def prepare() -> None:
@@ -1721,37 +1707,33 @@ class Command:
             # Children of the command come to us when they lose it.
             with contextlib.suppress(ChildProcessError):
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
-                    if one[0] == self.process.pid and os.WIFSTOPPED(one[1]):
-                        self.stop()  # else a shell would wait for us
-                    elif one[0] == self.process.pid:
-                        self.code = os.waitstatus_to_exitcode(one[1])
-        elif code == SI_KERNEL:  # of a terminal: it has reached the command, too
-            if number == signal.SIGTSTP and self.code is not None:
-                self.stop()
-        elif self.code is None:
+                    if one[0] == self.process.pid:
+                        self.follow(one[1])
+        elif code != SI_KERNEL:  # of a terminal: it has reached the command, too
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid, number)
-        elif number not in (signal.SIGCONT, signal.SIGURG, signal.SIGWINCH):
-            self.leave()
 
-    def stop(self) -> None:
-        """Stop, unless there is no shell to let us go on: the kernel knows."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-        os.kill(os.getpid(), signal.SIGTSTP)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+    def follow(self, status: int) -> None:
+        """Stop as the command has; or when it has ended, be as any other process."""
+        if os.WIFSTOPPED(status):  # else a shell would wait for us
+            # Unless there is none, which could let us go on: the kernel knows.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+            os.kill(os.getpid(), signal.SIGTSTP)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+        else:
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - {signal.SIGCHLD})
 
     def leave(self) -> NoReturn:
         """End as the command has ended."""
-        if self.code is None:
-            _, status = os.waitpid(self.process.pid, 0)
-            self.code = os.waitstatus_to_exitcode(status)
-        if self.code < 0:
+        if (code := self.process.wait()) < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
             with contextlib.suppress(OSError, ValueError):
-                signal.signal(-self.code, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-self.code})
-            os.kill(os.getpid(), -self.code)
-        os._exit(self.code)
+                signal.signal(-code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
+            os.kill(os.getpid(), -code)
+        os._exit(code)
 
 
 # --- main ---------------------------------------------------------------------
@@ -1789,9 +1771,9 @@ def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
 def check(given: dict[str, str], programs: Programs) -> int:
     """Say what works on this machine, and what does not and why."""
     say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
-            level = int(file.read())
+    yama = "/proc/sys/kernel/yama/ptrace_scope"
+    with contextlib.suppress(OSError), open(yama) as file:
+        level = int(file.read())
         say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     barred = Helper([], []).barred
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
