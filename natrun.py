@@ -582,8 +582,7 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
     router = socket.inet_ntop(socket.AF_INET, packed[0]) if packed else ""
     places = [(named, 8080)] if named else [("wpad", 80), (router, 8080)]
     tried = []
-    # No name server may be there.  The command has its environment from os.environ,
-    # which this does not change.
+    # No name server may be there.  This is not in os.environ, which the command has.
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
         try:
@@ -1119,19 +1118,6 @@ def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
     return Endpoint(source, here), Endpoint(target, there), raw[at + 8 : at + size]
 
 
-def write_packet(source: Endpoint, target: Endpoint, data: bytes) -> bytes:
-    """Return a packet of UDP, which has no checksum: our sockets need none."""
-    size, addresses = 8 + len(data), source.packed + target.packed
-    if len(source.packed) == 4:
-        head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
-        # RFC 1071: the sum of 16-bit words, with carries, is the number modulo 0xFFFF.
-        checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
-        head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
-    else:
-        head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
-    return head + struct.pack("!HHHxx", source.port, target.port, size) + data
-
-
 @dataclass(eq=False)
 class Association:
     """A port of the namespace, and how its datagrams leave the machine."""
@@ -1222,10 +1208,21 @@ class Datagrams:
         sock.sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
-        """Put a datagram into the namespace; raise OSError."""
-        kind = 0x0800 if source.family == socket.AF_INET else 0x86DD  # EtherType
-        packet = write_packet(source, target, data)
-        self.cable.sendto(packet, (self.device, kind, 0, 0, ANYBODY))
+        """Put a datagram into the namespace; raise OSError.
+
+        It has no checksum of UDP: our sockets need none.
+        """
+        size, addresses = 8 + len(data), source.packed + target.packed
+        kind = 0x86DD  # EtherType
+        head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
+        if source.family == socket.AF_INET:
+            kind = 0x0800
+            head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
+            # RFC 1071: the sum of 16-bit words, with carries, is that modulo 0xFFFF.
+            checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
+            head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
+        head += struct.pack("!HHHxx", source.port, target.port, size)
+        self.cable.sendto(head + data, (self.device, kind, 0, 0, ANYBODY))
 
     def read(self, port: int, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
@@ -1276,6 +1273,90 @@ class Datagrams:
             self.socks.pop(port).close()
 
 
+# --- The command --------------------------------------------------------------
+
+# These cannot be caught, or mean a fault of natrun itself; or the terminal sends them
+# to both, and both are to stop.
+KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
+HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
+SI_KERNEL = 0x80
+
+
+class Command:
+    """The program that is run, and how it ended."""
+
+    def __init__(self, words: list[str], mask: set[Any], files: Any) -> None:
+        """Start it under the filter, with the signals and the limit that natrun had."""
+        ours, theirs = socket.socketpair()
+
+        def prepare() -> None:
+            """Put the new process under the filter."""
+            try:
+                listener = install(assemble())
+            except OSError as error:
+                told = {errno.EBUSY: "it runs in another natrun"}
+                told[errno.EINVAL] = "the kernel is older than Linux 5.19"
+                why = told.get(error.errno or 0) or reason(error)
+                say(f"cannot install the filter: {why}")
+                os._exit(125)
+            # By sendmsg(), which the filter allows: nobody answers a call yet.
+            socket.send_fds(theirs, [b"+"], [listener])
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+        try:
+            self.process = subprocess.Popen(
+                words, env=os.environ, close_fds=False, preexec_fn=prepare
+            )
+        except OSError as error:
+            say(f"cannot run {words[0]}: {reason(error)}")
+            sys.exit(127 if error.errno == errno.ENOENT else 126)
+        theirs.close()
+        with ours:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if not fds:
+            self.leave()
+        self.listener = fds[0]
+        bits = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
+        self.signals = system(LIBC.signalfd, -1, bits, 0)
+
+    def take(self) -> None:
+        """Reap the dead, or pass a signal on."""
+        # struct signalfd_siginfo
+        number, _, code = struct.unpack_from("=Iii", os.read(self.signals, 128))
+        if number == signal.SIGCHLD:
+            # Children of the command come to us when they lose it.
+            with contextlib.suppress(ChildProcessError):
+                while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
+                    if one[0] == self.process.pid:
+                        self.follow(one[1])
+        elif code != SI_KERNEL:  # of a terminal: it has reached the command, too
+            with contextlib.suppress(OSError):
+                os.kill(self.process.pid, number)
+
+    def follow(self, status: int) -> None:
+        """Stop as the command has; or when it has ended, be as any other process."""
+        if os.WIFSTOPPED(status):  # else a shell would wait for us
+            # Unless there is none, which could let us go on: the kernel knows.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+            os.kill(os.getpid(), signal.SIGTSTP)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+        else:
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - {signal.SIGCHLD})
+
+    def leave(self) -> NoReturn:
+        """End as the command has ended."""
+        if (code := self.process.wait()) < 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
+            with contextlib.suppress(OSError, ValueError):
+                signal.signal(-code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+
+
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
@@ -1314,10 +1395,13 @@ class Supervisor:
         elif self.programs["natrun"].udp == "yes":
             say(f"datagrams are not carried, but for names: {barred}")
 
-    async def serve(self, listener: int) -> None:
-        """Answer the calls that a listener brings, until none can come."""
-        loop, poll = asyncio.get_running_loop(), select.poll()
+    async def serve(self, command: Command) -> None:
+        """Answer the calls of a command and its children, and end as it did."""
+        loop, listener = asyncio.get_running_loop(), command.listener
+        poll = select.poll()
+        loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
         over = loop.create_future()  # never done, but given up when nobody is left
+        loop.add_reader(command.signals, command.take)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
             loop.add_reader(self.datagrams.cable, self.datagrams.read_cable)
@@ -1347,6 +1431,9 @@ class Supervisor:
         ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
+        if self.verbose:
+            say(f"{self.notified} notifications")
+        command.leave()
 
     async def watch(self, call: Call, task: asyncio.Task[None]) -> None:
         """Cancel what a call waits for, if a signal has come, or the program is dead.
@@ -1653,89 +1740,6 @@ class Supervisor:
         await asyncio.gather(*steps, return_exceptions=True)
 
 
-# --- The command --------------------------------------------------------------
-
-# These cannot be caught, or mean a fault of natrun itself; or the terminal sends them
-# to both, and both are to stop.
-KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
-HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
-SI_KERNEL = 0x80
-
-
-class Command:
-    """The program that is run, and how it ended."""
-
-    def __init__(self, words: list[str], mask: set[Any], files: Any) -> None:
-        """Start it under the filter, with the signals and the limit that natrun had."""
-        ours, theirs = socket.socketpair()
-
-        def prepare() -> None:
-            """Put the new process under the filter."""
-            try:
-                listener = install(assemble())
-            except OSError as error:
-                told = {errno.EBUSY: "it runs in another natrun"}
-                told[errno.EINVAL] = "the kernel is older than Linux 5.19"
-                why = told.get(error.errno or 0) or reason(error)
-                say(f"cannot install the filter: {why}")
-                os._exit(125)
-            # By sendmsg(), which the filter allows: nobody answers a call yet.
-            socket.send_fds(theirs, [b"+"], [listener])
-            resource.setrlimit(resource.RLIMIT_NOFILE, files)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-        try:
-            # RES_OPTIONS is set for natrun alone.
-            self.process = subprocess.Popen(
-                words, env=os.environ, close_fds=False, preexec_fn=prepare
-            )
-        except OSError as error:
-            say(f"cannot run {words[0]}: {reason(error)}")
-            sys.exit(127 if error.errno == errno.ENOENT else 126)
-        theirs.close()
-        with ours:
-            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-        if not fds:
-            self.leave()
-        self.listener = fds[0]
-
-    def take(self, signals: int) -> None:
-        """Reap the dead, or pass a signal on."""
-        # struct signalfd_siginfo
-        number, _, code = struct.unpack_from("=Iii", os.read(signals, 128))
-        if number == signal.SIGCHLD:
-            # Children of the command come to us when they lose it.
-            with contextlib.suppress(ChildProcessError):
-                while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
-                    if one[0] == self.process.pid:
-                        self.follow(one[1])
-        elif code != SI_KERNEL:  # of a terminal: it has reached the command, too
-            with contextlib.suppress(OSError):
-                os.kill(self.process.pid, number)
-
-    def follow(self, status: int) -> None:
-        """Stop as the command has; or when it has ended, be as any other process."""
-        if os.WIFSTOPPED(status):  # else a shell would wait for us
-            # Unless there is none, which could let us go on: the kernel knows.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-            os.kill(os.getpid(), signal.SIGTSTP)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-        else:
-            self.process.returncode = os.waitstatus_to_exitcode(status)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - {signal.SIGCHLD})
-
-    def leave(self) -> NoReturn:
-        """End as the command has ended."""
-        if (code := self.process.wait()) < 0:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(-code, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
-            os.kill(os.getpid(), -code)
-        os._exit(code)
-
-
 # --- main ---------------------------------------------------------------------
 
 
@@ -1752,20 +1756,7 @@ def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
     supervisor = Supervisor(gateway, os.path.basename(words[0])[:15], verbose)
-    command = Command(words, mask, files)
-
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
-        mask = sum(1 << number - 1 for number in HANDLED).to_bytes(128, "little")
-        signals = system(LIBC.signalfd, -1, mask, 0)
-        loop.add_reader(signals, command.take, signals)
-        await supervisor.serve(command.listener)
-        if verbose:
-            say(f"{supervisor.notified} notifications")
-        command.leave()
-
-    asyncio.run(serve())
+    asyncio.run(supervisor.serve(Command(words, mask, files)))
 
 
 def check(given: dict[str, str], programs: Programs) -> int:
