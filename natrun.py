@@ -477,7 +477,7 @@ class Gateway:
         except OSError as error:
             raise Lost(errno.ENETUNREACH, reason(error)) from None
         try:
-            asking = self.ask(sock, request_of(command, where), self.login(app))
+            asking = self.ask(sock, request_of(command, where), app)
             return await timed(asking, ANSWER_TIME)
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
@@ -485,14 +485,12 @@ class Gateway:
             # ssh -D says no more of a connection that it could not make.
             raise failure(errno.ECONNREFUSED) from None
 
-    async def ask(
-        self, sock: socket.socket, request: bytes, who: list[bytes]
-    ) -> Endpoint:
+    async def ask(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
         """Log in by a socket, make a request, and return what it answers.
 
         NATWork takes the name of who asks as claimed, if it has no users.
         """
-        loop = asyncio.get_running_loop()
+        loop, who = asyncio.get_running_loop(), self.login(app)
         methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
         hello = bytes([5, len(methods)]) + methods
         proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
@@ -560,8 +558,7 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
         host, port = match[2] or match[3], int(match[4] or port)
     if port > 65535 or not match and "://" in text:
         raise ValueError("it is not HOST, HOST:PORT or socks5://HOST:PORT")
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    at = endpoint(found[0][4])
+    at = endpoint(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4])
     if not match or match[1] != "socks5://":
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
@@ -856,9 +853,10 @@ class Names:
         try:
             if target and not self.gateway.has_inside(target):
                 data = await self.look_back(target, app)
+            elif near and not self.gateway.has_inside(server.packed):
+                code = NO_NAME
             elif near or kind not in (A, AAAA, SVCB, HTTPS):
-                steps = self.forward(query, server, app, near)
-                response = await timed(steps, QUERY_TIME)
+                response = await timed(self.forward(query, server, app), QUERY_TIME)
             elif kind in (A, AAAA):
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
@@ -868,9 +866,7 @@ class Names:
         with contextlib.suppress(OSError):  # one lost datagram
             reply(response or reply_to(query, end, code, kind, data))
 
-    async def forward(
-        self, query: bytes, server: Endpoint, app: str, near: bool
-    ) -> bytes:
+    async def forward(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
         loop = asyncio.get_running_loop()
         if self.gateway.has_inside(server.packed):
@@ -878,8 +874,6 @@ class Names:
                 sock.connect(server.pair())
                 await loop.sock_sendall(sock, query)
                 return await loop.sock_recv(sock, 65535)
-        if near:
-            raise failure(errno.EHOSTUNREACH)
         with socket.socket(self.gateway.at.family) as sock:
             await self.gateway.talk(sock, CONNECT, server, app)
             # RFC 1035 section 4.2.2: by TCP, a length comes first.
@@ -1049,7 +1043,7 @@ class Call:
         return 0
 
 
-@dataclass(eq=False)
+@dataclass
 class Flow:
     """What is known of a socket that is not what the kernel takes it for."""
 
@@ -1118,7 +1112,7 @@ def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
     return Endpoint(source, here), Endpoint(target, there), raw[at + 8 : at + size]
 
 
-@dataclass(eq=False)
+@dataclass
 class Association:
     """A port of the namespace, and how its datagrams leave the machine."""
 
@@ -1557,9 +1551,8 @@ class Supervisor:
     async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell by SO_ERROR why a connect() has failed."""
         # After EINTR, a socket that waits is at the gateway, and writable, too early.
-        if flow.pending and not flow.waits:
-            return PROCEED
-        if not (error := await self.end_of(flow, sock)):
+        early = flow.pending and not flow.waits
+        if early or not (error := await self.end_of(flow, sock)):
             return PROCEED
         _, _, _, there, size_at, _ = call.arguments
         call.write(there, error.to_bytes(4, sys.byteorder))

@@ -679,6 +679,23 @@ def test_a_daemon_outlives_the_command(rig: Rig, user: str) -> None:
     assert (home / "daemon").read_text() == "ok"
 
 
+def test_a_signal_ends_it_when_the_command_has_ended(rig: Rig) -> None:
+    shell = ["sh", "-c", "sleep 60 & echo $!; exit 3"]
+    started = rig.start("nobody", *shell, name="ended")
+    daemon = int(started.line())
+    try:
+        here = functools.partial(kernel.children, started.supervisor)
+        wait.until(lambda: daemon in here() and len(here()) == 2)  # and the relay
+        started.process.send_signal(signal.SIGWINCH)  # which ends nothing
+        time.sleep(0.2)
+        assert started.process.poll() is None
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(5) == -signal.SIGINT
+        assert started.err.read_text() == ""
+    finally:
+        os.kill(daemon, signal.SIGKILL)
+
+
 @users
 def test_it_does_not_run_in_itself(rig: Rig, user: str) -> None:
     inner = rig.command("root", "true")
