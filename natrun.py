@@ -553,13 +553,12 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
 
     What was named, and answers no HTTP or closes, is a SOCKS server.
     """
-    match, host = PLACE.fullmatch(text), text
-    if match:
-        host, port = match[2] or match[3], int(match[4] or port)
-    if port > 65535 or not match and "://" in text:
+    match = PLACE.fullmatch(text)
+    if not match or int(match[4] or 0) > 65535:
         raise ValueError("it is not HOST, HOST:PORT or socks5://HOST:PORT")
+    host, port = match[2] or match[3], int(match[4] or port)
     at = endpoint(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4])
-    if not match or match[1] != "socks5://":
+    if match[1] != "socks5://":
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
             return Gateway(at, {"inside": lat["inside"], **lat}, programs)
@@ -575,17 +574,18 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
     named = option or os.environ.get("NATRUN_GATEWAY") or programs["natrun"].gateway
     # The default route's: in the table, an address is a number of this machine.
     routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
-    packed = [int(router, 16).to_bytes(4, sys.byteorder) for router in routers]
-    router = socket.inet_ntop(socket.AF_INET, packed[0]) if packed else ""
-    places = [(named, 8080)] if named else [("wpad", 80), (router, 8080)]
-    tried = []
+    places = [(named, 8080)] if named else [("wpad", 80)]
+    tried = [] if named or routers else ["no default route"]
+    if routers and not named:
+        packed = int(routers[0], 16).to_bytes(4, sys.byteorder)
+        places.append((socket.inet_ntoa(packed), 8080))
     # No name server may be there.  This is not in os.environ, which the command has.
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
         try:
             return look(text, port, bool(named), programs)
         except (OSError, ValueError) as error:
-            tried.append(f"{text or 'no default route'}: {reason(error)}")
+            tried.append(f"{text}: {reason(error)}")
     what = "cannot use the gateway" if named else "cannot find a gateway (-g names it)"
     raise Fault(f"{what}: {'; '.join(tried)}")
 
@@ -1013,8 +1013,16 @@ class Call:
         self.check()
         return here.raw
 
-    def write(self, there: int, data: bytes) -> None:
-        self.copy(LIBC.process_vm_writev, there, (ctypes.c_ubyte * len(data))(*data))
+    def write(self, raw: bytes, there: int, size_at: int) -> int:
+        """Write what fits where the program wants it; return or raise the errno."""
+        room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
+        if room < 0:
+            return errno.EINVAL
+        size = len(raw).to_bytes(4, sys.byteorder)
+        for at, data in (there, raw[:room]), (size_at, size):
+            here = (ctypes.c_ubyte * len(data))(*data)
+            self.copy(LIBC.process_vm_writev, at, here)
+        return 0
 
     def target(self) -> Endpoint | None:
         """Return the address of the Internet that a call is about; raise OSError."""
@@ -1028,19 +1036,13 @@ class Call:
 
     def write_address(self, family: int, where: Endpoint) -> int:
         """Write an address, 0.0.0.0 if it is too wide; return or raise the errno."""
-        there, size_at = self.arguments[1:3]
         raw = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
         narrow = where.family == socket.AF_INET
         if family == socket.AF_INET:
             raw += (where.packed if narrow else bytes(4)) + bytes(8)
         else:
             raw += bytes(4) + MAPPED * narrow + where.packed + bytes(4)
-        room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
-        if room < 0:
-            return errno.EINVAL
-        self.write(there, raw[:room])
-        self.write(size_at, len(raw).to_bytes(4, sys.byteorder))
-        return 0
+        return self.write(raw, *self.arguments[1:3])
 
 
 @dataclass
@@ -1529,12 +1531,9 @@ class Supervisor:
         with sock, contextlib.suppress(OSError):
             if flow.waits:  # else the program may have changed it meanwhile
                 sock.setblocking(True)
-            if error and flow.waits:
-                # AF_UNSPEC: as if it had never been connected.
+            if error:
+                # AF_UNSPEC.  Who polls sees a failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
-            elif error:
-                # As after a true failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
-                sock.shutdown(socket.SHUT_RDWR)
         if self.verbose:
             say(f"{target}: {os.strerror(error) if error else 'connected'}")
         return error
@@ -1554,10 +1553,7 @@ class Supervisor:
         early = flow.pending and not flow.waits
         if early or not (error := await self.end_of(flow, sock)):
             return PROCEED
-        _, _, _, there, size_at, _ = call.arguments
-        call.write(there, error.to_bytes(4, sys.byteorder))
-        call.write(size_at, (4).to_bytes(4, sys.byteorder))
-        return 0
+        return call.write(error.to_bytes(4, sys.byteorder), *call.arguments[3:5])
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell the address that the gateway connected from."""

@@ -68,6 +68,18 @@ def registered(where: Address) -> list[str]:
         return [first, error_of(sock), error_of(sock)]
 
 
+def short_option(host: str, port: str) -> list[int]:
+    """Return what SO_ERROR writes into four bytes, of which it is given one."""
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        sock.connect_ex((host, int(port)))
+        select.select([], [sock], [], 20)
+        room, size = (ctypes.c_ubyte * 4)(*b"...."), ctypes.c_uint32(1)
+        option = socket.SOL_SOCKET, socket.SO_ERROR
+        assert LIBC.getsockopt(sock.fileno(), *option, room, ctypes.byref(size)) == 0
+        return [*room]
+
+
 def again(where: Address) -> list[str]:
     """Return what connect() says twice while it is under way, and once after it.
 

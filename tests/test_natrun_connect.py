@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import platform
@@ -273,6 +274,11 @@ def test_errors_are_the_gateways(rig: Rig, user: str) -> None:
     assert rig.probe(user, "no_such_host", "nobody.example.com") == "EAI_NONAME"
     told = rig.natrun(user, natrun_rig.go_client(rig), "dial", f"{SERVER}:81")
     assert (told.returncode, told.stdout) == (1, "connection refused\n")
+
+
+def test_an_error_is_written_where_there_is_room(rig: Rig) -> None:
+    found = rig.probe("nobody", "short_option", SERVER, "81")
+    assert bytes(found) == bytes([errno.ECONNREFUSED]) + b"..."
 
 
 @users
