@@ -462,13 +462,11 @@ class Gateway:
         claimed = f";app={app};host={socket.gethostname()}" if known else ""
         return [(self.user + claimed).encode()[:255], self.password.encode()[:255]]
 
-    async def talk(
-        self, sock: socket.socket, command: int, where: Endpoint | bytes, app: str
-    ) -> Endpoint:
-        """Connect a socket to it, and have it do a command for a program.
+    async def talk(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
+        """Connect a socket to it, and have it do what a program requests.
 
         Returns the endpoint that it answers, whose address may be a name.  Raises
-        OSError for what became of the command, Lost for the gateway.
+        OSError for what became of the request, Lost for the gateway.
         """
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
@@ -477,8 +475,7 @@ class Gateway:
         except OSError as error:
             raise Lost(errno.ENETUNREACH, reason(error)) from None
         try:
-            asking = self.ask(sock, request_of(command, where), app)
-            return await timed(asking, ANSWER_TIME)
+            return await timed(self.ask(sock, request, app), ANSWER_TIME)
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
                 raise Lost(errno.ENETUNREACH, reason(error)) from None
@@ -875,7 +872,7 @@ class Names:
                 await loop.sock_sendall(sock, query)
                 return await loop.sock_recv(sock, 65535)
         with socket.socket(self.gateway.at.family) as sock:
-            await self.gateway.talk(sock, CONNECT, server, app)
+            await self.gateway.talk(sock, request_of(CONNECT, server), app)
             # RFC 1035 section 4.2.2: by TCP, a length comes first.
             await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
             size = await receive(sock, 2)
@@ -887,7 +884,7 @@ class Names:
             return self.fake(name)
         if name not in self.known:
             # A resolver asks for A and AAAA at once: that is one question.
-            steps = self.resolve(RESOLVE, name + bytes(2), app)
+            steps = self.resolve(request_of(RESOLVE, name + bytes(2)), app)
             self.known[name] = asyncio.ensure_future(steps)
             asyncio.get_running_loop().call_later(NAME_TIME, self.known.pop, name)
         return await self.known[name]
@@ -906,15 +903,15 @@ class Names:
 
     async def look_back(self, target: bytes, app: str) -> bytes:
         """Return the name of an address as a query has it; raise OSError."""
-        name = self.called.get(target)
-        name = name or await self.resolve(RESOLVE_PTR, Endpoint(target, 0), app)
+        request = request_of(RESOLVE_PTR, Endpoint(target, 0))
+        name = self.called.get(target) or await self.resolve(request, app)
         labels = [label[:63] for label in name[:253].strip(b".").split(b".")]
         return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
-    async def resolve(self, command: int, what: Endpoint | bytes, app: str) -> bytes:
+    async def resolve(self, request: bytes, app: str) -> bytes:
         """Return what the gateway finds for a name or an address; raise OSError."""
         with socket.socket(self.gateway.at.family) as sock:
-            return (await self.gateway.talk(sock, command, what, app)).packed
+            return (await self.gateway.talk(sock, request, app)).packed
 
 
 # --- Calls --------------------------------------------------------------------
@@ -1240,8 +1237,8 @@ class Datagrams:
         try:
             with socket.socket(gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
-                where = Endpoint(bytes(4), one.here.port)
-                relay = await gateway.talk(control, ASSOCIATE, where, one.app)
+                request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
+                relay = await gateway.talk(control, request, one.app)
                 if not any(relay.packed):
                     relay = Endpoint(gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
@@ -1520,7 +1517,7 @@ class Supervisor:
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
             with socket.socket(gateway.at.family) if paired else sock.dup() as server:
-                local = await gateway.talk(server, CONNECT, where, app)
+                local = await gateway.talk(server, request_of(CONNECT, where), app)
                 if len(local.packed) in (4, 16) and any(local.packed):
                     flow.local = local
                 if paired:
@@ -1642,7 +1639,7 @@ class Supervisor:
             return errno.EADDRNOTAVAIL
         if gateway.password:  # of users, only who has a session may map
             session = socket.socket(gateway.at.family)
-            await gateway.talk(session, ASSOCIATE, NOWHERE, "natrun")
+            await gateway.talk(session, request_of(ASSOCIATE, NOWHERE), "natrun")
             self.session.close()
             self.session = session
         await self.tidy()  # there is a limit to mappings
@@ -1762,7 +1759,8 @@ def check(given: dict[str, str], programs: Programs) -> int:
     works = {"login": "", "datagrams": barred if gateway.udp else LACKS}
     with contextlib.suppress(OSError), socket.socket(gateway.at.family) as sock:
         try:
-            asyncio.run(gateway.talk(sock, RESOLVE, b"localhost\0\0", "natrun"))
+            request = request_of(RESOLVE, b"localhost\0\0")
+            asyncio.run(gateway.talk(sock, request, "natrun"))
         except Lost as error:  # any other answer is one to who is let in
             works["login"] = reason(error)
     works["listening"] = "" if gateway.mappings else LACKS
