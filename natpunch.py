@@ -181,12 +181,13 @@ def tell(sock: Socket, *words: object) -> None:
 
 def hear(sock: Socket, expected: str, until: float) -> list[str]:
     """Return the words of the server's next message; raise what trying() takes."""
-    sock.settimeout(max(until - time.monotonic(), 0.01))
-    # Not a byte more: after the last message comes what is relayed.
-    with sock.makefile("rb", buffering=0) as file:
-        line = file.readline(LINE_LIMIT)
-    if not line:
-        raise OSError("the server has left")
+    line = b""
+    while line[-1:] != b"\n" and len(line) < LINE_LIMIT:
+        sock.settimeout(max(until - time.monotonic(), 0.001))
+        # Not a byte more: after the last message comes what is relayed.
+        if not (byte := sock.recv(1)):
+            raise OSError("the server has left")
+        line += byte
     first, *words = line.decode("ascii", "replace").split()
     if first == "no":
         raise OSError(REFUSALS[words[0]])

@@ -30,8 +30,7 @@ uplinks, reload, log and table.  Chapters that lie beside it are found at start:
     natwork_parents.py     other proxies to go through
     natwork_mapping.py     NAT-PMP: a machine of the inside listens on the outside
     natwork_daemon.py      -d and the pid file
-    natwork_check.py       what is probably not meant; the text of --settings
-    natwork_explain.py     --explain
+    natwork_check.py       what is probably not meant; --explain; --settings
 
 Usage:
 
@@ -3826,7 +3825,7 @@ def command(arguments: list[str]) -> int:
         load_chapter(name)
     config = load_config(given.config or "", given.option or [])
     if given.explain:
-        explain = load_chapter("explain", "--explain").explain
+        explain = load_chapter("check", "--explain").explain
         return int(explain(config, given.explain))
     if given.test:
         return check(config)

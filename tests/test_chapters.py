@@ -109,7 +109,7 @@ def test_alone_it_has_no_pages(bare: running.Gateway) -> None:
 # A word of the command line, and the chapter that does what it says.
 DONE = {
     ("--passwd", "ann"): "users",
-    ("--explain", "127.0.0.1", "192.0.2.1:80"): "explain",
+    ("--explain", "127.0.0.1", "192.0.2.1:80"): "check",
     ("-d",): "daemon",
     ("-d", "-o", "pidfile=natwork.pid"): "daemon",
 }

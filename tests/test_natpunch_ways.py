@@ -31,6 +31,8 @@ import pytest
 import wait
 from test_natpunch_server import Client
 
+import natpunch
+
 DROP = "table ip no { chain no { type filter hook forward priority -5; "
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 Pair = tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]
@@ -598,6 +600,26 @@ def hung(*answers: str) -> None:
 
 def test_a_server_or_a_peer_that_hangs_is_given_up() -> None:
     at_once(hung, [MEETS, (*MEETS, HOPELESS)])
+
+
+def test_a_server_that_drips_is_given_up_in_time() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    theirs.send(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            natpunch.hear(ours, "x", began + 0.3)
+        assert time.monotonic() - began < 2
+        ours.close()
+        thread.join()
 
 
 @pytest.mark.parametrize("end", ["pipe", "far end"])
