@@ -2002,21 +2002,20 @@ class Policy:
         address is what accept() returns; without a socket it came to an inside one.
         Raises OSError.
         """
-        packed = address_of(address[0])
-        if not contains(self.inside, packed):
-            return False
         scope = address[3] if len(address) == 4 else 0
         here = address_of(sock.getsockname()[0]) if sock and self.uplinks else b""
-        return bool(self.is_near(packed, scope, here))
+        return bool(self.is_near(address_of(address[0]), scope, here))
 
     def comes_from_inside(self, packed: bytes, scope: int, here: bytes) -> bool:
-        """Return whether a peer that came to an address here is not of the outside.
+        """Return the same of a peer's address, its device or 0, and the one it came to.
 
         A peer of the outside may have an address that is in `inside`: between two NATs,
         a link-local one, or one that its network routes to it.  It comes to an address
         of the outside, or our answers would leave by a device of the outside, which is
         none that has an address of the inside itself.  Raises OSError.
         """
+        if not contains(self.inside, packed):
+            return False
         device = socket.if_indextoname(scope) if scope else route_to(packed).device
         held, link_local = device_addresses(device), contains(LINK_LOCAL, packed)
         inner = [one for one in held if not contains(LINK_LOCAL, one)]
