@@ -123,7 +123,7 @@ def warn(
     for uplink in policy.uplinks:
         if not uplink.is_there():
             say(f"outside: {uplink.name} is not there now")
-    for packed in theirs:
+    for packed in sorted(theirs):
         near = natwork.contains(natwork.LINK_LOCAL, packed)
         if natwork.contains(policy.inside, packed) and not near:
             place = natwork.unpack(packed)
@@ -176,6 +176,8 @@ def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
+    if not inside and natwork.contains(policy.inside, natwork.address_of(client)):
+        print("its address is in inside, and the way to it leads outside")
     users = chapters.users.lines if chapters.config.users else {}
     if inside and chapters.config.users and user == "-":
         print("as no user: asked for name and password first")

@@ -20,7 +20,7 @@ import running
 import natwork
 import natwork_users
 
-CLIENT = "10.0.0.7"
+CLIENT = "127.0.0.7"
 
 
 # --- Networks and forms -------------------------------------------------------
@@ -298,19 +298,37 @@ VERDICTS = [
     ("deny port 81, 83", "a.example", 82, OUTSIDE, "ok"),
     ("deny port 65535", "a.example", 65535, OUTSIDE, "denied-rule-1"),
     # Every part that is given must fit.
-    ("deny from 10.0.0.7", "a.example", 80, OUTSIDE, "denied-rule-1"),
-    ("deny from 10.0.0.0/29,192.0.2.1", "a.example", 80, OUTSIDE, "denied-rule-1"),
-    ("deny from 10.0.0.8/29", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from 127.0.0.7", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny from 127.0.0.0/29,192.0.2.1", "a.example", 80, OUTSIDE, "denied-rule-1"),
+    ("deny from 127.0.0.8/29", "a.example", 80, OUTSIDE, "ok"),
     ("deny from ::/0", "a.example", 80, OUTSIDE, "ok"),
     ("deny user ann", "a.example", 80, OUTSIDE, "denied-rule-1"),
     ("deny user bob,ann", "a.example", 80, OUTSIDE, "denied-rule-1"),
     ("deny user bob", "a.example", 80, OUTSIDE, "ok"),
     ("deny user Ann", "a.example", 80, OUTSIDE, "ok"),
-    ("deny from 10.0.0.7 user ann to .example port 80", "a.example", 80, OUTSIDE, "!"),
-    ("deny from 10.0.0.8 user ann to .example port 80", "a.example", 80, OUTSIDE, "ok"),
-    ("deny from 10.0.0.7 user bob to .example port 80", "a.example", 80, OUTSIDE, "ok"),
-    ("deny from 10.0.0.7 user ann to .test port 80", "a.example", 80, OUTSIDE, "ok"),
-    ("deny from 10.0.0.7 user ann to .example port 81", "a.example", 80, OUTSIDE, "ok"),
+    ("deny from 127.0.0.7 user ann to .example port 80", "a.example", 80, OUTSIDE, "!"),
+    (
+        "deny from 127.0.0.8 user ann to .example port 80",
+        "a.example",
+        80,
+        OUTSIDE,
+        "ok",
+    ),
+    (
+        "deny from 127.0.0.7 user bob to .example port 80",
+        "a.example",
+        80,
+        OUTSIDE,
+        "ok",
+    ),
+    ("deny from 127.0.0.7 user ann to .test port 80", "a.example", 80, OUTSIDE, "ok"),
+    (
+        "deny from 127.0.0.7 user ann to .example port 81",
+        "a.example",
+        80,
+        OUTSIDE,
+        "ok",
+    ),
 ]
 
 
@@ -335,11 +353,11 @@ def test_the_first_rule_that_fits_decides(
 
 
 def test_a_client_has_one_address_however_it_is_written() -> None:
-    policy = natwork.Policy(natwork.Config(rules="deny from 10.0.0.7"))
+    policy = natwork.Policy(natwork.Config(rules="deny from 127.0.0.7"))
     packed = natwork.pack(OUTSIDE)
-    for client in ("10.0.0.7", "::ffff:10.0.0.7"):
+    for client in ("127.0.0.7", "::ffff:127.0.0.7"):
         assert policy.judge(client, "-", "a.example", 80, packed)[0] is not natwork.OK
-    assert policy.judge("::10.0.0.7", "-", "a.example", 80, packed)[0] is natwork.OK
+    assert policy.judge("::127.0.0.7", "-", "a.example", 80, packed)[0] is natwork.OK
 
 
 OPEN = "allow to 0.0.0.0/0, ::/0 port 1-65535, 8080"
@@ -665,7 +683,10 @@ def test_explain_knows_the_user_and_who_is_no_client(
     said = explained(capsys, closed, "192.0.2.9", f"{OUTSIDE}:80")
     assert said == "client 192.0.2.9: not inside, refused\n"
     said = explained(capsys, closed, "127.0.0.1", f"{OUTSIDE}:80", "-o", "outside=lo")
-    assert said == "client 127.0.0.1: not inside, refused\n"
+    assert said == (
+        "client 127.0.0.1: not inside, refused\n"
+        "its address is in inside, and the way to it leads outside\n"
+    )
 
 
 def test_explain_takes_a_name_that_proves_nothing_as_the_gateway_does(
@@ -696,7 +717,7 @@ def test_explain_knows_the_link_local_as_the_gateway_does(
 
     monkeypatch.setattr(natwork, "route_to", route_to)
     said = explained(capsys, closed, "169.254.7.1", f"{OUTSIDE}:80")
-    assert said == "client 169.254.7.1: not inside, refused\n"
+    assert said.startswith("client 169.254.7.1: not inside, refused\n")
     said = explained(capsys, closed, "169.254.8.1", f"{OUTSIDE}:80")
     assert "client 169.254.8.1: inside, served\n" in said
 
@@ -730,7 +751,7 @@ def test_explain_makes_no_connection(tmp_path: Path) -> None:
     "setting", ["max_per_client=3", "bind_ports=1024-2000", "gateways=a:1"]
 )
 def test_explain_knows_the_settings_of_chapters(tmp_path: Path, setting: str) -> None:
-    words = "-o", setting, "--explain", "10.0.0.7", "192.0.2.1:80"
+    words = "-o", setting, "--explain", "127.0.0.7", "192.0.2.1:80"
     done = running.command(*words, cwd=tmp_path)
     assert done.returncode in (0, 1) and "allowed by" in done.stdout, done
 
@@ -771,7 +792,8 @@ def test_explain_says_what_keeps_an_uplink_from_it(
     assert "no uplink has an address of its family" in said(CLIENT, "192.0.2.1", six)
     assert "from nosuch0, which is not there now" in said(CLIENT, "nosuch0", four)
     assert "not there" not in said(CLIENT, "127.0.0.1", four)
-    assert said("127.0.0.1", "lo", four) == "client 127.0.0.1: not inside, refused\n"
+    refused = "client 127.0.0.1: not inside, refused\n"
+    assert said("127.0.0.1", "lo", four).startswith(refused)
 
 
 def test_explain_says_that_users_are_asked_first(
