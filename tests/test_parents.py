@@ -258,7 +258,7 @@ def test_explain_says_which_parent(tmp_path: Path) -> None:
     )
 
     def explain(target: str) -> str:
-        words = ("--explain", "10.0.0.7", target)
+        words = ("--explain", "127.0.0.7", target)
         return running.command(*options, *words, cwd=tmp_path).stdout
 
     said = "would ask the parent http://127.0.0.1:3128\n"

@@ -899,6 +899,6 @@ def test_a_daemon_lets_go_of_a_pipe_that_its_caller_reads(tmp_path: Path) -> Non
 
 def test_bytes_that_are_no_text_are_explained_too(tmp_path: Path) -> None:
     done = running.command(
-        "--explain", "10.0.0.7", "http://\udcff\udcfe/", cwd=tmp_path
+        "--explain", "127.0.0.7", "http://\udcff\udcfe/", cwd=tmp_path
     )
     assert done.returncode == 1 and "bad-request" in done.stdout
