@@ -686,7 +686,7 @@ def test_the_file_in_etc_is_read_where_there_is_none_here(tmp_path: Path) -> Non
     done = running.command("-t", cwd=where, program=program)
     assert done.stderr == "natwork: ok: /etc/natwork/natwork.conf\n"
     assert "name = of-etc\n" in done.stdout
-    words = "--explain", "10.0.0.7", "192.0.2.1:80"
+    words = "--explain", "127.0.0.7", "192.0.2.1:80"
     done = running.command(*words, cwd=where, program=program)
     assert done.stdout.startswith("settings: /etc/natwork/natwork.conf\n")
     (where / "natwork.conf").write_text("[natwork]\nname = of-here\n")
