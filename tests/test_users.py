@@ -107,7 +107,9 @@ COUNTING = (
     "file, scrypt = open('checks', 'ab', buffering=0), users.scrypt",
     "users.scrypt = lambda *pair: file.write(b'.') and scrypt(*pair)",
 )
-COUNTED = running.program({}, *COUNTING)
+# Here a client that guesses need not wait for long.
+SHORT = {"natwork_users.WRONG_PAUSE": 0.02}
+HASTY, COUNTED = running.program(SHORT), running.program(SHORT, *COUNTING)
 
 
 def checks(gateway: running.Gateway) -> int:
@@ -248,7 +250,10 @@ def test_the_group_may_read_it(tmp_path: Path, users: Path) -> None:
 def test_without_a_name_the_answer_is_407(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     for fields in (
         [],
         [b"Proxy-Authorization: Basic"],
@@ -280,7 +285,10 @@ def test_without_a_name_the_answer_is_407(
 def test_who_is_known_is_served_and_his_password_stays_here(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     for field in (ALICE, ALICE.replace(b"Basic", b"bAsIc")):
         assert http_wire.ask(gateway, server, field).status == 200
         assert not server.handle.requests[-1].values(b"Proxy-Authorization")  # R37
@@ -290,7 +298,10 @@ def test_who_is_known_is_served_and_his_password_stays_here(
 def test_the_connection_goes_on_after_a_407(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     with gateway.connect() as client:
         assert http_wire.exchange(client, http_wire.request(server)).status == 407
         assert (
@@ -317,7 +328,10 @@ def test_the_connection_goes_on_after_a_407(
 def test_it_closes_after_a_407_where_it_must(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     body = b"Content-Length: 3"
     for data in (
         http_wire.request(server, method=b"CONNECT"),  # R69
@@ -332,7 +346,10 @@ def test_it_closes_after_a_407_where_it_must(
 def test_a_407_to_a_body_that_waits_comes_at_once(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     fields = b"Content-Length: 3", b"Expect: 100-continue"
     with gateway.connect() as client:  # R63
         answer = http_wire.exchange(
@@ -344,7 +361,10 @@ def test_a_407_to_a_body_that_waits_comes_at_once(
 def test_trace_and_options_are_not_for_strangers(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     for method, known in (b"TRACE", 501), (b"OPTIONS", 200):
         for fields, status in ((), 407), ((ALICE,), known):
             with gateway.connect() as client:
@@ -359,7 +379,7 @@ def test_trace_and_options_are_not_for_strangers(
 def test_the_own_pages_are_for_users_and_the_pac_file_for_all(
     natwork: running.Start, users: Path
 ) -> None:
-    gateway = natwork(f"users={users}", NAMED)
+    gateway = natwork(f"users={users}", NAMED, program=HASTY)
     at = b"Host: %b:%d" % (gateway.address[0].encode(), gateway.address[1])
 
     def get(path: bytes, *fields: bytes) -> http_wire.Message:
@@ -611,7 +631,7 @@ def test_who_guesses_keeps_nobody_else_from_logging_in(
         )
         assert time.monotonic() - began < 1
     for guess in guesses:
-        guess.close()
+        wire.reset(guess)
 
 
 def test_a_file_may_begin_with_a_byte_order_mark() -> None:
@@ -739,7 +759,10 @@ def test_a_digest_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) ->
 def test_secrets_are_nowhere_to_be_read(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
-    gateway, server = natwork(f"users={users}", NAMED), origin(http_wire.Script())
+    gateway, server = (
+        natwork(f"users={users}", NAMED, program=HASTY),
+        origin(http_wire.Script()),
+    )
     swapped = basic(SECRET, b"alice")  # typed into the wrong field
     pages = [http_wire.ask(gateway, server, field) for field in (ALICE, swapped, WRONG)]
     with gateway.connect() as client:
