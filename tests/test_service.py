@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import pty
 import pwd
 import re
 import shlex
@@ -585,6 +586,30 @@ def test_a_pid_file_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> Non
     why = failed(running.command(*options, cwd=tmp_path), 1)
     assert f"the pid file {pidfile}: " in why
     assert target.read_text() == "not a number of ours"
+
+
+def test_a_pid_file_with_another_name_is_not_emptied(tmp_path: Path) -> None:
+    """Whoever owns the directory may have linked a file of root's there."""
+    kept = tmp_path / "kept"
+    kept.write_text("root's\n")
+    os.link(kept, tmp_path / "natwork.pid")
+    options = ("-o", "listen=127.0.0.1:0", "-o", "pidfile=natwork.pid")
+    done = running.command(*options, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.endswith("or has another name")
+    assert kept.read_text() == "root's\n"
+
+
+def test_a_daemon_says_that_its_log_is_a_terminal(tmp_path: Path) -> None:
+    shown, terminal = pty.openpty()
+    with os.fdopen(shown, "rb"), os.fdopen(terminal, "wb") as out:
+        words = [*running.PROGRAM, "-d", "-o", "listen=127.0.0.1:0", "-o", "log=-"]
+        words += ["-o", "listen=nonsense"]  # so it ends at once
+        done = subprocess.run(
+            words, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, timeout=30
+        )
+    assert done.returncode == 78
+    assert b"natwork: log: - is this terminal, which a daemon leaves" in done.stderr
 
 
 def test_a_pid_file_nowhere_is_one_reason_and_exit_1(tmp_path: Path) -> None:
