@@ -629,7 +629,7 @@ def test_where_no_thread_is_left_one_connection_is_lost(rig: Rig) -> None:
         "threading.Thread = Thread\n"
         "sys.exit(natrun.main())\n"
     )
-    curl = f"curl -sS --max-time 10 http://{SERVER}/page"
+    curl = f"curl -sS --max-time 4 http://{SERVER}/page"
     words = ["-g", natrun_rig.GATEWAY, "sh", "-c", f"{curl}; echo then; {curl}"]
     done = rig.box.run("inside", PYTHON, str(script), *words)
     assert done.stdout == "then\na page", done
