@@ -921,7 +921,7 @@ class Stream:
         del self.received[:count]
         return piece
 
-    def attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def perform(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a call on the socket returns, None if it can do nothing now.
 
         Raises Refused.  EPIPE: the peer had closed its side before, so what it sent is
@@ -937,7 +937,7 @@ class Stream:
 
     def fill(self) -> bool:
         """Receive what is there; return False at the end; raise Refused."""
-        data: bytes | None = self.attempt(self.sock.recv, COPY_SIZE)
+        data: bytes | None = self.perform(self.sock.recv, COPY_SIZE)
         if data == b"" and self.was_reset:
             raise Refused(self.lost, "connection reset")
         self.received += data or b""
@@ -980,7 +980,7 @@ class Stream:
 
     def send(self, data: bytes | bytearray) -> int:
         """Send what the kernel takes now; return its size; raise Refused."""
-        sent: int = self.attempt(self.sock.send, data) or 0
+        sent: int = self.perform(self.sock.send, data) or 0
         self.sent += sent
         return sent
 
@@ -1180,10 +1180,10 @@ class Direction:
                 fcntl.fcntl(pipe_in, 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
             while size >= COPY_SIZE and total < count:
                 size = min(count - total, PIPE_SIZE)
-                held = size = source.attempt(os.splice, source.fd, pipe_in, size) or 0
+                held = size = source.perform(os.splice, source.fd, pipe_in, size) or 0
                 total += size
                 while held:
-                    sent = sink.attempt(os.splice, pipe_out, sink.fd, held) or 0
+                    sent = sink.perform(os.splice, pipe_out, sink.fd, held) or 0
                     if not sent:
                         yield sink.fd, POLLOUT
                     held -= sent
