@@ -2011,21 +2011,22 @@ class Policy:
 
         A peer of the outside may have an address that is in `inside`: between two NATs,
         a link-local one, or one that its network routes to it.  It comes to an address
-        of the outside, or our answers would leave by a device of the outside, which is
-        none that has an address of the inside itself.  Raises OSError.
+        of the outside, or our answers would leave by a device of the outside; which is
+        no matter if they leave it from an address of the inside.  Raises OSError.
         """
         if not contains(self.inside, packed):
             return False
-        device = socket.if_indextoname(scope) if scope else route_to(packed).device
-        held, link_local = device_addresses(device), contains(LINK_LOCAL, packed)
-        inner = [one for one in held if not contains(LINK_LOCAL, one)]
-        leads_inside = not link_local and contains(self.inside, *inner)
+        route = route_to(packed)
+        device = socket.if_indextoname(scope) if scope else route.device
+        source = pack(route.source) if route.source else b""
+        link_local = contains(LINK_LOCAL, packed, source)
+        leads_inside = contains(self.inside, source) and not link_local
         if not self.uplinks:
             return leads_inside or device not in [way.device for way in self.defaults()]
         theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
         if here in theirs or device in [uplink.name for uplink in self.uplinks]:
             return False
-        return leads_inside or theirs.isdisjoint(held)
+        return leads_inside or theirs.isdisjoint(device_addresses(device))
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
