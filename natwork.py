@@ -1990,7 +1990,7 @@ class Policy:
         self.closed = (*CLOSED, ("inside", self.inside))
         # judge() is verdict(), remembered: a page asks for many things, of few hosts.
         self.judge = remembered(1.0, self.verdict)
-        self.is_near = remembered(1.0, self.comes_from_inside)
+        self.from_inside = remembered(1.0, self.comes_from_inside)
 
     def listens_at(self, host: str, port: int) -> None:
         """Take note of an address of the gateway itself, which is not dialed."""
@@ -2004,15 +2004,15 @@ class Policy:
         """
         scope = address[3] if len(address) == 4 else 0
         here = address_of(sock.getsockname()[0]) if sock and self.uplinks else b""
-        return bool(self.is_near(address_of(address[0]), scope, here))
+        return bool(self.from_inside(address_of(address[0]), scope, here))
 
     def comes_from_inside(self, packed: bytes, scope: int, here: bytes) -> bool:
-        """Return the same of a peer's address, its device or 0, and the one it came to.
+        """Return whether a peer with an address and a device, 0 for none, is inside.
 
-        A peer of the outside may have an address that is in `inside`: between two NATs,
-        a link-local one, or one that its network routes to it.  It comes to an address
-        of the outside, or our answers would leave by a device of the outside; which is
-        no matter if they leave it from an address of the inside.  Raises OSError.
+        It came to here, b"" for an address of the inside.  A peer of the outside may
+        have an address that is in `inside`: between two NATs, a link-local one, or one
+        that its network routes to it.  Then it comes to an address of the outside, or
+        our answers leave by its device and not from an address of the inside.
         """
         if not contains(self.inside, packed):
             return False

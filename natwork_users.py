@@ -148,9 +148,10 @@ class Users:
         pair, key = salt + wanted + password, self.memory[KEY]
         digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
         if not self.remembers(digest):
+            late_at = time.monotonic() + PASSWORD_TIMEOUT
             # A client has one guess at a time, so it cannot keep all others waiting.
-            with self.turn(worker, CLIENT_LOCKS + worker.client.number):
-                with self.turn(worker, PASSWORD_LOCK):
+            with self.turn(worker, CLIENT_LOCKS + worker.client.number, late_at):
+                with self.turn(worker, PASSWORD_LOCK, late_at):
                     # Another connection may have been quicker.
                     right = self.remembers(digest) or hmac.compare_digest(
                         scrypt(password, salt), wanted
@@ -165,14 +166,16 @@ class Users:
         return natwork.printable(name, natwork.NAME_SIZE)
 
     @contextlib.contextmanager
-    def turn(self, worker: natwork.Worker, place: int) -> Iterator[None]:
-        """Hold a lock, once the others that want it have had it; raise Refused."""
-        deadline, fd = time.monotonic() + PASSWORD_TIMEOUT, worker.client.stream.fd
+    def turn(
+        self, worker: natwork.Worker, place: int, late_at: float
+    ) -> Iterator[None]:
+        """Hold a lock that is free before a time (monotonic); raise Refused."""
+        fd = worker.client.stream.fd
         while True:
             with contextlib.suppress(OSError):  # another process has it
                 fcntl.lockf(self.board.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
                 break
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= late_at:
                 why = "too many passwords wait to be checked"
                 raise Refused(natwork.AUTH_BUSY, why)
             if worker.watch.wait({fd: 0}, LOCK_PAUSE):

@@ -634,7 +634,7 @@ def test_the_outside_is_closed_without_a_byte(rig: web.Rig, address: str) -> Non
 
 @pytest.mark.parametrize("outside", ["", "203.0.113.1", "wan"])
 @pytest.mark.parametrize("place", ["203.0.113.1", "10.9.0.1"])
-def test_who_is_routed_here_from_outside_is_no_client(
+def test_a_peer_routed_here_from_outside_is_no_client(
     rig: web.Rig, outside: str, place: str
 ) -> None:
     """Its address may be in `inside`: the outside has private networks, too."""

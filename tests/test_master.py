@@ -149,7 +149,9 @@ def test_a_full_house_of_silent_clients_lets_the_next_one_in(
     assert said.count("max_workers") == 1, said
 
 
-def test_who_goes_on_after_a_refusal_makes_room(natwork: running.Start) -> None:
+def test_a_client_that_goes_on_after_a_refusal_makes_room(
+    natwork: running.Start,
+) -> None:
     gateway = natwork("spare_workers=1", "max_workers=2", *PATIENT)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(gateway.connect()) for _ in range(2)]

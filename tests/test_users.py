@@ -609,7 +609,7 @@ def test_thirty_connections_at_once_cost_one_check(
     assert http_wire.ask(gateway, server, ALICE).status == 200 and checks(gateway) == 2
 
 
-def test_who_guesses_keeps_nobody_else_from_logging_in(
+def test_a_client_that_guesses_keeps_nobody_else_from_logging_in(
     natwork: running.Start, origin: origins.Start, users: Path
 ) -> None:
     gateway, server = (
@@ -697,10 +697,34 @@ def test_five_hundred_wrong_passwords_at_once_leave_it_serving(
 HOLDER = """
 import fcntl, sys
 file = open(sys.argv[1], "r+b")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.lockf(file, fcntl.LOCK_EX, int(sys.argv[2]))  # so many bytes, 0 for all
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_two_guesses_of_one_client_wait_no_longer_than_one(
+    natwork: running.Start, origin: origins.Start, users: Path
+) -> None:
+    program = running.program({"natwork_users.PASSWORD_TIMEOUT": 1.0})
+    gateway, server = (
+        natwork(f"users={users}", program=program),
+        origin(http_wire.Script()),
+    )
+    words = [sys.executable, "-c", HOLDER, board_link(gateway), "1"]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with gateway.connect() as one, gateway.connect() as other:
+            began = time.monotonic()
+            one.sendall(http_wire.request(server, ALICE))
+            time.sleep(0.2)  # it has the client's turn, and waits for that of the box
+            other.sendall(http_wire.request(server, ALICE))
+            for client in (one, other):
+                assert http_wire.read_answer(client).status == 503
+            assert time.monotonic() - began < 1.8
+        holder.kill()
 
 
 def test_who_dies_with_the_lock_leaves_it(
@@ -712,7 +736,7 @@ def test_who_dies_with_the_lock_leaves_it(
         origin(http_wire.Script()),
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, board_link(gateway)],
+        [sys.executable, "-c", HOLDER, board_link(gateway), "0"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
