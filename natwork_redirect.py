@@ -12,6 +12,7 @@ It does not decrypt, and it changes no byte.  A client that is refused gets a re
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
@@ -22,7 +23,8 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
-RECORDS = 256  # for a TLS hello, which mostly has one
+RECORDS = 256  # for a TLS hello, which usually comes in one
+NAME_LIMIT = 255  # of a name the end counts: RFC 1035 section 2.3.4
 SNIFF_DELAY = 0.25  # for half a request that no rule has to see: below what one notices
 # What may yet become a request line to some server: some take any word for a method,
 # any blank, and any byte in a path.
@@ -31,12 +33,12 @@ REQUEST_BEGUN = re.compile(
     rb"|[A-Za-z][!-~]*(?:[\t\v\f ][^\0\r\n]*\r?)?)?" % natwork.TOKEN
 )
 # Some take LF or CR for CRLF, or a folded line, or a blank before the colon.
-URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+URL = re.compile(rb"\A[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 HOST_FIELD = re.compile(rb"(?:^|\r)host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
 
 
 def original_target(client: natwork.Client) -> tuple[str, int] | None:
-    """Return the host and port that a client was redirected from, None if it was not.
+    """Return the host and port that a client had dialed, None if it was not redirected.
 
     A client that has dialed another port of our own address means us.
     """
@@ -54,7 +56,7 @@ def original_target(client: natwork.Client) -> tuple[str, int] | None:
 def server_name(data: bytes) -> list[bytes] | None:
     """Return the name in a TLS ClientHello, [] for none, None while it is not whole.
 
-    RFC 8446 section 4.1.2, RFC 6066 section 3; it may come in some records.  Raises
+    RFC 8446 section 4.1.2, RFC 6066 section 3; it may come in several records.  Raises
     Refused where they are so many that to look at them again and again is work.
     """
     hello, at, records = bytearray(), 0, 0
@@ -79,7 +81,8 @@ def server_name(data: bytes) -> list[bytes] | None:
     at += 3 + number(at, 1)  # compression, and the length of the extensions
     while at < end:
         if number(at, 2) == 0:
-            return [bytes(hello[at + 9 : at + 9 + number(at + 7, 2)])]
+            name = bytes(hello[at + 9 : at + 9 + number(at + 7, 2)])
+            return [name] if name else []
         at += 4 + number(at + 2, 2)
     return []
 
@@ -94,11 +97,9 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     words = line.split()
     if len(words) < 3 or not words[-1].startswith(b"HTTP/"):
         return []
-    if not (end := re.search(rb"\n\r?\n", data)):
+    if not (end := natwork.HEAD_END.search(data)):
         return None
-    names = HOST_FIELD.findall(data[: end.end()])
-    if url := URL.match(words[1]):
-        names.append(url[1])
+    names = HOST_FIELD.findall(data, 0, end.end()) + URL.findall(words[1])
     # Servers differ: what stands before "@", or after ":", may be anything to them.
     names += [name.rpartition(b"@")[2] for name in names]
     hosts = [name if b"]" in name else name.partition(b":")[0] for name in names]
@@ -145,19 +146,16 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
     if natwork.route_to(natwork.address_of(worker.client.host)).local:
         raise Refused(natwork.LOOP, "this box redirects what it sends itself")
     worker.begin(session)
-    server = natwork.dial(worker, session, host, port)
-    try:
+    with contextlib.closing(natwork.dial(worker, session, host, port)) as server:
         worker.proceed(session)
         strict = any(rule.names and not rule.allow for rule in worker.policy.rules)
-        for name in sniff(worker, server, strict):
-            session.target = natwork.endpoint((natwork.printable(name.lower()), port))
-            natwork.judged(worker, session, name.decode("latin-1").lower(), port, host)
+        for claim in sniff(worker, server, strict):
+            name = claim.rstrip(b".")[-NAME_LIMIT:].lower()
+            session.target = natwork.endpoint((natwork.printable(name), port))
+            natwork.judged(worker, session, name.decode("latin-1"), port, host)
             worker.proceed(session)
         session.outcome = natwork.ENDED
         natwork.tunnel(worker, session, server, b"")
-    finally:
-        session.up += server.counted()
-        server.close()
 
 
 def serve(worker: Worker) -> bool:

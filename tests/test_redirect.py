@@ -16,6 +16,7 @@ from pathlib import Path
 import addresses
 import boxes
 import http_wire
+import kernel
 import needs
 import origins
 import pytest
@@ -498,6 +499,24 @@ def test_a_denied_claim_ends_it_before_the_server_hears(rig: Rig, host: str) -> 
         assert "ads.example" in line["target"] and line["address"] == server.authority
     wait.until(lambda: len(server.callers) == 2 * len(CLAIMS))
     assert b"".join(server.received).strip() == b""
+
+
+@pytest.mark.end_to_end
+def test_of_a_name_without_end_its_end_is_judged(rig: Rig) -> None:
+    """A rule would otherwise look at each of its domains, and there are thousands."""
+    gateway = rig.natwork("rules=deny to .ads.example")
+    server = rig.server(note, FOUR)
+    with rig.connect(FOUR, server.port) as client:
+        client.sendall(
+            b"GET / HTTP/1.1\r\nHost: %bads.example\r\n\r\n" % (b"a." * 20_000)
+        )
+        with pytest.raises(ConnectionResetError):
+            assert client.recv(1) == b"never"
+    line = rig.line()
+    assert line["outcome"] == "denied-rule-1"
+    assert line["target"].endswith(f".ads.example:{server.port}")
+    peak = [kernel.number(pid, "VmHWM") for pid in gateway.workers()]
+    assert max(peak) < 100_000  # KiB
 
 
 @pytest.mark.end_to_end
