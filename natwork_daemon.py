@@ -51,7 +51,7 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
 
 @contextlib.contextmanager
 def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
-    """Hold a pid file, which becomes the user's, and remove it at the end.
+    """Hold a pid file, and remove it at the end.
 
     Yields the descriptor of what is an empty file so far; raises OSError.
     """
@@ -82,17 +82,16 @@ def run_daemon(config: natwork.Config) -> int:
     os.close(news_out)
 
     def ready() -> None:
-        """Let go of what the caller waits for; keep a file, and the log's way out."""
+        """Let the launcher go; keep a file, and standard output for the log."""
         with open(os.devnull, "r+b") as null:
             for fd in (1, 2):
                 wanted = fd == 1 and config.log == "-" and not os.isatty(fd)
                 if not wanted and not stat.S_ISREG(os.fstat(fd).st_mode):
                     os.dup2(null.fileno(), fd)
         os.write(news_in, b"\0")
-        os.close(news_in)
 
-    status = 1
-    try:
+    def serve() -> int:
+        """Detach, and run the gateway to its end."""
         daemon.DaemonContext(
             umask=0o027,
             detach_process=True,  # it would guess, by what standard input is
@@ -102,11 +101,12 @@ def run_daemon(config: natwork.Config) -> int:
             stderr=sys.stderr,
             signal_map={},
         ).open()
-        status = natwork.guard(lambda: natwork.run(config, ready))
-        with contextlib.suppress(OSError):
-            os.write(news_in, bytes([status]))
-    finally:
-        os._exit(status)
+        return natwork.run(config, ready)
+
+    status = natwork.guard(serve)
+    with contextlib.suppress(OSError):  # the launcher has gone
+        os.write(news_in, bytes([status]))
+    os._exit(status)
 
 
 def join(chapters: natwork.Chapters) -> None:

@@ -394,6 +394,7 @@ def test_a_daemon_serves_when_its_launcher_has_ended(tmp_path: Path) -> None:
         assert "configuration reloaded" in (tmp_path / "said").read_text()
     assert not (tmp_path / "natwork.pid").exists()
     wait.until(lambda: not kernel.group(int(session)))
+    assert log.read_text().count("\n") == 1 and "\0" not in log.read_text()
 
 
 def test_a_daemon_keeps_no_descriptor_of_its_launcher(tmp_path: Path) -> None:
@@ -421,6 +422,16 @@ def test_a_daemon_that_cannot_start_is_told_by_its_launcher(tmp_path: Path) -> N
             assert (done.returncode, pid) == (1, 0)
     said = (tmp_path / "said").read_text()
     assert said == f"natwork: cannot listen on {where}: address already in use\n"
+
+
+def test_a_daemon_without_a_directory_is_told_by_its_launcher(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    words = shlex.join([*running.PROGRAM, "-d", "-o", "listen=127.0.0.1:0"])
+    script = f"cd gone && rmdir ../gone && exec {words}"
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    assert failed(done, 1) == "natwork: cannot go on: no such file or directory\n"
 
 
 def test_a_badly_configured_daemon_is_told_by_its_launcher(tmp_path: Path) -> None:
@@ -820,7 +831,7 @@ def test_a_hangup_while_it_starts_is_no_end(daemon: running.Start) -> None:
         ("pidfile=/", "it is a directory"),
         ("listen=*:8080 *:8080", "names *:8080 twice"),
         ("listen=[::1]:0 127.0.0.1:0 [::1]:0", "names [::1]:0 twice"),
-        ("listen=127.0.0.1:80 *:80", "*:80 has 127.0.0.1 in it"),
+        ("listen=127.0.0.1:80 *:80", "*:80 already includes 127.0.0.1"),
     ],
 )
 def test_a_test_finds_what_a_start_would_fail_at(
