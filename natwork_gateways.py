@@ -28,7 +28,7 @@ VERSION = "0.1.0"
 
 PAGE_LIMIT = 2 * 1024 * 1024  # a directory, a menu or a text; and its lines
 PAGE_LINES = 20_000
-PAGE_TIMEOUT = 600.0  # for all of one, which its client may no longer wait for
+PAGE_TIMEOUT = 600.0  # for all of one, whose client may have given up
 
 # As ls -l has it, also without a group, or with blanks in owner or group; as DIR does;
 # or in EPLF, which is at https://cr.yp.to/ftp/list/eplf.html.
@@ -244,9 +244,10 @@ def ftp_list(exchange: Exchange, path: str) -> None:
         if reply[0] == "1":
             entries = read_lines(exchange, data)
     if reply[0] == "1":
-        end = hear(exchange, "2" if any(entries) else "245")
-        if end[:2] == "42":  # RFC 959 section 4.2.1: it is about the connection
-            raise Refused(natwork.BAD_RESPONSE, said(end))
+        reply = hear(exchange, "2" if any(entries) else "245")
+    # RFC 959 section 4.2.1: it is about the connection, or about who asks.
+    if reply[:2] in ("42", "53"):
+        raise Refused(natwork.BAD_RESPONSE, said(reply))
     # Relative links, which a URL without its last slash resolves one level up.
     name = path.rpartition("/")[2]
     base = f"{quoted(name)}/" if name else ""

@@ -704,6 +704,8 @@ WHOLE_AND_BY_BYTES = pytest.mark.parametrize("drips", [False, True])
 REFUSALS = [b"%d no" % n for n in (425, 426, 450, 451, 452, 500, 501, 502, 503, 504)]
 REFUSALS += [b"%d no" % n for n in (530, 532, 534, 550, 552, 553, 599)]
 REFUSALS += [b"500-no\r\n 500 nor\r\n500\r\n550 this\r\n500 no", b"500"]
+# Of a directory, and not of the connection or of who asks.
+NOT_LISTED = [reply for reply in REFUSALS if reply[:2] not in (b"42", b"53")]
 
 
 def scripted(
@@ -899,9 +901,8 @@ def test_what_a_server_says_of_a_login_is_told_to_its_client(
 @pytest.mark.parametrize(
     "reply",
     [
-        *REFUSALS,
         b"150 now\r\n226 none",
-        *(b"150\r\n" + reply for reply in REFUSALS if reply[:2] != b"42"),
+        *(before + reply for before in (b"", b"150\r\n") for reply in NOT_LISTED),
     ],
 )
 def test_a_directory_that_is_not_listed_is_empty(
@@ -928,6 +929,9 @@ def test_a_directory_that_is_not_listed_is_empty(
         ("/a/", b"", {"LIST": b"150 now\r\n421 not now"}, 502),
         ("/a/", b"", {"LIST": b"150 now\r\n425 cannot reach you"}, 502),
         ("/a/", b"", {"LIST": b"150 now\r\n426 disk on fire"}, 502),
+        ("/a/", b"", {"LIST": b"425 cannot reach you"}, 502),
+        ("/a/", b"", {"LIST": b"530 not you"}, 502),
+        ("/a/", b"", {"LIST": b"150 now\r\n530 not you"}, 502),
         ("/a/", b"", {"LIST": b"350 what?"}, 502),
         ("/a/", b"half", {"LIST": b"150 now\r\n426 disk on fire"}, 502),
         ("/a/", b"half", {"LIST": b"150 now\r\n550 disk on fire"}, 404),
