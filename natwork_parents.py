@@ -4,7 +4,7 @@ A target is judged here first all the same; a parent's own address is not.  For 
 http:// request a parent that is an HTTP proxy is a server like any other, but for
 the request line, which names the whole URL (RFC 9112 section 3.2.2); all else goes
 by a tunnel through it, asked for by CONNECT (RFC 9110 section 9.3.6) or by SOCKS 5
-(RFC 1928, RFC 1929).
+(RFC 1928, RFC 1929); but SOCKS's BIND and datagrams go by no parent.
 
 It does not balance and does not probe: the first parent that takes a target gets
 it.  The heart's dial() calls Parents.dial(), and an exchange asks the Parent of its
@@ -71,7 +71,7 @@ class Parent(NamedTuple):
     def blamed(self, refusal: Refused) -> Refused:
         """Return a refusal that says by which parent it came about, if by one."""
         outcome, why = refusal.outcome, f"parent {self.name}: {refusal.detail}"
-        if outcome.error in OTHERS:
+        if outcome.error in OTHERS or outcome == natwork.OVERLOAD:  # which is ours
             return refusal
         word = f"{natwork.PARENT_FAILED.word}-{outcome.word}"
         return Refused(outcome._replace(word=word), why)
@@ -209,7 +209,7 @@ class Parents:
 
         It is asked for what a rule allows by its name.
         """
-        if refusal.outcome not in (natwork.NO_SUCH_HOST, natwork.DNS_TIMEOUT):
+        if not refusal.outcome.error.startswith("dns_"):
             return None
         peer, name = natwork.address_of(client), user.partition(";")[0]
         for rule in self.policy.rules:

@@ -26,10 +26,12 @@ import natwork
 from natwork import Chapters
 from natwork import Config
 from natwork import ConfigError
+from natwork import Refused
 from natwork import Scoreboard
 from natwork import pack
 from natwork_parents import Parents
 from natwork_parents import join
+from natwork_parents import parse_parent
 from natwork_users import user_line
 
 NAMED = f"name={running.NAME.decode()}"
@@ -679,6 +681,27 @@ def test_a_name_unknown_here_goes_on_if_a_rule_names_it(
     # A name whose address is known, and closed, is not unknown: no parent opens it.
     gateway = natwork(line, "rules=allow to *", NAMED, loopback=False)
     assert http_wire.ask(gateway, b"localhost").status == 403
+
+
+@pytest.mark.parametrize("word", ["no-such-host", "dns-timeout", "dns-failed"])
+def test_whatever_keeps_a_name_unknown_here(word: str) -> None:
+    config = Config(rules="allow to .example", parents="http://127.0.0.1:3128")
+    chapters = Chapters(config, Scoreboard())
+    join(chapters)
+    asks = "127.0.0.1", "-", "http", "www.example", 80
+    refusal = Refused(natwork.OUTCOMES[word])
+    assert (
+        chapters.parents.that_may_know(refusal, *asks).name == "http://127.0.0.1:3128"
+    )
+    assert not chapters.parents.that_may_know(Refused(natwork.DENIED), *asks)
+
+
+def test_what_this_box_lacks_is_not_the_parents_fault() -> None:
+    parent = parse_parent("http://127.0.0.1:3128")
+    ours = Refused(natwork.OVERLOAD, "cannot open more files")
+    assert parent.blamed(ours) is ours
+    theirs = Refused(natwork.OVERLOAD._replace(word="503"), "busy")
+    assert parent.blamed(theirs).outcome.word == "parent-503"
 
 
 def test_a_name_unknown_here_goes_to_no_server(
