@@ -3,7 +3,7 @@
 Version 5 is RFC 1928, with names and passwords by RFC 1929; version 4 and its
 extension 4a have no standard but their authors' notes.  A client may ask for a
 connection to a host (CONNECT), for one from a host (BIND), or for a relay of datagrams
-(UDP ASSOCIATE).  Each is answered with the outside address that it happens from.  And
+(UDP ASSOCIATE).  The first two are answered with the outside address in use.  And
 it may ask for an address or a name (Tor's RESOLVE, RESOLVE_PTR), which is all it gets.
 
 It does not offer GSSAPI, which RFC 1928 section 3 asks for: no client needs it.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import re
 import select
@@ -22,6 +23,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import natwork
@@ -68,7 +70,7 @@ def write_address(address: SocketAddress) -> bytes:
 
 
 def open_port(
-    kind: int, where: SocketAddress, ports: list[int], uplink: natwork.Uplink | None
+    kind: int, where: SocketAddress, ports: Iterable[int], uplink: natwork.Uplink | None
 ) -> socket.socket:
     """Return a socket at the first free of some ports of an address; raise OSError."""
     family = natwork.INET6 if ":" in where[0] else natwork.INET
@@ -359,11 +361,11 @@ class Socks:
             ways = [way for way in ways if way[1][0] in known] or ways
         ports, first = worker.policy.ports, int.from_bytes(os.urandom(4), "big")
         # The first port to be tried is the one wanted, or not to be guessed.
-        first = ports.index(self.wanted) if self.wanted in ports else first
-        order = [ports[(first + n) % len(ports)] for n in range(len(ports))]
+        first = ports.index(self.wanted) if self.wanted in ports else first % len(ports)
         for attempt, where in ways:
             try:
                 if where[0] not in self.outer:
+                    order = itertools.chain(ports[first:], ports[:first])
                     self.outer[where[0]] = open_port(kind, where, order, attempt.uplink)
                 return attempt.packed, self.outer[where[0]]
             except OSError as error:
@@ -426,7 +428,8 @@ def serve(worker: natwork.Worker) -> None:
     socks = Socks(worker)
     worker.record(socks.session, socks.serve, socks.refuse)
     if socks.owed is not None:  # the client may not have its last bytes yet
-        natwork.linger(worker.watch, socks.client)
+        with worker.yielding():
+            natwork.linger(worker.watch, socks.client)
 
 
 def join(chapters: natwork.Chapters) -> None:

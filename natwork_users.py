@@ -36,14 +36,13 @@ SHARE_LOOKS = 20  # at a client's sessions, before it has too many
 
 # The shared memory: a key, then places for pairs that were right.  A place has the time
 # and a digest of 24 bytes, which says where it is.  So few places are used that two
-# pairs hardly ever want the same one; that costs them time, and nothing else.
+# pairs hardly ever want the same one; a clash costs time, and nothing else.
 KEY, PLACE_SIZE, PLACES = slice(0, 32), 32, 1 << 18
 # Record locks, by a byte of the scoreboard: the kernel frees one when its process ends.
 PASSWORD_LOCK, SHARE_LOCK = 0, 1
 CLIENT_LOCKS = 16  # the first; by the number of a client
 
 Line = tuple[bytes, bytes]  # salt and hash
-BOM = b"\xef\xbb\xbf"
 NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
 USER_LINE = re.compile(
     rb"([^:]+):\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})"
@@ -78,7 +77,7 @@ def parse_users(text: bytes) -> dict[str, Line]:
     """Return salt and hash by name of a file of users; raise ValueError."""
     users: dict[str, Line] = {}
     # An editor may begin a file with a byte order mark.
-    for number, line in enumerate(text.removeprefix(BOM).split(b"\n"), 1):
+    for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line or line.startswith(b"#"):
             continue
         match = USER_LINE.fullmatch(line)
@@ -228,8 +227,8 @@ class Users:
 
 def passwd(name: str) -> int:
     """Read a password, from a terminal twice; print a line of the file; return 0."""
-    user = os.fsencode(name)
     try:
+        user = name.encode()
         check_name(user)
     except ValueError as error:
         raise OSError(f"cannot take {name!r} for a user: {error}") from None

@@ -186,6 +186,7 @@ def test_passwd_asks_twice_at_a_terminal() -> None:
         ("#alice", "one\none\n"),
         ("", "one\none\n"),
         ("a" * 61, "one\none\n"),
+        ("al\udcff", "one\none\n"),
     ],
 )
 def test_passwd_refuses_what_would_not_work(name: str, given: str) -> None:
