@@ -161,10 +161,10 @@ def say(message: str) -> bool:
     It is whole even among many processes, having at most PIPE_BUF bytes, and it never
     waits: where nobody reads standard error, the line is lost.
     """
-    line = f"natwork: {message}\n".encode(errors="replace")[: select.PIPE_BUF]
+    line = f"natwork: {message}".encode(errors="replace")[: select.PIPE_BUF - 1]
     with contextlib.suppress(OSError):
         has_room = select.select([], [2], [], 0)[1]
-        return bool(has_room) and os.write(2, line) > 0
+        return bool(has_room) and os.write(2, line + b"\n") > 0
     return False
 
 
@@ -578,8 +578,7 @@ class Scoreboard:
         Returns False where a line was said in this second, or nobody reads.
         """
         second = int(time.monotonic())
-        said = self.words[self.LAST_SAID] != second and say(message)
-        if said:
+        if said := self.words[self.LAST_SAID] != second and say(message):
             self.words[self.LAST_SAID] = second
         return said
 
@@ -787,7 +786,7 @@ def as_json(line: str) -> str:
 
 def sessions(board: Scoreboard) -> Iterator[tuple[int, Session]]:
     """Yield the sessions that go on, each with its worker's pid."""
-    for number in range(len(board.states())):
+    for number in range(board.used()):
         slot = Slot(board, number)
         if session := slot.session():
             yield slot.words[slot.PID], session
@@ -1079,8 +1078,7 @@ class Watch:
                 fd, events = next(steps)
                 wanted = {beside.fd: 0, fd: events} if beside else {fd: events}
                 left = min(self.config.idle_timeout, deadline - time.monotonic())
-                ready = self.wait(wanted, left)
-                if not ready:
+                if not (ready := self.wait(wanted, left)):
                     raise Refused(late, why)
                 if beside and fd not in ready:
                     raise Refused(beside.lost, "connection reset")
@@ -1124,9 +1122,7 @@ class Direction:
         except StopIteration:
             self.state = self.DONE
         except Refused as refusal:
-            server_lost = (
-                refusal.outcome is SERVER_GONE and self.sink.lost is SERVER_GONE
-            )
+            server_lost = refusal.outcome is self.sink.lost is SERVER_GONE
             if not server_lost and not self.may_fail:
                 raise
             self.state = self.CANCELED
@@ -1262,8 +1258,8 @@ def notify(words: str) -> None:
     if path := os.environ.get("NOTIFY_SOCKET"):
         # An abstract address begins with a NUL, for which "@" stands.
         where = "\0" + path[1:] if path[0] == "@" else path
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with sock, contextlib.suppress(OSError):
+        kind = socket.AF_UNIX, socket.SOCK_DGRAM
+        with contextlib.suppress(OSError), socket.socket(*kind) as sock:
             sock.settimeout(1)
             sock.sendto(words.encode(), where)
 
@@ -1832,7 +1828,7 @@ class Route(NamedTuple):
 
     local: bool  # it is an address of this box
     device: str
-    source: str
+    source: bytes  # packed, empty if there is none
 
 
 def find_route(packed: bytes) -> Route:
@@ -1843,10 +1839,9 @@ def find_route(packed: bytes) -> Route:
         found = dict(parts_of(data[12:], "=HH"))
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
         device = socket.if_indextoname(index)
-        source = found.get(7, b"")  # RTA_PREFSRC
         # RTN_LOCAL, _BROADCAST, _ANYCAST: this box hears what is sent there.
-        return Route(data[7] in (2, 3, 4), device, unpack(source) if source else "")
-    return Route(False, "", "")  # there is none
+        return Route(data[7] in (2, 3, 4), device, found.get(7, b""))  # RTA_PREFSRC
+    return Route(False, "", b"")  # there is none
 
 
 def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -1871,8 +1866,7 @@ def device_addresses(device: str) -> list[bytes]:
 
 def parse_ports(text: str) -> range:
     """Return the ports of "80" or "8000-8100"; raise ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    if match:
+    if match := re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text):
         low, high = int(match[1]), int(match[2] or match[1])
         if 1 <= low <= high <= 65535:
             return range(low, high + 1)
@@ -1956,8 +1950,7 @@ class Uplink(NamedTuple):
 
     def is_there(self) -> bool:
         """Return whether this box has it now; raise OSError."""
-        found = self.addresses()
-        return bool(found and (not self.packed or route_to(self.packed).local))
+        return bool(route_to(self.packed).local if self.packed else self.addresses())
 
 
 def parse_uplink(text: str) -> Uplink:
@@ -2018,9 +2011,8 @@ class Policy:
             return False
         route = route_to(packed)
         device = socket.if_indextoname(scope) if scope else route.device
-        source = pack(route.source) if route.source else b""
-        link_local = contains(LINK_LOCAL, packed, source)
-        leads_inside = contains(self.inside, source) and not link_local
+        link_local = contains(LINK_LOCAL, packed, route.source)
+        leads_inside = contains(self.inside, route.source) and not link_local
         if not self.uplinks:
             return leads_inside or device not in [way.device for way in self.defaults()]
         theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
@@ -2039,7 +2031,7 @@ class Policy:
         """
         found = {packed: way for way in self.uplinks for packed in way.addresses()}
         if not self.uplinks:
-            found = {pack(way.source): None for way in self.defaults() if way.source}
+            found = {way.source: None for way in self.defaults() if way.source}
         return {
             packed: uplink
             for packed, uplink in found.items()
@@ -2140,10 +2132,10 @@ def resolve(host: str) -> list[bytes]:
         # As bytes: a str would load the IDNA tables, a megabyte in every worker.
         found = socket.getaddrinfo(host.encode(), None, type=STREAM)
     except socket.gaierror as error:
-        outcome = NO_SUCH_HOST
-        if error.args[0] == socket.EAI_AGAIN:  # of silence and of a refusal alike
-            silent = time.monotonic() > began + 1.5
-            outcome = DNS_TIMEOUT if silent else DNS_FAILED
+        outcome = outcome_of(error, NO_SUCH_HOST)
+        # Of silence and of a refusal alike the resolver says EAI_AGAIN.
+        if outcome is DNS_FAILED and time.monotonic() > began + 1.5:
+            outcome = DNS_TIMEOUT
         raise Refused(outcome, f"{host}: {error.args[1]}") from None
     addresses = [*dict.fromkeys(address_of(str(info[4][0])) for info in found)][:32]
     # The families take turns: RFC 8305 section 4.
@@ -2297,9 +2289,8 @@ class Race:
     def defeat(failed: list[tuple[OSError, Attempt]]) -> Refused:
         """Return the refusal that fits attempts that have all failed."""
         if not failed:
-            return Refused(
-                UNROUTABLE, "no uplink has an address of the target's family"
-            )
+            why = "no uplink has an address of the target's family"
+            return Refused(UNROUTABLE, why)
         # An answer of the target says more than the want of a route.
         error, attempt = max(failed, key=lambda one: isinstance(one[0], Race.ANSWERS))
         why = f"{endpoint(attempt.where())}: {reason(error)}"
@@ -2509,8 +2500,7 @@ def read_fields(
 @functools.lru_cache(maxsize=64)
 def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     """Return host and port of "host:port"; default 0 demands one.  Raises Refused."""
-    match = AUTHORITY.fullmatch(raw)
-    if not match:
+    if not (match := AUTHORITY.fullmatch(raw)):
         raise Refused(BAD_REQUEST, "malformed host or port")
     name, digits = match.groups()
     if not digits and not default:
@@ -2536,8 +2526,7 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
     """Return method, target and minor version; raise Refused if it is not for us."""
     if len(line) > LINE_LIMIT:
         raise Refused(URI_TOO_LONG, f"request line over {LINE_LIMIT} bytes")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
+    if not (match := REQUEST_LINE.fullmatch(line)):
         raise Refused(BAD_REQUEST, "malformed request line")
     method, target, major, minor = match.groups()
     if major != b"1":
@@ -2734,8 +2723,7 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     """Return the target of a request in authority- or absolute-form; raise Refused."""
     if method == b"CONNECT":
         return Target(*parse_authority(raw, 0), raw, b"")
-    match = ABSOLUTE_FORM.fullmatch(raw)
-    if not match:
+    if not (match := ABSOLUTE_FORM.fullmatch(raw)):
         raise Refused(BAD_REQUEST, "this is a proxy: the target must be a whole URL")
     scheme, authority, path = match.groups()
     user, at, authority = authority.rpartition(b"@")
@@ -2938,12 +2926,12 @@ class Exchange:
         client, watch = self.client, self.watch
         deadline = time.monotonic() + self.config.head_timeout
         late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
+        watch.wait({client.fd: POLLIN}, min(SHORT_SILENCE, self.config.head_timeout))
         with self.worker.yielding():
             while self.http.drop_blanks():
                 watch.run(client.need(len(client.received) + 1), *late)
             steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
-            head: bytes = watch.run(steps, *late)
-        return head
+            return bytes(watch.run(steps, *late))
 
     def check_begun(self) -> tuple[()]:
         """Refuse a head that does not begin as one; raise Refused."""
@@ -3002,7 +2990,7 @@ class Exchange:
             return False
         if head.method == b"TRACE":
             raise Refused(NOT_IMPLEMENTED, "TRACE is not answered by this gateway")
-        methods = b"Allow: CONNECT, GET, HEAD, POST, PUT, DELETE, OPTIONS, TRACE\r\n"
+        methods = b"Allow: CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n"
         self.answer("200 OK", methods, b"")
         return True
 
@@ -3164,9 +3152,8 @@ class Exchange:
             if response.status == 417 and not self.client.received:
                 # It asks the same again, and expects nothing.
                 self.http.expecting = self.head.method, self.head.target
-        self.keep = self.head.keep_alive
-        if up.state == up.CANCELED and not self.http.expecting:
-            self.keep = False
+        cut = up.state == up.CANCELED and not self.http.expecting
+        self.keep = self.head.keep_alive and not cut
         head, size = self.decide_answer(response, up.state == up.RUNNING)
         yield from self.send_answer(down, response, head, size)
         # A server that answers and closes will not read the rest of the request.
@@ -3222,13 +3209,10 @@ class Exchange:
         told = None if response.status == 204 else response.length()
         # A length beside chunked does not count, and who says so is not asked again.
         doubtful = told == CHUNKED and b"content-length" in response.fields
+        size = ALL if told is None else told
         if self.head_only or response.status in (204, 304):
             # RFC 9112 section 6.3: they may tell a length, and nothing follows.
-            size = 0
-            if told == CHUNKED:
-                told = None
-        else:
-            size = ALL if told is None else told
+            size, told = 0, None if told == CHUNKED else told
         self.server_keeps = response.keep_alive and size != ALL and not doubtful
         self.progress = self.BEGUN
         if self.watch.retired or goes_on and not self.server_keeps:
@@ -3236,8 +3220,7 @@ class Exchange:
         if size == ALL or size == CHUNKED and self.head.minor == 0:
             self.progress, self.keep, told = self.BEGUN_UNTIL_CLOSE, False, None
         self.session.status = str(response.status)
-        lines = response.forwarded
-        return answer_head(response.line, lines, told, self.keep), size
+        return answer_head(response.line, response.forwarded, told, self.keep), size
 
     def via_line(self, head: RequestHead | ResponseHead) -> bytes:
         """Return the Via line of a message, with ours: RFC 9110 section 7.6.3."""
@@ -3251,8 +3234,7 @@ class Exchange:
         if not taken or not taken.issubset(members(self.head.upgrade)):
             raise Refused(UPGRADE_FAILED, "the server changed to what was not offered")
         self.session.proto = "upgrade"
-        lines = response.line + response.forwarded
-        self.join_as_tunnel(server, "101", lines + CRLF)
+        self.join_as_tunnel(server, "101", response.line + response.forwarded + CRLF)
 
     # Answers of our own.
 
@@ -3262,9 +3244,8 @@ class Exchange:
         keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
         lines = date_line(int(time.time())) + lines
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
-        whole = head if self.head_only else head + body
         self.progress = self.BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
-        self.watch.send(self.client, whole)
+        self.watch.send(self.client, head if self.head_only else head + body)
         self.progress, self.keep = self.WHOLE, keep
 
     def refuse(self, refusal: Refused) -> Outcome:
@@ -3274,7 +3255,7 @@ class Exchange:
             # A target that was not understood may have a password anywhere.
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
-        if self.progress is not self.NOTHING or not outcome.error:
+        if self.progress != self.NOTHING or not outcome.error:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.progress == self.BEGUN_UNTIL_CLOSE:
@@ -3298,9 +3279,8 @@ class Exchange:
         """
         if self.keep or self.progress != self.WHOLE:
             return False
-        if self.session.method == "-" or self.head.keep_alive or self.length:
-            return True
-        return bool(readable([self.client.fd]))
+        more = self.session.method == "-" or self.head.keep_alive or self.length
+        return bool(more or readable([self.client.fd]))
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""
@@ -3444,10 +3424,8 @@ def serve_client(worker: Worker) -> bool:
 
 def parse_endpoint(text: str) -> tuple[str, int]:
     """Return host ("*" for all addresses) and port of HOST:PORT; raise ValueError."""
-    match = re.fullmatch(r"(\[[^]]*:[^]]*\]|[^:[]+):([0-9]+)", text)
-    if not match:
-        why = "is not ADDRESS:PORT, an IPv6 address in brackets"
-        raise ValueError(f"{text!r} {why}")
+    if not (match := re.fullmatch(r"(\[[^]]*:[^]]*\]|[^:[]+):([0-9]+)", text)):
+        raise ValueError(f"{text!r} is not ADDRESS:PORT, an IPv6 address in brackets")
     if len(match[2]) > 5 or int(match[2]) > 65535:
         raise ValueError(f"{text!r} has no port from 0 to 65535")
     host, port = match[1].strip("[]"), int(match[2])
@@ -3772,8 +3750,7 @@ def print_settings(config: Config, mark: str = "") -> None:
 
 def check(config: Config) -> int:
     """Print every setting, if a start would not fail by one; raise ConfigError."""
-    checks = load_chapter("check")
-    if checks:
+    if checks := load_chapter("check"):
         checks.examine_files(config)
     chapters = examine(config, Scoreboard())
     if checks:

@@ -38,11 +38,11 @@ def hinted(fault: str) -> str:
     if re.search(comment, value):
         return f"{fault}; a comment has a line of its own"
     if re.search("[,;]", value) and name in ("listen", "inside", "outside", "gateways"):
-        return f"{fault}; blanks stand between them, and no commas"
+        return f"{fault}; separate them with blanks, not commas"
     if "is not pairs" in why or "is none of" in why:
-        return f"{fault}; commas stand between the members of a list, and no blanks"
+        return f"{fault}; separate the members of a list with commas, not blanks"
     if re.fullmatch("[0-9.]+ *[a-z]+", value) and "number" in why:
-        return f"{fault}; it has no unit"
+        return f"{fault}; write the number without a unit"
     return fault
 
 
@@ -54,7 +54,7 @@ def examine_listeners(config: Config, found: list[tuple[str, int]]) -> None:
         for every in ("*", "::" if ":" in host else "0.0.0.0"):
             if host not in ("*", every) and port and (every, port) in found:
                 whole = natwork.endpoint((every, port))
-                config.refuse("listen", f"{whole} has {host} in it")
+                config.refuse("listen", f"{whole} already includes {host}")
 
 
 def examine_files(config: Config) -> None:
@@ -172,7 +172,7 @@ def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
         here = natwork.route_to(natwork.address_of(client)).source
         theirs = policy.outside() if policy.uplinks else {}
         inside = policy.is_client((client, 0, 0, scope), None)
-        inside = inside and not (here and natwork.pack(here) in theirs)
+        inside = inside and here not in theirs
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
@@ -207,11 +207,11 @@ def explain_dials(chapters: natwork.Chapters, allowed: list[bytes], port: int) -
     for attempt in attempts:
         route = natwork.route_to(attempt.packed)
         if attempt.uplink:
-            there = attempt.uplink.is_there()
-            missing = "" if there else ", which is not there now"
+            missing = "" if attempt.uplink.is_there() else ", which is not there now"
             way = f"from {attempt.uplink.name}{missing}"
         elif route.source:
-            way = f"from {route.source}, by {route.device}, as the routing table has it"
+            source = natwork.unpack(route.source)
+            way = f"from {source}, by {route.device}, as the routing table has it"
         else:
             way = "but the routing table has no way there"
         print(f"would dial {natwork.endpoint(attempt.where())} {way}")
@@ -295,8 +295,8 @@ SETTINGS = """\
 # What may be reached: lines (or parts between ";") of
 #   allow|deny [from NETWORKS] [user NAMES] [to TARGETS] [port PORTS]
 # each part a list with commas, the first line that fits decides.  TARGETS are
-# networks, host.example, .example (and all below it) or *.  Behind your lines
-# stand the built-in ones: addresses of this box, loopback, link-local,
+# networks, host.example, .example (and all below it) or *.  After your lines
+# come the built-in ones: addresses of this box, loopback, link-local,
 # multicast, unspecified and inside addresses are denied, port 25 is denied
 # (but to redirected clients, whose claimed names no allow believes), the rest
 # is allowed.  An allow opens a denied address only if a network in
@@ -310,7 +310,7 @@ SETTINGS = """\
 #rules =
 
 # Who may ask: a file of lines that "natwork.py --passwd NAME" prints, readable
-# by "user" and by nobody else (chmod 640).  Then HTTP and SOCKS5 clients have to
+# by "user" and its group alone (chmod 640).  Then HTTP and SOCKS5 clients have to
 # name themselves, others (SOCKS4, redirected) are refused, and a name may stand
 # in "user" of a rule.  Empty: everybody on the inside, and the name that a SOCKS5
 # client gives is logged, but proves nothing.
@@ -346,7 +346,7 @@ SETTINGS = """\
 # Clients at once; each has a process.  Further ones wait in the kernel's queue.
 #max_workers = 2048
 
-# Sessions at once from one client address; what is beyond gets a 503.  0: no limit.
+# Sessions at once from one client address; what is beyond is refused.  0: no limit.
 #max_per_client = 0
 
 # Clients that one worker serves, one after another, before it makes way for a
@@ -361,7 +361,7 @@ SETTINGS = """\
 # For a connection to the target, all its addresses together.
 #connect_timeout = 10
 
-# Without a byte in an HTTP exchange.
+# Without a byte in an HTTP exchange, a datagram, or the call that BIND waits for.
 #idle_timeout = 300
 
 # Without a byte in a tunnel.  RFC 5382 asks a NAT for two hours and 4 minutes.

@@ -7,14 +7,15 @@
     /lat.json       the Local Address Table: what natrun need not ask the gateway for
 
 It is not a web server and not a way to change anything: it reads the scoreboard
-and answers GET and HEAD.  All but the last three want a Host field that is this
-gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name to
-our address sends that name, and so is not shown the table.
+and answers GET and HEAD.  All but the PAC files and /lat.json want a Host field that
+is this gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name
+to our address sends that name, and so is not shown the table.
 """
 # SPDX-License-Identifier: MIT
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -106,8 +107,8 @@ tbody tr:hover { background: var(--line) }
 <header><h1>NATWork <small>%(name)s, version %(version)s</small></h1>
 <nav aria-label="The same as data"><a href="/metrics">/metrics</a>
 <a href="/table.json">/table.json</a> <a href="/proxy.pac">/proxy.pac</a></nav></header>
-<noscript>Without JavaScript this stays as it was loaded, in seconds and bytes; the same
-as data is /table.json.</noscript>
+<noscript>Without JavaScript this shows the state at loading, in seconds and bytes;
+the same as data is /table.json.</noscript>
 <dl>%(figures)s</dl>
 <div id="bar"><label>Filter<input type="search" autocomplete="off"
 placeholder="client, host, user or protocol"></label><p>Sessions: %(count)s</p></div>
@@ -170,7 +171,7 @@ async function refresh() {
     document.body.className = "";
   } catch {
     document.body.className = "stale";
-    put(count, "The gateway does not answer; this is what was.");
+    put(count, "The gateway does not answer; this is the last state known.");
   }
   setTimeout(refresh, 2000);
 }
@@ -243,12 +244,9 @@ NAME_IT = (
 
 def ended(board: natwork.Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
-    counts = {}
-    for proto in natwork.PROTOCOLS:
-        for word in natwork.OUTCOME_WORDS:
-            if count := sum(board.column(natwork.ended_by(proto, word))):
-                counts[proto, word] = count
-    return counts
+    kinds = itertools.product(natwork.PROTOCOLS, natwork.OUTCOME_WORDS)
+    counts = {kind: sum(board.column(natwork.ended_by(*kind))) for kind in kinds}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def figures(exchange: Exchange) -> dict[str, int]:

@@ -807,7 +807,7 @@ def test_without_uplinks_its_outside_is_where_the_default_routes_leave_from(
     found = [
         program.find_route(there).source for there in program.Policy.ANYWHERE.values()
     ]
-    assert lat(natwork())["outside"] == [source for source in found if source]
+    assert lat(natwork())["outside"] == [program.unpack(one) for one in found if one]
 
 
 @pytest.mark.parametrize(

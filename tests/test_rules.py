@@ -713,7 +713,7 @@ def test_explain_knows_the_link_local_as_the_gateway_does(
     routes = {"169.254.7.1": "wan", "169.254.8.1": "lan", "192.0.2.1": "wan"}
 
     def route_to(packed: bytes) -> natwork.Route:
-        return natwork.Route(False, routes.get(natwork.unpack(packed), ""), "")
+        return natwork.Route(False, routes.get(natwork.unpack(packed), ""), b"")
 
     monkeypatch.setattr(natwork, "route_to", route_to)
     said = explained(capsys, closed, "169.254.7.1", f"{OUTSIDE}:80")
