@@ -1246,7 +1246,7 @@ def relay(
 #
 # The master keeps workers forked ahead of the clients and does nothing else: it
 # reads nothing from the network, resolves no name and accepts no client.  Its
-# loop is reap, top up, sleep, act.  Its signals are blocked, and taken one by one
+# loop is top up, sleep, act, reap.  Its signals are blocked, and taken one by one
 # when it sleeps, so no code of ours runs in the middle of other code of ours; a
 # worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
 # asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
@@ -2251,7 +2251,7 @@ class Race:
             number = sock.connect_ex(attempt.where())
             if number in (0, errno.EISCONN):
                 return self.win(attempt)
-            if number == errno.EADDRNOTAVAIL:  # no port is left, as EAGAIN once said
+            if number == errno.EADDRNOTAVAIL:  # said by connect(): no port is left
                 number = errno.EAGAIN
             if number not in (errno.EINPROGRESS, errno.EALREADY):
                 self.fail(OSError(number, os.strerror(number)), attempt)
