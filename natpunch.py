@@ -50,7 +50,6 @@ import select
 import selectors
 import socket
 import ssl
-import stat
 import struct
 import sys
 import time
@@ -120,7 +119,8 @@ def say(message: object) -> None:
     """Write a line to standard error; where nobody reads it, it is lost."""
     with contextlib.suppress(OSError):
         line = " ".join(str(message).splitlines())
-        os.write(2, f"natpunch: {line}\n".encode(errors="replace"))
+        if select.select([], [2], [], RETRY_TIME)[1]:
+            os.write(2, f"natpunch: {line}\n".encode(errors="replace"))
 
 
 @contextlib.contextmanager
@@ -146,7 +146,7 @@ def parse_address(text: str, port: int = 0) -> Address:
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
     most = 65534 if port else 65535  # a server has the next one, too
-    if not (number.isascii() and number.isdigit() and 0 < int(number) <= most):
+    if number not in map(str, range(1, most + 1)):
         raise Failure(f"use {text!r}", f"it has no port from 1 to {most}", 2)
     with trying(f"use {text!r}", 2, "it has no host"):
         if not (host := host.strip("[]")).encode("idna"):
@@ -350,9 +350,7 @@ class Peers(NamedTuple):
         return data[2:3] if hmac.compare_digest(data, right) else b""
 
 
-def aims(
-    mine: str, theirs: str, at: Address, step: int, *inside: Address
-) -> tuple[int, list[Address]]:
+def aims(mine: str, theirs: str, at: Address, step: int) -> tuple[int, list[Address]]:
     """Return from how many ports to send, and where to; nowhere if it is hopeless.
 
     Two stepping NATs fan in: each probe of ours takes one of our next ports, so that
@@ -368,7 +366,7 @@ def aims(
         ("random", "same"): (BIRTHDAYS, [last]),
     }
     count, ports = table.get((mine, theirs), (1, []))
-    return count, [*inside, *((host, port) for port in ports if 0 < port < 65536)]
+    return count, [(host, port) for port in ports if 0 < port < 65536]
 
 
 class Puncher:
@@ -433,6 +431,7 @@ class Puncher:
             for key, event in self.selector.select(left):
                 with contextlib.suppress(OSError):
                     if hole := self.act(key.data, event):
+                        self.selector.unregister(hole)  # so that it stays open
                         return hole
         return None
 
@@ -462,6 +461,7 @@ class Puncher:
     def close(self) -> None:
         for key in [*self.selector.get_map().values()]:
             key.data.close()
+        self.selector.close()
 
 
 # --- Meeting ------------------------------------------------------------------
@@ -486,20 +486,20 @@ class Meeting:
     def __init__(self, options: Any, seconds: float = ANSWER_TIME) -> None:
         """Connect; raise what trying() takes."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
-        self.sock = socket.create_connection(options.server, min(ANSWER_TIME, seconds))
+        seconds = min(seconds, ANSWER_TIME)
+        self.sock = socket.create_connection(options.server, seconds)
         keep_alive(self.sock)
         tell(self.sock, "natpunch 1")
-        nonce, *others = hear(self.sock, "natpunch", time.monotonic() + ANSWER_TIME)
+        nonce, *others = hear(self.sock, "natpunch", time.monotonic() + seconds)
         self.nonce, (host, port) = bytes.fromhex(nonce), self.sock.getpeername()[:2]
         # The first is host1:p, then host1:p+1 and host2:p.
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def observe(self, listener: Socket) -> list[Address]:
         """Return as what the servers see a local port; forget those that are silent."""
-        seen, port = {}, listener.getsockname()[1]
+        seen, place = {}, (listener.family, listener.getsockname()[1])
         for server in self.servers:
-            is_udp = listener.type == DGRAM
-            sock = listener.dup() if is_udp else bound(STREAM, listener.family, port)
+            sock = bound(STREAM, *place) if listener.type == STREAM else listener.dup()
             with contextlib.suppress(OSError, ValueError, LookupError), sock:
                 seen[server] = ask_stun(sock, server, self.nonce[:8])
         self.servers = [*seen]
@@ -530,17 +530,15 @@ class Meeting:
         theirs, ahead, host, port, *inner = hear(self.sock, "peer", self.ends_at)
         if theirs not in ("same", "step", "random", "none"):
             raise ValueError("not a behavior")
-        inside = inside_of(*inner) if len(inner) == 2 else []
-        count, there = aims(mine, theirs, address_of(host, port), int(ahead), *inside)
+        count, there = aims(mine, theirs, address_of(host, port), int(ahead))
+        there[:0] = inside_of(*inner) if len(inner) == 2 else []
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
         left = self.ends_at - RELAY_TIME - time.monotonic()
         seconds = max(min(seconds, left), 0.1) if there else 0
         with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
-            hole = puncher.run(there, seconds, low_ttl)
-            # One of many may have a number above 1023, which select() does not take.
-            return hole and hole.dup(), f"{mine}-{theirs}"
+            return puncher.run(there, seconds, low_ttl), f"{mine}-{theirs}"
 
 
 def meet(options: Any) -> Meeting:
@@ -582,10 +580,10 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
         if meeting.peers.role == 0:  # role 1 has a hole only if role 0 has it, too
             tell(server, "relay")
         hear(server, "relay", meeting.ends_at)
-        puncher = Puncher(meeting.peers, [])
-        puncher.watch(server)
-        if not puncher.wait(meeting.ends_at):
-            raise OSError("the peer has left, or has another secret")
+        with contextlib.closing(Puncher(meeting.peers, [])) as puncher:
+            puncher.watch(server)
+            if not puncher.wait(meeting.ends_at):
+                raise OSError("the peer has left, or has another secret")
         return server, f"relay ({pair})"
 
 
@@ -595,9 +593,7 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
 # of its direction, so that a peer that dies is not taken for one that is done.
 # Datagrams cross a hole as they are, and the relay in frames.
 
-# What is not ready; and a datagram that nobody took has been lost.
-NOT_YET: tuple[type[OSError], ...] = BlockingIOError, ConnectionRefusedError
-NOT_YET += ssl.SSLWantReadError, ssl.SSLWantWriteError
+NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
 def with_tls(sock: Socket, peers: Peers) -> Any:
@@ -665,17 +661,19 @@ class Datagrams:
 
     def read(self) -> list[Any]:
         """Return a datagram of payload, if one has come; raise OSError."""
+        data, source, now = b"", self.client, time.monotonic()
+        with contextlib.suppress(OSError):  # one of ours was lost, wherever that was
+            data, source = self.sock.recvfrom(READ_SIZE)
         if not self.peers:
-            data, self.client = self.sock.recvfrom(READ_SIZE)
+            self.client = source
             return [data] if data else []  # an empty one would be an end
-        if (now := time.monotonic()) > self.told_at + KEEP_ALIVE:
+        if now > self.told_at + KEEP_ALIVE / 2:  # and it is looked at as often
             self.peers.say(self.sock, DONE)  # which keeps the hole open
             self.told_at = now
         if now > self.heard_at + SILENCE:
             raise OSError(f"the peer was silent for {SILENCE:g} s")
-        data, source = self.sock.recvfrom(READ_SIZE)
         if source != self.sock.getpeername():
-            return []  # it came before this was the hole
+            return []  # nothing, or it came before this was the hole
         self.heard_at, kind = now, self.peers.kind_of(data)
         if kind == BYE:
             raise OSError("the peer has left")
@@ -696,12 +694,12 @@ class Datagrams:
 
 
 class Pipe:
-    """Standard input and output, or both directions of a connection."""
+    """Standard input and output, or each direction of a connection by itself."""
 
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
         self.source, self.sink, self.left = 0, 1, left
         if sock:
-            # Each by itself, to be closed, and with a number that select() takes.
+            keep_alive(sock)
             self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
         if not os.isatty(self.sink):  # which a shell shares
             os.set_blocking(self.sink, False)
@@ -718,12 +716,10 @@ class Pipe:
         """Write, or let the end be seen."""
         if data:
             return os.write(self.sink, data)
-        if stat.S_ISSOCK(os.fstat(self.sink).st_mode):
-            with contextlib.suppress(OSError), socket.socket(fileno=self.sink) as sock:
-                sock.shutdown(socket.SHUT_WR)  # the other side may have gone
-                sock.setsockopt(*RESET[:2], bytes(8))  # all has been written
-        else:
-            os.close(self.sink)
+        with contextlib.suppress(OSError), socket.socket(fileno=self.sink) as sock:
+            sock.shutdown(socket.SHUT_WR)  # the other side may have gone
+            sock.setsockopt(*RESET[:2], bytes(8))  # all has been written
+        os.closerange(self.sink, self.sink + 1)  # what was no connection is open yet
         return 0
 
 
@@ -734,11 +730,14 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
     # read first: it may leave as soon as it has our end.
     ways: list[tuple[Any, Any, list[Any]]] = [(way, local, []), (local, way, [])]
     while len(ended) < 2:
-        # A pipe is not read after its end; a peer may vanish then, too.
-        silent = [source for source in ended if isinstance(source, Pipe)]
-        readers = [s.source for s, _, data in ways if not data and s not in silent]
-        writers = [sink.sink for _, sink, data in ways if data]
-        ready = select.select(readers, writers, [], KEEP_ALIVE / 2)[0]
+        silent = {s for s in ended if isinstance(s, Pipe)}  # a peer may still vanish
+        readers = {s.source for s, _, data in ways if not data and s not in silent}
+        writers = {sink.sink for _, sink, data in ways if data}
+        poll = select.poll()  # which takes a number above 1023, too
+        for fd in readers | writers:
+            wanted = select.POLLIN * (fd in readers) + select.POLLOUT * (fd in writers)
+            poll.register(fd, wanted)
+        ready = dict(poll.poll(KEEP_ALIVE / 2 * 1000))
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
                 # A hole is kept open also when nothing has come.
@@ -830,7 +829,7 @@ class Server:
             while (left := until - time.monotonic()) > 0:
                 ready = self.selector.select(left)
                 while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
-                    del self.relays[pid]  # before a member joins, for the room is free
+                    self.relays.pop(pid, "")  # before a member joins: its room is free
                 for key, _ in ready:
                     act, *what = key.data
                     act(*what)
@@ -977,7 +976,7 @@ class Server:
 # --- main ---------------------------------------------------------------------
 
 
-def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None:
+def join(options: Any, meeting: Meeting, local: Any) -> None:
     """Find a way to the peer, then the target, and carry between; raise Failure."""
     sock, name = find_way(meeting)
     with trying(f"carry {'datagrams' if options.udp else 'the stream'}"):
@@ -990,10 +989,9 @@ def join(options: Any, meeting: Meeting, local: Pipe | Datagrams | None) -> None
                 say(f"the stream is {'encrypted' if meeting.tls else why}")
             if not local:
                 with trying(f"connect to {spelled(options.to)}"):
-                    target = socket.create_connection(options.to, ANSWER_TIME)
-                target.setsockopt(*RESET)
-                local = Pipe(target)
-            carry(way, local)
+                    local = socket.create_connection(options.to, ANSWER_TIME)
+                local.setsockopt(*RESET)
+            carry(way, Pipe(local) if isinstance(local, Socket) else local)
 
 
 def run(work: Callable[..., object], *what: Any) -> int:
@@ -1019,8 +1017,9 @@ def join_all(options: Any) -> None:
     listener.setsockopt(*RESET)  # of the connections that it takes
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        # One client at a time waits for a peer, and the others in the backlog.
-        client = None if options.udp or options.to else listener.accept()[0]
+        with trying("take a client"):
+            # One at a time waits for a peer, and the others in the backlog.
+            client = None if options.udp or options.to else listener.accept()[0]
         meeting = meet(options)
         try:
             with trying("start a process"):
@@ -1028,7 +1027,7 @@ def join_all(options: Any) -> None:
                     join(options, meeting, local)
                 elif os.fork() == 0:
                     listener.close()
-                    os._exit(run(join, options, meeting, client and Pipe(client)))
+                    os._exit(run(join, options, meeting, client))
         except Failure as failure:
             if failure.why == REFUSALS["relay"]:
                 raise
@@ -1059,7 +1058,8 @@ def tell_nat(options: Any) -> None:
             text = f"{name}: {how}, port {listener.getsockname()[1]} seen at {ports}"
             if kind == DGRAM and len(meeting.servers) > 2:
                 text += f", filtered by {filtering(meeting)}"
-            print(text)
+            with trying("tell which NAT this is"):
+                os.write(1, f"{text}\n".encode())
 
 
 def be_client(options: Any) -> None:

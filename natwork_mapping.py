@@ -95,18 +95,20 @@ class Mapper:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel is to reap for us
         lifeline = self.generation.lifeline_read
         watch = natwork.Watch(lifeline, self.config, self.sockets)
-        while not watch.retired:
-            try:
-                self.open()
-                wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
-                ready = watch.wait(wanted, OPEN_TIME if self.closed else LOOK_TIME)
-                self.look()
-                for fd in ready.keys() & self.sockets.keys():
-                    self.receive(self.sockets[fd])
-            except OSError as error:
-                why = natwork.reason(error)
-                self.board.say(f"the mapper goes on after an error: {why}")
-                time.sleep(OPEN_TIME)  # it may come again at once
+        with contextlib.suppress(natwork.Refused):  # drain_timeout is over already
+            while not watch.retired:
+                try:
+                    self.open()
+                    wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
+                    is_patient = self.closed and self.patient_until < math.inf
+                    ready = watch.wait(wanted, OPEN_TIME if is_patient else LOOK_TIME)
+                    self.look()
+                    for fd in ready.keys() & self.sockets.keys():
+                        self.receive(self.sockets[fd])
+                except OSError as error:
+                    why = natwork.reason(error)
+                    self.board.say(f"the mapper goes on after an error: {why}")
+                    time.sleep(OPEN_TIME)  # it may come again at once
         natwork.set_title("natwork: mapper that leaves")
         signal.signal(signal.SIGTERM, self.end_all)
         self.close()
@@ -205,9 +207,8 @@ class Mapper:
         self.sweep()
         users = self.users() if self.config.users else {}
         for slot, one in self.mappings():
-            who, place = self.who(one), natwork.pack(natwork.host_of(one.address))
-            is_there = natwork.route_to(place).local
-            if not is_there or self.config.users and who not in users:
+            who, at = self.who(one), natwork.pack(natwork.host_of(one.address))
+            if not natwork.route_to(at).local or self.config.users and who not in users:
                 slot.words[LEASE] = 0
 
     def receive(self, sock: socket.socket) -> None:
@@ -263,9 +264,8 @@ class Mapper:
 
     def users(self) -> dict[tuple[str, str], str]:
         """Return users with what they say of themselves, by machine and user."""
-        found = (one for _, one in natwork.sessions(self.board))
-        named = (one for one in found if one.user != "-" and one.proto != "map")
-        return {self.who(one): one.user for one in named}
+        found = [one for _, one in natwork.sessions(self.board) if one.proto != "map"]
+        return {self.who(one): one.user for one in found if one.user != "-"}
 
     def places(self, host: str) -> dict[str, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
@@ -334,15 +334,15 @@ class Mapper:
         session, fd = self.session, self.listener.fileno()
         watch = natwork.Watch(self.generation.lifeline_read, self.config, {})
         title = f"natwork: map {session.address} > {session.client}"
-        while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
-            natwork.set_title(f"{title} {left:.0f}s left")
-            # One mapping has no more callers than there is room for those of others.
-            has_room = self.count(os.getpid()) < self.count(0)
-            called = watch.wait({fd: natwork.POLLIN if has_room else 0}, LOOK_TIME)
-            if watch.drain_at < math.inf:  # the master leaves
-                break
-            if called:
-                self.accept()
+        with contextlib.suppress(natwork.Refused):  # drain_timeout is over already
+            while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
+                natwork.set_title(f"{title} {left:.0f}s left")
+                # It has no more callers than there is room for those of others.
+                has_room = self.count(os.getpid()) < self.count(0)
+                if watch.wait({fd: natwork.POLLIN if has_room else 0}, LOOK_TIME):
+                    self.accept()
+                if watch.drain_at < math.inf:  # the master leaves
+                    break
         natwork.set_title(f"{title} over")
         natwork.shut(self.listener)
         self.log.write(session, natwork.ENDED.word, slot)

@@ -741,6 +741,16 @@ def test_a_gateway_that_stops_sees_callers_out(
     assert [line["outcome"] for line in lines(gateway, "MAP")] == ["closed"]
 
 
+def test_a_gateway_without_time_to_stop_writes_its_mappings_down(
+    box: boxes.Box, start: Start
+) -> None:
+    gateway = start("drain_timeout=0.05")
+    assert pmp.mapped(box, 8000, 8000).port == 8000
+    wait.until(lambda: mappings(gateway))
+    stop(gateway)  # and there is no traceback
+    assert [line["outcome"] for line in lines(gateway, "MAP")] == ["closed"]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_callers_that_do_not_leave_are_ended(
     box: boxes.Box, start: Start, echo: Callable[..., int], late: bool
@@ -828,25 +838,50 @@ def test_off_the_port_is_closed(box: boxes.Box, tmp_path: Path) -> None:
     gateway.stop()
 
 
-def test_another_server_at_its_port_is_said_once(
-    box: boxes.Box, tmp_path: Path
-) -> None:
+TAKEN = "natwork: cannot answer NAT-PMP at 10.9.0.1:5351: address already in use"
+HERE = "mappings=yes", "listen=10.9.0.1:8080 [::1]:8080"
+
+
+def other_server(box: boxes.Box) -> socket.socket:
+    """Return a socket that has the port of the mapper."""
+
     def other() -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind(("10.9.0.1", pmp.PORT))
         return sock
 
-    with box.within("gateway", other):
-        gateway = box.natwork(
-            tmp_path, "mappings=yes", "listen=10.9.0.1:8080 [::1]:8080"
-        )
-        why = "natwork: cannot answer NAT-PMP at 10.9.0.1:5351: address already in use"
-        wait.until(lambda: why in gateway.said())
+    return box.within("gateway", other)
+
+
+def test_another_server_at_its_port_is_said_once(
+    box: boxes.Box, tmp_path: Path
+) -> None:
+    with other_server(box):
+        gateway = box.natwork(tmp_path, *HERE)
+        wait.until(lambda: TAKEN in gateway.said())
         time.sleep(0.5)
-        assert gateway.said().count(why) == 1 and not mapper(gateway)
+        assert gateway.said().count(TAKEN) == 1 and not mapper(gateway)
     wait.until(lambda: mapper(gateway))
     assert pmp.address(box) == OUTSIDE
     gateway.stop()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_another_server_at_its_port_is_waited_for_at_leisure(
+    box: boxes.Box, tmp_path: Path, leaves: bool
+) -> None:
+    # Were it looked for as often as while an earlier mapper leaves, it would be too
+    # late here.
+    limits = {"natwork_mapping.RELEASE_TIME": 0, "natwork_mapping.OPEN_TIME": 90}
+    with other_server(box), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "PROGRAM", running.program(limits))
+        gateway = box.natwork(tmp_path, *HERE, "drain_timeout=0.05")
+        wait.until(lambda: TAKEN in gateway.said())
+        if not leaves:
+            gateway.stop()  # in good order
+    if leaves:
+        wait.until(lambda: mapper(gateway))
+        gateway.stop()
 
 
 # --- From where it is asked ---------------------------------------------------

@@ -72,12 +72,6 @@ def test_a_birthday_aims_at_1024_ports_of_one_host() -> None:
     assert all(1024 <= port < 65536 for _, port in there)
 
 
-def test_a_peer_behind_the_same_nat_is_aimed_at_there() -> None:
-    inside = ("10.0.0.7", 7)
-    assert natpunch.aims("random", "random", AT, 0, inside) == (1, [inside])
-    assert natpunch.aims("same", "same", AT, 0, inside)[1] == [inside, AT]
-
-
 # By address and port; what else is_private means is another machine's, or nobody's.
 INSIDE = {
     "10.0.0.7 7": True,
@@ -194,7 +188,10 @@ def test_an_address_is_read(text: str, expected: natpunch.Address) -> None:
     assert natpunch.parse_address(text, natpunch.PORT) == expected
 
 
-@pytest.mark.parametrize("text", ["a:0", "a:65535", "a:x", "a:", "a:-1", "a:\u0661"])
+NO_PORTS = "0", "65535", "x", "", "-1", "\u0661", "9" * 5000
+
+
+@pytest.mark.parametrize("text", [f"a:{port}" for port in NO_PORTS])
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(natpunch.Failure) as failure:
         natpunch.parse_address(text, natpunch.PORT)
@@ -295,6 +292,28 @@ def test_what_came_before_the_hole_was_there_is_not_from_the_peer() -> None:
         peer.sendto(b"the peer's", ours.getsockname())
         hole = natpunch.Datagrams(ours, natpunch.Peers(0, b"key"))
         assert [hole.read(), hole.read()] == [[], [b"the peer's"]]
+
+
+def test_a_hole_is_kept_open_before_a_nat_forgets_it() -> None:
+    ours, peer = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(2)]
+    with ours, peer:
+        peer.bind(("127.0.0.1", 0))
+        ours.connect(peer.getsockname())
+        hole = natpunch.Datagrams(ours, natpunch.Peers(0, b"key"))
+        # The next look at it is half a KEEP_ALIVE away.
+        hole.told_at -= natpunch.KEEP_ALIVE / 2 + 1
+        assert hole.read() == []
+        peer.settimeout(5)
+        probe = peer.recv(100)
+        assert natpunch.Peers(1, b"key").kind_of(probe) == natpunch.DONE
+
+
+def test_a_puncher_leaves_no_descriptor_behind() -> None:
+    before = os.listdir("/proc/self/fd")
+    listener = natpunch.bound(socket.SOCK_STREAM, socket.AF_INET)
+    puncher = natpunch.Puncher(natpunch.Peers(0, b"key"), [listener])
+    puncher.close()  # and nothing waits for the garbage collector
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_it_keeps_to_its_size() -> None:

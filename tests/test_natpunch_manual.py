@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -124,6 +125,36 @@ def test_what_cannot_be_is_said_in_one_line(name: str) -> None:
     assert re.fullmatch(f"natpunch: {re.escape(said)}.*\n", done.stderr), done.stderr
     assert "it is not natpunch" not in done.stderr  # nobody has been asked
     assert "(" not in done.stderr  # as "(while attempting to bind on address ...)"
+
+
+def test_what_cannot_be_written_is_said_in_one_line() -> None:
+    with natlab.lab() as lab, punching.server(lab), open("/dev/full", "wb") as full:
+        command = punching.words("-s", lab.servers[0], "nat")
+        process = lab.start("a", *command, output=full.fileno())
+        _, said = process.communicate(timeout=15)
+        expected = b"natpunch: cannot tell which NAT this is: no space left on device\n"
+        assert (process.returncode, said) == (1, expected)
+
+
+def test_a_line_that_nobody_reads_is_lost() -> None:
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(65536))
+        os.set_blocking(writer, True)
+        quick = "natpunch.RETRY_TIME = 0.1"
+        command = punching.words("-s", "127.0.0.1:9", "room", changed=quick)
+        environment = {**os.environ, **punching.ENVIRONMENT}
+        with subprocess.Popen(command, stderr=writer, env=environment) as process:
+            try:
+                assert process.wait(10) == 1
+            finally:
+                process.kill()
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,19 @@ def test_a_parent_that_ignores_the_end_of_children_changes_nothing(
             wait.until(lambda: len(punching.pids(lab, "server")) == 1)
 
 
+def test_a_child_that_its_parent_had_is_none_of_its_relays(lab: natlab.Lab) -> None:
+    shell = ["sh", "-c", 'sleep 60 & exec "$@"', "sh"]
+    with serving(lab, before=shell) as process:
+        (child,) = kernel.children(process.pid)
+        one, other = pair(lab)
+        one.say("relay")
+        assert one.hear() == other.hear() == "relay"
+        os.kill(child, signal.SIGKILL)
+        pair(lab)
+        one.sock.sendall(b"hello")
+        assert other.sock.recv(5) == b"hello"
+
+
 @pytest.mark.parametrize("cap", [("--relay-bytes", "1000"), ("--relay-time", "1")])
 def test_a_relay_has_its_caps(lab: natlab.Lab, cap: tuple[str, str]) -> None:
     with serving(lab, *cap):

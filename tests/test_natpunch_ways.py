@@ -232,6 +232,14 @@ def test_standard_output_may_be_a_socket(lab: natlab.Lab) -> None:
                 other.kill()
 
 
+def test_a_descriptor_may_have_any_number(lab: natlab.Lab) -> None:
+    # As those have that a birthday's sockets leave over.
+    many = "natpunch.resource.setrlimit(7, (2000, 2000)); " + (
+        "[natpunch.os.open('/dev/null', 0) for _ in range(1100)]"
+    )
+    punching.talk(*pair(lab, "direct", changed=many))
+
+
 def late(lab: natlab.Lab, seconds: float, is_udp: bool) -> None:
     """Let one side come late."""
     room, number = f"late-{seconds}", 7100 + int(seconds * 10)
@@ -384,7 +392,14 @@ def test_a_peer_that_leaves_says_so(lab: natlab.Lab) -> None:
     assert ended(far)[0] == 0
 
 
-def test_datagrams_for_nobody_leave_the_hole_as_it_is(lab: natlab.Lab) -> None:
+FIREWALL = """table ip no { chain no { type filter hook input priority 0;
+udp dport 7011 reject with icmp type host-prohibited; }; }"""
+
+
+@pytest.mark.parametrize("by", ["host", "firewall"])
+def test_datagrams_for_nobody_leave_the_hole_as_it_is(by: str, lab: natlab.Lab) -> None:
+    if by == "firewall":
+        lab.nft("b", FIREWALL)
     far = punching.peer(lab, "b", "nobody", "--udp", "--to", "127.0.0.1:7011")
     near = punching.peer(lab, "a", "nobody", "--udp", "--listen", "7010")
     assert punching.got(far) == punching.got(near) == "direct"
@@ -392,9 +407,11 @@ def test_datagrams_for_nobody_leave_the_hole_as_it_is(lab: natlab.Lab) -> None:
         with lab.within(
             "b", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         ) as b:
-            for _ in range(20):
+            for _ in range(5):
                 a.sendto(b"to nobody", ("127.0.0.1", 7010))
                 time.sleep(0.05)  # so that each has its own refusal
+            if by == "firewall":
+                lab.nft("b", "delete table ip no")
             lab.within("b", lambda: b.bind(("127.0.0.1", 7011)))
             b.settimeout(0.2)
 
@@ -426,6 +443,24 @@ def test_datagrams_that_may_not_be_relayed_are_given_up(by: str) -> None:
                     "natpunch: cannot reach the peer: "
                     "no hole could be made, and it may not be relayed",
                 )
+
+
+def test_a_stream_that_may_not_be_relayed_costs_one_call(relayed: natlab.Lab) -> None:
+    # The NAT of the next one may be another.
+    far = punching.peer(relayed, "b", "calls", "--to", "127.0.0.1:9", "--direct-only")
+    near = punching.peer(relayed, "a", "calls", "--listen", "7022", "--direct-only")
+    wait.until(lambda: listening(relayed, 7022))
+    here = ("127.0.0.1", 7022)
+    for _ in range(2):
+        with relayed.within("a", lambda: socket.create_connection(here, 5)) as client:
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        for process in (near, far):
+            said = punching.read_line(process)
+            assert said.endswith("could be made, and it may not be relayed\n"), said
+    for process in (near, far):
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 # What goes over the wire.
@@ -635,6 +670,12 @@ def test_a_server_that_hangs_in_the_room_is_left(end: str) -> None:
                 assert ended(process, 5) == (1, said)
 
 
+def test_a_server_that_hangs_is_waited_for_as_long_as_told() -> None:
+    with pretending() as server, asking(server, "--wait", "0.3") as process:
+        code, said = ended(process, 7)
+        assert code == 1 and said.endswith(": nobody came in 0.3 s")
+
+
 def test_a_peer_that_goes_when_it_is_relayed_has_left_at_once() -> None:
     with pretending(*MEETS, HOPELESS, "relay", hangs=False) as server:
         with asking(server) as process:
@@ -784,6 +825,9 @@ def test_a_stream_outlives_its_listener_and_does_not_hold_the_port() -> None:
             client.settimeout(15)
             client.sendall(b"one")
             assert client.recv(3, socket.MSG_WAITALL) == b"one"
+            for place, port in (("a", "sport = 7008"), ("b", "dport = 7007")):
+                said = lab.run(place, "ss", "-Htno", *port.split()).stdout
+                assert "timer:(keepalive" in said, said  # its machine may vanish
             near.terminate()
             assert near.wait(10) == 0
             client.sendall(b"two")
@@ -826,6 +870,31 @@ def test_a_fork_that_fails_costs_one_call(end: str) -> None:
             process.wait(10)
         assert echoed(lab, b"again")
         assert not [name for name, process in ends.items() if process.poll()]
+
+
+NO_FILE = "lambda *_: (_ for _ in ()).throw(OSError(24, 'Too many open files'))"
+
+
+def test_a_local_port_that_can_take_nobody_says_so(lab: natlab.Lab) -> None:
+    none = f"natpunch.socket.socket.accept = {NO_FILE}"
+    near = punching.peer(lab, "a", "calls", "--listen", "7023", changed=none)
+    assert ended(near) == (1, "natpunch: cannot take a client: too many open files")
+
+
+def test_a_call_without_descriptors_ends_alone(lab: natlab.Lab) -> None:
+    none = f"natpunch.os.dup = {NO_FILE}"
+    punching.peer(lab, "b", "dup", "--to", "127.0.0.1:9")
+    near = punching.peer(lab, "a", "dup", "--listen", "7024", changed=none)
+    wait.until(lambda: listening(lab, 7024))
+    for _ in range(2):
+        with lab.within("a", socket.socket) as client:
+            client.connect_ex(("127.0.0.1", 7024))
+            while "direct" in (said := punching.read_line(near)) or "plain" in said:
+                pass
+            assert said == "natpunch: cannot carry the stream: too many open files\n"
+        wait.until(lambda: not kernel.children(near.pid))
+    near.terminate()
+    assert ended(near) == (0, "")
 
 
 def test_a_far_end_dials_nobody_for_who_does_not_prove_the_secret(
