@@ -270,6 +270,7 @@ def lab(
     """
     needs.programs("ip", "nft")
     boxes.needs_namespaces()
+    sweep()
     made = Lab((a, b), router, careless)
     try:
         made.make()
