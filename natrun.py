@@ -121,11 +121,9 @@ say_once = functools.cache(say)  # what holds for the whole run
 
 def reason(error: Exception) -> str:
     """Return why something failed, in the system's words if it has any."""
-    if isinstance(error, ValueError):  # it quotes what somebody wrote
-        return str(error)
     own = getattr(error, "strerror", "") or str(error) or type(error).__name__
     code = 0 if isinstance(error, Lost) else getattr(error, "errno", 0)
-    return (os.strerror(code) if code in errno.errorcode else str(own)).lower()
+    return os.strerror(code).lower() if code in errno.errorcode else str(own)
 
 
 def failure(code: int) -> OSError:
@@ -430,7 +428,8 @@ class Gateway:
         if lat.get("socks"):
             host, _, port = lat["socks"].rpartition(":")
             self.at = endpoint((host.strip("[]"), int(port)))
-        self.inside = parse_blocks(" ".join([OWN, *lat.get("inside", [PRIVATE])]))
+        near = [OWN, self.at.pair()[0], *lat.get("inside", [PRIVATE])]
+        self.inside = parse_blocks(" ".join(near))
         self.outside = parse_blocks(" ".join(lat.get("outside", ())))
         # The first address of each size: it is put there last.
         self.own = {4: bytes(4), 16: OWN_IPV6}
@@ -445,14 +444,10 @@ class Gateway:
             self.user = pwd.getpwuid(os.getuid()).pw_name
         self.user, self.password = own.user or self.user, own.password
 
-    def has_inside(self, packed: bytes) -> bool:
-        """Return whether an address is reached without the gateway."""
-        return packed == self.at.packed or within(self.inside, packed)
-
     def is_near(self, app: str, target: Endpoint) -> bool:
         """Return whether a program reaches a target without the gateway."""
         program = self.programs[app]
-        near = self.has_inside(target.packed) or within(program.direct, target.packed)
+        near = within(self.inside + program.direct, target.packed)
         direct = near or any(target.port in ports for ports in program.direct_ports)
         return direct or program.redirect == "no"
 
@@ -768,8 +763,7 @@ class Helper:
             self.control.send(struct.pack("=ii", family, kind))
             await readable(self.control)
             made = self.take()
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
+        made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
         return made
 
     def join(self, *socks: socket.socket) -> None:
@@ -848,9 +842,9 @@ class Names:
         ends = tuple(f".{one}".encode() for one in ("localhost", *self.gateway.domains))
         near = b"." not in name or (b"." + name).endswith(ends)
         try:
-            if target and not self.gateway.has_inside(target):
+            if target and not within(self.gateway.inside, target):
                 data = await self.look_back(target, app)
-            elif near and not self.gateway.has_inside(server.packed):
+            elif near and not within(self.gateway.inside, server.packed):
                 code = NO_NAME
             elif near or kind not in (A, AAAA, SVCB, HTTPS):
                 response = await timed(self.forward(query, server, app), QUERY_TIME)
@@ -866,7 +860,7 @@ class Names:
     async def forward(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
         loop = asyncio.get_running_loop()
-        if self.gateway.has_inside(server.packed):
+        if within(self.gateway.inside, server.packed):
             with socket.socket(server.family, DATAGRAMS) as sock:
                 sock.connect(server.pair())
                 await loop.sock_sendall(sock, query)
@@ -930,6 +924,7 @@ class Call:
         # struct seccomp_notif, with its struct seccomp_data
         self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
         self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
+        self.fd = fields[6] & WHOLE  # of the socket, if there is one
 
     @functools.cached_property
     def app(self) -> str:
@@ -986,8 +981,7 @@ class Call:
         except OSError:  # before Linux 6.9
             process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
         with open(process, "rb", 0):  # which closes it
-            number = self.arguments[0] & WHOLE
-            fd = system(LIBC.syscall, PIDFD_GETFD, process, number, 0)
+            fd = system(LIBC.syscall, PIDFD_GETFD, process, self.fd, 0)
         try:
             self.check()  # else the number may have been another's
             return socket.socket(fileno=fd)
@@ -1079,7 +1073,7 @@ def copy_options(old: socket.socket, new: socket.socket) -> None:
 
 
 def free(sock: socket.socket) -> None:
-    """Take from a borrowed socket what would keep it from the gateway."""
+    """Take from a socket what would keep it from the gateway."""
     for level, option, value in (
         (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bytes(4)),
         (socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b""),
@@ -1131,7 +1125,6 @@ class Datagrams:
         self.gateway, self.names, self.flows = names.gateway, names, flows
         self.helper, self.cable, self.app = helper, helper.cable, app
         self.cable.setblocking(False)
-        self.device = self.cable.getsockname()[0]
         # One that does for both, unless the machine has no IPv6.
         self.family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.socks: dict[int, socket.socket] = {}  # by port
@@ -1142,11 +1135,10 @@ class Datagrams:
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # there is none, or one is lost
             for _ in range(64):  # then others have their turn
                 if packet := read_packet(self.cable.recv(65535 + 40)):
-                    with contextlib.suppress(OSError):  # one lost datagram
-                        self.carry(*packet)
+                    self.carry(*packet)
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
@@ -1171,14 +1163,12 @@ class Datagrams:
     def ports(self) -> dict[int, int]:
         """Return the inodes of the sockets of the namespace, by port."""
         tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
-        named = ((row[1].rpartition(":")[2], row[9]) for row in rows(*tables))
-        return {int(port, 16): int(inode) for port, inode in named}
+        return {int(row[1][-4:], 16): int(row[9]) for row in rows(*tables)}
 
     def open(self, port: int, bound: socket.socket | None = None) -> socket.socket:
         """Return a new socket of the machine for a port, bound as another if any."""
         sock = socket.socket(self.family, DATAGRAMS)
-        if self.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        free(sock)
         if bound:
             copy_options(bound, sock)
             sock.bind(("", port))
@@ -1215,7 +1205,7 @@ class Datagrams:
             checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
             head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
         head += struct.pack("!HHHxx", source.port, target.port, size)
-        self.cable.sendto(head + data, (self.device, kind, 0, 0, ANYBODY))
+        self.cable.sendto(head + data, ("veth1", kind, 0, 0, ANYBODY))
 
     def read(self, port: int, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
@@ -1233,21 +1223,20 @@ class Datagrams:
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
-        gateway = self.gateway
         try:
-            with socket.socket(gateway.at.family) as control:
+            with socket.socket(self.gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
-                relay = await gateway.talk(control, request, one.app)
+                relay = await self.gateway.talk(control, request, one.app)
                 if not any(relay.packed):
-                    relay = Endpoint(gateway.at.packed, relay.port)
+                    relay = Endpoint(self.gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
                 for message in one.queue:
                     self.send(one.here.port, relay, message)
                 await receive(control, 1)
         except OSError as error:
             if not one.relay:
-                say_once(f"cannot send datagrams by {gateway.at}: {reason(error)}")
+                say_once(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
         finally:
             self.relays.pop(one.relay or NOWHERE, None)
             one.relay, one.task = None, None
@@ -1369,8 +1358,8 @@ class Supervisor:
         self.helper = Helper(gateway.outside, gateway.inside)
         # The waiting room: its queue is full, so the kernel drops each SYN to it.  What
         # connects to it is neither accepted nor refused, until meet() calls from it.
-        where = "127.0.0.1", 0
-        self.listener = socket.create_server(where, backlog=0, reuse_port=True)
+        near = "127.0.0.1", 0
+        self.listener = socket.create_server(near, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
         self.filler = socket.create_connection(self.room.pair(), REACH_TIME)
         self.names, self.notified = Names(gateway), 0
@@ -1379,7 +1368,7 @@ class Supervisor:
         # The kernel takes out of it what nobody has open any more, and lists the rest.
         self.live = select.epoll()
         self.server = socket.socket(socket.AF_INET, DATAGRAMS)
-        self.server.bind(("127.0.0.1", 0))
+        self.server.bind(near)
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
         self.session = socket.socket()
         barred = self.helper.barred if gateway.udp else LACKS
@@ -1627,7 +1616,7 @@ class Supervisor:
                 if anywhere:
                     self.datagrams.bind(sock, where.port)
                     return 0
-                if self.gateway.has_inside(where.packed):
+                if within(self.gateway.inside, where.packed):
                     self.swap(call, sock).close()
         return PROCEED
 
@@ -1663,13 +1652,12 @@ class Supervisor:
 
     def swap(self, call: Call, old: socket.socket) -> socket.socket:
         """Put an ordinary socket in the place of one of the namespace; return it."""
-        fd = call.arguments[0] & WHOLE
-        flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
+        flags = int(call.read_proc(f"fdinfo/{call.fd}")["flags"], 8)
         new = socket.socket(old.family, old.type)
         copy_options(old, new)
         # What it sends elsewhere must not go past the gateway.
         new.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
-        call.give(new, flags, fd)
+        call.give(new, flags, call.fd)
         return new
 
     async def on_accept(self, call: Call, sock: socket.socket, flow: Flow) -> int:
