@@ -960,16 +960,25 @@ class Call:
         with open(f"/proc/{self.tid}/{name}", errors="replace") as file:
             return dict(line.split(":", 1) for line in file)
 
-    def is_interrupted(self) -> bool:
-        """Return whether the program is dead, or a signal waits that it is to see."""
+    def interruption(self) -> int:
+        """Return the errno for who is dead, or is to see a signal that waits; else 0.
+
+        A signal to the process is the first thread's, unless that blocks it.  Which of
+        the others has it, the kernel does not say, and ERESTARTSYS is for that only.
+        """
         try:
             self.check()
             status = self.read_proc("status")
-        except OSError:
-            return True
+            first = self.read_proc(f"task/{int(status['Tgid'])}/status")
+        except OSError as error:  # or no descriptor is left
+            return ERESTARTSYS if error.errno == errno.ENOENT else 0
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
-        return bool((own | shared) & ~blocked & ~ignored)
+        own, shared = own & ~blocked & ~ignored, shared & ~blocked & ~ignored
+        if own or shared and first["Pid"] == status["Pid"]:
+            return ERESTARTSYS
+        takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
+        return errno.EINTR if shared & ~takes else 0
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
@@ -1396,10 +1405,7 @@ class Supervisor:
                     over.cancel()
                     return
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    call = Call(listener)
-                    task = loop.create_task(self.answer(call))
-                    if call.name not in ("bind", "socket"):  # which know no EINTR
-                        loop.create_task(self.watch(call, task))
+                    loop.create_task(self.watch(Call(listener)))
                     self.notified += 1
 
         loop.add_reader(listener, take)
@@ -1417,14 +1423,18 @@ class Supervisor:
             say(f"{self.notified} notifications")
         command.leave()
 
-    async def watch(self, call: Call, task: asyncio.Task[None]) -> None:
-        """Cancel what a call waits for, if a signal has come, or the program is dead.
+    async def watch(self, call: Call) -> None:
+        """Answer a call, or for a signal, or if the program is dead, give that up.
 
         The kernel does not: it would let the program give a connect() up half done.
         """
+        task = asyncio.ensure_future(self.answer(call))
+        answer, ends = 0, call.name not in ("bind", "socket")  # they know no EINTR
         while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
-            if call.is_interrupted():
+            if ends and (answer := answer or call.interruption()):
                 task.cancel()
+        if answer:
+            call.answer(answer)
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
@@ -1437,8 +1447,6 @@ class Supervisor:
             elif self.flows:  # the others are only about them
                 with call.borrow() as sock:
                     answer = await story(call, sock, self.flow_of(sock))
-        except asyncio.CancelledError:
-            answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
             answer = error.errno or errno.EIO
             if answer == errno.EPERM and not leads_out:

@@ -472,6 +472,15 @@ def test_a_timer_ticks_while_a_dead_host_is_dialed(rig: Rig, user: str) -> None:
 
 
 @users
+@pytest.mark.parametrize("first", ["takes", "blocks"])
+def test_no_thread_is_told_an_errno_of_the_kernel(
+    rig: Rig, user: str, first: str
+) -> None:
+    found = rig.probe(user, "shared", NOBODY_THERE, "80", first)
+    assert "EHOSTUNREACH" in found and {*found} <= {"EHOSTUNREACH", "EINTR"}
+
+
+@users
 def test_a_dead_supervisor_lets_nothing_through(rig: Rig, user: str) -> None:
     go = rig.home(user) / "go"
     go.unlink(missing_ok=True)
