@@ -515,7 +515,6 @@ class Gateway:
         """Have it map a port, or unmap it; return the port outside: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
-        answer = struct.pack("!HHIHHI", 0, 3, 0, 0, 0, 0)  # the network is down
         with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
             for pause in (0.25, 0.5, 1.0):
@@ -523,6 +522,8 @@ class Gateway:
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
                     answer = await timed(loop.sock_recv(sock, 16), pause)
                     break
+            else:
+                raise Lost(errno.ENETUNREACH, "it does not answer who asks for a port")
         _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
         if result:
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
@@ -1444,7 +1445,7 @@ class Supervisor:
                 with call.borrow() as sock:
                     answer = await story(call, sock, self.flow_of(sock))
         except OSError as error:
-            answer = error.errno or errno.EIO
+            answer = self.gateway.errno_of(error)
             if answer == errno.EPERM and not leads_out:
                 answer = PROCEED
             elif answer == errno.EPERM:
@@ -1628,6 +1629,8 @@ class Supervisor:
     async def map(self, sock: socket.socket, where: Endpoint) -> int:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
+        if anywhere and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            return PROCEED  # the gateway calls by IPv4
         # NAT-PMP lets nobody choose.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
@@ -1642,7 +1645,8 @@ class Supervisor:
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
             external = await gateway.map(port, port, LEASE)
-            if where.port not in (0, external):
+            # Another thread may have bound it meanwhile.
+            if where.port not in (0, external) or sock.getsockname()[1]:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
@@ -1696,12 +1700,13 @@ class Supervisor:
         """Return who it is that calls by the gateway, as that knows."""
         gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
-        # The row may be written after the connection has been made.
-        for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
-            await asyncio.sleep(pause)
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                row = (await fetch(gateway.at, path, login))["sessions"][0]
-                return endpoint((row["source_ip"], row["original_source_port"]))
+        with contextlib.suppress(OSError):
+            # The row may be written after the connection has been made.
+            for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
+                await asyncio.sleep(pause)
+                with contextlib.suppress(ValueError, LookupError):
+                    row = (await fetch(gateway.at, path, login))["sessions"][0]
+                    return endpoint((row["source_ip"], row["original_source_port"]))
         return peer
 
     async def tidy(self) -> None:
@@ -1713,7 +1718,7 @@ class Supervisor:
             if number not in live:
                 del self.flows[number]
                 steps.append(self.unmap(flow.mapped[0]))
-            elif flow.mapped[0] and now - flow.since > LEASE / 2:
+            elif flow.mapped[0] and now - flow.since > LEASE / 4:
                 flow.since = now
                 steps.append(self.gateway.map(*flow.mapped, LEASE))
         await asyncio.gather(*steps, return_exceptions=True)

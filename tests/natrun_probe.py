@@ -739,6 +739,37 @@ def bind_to(*places: str) -> list[Any]:
     return found
 
 
+def bind_both(port: str) -> list[Any]:
+    """Listen on any address, with a socket for IPv4 and one for IPv6 only."""
+    with (
+        socket.create_server(("0.0.0.0", int(port))) as four,
+        socket.socket(socket.AF_INET6) as six,
+    ):
+        six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        six.bind(("::", int(port)))
+        six.listen()
+        return [four.getsockname()[:2], six.getsockname()[:2]]
+
+
+def bind_twice(host: str, *ports: str) -> list[Any]:
+    """Bind one socket to several ports at once; return the port that it has."""
+    sock, ready = socket.socket(), threading.Barrier(len(ports))
+
+    def bind(port: int) -> None:
+        ready.wait()
+        with contextlib.suppress(OSError):
+            sock.bind((host, port))
+
+    threads = [threading.Thread(target=bind, args=[int(port)]) for port in ports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(sock.getsockname()[1], flush=True)
+    signal.pause()
+    return []
+
+
 def bind_again(*places: str) -> list[Any]:
     """Bind one listener to the first place that can be had; say how that went."""
     found: list[Any] = []
