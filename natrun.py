@@ -1324,11 +1324,16 @@ class Command:
 
     def follow(self, status: int) -> None:
         """Stop as the command has; or when it has ended, be as any other process."""
-        if os.WIFSTOPPED(status):  # else a shell would wait for us
-            # Unless there is none, which could let us go on: the kernel knows.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-            os.kill(os.getpid(), signal.SIGTSTP)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+        if os.WIFSTOPPED(status):
+            # A shell that has us in front would wait for us.  Nobody else needs it, and
+            # who stops and continues the command may know nothing of us.
+            with contextlib.suppress(OSError), open("/dev/tty") as terminal:
+                front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
+                if front == os.getpgrp() != shell:
+                    # Unless there is none, which could let us go on: the kernel knows.
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+                    os.kill(os.getpid(), signal.SIGTSTP)
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1490,16 +1495,17 @@ class Supervisor:
             # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
             bound = family < sock.family and sock.getsockname()[1] > 0
             paired = not waits or family > sock.family or bound
+            copy = sock.dup()  # now: no descriptor may be left
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
             error = sock.connect_ex(there.pair(sock.family))
             known = 0, errno.EISCONN, errno.EALREADY
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
+                copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
             flow = self.record(sock, peer=target, waits=waits)
-            steps = self.dial(sock.dup(), flow, call.app, paired)
-            flow.task = asyncio.ensure_future(steps)
+            flow.task = asyncio.ensure_future(self.dial(copy, flow, call.app, paired))
             return await self.end_of(flow, sock) if waits else errno.EINPROGRESS
 
     async def dial(

@@ -593,6 +593,18 @@ def test_ctrl_z_stops_nothing_where_there_is_no_shell(rig: Rig) -> None:
         terminal.until(b"a page")
 
 
+@pytest.mark.parametrize("line", ["{} & wait; echo ended", "sh -c '{}; echo ended'"])
+def test_who_is_stopped_and_let_go_on_by_another_goes_on(rig: Rig, line: str) -> None:
+    script = rig.home("root") / "stopped.sh"
+    curl = f"curl -sS http://{SERVER}/page"
+    script.write_text(f"(sleep 0.3; kill -CONT $$) & kill -STOP $$; {curl}\n")
+    words = shlex.join(rig.command("root", "sh", str(script)))
+    terminal = Terminal(*rig.box.command("inside", "bash", "--norc", "-i"))
+    with contextlib.closing(terminal):
+        os.write(terminal.fd, line.format(words).encode() + b"\n")
+        terminal.until(b"a page")
+
+
 def test_a_parent_may_ignore_its_children(rig: Rig) -> None:
     command = rig.command("nobody", "sh", "-c", "exit 3")
     ignoring = "trap '' CHLD; exec \"$@\""
@@ -621,6 +633,19 @@ def test_it_does_not_wait_for_who_reads_its_errors(rig: Rig) -> None:
     )
     done = rig.box.run("inside", "timeout", "20", PYTHON, "-c", full, *words)
     assert (done.returncode, done.stdout) == (0, "a page")
+
+
+def test_where_no_descriptor_is_left_a_socket_is_as_it_was(rig: Rig) -> None:
+    code = f"""if True:
+        import errno, os, socket
+        with socket.socket() as sock:
+            print(errno.errorcode[sock.connect_ex(({SERVER!r}, 80))])
+            print(os.get_blocking(sock.fileno()), sock.getsockname())"""
+    barred = "def dup(sock): raise OSError(errno.EMFILE, 'none')"
+    patch = f"{barred}\nnatrun.socket.socket.dup = dup"
+    words = rig.patched("nobody", patch, PYTHON, "-c", code)
+    done = rig.box.run("inside", *words)
+    assert done.stdout == "EMFILE\nTrue ('0.0.0.0', 0)\n", done
 
 
 def test_where_no_thread_is_left_one_connection_is_lost(rig: Rig) -> None:
