@@ -121,11 +121,9 @@ say_once = functools.cache(say)  # what holds for the whole run
 
 def reason(error: Exception) -> str:
     """Return why something failed, in the system's words if it has any."""
-    if isinstance(error, ValueError):  # it quotes what somebody wrote
-        return str(error)
     own = getattr(error, "strerror", "") or str(error) or type(error).__name__
     code = 0 if isinstance(error, Lost) else getattr(error, "errno", 0)
-    return (os.strerror(code) if code in errno.errorcode else str(own)).lower()
+    return os.strerror(code).lower() if code in errno.errorcode else str(own)
 
 
 def failure(code: int) -> OSError:
@@ -161,7 +159,7 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
 def rows(*paths: str) -> Iterator[list[str]]:
     """Yield the words of each line of tables of sockets."""
     for path in paths:
-        with contextlib.suppress(OSError), open(path) as table:
+        with contextlib.suppress(FileNotFoundError), open(path) as table:
             yield from [line.split() for line in table][1:]
 
 
@@ -430,7 +428,8 @@ class Gateway:
         if lat.get("socks"):
             host, _, port = lat["socks"].rpartition(":")
             self.at = endpoint((host.strip("[]"), int(port)))
-        self.inside = parse_blocks(" ".join([OWN, *lat.get("inside", [PRIVATE])]))
+        near = [OWN, self.at.pair()[0], *lat.get("inside", [PRIVATE])]
+        self.inside = parse_blocks(" ".join(near))
         self.outside = parse_blocks(" ".join(lat.get("outside", ())))
         # The first address of each size: it is put there last.
         self.own = {4: bytes(4), 16: OWN_IPV6}
@@ -445,14 +444,10 @@ class Gateway:
             self.user = pwd.getpwuid(os.getuid()).pw_name
         self.user, self.password = own.user or self.user, own.password
 
-    def has_inside(self, packed: bytes) -> bool:
-        """Return whether an address is reached without the gateway."""
-        return packed == self.at.packed or within(self.inside, packed)
-
     def is_near(self, app: str, target: Endpoint) -> bool:
         """Return whether a program reaches a target without the gateway."""
         program = self.programs[app]
-        near = self.has_inside(target.packed) or within(program.direct, target.packed)
+        near = within(self.inside + program.direct, target.packed)
         direct = near or any(target.port in ports for ports in program.direct_ports)
         return direct or program.redirect == "no"
 
@@ -520,7 +515,6 @@ class Gateway:
         """Have it map a port, or unmap it; return the port outside: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
-        answer = struct.pack("!HHIHHI", 0, 3, 0, 0, 0, 0)  # the network is down
         with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
             for pause in (0.25, 0.5, 1.0):
@@ -528,6 +522,8 @@ class Gateway:
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
                     answer = await timed(loop.sock_recv(sock, 16), pause)
                     break
+            else:
+                raise Lost(errno.ENETUNREACH, "it does not answer who asks for a port")
         _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
         if result:
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
@@ -598,7 +594,6 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
 UDP_NO_CHECK6_RX = 102
-FORBIDDEN = errno.ENOSPC, errno.EUSERS, errno.EPERM, errno.EACCES
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
@@ -640,7 +635,7 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
         sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
         kind = attribute(18, attribute(1, b"veth"))
         change(netlink, NEWLINK, bytes(16), *sizes, kind)
-        near, far = (index for index, name in socket.if_nameindex() if name != "lo")
+        near, far = map(socket.if_nametoindex, ("veth0", "veth1"))  # there may be more
         for index in (near, far):
             head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
             change(netlink, SETLINK, head)
@@ -657,7 +652,7 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
             change(netlink, NEWROUTE, head, attribute(1, low), device)
     cable = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
     cable.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-    cable.bind((socket.if_indextoname(far), 3))  # ETH_P_ALL
+    cable.bind(("veth1", 3))  # ETH_P_ALL
     return cable
 
 
@@ -705,8 +700,8 @@ def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) 
     try:
         with make(*how) as made:
             socket.send_fds(control, [b"+"], [made.fileno()])
-    except OSError as error:
-        control.send(b"%d" % (error.errno or errno.EIO))
+    except Exception as error:
+        control.send(b"%d" % (getattr(error, "errno", 0) or errno.EIO))
 
 
 def help_out(control: socket.socket, *blocks: Blocks) -> None:
@@ -748,7 +743,7 @@ class Helper:
         try:
             self.cable = self.take()
         except OSError as error:
-            self.barred = reason(error)
+            self.barred = f"the kernel gives no namespace: {reason(error)}"
         self.control.setblocking(False)  # from now on, it may have been stopped
 
     def take(self) -> socket.socket:
@@ -757,10 +752,7 @@ class Helper:
         if fds:
             os.set_inheritable(fds[0], False)
             return socket.socket(fileno=fds[0])
-        code = int(said or errno.EIO)  # or it has been killed
-        if code in FORBIDDEN:
-            raise OSError("user namespaces are forbidden (user.max_user_namespaces)")
-        raise failure(code)
+        raise failure(int(said or errno.EIO))  # or it has been killed
 
     async def make(self, family: int, kind: int) -> socket.socket:
         """Return a socket of the namespace; raise OSError."""
@@ -768,8 +760,7 @@ class Helper:
             self.control.send(struct.pack("=ii", family, kind))
             await readable(self.control)
             made = self.take()
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
+        made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
         return made
 
     def join(self, *socks: socket.socket) -> None:
@@ -848,9 +839,9 @@ class Names:
         ends = tuple(f".{one}".encode() for one in ("localhost", *self.gateway.domains))
         near = b"." not in name or (b"." + name).endswith(ends)
         try:
-            if target and not self.gateway.has_inside(target):
+            if target and not within(self.gateway.inside, target):
                 data = await self.look_back(target, app)
-            elif near and not self.gateway.has_inside(server.packed):
+            elif near and not within(self.gateway.inside, server.packed):
                 code = NO_NAME
             elif near or kind not in (A, AAAA, SVCB, HTTPS):
                 response = await timed(self.forward(query, server, app), QUERY_TIME)
@@ -866,7 +857,7 @@ class Names:
     async def forward(self, query: bytes, server: Endpoint, app: str) -> bytes:
         """Return what a name server answers, by the gateway if need be."""
         loop = asyncio.get_running_loop()
-        if self.gateway.has_inside(server.packed):
+        if within(self.gateway.inside, server.packed):
             with socket.socket(server.family, DATAGRAMS) as sock:
                 sock.connect(server.pair())
                 await loop.sock_sendall(sock, query)
@@ -930,6 +921,7 @@ class Call:
         # struct seccomp_notif, with its struct seccomp_data
         self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
         self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
+        self.fd = fields[6] & WHOLE  # of the socket, if there is one
 
     @functools.cached_property
     def app(self) -> str:
@@ -965,16 +957,25 @@ class Call:
         with open(f"/proc/{self.tid}/{name}", errors="replace") as file:
             return dict(line.split(":", 1) for line in file)
 
-    def is_interrupted(self) -> bool:
-        """Return whether the program is dead, or a signal waits that it is to see."""
+    def interruption(self) -> int:
+        """Return the errno for who is dead, or is to see a signal that waits; else 0.
+
+        A signal to the process is the first thread's, unless that blocks it.  Which of
+        the others has it, the kernel does not say, and ERESTARTSYS is for that only.
+        """
         try:
             self.check()
             status = self.read_proc("status")
-        except OSError:
-            return True
+            first = self.read_proc(f"task/{int(status['Tgid'])}/status")
+        except OSError as error:  # or no descriptor is left
+            return ERESTARTSYS if error.errno == errno.ENOENT else 0
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
-        return bool((own | shared) & ~blocked & ~ignored)
+        own, shared = own & ~blocked & ~ignored, shared & ~blocked & ~ignored
+        if own or shared and first["Pid"] == status["Pid"]:
+            return ERESTARTSYS
+        takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
+        return errno.EINTR if shared & ~takes else 0
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
@@ -986,8 +987,7 @@ class Call:
         except OSError:  # before Linux 6.9
             process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
         with open(process, "rb", 0):  # which closes it
-            number = self.arguments[0] & WHOLE
-            fd = system(LIBC.syscall, PIDFD_GETFD, process, number, 0)
+            fd = system(LIBC.syscall, PIDFD_GETFD, process, self.fd, 0)
         try:
             self.check()  # else the number may have been another's
             return socket.socket(fileno=fd)
@@ -1079,7 +1079,7 @@ def copy_options(old: socket.socket, new: socket.socket) -> None:
 
 
 def free(sock: socket.socket) -> None:
-    """Take from a borrowed socket what would keep it from the gateway."""
+    """Take from a socket what would keep it from the gateway."""
     for level, option, value in (
         (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bytes(4)),
         (socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b""),
@@ -1131,7 +1131,6 @@ class Datagrams:
         self.gateway, self.names, self.flows = names.gateway, names, flows
         self.helper, self.cable, self.app = helper, helper.cable, app
         self.cable.setblocking(False)
-        self.device = self.cable.getsockname()[0]
         # One that does for both, unless the machine has no IPv6.
         self.family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.socks: dict[int, socket.socket] = {}  # by port
@@ -1142,11 +1141,10 @@ class Datagrams:
 
     def read_cable(self) -> None:
         """Carry what programs have sent."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # there is none, or one is lost
             for _ in range(64):  # then others have their turn
                 if packet := read_packet(self.cable.recv(65535 + 40)):
-                    with contextlib.suppress(OSError):  # one lost datagram
-                        self.carry(*packet)
+                    self.carry(*packet)
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
         """Send a datagram to where it goes; raise OSError."""
@@ -1171,14 +1169,12 @@ class Datagrams:
     def ports(self) -> dict[int, int]:
         """Return the inodes of the sockets of the namespace, by port."""
         tables = [f"/proc/{self.helper.pid}/net/{name}" for name in ("udp", "udp6")]
-        named = ((row[1].rpartition(":")[2], row[9]) for row in rows(*tables))
-        return {int(port, 16): int(inode) for port, inode in named}
+        return {int(row[1][-4:], 16): int(row[9]) for row in rows(*tables)}
 
     def open(self, port: int, bound: socket.socket | None = None) -> socket.socket:
         """Return a new socket of the machine for a port, bound as another if any."""
         sock = socket.socket(self.family, DATAGRAMS)
-        if self.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        free(sock)
         if bound:
             copy_options(bound, sock)
             sock.bind(("", port))
@@ -1215,7 +1211,7 @@ class Datagrams:
             checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
             head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
         head += struct.pack("!HHHxx", source.port, target.port, size)
-        self.cable.sendto(head + data, (self.device, kind, 0, 0, ANYBODY))
+        self.cable.sendto(head + data, ("veth1", kind, 0, 0, ANYBODY))
 
     def read(self, port: int, sock: socket.socket) -> None:
         """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
@@ -1233,21 +1229,20 @@ class Datagrams:
 
     async def associate(self, one: Association) -> None:
         """Open an association with the gateway, and keep it until it ends."""
-        gateway = self.gateway
         try:
-            with socket.socket(gateway.at.family) as control:
+            with socket.socket(self.gateway.at.family) as control:
                 # From the same port of the outside, where it is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
-                relay = await gateway.talk(control, request, one.app)
+                relay = await self.gateway.talk(control, request, one.app)
                 if not any(relay.packed):
-                    relay = Endpoint(gateway.at.packed, relay.port)
+                    relay = Endpoint(self.gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
                 for message in one.queue:
                     self.send(one.here.port, relay, message)
                 await receive(control, 1)
         except OSError as error:
             if not one.relay:
-                say_once(f"cannot send datagrams by {gateway.at}: {reason(error)}")
+                say_once(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
         finally:
             self.relays.pop(one.relay or NOWHERE, None)
             one.relay, one.task = None, None
@@ -1329,11 +1324,16 @@ class Command:
 
     def follow(self, status: int) -> None:
         """Stop as the command has; or when it has ended, be as any other process."""
-        if os.WIFSTOPPED(status):  # else a shell would wait for us
-            # Unless there is none, which could let us go on: the kernel knows.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-            os.kill(os.getpid(), signal.SIGTSTP)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+        if os.WIFSTOPPED(status):
+            # A shell that has us in front would wait for us.  Nobody else needs it, and
+            # who stops and continues the command may know nothing of us.
+            with contextlib.suppress(OSError), open("/dev/tty") as terminal:
+                front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
+                if front == os.getpgrp() != shell:
+                    # Unless there is none, which could let us go on: the kernel knows.
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+                    os.kill(os.getpid(), signal.SIGTSTP)
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1369,8 +1369,8 @@ class Supervisor:
         self.helper = Helper(gateway.outside, gateway.inside)
         # The waiting room: its queue is full, so the kernel drops each SYN to it.  What
         # connects to it is neither accepted nor refused, until meet() calls from it.
-        where = "127.0.0.1", 0
-        self.listener = socket.create_server(where, backlog=0, reuse_port=True)
+        near = "127.0.0.1", 0
+        self.listener = socket.create_server(near, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
         self.filler = socket.create_connection(self.room.pair(), REACH_TIME)
         self.names, self.notified = Names(gateway), 0
@@ -1379,7 +1379,7 @@ class Supervisor:
         # The kernel takes out of it what nobody has open any more, and lists the rest.
         self.live = select.epoll()
         self.server = socket.socket(socket.AF_INET, DATAGRAMS)
-        self.server.bind(("127.0.0.1", 0))
+        self.server.bind(near)
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
         self.session = socket.socket()
         barred = self.helper.barred if gateway.udp else LACKS
@@ -1407,19 +1407,16 @@ class Supervisor:
                     over.cancel()
                     return
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    call = Call(listener)
-                    task = loop.create_task(self.answer(call))
-                    if call.name not in ("bind", "socket"):  # which know no EINTR
-                        loop.create_task(self.watch(call, task))
+                    loop.create_task(self.watch(Call(listener)))
                     self.notified += 1
 
         loop.add_reader(listener, take)
         while not over.done():
             await asyncio.wait({over}, timeout=1)
-            if self.datagrams:
-                self.datagrams.sweep()
             with contextlib.suppress(OSError):  # no descriptor is left
                 await self.tidy()
+                if self.datagrams:
+                    self.datagrams.sweep()
         loop.remove_reader(listener)
         ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
@@ -1428,14 +1425,18 @@ class Supervisor:
             say(f"{self.notified} notifications")
         command.leave()
 
-    async def watch(self, call: Call, task: asyncio.Task[None]) -> None:
-        """Cancel what a call waits for, if a signal has come, or the program is dead.
+    async def watch(self, call: Call) -> None:
+        """Answer a call, or for a signal, or if the program is dead, give that up.
 
         The kernel does not: it would let the program give a connect() up half done.
         """
+        task = asyncio.ensure_future(self.answer(call))
+        answer, ends = 0, call.name not in ("bind", "socket")  # they know no EINTR
         while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
-            if call.is_interrupted():
+            if ends and (answer := answer or call.interruption()):
                 task.cancel()
+        if answer:
+            call.answer(answer)
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
@@ -1448,15 +1449,13 @@ class Supervisor:
             elif self.flows:  # the others are only about them
                 with call.borrow() as sock:
                     answer = await story(call, sock, self.flow_of(sock))
-        except asyncio.CancelledError:
-            answer = ERESTARTSYS  # the kernel runs the handler, then calls again
         except OSError as error:
-            answer = error.errno or errno.EIO
+            answer = self.gateway.errno_of(error)
             if answer == errno.EPERM and not leads_out:
                 answer = PROCEED
             elif answer == errno.EPERM:
-                answer, why = errno.EACCES, "so its connections are refused"
-                say_once(f"cannot look into {call.app}: not dumpable, {why}")
+                answer, why = errno.EACCES, "not dumpable, or Yama forbids it"
+                say_once(f"cannot look into {call.app}: {why}: it does not connect")
         except Exception as error:
             answer = errno.EIO
             say(f"fault in {call.name}: {type(error).__name__}: {error}")
@@ -1496,16 +1495,17 @@ class Supervisor:
             # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
             bound = family < sock.family and sock.getsockname()[1] > 0
             paired = not waits or family > sock.family or bound
+            copy = sock.dup()  # now: no descriptor may be left
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
             error = sock.connect_ex(there.pair(sock.family))
             known = 0, errno.EISCONN, errno.EALREADY
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
+                copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
             flow = self.record(sock, peer=target, waits=waits)
-            steps = self.dial(sock.dup(), flow, call.app, paired)
-            flow.task = asyncio.ensure_future(steps)
+            flow.task = asyncio.ensure_future(self.dial(copy, flow, call.app, paired))
             return await self.end_of(flow, sock) if waits else errno.EINPROGRESS
 
     async def dial(
@@ -1587,12 +1587,13 @@ class Supervisor:
     ) -> int:
         """Connect what is no stream: a query is for our name server."""
         program = self.programs[call.app]
-        asks = sock.type == socket.SOCK_DGRAM and target.port == 53
-        ours = asks and program.redirect == "yes" and program.dns != "local"
+        udp = sock.type == socket.SOCK_DGRAM
+        asks = udp and target.port == 53 and program.redirect == "yes"
+        ours = asks and program.dns != "local"
         private = bool(self.flow_of(sock).app)
         if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
-        if near and not ours or private:
+        if private or not ours and (near or udp and program.udp == "local"):
             return PROCEED
         if not ours:
             return errno.ENETUNREACH
@@ -1627,13 +1628,15 @@ class Supervisor:
                 if anywhere:
                     self.datagrams.bind(sock, where.port)
                     return 0
-                if self.gateway.has_inside(where.packed):
+                if within(self.gateway.inside, where.packed):
                     self.swap(call, sock).close()
         return PROCEED
 
     async def map(self, sock: socket.socket, where: Endpoint) -> int:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
+        if anywhere and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            return PROCEED  # the gateway calls by IPv4
         # NAT-PMP lets nobody choose.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
@@ -1648,7 +1651,8 @@ class Supervisor:
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
             external = await gateway.map(port, port, LEASE)
-            if where.port not in (0, external):
+            # Another thread may have bound it meanwhile.
+            if where.port not in (0, external) or sock.getsockname()[1]:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
@@ -1663,13 +1667,12 @@ class Supervisor:
 
     def swap(self, call: Call, old: socket.socket) -> socket.socket:
         """Put an ordinary socket in the place of one of the namespace; return it."""
-        fd = call.arguments[0] & WHOLE
-        flags = int(call.read_proc(f"fdinfo/{fd}")["flags"], 8)
+        flags = int(call.read_proc(f"fdinfo/{call.fd}")["flags"], 8)
         new = socket.socket(old.family, old.type)
         copy_options(old, new)
         # What it sends elsewhere must not go past the gateway.
         new.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
-        call.give(new, flags, fd)
+        call.give(new, flags, call.fd)
         return new
 
     async def on_accept(self, call: Call, sock: socket.socket, flow: Flow) -> int:
@@ -1703,12 +1706,13 @@ class Supervisor:
         """Return who it is that calls by the gateway, as that knows."""
         gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
-        # The row may be written after the connection has been made.
-        for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
-            await asyncio.sleep(pause)
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                row = (await fetch(gateway.at, path, login))["sessions"][0]
-                return endpoint((row["source_ip"], row["original_source_port"]))
+        with contextlib.suppress(OSError):
+            # The row may be written after the connection has been made.
+            for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
+                await asyncio.sleep(pause)
+                with contextlib.suppress(ValueError, LookupError):
+                    row = (await fetch(gateway.at, path, login))["sessions"][0]
+                    return endpoint((row["source_ip"], row["original_source_port"]))
         return peer
 
     async def tidy(self) -> None:
@@ -1720,7 +1724,7 @@ class Supervisor:
             if number not in live:
                 del self.flows[number]
                 steps.append(self.unmap(flow.mapped[0]))
-            elif flow.mapped[0] and now - flow.since > LEASE / 2:
+            elif flow.mapped[0] and now - flow.since > LEASE / 4:
                 flow.since = now
                 steps.append(self.gateway.map(*flow.mapped, LEASE))
         await asyncio.gather(*steps, return_exceptions=True)
@@ -1748,30 +1752,26 @@ def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
 def check(given: dict[str, str], programs: Programs) -> int:
     """Say what works on this machine, and what does not and why."""
     say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
-    yama = "/proc/sys/kernel/yama/ptrace_scope"
-    with contextlib.suppress(OSError), open(yama) as file:
-        level = int(file.read())
-        say(f"Yama: {level}, {'which will do' if level < 2 else 'only root may run'}")
     barred = Helper([], []).barred
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
+    # This has us look into it and borrow a socket, but ask no gateway.
+    code = "import socket, sys; sys.tracebacklimit = 0; socket.socket().bind(('', 0))"
+    if not (pid := os.fork()):  # it says itself what the kernel does not let it do
+        run([sys.executable, "-c", code], Gateway(NOWHERE, {"udp": 1}, programs), False)
+    failed = os.waitpid(pid, 0)[1]
+    say(f"programs: {'no' if failed else 'yes'}")
     gateway = find_gateway(given.get("-g", ""), programs)
     say(f"gateway: {gateway.at}, {'NATWork' if gateway.natwork else 'a SOCKS server'}")
     works = {"login": "", "datagrams": barred if gateway.udp else LACKS}
-    with contextlib.suppress(OSError), socket.socket(gateway.at.family) as sock:
-        try:
-            request = request_of(RESOLVE, b"localhost\0\0")
-            asyncio.run(gateway.talk(sock, request, "natrun"))
-        except Lost as error:  # any other answer is one to who is let in
-            works["login"] = reason(error)
     works["listening"] = "" if gateway.mappings else LACKS
+    try:
+        request = request_of(RESOLVE, b"localhost\0\0")
+        asyncio.run(Names(gateway).resolve(request, "natrun"))
+    except OSError as error:  # but for Lost, it is an answer to who is let in
+        works["login"] = reason(error) if isinstance(error, Lost) else ""
     for name, why in works.items():
         say(f"{name}: {'no, ' + why if why else 'yes'}")
-    # It says itself what the kernel does not let it do.
-    options = [word for flag in ("-g", "-c") for word in (flag, given.get(flag, ""))]
-    words = [sys.executable, sys.argv[0], *options, "true"]
-    code = os.spawnv(os.P_WAIT, sys.executable, words)
-    say(f"programs: {'no' if code else 'yes'}")
-    return 125 if code else 0
+    return 125 if failed else 0
 
 
 def main() -> int:

@@ -218,6 +218,38 @@ def ticking(host: str, port: str) -> dict[str, Any]:
     return {"answer": answer, "ticks": len(ticks)}
 
 
+def shared(host: str, port: str, first: str) -> list[str]:
+    """Connect to a dead host in three threads while a timer signals the process.
+
+    The first of them blocks the signal, if that is said.  Return all that was told.
+    """
+    raw = struct.pack("=H", socket.AF_INET) + int(port).to_bytes(2, "big")
+    raw += socket.inet_aton(host) + bytes(8)
+    found = set()
+
+    def connect() -> None:
+        with socket.socket() as sock:
+            while True:
+                failed = LIBC.connect(sock.fileno(), raw, len(raw))
+                told = ctypes.get_errno() if failed else 0
+                found.add(errno.errorcode.get(told, str(told)))
+                if told != errno.EINTR:
+                    return
+
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    threads = [threading.Thread(target=connect) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    if first == "blocks":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.02)
+    connect()
+    for thread in threads:
+        thread.join()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return sorted(found)
+
+
 def broken(host: str, port: str) -> list[str]:
     """Connect when it is told to, after what natrun.py is about has been killed."""
     print("ready", flush=True)
@@ -705,6 +737,37 @@ def bind_to(*places: str) -> list[Any]:
         except OSError as error:
             found.append(code(error.errno or 0))
     return found
+
+
+def bind_both(port: str) -> list[Any]:
+    """Listen on any address, with a socket for IPv4 and one for IPv6 only."""
+    with (
+        socket.create_server(("0.0.0.0", int(port))) as four,
+        socket.socket(socket.AF_INET6) as six,
+    ):
+        six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        six.bind(("::", int(port)))
+        six.listen()
+        return [four.getsockname()[:2], six.getsockname()[:2]]
+
+
+def bind_twice(host: str, *ports: str) -> list[Any]:
+    """Bind one socket to several ports at once; return the port that it has."""
+    sock, ready = socket.socket(), threading.Barrier(len(ports))
+
+    def bind(port: int) -> None:
+        ready.wait()
+        with contextlib.suppress(OSError):
+            sock.bind((host, port))
+
+    threads = [threading.Thread(target=bind, args=[int(port)]) for port in ports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(sock.getsockname()[1], flush=True)
+    signal.pause()
+    return []
 
 
 def bind_again(*places: str) -> list[Any]:

@@ -100,6 +100,13 @@ class Rig(web.Rig):
         script = str(self.folder / "natrun_probe.py")
         return json.loads(self.output(user, PYTHON, script, *words, **how))
 
+    def patched(self, user: str, code: str, *words: str) -> list[str]:
+        """Return the words that run natrun.py, which code has changed, as a user."""
+        lines = ["import errno, sys", f"sys.path.insert(0, {str(self.folder)!r})"]
+        lines += ["import natrun", code, "sys.exit(natrun.main())"]
+        before = UNPRIVILEGED if user == "nobody" else []
+        return [*before, PYTHON, "-B", "-c", "\n".join(lines), "-g", GATEWAY, *words]
+
     def start(self, user: str, *words: str, name: str = "started") -> Background:
         """Start a program by natrun.py inside."""
         command = self.command(user, *words)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import functools
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -347,6 +349,8 @@ def test_settings_keep_datagrams_local(rig: Rig, user: str, echoes: list[Echo]) 
     settings.write_text("[natrun]\nudp = no\n[python3]\nudp = local\n")
     said = rig.output(user, *words, "near_datagrams", echoes[5].place)
     assert '"hello from 10.9.0.2"' in said
+    connect = f"import socket; socket.socket(2, 2).connect(({SERVER!r}, 9))"
+    rig.output(user, "-c", str(settings), PYTHON, "-c", connect)
     # Names are asked for, still.
     page = rig.output(
         user, "-c", str(settings), "curl", "-sS", "http://203.0.113.80/page"
@@ -374,8 +378,8 @@ def test_without_a_namespace_there_are_names(
     assert done.stdout.startswith('a page{"203.0.113.80:80": {"blocking": ["ok"]')
     said = [line for line in done.stderr.splitlines() if line.startswith("natrun: ")]
     assert said == [
-        "natrun: datagrams are not carried, but for names: user namespaces are "
-        "forbidden (user.max_user_namespaces)"
+        "natrun: datagrams are not carried, but for names: the kernel gives no "
+        "namespace: no space left on device"
     ]
     assert "Network is unreachable" in done.stderr
     settings = rig.home(user) / "none.conf"
@@ -446,6 +450,65 @@ def test_a_stopped_helper_stops_nobody_else(rig: Rig) -> None:
         os.kill(helper, signal.SIGCONT)
     assert started.line(2) == '"made"'
     assert started.process.wait(10) == 0
+
+
+@pytest.fixture
+def helper() -> Iterator[natrun.Helper]:
+    """Start a helper, as a test has changed it."""
+    made = natrun.Helper([], [])
+    yield made
+    made.control.close()
+    os.waitpid(made.pid, 0)
+
+
+@pytest.fixture
+def tunnel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show the device that a new namespace has where the kernel has its module."""
+    names = [*socket.if_nameindex(), (77, "tunl0")]
+    monkeypatch.setattr(socket, "if_nameindex", lambda: names)
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the namespace fail in a way that nobody thought of."""
+    monkeypatch.setattr(natrun, "make_namespace", lambda *_: {}["namespace"])
+
+
+def test_a_namespace_may_have_other_devices(
+    tunnel: None, helper: natrun.Helper
+) -> None:
+    assert helper.barred == ""
+
+
+def test_a_helper_outlives_a_fault(faulty: None, helper: natrun.Helper) -> None:
+    assert helper.barred == "the kernel gives no namespace: input/output error"
+    asyncio.run(helper.make(socket.AF_INET, socket.SOCK_DGRAM)).close()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.ENOSPC])
+def test_a_program_is_told_why_it_has_no_socket(code: int) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        other.send(b"%d" % code)
+        helper = types.SimpleNamespace(control=one)
+        with pytest.raises(OSError, match=os.strerror(code)) as told:
+            natrun.Helper.take(helper)  # type: ignore[arg-type]
+    assert told.value.errno == code
+
+
+def test_sockets_that_cannot_be_looked_up_are_not_gone() -> None:
+    datagrams = natrun.Datagrams.__new__(natrun.Datagrams)
+    datagrams.helper = types.SimpleNamespace(pid=os.getpid())  # type: ignore[assignment]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                datagrams.ports()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert sock.getsockname()[1] in datagrams.ports()
 
 
 def make_names() -> natrun.Names:
