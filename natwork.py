@@ -1417,6 +1417,20 @@ class Worker:
         except Refused:
             return False
 
+    def hear(self, steps: Steps, late: Outcome, why: str, deadline: float) -> Any:
+        """Run steps that receive what the client has to say; raise Refused.
+
+        If that takes long, it may have to make room for another client.
+        """
+        soon = min(deadline, time.monotonic() + SHORT_SILENCE)
+        try:
+            return self.watch.run(steps, late, why, soon)
+        except Refused as refusal:
+            if refusal.outcome is not late:
+                raise
+        with self.yielding():
+            return self.watch.run(steps, late, why, deadline)
+
     @contextlib.contextmanager
     def yielding(self) -> Iterator[None]:
         """Let the master ask us meanwhile to leave for another client."""
@@ -1628,6 +1642,9 @@ class Master:
         if os.geteuid() != 0:
             # Serving needs neither fork nor threads; root is above that limit.
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        worker.stand_in_line(
+            True
+        )  # what fails before clear() is not tried at once again
         slot.clear(os.getpid())
         for _ in range(worker.config.clients_per_worker):
             if readable([worker.lifeline]) or not self.serve(worker):
@@ -2012,6 +2029,10 @@ class Policy:
         route = route_to(packed)
         device = socket.if_indextoname(scope) if scope else route.device
         link_local = contains(LINK_LOCAL, packed, route.source)
+        if link_local:  # what else does its device have?
+            own = [a for a in device_addresses(device) if not contains(LINK_LOCAL, a)]
+            if not contains(self.inside, *own):
+                return False
         leads_inside = contains(self.inside, route.source) and not link_local
         if not self.uplinks:
             return leads_inside or device not in [way.device for way in self.defaults()]
@@ -2084,6 +2105,8 @@ class Policy:
         found = embedded_addresses(packed)
         if self.is_own_listener(found, port):
             return LOOP, "the gateway's own listener"
+        if port > 0 and not any(packed):  # dialed, it is the loopback address
+            found.append(pack("127.0.0.1" if len(packed) == 4 else "::1"))
         client = address_of(peer)
         for number, rule in enumerate(self.rules, 1):
             if not rule.matches(client, user, host, port, found):
@@ -2329,29 +2352,29 @@ def dial(
     return server
 
 
-def deliver(watch: Watch, client: Stream) -> None:
-    """Wait until a client has what was sent to it, or takes no more of it.
+def deliver(watch: Watch, peer: Stream) -> None:
+    """Wait until a peer has what was sent to it, or takes no more of it.
 
     RFC 9110 section 9.3.6: a reset would take back what it has not.
     """
-    left, deadline = 0, 0.0
+    left, deadline, limit = 0, 0.0, time.monotonic() + HALF_CLOSED_TIMEOUT
     with contextlib.suppress(Refused):
-        while count := client.bytes_in_flight():
+        while count := peer.bytes_in_flight():
             now = time.monotonic()
             if count != left:
-                left, deadline = count, now + LINGER_TIMEOUT
-            if now >= deadline or watch.wait({client.fd: 0}, 0.05):
+                left, deadline = count, min(now + LINGER_TIMEOUT, limit)
+            if now >= deadline or watch.wait({peer.fd: 0}, 0.05):
                 return
 
 
-def linger(watch: Watch, client: Stream) -> None:
+def linger(watch: Watch, client: Stream, limit: float = LINGER_LIMIT) -> None:
     """Close in stages, so that the last answer arrives: RFC 9112 section 9.6.
 
     To close a socket with unread bytes resets it, and the reset may overtake the
     answer; so what the client still sends is read and thrown away, as nginx does.
     """
     client.end()
-    deadline = time.monotonic() + LINGER_LIMIT
+    deadline = time.monotonic() + limit
     with contextlib.suppress(Refused):
         while (left := deadline - time.monotonic()) > 0:
             ready = watch.wait({client.fd: POLLIN}, min(left, LINGER_TIMEOUT))
@@ -2379,9 +2402,9 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         if up.state == up.CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
     except Refused as refusal:
+        if refusal.outcome in (SERVER_GONE, CLIENT_GONE):
+            deliver(watch, client if refusal.outcome is SERVER_GONE else server)
         server.abort()
-        if refusal.outcome is SERVER_GONE:
-            deliver(watch, client)
         client.abort()
         if refusal.outcome is SERVER_GONE and up.state == up.DONE:
             raise Refused(CLIENT_GONE, "the client had gone before") from None
@@ -2430,7 +2453,7 @@ AUTHORITY = re.compile(
 ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*)?")
 # The log shows no password, and no query, which may hold one; a %09 ends what a
 # gopher URL selects.
-BEFORE_AT_OR_QUERY = re.compile(rb"\A.*@|(?:[?#]|%09).*", re.DOTALL)
+BEFORE_AT_OR_QUERY = re.compile(rb"\A[^?#]*[?#].*@.*|\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
 UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
 DEFAULT_PORTS = {b"http": 80, b"ftp": 21, b"gopher": 70}
@@ -2444,13 +2467,13 @@ HOP_BY_HOP = frozenset(
 # Naming these in Connection must not strip what others rely on.
 END_TO_END = frozenset(
     b"authorization cache-control content-length cookie date forwarded host set-cookie "
-    b"via x-forwarded-for".split()
+    b"via x-forwarded-for expect max-forwards".split()
 )
 NOT_NAMED = HOP_BY_HOP | END_TO_END | {b"close"}
 # RFC 9110 section 6.5.1: framing, routing and identity do not come in trailers.
 NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
-    b"content-encoding content-range content-type expect max-forwards range trailer "
-    b"proxy-authenticate www-authenticate".split()
+    b"content-encoding content-range content-type range trailer proxy-authenticate "
+    b"www-authenticate".split()
 )
 
 REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
@@ -2767,7 +2790,7 @@ def move_body(
     if size != CHUNKED:
         yield from one.move(size)
         return (yield from one.flush())
-    source, strict = one.source, isinstance(head, RequestHead)
+    source, strict, spare = one.source, isinstance(head, RequestHead), HEAD_LIMIT
     form = CHUNK_LINE if strict else FAULTY_CHUNK_LINE
     bad = BAD_REQUEST if strict else BAD_RESPONSE
     while True:
@@ -2775,6 +2798,9 @@ def move_body(
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
+        spare -= len(line) - len(match[1]) - len(CRLF)
+        if strict and spare < 0:
+            raise Refused(bad, f"chunk extensions of over {HEAD_LIMIT} bytes")
         if not size:
             break
         if framed:
@@ -2917,21 +2943,22 @@ class Exchange:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
         if asked and (head.expected or asked != (head.method, head.target)):
-            # Perhaps it is the body, sent too late: close without a word.
-            raise Refused(BAD_REQUEST._replace(error=""))
+            raise Refused(BAD_REQUEST._replace(error=""))  # see refuse()
         return head
 
     def await_head(self) -> bytes:
         """Wait for a whole request head, and take it off the client; raise Refused."""
-        client, watch = self.client, self.watch
         deadline = time.monotonic() + self.config.head_timeout
         late = HEAD_TIMEOUT, "the request head did not come to its end", deadline
-        watch.wait({client.fd: POLLIN}, min(SHORT_SILENCE, self.config.head_timeout))
-        with self.worker.yielding():
-            while self.http.drop_blanks():
-                watch.run(client.need(len(client.received) + 1), *late)
-            steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
-            return bytes(watch.run(steps, *late))
+        return bytes(self.worker.hear(self.receive_head(), *late))
+
+    def receive_head(self) -> Steps:
+        """Take a whole request head; raise Refused."""
+        client = self.client
+        while self.http.drop_blanks():
+            yield from client.need(len(client.received) + 1)
+        steps = client.until(HEAD_END, HEAD_LIMIT, HEAD_TOO_LARGE, self.check_begun)
+        return (yield from steps)
 
     def check_begun(self) -> tuple[()]:
         """Refuse a head that does not begin as one; raise Refused."""
@@ -3255,7 +3282,9 @@ class Exchange:
             # A target that was not understood may have a password anywhere.
             bare = BEFORE_AT_OR_QUERY.sub(b"", self.head.target)
             session.target = printable(bare, TARGET_SIZE)
-        if self.progress != self.NOTHING or not outcome.error:
+        # Perhaps it is the body that follows a 417, sent too late.
+        stray = session.method == "-" and self.http.expecting
+        if self.progress != self.NOTHING or not outcome.error or stray:
             self.keep = False
             # Half an answer must not look whole: RFC 9112 section 8.
             if self.progress == self.BEGUN_UNTIL_CLOSE:
@@ -3280,7 +3309,7 @@ class Exchange:
         if self.keep or self.progress != self.WHOLE:
             return False
         more = self.session.method == "-" or self.head.keep_alive or self.length
-        return bool(more or readable([self.client.fd]))
+        return bool(more or self.client.received or readable([self.client.fd]))
 
     def explain(self, outcome: Outcome, detail: str) -> tuple[bytes, bytes]:
         """Return field lines and text that say what was refused, and why."""

@@ -95,6 +95,7 @@ class Mapper:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel is to reap for us
         lifeline = self.generation.lifeline_read
         watch = natwork.Watch(lifeline, self.config, self.sockets)
+        look = natwork.remembered(OPEN_TIME, self.look)  # however much is asked
         with contextlib.suppress(natwork.Refused):  # drain_timeout is over already
             while not watch.retired:
                 try:
@@ -102,7 +103,7 @@ class Mapper:
                     wanted = dict.fromkeys(self.sockets, natwork.POLLIN)
                     is_patient = self.closed and self.patient_until < math.inf
                     ready = watch.wait(wanted, OPEN_TIME if is_patient else LOOK_TIME)
-                    self.look()
+                    look()
                     for fd in ready.keys() & self.sockets.keys():
                         self.receive(self.sockets[fd])
                 except OSError as error:
@@ -265,7 +266,8 @@ class Mapper:
     def users(self) -> dict[tuple[str, str], str]:
         """Return users with what they say of themselves, by machine and user."""
         found = [one for _, one in natwork.sessions(self.board) if one.proto != "map"]
-        return {self.who(one): one.user for one in found if one.user != "-"}
+        known = self.generation.chapters.users.lines  # who was removed may be there yet
+        return {self.who(one): one.user for one in found if self.who(one)[1] in known}
 
     def places(self, host: str) -> dict[str, natwork.Uplink | None]:
         """Return the outside addresses for a machine; with a mapping, only its own."""
@@ -299,7 +301,10 @@ class Mapper:
             # asks again.
             slot.words[LEASE] = 0
             return SILENCE, 0
-        full = len(mine) >= self.config.max_mappings
+        # Callers, too, whom a mapping that is over may have left.
+        targets = [kept.target for slot in self.slots if (kept := slot.session())]
+        called = [*map(natwork.host_of, targets)].count(host)
+        full = len(mine) >= self.config.max_mappings or called >= SLOT_COUNT // 4
         full = full or len(self.mappings()) >= MAPPING_LIMIT
         if full or not (listener := self.listen(host, wanted)):
             return NO_RESOURCES, 0

@@ -32,6 +32,7 @@ from natwork import Refused
 VERSION = "0.1.0"
 
 UDP_PEERS = 8192  # peers that may answer one association, and their hosts
+FAILED_TIME = 9.0  # from a refusal to the end: RFC 1928 section 6 gives ten seconds
 WAY_TIME = 60.0  # routes change; and a dead name server delays us once a minute
 COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE", 240: "RESOLVE", 241: "RESOLVE_PTR"}
 IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
@@ -250,7 +251,7 @@ class Socks:
     def run(self, steps: natwork.Steps) -> bytes:
         """Return what steps take off the client; raise Refused, also if it is late."""
         late, why = natwork.HEAD_TIMEOUT, "the request did not come to its end"
-        taken: bytes = self.worker.watch.run(steps, late, why, deadline=self.deadline)
+        taken: bytes = self.worker.hear(steps, late, why, self.deadline)
         return taken
 
     def take(self, count: int) -> bytes:
@@ -429,7 +430,7 @@ def serve(worker: natwork.Worker) -> None:
     worker.record(socks.session, socks.serve, socks.refuse)
     if socks.owed is not None:  # the client may not have its last bytes yet
         with worker.yielding():
-            natwork.linger(worker.watch, socks.client)
+            natwork.linger(worker.watch, socks.client, FAILED_TIME)
 
 
 def join(chapters: natwork.Chapters) -> None:

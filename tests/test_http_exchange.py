@@ -872,8 +872,9 @@ def test_a_failed_expectation_leaves_the_connection_to_ask_without_it(
 
 
 @pytest.mark.parametrize("late", [0, 0.3])
+@pytest.mark.parametrize("words", [b"", b'{"a": 1}'])
 def test_a_body_that_follows_a_417_is_no_request(
-    gateway: running.Gateway, origin: origins.Start, late: float
+    gateway: running.Gateway, origin: origins.Start, late: float, words: bytes
 ) -> None:
     def refuse(connection: socket.socket, server: origins.Origin) -> None:
         http_wire.read_head(connection)
@@ -881,7 +882,7 @@ def test_a_body_that_follows_a_417_is_no_request(
         wire.read_all(connection)
 
     server, victim = origin(refuse), origin(http_wire.Script())  # R94
-    body = http_wire.request(victim)
+    body = words or http_wire.request(victim)
     head = http_wire.post(server, EXPECT, b"Content-Length: %d" % len(body))
     with gateway.connect() as client:
         assert http_wire.exchange(client, head).status == 417

@@ -164,6 +164,17 @@ def test_bad_chunks_at_once_reach_nobody(
     assert server.received == [b""]
 
 
+def test_the_extensions_of_all_chunks_have_a_limit(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    chunk = b"1;a=%b\r\nx\r\n" % (b"b" * 4000)  # R51
+    server = origin(http_wire.Recorder())
+    with gateway.connect() as client:
+        wire.send(client, http_wire.post(server, CHUNKED, body=17 * chunk))
+        answer = http_wire.read_answer(client)
+        assert answer.status == 400 and b"chunk extensions of over" in answer.body
+
+
 @pytest.mark.parametrize("much", [2, 100, 100_000])
 def test_a_chunk_longer_than_its_size_is_called_so(
     gateway: running.Gateway, origin: origins.Start, much: int

@@ -203,6 +203,17 @@ def test_path_query_and_password_are_not_in_the_title(
     assert not re.search("token|query|c2VjcmV0|cHc=", gateway.log.read_text())
 
 
+@pytest.mark.parametrize("target", ["/a?mail=b@c&pw=token", "foo://h/?q=a@token"])
+def test_no_part_of_a_query_is_in_the_log(
+    gateway: running.Gateway, target: str
+) -> None:
+    before = len(gateway.lines())
+    with gateway.connect() as client:
+        wire.send(client, f"GET {target} HTTP/1.1\r\nHost: g\r\n\r\n".encode())
+        assert b"token" not in http_wire.read_answer(client).body
+    assert "token" not in gateway.lines(before + 1)[-1]["target"]
+
+
 @pytest.mark.parametrize(
     ("target", "host"),
     [

@@ -551,6 +551,48 @@ def test_with_users_a_machine_must_have_logged_in(
     assert line["user"] == "alice;app=web"
 
 
+def test_a_user_who_was_removed_maps_no_more(
+    box: boxes.Box, start: Start, echo: Callable[..., int], folder: Path
+) -> None:
+    users = folder / "users"
+
+    def know(name: bytes) -> None:
+        users.write_bytes(natwork_users.user_line(name, b"secret") + b"\n")
+
+    know(b"alice")
+    users.chmod(0o640)
+    shutil.chown(users, group="nogroup")
+    gateway, port = start(f"users={users}"), echo()
+    asks = socks_wire.five(socks_wire.addressed("0.0.0.0", 0), socks_wire.ASSOCIATE)
+    with box.connect("inside", ("10.9.0.1", 8080)) as control:
+        control.sendall(socks_wire.login(b"alice", b"secret") + asks)
+        assert wire.read_exactly(control, 8)[:6] == socks_wire.KNOWN + b"\5\0"
+        assert pmp.mapped(box, port, 8000).result == pmp.OK
+        know(b"carol")
+        before = mapper(gateway)
+        assert "configuration reloaded" in gateway.hangup()
+        wait.until(lambda: mapper(gateway) not in (0, before))
+        assert pmp.mapped(box, port, 8001).result == pmp.NOT_AUTHORIZED
+        assert len(shown(box, mapped=False)) == 1  # her session goes on
+
+
+def test_callers_that_are_left_count(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    """Else one machine could call itself by mappings that end, and take all slots."""
+    start(program=running.program({"natwork_mapping.SLOT_COUNT": 12}))
+    port, callers = echo(), []
+    for number in range(3):
+        assert pmp.mapped(box, port, 8000 + number, 2).result == pmp.OK
+        callers.append(called(box, 8000 + number)[0])
+        assert wire.echoes(callers[-1])
+        port = echo()
+    assert pmp.mapped(box, port, 8003).result == pmp.NO_RESOURCES
+    assert pmp.mapped(box, echo(WEB), 8004, host=WEB).result == pmp.OK
+    for caller in callers:
+        caller.close()
+
+
 # --- Processes that end before their time -------------------------------------
 
 

@@ -448,6 +448,28 @@ def test_a_client_that_gives_up_is_not_the_servers_fault(
     assert gateway.line_about(server)["outcome"] == "client-gone"
 
 
+def test_what_was_taken_from_a_client_arrives_before_its_reset(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    gone = threading.Event()
+
+    def handle(connection: socket.socket, server: origins.Origin) -> None:
+        """Read what is there only when the client has gone."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        assert gone.wait(10)
+        time.sleep(0.3)
+        server.received.append(wire.read_exactly(connection, 50_000))
+
+    server = origin(handle)  # R68
+    with http_wire.tunnel(gateway, server) as client:
+        client.sendall(DATA[:50_000])
+        time.sleep(0.3)  # the gateway takes it, and passes on what it can
+        wire.reset(client)
+        gone.set()
+    assert same(wait.until(lambda: b"".join(server.received)), DATA[:50_000])
+    assert gateway.line_about(server)["outcome"] == "client-gone"
+
+
 @pytest.mark.parametrize("way", ["tunnel", "endless"])
 def test_what_was_taken_from_a_server_arrives_before_his_reset(
     gateway: running.Gateway, origin: origins.Start, way: str

@@ -689,6 +689,20 @@ def test_explain_knows_the_user_and_who_is_no_client(
     )
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0", "::"])
+def test_who_may_bind_for_anyone_may_not_dial_this_box(address: str) -> None:
+    """To dial the unspecified address is to dial the loopback one."""
+
+    def outcome(rules: str, port: int) -> str:
+        policy = natwork.Policy(natwork.Config(rules=rules))
+        return policy.verdict(CLIENT, "-", address, port, natwork.pack(address))[0].word
+
+    anyone = "allow to 0.0.0.0/32, ::/128"
+    assert outcome(anyone, 0) == "ok"
+    assert outcome(anyone, 22) == "denied-unspecified"
+    assert outcome(f"{anyone}, 127.0.0.1, ::1", 22) == "ok"
+
+
 def test_explain_takes_a_name_that_proves_nothing_as_the_gateway_does(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -711,13 +725,19 @@ def test_explain_knows_the_link_local_as_the_gateway_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     routes = {"169.254.7.1": "wan", "169.254.8.1": "lan", "192.0.2.1": "wan"}
+    routes["169.254.6.1"] = "down"  # without the address that tells it is outside
 
     def route_to(packed: bytes) -> natwork.Route:
         return natwork.Route(False, routes.get(natwork.unpack(packed), ""), b"")
 
     monkeypatch.setattr(natwork, "route_to", route_to)
-    said = explained(capsys, closed, "169.254.7.1", f"{OUTSIDE}:80")
-    assert said.startswith("client 169.254.7.1: not inside, refused\n")
+    devices = {"wan": ["203.0.113.1"], "lan": ["10.9.0.1"], "down": ["169.254.6.6"]}
+    monkeypatch.setattr(
+        natwork, "device_addresses", lambda name: [*map(natwork.pack, devices[name])]
+    )
+    for client in ("169.254.7.1", "169.254.6.1"):
+        said = explained(capsys, closed, client, f"{OUTSIDE}:80")
+        assert said.startswith(f"client {client}: not inside, refused\n")
     said = explained(capsys, closed, "169.254.8.1", f"{OUTSIDE}:80")
     assert "client 169.254.8.1: inside, served\n" in said
 

@@ -439,6 +439,22 @@ def test_a_request_must_come_within_head_timeout(natwork: running.Start) -> None
     assert outcomes == ["head-timeout"] * len(cases)
 
 
+def test_a_refused_client_that_drips_is_let_go(natwork: running.Start) -> None:
+    program = running.program({"natwork_socks.FAILED_TIME": 0.3})
+    gateway = natwork(program=program)
+    with gateway.connect() as client:  # R75
+        wire.send(client, socks_wire.four("127.0.0.1", 0))
+        assert wire.read_all(client) == socks_wire.four_reply(91)
+
+        def is_let_go() -> bool:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"x")
+                return False
+            return True
+
+        wait.until(is_let_go)
+
+
 def test_a_client_who_drips_has_no_more_time_than_others(
     natwork: running.Start,
 ) -> None:
