@@ -276,7 +276,7 @@ SETTINGS = """\
 
 # Addresses and ports to accept clients on, separated by blanks.  "*" stands for
 # every address of the box, IPv4 and IPv6; port 0 lets the kernel pick one.
-# Sockets that systemd passes take its place, and each start then says so.
+# Sockets that systemd passes take its place, and each start says so if it is set.
 #listen = *:8080
 
 # The inside: networks whose machines may be clients, and whose addresses are
@@ -355,7 +355,7 @@ SETTINGS = """\
 
 # --- How long? ----------------------------------------------------------------
 
-# For a request head to arrive, from its first byte to its last.
+# For the first byte of a client, then for a whole request head, or SOCKS request.
 #head_timeout = 10
 
 # For a connection to the target, all its addresses together.
@@ -364,7 +364,7 @@ SETTINGS = """\
 # Without a byte in an HTTP exchange, a datagram, or the call that BIND waits for.
 #idle_timeout = 300
 
-# Without a byte in a tunnel.  RFC 5382 asks a NAT for two hours and 4 minutes.
+# Without a byte in a tunnel (240 if one side has ended): RFC 5382 asks for 2 h 4 min.
 #tunnel_timeout = 7440
 
 # A kept-alive client may be silent for this long between two requests.
@@ -377,8 +377,8 @@ SETTINGS = """\
 
 # Ports for what a client has opened on the outside: the one where a server calls
 # it back (BIND), the one of its datagrams (UDP ASSOCIATE: the one that it asks for,
-# if that is free) and its mappings.  LOW-HIGH, or 0 to let the kernel choose.  A
-# firewall on the outside must let these in.
+# if that is free and one of these) and its mappings.  LOW-HIGH, or 0 to let the
+# kernel choose.  A firewall on the outside must let these in.
 #bind_ports = 0
 
 # Deliver datagrams from hosts that the client has not written to: yes or no.

@@ -287,7 +287,7 @@ def test_the_log_may_be_a_file_that_is_rotated(
         wait.until(lambda: log.read_text().count("\n") == 1)
         assert log.stat().st_mode & 0o777 == 0o640
         assert wire.echoes(client)
-    # It began before, and is written where it began; delaycompress leaves that be.
+    # It began before, and is written where it began.
     old = log.with_suffix(".log.1")
     wait.until(lambda: " proto=connect " in old.read_text())
     assert log.read_text().count("\n") == 1
