@@ -292,8 +292,8 @@ def test_a_port_that_is_not_bound_is_given_back(rig: Rig) -> None:
         server.stop()
 
 
-@users
-def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig, user: str) -> None:
+def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig) -> None:
+    user = "nobody"
     script = str(rig.folder / "natrun_probe.py")
     words = [PYTHON, script, "serve", f"{OUTSIDE}:20600", "1"]
     server = with_a_short_lease(rig, user, *words, name="lease")
