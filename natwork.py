@@ -1642,9 +1642,8 @@ class Master:
         if os.geteuid() != 0:
             # Serving needs neither fork nor threads; root is above that limit.
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-        worker.stand_in_line(
-            True
-        )  # what fails before clear() is not tried at once again
+        # If it fails before clear(), the master waits a second before the next fork.
+        worker.stand_in_line(True)
         slot.clear(os.getpid())
         for _ in range(worker.config.clients_per_worker):
             if readable([worker.lifeline]) or not self.serve(worker):
