@@ -264,8 +264,7 @@ class Config:
     def parts(self, name: str) -> list[str]:
         """Return a setting's words; or lines, which a newline or a semicolon ends."""
         end = "[\n;]" if name in ("rules", "parents") else r"\s"
-        parts = map(str.strip, re.split(end, getattr(self, name)))
-        return [part for part in parts if part]
+        return [*filter(None, map(str.strip, re.split(end, getattr(self, name))))]
 
     def spelled(self, name: str) -> str:
         """Return the value of a setting as natwork.conf has it, in one line."""
@@ -2392,6 +2391,7 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
     client, watch = worker.client.stream, worker.watch
     worker.stand_in_line(False)
     server.tune()
+    reset_on_close(server.sock)  # as the client's is, whatever ends this process
     up, down = Direction(client, server), Direction(server, client)
     up.steps, down.steps = up.pass_all(), down.pass_all()
     down.out += opening
@@ -2400,10 +2400,10 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         relay(watch, worker.slot, up, down, *timeouts)
         if up.state == up.CANCELED:
             raise Refused(SERVER_GONE, "the server took no more")
+        reset_on_close(server.sock, False)
     except Refused as refusal:
         if refusal.outcome in (SERVER_GONE, CLIENT_GONE):
             deliver(watch, client if refusal.outcome is SERVER_GONE else server)
-        server.abort()
         client.abort()
         if refusal.outcome is SERVER_GONE and up.state == up.DONE:
             raise Refused(CLIENT_GONE, "the client had gone before") from None
@@ -3070,7 +3070,7 @@ class Exchange:
                 return self.carry(kept)
             except Refused as refusal:
                 # It goes out again if the server closed before it heard it.
-                answered = self.progress or kept.received
+                answered = self.progress or self.client.sent or kept.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
                     raise

@@ -21,7 +21,7 @@ from natwork import say
 
 VERSION = "0.1.0"
 
-SERVICE_FILE = "/etc/natwork/natwork.conf"
+SERVICE_FILE, SERVICE_LOGS = "/etc/natwork/natwork.conf", "/var/log/natwork/"
 # There if a unit listens for the service: systemd.unit(5), of enabled ones.
 SOCKET_UNIT = "/etc/systemd/system/sockets.target.wants/natwork.socket"
 EVERYWHERE = frozenset(natwork.networks("0.0.0.0/0 ::/0"))
@@ -64,8 +64,10 @@ def examine_files(config: Config) -> None:
     for name in ("log", "pidfile"):
         file = getattr(config, name)
         folder = os.path.dirname(file) or "."
-        if file in ("", "-") or name in makes and not os.path.exists(folder):
+        if file in ("", "-"):
             continue
+        if name in makes and not os.path.exists(folder):
+            folder = os.path.dirname(folder) or "."
         there = file if os.path.exists(file) else folder
         if not os.path.isdir(folder):
             config.refuse(name, "there is no such directory")
@@ -159,6 +161,10 @@ def warn_of_test(chapters: natwork.Chapters) -> None:
             say(f"users: {user} cannot read {config.users}: see to its group")
     if serves and "listen" in config.where and os.path.exists(SOCKET_UNIT):
         say("listen: the service does not use it, natwork.socket listens for it")
+    for name in ("log", "pidfile") if serves else ():
+        path = os.path.realpath(getattr(config, name))
+        if getattr(config, name) not in ("", "-") and not path.startswith(SERVICE_LOGS):
+            say(f"{name}: the service can write below {SERVICE_LOGS} only")
     warn(chapters, {}, None)
 
 
@@ -191,7 +197,7 @@ def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
     """Return protocol, host and port of a URL, or of HOST:PORT; raise Refused."""
     if wanted[:5].lower() == b"ws://":  # which an upgrade begins
         wanted = b"http" + wanted[2:]
-    if secure := re.match(rb"(?i)https://([^/?#]*)", wanted):  # asked by CONNECT
+    if secure := re.match(rb"(?i)(?:http|ws)s://([^/?#]*)", wanted):  # by CONNECT
         return "connect", *natwork.parse_authority(secure[1], 443)
     if b"://" in wanted:
         target = natwork.parse_target(b"GET", wanted)

@@ -208,11 +208,10 @@ def data_connection(exchange: Exchange) -> Iterator[Stream]:
     ends, only = exchange.http.server_ends, natwork.host_of(session.address)
     data = natwork.dial(exchange.worker, session, host, port, only)
     session.address, session.source = ends  # the log keeps to the control connection
+    natwork.reset_on_close(data.sock)  # a part of a file is not to look like the whole
     try:
         yield data
-    except (Refused, OSError):
-        data.abort()  # a part of a file is not to be taken for the whole
-        raise
+        natwork.reset_on_close(data.sock, False)
     finally:
         session.up += data.counted()
         data.close()

@@ -134,6 +134,7 @@ function put(place, text) {
   if (place && place.textContent !== text) place.textContent = text;
 }
 function draw() {
+  if (!then) return;  // what came with the page stands
   const wanted = filter.value.toLowerCase().split(" ");
   const shown = sessions.filter(row => wanted.every(word => row.text.includes(word)));
   if (column) shown.sort((a, b) => way * compare(a[column] ?? "", b[column] ?? ""));
@@ -167,11 +168,12 @@ function learn({gateway: {name, ...figures}, sessions: rows}) {
 }
 async function refresh() {
   try {
-    learn(await (await fetch("/table.json")).json());
+    const signal = AbortSignal.timeout(8000);  // what a gateway without power says
+    learn(await (await fetch("/table.json", {signal})).json());
     document.body.className = "";
   } catch {
     document.body.className = "stale";
-    put(count, "The gateway does not answer; this is the last state known.");
+    put(count, "No fresh state; this is the last one known.");
   }
   setTimeout(refresh, 2000);
 }
@@ -202,11 +204,10 @@ function packed(host) {
     left = host.split(".");
     for (i = 0; i < 4; i++) found += ("0" + (+left[i]).toString(16)).slice(-2);
   } else if (host.indexOf(":") >= 0) {
-    left = sides[0] ? sides[0].split(":") : [];
-    right = sides[1] ? sides[1].split(":") : [];
-    while (left.length + right.length < 8) left.push("0");
-    left = left.concat(right);
-    for (i = 0; i < 8; i++) found += ("000" + left[i]).slice(-4);
+    left = sides[0].split(":");
+    right = (sides[1] || "").split(":");
+    while (left.length + right.length < 8) left.push("");
+    for (i = 0; i < 8; i++) found += ("0000" + left.concat(right)[i]).slice(-4);
   }
   return found.replace(/^0{20}ffff/, "");
 }
@@ -245,8 +246,8 @@ NAME_IT = (
 def ended(board: natwork.Scoreboard) -> dict[tuple[str, str], int]:
     """Return how many sessions have ended, by protocol and outcome."""
     kinds = itertools.product(natwork.PROTOCOLS, natwork.OUTCOME_WORDS)
-    counts = {kind: sum(board.column(natwork.ended_by(*kind))) for kind in kinds}
-    return {kind: count for kind, count in counts.items() if count}
+    counts = ((kind, sum(board.column(natwork.ended_by(*kind)))) for kind in kinds)
+    return {kind: count for kind, count in counts if count}
 
 
 def figures(exchange: Exchange) -> dict[str, int]:

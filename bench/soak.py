@@ -716,7 +716,8 @@ def run(arguments: argparse.Namespace) -> bool:
         with clients(visitors, arguments.clients, arguments.rate):
             load(gateway, visitors, min(120.0, arguments.seconds / 5))
             before = gateway.rest()
-            load(gateway, visitors, arguments.seconds - (time.monotonic() - began))
+            left = arguments.seconds - (time.monotonic() - began)
+            load(gateway, visitors, max(left, arguments.seconds / 5))
             after = gateway.rest()
         visits = sum(visitors.visits.values())
         seconds = time.monotonic() - began

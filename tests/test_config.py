@@ -687,6 +687,19 @@ def in_etc(tmp_path: Path, text: str) -> list[str]:
 
 
 @needs.root
+def test_a_log_that_the_service_could_not_write_is_named(tmp_path: Path) -> None:
+    program = in_etc(tmp_path, f"[natwork]\nlog = {tmp_path}/access.log\n")
+    done = running.command("-t", cwd=tmp_path, program=program)
+    warning = "natwork: log: the service can write below /var/log/natwork/ only\n"
+    assert done.returncode == 0 and warning in done.stderr
+
+
+def test_a_pid_file_two_directories_away_is_refused(tmp_path: Path) -> None:
+    done = running.command("-t", "-o", "pidfile=a/b/pid", cwd=tmp_path)
+    assert done.returncode == 78 and "there is no such directory" in done.stderr
+
+
+@needs.root
 def test_the_file_in_etc_is_read_where_there_is_none_here(tmp_path: Path) -> None:
     program, where = in_etc(tmp_path, "[natwork]\nname = of-etc\n"), tmp_path
     done = running.command("-t", cwd=where, program=program)

@@ -414,6 +414,26 @@ def test_a_reset_of_the_client_reaches_the_server(
     assert (line["outcome"], line["up"]) == ("client-gone", str(moved))
 
 
+def test_a_killed_worker_makes_no_half_look_whole(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    def listen(connection: socket.socket, server: origins.Origin) -> None:
+        server.received.append(connection.recv(100))
+        try:
+            server.received.append(connection.recv(100))
+        except ConnectionResetError:
+            server.received.append(b"reset")
+
+    server = origin(listen)
+    with http_wire.tunnel(gateway, server) as client:
+        client.sendall(b"half")
+        wait.until(lambda: server.received)
+        os.kill(gateway.worker_of(client), signal.SIGKILL)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    wait.until(lambda: server.received == [b"half", b"reset"])
+
+
 @pytest.mark.parametrize("moved", [0, 100, MIB])
 def test_a_reset_of_the_server_reaches_the_client(
     gateway: running.Gateway, origin: origins.Start, moved: int

@@ -794,6 +794,7 @@ def test_explain_takes_what_a_browser_takes(
     for target, place in (
         (f"https://{OUTSIDE}/path", f"{OUTSIDE}:443"),
         (f"https://{OUTSIDE}:8443", f"{OUTSIDE}:8443"),
+        (f"WSS://{OUTSIDE}/path", f"{OUTSIDE}:443"),
         (f"HTTPS://{OUTSIDE}?q=1/", f"{OUTSIDE}:443"),
         (f"http://{OUTSIDE}/", f"{OUTSIDE}:80"),
     ):

@@ -109,13 +109,24 @@ def test_a_star_is_refused_when_one_family_is_in_use(tmp_path: Path) -> None:
 
 def test_few_descriptors_are_no_endless_start(tmp_path: Path) -> None:
     words = [*running.PROGRAM, "-o", "listen=127.0.0.1:0"]
-    limited = [["prlimit", f"--nofile={limit}", *words] for limit in range(9, 26)]
-    with (tmp_path / "said").open("w") as said:
-        started = [subprocess.Popen(w, cwd=tmp_path, stderr=said) for w in limited]
-    time.sleep(3)  # they have started by then, or given up
-    for process in started:
+    started = {}
+    for limit in range(9, 26):
+        with (said := tmp_path / f"said{limit}").open("w") as errors:
+            few = ["prlimit", f"--nofile={limit}", *words]
+            started[said] = subprocess.Popen(few, cwd=tmp_path, stderr=errors)
+
+    def have_begun() -> bool:
+        """Return whether all serve, or have given up."""
+        return all(
+            process.poll() is not None or "listening on" in said.read_text()
+            for said, process in started.items()
+        )
+
+    wait.until(have_begun, 20)
+    time.sleep(0.3)  # what comes after that wants descriptors, too
+    for process in started.values():
         process.terminate()
-    codes = [process.wait(15) for process in started]
+    codes = [process.wait(15) for process in started.values()]
     assert set(codes) <= {0, 1}, codes
 
 
