@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kernel
@@ -1046,21 +1047,25 @@ def test_what_works_is_found_with_the_settings_that_are_named(rig: Rig) -> None:
     assert done.returncode == 0 and "perhaps" not in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["silent", "full", "nobody"])
-def test_a_gateway_that_does_not_answer_is_told(rig: Rig, kind: str) -> None:
+def test_a_gateway_that_does_not_answer_is_told(rig: Rig) -> None:
     with contextlib.ExitStack() as stack:
-        place, enter = "10.9.0.99:8080", stack.enter_context
-        if kind == "silent":  # it takes the connection, and says nothing
-            make = functools.partial(socket.create_server, ("10.9.0.1", 0))
-            listener = enter(rig.box.within("gateway", make))
-            place = "10.9.0.1:%d" % listener.getsockname()[1]
-        elif kind == "full":
-            full = wire.full_listener("10.9.0.1")
-            place = f"10.9.0.1:{rig.box.within('gateway', lambda: enter(full))}"
-        done = rig.natrun("nobody", "echo", "run", gateway=place)
-    assert (done.returncode, done.stdout) == (125, "")
-    assert done.stderr.startswith(f"natrun: cannot use the gateway: {place}: ")
-    assert done.stderr.count("\n") == 1
+        enter = stack.enter_context
+        make = functools.partial(socket.create_server, ("10.9.0.1", 0))
+        # It takes the connection, and says nothing.
+        silent = enter(rig.box.within("gateway", make)).getsockname()[1]
+        full = wire.full_listener("10.9.0.1")
+        ports = silent, rig.box.within("gateway", lambda: enter(full))
+        places = [*(f"10.9.0.1:{port}" for port in ports), "10.9.0.99:8080"]
+        pool = enter(ThreadPoolExecutor(len(places)))
+        asked = [
+            pool.submit(rig.natrun, "nobody", "echo", "run", gateway=place)
+            for place in places
+        ]
+        told = [future.result() for future in asked]
+    for place, done in zip(places, told):
+        assert (done.returncode, done.stdout) == (125, "")
+        assert done.stderr.startswith(f"natrun: cannot use the gateway: {place}: ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_it_says_what_it_is() -> None:
