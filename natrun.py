@@ -955,7 +955,7 @@ class Call:
     def read_proc(self, name: str) -> dict[str, str]:
         """Return the lines of a file about the thread in /proc; raise OSError."""
         with open(f"/proc/{self.tid}/{name}", errors="replace") as file:
-            return dict(re.findall(r"(\w+):\s*(.*)", file.read()))
+            return dict(line.split(":", 1) for line in file)
 
     def interruption(self) -> int:
         """Return the errno for who is dead, or is to see a signal that waits; else 0.

@@ -2027,7 +2027,7 @@ class Policy:
         route = route_to(packed)
         device = socket.if_indextoname(scope) if scope else route.device
         link_local = contains(LINK_LOCAL, packed, route.source)
-        if link_local:  # what else does its device have?
+        if link_local:  # that alone does not tell inside from outside
             own = [a for a in device_addresses(device) if not contains(LINK_LOCAL, a)]
             if not contains(self.inside, *own):
                 return False

@@ -168,7 +168,7 @@ function learn({gateway: {name, ...figures}, sessions: rows}) {
 }
 async function refresh() {
   try {
-    const signal = AbortSignal.timeout(8000);  // what a gateway without power says
+    const signal = AbortSignal.timeout(8000);  // one that is cut off says nothing
     learn(await (await fetch("/table.json", {signal})).json());
     document.body.className = "";
   } catch {
