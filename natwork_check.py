@@ -14,6 +14,7 @@ import difflib
 import os
 import re
 import socket
+import sys
 
 import natwork
 from natwork import Config
@@ -94,6 +95,13 @@ def warn_of_rules(chapters: natwork.Chapters) -> None:
             say(f"rules: {rule.text!r} opens loopback, this box and the inside, too")
 
 
+def is_there(uplink: natwork.Uplink) -> bool:
+    """Return whether this box has an uplink now; raise OSError."""
+    if uplink.packed:
+        return bool(natwork.route_to(uplink.packed).local)
+    return bool(uplink.addresses())
+
+
 def warn(
     chapters: natwork.Chapters,
     held: dict[str, socket.socket],
@@ -123,7 +131,7 @@ def warn(
     if theirs and "*" not in hosts and {natwork.pack(host) for host in hosts} <= theirs:
         say("listen: nobody is a client at an address of outside")
     for uplink in policy.uplinks:
-        if not uplink.is_there():
+        if not is_there(uplink):
             say(f"outside: {uplink.name} is not there now")
     for packed in sorted(theirs):
         near = natwork.contains(natwork.LINK_LOCAL, packed)
@@ -213,7 +221,7 @@ def explain_dials(chapters: natwork.Chapters, allowed: list[bytes], port: int) -
     for attempt in attempts:
         route = natwork.route_to(attempt.packed)
         if attempt.uplink:
-            missing = "" if attempt.uplink.is_there() else ", which is not there now"
+            missing = "" if is_there(attempt.uplink) else ", which is not there now"
             way = f"from {attempt.uplink.name}{missing}"
         elif route.source:
             source = natwork.unpack(route.source)
@@ -264,6 +272,11 @@ def explain(config: natwork.Config, words: list[str]) -> int:
         print(f"would ask the parent {parent.name}")
         return 0
     return 0 if explain_dials(chapters, allowed, port) else 1
+
+
+def join(chapters: natwork.Chapters) -> None:
+    """Say from now on what is probably not meant."""
+    chapters.checks = sys.modules[__name__]
 
 
 SETTINGS = """\

@@ -74,8 +74,8 @@ def content_type(name: str) -> str:
 def run(exchange: Exchange, steps: natwork.Steps, seconds: float) -> Any:
     """Run steps that read from a server, for so many seconds at most; raise Refused."""
     end = time.monotonic() + seconds
-    late, why = natwork.ANSWER_TIMEOUT, "the server did not answer"
-    return exchange.watch.run(steps, late, why, end, exchange.client)
+    late = Refused(natwork.ANSWER_TIMEOUT, "the server did not answer")
+    return exchange.watch.run(steps, late, end, exchange.client)
 
 
 def until_end(source: Stream) -> natwork.Steps:

@@ -43,6 +43,7 @@ REFUSALS = {
 }
 # Faults of the client or of this gateway; all others, by RFC 9209, are the parent's.
 OTHERS = "", "http_request_error", "http_upgrade_failed", "proxy_internal_error"
+OURS = natwork.OVERLOAD, natwork.NO_UPLINK
 
 
 class Parent(NamedTuple):
@@ -71,7 +72,7 @@ class Parent(NamedTuple):
     def blamed(self, refusal: Refused) -> Refused:
         """Return a refusal that says by which parent it came about, if by one."""
         outcome, why = refusal.outcome, f"parent {self.name}: {refusal.detail}"
-        if outcome.error in OTHERS or outcome == natwork.OVERLOAD:  # which is ours
+        if outcome.error in OTHERS or outcome in OURS:
             return refusal
         word = f"{natwork.PARENT_FAILED.word}-{outcome.word}"
         return Refused(outcome._replace(word=word), why)
@@ -152,9 +153,9 @@ class Parent(NamedTuple):
             via = b"%b1.1 %b" % (session.via, worker.config.name.encode())
             target = natwork.endpoint((host, port)).encode()
             steps = self.ask_http(server, via, target)
-        late, why = natwork.CONNECT_TIMEOUT, "no answer within connect_timeout"
+        late = Refused(natwork.CONNECT_TIMEOUT, "no answer within connect_timeout")
         try:
-            worker.watch.run(steps, late, why, deadline=deadline)
+            worker.watch.run(steps, late, deadline)
         except Refused:
             server.close()
             raise

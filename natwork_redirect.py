@@ -40,7 +40,7 @@ HOST_FIELD = re.compile(rb"(?:^|\r)host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULT
 def original_target(client: natwork.Client) -> tuple[str, int] | None:
     """Return the host and port that a client had dialed, None if it was not redirected.
 
-    A client that has dialed another port of our own address means us.
+    A client that has dialed an address of this box means us.
     """
     sock, ipv4 = client.stream.sock, ":" not in client.host
     level = socket.SOL_IP if ipv4 else socket.IPPROTO_IPV6
@@ -48,9 +48,9 @@ def original_target(client: natwork.Client) -> tuple[str, int] | None:
         raw = sock.getsockopt(level, 80, 28)  # SO_ORIGINAL_DST, IP6T_SO_ORIGINAL_DST
     except OSError:  # ENOENT, ENOPROTOOPT: nothing is translated here
         return None
-    host = natwork.unpack(raw[4:8] if ipv4 else raw[8:24])
-    here = natwork.unpack(natwork.address_of(sock.getsockname()[0]))
-    return None if host == here else (host, int.from_bytes(raw[2:4], "big"))
+    packed = raw[4:8] if ipv4 else raw[8:24]
+    own = natwork.route_to(packed).local
+    return None if own else (natwork.unpack(packed), int.from_bytes(raw[2:4], "big"))
 
 
 def server_name(data: bytes) -> list[bytes] | None:

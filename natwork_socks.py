@@ -250,8 +250,8 @@ class Socks:
 
     def run(self, steps: natwork.Steps) -> bytes:
         """Return what steps take off the client; raise Refused, also if it is late."""
-        late, why = natwork.HEAD_TIMEOUT, "the request did not come to its end"
-        taken: bytes = self.worker.hear(steps, late, why, self.deadline)
+        late = Refused(natwork.HEAD_TIMEOUT, "the request did not come to its end")
+        taken: bytes = self.worker.hear(steps, late, self.deadline)
         return taken
 
     def take(self, count: int) -> bytes:
