@@ -121,7 +121,10 @@ RUNS = {
     ],
     "test_systemd.test_without_the_socket_unit_listen_holds": [
         "systemctl disable --now natwork.socket;",
-        "systemctl stop natwork; systemctl enable --now natwork.socket",
+        "systemctl stop natwork; systemctl enable --now natwork.socket natwork",
+    ],
+    "test_systemd.test_other_listeners_are_those_of_the_socket_unit": [
+        "systemctl stop natwork.socket natwork; systemctl start",
     ],
     "test_systemd.test_stopped_it_has_left_with_nothing_behind": [
         "systemctl stop",

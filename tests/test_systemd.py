@@ -490,7 +490,26 @@ def test_without_the_socket_unit_listen_holds(service: Service) -> None:
     assert "natwork: listening on 127.0.0.9:8081\n" in container.journal()
     service.address = ("127.0.0.9", 8081)
     assert service.get() == 403
-    container.run("systemctl stop natwork; systemctl enable --now natwork.socket")
+    undo = re.search(r"to undo this: `([^`]+)`", readme.TEXT)
+    assert undo and container.run(undo[1])
+    assert container.run("systemctl is-active natwork").stdout == "active\n"
+
+
+def test_other_listeners_are_those_of_the_socket_unit(service: Service) -> None:
+    container, units = service.container, service.container.root / "etc/systemd/system"
+    dropin = units / "natwork.socket.d/override.conf"  # of `systemctl edit`
+    dropin.parent.mkdir()
+    dropin.write_text("[Socket]\nListenStream=\nListenStream=127.0.0.9:8081\n")
+    container.run("systemctl daemon-reload; systemctl restart natwork")
+    assert service.get() == 403  # at the old ones, still
+    change = re.search(r"`(systemctl stop natwork.socket natwork; [^`]+)`", readme.TEXT)
+    assert change and container.run(change[1])
+    with pytest.raises(ConnectionRefusedError):
+        service.connect()
+    service.address = ("127.0.0.9", 8081)
+    assert service.get() == 403
+    dropin.unlink()
+    container.run(f"systemctl daemon-reload; {change[1]}")
 
 
 def test_the_lines_for_nft_are_there_after_a_boot(service: Service) -> None:
