@@ -327,8 +327,8 @@ SETTINGS = """\
 #   http://[USER:PASSWORD@]HOST:PORT | socks5://...  [to TARGETS] [scheme http]
 # the first line that takes the target is asked, the others are dialed.  "scheme
 # http" takes http:// requests alone, no tunnels.  TARGETS are as in rules; the
-# target is judged first all the same, and a name that is not known here goes on
-# only if a rule allows it by name.  A cache for all plain requests is one line:
+# target is judged first all the same, and a name that cannot be resolved here
+# goes on only if a rule allows it by name.  A cache for all plain requests:
 #   parents = http://127.0.0.1:3128 scheme http
 #parents =
 
