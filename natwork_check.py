@@ -162,7 +162,8 @@ def may_read(path: str, user: str) -> bool:
 def warn_of_test(chapters: natwork.Chapters) -> None:
     """Say what is probably not meant, and what the service would fail at."""
     config = chapters.config
-    serves = os.path.realpath(config.file or ".") == SERVICE_FILE
+    booted = os.path.isdir("/run/systemd/system")  # sd_booted(3)
+    serves = booted and os.path.realpath(config.file or ".") == SERVICE_FILE
     user = "natwork" if serves else config.user
     with contextlib.suppress(OSError, KeyError):
         if config.users and os.geteuid() == 0 and not may_read(config.users, user):
@@ -170,8 +171,8 @@ def warn_of_test(chapters: natwork.Chapters) -> None:
     if serves and "listen" in config.where and os.path.exists(SOCKET_UNIT):
         say("listen: the service does not use it, natwork.socket listens for it")
     for name in ("log", "pidfile") if serves else ():
-        path = os.path.realpath(getattr(config, name))
-        if getattr(config, name) not in ("", "-") and not path.startswith(SERVICE_LOGS):
+        path = os.path.abspath(file := getattr(config, name))
+        if file not in ("", "-", "/dev/null") and not path.startswith(SERVICE_LOGS):
             say(f"{name}: the service can write below {SERVICE_LOGS} only")
     warn(chapters, {}, None)
 
@@ -185,8 +186,7 @@ def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
         # It comes to the address from which it would be answered.
         here = natwork.route_to(natwork.address_of(client)).source
         theirs = policy.outside() if policy.uplinks else {}
-        inside = policy.is_client((client, 0, 0, scope), None)
-        inside = inside and here not in theirs
+        inside = policy.is_client((client, 0, 0, scope), None) and here not in theirs
     except ValueError as error:
         raise OSError(f"cannot explain: {error}") from None
     print(f"client {client}: {'inside, served' if inside else 'not inside, refused'}")
@@ -340,8 +340,8 @@ SETTINGS = """\
 #   http://[USER:PASSWORD@]HOST:PORT | socks5://...  [to TARGETS] [scheme http]
 # the first line that takes the target is asked, the others are dialed.  "scheme
 # http" takes http:// requests alone, no tunnels.  TARGETS are as in rules; the
-# target is judged first all the same, and a name that is not known here goes on
-# only if a rule allows it by name.  A cache for all plain requests is one line:
+# target is judged first all the same, and a name that cannot be resolved here
+# goes on only if a rule allows it by name.  A cache for all plain requests:
 #   parents = http://127.0.0.1:3128 scheme http
 #parents =
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import stat
 import sys
 from collections.abc import Iterator
@@ -67,11 +68,18 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
 
 def run_daemon(config: natwork.Config) -> int:
     """Detach, run the gateway after the launcher, and return the launcher's code."""
+    # python-daemon 2 (Debian 12) makes a set of all descriptors below the hard limit
+    # and keeps it, which may be gigabytes.  It looks at import, and closes no more
+    # than that, so the limit that we show it is what is open.
+    bound = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    getrlimit, resource.getrlimit = resource.getrlimit, lambda _: (bound, bound)
     try:
         import daemon
     except ImportError:
         missing = "python-daemon is not installed (apt install python3-daemon)"
         raise OSError(f"cannot detach: {missing}") from None
+    finally:
+        resource.getrlimit = getrlimit
     if config.log == "-" and os.isatty(1):
         natwork.say("log: - is this terminal, which a daemon leaves: name a file")
     news_out, news_in = os.pipe2(0)

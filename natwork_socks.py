@@ -108,7 +108,7 @@ class Association:
         self.socks, self.worker, self.session = socks, socks.worker, socks.session
         here = socks.client.sock.getsockname()
         self.inner = open_port(socket.SOCK_DGRAM, here, [0], None)
-        # Who wrote last, by peer, and by host with port 0; the latest is the last.
+        # Which port wrote last, by peer and by host (port 0); the latest is the last.
         self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest way that was refused

@@ -40,7 +40,7 @@ def program(limits: Mapping[str, float] = {}, *others: str) -> list[str]:
     Other statements may be run before.
 
     It is imported, so that not each of the many processes compiles it anew.  A
-    limit is named with its module: {"natwork.RELOAD_GRACE": 0.5}.  The chapters
+    limit is named with its module: {"natwork.LINGER_TIMEOUT": 0.5}.  The chapters
     that take one from natwork.py do so later, and so get the other number.
     """
     steps = [f"import sys; sys.path[0] = {str(ROOT)!r}; import natwork"]

@@ -676,13 +676,17 @@ def test_paths_in_a_file_count_from_the_file(tmp_path: Path) -> None:
     assert "log = -\n" in printed(cwd=tmp_path)
 
 
-def in_etc(tmp_path: Path, text: str) -> list[str]:
-    """Return what runs natwork.py where /etc/natwork/natwork.conf has some text."""
+def in_etc(tmp_path: Path, text: str, booted: str = "systemd") -> list[str]:
+    """Return what runs natwork.py where /etc/natwork/natwork.conf has some text.
+
+    The box looks as if it had booted systemd, or something else.
+    """
     folder = tmp_path / "etc/natwork"
     folder.mkdir(parents=True)
     (folder / "natwork.conf").write_text(text)
     shutil.copy("/etc/passwd", tmp_path / "etc")
-    inner = f'mount --bind {tmp_path}/etc /etc && exec "$@"'
+    inner = f"mount --bind {tmp_path}/etc /etc && mount -t tmpfs run /run && "
+    inner += f'mkdir -p /run/{booted}/system && exec "$@"'
     return ["unshare", "--mount", "sh", "-c", inner, "sh", *running.PROGRAM]
 
 
@@ -692,6 +696,26 @@ def test_a_log_that_the_service_could_not_write_is_named(tmp_path: Path) -> None
     done = running.command("-t", cwd=tmp_path, program=program)
     warning = "natwork: log: the service can write below /var/log/natwork/ only\n"
     assert done.returncode == 0 and warning in done.stderr
+    fine = "natwork: ok: /etc/natwork/natwork.conf\n"
+    words = "-t", "-o", "log=/dev/null"
+    assert running.command(*words, cwd=tmp_path, program=program).stderr == fine
+    # /var/log may be a link: the path that the service opens is the same.
+    (tmp_path / "log/natwork").mkdir(parents=True)
+    link = f'mount -t tmpfs var /var && ln -s {tmp_path}/log /var && exec "$@"'
+    words = "-t", "-o", "log=/var/log/natwork/access.log"
+    program[6:6] = ["sh", "-c", link, "sh"]
+    assert running.command(*words, cwd=tmp_path, program=program).stderr == fine
+
+
+@needs.root
+def test_a_box_without_systemd_has_no_service_to_speak_of(tmp_path: Path) -> None:
+    text = f"[natwork]\nlisten = 127.0.0.1:0\nlog = {tmp_path}/access.log\n"
+    program = in_etc(tmp_path, text, booted="other")
+    unit = tmp_path / "etc/systemd/system/sockets.target.wants/natwork.socket"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    said = running.command("-t", cwd=tmp_path, program=program).stderr
+    assert said == "natwork: ok: /etc/natwork/natwork.conf\n"
 
 
 def test_a_pid_file_two_directories_away_is_refused(tmp_path: Path) -> None:

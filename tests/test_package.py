@@ -162,6 +162,16 @@ def test_the_units_are_those_of_the_tree_at_other_places(host: package.Host) -> 
     assert host.run("systemd-analyze verify --man=no natwork.service").stderr == ""
 
 
+def test_what_the_unit_runs_is_there_with_the_package(host: package.Host) -> None:
+    unit = host.run("systemctl cat natwork.service").stdout
+    depends = host.run("dpkg-query --show --showformat '${Depends}' natwork").stdout
+    for path in sorted(
+        set(re.findall(r"(?m)^Exec\w+=\+?(/usr/bin/\S+|/bin/\S+)", unit))
+    ):
+        owner = host.run(f"dpkg-query --search {path}").stdout.partition(":")[0]
+        assert owner.removesuffix("-minimal") in re.findall(r"[\w-]+", depends), path
+
+
 def test_a_change_is_reloaded(host: package.Host) -> None:
     conf, before = host.root / package.CONF[1:], host.reloads()
     shipped = conf.read_text()
@@ -268,6 +278,10 @@ def test_purged_it_leaves_nothing(
 ) -> None:
     host.run("cd / && natwork -t")  # as root, who may write anywhere
     host.run("echo alice:x >/etc/natwork/users")  # the operator's own
+    for unit in ("natwork.service", "natwork.socket"):  # of `systemctl edit`
+        host.run(
+            f"cd /etc/systemd/system; mkdir {unit}.d; touch {unit}.d/override.conf"
+        )
     assert "`apt purge natwork`" in readme.section("The service")
     host.run("export DEBIAN_FRONTEND=noninteractive; yes | apt purge natwork")
     assert host.names() - before == set()

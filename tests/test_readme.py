@@ -7,8 +7,10 @@ outside, 192.0.2.0/24, has a server for each name.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,7 +49,7 @@ RUNS = {
         "python3 natwork.py --explain",
         "natwork.py --explain",
     ],
-    "test_readme.test_it_detaches": ["natwork.py -c"],
+    "test_readme.test_it_detaches": ["user = natwork", "install -d", "natwork.py -c"],
     "test_readme.test_a_user_is_asked_for_her_password": [
         "python3 natwork.py --passwd",
         "python3 natwork.py -o users",
@@ -102,7 +104,7 @@ RUNS = {
     ],
     "test_systemd.test_uninstalled_it_leaves_nothing": [
         "systemctl disable --now natwork.socket natwork.service",
-        "rm /usr",
+        "rm -f /usr",
         "rm -r /etc/systemd",
         "rm -r /etc/natwork",
         "userdel",
@@ -121,7 +123,10 @@ RUNS = {
     ],
     "test_systemd.test_without_the_socket_unit_listen_holds": [
         "systemctl disable --now natwork.socket;",
-        "systemctl stop natwork; systemctl enable --now natwork.socket",
+        "systemctl stop natwork; systemctl enable --now natwork.socket natwork",
+    ],
+    "test_systemd.test_other_listeners_are_those_of_the_socket_unit": [
+        "systemctl stop natwork.socket natwork; systemctl start",
     ],
     "test_systemd.test_stopped_it_has_left_with_nothing_behind": [
         "systemctl stop",
@@ -158,7 +163,7 @@ RUNS = {
     "test_guide.test_what_is_to_be_installed_is_installed_here": [
         "apt install python3-setproctitle",
         "apt install python3-setproctitle python3-daemon",
-        "apt install debhelper",
+        "apt install build-essential",
         "apt install stunnel4",
         "apt install squid",
     ],
@@ -171,7 +176,7 @@ RUNS = {
 }
 KEYS = sorted(key for keys in RUNS.values() for key in keys)
 WHOLE = ("inside", "[", "/var", "global_defs", "nft", "natwork: ", "natwork.py [")
-WHOLE += ("foreground", "http_port", "parents", "#!")
+WHOLE += ("foreground", "http_port", "parents", "user = natwork", "#!")
 PROGRAM = re.compile(
     r"(?:natwork\.py|python3|pipx?|curl|chromium|ps|ssh|nft|dnsmasq|apt(?:-get)?|git"
     r"|man|useradd|systemctl|journalctl|systemd-analyze|dpkg-buildpackage) [^`]+"
@@ -498,19 +503,26 @@ def test_the_picture_is_there() -> None:
 
 def test_it_detaches(idle_town: Town) -> None:
     needs.programs("curl")
-    folder = idle_town.folder
-    (folder / "nobody").mkdir()
-    shutil.chown(folder / "nobody", "nobody")
-    own = f"user=nobody\nlog={folder}/nobody/log\npidfile={folder}/nobody/pid\n"
-    (folder / "own.conf").write_text((running.ROOT / "natwork.conf").read_text() + own)
-    # /etc/natwork is there in this one only.
-    etc = "cp -a /etc . && install -D own.conf etc/natwork/natwork.conf"
-    command = f"{etc} && mount --bind etc /etc && {the('natwork.py -c')}"
-    idle_town.run("gateway", command)
-    idle_town.run("inside", the("curl -x http://10.0.0.1:8080 http:"))
-    idle_town.run("gateway", "kill $(cat nobody/pid)")
-    wait.until(lambda: not idle_town.box.pids("gateway"))
-    assert " status=200 outcome=ok " in (folder / "nobody/log").read_text()
+    town, local = idle_town, f"{idle_town.folder}/usr/local"
+    lines = readme.block("Install as a service", "install -D").splitlines()
+    steps = [line for line in lines if not re.search("systemd|systemctl", line)]
+    # These directories are there in this one only, but for /usr/local.
+    folders = "for at in etc run var/log; do mkdir -p $at; mount --bind $at /$at; done"
+    steps = ["cp -a /etc .", folders, f"cd {running.ROOT}", *steps]
+    steps += [f"echo '{the('user = natwork')}' >>/etc/natwork/natwork.conf"]
+    steps += [the("install -d"), f"PATH={local}/bin:$PATH", the("natwork.py -c")]
+    town.run("gateway", "set -e; " + "\n".join(steps).replace("/usr/local", local))
+    town.run("inside", the("curl -x http://10.0.0.1:8080 http:"))
+    pid = int((town.folder / "run/natwork/natwork.pid").read_text())
+    log, said = (
+        town.folder / "var/log" / name for name in ("natwork", "natwork.messages")
+    )
+    os.kill(pid, signal.SIGHUP)
+    wait.until(lambda: "natwork: configuration reloaded\n" in said.read_text())
+    os.kill(pid, signal.SIGTERM)
+    wait.until(lambda: not town.box.pids("gateway"))
+    assert " status=200 outcome=ok " in (log / "access.log").read_text()
+    assert said.owner() == "root" and not list((town.folder / "run/natwork").iterdir())
 
 
 def test_a_user_is_asked_for_her_password(idle_town: Town) -> None:

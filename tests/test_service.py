@@ -12,6 +12,7 @@ import platform
 import pty
 import pwd
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -362,7 +363,11 @@ def gone(pid: int) -> bool:
 
 @contextlib.contextmanager
 def detached(
-    folder: Path, *options: str, close_fds: bool = True, **settings: str
+    folder: Path,
+    *options: str,
+    close_fds: bool = True,
+    program: list[str] = running.PROGRAM,
+    **settings: str,
 ) -> Iterator[tuple[subprocess.CompletedProcess[str], int]]:
     """Run natwork.py -d; give how the launcher ended and the daemon's number."""
     pidfile = folder / settings.get("pidfile", "natwork.pid")
@@ -376,7 +381,7 @@ def detached(
     (folder / "natwork.conf").write_text(running.configuration(settings))
     with (folder / "said").open("w") as errors:
         done = subprocess.run(
-            [*running.PROGRAM, "-d", *options],
+            [*program, "-d", *options],
             cwd=folder,
             stderr=errors,
             timeout=30,
@@ -427,6 +432,24 @@ def test_a_daemon_keeps_no_descriptor_of_its_launcher(tmp_path: Path) -> None:
     finally:
         for fd in held:
             os.close(fd)
+
+
+def test_a_daemon_is_no_larger_where_more_descriptors_are_allowed(
+    tmp_path: Path,
+) -> None:
+    """Debian 12's python-daemon would have a set of them all."""
+    debian = "/usr/bin/python3"
+    if subprocess.run([debian, "-c", "import daemon"], capture_output=True).returncode:
+        needs.unavailable(f"{debian} has no python-daemon")
+    sizes, most = [], min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 20)
+    for hard in (1024, most):
+        limit = ["prlimit", f"--nofile=1024:{hard}"]
+        program = [*limit, debian, str(running.ROOT / "natwork.py")]
+        with detached(tmp_path, program=program) as (done, pid):
+            assert done.returncode == 0
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (1024, hard)
+            sizes.append(kernel.number(pid, "RssAnon"))
+    assert sizes[1] < sizes[0] + 700, sizes
 
 
 def test_a_daemon_that_cannot_start_is_told_by_its_launcher(tmp_path: Path) -> None:

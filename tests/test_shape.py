@@ -82,7 +82,6 @@ def test_importing_does_nothing() -> None:
     allowed = (
         ast.Import,
         ast.ImportFrom,
-        ast.Try,  # of setproctitle
         ast.Assign,
         ast.AnnAssign,
         ast.FunctionDef,
@@ -141,7 +140,7 @@ def test_an_exception_is_caught_by_its_name() -> None:
         or isinstance(handler.type, ast.Name)
         and handler.type.id == "Exception"
     ]
-    # In become_worker, and around what stands in a chapter.
+    # Around what a forked process does, and around what stands in a chapter.
     assert len(caught) > 20 and len(broad) == 2, broad
 
 

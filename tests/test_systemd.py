@@ -34,7 +34,7 @@ CONF, LOG = Path("etc/natwork/natwork.conf"), Path("var/log/natwork/access.log")
 def container() -> Iterator[machine.Container]:
     """A container in which the unit is installed as the README says."""
     with machine.booted(machine.Container) as container:
-        container.run(readme.block("Install as a service", "install"))
+        container.run(readme.block("Install as a service", "install -D"))
         with kernel.network_of(container.leader):
             yield container
 
@@ -278,7 +278,9 @@ def test_the_log_may_be_a_file_that_is_rotated(
     wait.until(lambda: log.read_text().count("\n") == 1)
     assert log.stat().st_mode & 0o777 == 0o640
     snippet = readme.block("Reading the log", "/var/log")
-    (container.root / "etc/logrotate.d/natwork").write_text(snippet)
+    assert snippet == (running.ROOT / "debian/natwork.logrotate").read_text()
+    # After /etc/logrotate.conf, which may ask for the others to be compressed.
+    (container.root / "etc/logrotate.d/natwork").write_text("compress\n" + snippet)
     with service.tunnel(origin(origins.echo, "127.0.0.3")) as client:
         before = service.reloads()
         container.run("logrotate --force /etc/logrotate.d/natwork")
@@ -490,7 +492,26 @@ def test_without_the_socket_unit_listen_holds(service: Service) -> None:
     assert "natwork: listening on 127.0.0.9:8081\n" in container.journal()
     service.address = ("127.0.0.9", 8081)
     assert service.get() == 403
-    container.run("systemctl stop natwork; systemctl enable --now natwork.socket")
+    undo = re.search(r"to undo this: `([^`]+)`", readme.TEXT)
+    assert undo and container.run(undo[1])
+    assert container.run("systemctl is-active natwork").stdout == "active\n"
+
+
+def test_other_listeners_are_those_of_the_socket_unit(service: Service) -> None:
+    container, units = service.container, service.container.root / "etc/systemd/system"
+    dropin = units / "natwork.socket.d/override.conf"  # of `systemctl edit`
+    dropin.parent.mkdir()
+    dropin.write_text("[Socket]\nListenStream=\nListenStream=127.0.0.9:8081\n")
+    container.run("systemctl daemon-reload; systemctl restart natwork")
+    assert service.get() == 403  # at the old ones, still
+    change = re.search(r"`(systemctl stop natwork.socket natwork; [^`]+)`", readme.TEXT)
+    assert change and container.run(change[1])
+    with pytest.raises(ConnectionRefusedError):
+        service.connect()
+    service.address = ("127.0.0.9", 8081)
+    assert service.get() == 403
+    dropin.unlink()
+    container.run(f"systemctl daemon-reload; {change[1]}")
 
 
 def test_the_lines_for_nft_are_there_after_a_boot(service: Service) -> None:
@@ -509,8 +530,21 @@ def test_the_lines_for_nft_are_there_after_a_boot(service: Service) -> None:
         container.run("systemctl disable --now nftables")
 
 
+def test_an_upgrade_brings_new_units(service: Service) -> None:
+    container, unit = service.container, UNITS / "natwork.service"
+    installed = container.root / "etc/systemd/system/natwork.service"
+    installed.write_text(unit.read_text().replace("1024", "1023"))
+    lines = readme.block("Install as a service", "install -D").splitlines()
+    assert "Upgrade: run the first five lines again" in readme.TEXT
+    container.run("\n".join([*lines[:5], "systemctl restart natwork"]))
+    assert installed.read_text() == unit.read_text()
+    assert container.show("LimitNOFILE") == "1024"
+    assert service.conf.read_text() != service.shipped  # as the operator has it
+
+
 def test_uninstalled_it_leaves_nothing(service: Service) -> None:
     container = service.container
+    container.run("/usr/local/bin/natwork.py -t")  # as root, who may write anywhere
     container.run(readme.block("Install as a service", "systemctl disable"))
     for name in ("natwork.service", "natwork.socket"):
         assert container.run(f"systemctl cat {name}", check=False).returncode != 0
@@ -519,5 +553,5 @@ def test_uninstalled_it_leaves_nothing(service: Service) -> None:
     left = container.run(f"{found} -o -name '*natwork*' -print").stdout
     assert left in ("", "/etc/logrotate.d/natwork\n"), left
     # So that it can be installed once more.
-    container.run(readme.block("Install as a service", "install"))
+    container.run(readme.block("Install as a service", "install -D"))
     assert service.get() == 403
