@@ -139,7 +139,8 @@ def read_reply(server: Stream) -> natwork.Steps:
 
 def said(reply: str) -> str:
     """Return what a server said, by the first line of its reply."""
-    return f"the server said {reply.splitlines()[0][:200]}"
+    first = reply.partition("\n")[0].strip()
+    return f"the server said {first[:200]}"
 
 
 def hear(exchange: Exchange, kinds: str = "") -> str:

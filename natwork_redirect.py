@@ -107,7 +107,9 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     return [name for name in dict.fromkeys(bare) if name]
 
 
-def sniff(worker: Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
+def sniff(
+    worker: Worker, session: natwork.Session, server: natwork.Stream, strict: bool
+) -> list[bytes]:
     """Receive a client's first bytes until they are whole; return the names in them.
 
     They stay with the client's stream.  Where the server speaks first there are no
@@ -130,6 +132,7 @@ def sniff(worker: Worker, server: natwork.Stream, strict: bool) -> list[bytes]:
         # HTTP request it means nothing.
         blank = len(client.received) - len(client.received.lstrip(b"\r\n"))
         watch.send(server, client.take(blank))
+        session.up += server.counted()
         names = claimed_names(bytes(client.received))
         if names is not None:
             return names
@@ -149,7 +152,7 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
     with contextlib.closing(natwork.dial(worker, session, host, port)) as server:
         worker.proceed(session)
         strict = any(rule.names and not rule.allow for rule in worker.policy.rules)
-        for claim in sniff(worker, server, strict):
+        for claim in sniff(worker, session, server, strict):
             name = claim.rstrip(b".")[-NAME_LIMIT:].lower()
             session.target = natwork.endpoint((natwork.printable(name), port))
             natwork.judged(worker, session, name.decode("latin-1"), port, host)

@@ -497,6 +497,8 @@ def test_a_denied_claim_ends_it_before_the_server_hears(rig: Rig, host: str) -> 
         line = rig.line(number)
         assert line["outcome"] == "denied-rule-2", words
         assert "ads.example" in line["target"] and line["address"] == server.authority
+        # Empty lines have no name in them, and went on.
+        assert int(line["up"]) == len(words) - len(words.lstrip(b"\r\n"))
     wait.until(lambda: len(server.callers) == 2 * len(CLAIMS))
     assert b"".join(server.received).strip() == b""
 
