@@ -1564,6 +1564,7 @@ class Master:
         for pid, (slot, _) in self.workers.items():
             if states[slot.number] == SILENT:
                 os.kill(pid, signal.SIGURG)  # which nobody sends by mistake
+                self.workers[pid] = self.workers.pop(pid)  # the next time, another
                 return
 
     def reap(self) -> None:

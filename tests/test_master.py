@@ -150,6 +150,31 @@ def test_a_full_house_of_silent_clients_lets_the_next_one_in(
     assert said.count("max_workers") == 1, said
 
 
+def test_a_client_that_sends_on_after_its_end_keeps_no_room_from_others(
+    natwork: running.Start,
+) -> None:
+    gateway = natwork("spare_workers=1", "max_workers=2", *PATIENT)
+    over = threading.Event()
+
+    def upload(client: socket.socket) -> None:
+        """Be refused, and send what is read and thrown away, as fast as it goes."""
+        client.sendall(b"no HTTP at all\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                client.sendall(bytes(65536))
+
+    with gateway.connect() as rude, gateway.connect() as quiet:
+        sender = threading.Thread(target=upload, args=[rude])
+        sender.start()
+        try:
+            wait.until(lambda: any(gateway.lines()))  # it lingers
+            quiet.sendall(b"G")
+            assert get(gateway) == 403
+        finally:
+            over.set()
+            sender.join()
+
+
 def test_a_head_in_two_pieces_does_not_make_room(natwork: running.Start) -> None:
     def is_answered() -> bool:
         gateway = natwork("spare_workers=1", "max_workers=1", *PATIENT)
