@@ -115,6 +115,7 @@ class Association:
 
     def run(self) -> None:
         """Carry datagrams until the control connection ends; raise Refused."""
+        self.worker.stand_in_line(False)
         control, seconds = self.socks.client, self.worker.config.idle_timeout
         ends_at = time.monotonic() + seconds
         while (left := ends_at - time.monotonic()) > 0:
@@ -341,14 +342,14 @@ class Socks:
         worker, ways, failed = self.worker, [], []
         for attempt in natwork.ways_to(worker.policy, addresses, port, worker.board):
             family = natwork.INET if len(attempt.packed) == 4 else natwork.INET6
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                try:
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
                     if attempt.uplink:
                         natwork.leave_by(probe, attempt.uplink)
                     probe.connect(attempt.where())  # no packet is sent
                     ways.append((attempt, probe.getsockname()))
-                except OSError as error:
-                    failed.append((error, attempt))
+            except OSError as error:
+                failed.append((error, attempt))
         kind = socket.SOCK_DGRAM if self.session.proto == "udp" else natwork.STREAM
         if kind == natwork.STREAM:
             # An FTP server calls back to where the control connection comes from.

@@ -148,6 +148,7 @@ class Users:
         digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
         if not self.remembers(digest):
             late_at = time.monotonic() + PASSWORD_TIMEOUT
+            self.check_share(worker)  # it is a session while it waits, too
             # A client has one guess at a time, so it cannot keep all others waiting.
             with self.turn(worker, CLIENT_LOCKS + worker.client.number, late_at):
                 with self.turn(worker, PASSWORD_LOCK, late_at):
@@ -212,6 +213,7 @@ class Users:
         if not self.limit:
             return
         own = worker.client.number
+        worker.slot.words[natwork.Slot.PEER] = 0  # since the password was checked
         for _ in range(SHARE_LOOKS):
             # Held for microseconds, so this waits; the kernel frees it of the dead.
             fcntl.lockf(self.board.fd, fcntl.LOCK_EX, 1, SHARE_LOCK)

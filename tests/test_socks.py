@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import http_wire
 import kernel
@@ -27,6 +28,7 @@ import wait
 import wire
 
 import natwork
+import natwork_socks
 import natwork_users
 
 Ask = Callable[[str, int], bytes]
@@ -839,6 +841,22 @@ def test_the_expected_host_calls_back(
     assert line["address"] == endpoint(here)
     assert line["target"] == f"{SERVER}:21"
     assert line["status"] == ("0" if version == 5 else "90")
+
+
+def test_a_kernel_without_ipv6_has_a_way_by_ipv4(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = SimpleNamespace(
+        board=natwork.Scoreboard(), policy=natwork.Policy(natwork.Config())
+    )
+    opener = SimpleNamespace(
+        worker=worker, session=natwork.Session("", "", "udp"), wanted=0, outer={}
+    )
+    found = [natwork.pack("::1"), natwork.pack("127.0.0.1")]
+    monkeypatch.setattr(natwork, "INET6", 63)  # no family has this number
+    chosen, sock = natwork_socks.Socks.open_outside(opener, found, 80)
+    with sock:
+        assert chosen == found[1] and sock.getsockname()[0] == "127.0.0.1"
 
 
 @needs.ipv6

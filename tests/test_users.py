@@ -635,6 +635,24 @@ def test_a_client_that_guesses_keeps_nobody_else_from_logging_in(
         wire.reset(guess)
 
 
+def test_guesses_count_as_sessions_of_their_client(
+    natwork: running.Start, origin: origins.Start, users: Path
+) -> None:
+    gateway = natwork(f"users={users}", "max_per_client=3", "spare_workers=8")
+    server, statuses = origin(http_wire.Script()), []
+
+    def guess(number: int) -> None:
+        field = basic(b"alice", b"guess %d" % number)
+        statuses.append(http_wire.ask(gateway, server, field).status)
+
+    for thread in at_once(6, guess):
+        thread.join(30)
+    assert sorted(statuses) == [407] * 3 + [503] * 3
+    assert http_wire.ask(gateway, server, ALICE).status == 200
+    outcomes = [line["outcome"] for line in gateway.lines(7)]
+    assert sorted(outcomes) == ["auth-failed"] * 3 + ["ok"] + ["too-many"] * 3
+
+
 def test_a_file_may_begin_with_a_byte_order_mark() -> None:
     line = natwork_users.user_line(b"ann", b"secret")
     assert [*natwork_users.parse_users(b"\xef\xbb\xbf" + line)] == ["ann"]
