@@ -284,9 +284,9 @@ def stun_answer(message: bytes, source: Address, *other: Address) -> tuple[bytes
 
 
 def bound(kind: int, family: int, port: int = 0) -> Socket:
-    """Return a socket at a local port, which others of ours may share."""
+    """Return a socket at a local port, which others of ours may share for TCP."""
     sock = socket.socket(family, kind)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, kind == STREAM)
     sock.bind(("", port))
     return sock
 
@@ -374,7 +374,7 @@ class Puncher:
 
     def __init__(self, peers: Peers, listeners: list[Socket]) -> None:
         self.peers, self.listeners = peers, listeners
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.PollSelector()  # no file may be left for another
         for sock in listeners:
             if sock.type == STREAM:
                 sock.listen()
@@ -456,12 +456,11 @@ class Puncher:
                 return hole
             with contextlib.suppress(OSError):  # no file is left
                 self.shoot(*pair, ttl)
-        return self.wait(start + seconds)
+        return self.wait(start + seconds * (1 + self.peers.role / 10))  # for DONE
 
     def close(self) -> None:
         for key in [*self.selector.get_map().values()]:
             key.data.close()
-        self.selector.close()
 
 
 # --- Meeting ------------------------------------------------------------------
@@ -488,11 +487,11 @@ class Meeting:
         self.options, self.kind = options, DGRAM if options.udp else STREAM
         seconds = min(seconds, ANSWER_TIME)
         self.sock = socket.create_connection(options.server, seconds)
+        self.held = contextlib.ExitStack()
         keep_alive(self.sock)
         tell(self.sock, "natpunch 1")
         nonce, *others = hear(self.sock, "natpunch", time.monotonic() + seconds)
         self.nonce, (host, port) = bytes.fromhex(nonce), self.sock.getpeername()[:2]
-        # The first is host1:p, then host1:p+1 and host2:p.
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def observe(self, listener: Socket) -> list[Address]:
@@ -500,15 +499,15 @@ class Meeting:
         seen, place = {}, (listener.family, listener.getsockname()[1])
         for server in self.servers:
             sock = bound(STREAM, *place) if listener.type == STREAM else listener.dup()
-            with contextlib.suppress(OSError, ValueError, LookupError), sock:
+            self.held.enter_context(sock)  # its NAT may forget a port that is closed
+            with contextlib.suppress(OSError, ValueError, LookupError):
                 seen[server] = ask_stun(sock, server, self.nonce[:8])
-        self.servers = [*seen]
+        self.servers = [*seen] if len(seen) > 1 else self.servers  # one tells nothing
         return [*seen.values()]
 
     def enter(self, seconds: float) -> Meeting:
         """Wait in the room for a peer; raise as __init__()."""
-        has_psk = getattr(ssl, "HAS_PSK", False)  # from Python 3.13
-        mine = [os.urandom(16).hex(), "tls" if has_psk else "plain"]
+        mine = [os.urandom(16).hex(), "tls" if getattr(ssl, "HAS_PSK", 0) else "plain"]
         room = mac(self.options.secret, "room", self.options.room, int(self.kind)).hex()
         line = " ".join(("join", room, self.options.side, *mine))
         tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
@@ -532,12 +531,13 @@ class Meeting:
             raise ValueError("not a behavior")
         count, there = aims(mine, theirs, address_of(host, port), int(ahead))
         there[:0] = inside_of(*inner) if len(inner) == 2 else []
+        there = [at for at in there if family_of(at[0]) == self.sock.family]
         with contextlib.suppress(OSError):  # as many as we may have files
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
         left = self.ends_at - RELAY_TIME - time.monotonic()
         seconds = max(min(seconds, left), 0.1) if there else 0
-        with contextlib.closing(Puncher(self.peers, listeners)) as puncher:
+        with contextlib.closing(Puncher(self.peers, listeners)) as puncher, self.held:
             return puncher.run(there, seconds, low_ttl), f"{mine}-{theirs}"
 
 
@@ -670,10 +670,10 @@ class Datagrams:
         if now > self.told_at + KEEP_ALIVE / 2:  # and it is looked at as often
             self.peers.say(self.sock, DONE)  # which keeps the hole open
             self.told_at = now
-        if now > self.heard_at + SILENCE:
-            raise OSError(f"the peer was silent for {SILENCE:g} s")
-        if source != self.sock.getpeername():
-            return []  # nothing, or it came before this was the hole
+        if source != self.sock.getpeername():  # nothing, or it came before the hole
+            if now > self.heard_at + SILENCE:
+                raise OSError(f"the peer was silent for {SILENCE:g} s")
+            return []
         self.heard_at, kind = now, self.peers.kind_of(data)
         if kind == BYE:
             raise OSError("the peer has left")
@@ -730,14 +730,16 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
     # read first: it may leave as soon as it has our end.
     ways: list[tuple[Any, Any, list[Any]]] = [(way, local, []), (local, way, [])]
     while len(ended) < 2:
-        silent = {s for s in ended if isinstance(s, Pipe)}  # a peer may still vanish
-        readers = {s.source for s, _, data in ways if not data and s not in silent}
+        silent = {s.sink for s in ended if isinstance(s, Pipe)}  # a peer may vanish
+        readers = {s.source for s, _, data in ways if not data and s.sink not in silent}
         writers = {sink.sink for _, sink, data in ways if data}
         poll = select.poll()  # which takes a number above 1023, too
-        for fd in readers | writers:
+        for fd in readers | writers | silent:
             wanted = select.POLLIN * (fd in readers) + select.POLLOUT * (fd in writers)
             poll.register(fd, wanted)
         ready = dict(poll.poll(KEEP_ALIVE / 2 * 1000))
+        if any(ready.get(fd, 0) & ~select.POLLOUT for fd in silent):
+            raise OSError("nobody reads any more")
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
                 # A hole is kept open also when nothing has come.
@@ -917,9 +919,8 @@ class Server:
                     return self.drop(member, "key")
                 self.join(member, room)
             case ["round", kind, step, *inside] if len(inside) == 2 and member.peer:
-                told = [kind, step, member.source[0], member.port]
-                if member.source[0] == member.peer.source[0]:
-                    told += inside  # behind one NAT they may meet there
+                is_near = member.source[0] == member.peer.source[0]  # behind one NAT
+                told = kind, step, member.source[0], member.port, *inside * is_near
                 tell(member.peer.sock, "peer", *told)
                 member.port = 0
             case ["relay"] if member.peer:
@@ -931,8 +932,7 @@ class Server:
         """Pair a member, or let it wait."""
         here = [m for m in self.members.values() if m.room == room]
         has_far = room in self.far_until or "far" in [m.side for m in (member, *here)]
-        is_taken = not has_far and any(m.peer for m in here)
-        if is_taken or room in self.relays.values():
+        if not has_far and any(m.peer for m in here) or room in self.relays.values():
             return self.drop(member, "taken")
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
@@ -1056,7 +1056,7 @@ def tell_nat(options: Any) -> None:
             how = " ".join(map(str, behavior(seen))).removesuffix(" 0")
             ports = " ".join(map(spelled, seen)) or "nowhere"
             text = f"{name}: {how}, port {listener.getsockname()[1]} seen at {ports}"
-            if kind == DGRAM and len(meeting.servers) > 2:
+            if kind == DGRAM and len(seen) > 2:
                 text += f", filtered by {filtering(meeting)}"
             with trying("tell which NAT this is"):
                 os.write(1, f"{text}\n".encode())

@@ -47,9 +47,8 @@ KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
 LEASE, PARENT = Slot.PEER + 1, Slot.PEER + 2
 LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
-# Operations with their requests' sizes, and results: sections 3.2, 3.3 and 3.5.
+# Operations and results: sections 3.2, 3.3 and 3.5.
 ADDRESS, MAP_TCP, ANSWER = 0, 2, 128
-SIZES = {ADDRESS: 2, MAP_TCP: 12}
 OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range(6)
 SILENCE = -1  # none is sent
 
@@ -69,11 +68,6 @@ class Mapper:
     What one that was killed could not write down, whoever finds its slot does.
     """
 
-    # What is forked is a mapping: the inside address asked, its session and listener.
-    here: natwork.Uplink
-    session: Session
-    listener: socket.socket
-
     def __init__(self, generation: natwork.Generation) -> None:
         """Begin in the new process, which takes no clients."""
         while generation.listeners:
@@ -81,6 +75,7 @@ class Mapper:
         self.generation, self.log = generation, generation.log
         self.config, self.policy = generation.config, generation.chapters.policy
         self.board = board = generation.chapters.board
+        self.began = board.words[board.BEGAN]  # the epoch: section 3.6
         states = enumerate(board.states())
         self.slots = [Slot(board, n) for n, state in states if state == KEPT]
         places = [place for some in self.policy.listeners.values() for place in some]
@@ -158,11 +153,12 @@ class Mapper:
         self.lock(fcntl.LOCK_EX)
         slot = next((one for one in self.slots if not one.words[Slot.PID]), None)
         if slot:
-            slot.clear(os.getpid())  # until the new process has its own pid there
+            slot.clear(os.getpid())  # until there is the new process
             slot.words[LEASE], slot.words[PARENT] = lease, os.getpid()
             slot.publish(session)
+            begin = functools.partial(self.begin, session, work, slot)
             try:
-                self.board.fork(functools.partial(self.begin, session, work, slot))
+                slot.words[Slot.PID] = self.board.fork(begin)
             except OSError as error:
                 self.board.say(f"cannot fork for a mapping: {natwork.reason(error)}")
                 slot.clear(0)
@@ -172,16 +168,17 @@ class Mapper:
 
     def begin(self, session: Session, work: Callable[[Slot], None], slot: Slot) -> None:
         """Do some work in this new process."""
-        slot.words[Slot.PID], session.pid = os.getpid(), str(os.getpid())
-        slot.publish(session)
-        self.close()
 
         def end(*_: object) -> None:  # as the operator asks, or the mapper
-            self.log.write_killed(slot, -signal.SIGTERM)
-            slot.clear(0)
+            if slot.words[Slot.PID] == os.getpid():  # or we had this of our mapping
+                self.log.write_killed(slot, -signal.SIGTERM)
+                slot.clear(0)
             os._exit(1)
 
         signal.signal(signal.SIGTERM, end)
+        session.pid = str(os.getpid())
+        slot.publish(session)
+        self.close()
         work(slot)
         slot.clear(0)
 
@@ -196,20 +193,22 @@ class Mapper:
 
     def end_all(self, *_: object) -> None:
         """End mappings and callers, as the master asks when time is over."""
-        for slot in self.slots:
-            if pid := slot.words[Slot.PID]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+        for pid in filter(None, [slot.words[Slot.PID] for slot in self.slots]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     # What the mapper is asked.
 
     def look(self) -> None:
         """See to what was killed, and end the mappings that are no longer due."""
         self.sweep()
-        users = self.users() if self.config.users else {}
-        for slot, one in self.mappings():
-            who, at = self.who(one), natwork.pack(natwork.host_of(one.address))
-            if not natwork.route_to(at).local or self.config.users and who not in users:
+        found = self.mappings()
+        users = self.users() if found and self.config.users else {}
+        for slot, one in found:
+            at = natwork.pack(natwork.host_of(one.address))
+            if not natwork.route_to(at).local:
+                slot.words[LEASE], self.began = 0, int(time.monotonic())
+            elif self.config.users and self.who(one) not in users:
                 slot.words[LEASE] = 0
 
     def receive(self, sock: socket.socket) -> None:
@@ -237,19 +236,22 @@ class Mapper:
         (version, operation), result, rest = data[:2], BAD_OPERATION, b""
         if version:
             result = BAD_VERSION
-        elif len(data) != SIZES.get(operation, len(data)):
+        elif operation > MAP_TCP:  # section 3.5: all of it is returned
+            return struct.pack("!BBH", 0, ANSWER + operation, result) + data[4:]
+        elif len(data) != (2 if operation == ADDRESS else 12):
             return b""
         elif operation == ADDRESS:
             rest = natwork.pack(next(iter(self.places(host)), "0.0.0.0"))
             result = OK if any(rest) else NO_ADDRESS
-        elif operation == MAP_TCP:
+        else:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
-            result, wanted = self.map(host, port, wanted, seconds)
+            if operation == MAP_TCP:
+                result, wanted = self.map(host, port, wanted, seconds)
             if result == SILENCE:
                 return b""
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
-        age = int(time.monotonic()) - self.board.words[self.board.BEGAN]
+        age = int(time.monotonic()) - self.began
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
     def mappings(self, host: str = "") -> list[tuple[Slot, Session]]:
@@ -291,23 +293,18 @@ class Mapper:
         if not users or not port or self.policy.closes(natwork.pack(host)) != "inside":
             return NOT_AUTHORIZED, 0
         if key in mine:
-            slot, one = mine.pop(key)
-            wanted = int(one.address.rpartition(":")[2])
+            slot, one = mine[key]
             if slot.words[PARENT] == os.getpid() and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
-                return OK, wanted
-            # It is over, or of an earlier mapper with other settings: once its process
-            # has gone, it can be made anew.  RFC 6886 section 3.1: who hears nothing
-            # asks again.
+                return OK, int(one.address.rpartition(":")[2])
+            # It is over, or has an earlier mapper's settings: once its process has gone
+            # it is made anew.  RFC 6886 section 3.1: who hears nothing asks again.
             slot.words[LEASE] = 0
             return SILENCE, 0
-        # Callers, too, whom a mapping that is over may have left.
-        targets = [kept.target for slot in self.slots if (kept := slot.session())]
-        called = [*map(natwork.host_of, targets)].count(host)
-        full = len(mine) >= self.config.max_mappings or called >= SLOT_COUNT // 4
+        full = len(mine) >= self.config.max_mappings
         full = full or len(self.mappings()) >= MAPPING_LIMIT
         if full or not (listener := self.listen(host, wanted)):
-            return NO_RESOURCES, 0
+            return NO_RESOURCES if self.places(host) else NO_ADDRESS, 0
         self.listener, self.session = listener, Session(key, "-", "map")
         self.session.method, self.session.user = "MAP", users[0]
         self.session.address = natwork.endpoint(listener.getsockname())
@@ -342,9 +339,7 @@ class Mapper:
         with contextlib.suppress(natwork.Refused):  # drain_timeout is over already
             while (left := (slot.words[LEASE] - time.monotonic_ns()) / 1e9) > 0:
                 natwork.set_title(f"{title} {left:.0f}s left")
-                # It has no more callers than there is room for those of others.
-                has_room = self.count(os.getpid()) < self.count(0)
-                if watch.wait({fd: natwork.POLLIN if has_room else 0}, LOOK_TIME):
+                if watch.wait({fd: natwork.POLLIN}, LOOK_TIME):
                     self.accept()
                 if watch.drain_at < math.inf:  # the master leaves
                     break
@@ -356,7 +351,12 @@ class Mapper:
             self.sweep()
 
     def accept(self) -> None:
-        """Have a new process serve a caller that has come."""
+        """Have a new process serve a caller that has come, once there is room."""
+        every = filter(None, map(Slot.session, self.slots))
+        machines = [natwork.host_of(one.target) for one in every]
+        # A machine has no more callers than there is room for those of others.
+        if machines.count(natwork.host_of(self.session.client)) >= self.count(0):
+            return time.sleep(LOOK_TIME)
         try:
             sock, address = self.listener.accept()
             with sock:

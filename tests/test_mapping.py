@@ -498,6 +498,34 @@ def test_with_two_addresses_each_machine_has_its_own(
     assert places == {f"{OUTSIDE}:8000", f"{SECOND}:8000", f"{SECOND}:8001"}
 
 
+def test_an_address_that_goes_takes_its_mappings_and_the_epoch_along(
+    box: boxes.Box, start: Start
+) -> None:
+    addr, place = ["-n", box.name("gateway"), "addr"], ["203.0.113.9/24", "dev", "wan"]
+    # As if it ran since the box began.
+    program = running.program(
+        {},
+        "import natwork_mapping as m; begin = m.Mapper.__init__",
+        "old = lambda board: board.words.__setitem__(board.BEGAN, 0)",
+        "m.Mapper.__init__ = lambda s, g: old(g.chapters.board) or begin(s, g)",
+    )
+
+    def age() -> int:
+        return int.from_bytes(pmp.ask(box, b"\0\0")[4:8], "big")
+
+    boxes.ip(*addr, "add", *place)
+    try:
+        start("outside=203.0.113.9", program=program)
+        assert pmp.mapped(box, 8000, 8000).port == 8000
+        assert age() > 20
+    finally:
+        boxes.ip(*addr, "del", *place)
+    wait.until(lambda: refused(box, 8000, "203.0.113.9"))
+    assert age() < 20  # RFC 6886 section 3.6
+    assert pmp.mapped(box, 8000).result == pmp.NO_ADDRESS
+    assert not pmp.address(box)
+
+
 @pytest.mark.parametrize("outside", ["", "wan", "wan wan2"])
 def test_programs_are_told_of_it(box: boxes.Box, start: Start, outside: str) -> None:
     start(f"outside={outside}", "name=gate.corp.example")
@@ -581,16 +609,36 @@ def test_callers_that_are_left_count(
 ) -> None:
     """Else one machine could call itself by mappings that end, and take all slots."""
     start(program=running.program({"natwork_mapping.SLOT_COUNT": 12}))
-    port, callers = echo(), []
-    for number in range(3):
-        assert pmp.mapped(box, port, 8000 + number, 2).result == pmp.OK
-        callers.append(called(box, 8000 + number)[0])
-        assert wire.echoes(callers[-1])
-        port = echo()
-    assert pmp.mapped(box, port, 8003).result == pmp.NO_RESOURCES
-    assert pmp.mapped(box, echo(WEB), 8004, host=WEB).result == pmp.OK
-    for caller in callers:
-        caller.close()
+    with contextlib.ExitStack() as stack:
+        for number in range(4):
+            assert pmp.mapped(box, echo(), 8000 + number).result == pmp.OK
+            stack.enter_context(called(box, 8000 + number)[0])
+            if number < 3:
+                assert pmp.mapped(box, 0, 0, 0).result == pmp.OK
+                wait.until(lambda: refused(box, 8000 + number))  # noqa: B023
+        # Four slots are left, and four callers of the machine.
+        late = stack.enter_context(box.connect("outside", (OUTSIDE, 8003)))
+        assert pmp.mapped(box, echo(WEB), 8004, host=WEB).result == pmp.OK
+        stack.enter_context(called(box, 8004)[0])
+        late.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            late.recv(1)
+
+
+def test_a_machine_with_many_callers_keeps_its_mapping_at_a_reload(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    few = running.program({"natwork_mapping.SLOT_COUNT": 12})
+    gateway, port = start(program=few), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(called(box, 8000)[0])
+        before = mapper(gateway)
+        assert "configuration reloaded" in gateway.hangup()
+        wait.until(lambda: mapper(gateway) not in (0, before))
+        assert pmp.mapped(box, port, 8000).port == 8000
+        stack.enter_context(called(box, 8000)[0])
 
 
 # --- Processes that end before their time -------------------------------------
@@ -722,19 +770,19 @@ def test_a_mapping_that_has_no_descriptor_left_goes_on(
     assert list(mappings(gateway)) == [mapping] and mapper(gateway) == answers
 
 
-def test_one_mapping_does_not_take_all_room(
+def test_one_machine_does_not_take_all_room(
     box: boxes.Box, start: Start, echo: Callable[..., int]
 ) -> None:
     few = running.program({"natwork_mapping.SLOT_COUNT": 9})
-    gateway, one, other = start(program=few), echo(), echo()
+    gateway, one, other = start(program=few), echo(), echo(WEB)
     assert pmp.mapped(box, one, 8000).port == 8000
-    assert pmp.mapped(box, other, 8001).port == 8001
+    assert pmp.mapped(box, other, 8001, host=WEB).port == 8001
     with contextlib.ExitStack() as stack:
         callers = []
         for _ in range(6):
             caller = box.connect("outside", (OUTSIDE, 8000))
             callers.append(stack.enter_context(caller))
-        # Seven slots are left: the first mapping has more than half of no others'.
+        # Seven slots are left: the first machine has more than half of no others'.
         wait.until(lambda: len(rows(box)) == 2 + 4)
         for _ in range(2):
             caller, _ = called(box, 8001)
@@ -762,6 +810,38 @@ def test_a_process_that_cannot_be_forked_is_said(
     said = "natwork: cannot fork for a mapping: resource temporarily unavailable"
     wait.until(lambda: said in gateway.said())
     assert not rows(box) and not mappings(gateway) and not lines(gateway, "MAP")
+
+
+BIRTH = "import os; import natwork_mapping as m; begin = m.Mapper.begin"
+
+
+def test_a_mapping_that_is_killed_at_its_birth_leaves_nothing(
+    box: boxes.Box, start: Start
+) -> None:
+    dies = "m.Mapper.begin = lambda *_: os.kill(os.getpid(), 9)"
+    gateway = start(program=running.program({}, BIRTH, dies))
+    assert pmp.mapped(box, 8000, 8000).port == 8000
+    (line,) = wait.until(lambda: lines(gateway, "MAP"))
+    assert line["outcome"] == "killed"
+    wait.until(lambda: not rows(box))
+
+
+def test_a_caller_that_is_ended_at_its_birth_leaves_the_mapping(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    ends = (
+        "m.Mapper.begin = lambda self, session, *rest: "
+        "(session.method == 'MAP' or os.kill(os.getpid(), 15),"
+        " begin(self, session, *rest))"
+    )
+    gateway = start(program=running.program({}, BIRTH, ends))
+    assert pmp.mapped(box, echo(), 8000).port == 8000
+    with box.connect("outside", (OUTSIDE, 8000)) as caller:
+        with pytest.raises(ConnectionResetError):
+            wire.read_exactly(caller, 1)
+    (line,) = wait.until(lambda: lines(gateway))
+    assert line["outcome"] == "killed" and not lines(gateway, "MAP")
+    assert len(rows(box)) == 1
 
 
 # --- Drain and reload ---------------------------------------------------------
@@ -801,7 +881,7 @@ def test_callers_that_do_not_leave_are_ended(
     assert pmp.mapped(box, port, 8000).port == 8000
     (orphan, _), (mapping,) = called(box, 8000), mappings(gateway)
     os.kill(mapping, signal.SIGKILL)
-    wait.until(lambda: refused(box, 8000))
+    wait.until(lambda: lines(gateway, "MAP"))  # the mapper has seen it
     assert pmp.mapped(box, port, 8000).port == 8000
     caller, _ = called(box, 8000)
     with caller, orphan:
@@ -989,8 +1069,6 @@ def test_the_gateway_itself_is_not_mapped(box: boxes.Box, start: Start) -> None:
         (pmp.request(80, 80, 60) + b"\0", b""),
         (b"\0\x80" + bytes(10), b""),  # an answer, of which nobody was asked
         (b"\0\xff", b""),
-        (pmp.request(80, 80, 60, 1), b"\0\x81\0\5"),  # UDP
-        (pmp.request(80, 80, 60, 3), b"\0\x83\0\5"),
         (b"\2\1" + bytes(58), b"\0\x81\0\1"),  # MAP of PCP, which then falls back
         (b"\2\0" + bytes(1098), b"\0\x80\0\1"),
         (b"\1\0", b"\0\x80\0\1"),
@@ -1001,6 +1079,17 @@ def test_what_is_no_request_that_is_served(
 ) -> None:
     told = pmp.ask(box, data)
     assert told[:4] == answer and len(told) == (8 if answer else 0)
+    assert not mappings(one_gateway)
+
+
+def test_what_is_not_served_is_answered_in_its_form(
+    box: boxes.Box, one_gateway: running.Gateway
+) -> None:
+    # RFC 6886 section 3.5: for UDP as for TCP; else the request itself.
+    told = pmp.ask(box, pmp.request(80, 81, 60, 1))
+    assert told[:4] + told[8:10] + told[12:] == b"\0\x81\0\5\0\x50" + bytes(4)
+    for rest in (b"", b"1", bytes(range(60))):
+        assert pmp.ask(box, b"\0\3ab" + rest) == b"\0\x83\0\5" + rest
     assert not mappings(one_gateway)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import select
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,21 @@ def test_what_came_before_the_hole_was_there_is_not_from_the_peer() -> None:
         assert [hole.read(), hole.read()] == [[], [b"the peer's"]]
 
 
+def test_a_hole_is_not_silent_if_something_has_come_meanwhile() -> None:
+    ours, peer = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(2)]
+    with ours, peer:
+        peer.bind(("127.0.0.1", 0))
+        ours.connect(peer.getsockname())
+        hole = natpunch.Datagrams(ours, natpunch.Peers(0, b"key"))
+        for _ in range(2):
+            hole.heard_at -= natpunch.SILENCE + 1  # as if we had been stopped
+            peer.sendto(b"here", ours.getsockname())
+            assert hole.read() == [b"here"]
+        hole.heard_at -= natpunch.SILENCE + 1
+        with pytest.raises(OSError, match="silent"):
+            hole.read()
+
+
 def test_a_hole_is_kept_open_before_a_nat_forgets_it() -> None:
     ours, peer = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(2)]
     with ours, peer:
@@ -314,6 +331,45 @@ def test_a_puncher_leaves_no_descriptor_behind() -> None:
     puncher = natpunch.Puncher(natpunch.Peers(0, b"key"), [listener])
     puncher.close()  # and nothing waits for the garbage collector
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_no_port_is_given_twice() -> None:
+    with contextlib.ExitStack() as stack:
+        made = [natpunch.bound(socket.SOCK_DGRAM, socket.AF_INET) for _ in range(700)]
+        ports = {stack.enter_context(sock).getsockname()[1] for sock in made}
+    assert len(ports) == 700
+
+
+def test_a_server_that_was_not_heard_is_asked_again_and_a_connection_kept() -> None:
+    meeting: Any = natpunch.Meeting.__new__(natpunch.Meeting)
+    meeting.nonce, meeting.held = bytes(16), contextlib.ExitStack()
+    seen, taken = [], []
+
+    def answer(server: socket.socket, count: int) -> None:
+        for _ in range(count):
+            sock, at = server.accept()
+            taken.append(sock)
+            sock.sendall(natpunch.stun_answer(sock.recv(100), at)[0])
+
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for server in servers:
+            server.bind(("127.0.0.1", 0))
+        meeting.servers = [server.getsockname() for server in servers]
+        for server, count in zip(servers, (2, 1)):  # the second refuses us at first
+            server.listen()
+            threading.Thread(target=answer, args=[server, count], daemon=True).start()
+            listener = natpunch.bound(socket.SOCK_STREAM, socket.AF_INET)
+            at = "127.0.0.1", stack.enter_context(listener).getsockname()[1]
+            seen.append(meeting.observe(listener) == [at] * (len(seen) + 1))
+        assert seen == [True, True]
+        for sock in taken:
+            sock.settimeout(10)
+            assert not select.select([sock], [], [], 0)[0]
+        meeting.held.close()
+        for sock in taken:
+            assert sock.recv(1) == b""
+            sock.close()
 
 
 def test_it_keeps_to_its_size() -> None:

@@ -950,6 +950,43 @@ def test_a_stream_that_is_cut_off_does_not_look_complete(
         assert process.wait(10) == 0
 
 
+@pytest.mark.parametrize("gone", ["client", "target"])
+def test_a_side_that_goes_after_its_end_is_noticed(gone: str, lab: natlab.Lab) -> None:
+    room, port = f"gone {gone}", 7400 + 2 * next(ROOMS)
+    here, there = ("127.0.0.1", port), ("127.0.0.1", port + 1)
+    with lab.within("b", lambda: socket.create_server(there)) as listener:
+        far = punching.peer(lab, "b", room, "--to", f"127.0.0.1:{port + 1}")
+        near = punching.peer(lab, "a", room, "--listen", str(port))
+        wait.until(lambda: listening(lab, port))
+        client = lab.within("a", lambda: socket.create_connection(here, 5))
+        listener.settimeout(15)
+        with client, listener.accept()[0] as target:
+            ends = client, target
+            one, other = ends if gone == "client" else ends[::-1]
+            one.shutdown(socket.SHUT_WR)
+            other.settimeout(15)
+            assert other.recv(1) == b""
+            assert all(kernel.children(process.pid) for process in (near, far))
+            abort(one)
+            for process in (near, far):
+                wait.until(lambda: not kernel.children(process.pid))  # noqa: B023
+    for process in (near, far):
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_few_files_are_no_failure() -> None:
+    needs.programs("prlimit")
+    quick = "natpunch.PAIR_TIME, natpunch.RELAY_TIME = 2.5, 2.0"
+    with natlab.lab("fully", "port") as lab, punching.server(lab):
+        words = punching.words("-s", lab.servers[0], "room", changed=quick)
+        limited = ["prlimit", "--nofile=40", *words]
+        one = lab.start("a", *limited, **punching.ENVIRONMENT)
+        other = punching.peer(lab, "b", "room", changed=quick)
+        assert punching.got(one) == punching.got(other) in ("direct", "relay")
+        punching.talk(one, other)
+
+
 def test_a_far_end_that_comes_anew_takes_the_calls() -> None:
     end = ("b", "room", "--to", "127.0.0.1:9")
     with natlab.lab() as lab, punching.server(lab):
@@ -1055,6 +1092,21 @@ def test_it_works_by_ipv6_too() -> None:
         for process in (one, other):
             assert punching.read_line(process).startswith("natpunch: direct [::1]:")
         punching.talk(one, other)
+
+
+def test_no_hole_is_tried_between_ipv4_and_ipv6() -> None:
+    with natlab.lab() as lab:
+        server = lab.start("server", *punching.words("serve", "127.0.0.1", "::1"))
+        for _ in range(2):
+            assert "natpunch: serving on" in punching.read_line(server)
+        pair = []
+        for lab.servers in (["127.0.0.1"], ["::1"]):
+            pair.append(punching.peer(lab, "server", "room"))
+        began = time.monotonic()
+        for process in pair:
+            assert punching.read_line(process) == "natpunch: relay (same-same)\n"
+        assert time.monotonic() - began < 5  # the rounds have six seconds
+        punching.talk(*pair)
 
 
 # Time: a reader that pauses, a peer that is gone, a server that is away.
