@@ -202,8 +202,8 @@ AUDIT_ARCH, SECCOMP = (0xC000003E, 0xC00000B7)[COLUMN], (317, 277)[COLUMN]
 CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 
 
-def assemble() -> bytes:
-    """Return the filter, an array of struct sock_filter."""
+def install() -> int:
+    """Put this process and its children under the filter; return the listener."""
     code = [(RETURN, 0, 0, ALLOW)]
     # From the end, so that it is known how far the jumps go: if true, and if false.
     for _, numbers, action, *tests in RULES:
@@ -216,14 +216,11 @@ def assemble() -> bytes:
             code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
         code[:0] = (LOAD, 0, 0, 0), (EQUAL, 0, len(code) - rest, numbers[COLUMN])
     code[:0] = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
-    return b"".join(struct.pack("=HBBI", *one) for one in code)
-
-
-def install(code: bytes) -> int:
-    """Put this process and its children under a filter; return the listener."""
-    program = ctypes.create_string_buffer(code, len(code))
+    # An array of struct sock_filter.
+    program = b"".join(struct.pack("=HBBI", *one) for one in code)
+    array = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog has a length, and on the next word a pointer.
-    fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
+    fields = (ctypes.c_size_t * 2)(len(code), ctypes.addressof(array))
     flags = NEW_LISTENER | WAIT_KILLABLE_RECV
     system(LIBC.prctl, NO_NEW_PRIVS, 1, 0, 0, 0)
     return system(LIBC.syscall, SECCOMP, 1, flags, ctypes.addressof(fields))
@@ -1280,7 +1277,7 @@ class Command:
         def prepare() -> None:
             """Put the new process under the filter."""
             try:
-                listener = install(assemble())
+                listener = install()
             except OSError as error:
                 told = {errno.EBUSY: "it runs in another natrun"}
                 told[errno.EINVAL] = "the kernel is older than Linux 5.19"
@@ -1553,20 +1550,18 @@ class Supervisor:
         return call.write(error.to_bytes(4, sys.byteorder), *call.arguments[3:5])
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Tell the address that the gateway connected from."""
-        if not flow.local.port:  # it is not known yet, or the server does not say
+        """Tell the address that the gateway connected from, or that was meant."""
+        where = flow.local if call.name == "getsockname" else flow.peer
+        if not where.port:  # it is not known yet, or the server does not say
             return PROCEED
-        return call.write_address(sock.family, flow.local)
+        if call.name == "getpeername":
+            # Out of the waiting room, it is connected before the flow is settled.
+            if flow.pending and flow.waits:
+                return errno.ENOTCONN
+            sock.getpeername()  # which says if it is not
+        return call.write_address(sock.family, where)
 
-    async def on_getpeername(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Tell the address that the program meant."""
-        if flow.peer == NOWHERE:
-            return PROCEED
-        # Out of the waiting room, it is connected before the flow is settled.
-        if flow.pending and flow.waits:
-            return errno.ENOTCONN
-        sock.getpeername()  # which says if it is not
-        return call.write_address(sock.family, flow.peer)
+    on_getpeername = on_getsockname
 
     async def on_socket(self, call: Call) -> int:
         """Make a socket of UDP in the namespace."""
