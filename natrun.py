@@ -54,7 +54,6 @@ import fcntl
 import functools
 import getopt
 import ipaddress
-import itertools
 import json
 import os
 import pwd
@@ -824,7 +823,6 @@ class Names:
         self.gateway = gateway
         self.known: dict[bytes, asyncio.Future[bytes]] = {}
         self.called: dict[bytes, bytes] = {}  # names by fake address
-        self.numbers = itertools.count(1)
 
     async def answer(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
@@ -879,12 +877,12 @@ class Names:
 
     def fake(self, name: bytes) -> bytes:
         """Return an address that stands for a name."""
-        for address, known in self.called.items():
-            if known == name:
-                return address
-        number = (198 << 24) + (18 << 16) + next(self.numbers) % 131071
-        address = number.to_bytes(4, "big")
-        self.called[address] = name
+        number = binascii.crc32(name)
+        while True:
+            address = (0xC6120001 + number % 131071).to_bytes(4, "big")  # 198.18.0.1
+            if self.called.setdefault(address, name) == name:
+                break
+            number += 1
         if len(self.called) > RECORDS:
             del self.called[next(iter(self.called))]
         return address
