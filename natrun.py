@@ -1020,9 +1020,8 @@ class Call:
         """Return the address of the Internet that a call is about; raise OSError."""
         raw = self.read(self.arguments[1], self.arguments[2] & 0xFF)  # struct sockaddr
         family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
-        packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
-        sizes: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
-        if len(packed) != sizes.get(family):
+        parts: dict[int, bytes] = {socket.AF_INET: raw[4:8], socket.AF_INET6: raw[8:24]}
+        if len(packed := parts.get(family, b"")) not in (4, 16):
             return None
         return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
