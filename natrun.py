@@ -566,8 +566,7 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
     places = [(named, 8080)] if named else [("wpad", 80)]
     tried = [] if named or routers else ["no default route"]
     if routers and not named:
-        packed = int(routers[0], 16).to_bytes(4, sys.byteorder)
-        places.append((socket.inet_ntoa(packed), 8080))
+        places.append((socket.inet_ntoa(struct.pack("=I", int(routers[0], 16))), 8080))
     # No name server may be there.  This is not in os.environ, which the command has.
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
