@@ -971,6 +971,19 @@ class Call:
         takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
         return errno.EINTR if shared & ~takes else 0
 
+    async def wait(self, steps: Awaitable[T]) -> T:
+        """Return what steps return; give them up for a signal, and raise OSError.
+
+        The kernel does not: it would let the program give a connect() up half done.
+        """
+        task = asyncio.ensure_future(steps)
+        while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
+            if error := self.interruption():
+                task.cancel()
+                await asyncio.wait({task})  # so that it gives the socket up
+                raise failure(error)
+        return task.result()
+
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
 
@@ -1346,8 +1359,8 @@ class Command:
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
-# nothing may block.  Each call is a task; a signal to the program cancels it.  What
-# fails here is an answer, too, and never "go on".
+# nothing may block.  Each call is a task.  What fails here is an answer, too, and never
+# "go on".
 
 
 class Supervisor:
@@ -1400,7 +1413,7 @@ class Supervisor:
                     over.cancel()
                     return
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    loop.create_task(self.watch(Call(listener)))
+                    loop.create_task(self.answer(Call(listener)))
                     self.notified += 1
 
         loop.add_reader(listener, take)
@@ -1417,19 +1430,6 @@ class Supervisor:
         if self.verbose:
             say(f"{self.notified} notifications")
         command.leave()
-
-    async def watch(self, call: Call) -> None:
-        """Answer a call, or for a signal, or if the program is dead, give that up.
-
-        The kernel does not: it would let the program give a connect() up half done.
-        """
-        task = asyncio.ensure_future(self.answer(call))
-        answer, ends = 0, call.name not in ("bind", "socket")  # they know no EINTR
-        while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
-            if ends and (answer := answer or call.interruption()):
-                task.cancel()
-        if answer:
-            call.answer(answer)
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
@@ -1480,7 +1480,7 @@ class Supervisor:
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
             # It has been tried before, and is O_NONBLOCK as long as that is under way.
             if waits or flow.waits or not flow.pending:
-                tried, error = flow.task, await self.end_of(flow, sock)
+                tried, error = flow.task, await self.end_of(call, flow, sock)
                 if error or tried and flow.waits:  # else the kernel knows
                     return error
             free(sock)
@@ -1499,7 +1499,7 @@ class Supervisor:
                 return error if error in known else errno.EADDRNOTAVAIL
             flow = self.record(sock, peer=target, waits=waits)
             flow.task = asyncio.ensure_future(self.dial(copy, flow, call.app, paired))
-            return await self.end_of(flow, sock) if waits else errno.EINPROGRESS
+            return await self.end_of(call, flow, sock) if waits else errno.EINPROGRESS
 
     async def dial(
         self, sock: socket.socket, flow: Flow, app: str, paired: bool
@@ -1528,9 +1528,9 @@ class Supervisor:
             say(f"{target}: {os.strerror(error) if error else 'connected'}")
         return error
 
-    async def end_of(self, flow: Flow, sock: socket.socket) -> int:
+    async def end_of(self, call: Call, flow: Flow, sock: socket.socket) -> int:
         """Return how a connect() has ended, when it has, if that is not told yet."""
-        error = await asyncio.shield(flow.task) if flow.task else 0
+        error = await call.wait(asyncio.shield(flow.task)) if flow.task else 0
         flow.task = None
         if error:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what the kernel had
@@ -1541,7 +1541,7 @@ class Supervisor:
         """Tell by SO_ERROR why a connect() has failed."""
         # After EINTR, a socket that waits is at the gateway, and writable, too early.
         early = flow.pending and not flow.waits
-        if early or not (error := await self.end_of(flow, sock)):
+        if early or not (error := await self.end_of(call, flow, sock)):
             return PROCEED
         return call.write(error.to_bytes(4, sys.byteorder), *call.arguments[3:5])
 
@@ -1676,7 +1676,7 @@ class Supervisor:
         while not flow.accepted and not poll.poll(0):
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
-            await readable(sock)
+            await call.wait(readable(sock))
         one, address = flow.accepted.pop(0) if flow.accepted else sock.accept()
         try:
             peer, (here, port) = await self.caller(endpoint(address)), flow.local
