@@ -655,20 +655,20 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
     source.setblocking(True)
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    pipe: tuple[int, ...] = ()
     try:
-        pipe = out, into = os.pipe()
-        while True:
-            if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
-                # It is the end, or what follows an urgent byte.
-                if not (data := source.recv(65536)):
-                    break
-                sink.sendall(data)
-            if size == 65536:  # all that it holds: bulk comes
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-            while size:
-                size -= os.splice(out, sink.fileno(), size)
+        out, into = os.pipe()
+        with open(out, "rb", 0), open(into, "wb", 0):  # which close them
+            while True:
+                if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
+                    # It is the end, or what follows an urgent byte.
+                    if not (data := source.recv(65536)):
+                        break
+                    sink.sendall(data)
+                if size == 65536:  # all that it holds: bulk comes
+                    with contextlib.suppress(OSError):
+                        fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+                while size:
+                    size -= os.splice(out, sink.fileno(), size)
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         for sock in (source, sink):
@@ -676,9 +676,6 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                 linger = struct.pack("ii", 1, 0)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 sock.shutdown(socket.SHUT_RD)  # wakes the other direction
-    finally:
-        for fd in pipe:
-            os.close(fd)
 
 
 def join(near: socket.socket, server: socket.socket) -> None:
@@ -876,12 +873,10 @@ class Names:
 
     def fake(self, name: bytes) -> bytes:
         """Return an address that stands for a name."""
-        number = binascii.crc32(name)
-        while True:
+        for number in range(binascii.crc32(name), 1 << 33):
             address = (0xC6120001 + number % 131071).to_bytes(4, "big")  # 198.18.0.1
             if self.called.setdefault(address, name) == name:
                 break
-            number += 1
         if len(self.called) > RECORDS:
             del self.called[next(iter(self.called))]
         return address
@@ -1052,7 +1047,7 @@ class Call:
 class Flow:
     """What is known of a socket that is not what the kernel takes it for."""
 
-    app: str = ""  # that it was made for, in the namespace
+    app: str = ""  # that it was made for, if it is of the namespace, or that connects
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
     waits: bool = False  # it was not O_NONBLOCK when it began to connect
@@ -1064,17 +1059,6 @@ class Flow:
     @property
     def pending(self) -> bool:
         return bool(self.task and not self.task.done())
-
-
-async def meet(room: Endpoint, sock: socket.socket) -> socket.socket:
-    """Return a socket that is connected to one in the waiting room; raise OSError."""
-    near, there = socket.socket(), endpoint(sock.getsockname()).pair()
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    near.bind(room.pair())
-    near.setblocking(False)
-    # TCP simultaneous open: RFC 9293 section 3.5.
-    await timed(asyncio.get_running_loop().sock_connect(near, there), REACH_TIME)
-    return near
 
 
 def copy_options(old: socket.socket, new: socket.socket) -> None:
@@ -1497,25 +1481,22 @@ class Supervisor:
                 sock.setblocking(waits)
                 copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
-            flow = self.record(sock, peer=target, waits=waits)
-            flow.task = asyncio.ensure_future(self.dial(copy, flow, call.app, paired))
+            flow = self.record(sock, peer=target, waits=waits, app=call.app)
+            flow.task = asyncio.ensure_future(self.dial(copy, flow, paired))
             return await self.end_of(call, flow, sock) if waits else errno.EINPROGRESS
 
-    async def dial(
-        self, sock: socket.socket, flow: Flow, app: str, paired: bool
-    ) -> int:
+    async def dial(self, sock: socket.socket, flow: Flow, paired: bool) -> int:
         """Have the gateway connect to the target of a flow; return the errno."""
         gateway, target, error = self.gateway, flow.peer, 0
         try:
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
             with socket.socket(gateway.at.family) if paired else sock.dup() as server:
-                local = await gateway.talk(server, request_of(CONNECT, where), app)
+                local = await gateway.talk(server, request_of(CONNECT, where), flow.app)
                 if len(local.packed) in (4, 16) and any(local.packed):
                     flow.local = local
                 if paired:
-                    with await meet(self.room, sock) as near:
-                        self.helper.join(near, server)
+                    await self.meet(sock, server)
         except OSError as failed:
             error = gateway.errno_of(failed)
         with sock, contextlib.suppress(OSError):
@@ -1527,6 +1508,17 @@ class Supervisor:
         if self.verbose:
             say(f"{target}: {os.strerror(error) if error else 'connected'}")
         return error
+
+    async def meet(self, sock: socket.socket, server: socket.socket) -> None:
+        """Join a server to a socket in the waiting room; raise OSError."""
+        with socket.socket() as near:
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            near.bind(self.room.pair())
+            near.setblocking(False)
+            loop, there = asyncio.get_running_loop(), endpoint(sock.getsockname())
+            # TCP simultaneous open: RFC 9293 section 3.5.
+            await timed(loop.sock_connect(near, there.pair()), REACH_TIME)
+            self.helper.join(near, server)
 
     async def end_of(self, call: Call, flow: Flow, sock: socket.socket) -> int:
         """Return how a connect() has ended, when it has, if that is not told yet."""
@@ -1581,7 +1573,7 @@ class Supervisor:
         udp = sock.type == socket.SOCK_DGRAM
         asks = udp and target.port == 53 and program.redirect == "yes"
         ours = asks and program.dns != "local"
-        private = bool(self.flow_of(sock).app)
+        private = udp and bool(self.flow_of(sock).app)
         if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
         if private or not ours and (near or udp and program.udp == "local"):
