@@ -950,7 +950,8 @@ class Call:
         """Return the errno for who is dead, or is to see a signal that waits; else 0.
 
         A signal to the process is the first thread's, unless that blocks it.  Which of
-        the others has it, the kernel does not say, and ERESTARTSYS is for that only.
+        the others has it, the kernel does not say, and ERESTARTSYS is for that only,
+        and for a stop, which is complete when all threads have stopped.
         """
         try:
             self.check()
@@ -960,8 +961,8 @@ class Call:
             return ERESTARTSYS if error.errno == errno.ENOENT else 0
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
-        own, shared = own & ~blocked & ~ignored, shared & ~blocked & ~ignored
-        if own or shared and first["Pid"] == status["Pid"]:
+        own, shared = own & ~(blocked | ignored), shared & ~(blocked | ignored)
+        if own or "T" in first["State"] or shared and first["Pid"] == status["Pid"]:
             return ERESTARTSYS
         takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
         return errno.EINTR if shared & ~takes else 0
@@ -1308,7 +1309,7 @@ class Command:
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
                     if one[0] == self.process.pid:
                         self.follow(one[1])
-        elif code != SI_KERNEL:  # of a terminal: it has reached the command, too
+        elif code != SI_KERNEL or number == signal.SIGHUP:  # else the command has it
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid, number)
 
@@ -1321,8 +1322,8 @@ class Command:
                 front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
                 if front == os.getpgrp() != shell:
                     # Unless there is none, which could let us go on: the kernel knows.
+                    os.kill(os.getpid(), signal.SIGTSTP)  # one with the terminal's
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-                    os.kill(os.getpid(), signal.SIGTSTP)
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)

@@ -565,20 +565,45 @@ class Terminal:
 
 
 @pytest.mark.parametrize(
-    "command", ["kill -STOP $$; exit 6", "trap '' TSTP; echo rea'dy'; sleep 1; exit 6"]
+    "command",
+    [
+        "kill -STOP $$; exit 6",
+        "trap '' TSTP; echo rea'dy'; sleep 1; exit 6",
+        # No shell that forks: what is stopped before it is sleep stops no parent.
+        f"echo rea'dy'; exec {PYTHON} -c 'import time; time.sleep(1); exit(6)'",
+    ],
 )
-def test_who_stops_itself_gives_the_shell_its_terminal(rig: Rig, command: str) -> None:
+def test_who_is_stopped_gives_the_shell_its_terminal(rig: Rig, command: str) -> None:
     words = shlex.join(rig.command("root", "sh", "-c", command))
     terminal = Terminal(*rig.box.command("inside", "bash", "--norc", "-i"))
     with contextlib.closing(terminal):
         os.write(terminal.fd, words.encode() + b"; echo ended $?\n")
-        if "trap" in command:
+        if "echo" in command:
             terminal.until(b"ready")
-            os.write(terminal.fd, b"\x1a")  # Ctrl-Z, which it does not heed
-        else:
+            os.write(terminal.fd, b"\x1a")  # Ctrl-Z
+        if "trap" not in command:  # else it is not heeded
             terminal.until(b"Stopped")
             os.write(terminal.fd, b"fg; echo ended $?\n")
         terminal.until(b"ended 6")
+        assert terminal.said.count(b"Stopped") == ("trap" not in command)
+
+
+def test_a_hangup_of_the_terminal_reaches_the_command(rig: Rig) -> None:
+    seen = rig.home("root") / "hangup"
+    loop = "for n in $(seq 200); do sleep 0.1; done"
+    told = f"trap 'echo x >>{seen}; exit 5' HUP; echo ready; {loop}"
+    terminal = Terminal(
+        *rig.box.command("inside", *rig.command("root", "sh", "-c", told))
+    )
+    try:
+        terminal.until(b"ready")
+        os.close(terminal.fd)
+        wait.until(lambda: os.waitpid(terminal.pid, os.WNOHANG)[0])
+    finally:
+        for pid in rig.box.pids("inside"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert seen.read_text() == "x\n"
 
 
 def test_ctrl_z_stops_nothing_where_there_is_no_shell(rig: Rig) -> None:

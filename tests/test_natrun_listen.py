@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import boxes
+import kernel
 import natrun_rig
 import needs
 import pytest
@@ -358,6 +359,36 @@ def test_a_signal_is_handled_while_accept_waits(rig: Rig, user: str) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.line(1) == "handled"
     assert server.process.wait(10) == 4
+
+
+ACCEPT_IN_A_THREAD = """\
+import os, socket, threading, time
+listener = socket.create_server(("203.0.113.1", 20760))
+def take():
+    listener.accept()[0].sendall(b"taken")
+    os._exit(0)
+threading.Thread(target=take).start()
+print("ready", flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_program_stops_while_a_thread_accepts(rig: Rig) -> None:
+    server = rig.start("nobody", PYTHON, "-c", ACCEPT_IN_A_THREAD, name="threads")
+    assert server.line() == "ready"
+    time.sleep(0.3)
+    child = server.child()
+    tasks = [f"{child}/task/{name}" for name in os.listdir(f"/proc/{child}/task")]
+
+    def states() -> list[str]:
+        return [kernel.status(task, "State")[0] for task in tasks]
+
+    os.kill(child, signal.SIGSTOP)
+    wait.until(lambda: states() == ["T", "T"])
+    os.kill(child, signal.SIGCONT)
+    said, sock = call(rig, 20760)
+    sock.close()
+    assert said == "taken" and server.process.wait(10) == 0
 
 
 @pytest.fixture(scope="module")
