@@ -507,23 +507,26 @@ class Gateway:
             say_once(f"cannot use the gateway {self.at}: {reason(error)}")
         return error.errno or errno.EIO
 
-    async def map(self, internal: int, external: int, seconds: int) -> int:
-        """Have it map a port, or unmap it; return the port outside: RFC 6886."""
+    async def map(self, *how: int) -> bytes:
+        """Have it map a port to one outside, for seconds; return both: RFC 6886.
+
+        If it is told nothing, it returns the address outside.  Raises OSError.
+        """
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
-        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
+        request = struct.pack("!BBHHHI", 0, 2, 0, *how) if how else bytes(2)
         with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
-            for pause in (0.25, 0.5, 1.0):
-                await loop.sock_sendall(sock, request)
+            for pause in (0.125, 0.25, 0.5):
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
+                    await loop.sock_sendall(sock, request)
                     answer = await timed(loop.sock_recv(sock, 16), pause)
                     break
+                await asyncio.sleep(pause)  # section 3.1, also where it is refused
             else:
                 raise Lost(errno.ENETUNREACH, "it does not answer who asks for a port")
-        _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
-        if result:
+        if result := int.from_bytes(answer[2:4], "big"):
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
-        return int(port)
+        return answer[8:12]
 
 
 async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
@@ -1624,25 +1627,33 @@ class Supervisor:
         # NAT-PMP lets nobody choose.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
-        if gateway.password:  # of users, only who has a session may map
-            session = socket.socket(gateway.at.family)
-            await gateway.talk(session, request_of(ASSOCIATE, NOWHERE), "natrun")
-            self.session.close()
-            self.session = session
         await self.tidy()  # there is a limit to mappings
         with socket.socket(sock.family) as probe:  # what is refused must stay unbound
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
-            external = await gateway.map(port, port, LEASE)
+            external = await self.lease(port, port)
+            # Where the port is taken at one address, the gateway has others.
+            elsewhere = any(where.packed) and where.packed != await gateway.map()
             # Another thread may have bound it meanwhile.
-            if where.port not in (0, external) or sock.getsockname()[1]:
+            if elsewhere or where.port not in (0, external) or sock.getsockname()[1]:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
         here, ports = Endpoint(where.packed, external), (port, external)
         self.record(sock, local=here, mapped=ports, since=time.monotonic())
         return 0
+
+    async def lease(self, internal: int, external: int) -> int:
+        """Have a port mapped, for a time; return the port outside, or raise OSError."""
+        gateway = self.gateway
+        if gateway.password:  # of users, only who has a session may map: idle, it ends
+            session = socket.socket(gateway.at.family)
+            request = request_of(ASSOCIATE, NOWHERE)
+            await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
+            self.session.close()
+            self.session = session
+        return int.from_bytes((await gateway.map(internal, external, LEASE))[2:], "big")
 
     async def unmap(self, port: int) -> None:
         """End a mapping, unless a socket has it, or it is none."""
@@ -1672,9 +1683,9 @@ class Supervisor:
             await call.wait(readable(sock))
         one, address = flow.accepted.pop(0) if flow.accepted else sock.accept()
         try:
-            peer, (here, port) = await self.caller(endpoint(address)), flow.local
-            here = here if any(here) else self.gateway.own[4]
-            self.record(one, peer=peer, local=Endpoint(here, port))
+            peer = await self.caller(endpoint(address), endpoint(one.getsockname()))
+            here = flow.local.packed if any(flow.local.packed) else self.gateway.own[4]
+            self.record(one, peer=peer, local=Endpoint(here, flow.local.port))
             if call.arguments[1]:
                 call.write_address(one.family, peer)
             call.give(one, call.arguments[3] if call.name == "accept4" else 0)
@@ -1686,8 +1697,8 @@ class Supervisor:
 
     on_accept4 = on_accept
 
-    async def caller(self, peer: Endpoint) -> Endpoint:
-        """Return who it is that calls by the gateway, as that knows."""
+    async def caller(self, peer: Endpoint, own: Endpoint) -> Endpoint:
+        """Return who it is that calls us by the gateway, as that knows."""
         gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
         with contextlib.suppress(OSError):
@@ -1695,7 +1706,8 @@ class Supervisor:
             for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
                 await asyncio.sleep(pause)
                 with contextlib.suppress(ValueError, LookupError):
-                    row = (await fetch(gateway.at, path, login))["sessions"][0]
+                    rows = (await fetch(gateway.at, path, login))["sessions"]
+                    row, *_ = [row for row in rows if row["destination"] == str(own)]
                     return endpoint((row["source_ip"], row["original_source_port"]))
         return peer
 
@@ -1710,7 +1722,7 @@ class Supervisor:
                 steps.append(self.unmap(flow.mapped[0]))
             elif flow.mapped[0] and now - flow.since > LEASE / 4:
                 flow.since = now
-                steps.append(self.gateway.map(*flow.mapped, LEASE))
+                steps.append(self.lease(*flow.mapped))
         await asyncio.gather(*steps, return_exceptions=True)
 
 

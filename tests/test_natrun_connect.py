@@ -902,20 +902,48 @@ def test_names_are_looked_up_as_the_asking_program_has_it(rig: Rig, name: str) -
     assert connects == ["www.example.com:80"]
 
 
-def test_a_user_logs_in(rig: Rig) -> None:
-    user = "nobody"
+def with_users(rig: Rig, name: str, *options: str) -> tuple[running.Gateway, Path]:
+    """Start a gateway that knows one user; return it, and the user's settings."""
     words = [sys.executable, str(running.ROOT / "natwork.py"), "--passwd", "ann"]
     line = subprocess.run(words, input="secret\n", capture_output=True, text=True)
-    folder = rig.folder / f"users-{user}"
+    folder = rig.folder / name
     folder.mkdir()
     (folder / "users").write_text(line.stdout)
     (folder / "users").chmod(0o640)
     shutil.chown(folder / "users", group="nogroup")  # natwork becomes nobody
-    where = "listen=10.9.0.1:8097 10.9.0.1:8098"
-    options = [f"users={folder / 'users'}", "mappings=yes", "outside=wan"]
-    gateway = rig.box.natwork(folder, where, *options, "bind_ports=25000-25009")
-    settings = rig.home(user) / "login.conf"
+    settings = rig.home("nobody") / f"{name}.conf"
     settings.write_text("[natrun]\nuser = ann\npassword = secret\n")
+    where = "listen=10.9.0.1:8097 10.9.0.1:8098"
+    usual = [f"users={folder / 'users'}", "mappings=yes", "outside=wan"]
+    ports = "bind_ports=25000-25009"
+    return rig.box.natwork(folder, where, *usual, ports, *options), settings
+
+
+def test_a_user_keeps_a_port_without_a_connection(rig: Rig) -> None:
+    gateway, settings = with_users(rig, "idle", "idle_timeout=2")
+    script = str(rig.folder / "natrun_probe.py")
+    words = ["-g", "10.9.0.1:8097", "-c", str(settings), PYTHON, script]
+    words += ["serve", "203.0.113.1:25002", "1"]
+    command = rig.patched("nobody", "natrun.LEASE = 3", *words)
+    server = natrun_rig.Background(rig, command, rig.home("nobody") / "idle")
+    try:
+        assert server.line() == '["203.0.113.1", 25002]'
+        listens = ["ss", "-Hltn", "src 203.0.113.1 sport = :25002"]
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline:
+            assert rig.box.run("gateway", *listens).stdout
+            time.sleep(0.1)
+    finally:
+        for pid in rig.box.pids("inside"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        server.process.wait(10)
+        gateway.stop()
+
+
+def test_a_user_logs_in(rig: Rig) -> None:
+    user = "nobody"
+    gateway, settings = with_users(rig, "login")
     get = ["curl", "-sS", "http://www.example.com/page"]
     at = "10.9.0.1:8097"
     assert rig.output(user, "-c", str(settings), *get, gateway=at) == "a page"

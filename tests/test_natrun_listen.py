@@ -20,6 +20,7 @@ import boxes
 import kernel
 import natrun_rig
 import needs
+import origins
 import pytest
 import wait
 import web
@@ -208,7 +209,7 @@ def with_a_short_lease(
 natrun.LEASE, real, tries = 3, natrun.Gateway.map, []
 async def map(self, *words):
     tries.append(words)
-    if tries.count(words) == 2:
+    if words and tries.count(words) == 2:
         raise natrun.failure(errno.ETIMEDOUT)
     return await real(self, *words)
 natrun.Gateway.map = map"""
@@ -246,6 +247,14 @@ def test_an_address_that_cannot_be_had_is_refused(wide: Rig, user: str) -> None:
     assert f"{OUTSIDE}:20101" not in shown
     end_all(wide)
     server.process.wait(10)
+
+
+def test_a_port_that_another_address_has_free_is_refused(wide: Rig) -> None:
+    place, others = f"{OUTSIDE}:20110", ["ss", "-Hltn", "src 203.0.113.2"]
+    with wide.box.within("gateway", lambda: socket.create_server((OUTSIDE, 20110))):
+        assert wide.probe("nobody", "bind_to", place) == ["EADDRINUSE"]
+    wait.until(lambda: not wide.box.run("gateway", *others).stdout)
+    assert wide.probe("nobody", "bind_to", place) == [[OUTSIDE, 20110]]
 
 
 @users
@@ -478,12 +487,57 @@ def test_a_silent_gateway_is_asked_once_who_calls(
         gateway = types.SimpleNamespace(at=at, password="")
         self = types.SimpleNamespace(gateway=gateway)
         peer = natrun.Endpoint(at.packed, 9)
-        steps = natrun.Supervisor.caller(self, peer)  # type: ignore[arg-type]
+        steps = natrun.Supervisor.caller(self, peer, at)  # type: ignore[arg-type]
         assert asyncio.run(steps) == peer
         silent.setblocking(False)
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):
             silent.accept()
+
+
+def test_who_leaves_the_gateway_by_the_same_port_is_not_who_calls() -> None:
+    def row(destination: str, host: str) -> dict[str, Any]:
+        there = {"source_ip": host, "original_source_port": 1234}
+        return {"destination": destination, **there}
+
+    rows = [row("203.0.113.80:80", "10.9.0.3"), row("10.9.0.2:8000", SERVER)]
+    page = b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps({"sessions": rows}).encode()
+
+    def serve(connection: socket.socket, origin: origins.Origin) -> None:
+        connection.recv(1000)
+        connection.sendall(page)
+
+    with contextlib.closing(origins.Origin(serve)) as server:
+        at = natrun.Endpoint(socket.inet_aton("127.0.0.1"), server.port)
+        gateway = types.SimpleNamespace(at=at, password="")
+        self = types.SimpleNamespace(gateway=gateway)
+        peer, own = at._replace(port=9), natrun.endpoint(("10.9.0.2", 8000))
+        steps = natrun.Supervisor.caller(self, peer, own)  # type: ignore[arg-type]
+        assert asyncio.run(steps) == natrun.endpoint((SERVER, 1234))
+
+
+def test_a_mapper_that_is_away_for_a_moment_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        place = sock.getsockname()
+    monkeypatch.setattr(natrun, "PMP_PORT", place[1])
+
+    def answer() -> None:
+        time.sleep(0.2)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(place)
+            sock.settimeout(10)
+            sender = sock.recvfrom(100)[1]
+            sock.sendto(b"\0\x80" + bytes(6) + socket.inet_aton(OUTSIDE), sender)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    self = types.SimpleNamespace(at=natrun.endpoint(place))
+    found = asyncio.run(natrun.Gateway.map(self))  # type: ignore[arg-type]
+    thread.join()
+    assert found == socket.inet_aton(OUTSIDE)
 
 
 def lines(rig: Rig) -> list[Any]:
