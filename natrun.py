@@ -763,7 +763,7 @@ class Helper:
         try:
             socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
         except OSError as error:
-            say_once(f"cannot carry a connection, the helper is gone: {reason(error)}")
+            say_once(f"the helper takes no connection: {reason(error)}")
             raise
 
 
@@ -1066,7 +1066,7 @@ class Flow:
 
 
 def copy_options(old: socket.socket, new: socket.socket) -> None:
-    """Set what a program may have set on a socket of UDP before bind()."""
+    """Set what a program may have set on a socket before bind()."""
     for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
         value = old.getsockopt(socket.SOL_SOCKET, option)
         new.setsockopt(socket.SOL_SOCKET, option, value)
@@ -1463,7 +1463,7 @@ class Supervisor:
         if near and target.port != 53 and not within(LINKED, target.packed):
             return PROCEED
         with call.borrow() as sock:
-            if sock.type != socket.SOCK_STREAM or near:
+            if sock.proto != socket.IPPROTO_TCP or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
             # It has been tried before, and is O_NONBLOCK as long as that is under way.
@@ -1480,7 +1480,7 @@ class Supervisor:
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
             error = sock.connect_ex(there.pair(sock.family))
-            known = 0, errno.EISCONN, errno.EALREADY
+            known = 0, errno.EISCONN, errno.EALREADY, errno.EADDRNOTAVAIL
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
                 copy.close()
@@ -1572,9 +1572,9 @@ class Supervisor:
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
     ) -> int:
-        """Connect what is no stream: a query is for our name server."""
+        """Connect what is not of TCP: a query is for our name server."""
         program = self.programs[call.app]
-        udp = sock.type == socket.SOCK_DGRAM
+        udp = sock.proto == socket.IPPROTO_UDP
         asks = udp and target.port == 53 and program.redirect == "yes"
         ours = asks and program.dns != "local"
         private = udp and bool(self.flow_of(sock).app)
@@ -1608,7 +1608,7 @@ class Supervisor:
         listens = anywhere and any(where.port in ports for ports in listen)
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
-            if sock.type == socket.SOCK_STREAM:
+            if sock.proto == socket.IPPROTO_TCP:
                 if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
             elif self.datagrams and self.flow_of(sock).app:

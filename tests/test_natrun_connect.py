@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import platform
 import pty
@@ -461,6 +462,47 @@ def test_a_bound_socket_of_ipv6_blames_nobody_else(
     done = rig.natrun(user, *words)
     assert done.returncode == 0 and "the gateway" not in done.stderr
     assert "ENETUNREACH" not in done.stdout
+
+
+def test_a_port_has_one_connection_to_the_gateway_at_once(rig: Rig) -> None:
+    code = f"""if True:
+        import errno, socket
+        socks = [socket.socket() for _ in range(2)]
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("0.0.0.0", 7755))
+            print(errno.errorcode.get(sock.connect_ex(({SERVER!r}, 80)), "ok"))"""
+    done = rig.natrun("nobody", PYTHON, "-c", code)
+    assert (done.stdout, done.stderr) == ("ok\nEADDRNOTAVAIL\n", "")
+
+
+def test_a_dead_host_stalls_no_loop(rig: Rig) -> None:
+    told, ticks = rig.probe("nobody", "unstalled", NOBODY_THERE, "80", "5")
+    assert told == ["EHOSTUNREACH"] * 5 and ticks > 20
+
+
+@users
+def test_each_reply_of_socks_has_its_errno(rig: Rig, user: str) -> None:
+    make = functools.partial(origins.Origin, reply_as_asked, "10.9.0.1")
+    server = rig.box.within("gateway", make)
+    places = [f"{SERVER}:{reply}" for reply in range(1, 9)]
+    script = str(rig.folder / "natrun_probe.py")
+    gateway = f"socks5://10.9.0.1:{server.port}"
+    done = rig.natrun(user, PYTHON, script, "refusals", *places, gateway=gateway)
+    server.close()
+    assert json.loads(done.stdout) == [
+        *("EHOSTUNREACH", "EACCES", "ENETUNREACH", "EHOSTUNREACH"),
+        *("ECONNREFUSED", "ETIMEDOUT", "ENOTSUP", "EAFNOSUPPORT"),
+    ]
+
+
+def reply_as_asked(connection: socket.socket, origin: origins.Origin) -> None:
+    """Refuse a SOCKS request, with the port that is asked for as the reply."""
+    methods = wire.read_exactly(connection, 2)[1]
+    wire.read_exactly(connection, methods)
+    connection.sendall(b"\5\0")
+    reply = wire.read_exactly(connection, 10)[9]
+    connection.sendall(bytes([5, reply, 0, 1]) + bytes(6))
 
 
 # Signals, processes, faults.

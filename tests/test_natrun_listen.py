@@ -134,7 +134,7 @@ def test_a_server_knows_its_callers(rig: Rig, user: str) -> None:
         assert "%s:%d" % tuple(peer) == caller and local == [OUTSIDE, 20100]
     end_all(rig)
     server.process.wait(10)
-    wait.until(lambda: not is_open(rig, 20100), 5)
+    wait.until(lambda: not is_open(rig, 20100), 2)
 
 
 @users
@@ -366,7 +366,7 @@ def test_a_signal_is_handled_while_accept_waits(rig: Rig, user: str) -> None:
     assert server.line() == "ready"
     time.sleep(0.3)
     server.process.send_signal(signal.SIGTERM)
-    assert server.line(1) == "handled"
+    assert server.line(1, 2) == "handled"
     assert server.process.wait(10) == 4
 
 
