@@ -597,8 +597,7 @@ JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
-    "ipv4/conf/all/rp_filter": "0",
-    "ipv4/conf/default/rp_filter": "0",
+    "ipv4/ip_local_port_range": "16384 32767",  # the machine's own are above
     "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
 }
 
@@ -691,10 +690,10 @@ def join(near: socket.socket, server: socket.socket) -> None:
 
 
 def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) -> None:
-    """Send a socket that a function makes, else the errno."""
+    """Send a socket that a function makes, and the errno if it is lost; or why not."""
     try:
         with make(*how) as made:
-            socket.send_fds(control, [b"+"], [made.fileno()])
+            socket.send_fds(control, [b"%d" % errno.EMFILE], [made.fileno()])
     except Exception as error:
         control.send(b"%d" % (getattr(error, "errno", 0) or errno.EIO))
 
@@ -777,7 +776,7 @@ class Helper:
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
-NAME = re.compile(rb"[-\w]+(\.[-\w]+)*")
+NAME = re.compile(rb"(?!.{254})[-\w]+(\.[-\w]+)*")
 
 
 def read_question(query: bytes) -> tuple[bytes, int, int]:
@@ -946,7 +945,7 @@ class Call:
 
     def read_proc(self, name: str) -> dict[str, str]:
         """Return the lines of a file about the thread in /proc; raise OSError."""
-        with open(f"/proc/{self.tid}/{name}", errors="replace") as file:
+        with open(f"/proc/{self.tid}/{name}", errors="replace", newline="\n") as file:
             return dict(line.split(":", 1) for line in file)
 
     def interruption(self) -> int:
@@ -1216,7 +1215,7 @@ class Datagrams:
                 if not (one := self.relays.get(source)):
                     own = self.gateway.own[len(source.packed)]
                     self.inject(source, Endpoint(own, port), data)
-                elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
+                elif len(data) > 9 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
                     there = int.from_bytes(data[at : at + 2], "big")
                     self.inject(Endpoint(data[4:at], there), one.here, data[at + 2 :])
@@ -1231,8 +1230,8 @@ class Datagrams:
                 if not any(relay.packed):
                     relay = Endpoint(self.gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
-                for message in one.queue:
-                    self.send(one.here.port, relay, message)
+                while one.queue:
+                    self.send(one.here.port, relay, one.queue.pop(0))
                 await receive(control, 1)
         except OSError as error:
             if not one.relay:
@@ -1245,9 +1244,9 @@ class Datagrams:
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
         ports = self.ports()
-        for here in [*self.associations]:
-            if here.port not in ports:
-                one = self.associations.pop(here)
+        for here, one in [*self.associations.items()]:
+            if here.port not in ports and not one.queue:
+                del self.associations[here]
                 if one.task:
                     one.task.cancel()
         for port in self.socks.keys() - ports.keys():
@@ -1412,6 +1411,10 @@ class Supervisor:
                 if self.datagrams:
                     self.datagrams.sweep()
         loop.remove_reader(listener)
+        last = self.datagrams.associations.values() if self.datagrams else ()
+        for _ in range(100):  # for a second, while the gateway is asked to carry them
+            if any(one.queue for one in last):
+                await asyncio.sleep(0.01)
         ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)

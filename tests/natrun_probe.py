@@ -469,7 +469,7 @@ def named(host: str, port: str) -> list[str]:
 
     def connect() -> None:
         with open("/proc/thread-self/comm", "w") as file:
-            file.write("fetcher")
+            file.write("fetch\rer")
         found.extend(blocking((host, int(port))))
 
     thread = threading.Thread(target=connect)
@@ -532,6 +532,16 @@ def peers(*places: str) -> list[Any]:
             sock.sendto(b"hello", where(place))
         found = [sock.recvfrom(1000) for _ in places]
         return sorted([sender[0], sender[1], data.decode()] for data, sender in found)
+
+
+def emptied(place: str) -> list[str]:
+    """Have a peer send nothing; return who did, and what that was."""
+    family = socket.AF_INET6 if "[" in place else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        sock.sendto(b"nothing", where(place))
+        data, (host, port, *_) = sock.recvfrom(1000)
+        return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}", data.decode()]
 
 
 def connected(place: str) -> list[str]:
