@@ -295,16 +295,16 @@ def parse_choice(words: str, text: str) -> str:
     return text
 
 
-def parse_ports(text: str) -> list[range]:
-    """Return the ranges of ports that a text names; raise ValueError."""
-    ranges = []
+def parse_ports(text: str) -> set[int]:
+    """Return the ports that a text names; raise ValueError."""
+    found = set[int]()
     for word in text.replace(",", " ").split():
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word)
         ports = range(int(match[1]), int(match[2] or match[1]) + 1) if match else None
         if not ports or ports[-1] > 65535:
             raise ValueError(f"{word!r} is not a range of ports")
-        ranges.append(ports)
-    return ranges
+        found.update(ports)
+    return found
 
 
 # The first three are the run's, and stand in [natrun] only.
@@ -444,8 +444,7 @@ class Gateway:
         """Return whether a program reaches a target without the gateway."""
         program = self.programs[app]
         near = within(self.inside + program.direct, target.packed)
-        direct = near or any(target.port in ports for ports in program.direct_ports)
-        return direct or program.redirect == "no"
+        return near or target.port in program.direct_ports or program.redirect == "no"
 
     def login(self, app: str) -> list[bytes]:
         """Return the user that its log is to have, and a password."""
@@ -507,13 +506,10 @@ class Gateway:
             say_once(f"cannot use the gateway {self.at}: {reason(error)}")
         return error.errno or errno.EIO
 
-    async def map(self, *how: int) -> bytes:
-        """Have it map a port to one outside, for seconds; return both: RFC 6886.
-
-        If it is told nothing, it returns the address outside.  Raises OSError.
-        """
+    async def map(self, *lease: int) -> bytes:
+        """Have it lease two ports for a time, or else tell its address: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
-        request = struct.pack("!BBHHHI", 0, 2, 0, *how) if how else bytes(2)
+        request = struct.pack("!BBHHHI", 0, 2, 0, *lease) if lease else bytes(2)
         with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
             for pause in (0.125, 0.25, 0.5):
@@ -1227,8 +1223,6 @@ class Datagrams:
                 # From the same port of the outside, where it is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
                 relay = await self.gateway.talk(control, request, one.app)
-                if not any(relay.packed):
-                    relay = Endpoint(self.gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
                 while one.queue:
                     self.send(one.here.port, relay, one.queue.pop(0))
@@ -1324,7 +1318,7 @@ class Command:
                 front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
                 if front == os.getpgrp() != shell:
                     # Unless there is none, which could let us go on: the kernel knows.
-                    os.kill(os.getpid(), signal.SIGTSTP)  # one with the terminal's
+                    os.kill(os.getpid(), signal.SIGTSTP)  # one if another is pending
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         else:
@@ -1607,8 +1601,8 @@ class Supervisor:
         """Bind to the outside address, or to a port that is to be there."""
         if not (where := call.target()):
             return PROCEED
-        anywhere, listen = not any(where.packed), self.programs[call.app].listen
-        listens = anywhere and any(where.port in ports for ports in listen)
+        anywhere = not any(where.packed)
+        listens = anywhere and where.port in self.programs[call.app].listen
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
             if sock.proto == socket.IPPROTO_TCP:
