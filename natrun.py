@@ -1629,16 +1629,16 @@ class Supervisor:
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
-            external = await self.lease(port, port)
-            # Where the port is taken at one address, the gateway has others.
-            elsewhere = any(where.packed) and where.packed != await gateway.map()
+            external, place = await self.lease(port, port), where.packed
+            if any(place):  # it is another, where the port is taken at the first
+                place = await gateway.map()
+            here = Endpoint(place, external)
             # Another thread may have bound it meanwhile.
-            if elsewhere or where.port not in (0, external) or sock.getsockname()[1]:
+            if where.port and where != here or sock.getsockname()[1]:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
-        here, ports = Endpoint(where.packed, external), (port, external)
-        self.record(sock, local=here, mapped=ports, since=time.monotonic())
+        self.record(sock, local=here, mapped=(port, external), since=time.monotonic())
         return 0
 
     async def lease(self, internal: int, external: int) -> int:

@@ -21,6 +21,7 @@ import kernel
 import natrun_rig
 import needs
 import origins
+import pmp
 import pytest
 import wait
 import web
@@ -79,13 +80,14 @@ def wide() -> Iterator[Rig]:
         yield made
 
 
-def call(rig: Rig, port: int) -> tuple[str, socket.socket]:
+def call(rig: Rig, port: int, asks: bytes = b"") -> tuple[str, socket.socket]:
     """Call a port of the outside; return what is said until the end, and the socket."""
 
     def connect() -> socket.socket:
         return socket.create_connection((OUTSIDE, port), 10)
 
     sock, said = rig.box.within("outside", connect), b""
+    sock.sendall(asks)
     while piece := sock.recv(1000):
         said += piece
     return said.decode(), sock
@@ -97,12 +99,14 @@ def is_open(rig: Rig, port: int) -> bool:
     return bool(rig.box.run("gateway", *words).stdout)
 
 
-def call_often(rig: Rig, port: int, count: int) -> list[tuple[str, str]]:
+def call_often(
+    rig: Rig, port: int, count: int, asks: bytes = b""
+) -> list[tuple[str, str]]:
     """Call many times at once; return what was said, and who called."""
     found: list[tuple[str, str]] = []
 
     def one() -> None:
-        said, sock = call(rig, port)
+        said, sock = call(rig, port, asks)
         with sock:
             found.append((said, "%s:%d" % sock.getsockname()))
 
@@ -160,9 +164,9 @@ def test_a_web_server_logs_its_callers(rig: Rig, user: str) -> None:
     server = rig.start(user, *words, name="http")
     assert f"on {OUTSIDE} port 20300" in server.line()
     wait.until(lambda: is_open(rig, 20300))
-    get = ["curl", "-sS", f"http://{OUTSIDE}:20300/"]
-    assert "Directory listing" in rig.box.run("outside", *get).stdout
-    wait.until(lambda: f"{SERVER} - - [" in server.err.read_text())
+    found = call_often(rig, 20300, 50, b"GET / HTTP/1.0\r\n\r\n")
+    assert ["Directory listing" in said for said, _ in found] == [True] * 50
+    wait.until(lambda: server.err.read_text().count(f"{SERVER} - - [") == 50)
     server.stop()
 
 
@@ -253,6 +257,12 @@ def test_a_port_that_another_address_has_free_is_refused(wide: Rig) -> None:
     place, others = f"{OUTSIDE}:20110", ["ss", "-Hltn", "src 203.0.113.2"]
     with wide.box.within("gateway", lambda: socket.create_server((OUTSIDE, 20110))):
         assert wide.probe("nobody", "bind_to", place) == ["EADDRINUSE"]
+        wait.until(lambda: not wide.box.run("gateway", *others).stdout)
+        assert pmp.mapped(wide.box, 9, 20110).port == 20110
+    # A machine keeps to its address: what may have any port is told of it.
+    ((host, port),) = wide.probe("nobody", "bind_to", f"{OUTSIDE}:0")
+    assert host == "203.0.113.2" and port != 20110
+    pmp.ask(wide.box, pmp.request(9, 0, 0))
     wait.until(lambda: not wide.box.run("gateway", *others).stdout)
     assert wide.probe("nobody", "bind_to", place) == [[OUTSIDE, 20110]]
 
