@@ -333,9 +333,7 @@ def read_settings(path: str) -> Programs:
     found = filter(os.path.exists, [f"{home}/natrun.conf", "/etc/natrun.conf"])
     at = path = path or next(found, os.devnull)
     usual = {name: default for name, (default, _) in SETTINGS.items()}
-    parser = configparser.ConfigParser(
-        usual, default_section="natrun", interpolation=None
-    )
+    parser = configparser.RawConfigParser(usual, default_section="natrun")
     programs: dict[str, Settings] = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
