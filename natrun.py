@@ -54,7 +54,6 @@ import fcntl
 import functools
 import getopt
 import ipaddress
-import itertools
 import json
 import os
 import pwd
@@ -202,8 +201,8 @@ AUDIT_ARCH, SECCOMP = (0xC000003E, 0xC00000B7)[COLUMN], (317, 277)[COLUMN]
 CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 
 
-def assemble() -> bytes:
-    """Return the filter, an array of struct sock_filter."""
+def install() -> int:
+    """Put this process and its children under the filter; return the listener."""
     code = [(RETURN, 0, 0, ALLOW)]
     # From the end, so that it is known how far the jumps go: if true, and if false.
     for _, numbers, action, *tests in RULES:
@@ -216,14 +215,11 @@ def assemble() -> bytes:
             code[:0] = (LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, mask)
         code[:0] = (LOAD, 0, 0, 0), (EQUAL, 0, len(code) - rest, numbers[COLUMN])
     code[:0] = (LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH), (RETURN, 0, 0, ALLOW)
-    return b"".join(struct.pack("=HBBI", *one) for one in code)
-
-
-def install(code: bytes) -> int:
-    """Put this process and its children under a filter; return the listener."""
-    program = ctypes.create_string_buffer(code, len(code))
+    # An array of struct sock_filter.
+    program = b"".join(struct.pack("=HBBI", *one) for one in code)
+    array = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog has a length, and on the next word a pointer.
-    fields = (ctypes.c_size_t * 2)(len(code) // 8, ctypes.addressof(program))
+    fields = (ctypes.c_size_t * 2)(len(code), ctypes.addressof(array))
     flags = NEW_LISTENER | WAIT_KILLABLE_RECV
     system(LIBC.prctl, NO_NEW_PRIVS, 1, 0, 0, 0)
     return system(LIBC.syscall, SECCOMP, 1, flags, ctypes.addressof(fields))
@@ -299,16 +295,16 @@ def parse_choice(words: str, text: str) -> str:
     return text
 
 
-def parse_ports(text: str) -> list[range]:
-    """Return the ranges of ports that a text names; raise ValueError."""
-    ranges = []
+def parse_ports(text: str) -> set[int]:
+    """Return the ports that a text names; raise ValueError."""
+    found = set[int]()
     for word in text.replace(",", " ").split():
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word)
         ports = range(int(match[1]), int(match[2] or match[1]) + 1) if match else None
         if not ports or ports[-1] > 65535:
             raise ValueError(f"{word!r} is not a range of ports")
-        ranges.append(ports)
-    return ranges
+        found.update(ports)
+    return found
 
 
 # The first three are the run's, and stand in [natrun] only.
@@ -337,9 +333,7 @@ def read_settings(path: str) -> Programs:
     found = filter(os.path.exists, [f"{home}/natrun.conf", "/etc/natrun.conf"])
     at = path = path or next(found, os.devnull)
     usual = {name: default for name, (default, _) in SETTINGS.items()}
-    parser = configparser.ConfigParser(
-        usual, default_section="natrun", interpolation=None
-    )
+    parser = configparser.RawConfigParser(usual, default_section="natrun")
     programs: dict[str, Settings] = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -448,8 +442,7 @@ class Gateway:
         """Return whether a program reaches a target without the gateway."""
         program = self.programs[app]
         near = within(self.inside + program.direct, target.packed)
-        direct = near or any(target.port in ports for ports in program.direct_ports)
-        return direct or program.redirect == "no"
+        return near or target.port in program.direct_ports or program.redirect == "no"
 
     def login(self, app: str) -> list[bytes]:
         """Return the user that its log is to have, and a password."""
@@ -511,23 +504,23 @@ class Gateway:
             say_once(f"cannot use the gateway {self.at}: {reason(error)}")
         return error.errno or errno.EIO
 
-    async def map(self, internal: int, external: int, seconds: int) -> int:
-        """Have it map a port, or unmap it; return the port outside: RFC 6886."""
+    async def map(self, *lease: int) -> bytes:
+        """Have it lease two ports for a time, or else tell its address: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
-        request = struct.pack("!BBHHHI", 0, 2, 0, internal, external, seconds)
+        request = struct.pack("!BBHHHI", 0, 2, 0, *lease) if lease else bytes(2)
         with socket.socket(at.family, DATAGRAMS) as sock:
             sock.connect(at.pair())
-            for pause in (0.25, 0.5, 1.0):
-                await loop.sock_sendall(sock, request)
+            for pause in (0.125, 0.25, 0.5):
                 with contextlib.suppress(TimeoutError, ConnectionRefusedError):
+                    await loop.sock_sendall(sock, request)
                     answer = await timed(loop.sock_recv(sock, 16), pause)
                     break
+                await asyncio.sleep(pause)  # section 3.1, also where it is refused
             else:
                 raise Lost(errno.ENETUNREACH, "it does not answer who asks for a port")
-        _, result, _, _, port = struct.unpack_from("!HHIHH", answer)
-        if result:
+        if result := int.from_bytes(answer[2:4], "big"):
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
-        return int(port)
+        return answer[8:12]
 
 
 async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
@@ -570,8 +563,7 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
     places = [(named, 8080)] if named else [("wpad", 80)]
     tried = [] if named or routers else ["no default route"]
     if routers and not named:
-        packed = int(routers[0], 16).to_bytes(4, sys.byteorder)
-        places.append((socket.inet_ntoa(packed), 8080))
+        places.append((socket.inet_ntoa(struct.pack("=I", int(routers[0], 16))), 8080))
     # No name server may be there.  This is not in os.environ, which the command has.
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
@@ -599,8 +591,7 @@ JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
-    "ipv4/conf/all/rp_filter": "0",
-    "ipv4/conf/default/rp_filter": "0",
+    "ipv4/ip_local_port_range": "16384 32767",  # the machine's own are above
     "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
 }
 
@@ -660,20 +651,20 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
     source.setblocking(True)
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    pipe: tuple[int, ...] = ()
     try:
-        pipe = out, into = os.pipe()
-        while True:
-            if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
-                # It is the end, or what follows an urgent byte.
-                if not (data := source.recv(65536)):
-                    break
-                sink.sendall(data)
-            if size == 65536:  # all that it holds: bulk comes
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-            while size:
-                size -= os.splice(out, sink.fileno(), size)
+        out, into = os.pipe()
+        with open(out, "rb", 0), open(into, "wb", 0):  # which close them
+            while True:
+                if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
+                    # It is the end, or what follows an urgent byte.
+                    if not (data := source.recv(65536)):
+                        break
+                    sink.sendall(data)
+                if size == 65536:  # all that it holds: bulk comes
+                    with contextlib.suppress(OSError):
+                        fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+                while size:
+                    size -= os.splice(out, sink.fileno(), size)
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         for sock in (source, sink):
@@ -681,9 +672,6 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                 linger = struct.pack("ii", 1, 0)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 sock.shutdown(socket.SHUT_RD)  # wakes the other direction
-    finally:
-        for fd in pipe:
-            os.close(fd)
 
 
 def join(near: socket.socket, server: socket.socket) -> None:
@@ -696,10 +684,10 @@ def join(near: socket.socket, server: socket.socket) -> None:
 
 
 def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) -> None:
-    """Send a socket that a function makes, else the errno."""
+    """Send a socket that a function makes, and the errno if it is lost; or why not."""
     try:
         with make(*how) as made:
-            socket.send_fds(control, [b"+"], [made.fileno()])
+            socket.send_fds(control, [b"%d" % errno.EMFILE], [made.fileno()])
     except Exception as error:
         control.send(b"%d" % (getattr(error, "errno", 0) or errno.EIO))
 
@@ -768,7 +756,7 @@ class Helper:
         try:
             socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
         except OSError as error:
-            say_once(f"cannot carry a connection, the helper is gone: {reason(error)}")
+            say_once(f"the helper takes no connection: {reason(error)}")
             raise
 
 
@@ -782,7 +770,7 @@ class Helper:
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
-NAME = re.compile(rb"[-\w]+(\.[-\w]+)*")
+NAME = re.compile(rb"(?!.{254})[-\w]+(\.[-\w]+)*")
 
 
 def read_question(query: bytes) -> tuple[bytes, int, int]:
@@ -827,7 +815,6 @@ class Names:
         self.gateway = gateway
         self.known: dict[bytes, asyncio.Future[bytes]] = {}
         self.called: dict[bytes, bytes] = {}  # names by fake address
-        self.numbers = itertools.count(1)
 
     async def answer(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
@@ -882,12 +869,10 @@ class Names:
 
     def fake(self, name: bytes) -> bytes:
         """Return an address that stands for a name."""
-        for address, known in self.called.items():
-            if known == name:
-                return address
-        number = (198 << 24) + (18 << 16) + next(self.numbers) % 131071
-        address = number.to_bytes(4, "big")
-        self.called[address] = name
+        for number in range(binascii.crc32(name), 1 << 33):
+            address = (0xC6120001 + number % 131071).to_bytes(4, "big")  # 198.18.0.1
+            if self.called.setdefault(address, name) == name:
+                break
         if len(self.called) > RECORDS:
             del self.called[next(iter(self.called))]
         return address
@@ -954,14 +939,15 @@ class Call:
 
     def read_proc(self, name: str) -> dict[str, str]:
         """Return the lines of a file about the thread in /proc; raise OSError."""
-        with open(f"/proc/{self.tid}/{name}", errors="replace") as file:
+        with open(f"/proc/{self.tid}/{name}", errors="replace", newline="\n") as file:
             return dict(line.split(":", 1) for line in file)
 
     def interruption(self) -> int:
         """Return the errno for who is dead, or is to see a signal that waits; else 0.
 
         A signal to the process is the first thread's, unless that blocks it.  Which of
-        the others has it, the kernel does not say, and ERESTARTSYS is for that only.
+        the others has it, the kernel does not say, and ERESTARTSYS is for that only,
+        and for a stop, which is complete when all threads have stopped.
         """
         try:
             self.check()
@@ -971,11 +957,24 @@ class Call:
             return ERESTARTSYS if error.errno == errno.ENOENT else 0
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
-        own, shared = own & ~blocked & ~ignored, shared & ~blocked & ~ignored
-        if own or shared and first["Pid"] == status["Pid"]:
+        own, shared = own & ~(blocked | ignored), shared & ~(blocked | ignored)
+        if own or "T" in first["State"] or shared and first["Pid"] == status["Pid"]:
             return ERESTARTSYS
         takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
         return errno.EINTR if shared & ~takes else 0
+
+    async def wait(self, steps: Awaitable[T]) -> T:
+        """Return what steps return; give them up for a signal, and raise OSError.
+
+        The kernel does not: it would let the program give a connect() up half done.
+        """
+        task = asyncio.ensure_future(steps)
+        while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
+            if error := self.interruption():
+                task.cancel()
+                await asyncio.wait({task})  # so that it gives the socket up
+                raise failure(error)
+        return task.result()
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
@@ -1025,9 +1024,8 @@ class Call:
         """Return the address of the Internet that a call is about; raise OSError."""
         raw = self.read(self.arguments[1], self.arguments[2] & 0xFF)  # struct sockaddr
         family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
-        packed = raw[4:8] if family == socket.AF_INET else raw[8:24]
-        sizes: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
-        if len(packed) != sizes.get(family):
+        parts: dict[int, bytes] = {socket.AF_INET: raw[4:8], socket.AF_INET6: raw[8:24]}
+        if len(packed := parts.get(family, b"")) not in (4, 16):
             return None
         return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
@@ -1046,7 +1044,7 @@ class Call:
 class Flow:
     """What is known of a socket that is not what the kernel takes it for."""
 
-    app: str = ""  # that it was made for, in the namespace
+    app: str = ""  # that it was made for, if it is of the namespace, or that connects
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
     waits: bool = False  # it was not O_NONBLOCK when it began to connect
@@ -1060,19 +1058,8 @@ class Flow:
         return bool(self.task and not self.task.done())
 
 
-async def meet(room: Endpoint, sock: socket.socket) -> socket.socket:
-    """Return a socket that is connected to one in the waiting room; raise OSError."""
-    near, there = socket.socket(), endpoint(sock.getsockname()).pair()
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    near.bind(room.pair())
-    near.setblocking(False)
-    # TCP simultaneous open: RFC 9293 section 3.5.
-    await timed(asyncio.get_running_loop().sock_connect(near, there), REACH_TIME)
-    return near
-
-
 def copy_options(old: socket.socket, new: socket.socket) -> None:
-    """Set what a program may have set on a socket of UDP before bind()."""
+    """Set what a program may have set on a socket before bind()."""
     for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
         value = old.getsockopt(socket.SOL_SOCKET, option)
         new.setsockopt(socket.SOL_SOCKET, option, value)
@@ -1222,7 +1209,7 @@ class Datagrams:
                 if not (one := self.relays.get(source)):
                     own = self.gateway.own[len(source.packed)]
                     self.inject(source, Endpoint(own, port), data)
-                elif len(data) > 10 and data[:3] == bytes(3) and data[3] in (1, 4):
+                elif len(data) > 9 and data[:3] == bytes(3) and data[3] in (1, 4):
                     at = 4 + 4 * data[3]
                     there = int.from_bytes(data[at : at + 2], "big")
                     self.inject(Endpoint(data[4:at], there), one.here, data[at + 2 :])
@@ -1234,11 +1221,9 @@ class Datagrams:
                 # From the same port of the outside, where it is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
                 relay = await self.gateway.talk(control, request, one.app)
-                if not any(relay.packed):
-                    relay = Endpoint(self.gateway.at.packed, relay.port)
                 one.relay, self.relays[relay] = relay, one
-                for message in one.queue:
-                    self.send(one.here.port, relay, message)
+                while one.queue:
+                    self.send(one.here.port, relay, one.queue.pop(0))
                 await receive(control, 1)
         except OSError as error:
             if not one.relay:
@@ -1251,9 +1236,9 @@ class Datagrams:
     def sweep(self) -> None:
         """End the associations of sockets that have been closed."""
         ports = self.ports()
-        for here in [*self.associations]:
-            if here.port not in ports:
-                one = self.associations.pop(here)
+        for here, one in [*self.associations.items()]:
+            if here.port not in ports and not one.queue:
+                del self.associations[here]
                 if one.task:
                     one.task.cancel()
         for port in self.socks.keys() - ports.keys():
@@ -1280,7 +1265,7 @@ class Command:
         def prepare() -> None:
             """Put the new process under the filter."""
             try:
-                listener = install(assemble())
+                listener = install()
             except OSError as error:
                 told = {errno.EBUSY: "it runs in another natrun"}
                 told[errno.EINVAL] = "the kernel is older than Linux 5.19"
@@ -1318,7 +1303,7 @@ class Command:
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
                     if one[0] == self.process.pid:
                         self.follow(one[1])
-        elif code != SI_KERNEL:  # of a terminal: it has reached the command, too
+        elif code != SI_KERNEL or number == signal.SIGHUP:  # else the command has it
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid, number)
 
@@ -1331,8 +1316,8 @@ class Command:
                 front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
                 if front == os.getpgrp() != shell:
                     # Unless there is none, which could let us go on: the kernel knows.
+                    os.kill(os.getpid(), signal.SIGTSTP)  # one if another is pending
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-                    os.kill(os.getpid(), signal.SIGTSTP)
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
@@ -1353,8 +1338,8 @@ class Command:
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
-# nothing may block.  Each call is a task; a signal to the program cancels it.  What
-# fails here is an answer, too, and never "go on".
+# nothing may block.  Each call is a task.  What fails here is an answer, too, and never
+# "go on".
 
 
 class Supervisor:
@@ -1407,7 +1392,7 @@ class Supervisor:
                     over.cancel()
                     return
                 with contextlib.suppress(FileNotFoundError):  # killed since
-                    loop.create_task(self.watch(Call(listener)))
+                    loop.create_task(self.answer(Call(listener)))
                     self.notified += 1
 
         loop.add_reader(listener, take)
@@ -1418,25 +1403,16 @@ class Supervisor:
                 if self.datagrams:
                     self.datagrams.sweep()
         loop.remove_reader(listener)
+        last = self.datagrams.associations.values() if self.datagrams else ()
+        for _ in range(100):  # for a second, while the gateway is asked to carry them
+            if any(one.queue for one in last):
+                await asyncio.sleep(0.01)
         ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
         if self.verbose:
             say(f"{self.notified} notifications")
         command.leave()
-
-    async def watch(self, call: Call) -> None:
-        """Answer a call, or for a signal, or if the program is dead, give that up.
-
-        The kernel does not: it would let the program give a connect() up half done.
-        """
-        task = asyncio.ensure_future(self.answer(call))
-        answer, ends = 0, call.name not in ("bind", "socket")  # they know no EINTR
-        while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
-            if ends and (answer := answer or call.interruption()):
-                task.cancel()
-        if answer:
-            call.answer(answer)
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
@@ -1482,12 +1458,12 @@ class Supervisor:
         if near and target.port != 53 and not within(LINKED, target.packed):
             return PROCEED
         with call.borrow() as sock:
-            if sock.type != socket.SOCK_STREAM or near:
+            if sock.proto != socket.IPPROTO_TCP or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
             # It has been tried before, and is O_NONBLOCK as long as that is under way.
             if waits or flow.waits or not flow.pending:
-                tried, error = flow.task, await self.end_of(flow, sock)
+                tried, error = flow.task, await self.end_of(call, flow, sock)
                 if error or tried and flow.waits:  # else the kernel knows
                     return error
             free(sock)
@@ -1499,30 +1475,27 @@ class Supervisor:
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
             error = sock.connect_ex(there.pair(sock.family))
-            known = 0, errno.EISCONN, errno.EALREADY
+            known = 0, errno.EISCONN, errno.EALREADY, errno.EADDRNOTAVAIL
             if error != errno.EINPROGRESS and (paired or error in known):
                 sock.setblocking(waits)
                 copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
-            flow = self.record(sock, peer=target, waits=waits)
-            flow.task = asyncio.ensure_future(self.dial(copy, flow, call.app, paired))
-            return await self.end_of(flow, sock) if waits else errno.EINPROGRESS
+            flow = self.record(sock, peer=target, waits=waits, app=call.app)
+            flow.task = asyncio.ensure_future(self.dial(copy, flow, paired))
+            return await self.end_of(call, flow, sock) if waits else errno.EINPROGRESS
 
-    async def dial(
-        self, sock: socket.socket, flow: Flow, app: str, paired: bool
-    ) -> int:
+    async def dial(self, sock: socket.socket, flow: Flow, paired: bool) -> int:
         """Have the gateway connect to the target of a flow; return the errno."""
         gateway, target, error = self.gateway, flow.peer, 0
         try:
             name = self.names.called.get(target.packed, b"")
             where = name + target.port.to_bytes(2, "big") if name else target
             with socket.socket(gateway.at.family) if paired else sock.dup() as server:
-                local = await gateway.talk(server, request_of(CONNECT, where), app)
+                local = await gateway.talk(server, request_of(CONNECT, where), flow.app)
                 if len(local.packed) in (4, 16) and any(local.packed):
                     flow.local = local
                 if paired:
-                    with await meet(self.room, sock) as near:
-                        self.helper.join(near, server)
+                    await self.meet(sock, server)
         except OSError as failed:
             error = gateway.errno_of(failed)
         with sock, contextlib.suppress(OSError):
@@ -1535,9 +1508,20 @@ class Supervisor:
             say(f"{target}: {os.strerror(error) if error else 'connected'}")
         return error
 
-    async def end_of(self, flow: Flow, sock: socket.socket) -> int:
+    async def meet(self, sock: socket.socket, server: socket.socket) -> None:
+        """Join a server to a socket in the waiting room; raise OSError."""
+        with socket.socket() as near:
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            near.bind(self.room.pair())
+            near.setblocking(False)
+            loop, there = asyncio.get_running_loop(), endpoint(sock.getsockname())
+            # TCP simultaneous open: RFC 9293 section 3.5.
+            await timed(loop.sock_connect(near, there.pair()), REACH_TIME)
+            self.helper.join(near, server)
+
+    async def end_of(self, call: Call, flow: Flow, sock: socket.socket) -> int:
         """Return how a connect() has ended, when it has, if that is not told yet."""
-        error = await asyncio.shield(flow.task) if flow.task else 0
+        error = await call.wait(asyncio.shield(flow.task)) if flow.task else 0
         flow.task = None
         if error:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what the kernel had
@@ -1548,25 +1532,23 @@ class Supervisor:
         """Tell by SO_ERROR why a connect() has failed."""
         # After EINTR, a socket that waits is at the gateway, and writable, too early.
         early = flow.pending and not flow.waits
-        if early or not (error := await self.end_of(flow, sock)):
+        if early or not (error := await self.end_of(call, flow, sock)):
             return PROCEED
         return call.write(error.to_bytes(4, sys.byteorder), *call.arguments[3:5])
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Tell the address that the gateway connected from."""
-        if not flow.local.port:  # it is not known yet, or the server does not say
+        """Tell the address that the gateway connected from, or that was meant."""
+        where = flow.local if call.name == "getsockname" else flow.peer
+        if not where.port:  # it is not known yet, or the server does not say
             return PROCEED
-        return call.write_address(sock.family, flow.local)
+        if call.name == "getpeername":
+            # Out of the waiting room, it is connected before the flow is settled.
+            if flow.pending and flow.waits:
+                return errno.ENOTCONN
+            sock.getpeername()  # which says if it is not
+        return call.write_address(sock.family, where)
 
-    async def on_getpeername(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Tell the address that the program meant."""
-        if flow.peer == NOWHERE:
-            return PROCEED
-        # Out of the waiting room, it is connected before the flow is settled.
-        if flow.pending and flow.waits:
-            return errno.ENOTCONN
-        sock.getpeername()  # which says if it is not
-        return call.write_address(sock.family, flow.peer)
+    on_getpeername = on_getsockname
 
     async def on_socket(self, call: Call) -> int:
         """Make a socket of UDP in the namespace."""
@@ -1585,12 +1567,12 @@ class Supervisor:
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
     ) -> int:
-        """Connect what is no stream: a query is for our name server."""
+        """Connect what is not of TCP: a query is for our name server."""
         program = self.programs[call.app]
-        udp = sock.type == socket.SOCK_DGRAM
+        udp = sock.proto == socket.IPPROTO_UDP
         asks = udp and target.port == 53 and program.redirect == "yes"
         ours = asks and program.dns != "local"
-        private = bool(self.flow_of(sock).app)
+        private = udp and bool(self.flow_of(sock).app)
         if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
         if private or not ours and (near or udp and program.udp == "local"):
@@ -1617,11 +1599,11 @@ class Supervisor:
         """Bind to the outside address, or to a port that is to be there."""
         if not (where := call.target()):
             return PROCEED
-        anywhere, listen = not any(where.packed), self.programs[call.app].listen
-        listens = anywhere and any(where.port in ports for ports in listen)
+        anywhere = not any(where.packed)
+        listens = anywhere and where.port in self.programs[call.app].listen
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
-            if sock.type == socket.SOCK_STREAM:
+            if sock.proto == socket.IPPROTO_TCP:
                 if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
             elif self.datagrams and self.flow_of(sock).app:
@@ -1640,25 +1622,33 @@ class Supervisor:
         # NAT-PMP lets nobody choose.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
-        if gateway.password:  # of users, only who has a session may map
-            session = socket.socket(gateway.at.family)
-            await gateway.talk(session, request_of(ASSOCIATE, NOWHERE), "natrun")
-            self.session.close()
-            self.session = session
         await self.tidy()  # there is a limit to mappings
         with socket.socket(sock.family) as probe:  # what is refused must stay unbound
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
-            external = await gateway.map(port, port, LEASE)
+            external, place = await self.lease(port, port), where.packed
+            if any(place):  # it is another, where the port is taken at the first
+                place = await gateway.map()
+            here = Endpoint(place, external)
             # Another thread may have bound it meanwhile.
-            if where.port not in (0, external) or sock.getsockname()[1]:
+            if where.port and where != here or sock.getsockname()[1]:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
-        here, ports = Endpoint(where.packed, external), (port, external)
-        self.record(sock, local=here, mapped=ports, since=time.monotonic())
+        self.record(sock, local=here, mapped=(port, external), since=time.monotonic())
         return 0
+
+    async def lease(self, internal: int, external: int) -> int:
+        """Have a port mapped, for a time; return the port outside, or raise OSError."""
+        gateway = self.gateway
+        if gateway.password:  # of users, only who has a session may map: idle, it ends
+            session = socket.socket(gateway.at.family)
+            request = request_of(ASSOCIATE, NOWHERE)
+            await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
+            self.session.close()
+            self.session = session
+        return int.from_bytes((await gateway.map(internal, external, LEASE))[2:], "big")
 
     async def unmap(self, port: int) -> None:
         """End a mapping, unless a socket has it, or it is none."""
@@ -1685,12 +1675,12 @@ class Supervisor:
         while not flow.accepted and not poll.poll(0):
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
-            await readable(sock)
+            await call.wait(readable(sock))
         one, address = flow.accepted.pop(0) if flow.accepted else sock.accept()
         try:
-            peer, (here, port) = await self.caller(endpoint(address)), flow.local
-            here = here if any(here) else self.gateway.own[4]
-            self.record(one, peer=peer, local=Endpoint(here, port))
+            peer = await self.caller(endpoint(address), endpoint(one.getsockname()))
+            here = flow.local.packed if any(flow.local.packed) else self.gateway.own[4]
+            self.record(one, peer=peer, local=Endpoint(here, flow.local.port))
             if call.arguments[1]:
                 call.write_address(one.family, peer)
             call.give(one, call.arguments[3] if call.name == "accept4" else 0)
@@ -1702,8 +1692,8 @@ class Supervisor:
 
     on_accept4 = on_accept
 
-    async def caller(self, peer: Endpoint) -> Endpoint:
-        """Return who it is that calls by the gateway, as that knows."""
+    async def caller(self, peer: Endpoint, own: Endpoint) -> Endpoint:
+        """Return who it is that calls us by the gateway, as that knows."""
         gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
         with contextlib.suppress(OSError):
@@ -1711,7 +1701,8 @@ class Supervisor:
             for pause in (0, 0.01, 0.1) if peer.packed == gateway.at.packed else ():
                 await asyncio.sleep(pause)
                 with contextlib.suppress(ValueError, LookupError):
-                    row = (await fetch(gateway.at, path, login))["sessions"][0]
+                    rows = (await fetch(gateway.at, path, login))["sessions"]
+                    row, *_ = [row for row in rows if row["destination"] == str(own)]
                     return endpoint((row["source_ip"], row["original_source_port"]))
         return peer
 
@@ -1726,7 +1717,7 @@ class Supervisor:
                 steps.append(self.unmap(flow.mapped[0]))
             elif flow.mapped[0] and now - flow.since > LEASE / 4:
                 flow.since = now
-                steps.append(self.gateway.map(*flow.mapped, LEASE))
+                steps.append(self.lease(*flow.mapped))
         await asyncio.gather(*steps, return_exceptions=True)
 
 

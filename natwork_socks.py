@@ -122,7 +122,8 @@ class Association:
             sockets = {s.fileno(): s for s in (self.inner, *self.socks.outer.values())}
             wanted = dict.fromkeys((control.fd, *sockets), natwork.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
-            if control.fd in ready and not control.fill():
+            has_come = self.inner.fileno() in ready  # it goes out before the end
+            if control.fd in ready and not has_come and not control.fill():
                 if self.refusal and self.session.target == "-":
                     raise self.refusal  # no datagram went out: this is why
                 return
@@ -161,12 +162,11 @@ class Association:
             self.writers[peer] = sender
         while len(self.writers) > UDP_PEERS:
             del self.writers[next(iter(self.writers))]
-        session = self.session
-        if session.target == "-":
-            session.target = natwork.endpoint((host, port))
-            session.address = natwork.endpoint(there)
-            session.source = natwork.endpoint(sock.getsockname())
-            self.worker.proceed(session)
+        if self.session.target == "-":
+            self.session.target = natwork.endpoint((host, port))
+            self.session.address = natwork.endpoint(there)
+            self.session.source = natwork.endpoint(sock.getsockname())
+            self.worker.proceed(self.session)
         return len(payload)
 
     def find_way(self, host: str, port: int) -> Way | None:

@@ -20,7 +20,7 @@ CLONE_NEWNET = 0x40000000  # <linux/sched.h>; os.setns is new in Python 3.12
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def read(pid: int, name: str) -> str:
+def read(pid: int | str, name: str) -> str:
     """Return a file of /proc/PID, "" when the process has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
@@ -33,7 +33,7 @@ def title(pid: int) -> str:
     return read(pid, "cmdline").partition("\0")[0]
 
 
-def status(pid: int, name: str) -> str:
+def status(pid: int | str, name: str) -> str:
     """Return a line of /proc/PID/status."""
     match = re.search(rf"^{name}:[ \t]*(.*)$", read(pid, "status"), re.M)
     return match[1].strip() if match else ""

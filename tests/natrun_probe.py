@@ -282,6 +282,12 @@ def near(address: str, port: str) -> dict[str, Any]:
         for _ in range(1000):
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(path)
+    for size in 16, 28:  # of an address, as those of the Internet
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"\0{os.getpid()}".ljust(size - 2, "x"))
+            listener.listen()
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(listener.getsockname())
     return found
 
 
@@ -354,6 +360,30 @@ def crowd(host: str, port: str, count: str) -> int:
         return sum(await asyncio.gather(*[one() for _ in range(int(count))]))
 
     return asyncio.run(run())
+
+
+def unstalled(host: str, port: str, count: str) -> list[Any]:
+    """Connect often to a dead host; say how that ended, and how often we went on."""
+
+    async def one() -> str:
+        try:
+            await asyncio.open_connection(host, int(port))
+            return "ok"
+        except OSError as error:
+            return code(error.errno or 0)
+
+    async def run() -> list[Any]:
+        begun, ticks = [asyncio.ensure_future(one()) for _ in range(int(count))], 0
+        while not all(task.done() for task in begun):
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return [[task.result() for task in begun], ticks]
+
+    return asyncio.run(run())
+
+
+def refusals(*places: str) -> list[str]:
+    return [blocking(where(place))[0] for place in places]
 
 
 def held(host: str, port: str, count: str) -> int:
@@ -439,7 +469,7 @@ def named(host: str, port: str) -> list[str]:
 
     def connect() -> None:
         with open("/proc/thread-self/comm", "w") as file:
-            file.write("fetcher")
+            file.write("fetch\rer")
         found.extend(blocking((host, int(port))))
 
     thread = threading.Thread(target=connect)
@@ -502,6 +532,16 @@ def peers(*places: str) -> list[Any]:
             sock.sendto(b"hello", where(place))
         found = [sock.recvfrom(1000) for _ in places]
         return sorted([sender[0], sender[1], data.decode()] for data, sender in found)
+
+
+def emptied(place: str) -> list[str]:
+    """Have a peer send nothing; return who did, and what that was."""
+    family = socket.AF_INET6 if "[" in place else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        sock.sendto(b"nothing", where(place))
+        data, (host, port, *_) = sock.recvfrom(1000)
+        return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}", data.decode()]
 
 
 def connected(place: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import platform
 import pty
@@ -463,6 +464,47 @@ def test_a_bound_socket_of_ipv6_blames_nobody_else(
     assert "ENETUNREACH" not in done.stdout
 
 
+def test_a_port_has_one_connection_to_the_gateway_at_once(rig: Rig) -> None:
+    code = f"""if True:
+        import errno, socket
+        socks = [socket.socket() for _ in range(2)]
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("0.0.0.0", 7755))
+            print(errno.errorcode.get(sock.connect_ex(({SERVER!r}, 80)), "ok"))"""
+    done = rig.natrun("nobody", PYTHON, "-c", code)
+    assert (done.stdout, done.stderr) == ("ok\nEADDRNOTAVAIL\n", "")
+
+
+def test_a_dead_host_stalls_no_loop(rig: Rig) -> None:
+    told, ticks = rig.probe("nobody", "unstalled", NOBODY_THERE, "80", "5")
+    assert told == ["EHOSTUNREACH"] * 5 and ticks > 20
+
+
+@users
+def test_each_reply_of_socks_has_its_errno(rig: Rig, user: str) -> None:
+    make = functools.partial(origins.Origin, reply_as_asked, "10.9.0.1")
+    server = rig.box.within("gateway", make)
+    places = [f"{SERVER}:{reply}" for reply in range(1, 9)]
+    script = str(rig.folder / "natrun_probe.py")
+    gateway = f"socks5://10.9.0.1:{server.port}"
+    done = rig.natrun(user, PYTHON, script, "refusals", *places, gateway=gateway)
+    server.close()
+    assert json.loads(done.stdout) == [
+        *("EHOSTUNREACH", "EACCES", "ENETUNREACH", "EHOSTUNREACH"),
+        *("ECONNREFUSED", "ETIMEDOUT", "ENOTSUP", "EAFNOSUPPORT"),
+    ]
+
+
+def reply_as_asked(connection: socket.socket, origin: origins.Origin) -> None:
+    """Refuse a SOCKS request, with the port that is asked for as the reply."""
+    methods = wire.read_exactly(connection, 2)[1]
+    wire.read_exactly(connection, methods)
+    connection.sendall(b"\5\0")
+    reply = wire.read_exactly(connection, 10)[9]
+    connection.sendall(bytes([5, reply, 0, 1]) + bytes(6))
+
+
 # Signals, processes, faults.
 
 
@@ -565,20 +607,45 @@ class Terminal:
 
 
 @pytest.mark.parametrize(
-    "command", ["kill -STOP $$; exit 6", "trap '' TSTP; echo rea'dy'; sleep 1; exit 6"]
+    "command",
+    [
+        "kill -STOP $$; exit 6",
+        "trap '' TSTP; echo rea'dy'; sleep 1; exit 6",
+        # No shell that forks: what is stopped before it is sleep stops no parent.
+        f"echo rea'dy'; exec {PYTHON} -c 'import time; time.sleep(1); exit(6)'",
+    ],
 )
-def test_who_stops_itself_gives_the_shell_its_terminal(rig: Rig, command: str) -> None:
+def test_who_is_stopped_gives_the_shell_its_terminal(rig: Rig, command: str) -> None:
     words = shlex.join(rig.command("root", "sh", "-c", command))
     terminal = Terminal(*rig.box.command("inside", "bash", "--norc", "-i"))
     with contextlib.closing(terminal):
         os.write(terminal.fd, words.encode() + b"; echo ended $?\n")
-        if "trap" in command:
+        if "echo" in command:
             terminal.until(b"ready")
-            os.write(terminal.fd, b"\x1a")  # Ctrl-Z, which it does not heed
-        else:
+            os.write(terminal.fd, b"\x1a")  # Ctrl-Z
+        if "trap" not in command:  # else it is not heeded
             terminal.until(b"Stopped")
             os.write(terminal.fd, b"fg; echo ended $?\n")
         terminal.until(b"ended 6")
+        assert terminal.said.count(b"Stopped") == ("trap" not in command)
+
+
+def test_a_hangup_of_the_terminal_reaches_the_command(rig: Rig) -> None:
+    seen = rig.home("root") / "hangup"
+    loop = "for n in $(seq 200); do sleep 0.1; done"
+    told = f"trap 'echo x >>{seen}; exit 5' HUP; echo ready; {loop}"
+    terminal = Terminal(
+        *rig.box.command("inside", *rig.command("root", "sh", "-c", told))
+    )
+    try:
+        terminal.until(b"ready")
+        os.close(terminal.fd)
+        wait.until(lambda: os.waitpid(terminal.pid, os.WNOHANG)[0])
+    finally:
+        for pid in rig.box.pids("inside"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert seen.read_text() == "x\n"
 
 
 def test_ctrl_z_stops_nothing_where_there_is_no_shell(rig: Rig) -> None:
@@ -877,20 +944,48 @@ def test_names_are_looked_up_as_the_asking_program_has_it(rig: Rig, name: str) -
     assert connects == ["www.example.com:80"]
 
 
-def test_a_user_logs_in(rig: Rig) -> None:
-    user = "nobody"
+def with_users(rig: Rig, name: str, *options: str) -> tuple[running.Gateway, Path]:
+    """Start a gateway that knows one user; return it, and the user's settings."""
     words = [sys.executable, str(running.ROOT / "natwork.py"), "--passwd", "ann"]
     line = subprocess.run(words, input="secret\n", capture_output=True, text=True)
-    folder = rig.folder / f"users-{user}"
+    folder = rig.folder / name
     folder.mkdir()
     (folder / "users").write_text(line.stdout)
     (folder / "users").chmod(0o640)
     shutil.chown(folder / "users", group="nogroup")  # natwork becomes nobody
-    where = "listen=10.9.0.1:8097 10.9.0.1:8098"
-    options = [f"users={folder / 'users'}", "mappings=yes", "outside=wan"]
-    gateway = rig.box.natwork(folder, where, *options, "bind_ports=25000-25009")
-    settings = rig.home(user) / "login.conf"
+    settings = rig.home("nobody") / f"{name}.conf"
     settings.write_text("[natrun]\nuser = ann\npassword = secret\n")
+    where = "listen=10.9.0.1:8097 10.9.0.1:8098"
+    usual = [f"users={folder / 'users'}", "mappings=yes", "outside=wan"]
+    ports = "bind_ports=25000-25009"
+    return rig.box.natwork(folder, where, *usual, ports, *options), settings
+
+
+def test_a_user_keeps_a_port_without_a_connection(rig: Rig) -> None:
+    gateway, settings = with_users(rig, "idle", "idle_timeout=2")
+    script = str(rig.folder / "natrun_probe.py")
+    words = ["-g", "10.9.0.1:8097", "-c", str(settings), PYTHON, script]
+    words += ["serve", "203.0.113.1:25002", "1"]
+    command = rig.patched("nobody", "natrun.LEASE = 3", *words)
+    server = natrun_rig.Background(rig, command, rig.home("nobody") / "idle")
+    try:
+        assert server.line() == '["203.0.113.1", 25002]'
+        listens = ["ss", "-Hltn", "src 203.0.113.1 sport = :25002"]
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline:
+            assert rig.box.run("gateway", *listens).stdout
+            time.sleep(0.1)
+    finally:
+        for pid in rig.box.pids("inside"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        server.process.wait(10)
+        gateway.stop()
+
+
+def test_a_user_logs_in(rig: Rig) -> None:
+    user = "nobody"
+    gateway, settings = with_users(rig, "login")
     get = ["curl", "-sS", "http://www.example.com/page"]
     at = "10.9.0.1:8097"
     assert rig.output(user, "-c", str(settings), *get, gateway=at) == "a page"

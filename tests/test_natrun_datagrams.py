@@ -61,6 +61,8 @@ class Echo:
                     host, _, port = data[5:].decode().rpartition(":")
                     sender_text = b"%s:%d" % (sender[0].encode(), sender[1])
                     self.sock.sendto(b"pass " + sender_text, (host, int(port)))
+                elif data == b"nothing":
+                    self.sock.sendto(b"", sender)
                 elif data.startswith(b"pass "):
                     host, _, port = data[5:].decode().rpartition(":")
                     self.sock.sendto(b"from a third", (host, int(port)))
@@ -131,6 +133,46 @@ def test_a_connected_socket(rig: Rig, user: str, echoes: list[Echo]) -> None:
     client = natrun_rig.go_client(rig)
     said = rig.output(user, client, "datagram", echoes[1].place)
     assert said == "hello from 203.0.113.1\n"
+
+
+def test_an_empty_datagram_comes(rig: Rig, echoes: list[Echo]) -> None:
+    for one in echoes[0], echoes[4]:
+        assert rig.probe("nobody", "emptied", one.place) == [one.place, ""]
+
+
+def test_what_a_program_sends_last_goes_out(rig: Rig) -> None:
+    echo = rig.box.within("outside", lambda: Echo(SERVER))
+    for number in range(1, 6):
+        command = f"echo x >/dev/udp/{SERVER}/{echo.port}"
+        rig.output("nobody", "bash", "-c", command)
+        wait.until(lambda number=number: echo.got == number, 5)
+    echo.close()
+
+
+def test_ports_of_the_namespace_are_not_the_machines(rig: Rig) -> None:
+    code = """if True:
+        import socket
+        bound, connected = [socket.socket(2, socket.SOCK_DGRAM) for _ in range(2)]
+        bound.bind(("", 0))
+        connected.connect(("203.0.113.80", 9))
+        print(*(sock.getsockname()[1] for sock in (bound, connected)))"""
+    machines, own = rig.output("nobody", PYTHON, "-c", code).split()
+    first, last = rig.box.get("inside", "ipv4/ip_local_port_range").split()
+    assert int(first) <= int(machines) <= int(last)
+    assert not int(first) <= int(own) <= int(last)
+
+
+@pytest.mark.parametrize("port", [53, 9])
+def test_what_is_neither_tcp_nor_udp_is_not_connected(rig: Rig, port: int) -> None:
+    code = f"""if True:
+        import errno, socket
+        for kind, protocol in (socket.SOCK_RAW, 1), (socket.SOCK_DGRAM, 136):
+            try:
+                sock = socket.socket(socket.AF_INET, kind, protocol)
+            except OSError:  # the kernel has no UDP-Lite
+                continue
+            print(errno.errorcode[sock.connect_ex(({SERVER!r}, {port}))])"""
+    assert {*rig.output("root", PYTHON, "-c", code).split()} == {"ENETUNREACH"}
 
 
 @users
@@ -496,6 +538,20 @@ def test_a_program_is_told_why_it_has_no_socket(code: int) -> None:
     assert told.value.errno == code
 
 
+def test_a_socket_that_there_is_no_room_for_is_told() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with one, other:
+        natrun.give(other, socket.socket)
+        helper = types.SimpleNamespace(control=one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                natrun.Helper.take(helper)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_sockets_that_cannot_be_looked_up_are_not_gone() -> None:
     datagrams = natrun.Datagrams.__new__(natrun.Datagrams)
     datagrams.helper = types.SimpleNamespace(pid=os.getpid())  # type: ignore[assignment]
@@ -512,7 +568,7 @@ def test_sockets_that_cannot_be_looked_up_are_not_gone() -> None:
 
 
 def make_names() -> natrun.Names:
-    settings = types.SimpleNamespace(user="", password="")
+    settings = types.SimpleNamespace(user="", password="", dns="gateway")
     programs = collections.defaultdict(lambda: settings)
     return natrun.Names(natrun.Gateway(natrun.NOWHERE, {}, programs))
 
@@ -526,6 +582,20 @@ def test_what_is_no_query_is_refused(query: bytes) -> None:
     asyncio.run(make_names().answer(query, server, "?", said.append))
     (head,) = said
     assert head[:2] == query.ljust(2, b"\0")[:2] and head[2] & 0x80 and head[3] & 0xF
+
+
+@pytest.mark.parametrize("length", [253, 254, 299])
+def test_a_name_of_any_length_is_answered(length: int) -> None:
+    name = (b"a" * 49 + b".") * 6
+    labels = name[:length].split(b".")
+    question = b"".join(bytes([len(one)]) + one for one in labels) + b"\0"
+    query = b"\7\7\1\0\0\1" + bytes(6) + question + b"\0\1\0\1"
+    said: list[bytes] = []
+    names, server = make_names(), natrun.Endpoint(b"\x08\x08\x08\x08", 53)
+    names.gateway.natwork = True
+    with contextlib.suppress(ValueError):
+        asyncio.run(names.answer(query, server, "?", said.append))
+    assert len(said) == 1 and said[0][:2] == query[:2]
 
 
 def test_fake_names_do_not_grow_for_ever() -> None:

@@ -1058,6 +1058,17 @@ def test_one_association_talks_to_many_hosts(
     assert len(ports) == 1  # one source port for all: RFC 4787 section 4.1
 
 
+def test_what_came_before_the_end_goes_out(gateway: running.Gateway, udp: Udp) -> None:
+    server = udp()
+    where = socks_wire.addressed(server.host, server.port)
+    with socks_wire.associated(gateway) as client:
+        for _ in range(100):
+            client.send(where, b"x")
+        client.control.shutdown(socket.SHUT_WR)
+        wait.until(lambda: len(server.senders) == 100)
+        assert client.control.recv(1) == b""
+
+
 def another(
     stack: contextlib.ExitStack, client: socks_wire.Association, host: str = "127.0.0.1"
 ) -> socks_wire.Association:
