@@ -246,8 +246,8 @@ class Mapper:
         else:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
             seconds = min(seconds, LEASE_LIMIT)
-            if operation == MAP_TCP:
-                result, wanted = self.map(host, port, wanted, seconds)
+            ours, refused = operation == MAP_TCP, (BAD_OPERATION, 0)
+            result, wanted = self.map(host, port, wanted, seconds) if ours else refused
             if result == SILENCE:
                 return b""
             rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
