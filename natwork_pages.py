@@ -148,6 +148,7 @@ function draw() {
       put(cell, key in forms ? forms[key](row[key]) : String(row[key] ?? "-"));
     });
   });
+  if (document.body.className) return;  // the line says that this is stale
   const all = whole(sessions.length);
   put(count, "Sessions: " + (filter.value ? whole(shown.length) + " of " + all : all));
 }
@@ -169,8 +170,9 @@ function learn({gateway: {name, ...figures}, sessions: rows}) {
 async function refresh() {
   try {
     const signal = AbortSignal.timeout(8000);  // one that is cut off says nothing
-    learn(await (await fetch("/table.json", {signal})).json());
+    const fresh = await (await fetch("/table.json", {signal})).json();
     document.body.className = "";
+    learn(fresh);
   } catch {
     document.body.className = "stale";
     put(count, "No fresh state; this is the last one known.");

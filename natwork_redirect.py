@@ -34,7 +34,9 @@ REQUEST_BEGUN = re.compile(
 )
 # Some take LF or CR for CRLF, or a folded line, or a blank before the colon.
 URL = re.compile(rb"\A[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
-HOST_FIELD = re.compile(rb"(?:^|\r)host[ \t]*:\s*(\S*)", re.IGNORECASE | re.MULTILINE)
+HOST_FIELD = re.compile(
+    rb"(?:^|\r)host[ \t]*:(?:\s*[\t\v\f ])?(\S*)", re.IGNORECASE | re.MULTILINE
+)
 
 
 def original_target(client: natwork.Client) -> tuple[str, int] | None:
@@ -49,8 +51,10 @@ def original_target(client: natwork.Client) -> tuple[str, int] | None:
     except OSError:  # ENOENT, ENOPROTOOPT: nothing is translated here
         return None
     packed = raw[4:8] if ipv4 else raw[8:24]
-    own = natwork.route_to(packed).local
-    return None if own else (natwork.unpack(packed), int.from_bytes(raw[2:4], "big"))
+    with contextlib.suppress(OSError):  # the dial meets it again, and says so
+        if natwork.route_to(packed).local:
+            return None
+    return natwork.unpack(packed), int.from_bytes(raw[2:4], "big")
 
 
 def server_name(data: bytes) -> list[bytes] | None:
@@ -102,7 +106,7 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     names = HOST_FIELD.findall(data, 0, end.end()) + URL.findall(words[1])
     # Servers differ: what stands before "@", or after ":", may be anything to them.
     names += [name.rpartition(b"@")[2] for name in names]
-    hosts = [name if b"]" in name else name.partition(b":")[0] for name in names]
+    hosts = [x if x[:1] == b"[" else x.partition(b":")[0] for x in names]
     bare = [host.partition(b"]")[0].removeprefix(b"[") for host in hosts]
     return [name for name in dict.fromkeys(bare) if name]
 
@@ -151,7 +155,9 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
     worker.begin(session)
     with contextlib.closing(natwork.dial(worker, session, host, port)) as server:
         worker.proceed(session)
-        strict = any(rule.names and not rule.allow for rule in worker.policy.rules)
+        # "*" says the same of every name.
+        denies = [rule.names - {"*"} for rule in worker.policy.rules if not rule.allow]
+        strict = any(denies)
         for claim in sniff(worker, session, server, strict):
             name = claim.rstrip(b".")[-NAME_LIMIT:].lower()
             session.target = natwork.endpoint((natwork.printable(name), port))

@@ -473,6 +473,22 @@ def test_a_refresh_keeps_filter_order_and_focus(
         assert column(page, "source_ip") == ordered and len(ordered) > 5
 
 
+def test_a_stale_table_says_so_whatever_is_filtered(
+    natwork: running.Start, tmp_path: Path
+) -> None:
+    gateway = natwork()
+    crowd(gateway, 3)
+    with browser.chromium(tmp_path) as page:
+        open_page(page, gateway, 3)
+        gateway.stop()
+        stale = "No fresh state; this is the last one known."
+        wait.until(lambda: page.run(COUNT) == stale)
+        page.run("document.querySelector('input').focus()")
+        page.type("10.")
+        assert page.run(COUNT) == stale
+        page.complaints.clear()  # of the fetch that failed
+
+
 def test_words_that_are_sorted_and_filtered_stay_words(
     defaced: running.Gateway, tmp_path: Path
 ) -> None:

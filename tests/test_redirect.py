@@ -71,6 +71,12 @@ WHOLE = {  # first words -> the names in them
         b"GET / HTTP/1.1\r\nHost: ads:x@good\r\n\r\n",
         [b"ads", b"good"],
     ),
+    "a bracket behind the port": (
+        b"GET / HTTP/1.1\r\nHost: ads.example:]\r\n\r\n",
+        [b"ads.example"],
+    ),
+    "an empty one first": (b"GET / HTTP/1.1\r\nHost:\r\nHost: b\r\n\r\n", [b"b"]),
+    "an empty one": (b"GET / HTTP/1.1\r\nHost:\r\nUser-Agent: b\r\n\r\n", []),
     "brackets": (b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", [b"::1"]),
     "a blank first": (b" GET / HTTP/1.1\r\nHost: a\r\n\r\n", [b"a"]),
     "a control byte": (b"GET /\1 HTTP/1.1\r\nHost: a\r\n\r\n", [b"a"]),
@@ -540,6 +546,12 @@ def test_half_a_sentence_waits_only_where_a_rule_wants_the_rest(rig: Rig) -> Non
         client.sendall(half)
         assert client.recv(64) == b"got it" and server.received == [half]
         assert time.monotonic() - began < 2
+    rig.line()
+    rig.gateway.stop()
+    rig.natwork("rules=allow to 203.0.113.0/24; deny to *", "head_timeout=1")
+    with rig.connect(FOUR, server.port) as client:  # no name would change the rule
+        client.sendall(half)
+        assert client.recv(64) == b"got it"
     rig.line()
     rig.gateway.stop()
     gateway = rig.natwork("rules=deny to .ads.example", "head_timeout=1")
