@@ -306,9 +306,10 @@ SETTINGS = """\
 # --- Where do we leave? -------------------------------------------------------
 
 # Ways out, best first: source addresses or device names, separated by blanks.
-# If one does not answer within a second the next is tried beside it, and one
-# that failed is tried last for half a minute.  What a rule opens on the inside
-# is dialed past the devices named here.  Empty: the routing table decides.
+# If one does not answer within a second (an address of the other family: 0.25 s)
+# the next is tried beside it, and one that failed is last for half a minute.
+# What a rule opens on the inside is dialed past the devices named here.  Empty:
+# the routing table decides.
 #outside =
 
 # What may be reached: lines (or parts between ";") of
