@@ -534,13 +534,12 @@ NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 class Scoreboard:
     """The shared memory: a header, a state byte for each slot, then the slots.
 
-    The header has 64-bit words: the master's pid; the slots that ever were used; the
-    second of the start; forks; forks that failed; the second in which say() was last
-    heard; the errno of lost lines not yet reported; when each uplink last failed.
+    The header has 64-bit words.  USED is how many slots ever were used; UNREPORTED the
+    errno of lost lines; BEGAN, LAST_SAID and UPLINKS, when each last failed, seconds.
     """
 
     MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
-    UPLINKS, UPLINK_LIMIT = 16, 64
+    UPLINKS, UPLINK_MAX = 16, 64
     STATES = 4096  # offset of the state bytes
     SLOTS, SLOT_SIZE = STATES + SLOT_LIMIT, 8192  # their offset, and bytes of each
 
@@ -559,6 +558,7 @@ class Scoreboard:
         self.fd, self.memory = fd, mmap.mmap(fd, size, access=access)
         self.words = memoryview(self.memory).cast("Q")
         self.regions: dict[str, mmap.mmap] = {}
+        self.uplinks: list[Uplink] = []  # as they were first named
 
     def region(self, name: str, size: int) -> mmap.mmap:
         """Return memory that a chapter's processes share; ask before the first fork."""
@@ -599,7 +599,7 @@ class Scoreboard:
 
     def failed_recently(self, uplink: Uplink) -> bool:
         """Return whether an uplink is to be tried last."""
-        failed = self.words[self.UPLINKS + hash(uplink) % self.UPLINK_LIMIT]
+        failed = self.words[self.UPLINKS + self.uplinks.index(uplink) % self.UPLINK_MAX]
         return failed > 0 and time.monotonic() - failed < UPLINK_REST
 
     def column(self, word: int) -> list[int]:
@@ -2125,8 +2125,7 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.bind((uplink.name, 0))
     else:
         # A source address alone leaves the device to the routing table.
-        device = uplink.name.encode()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, uplink.name.encode())
 
 
 def resolve(host: str) -> list[bytes]:
@@ -2287,7 +2286,7 @@ class Race:
             if uplink == attempt.uplink:
                 break
             if uplink and not has_answered:
-                word = board.UPLINKS + hash(uplink) % board.UPLINK_LIMIT
+                word = board.UPLINKS + board.uplinks.index(uplink) % board.UPLINK_MAX
                 board.words[word] = int(time.monotonic())
         sock = self.pending.pop(attempt)
         self.session.source = endpoint(sock.getsockname())
@@ -3342,6 +3341,7 @@ class Chapters:
 
     def __init__(self, config: Config, board: Scoreboard) -> None:
         self.config, self.policy, self.board = config, Policy(config), board
+        board.uplinks += [x for x in self.policy.uplinks if x not in board.uplinks]
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None
