@@ -1966,11 +1966,11 @@ class Uplink(NamedTuple):
 def parse_uplink(text: str) -> Uplink:
     """Return the uplink that a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
-        packed = address_of(text)
-        return Uplink(unpack(packed), packed)
+        if any(packed := address_of(text)):
+            return Uplink(unpack(packed), packed)
     # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
-        raise ValueError(f"{text!r} is neither an address nor a device name")
+        raise ValueError(f"{text!r} is no address to leave from and no device name")
     return Uplink(text, b"")
 
 
