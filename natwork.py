@@ -2170,16 +2170,16 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=board.failed_recently)
-    devices = [uplink for uplink in uplinks if not uplink.packed]
-    inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    # None is by the routing table: without uplinks the only way, and beside devices the
-    # one to the inside, which a source address reaches by itself.
-    ways = [None, *order] if devices == uplinks else order
+    sizes_named = {len(uplink.packed) for uplink in uplinks}  # 0 of a device
+    inside = [one for one in addresses if 0 in sizes_named and policy.closes(one)]
     attempts: list[Attempt] = []
     begins: dict[int, float] = {}  # of a family's next uplink, by the family's size
-    for way in ways:
+    # None is by the routing table: without uplinks the only way, and beside devices the
+    # one to the inside, which a source address of its family reaches by itself.
+    for way in [None, *order]:
         if not way:
-            usable = inside if devices else addresses
+            by_table = inside if uplinks else addresses
+            usable = [packed for packed in by_table if len(packed) not in sizes_named]
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:

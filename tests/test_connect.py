@@ -678,10 +678,11 @@ def test_an_answer_to_a_head_that_is_still_on_its_way(
     assert started.lines(1)[0]["status"] == "431"
 
 
+@pytest.mark.parametrize("outside", ["wan", "2001:db8:9::1 wan"])
 def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
-    lines: Lines, gateway: running.Start
+    lines: Lines, gateway: running.Start, outside: str
 ) -> None:
-    gateway("outside=wan", "rules=allow to 10.9.0.0/24")
+    gateway(f"outside={outside}", "rules=allow to 10.9.0.0/24")
     near = lines.origin("10.9.0.2", "inside")
     assert lines.ask(near.authority).status == 200
     with lines.client() as client:
