@@ -2016,13 +2016,13 @@ class Policy:
             if not contains(self.inside, *own):
                 return False
         leads_inside = contains(self.inside, route.source) and not link_local
-        if not self.uplinks:
-            return leads_inside or device not in [way.device for way in self.defaults()]
         here = address_of(sock.getsockname()[0]) if sock else b""
         theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
         if here in theirs or device in [uplink.name for uplink in self.uplinks]:
             return False
-        return leads_inside or theirs.isdisjoint(device_addresses(device))
+        leads_outside = device in [way.device for way in self.defaults()]
+        leads_outside |= not theirs.isdisjoint(device_addresses(device))
+        return leads_inside or not leads_outside
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
