@@ -534,13 +534,12 @@ NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
 class Scoreboard:
     """The shared memory: a header, a state byte for each slot, then the slots.
 
-    The header has 64-bit words: the master's pid; the slots that ever were used; the
-    second of the start; forks; forks that failed; the second in which say() was last
-    heard; the errno of lost lines not yet reported; when each uplink last failed.
+    The header has 64-bit words.  USED is how many slots ever were used; UNREPORTED the
+    errno of lost lines; BEGAN, LAST_SAID and UPLINKS, when each last failed, seconds.
     """
 
     MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
-    UPLINKS, UPLINK_LIMIT = 16, 64
+    UPLINKS, UPLINK_MAX = 16, 64
     STATES = 4096  # offset of the state bytes
     SLOTS, SLOT_SIZE = STATES + SLOT_LIMIT, 8192  # their offset, and bytes of each
 
@@ -559,6 +558,7 @@ class Scoreboard:
         self.fd, self.memory = fd, mmap.mmap(fd, size, access=access)
         self.words = memoryview(self.memory).cast("Q")
         self.regions: dict[str, mmap.mmap] = {}
+        self.uplinks: list[Uplink] = []  # as they were first named
 
     def region(self, name: str, size: int) -> mmap.mmap:
         """Return memory that a chapter's processes share; ask before the first fork."""
@@ -599,7 +599,7 @@ class Scoreboard:
 
     def failed_recently(self, uplink: Uplink) -> bool:
         """Return whether an uplink is to be tried last."""
-        failed = self.words[self.UPLINKS + hash(uplink) % self.UPLINK_LIMIT]
+        failed = self.words[self.UPLINKS + self.uplinks.index(uplink) % self.UPLINK_MAX]
         return failed > 0 and time.monotonic() - failed < UPLINK_REST
 
     def column(self, word: int) -> list[int]:
@@ -1966,11 +1966,11 @@ class Uplink(NamedTuple):
 def parse_uplink(text: str) -> Uplink:
     """Return the uplink that a word of `outside` names; raise ValueError."""
     with contextlib.suppress(ValueError):
-        packed = address_of(text)
-        return Uplink(unpack(packed), packed)
+        if any(packed := address_of(text)):
+            return Uplink(unpack(packed), packed)
     # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
-        raise ValueError(f"{text!r} is neither an address nor a device name")
+        raise ValueError(f"{text!r} is no address to leave from and no device name")
     return Uplink(text, b"")
 
 
@@ -2016,13 +2016,13 @@ class Policy:
             if not contains(self.inside, *own):
                 return False
         leads_inside = contains(self.inside, route.source) and not link_local
-        if not self.uplinks:
-            return leads_inside or device not in [way.device for way in self.defaults()]
         here = address_of(sock.getsockname()[0]) if sock else b""
         theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
         if here in theirs or device in [uplink.name for uplink in self.uplinks]:
             return False
-        return leads_inside or theirs.isdisjoint(device_addresses(device))
+        leads_outside = device in [way.device for way in self.defaults()]
+        leads_outside |= not theirs.isdisjoint(device_addresses(device))
+        return leads_inside or not leads_outside
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
@@ -2125,8 +2125,7 @@ def leave_by(sock: socket.socket, uplink: Uplink) -> None:
         sock.bind((uplink.name, 0))
     else:
         # A source address alone leaves the device to the routing table.
-        device = uplink.name.encode()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, uplink.name.encode())
 
 
 def resolve(host: str) -> list[bytes]:
@@ -2171,16 +2170,16 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=board.failed_recently)
-    devices = [uplink for uplink in uplinks if not uplink.packed]
-    inside = [packed for packed in addresses if devices and policy.closes(packed)]
-    # None is by the routing table: without uplinks the only way, and beside devices the
-    # one to the inside, which a source address reaches by itself.
-    ways = [None, *order] if devices == uplinks else order
+    sizes_named = {len(uplink.packed) for uplink in uplinks}  # 0 of a device
+    inside = [one for one in addresses if 0 in sizes_named and policy.closes(one)]
     attempts: list[Attempt] = []
     begins: dict[int, float] = {}  # of a family's next uplink, by the family's size
-    for way in ways:
+    # None is by the routing table: without uplinks the only way, and beside devices the
+    # one to the inside, which a source address of its family reaches by itself.
+    for way in [None, *order]:
         if not way:
-            usable = inside if devices else addresses
+            by_table = inside if uplinks else addresses
+            usable = [packed for packed in by_table if len(packed) not in sizes_named]
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
@@ -2287,7 +2286,7 @@ class Race:
             if uplink == attempt.uplink:
                 break
             if uplink and not has_answered:
-                word = board.UPLINKS + hash(uplink) % board.UPLINK_LIMIT
+                word = board.UPLINKS + board.uplinks.index(uplink) % board.UPLINK_MAX
                 board.words[word] = int(time.monotonic())
         sock = self.pending.pop(attempt)
         self.session.source = endpoint(sock.getsockname())
@@ -3342,6 +3341,7 @@ class Chapters:
 
     def __init__(self, config: Config, board: Scoreboard) -> None:
         self.config, self.policy, self.board = config, Policy(config), board
+        board.uplinks += [x for x in self.policy.uplinks if x not in board.uplinks]
         # These serve a client whose first byte is 4 or 5; and one that the kernel
         # redirected, if it was: then the call returns True.
         self.socks: Callable[[Worker], None] | None = None

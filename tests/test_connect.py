@@ -96,11 +96,10 @@ def test_of_thousands_of_addresses_a_few_are_tried(
 def test_uplinks_go_by_preference_and_failed_ones_last(
     outside: str, failed: dict[int, float], order: list[tuple[str, str]]
 ) -> None:
-    policy = natwork.Policy(natwork.Config(outside=outside))
     board = natwork.Scoreboard()
+    policy = natwork.Chapters(natwork.Config(outside=outside), board).policy
     for number, ago in failed.items():
-        word = board.UPLINKS + hash(policy.uplinks[number]) % board.UPLINK_LIMIT
-        board.words[word] = int(time.monotonic() - ago)
+        board.words[board.UPLINKS + number] = int(time.monotonic() - ago)
     addresses = [natwork.pack(SIX[0]), natwork.pack(FOUR[0])]
     attempts = natwork.ways_to(policy, addresses, 80, board)
     found = [(a.uplink.name if a.uplink else "", a.packed) for a in attempts]
@@ -109,9 +108,9 @@ def test_uplinks_go_by_preference_and_failed_ones_last(
 
 def test_a_family_with_an_uplink_of_its_own_is_raced_as_a_family() -> None:
     outside = "2001:db8::5 203.0.113.5 203.0.113.6"
-    policy = natwork.Policy(natwork.Config(outside=outside))
+    chapters = natwork.Chapters(natwork.Config(outside=outside), natwork.Scoreboard())
     addresses = [natwork.pack(SIX[0]), natwork.pack(FOUR[0])]
-    attempts = natwork.ways_to(policy, addresses, 80, natwork.Scoreboard())
+    attempts = natwork.ways_to(chapters.policy, addresses, 80, chapters.board)
     begins = [(a.uplink.name, a.at) for a in attempts if a.uplink]
     delay, later = natwork.ATTEMPT_DELAY, natwork.ATTEMPT_DELAY + natwork.UPLINK_DELAY
     assert begins == [*zip(outside.split(), (0.0, delay, later))]
@@ -131,11 +130,23 @@ def test_a_failed_uplink_is_known_in_another_order() -> None:
     assert [attempt.uplink for attempt in attempts] == [other, one]
 
 
+def test_no_two_uplinks_share_what_is_remembered_of_them() -> None:
+    board = natwork.Scoreboard()
+    every = [f"a{n}" for n in range(board.UPLINK_MAX)]
+    for outside in (" ".join(every[:-1]), " ".join([every[-1], *every])):  # and HUP
+        policy = natwork.Chapters(natwork.Config(outside=outside), board).policy
+    last, *others, _ = policy.uplinks
+    board.words[board.UPLINKS + board.uplinks.index(last)] = int(time.monotonic())
+    assert [one.name for one in others] == every[:-1]
+    assert not any(map(board.failed_recently, others)) and board.failed_recently(last)
+
+
 def test_an_uplink_does_not_wait_for_all_addresses_of_a_name() -> None:
-    policy = natwork.Policy(natwork.Config(outside="a b 192.0.2.9 fd00::9"))
+    config = natwork.Config(outside="a b 192.0.2.9 fd00::9")
+    chapters = natwork.Chapters(config, natwork.Scoreboard())
     addresses = [natwork.pack(f"192.0.2.{n}") for n in range(100, 140)]
     addresses.insert(1, natwork.pack(SIX[0]))
-    attempts = natwork.ways_to(policy, addresses, 80, natwork.Scoreboard())
+    attempts = natwork.ways_to(chapters.policy, addresses, 80, chapters.board)
     begins: dict[str, list[float]] = {}
     for attempt in attempts:
         assert attempt.uplink
@@ -667,10 +678,11 @@ def test_an_answer_to_a_head_that_is_still_on_its_way(
     assert started.lines(1)[0]["status"] == "431"
 
 
+@pytest.mark.parametrize("outside", ["wan", "2001:db8:9::1 wan"])
 def test_what_a_rule_opens_on_the_inside_is_not_sought_outside(
-    lines: Lines, gateway: running.Start
+    lines: Lines, gateway: running.Start, outside: str
 ) -> None:
-    gateway("outside=wan", "rules=allow to 10.9.0.0/24")
+    gateway(f"outside={outside}", "rules=allow to 10.9.0.0/24")
     near = lines.origin("10.9.0.2", "inside")
     assert lines.ask(near.authority).status == 200
     with lines.client() as client:
@@ -737,10 +749,12 @@ def uplinks_of(outside: str) -> natwork.Policy:
 
 def race_of(lifeline: int) -> natwork.Race:
     """Return a race with what it needs of a worker."""
+    board, policy = natwork.Scoreboard(), uplinks_of(" ".join(UPLINKS))
+    board.uplinks = [*policy.uplinks, *uplinks_of("192.0.2.1").uplinks]
     worker = SimpleNamespace(
         watch=natwork.Watch(lifeline, natwork.Config(drain_timeout=1.0), {}),
-        board=natwork.Scoreboard(),
-        policy=uplinks_of(" ".join(UPLINKS)),
+        board=board,
+        policy=policy,
         config=natwork.Config(connect_timeout=20.0),
     )
     return natwork.Race(worker, natwork.Session("127.0.0.1:1", "1"))

@@ -632,7 +632,7 @@ def test_the_outside_is_closed_without_a_byte(rig: web.Rig, address: str) -> Non
     assert rig.curl(f"http://www.example.com{path}") == "a page"  # others are served
 
 
-@pytest.mark.parametrize("outside", ["", "203.0.113.1", "wan"])
+@pytest.mark.parametrize("outside", ["", "203.0.113.1", "wan", "wan2"])
 @pytest.mark.parametrize("place", ["203.0.113.1", "10.9.0.1"])
 def test_a_peer_routed_here_from_outside_is_no_client(
     rig: web.Rig, outside: str, place: str
