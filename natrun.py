@@ -853,8 +853,7 @@ class Names:
             await self.gateway.talk(sock, request_of(CONNECT, server), app)
             # RFC 1035 section 4.2.2: by TCP, a length comes first.
             await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
-            size = await receive(sock, 2)
-            return await receive(sock, int.from_bytes(size, "big"))
+            return await receive(sock, int.from_bytes(await receive(sock, 2), "big"))
 
     async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
@@ -1180,8 +1179,7 @@ class Datagrams:
 
     def send(self, port: int, there: Endpoint, data: bytes) -> None:
         """Send something from a port; raise OSError."""
-        sock = self.socks.get(port) or self.open(port)
-        sock.sendto(data, there.pair(self.family))
+        (self.socks.get(port) or self.open(port)).sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError.
@@ -1310,15 +1308,18 @@ class Command:
     def follow(self, status: int) -> None:
         """Stop as the command has; or when it has ended, be as any other process."""
         if os.WIFSTOPPED(status):
-            # A shell that has us in front would wait for us.  Nobody else needs it, and
-            # who stops and continues the command may know nothing of us.
-            with contextlib.suppress(OSError), open("/dev/tty") as terminal:
-                front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
-                if front == os.getpgrp() != shell:
+            # A shell that has us in front, or a shell that we run, would wait for us.
+            # Nobody else needs it, and may know nothing of us.
+            with contextlib.suppress(OSError), open("/dev/tty") as tty:
+                fd, own, shell = tty.fileno(), os.getpgrp(), os.getpgid(os.getppid())
+                front = os.tcgetpgrp(fd)
+                if front in (own, self.process.pid) and own != shell:
                     # Unless there is none, which could let us go on: the kernel knows.
                     os.kill(os.getpid(), signal.SIGTSTP)  # one if another is pending
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+                    if front != own:  # a shell finds itself in front again
+                        os.tcsetpgrp(fd, front)
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1376,9 +1377,8 @@ class Supervisor:
     async def serve(self, command: Command) -> None:
         """Answer the calls of a command and its children, and end as it did."""
         loop, listener = asyncio.get_running_loop(), command.listener
-        poll = select.poll()
         loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
-        over = loop.create_future()  # never done, but given up when nobody is left
+        poll, over = select.poll(), loop.create_future()  # given up if nobody is left
         loop.add_reader(command.signals, command.take)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
