@@ -853,8 +853,7 @@ class Names:
             await self.gateway.talk(sock, request_of(CONNECT, server), app)
             # RFC 1035 section 4.2.2: by TCP, a length comes first.
             await loop.sock_sendall(sock, len(query).to_bytes(2, "big") + query)
-            size = await receive(sock, 2)
-            return await receive(sock, int.from_bytes(size, "big"))
+            return await receive(sock, int.from_bytes(await receive(sock, 2), "big"))
 
     async def look_up(self, name: bytes, app: str) -> bytes:
         """Return the address of a name; raise OSError."""
@@ -1016,8 +1015,7 @@ class Call:
             return errno.EINVAL
         size = len(raw).to_bytes(4, sys.byteorder)
         for at, data in (there, raw[:room]), (size_at, size):
-            here = (ctypes.c_ubyte * len(data))(*data)
-            self.copy(LIBC.process_vm_writev, at, here)
+            self.copy(LIBC.process_vm_writev, at, (ctypes.c_ubyte * len(data))(*data))
         return 0
 
     def target(self) -> Endpoint | None:
@@ -1049,7 +1047,7 @@ class Flow:
     local: Endpoint = NOWHERE
     waits: bool = False  # it was not O_NONBLOCK when it began to connect
     task: asyncio.Task[int] | None = None  # has the errno, which is told once
-    mapped: tuple[int, int] = (0, 0)  # its port, and the port of the outside
+    mapped: int = 0  # its port, if that is one of the outside
     since: float = 0.0  # it has been mapped
     accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
 
@@ -1180,8 +1178,7 @@ class Datagrams:
 
     def send(self, port: int, there: Endpoint, data: bytes) -> None:
         """Send something from a port; raise OSError."""
-        sock = self.socks.get(port) or self.open(port)
-        sock.sendto(data, there.pair(self.family))
+        (self.socks.get(port) or self.open(port)).sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError.
@@ -1310,15 +1307,18 @@ class Command:
     def follow(self, status: int) -> None:
         """Stop as the command has; or when it has ended, be as any other process."""
         if os.WIFSTOPPED(status):
-            # A shell that has us in front would wait for us.  Nobody else needs it, and
-            # who stops and continues the command may know nothing of us.
-            with contextlib.suppress(OSError), open("/dev/tty") as terminal:
-                front, shell = os.tcgetpgrp(terminal.fileno()), os.getpgid(os.getppid())
-                if front == os.getpgrp() != shell:
+            # A shell that has us in front, or a shell that we run, would wait for us.
+            # Nobody else needs it, and may know nothing of us.
+            with contextlib.suppress(OSError), open("/dev/tty") as tty:
+                fd, own, shell = tty.fileno(), os.getpgrp(), os.getpgid(os.getppid())
+                front = os.tcgetpgrp(fd)
+                if front in (own, self.process.pid) and own != shell:
                     # Unless there is none, which could let us go on: the kernel knows.
                     os.kill(os.getpid(), signal.SIGTSTP)  # one if another is pending
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+                    if front != own:  # a shell finds itself in front again
+                        os.tcsetpgrp(fd, front)
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1376,9 +1376,8 @@ class Supervisor:
     async def serve(self, command: Command) -> None:
         """Answer the calls of a command and its children, and end as it did."""
         loop, listener = asyncio.get_running_loop(), command.listener
-        poll = select.poll()
         loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
-        over = loop.create_future()  # never done, but given up when nobody is left
+        poll, over = select.poll(), loop.create_future()  # given up if nobody is left
         loop.add_reader(command.signals, command.take)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
@@ -1407,7 +1406,7 @@ class Supervisor:
         for _ in range(100):  # for a second, while the gateway is asked to carry them
             if any(one.queue for one in last):
                 await asyncio.sleep(0.01)
-        ports = {flow.mapped[0] for flow in self.flows.values()} - {0}
+        ports = {flow.mapped for flow in self.flows.values()} - {0}
         unmapped = [self.gateway.map(port, 0, 0) for port in ports]
         await asyncio.gather(*unmapped, return_exceptions=True)
         if self.verbose:
@@ -1416,8 +1415,7 @@ class Supervisor:
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
-        answer = PROCEED
-        story = getattr(self, f"on_{call.name}")
+        answer, story = PROCEED, getattr(self, f"on_{call.name}")
         leads_out = call.name in ("connect", "bind", "socket")
         try:
             if leads_out:
@@ -1568,8 +1566,7 @@ class Supervisor:
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
     ) -> int:
         """Connect what is not of TCP: a query is for our name server."""
-        program = self.programs[call.app]
-        udp = sock.proto == socket.IPPROTO_UDP
+        program, udp = self.programs[call.app], sock.proto == socket.IPPROTO_UDP
         asks = udp and target.port == 53 and program.redirect == "yes"
         ours = asks and program.dns != "local"
         private = udp and bool(self.flow_of(sock).app)
@@ -1627,20 +1624,17 @@ class Supervisor:
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
-            external, place = await self.lease(port, port), where.packed
-            if any(place):  # it is another, where the port is taken at the first
-                place = await gateway.map()
-            here = Endpoint(place, external)
+            here = await self.lease(port, where)
             # Another thread may have bound it meanwhile.
             if where.port and where != here or sock.getsockname()[1]:
                 await self.unmap(port)
                 return errno.EADDRINUSE
         sock.bind((anywhere, port))
-        self.record(sock, local=here, mapped=(port, external), since=time.monotonic())
+        self.record(sock, local=here, mapped=port, since=time.monotonic())
         return 0
 
-    async def lease(self, internal: int, external: int) -> int:
-        """Have a port mapped, for a time; return the port outside, or raise OSError."""
+    async def lease(self, port: int, where: Endpoint) -> Endpoint:
+        """Have a port mapped, for a time; return where it is, or raise OSError."""
         gateway = self.gateway
         if gateway.password:  # of users, only who has a session may map: idle, it ends
             session = socket.socket(gateway.at.family)
@@ -1648,11 +1642,17 @@ class Supervisor:
             await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
             self.session.close()
             self.session = session
-        return int.from_bytes((await gateway.map(internal, external, LEASE))[2:], "big")
+        answer = await gateway.map(port, where.port or port, LEASE)
+        place = await gateway.map() if any(where.packed) else where.packed
+        here = Endpoint(place, int.from_bytes(answer[2:], "big"))
+        if here != where in [flow.local for flow in self.flows.values()]:
+            say_once(f"{where} is not free on the gateway, and is asked for again")
+            await gateway.map(port, 0, 0)  # a renewal would keep what is wrong
+        return here
 
     async def unmap(self, port: int) -> None:
         """End a mapping, unless a socket has it, or it is none."""
-        if port and all(flow.mapped[0] != port for flow in self.flows.values()):
+        if port and all(flow.mapped != port for flow in self.flows.values()):
             await self.gateway.map(port, 0, 0)
 
     def swap(self, call: Call, old: socket.socket) -> socket.socket:
@@ -1667,7 +1667,7 @@ class Supervisor:
 
     async def on_accept(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Accept a connection at a port outside, and say who it is that called."""
-        if not flow.mapped[0]:
+        if not flow.mapped:
             return PROCEED
         poll = select.poll()
         poll.register(sock, select.POLLIN)
@@ -1714,10 +1714,10 @@ class Supervisor:
         for number, flow in [*self.flows.items()]:
             if number not in live:
                 del self.flows[number]
-                steps.append(self.unmap(flow.mapped[0]))
-            elif flow.mapped[0] and now - flow.since > LEASE / 4:
+                steps.append(self.unmap(flow.mapped))
+            elif flow.mapped and now - flow.since > LEASE / 4:
                 flow.since = now
-                steps.append(self.lease(*flow.mapped))
+                steps.append(self.lease(flow.mapped, flow.local))
         await asyncio.gather(*steps, return_exceptions=True)
 
 

@@ -630,6 +630,26 @@ def test_who_is_stopped_gives_the_shell_its_terminal(rig: Rig, command: str) -> 
         assert terminal.said.count(b"Stopped") == ("trap" not in command)
 
 
+def test_a_shell_that_suspends_itself_has_the_terminal_again(rig: Rig) -> None:
+    words = shlex.join(rig.command("root", "bash", "--norc", "-i"))
+    terminal = Terminal(*rig.box.command("inside", "bash", "--norc", "-i"))
+    with contextlib.closing(terminal):
+        os.write(terminal.fd, words.encode() + b"; echo ended $?\n")
+        for n in b"1", b"2":
+            os.write(terminal.fd, b"echo with'in' " + n + b"\n")
+            terminal.until(b"within " + n)
+            os.write(terminal.fd, b"suspend\n")
+            terminal.until(b"Stopped")
+            os.write(terminal.fd, b"echo with'out' " + n + b"\n")
+            terminal.until(b"without " + n)
+            terminal.said = b""
+            os.write(terminal.fd, b"fg; echo ended $?\n")
+            terminal.until(b"bash --norc -i")
+            terminal.until(b"$ ")
+        os.write(terminal.fd, b"exit 6\n")
+        terminal.until(b"ended 6")
+
+
 def test_a_hangup_of_the_terminal_reaches_the_command(rig: Rig) -> None:
     seen = rig.home("root") / "hangup"
     loop = "for n in $(seq 200); do sleep 0.1; done"

@@ -328,6 +328,25 @@ def test_a_killed_run_leaves_when_its_lease_is_over(rig: Rig) -> None:
     wait.until(lambda: not is_open(rig, 20600), 15)
 
 
+def test_a_port_that_was_lost_is_asked_for_again(rig: Rig) -> None:
+    script = str(rig.folder / "natrun_probe.py")
+    words = [PYTHON, script, "serve", f"{OUTSIDE}:20620", "1"]
+    server = with_a_short_lease(rig, "nobody", *words, name="lost")
+    assert json.loads(server.line()) == [OUTSIDE, 20620]
+    with kernel.stopped(server.supervisor):
+        # As when the gateway has been restarted, and somebody was faster.
+        pmp.ask(rig.box, pmp.request(20620, 0, 0))
+        wait.until(lambda: not is_open(rig, 20620))
+        place = OUTSIDE, 20620
+        other = rig.box.within("gateway", lambda: socket.create_server(place))
+    with other:
+        told = f"natrun: {OUTSIDE}:20620 is not free on the gateway"
+        wait.until(lambda: told in server.err.read_text())
+    wait.until(lambda: is_open(rig, 20620))
+    end_all(rig)
+    server.process.wait(10)
+
+
 RESET_FIRST = """\
 import socket, sys
 listener = socket.create_server(("203.0.113.1", 20750))
