@@ -1376,8 +1376,9 @@ class Supervisor:
     async def serve(self, command: Command) -> None:
         """Answer the calls of a command and its children, and end as it did."""
         loop, listener = asyncio.get_running_loop(), command.listener
+        poll = select.poll()
         loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
-        poll, over = select.poll(), loop.create_future()  # given up if nobody is left
+        over = loop.create_future()  # never done, but given up when nobody is left
         loop.add_reader(command.signals, command.take)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
@@ -1715,7 +1716,7 @@ class Supervisor:
             if number not in live:
                 del self.flows[number]
                 steps.append(self.unmap(flow.mapped))
-            elif flow.mapped and now - flow.since > LEASE / 4:
+            elif flow.mapped and flow.peer == NOWHERE and now - flow.since > LEASE / 4:
                 flow.since = now
                 steps.append(self.lease(flow.mapped, flow.local))
         await asyncio.gather(*steps, return_exceptions=True)

@@ -347,6 +347,23 @@ def test_a_port_that_was_lost_is_asked_for_again(rig: Rig) -> None:
     server.process.wait(10)
 
 
+BOUND_AND_CONNECTED = """\
+import socket, time
+sock = socket.create_connection(("203.0.113.80", 80), 10, ("203.0.113.1", 20640))
+print("connected", flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_socket_that_connects_needs_no_port_outside(rig: Rig) -> None:
+    words = [PYTHON, "-c", BOUND_AND_CONNECTED]
+    program = with_a_short_lease(rig, "nobody", *words, name="bound")
+    assert program.line() == "connected"
+    wait.until(lambda: not is_open(rig, 20640), 15)
+    assert "not free" not in program.err.read_text()
+    program.stop()
+
+
 RESET_FIRST = """\
 import socket, sys
 listener = socket.create_server(("203.0.113.1", 20750))
