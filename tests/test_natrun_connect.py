@@ -511,7 +511,8 @@ def reply_as_asked(connection: socket.socket, origin: origins.Origin) -> None:
 @users
 def test_a_timer_ticks_while_a_dead_host_is_dialed(rig: Rig, user: str) -> None:
     found = rig.probe(user, "ticking", NOBODY_THERE, "80")
-    assert found["answer"] == ["EHOSTUNREACH"] and found["ticks"] > 5
+    # The kernel may know already that nobody is there, and then it takes less long.
+    assert found["answer"] == ["EHOSTUNREACH"] and found["ticks"] > 2
 
 
 @pytest.mark.parametrize("first", ["takes", "blocks"])
