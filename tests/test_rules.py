@@ -695,7 +695,7 @@ def test_who_may_bind_for_anyone_may_not_dial_this_box(address: str) -> None:
 
     def outcome(rules: str, port: int) -> str:
         policy = natwork.Policy(natwork.Config(rules=rules))
-        return policy.judge(CLIENT, "-", address, port, natwork.pack(address))[0].word
+        return policy.verdict(CLIENT, "-", address, port, natwork.pack(address))[0].word
 
     anyone = "allow to 0.0.0.0/32, ::/128"
     assert outcome(anyone, 0) == "ok"
