@@ -347,7 +347,8 @@ def test_a_worker_that_cannot_start_is_tried_again(
 
             def has_failed() -> bool:
                 for pid in alone.gateway.workers():
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has failed
+                        os.kill(pid, signal.SIGKILL)
                 return failed()
 
             wait.until(has_failed)
