@@ -1308,7 +1308,7 @@ class Command:
         """Stop as the command has; or when it has ended, be as any other process."""
         if os.WIFSTOPPED(status):
             # A shell that has us in front, or a shell that we run, would wait for us.
-            # Nobody else needs it, and may know nothing of us.
+            # Nobody else needs it, and others may know nothing of us.
             with contextlib.suppress(OSError), open("/dev/tty") as tty:
                 fd, own, shell = tty.fileno(), os.getpgrp(), os.getpgid(os.getppid())
                 front = os.tcgetpgrp(fd)
@@ -1340,6 +1340,8 @@ class Command:
 # One process answers the calls of all processes of a run, in one event loop in which
 # nothing may block.  Each call is a task.  What fails here is an answer, too, and never
 # "go on".
+
+STREAMS = socket.IPPROTO_TCP, socket.IPPROTO_MPTCP  # which Go's servers have
 
 
 class Supervisor:
@@ -1416,7 +1418,8 @@ class Supervisor:
 
     async def answer(self, call: Call) -> None:
         """Answer a call, when it is known what with."""
-        answer, story = PROCEED, getattr(self, f"on_{call.name}")
+        answer = PROCEED
+        story = getattr(self, f"on_{call.name}")
         leads_out = call.name in ("connect", "bind", "socket")
         try:
             if leads_out:
@@ -1457,7 +1460,7 @@ class Supervisor:
         if near and target.port != 53 and not within(LINKED, target.packed):
             return PROCEED
         with call.borrow() as sock:
-            if sock.proto != socket.IPPROTO_TCP or near:
+            if sock.proto not in STREAMS or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
             # It has been tried before, and is O_NONBLOCK as long as that is under way.
@@ -1567,7 +1570,8 @@ class Supervisor:
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
     ) -> int:
         """Connect what is not of TCP: a query is for our name server."""
-        program, udp = self.programs[call.app], sock.proto == socket.IPPROTO_UDP
+        program = self.programs[call.app]
+        udp = sock.proto == socket.IPPROTO_UDP
         asks = udp and target.port == 53 and program.redirect == "yes"
         ours = asks and program.dns != "local"
         private = udp and bool(self.flow_of(sock).app)
@@ -1601,7 +1605,7 @@ class Supervisor:
         listens = anywhere and where.port in self.programs[call.app].listen
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
-            if sock.proto == socket.IPPROTO_TCP:
+            if sock.proto in STREAMS:
                 if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
             elif self.datagrams and self.flow_of(sock).app:
