@@ -1341,8 +1341,6 @@ class Command:
 # nothing may block.  Each call is a task.  What fails here is an answer, too, and never
 # "go on".
 
-STREAMS = socket.IPPROTO_TCP, socket.IPPROTO_MPTCP  # which Go's servers have
-
 
 class Supervisor:
     """The answers to the calls of a run.
@@ -1460,7 +1458,7 @@ class Supervisor:
         if near and target.port != 53 and not within(LINKED, target.packed):
             return PROCEED
         with call.borrow() as sock:
-            if sock.proto not in STREAMS or near:
+            if sock.proto != socket.IPPROTO_TCP or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
             # It has been tried before, and is O_NONBLOCK as long as that is under way.
@@ -1605,7 +1603,7 @@ class Supervisor:
         listens = anywhere and where.port in self.programs[call.app].listen
         outside = listens or within(self.gateway.outside, where.packed)
         with call.borrow() as sock:
-            if sock.proto in STREAMS:
+            if sock.proto == socket.IPPROTO_TCP:
                 if outside and self.gateway.mappings and not sock.getsockname()[1]:
                     return await self.map(sock, where)
             elif self.datagrams and self.flow_of(sock).app:

@@ -364,25 +364,6 @@ def test_a_socket_that_connects_needs_no_port_outside(rig: Rig) -> None:
     program.stop()
 
 
-MULTIPATH = """\
-import socket
-def made():
-    try:
-        return socket.socket(proto=socket.IPPROTO_MPTCP)
-    except OSError:  # a kernel without it
-        return socket.socket()
-with made() as server, made() as client:
-    server.bind(("203.0.113.1", 20660))
-    client.connect(("203.0.113.80", 80))
-    print(server.getsockname()[1], client.getpeername()[0])
-"""
-
-
-def test_multipath_tcp_is_tcp(rig: Rig) -> None:
-    done = rig.natrun("nobody", PYTHON, "-c", MULTIPATH)
-    assert done.stdout == "20660 203.0.113.80\n", done.stderr
-
-
 RESET_FIRST = """\
 import socket, sys
 listener = socket.create_server(("203.0.113.1", 20750))
