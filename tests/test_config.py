@@ -147,6 +147,14 @@ def test_rules_given_as_an_option_survive_printing(tmp_path: Path) -> None:
         assert done.returncode == 78
 
 
+def test_a_rule_is_printed_as_it_is_with_a_user_that_looks_like_a_password(
+    tmp_path: Path,
+) -> None:
+    rule = "deny user al:ice@a.example to b.example"
+    done = running.command("-t", "-o", f"rules={rule}", cwd=tmp_path)
+    assert f"\n    {rule}\n" in done.stdout
+
+
 def test_an_empty_file_is_a_good_file(tmp_path: Path) -> None:
     (tmp_path / "empty.conf").write_text("")
     assert printed("-c", "empty.conf", cwd=tmp_path) == printed(cwd=tmp_path)

@@ -704,6 +704,17 @@ def test_what_this_box_lacks_is_not_the_parents_fault() -> None:
     assert parent.blamed(theirs).outcome.word == "parent-503"
 
 
+def test_an_uplink_that_is_not_there_is_not_the_parents_fault(
+    natwork: running.Start,
+) -> None:
+    # TEST-NET-3: it is dialed from the uplink, and this box does not have that.
+    line = parents("http://203.0.113.80:3128")
+    gateway = natwork(line, "outside=198.51.100.77", NAMED)
+    answer = http_wire.ask(gateway, b"203.0.113.81")
+    assert answer.status == 502
+    assert gateway.lines(1)[0]["outcome"] == "no-uplink"
+
+
 def test_a_name_unknown_here_goes_to_no_server(
     natwork: running.Start, origin: origins.Start
 ) -> None:

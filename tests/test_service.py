@@ -939,6 +939,32 @@ def test_no_ipv6_is_no_error(daemon: running.Start) -> None:
     assert len(gateway.said()) == 2  # with the chapters
 
 
+@needs.root
+def test_a_firewall_on_the_loopback_device_does_not_hold_the_start_up(
+    tmp_path: Path,
+) -> None:
+    needs.programs("ip", "nft", "unshare")
+    table = "table inet no { chain in { type filter hook input priority 0; drop; }; }"
+    script = f"ip link set lo up && nft '{table}' && exec \"$@\""
+    words = ["-o", "listen=127.0.0.1:0", "-o", "user=root"]
+    told = str(tmp_path / "told")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
+        service.bind(told)
+        service.settimeout(30)  # it would take two minutes
+        with subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", script, "sh", *running.PROGRAM, *words],
+            cwd=tmp_path,
+            env=os.environ | {"NOTIFY_SOCKET": told},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as gateway:
+            try:
+                assert service.recv(100) == b"READY=1"
+            finally:
+                gateway.terminate()
+            assert gateway.wait(30) == 0
+
+
 def test_a_gateway_leaves_nothing_but_what_it_was_told_to_write(
     daemon: running.Start,
 ) -> None:

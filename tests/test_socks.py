@@ -613,6 +613,19 @@ def test_a_claimed_name_is_in_the_title_and_the_table(
             assert rows[sock.getsockname()[1]]["user"] == name
 
 
+def test_a_long_claimed_name_leaves_the_title_room_for_the_host(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    server = origin(origins.echo)
+    where = socks_wire.addressed(server.host, server.port)
+    with gateway.connect() as client:
+        wire.send(client, socks_wire.login(b"x" * 255) + socks_wire.five(where))
+        assert wire.read_exactly(client, 4) == socks_wire.KNOWN
+        assert socks_wire.read_five(client)[0] == 0
+        title = kernel.title(gateway.worker_of(client))
+    assert " %s > " % ("x" * 64) in title and title.endswith(f" socks5 {server.host}")
+
+
 def asked_as(
     gateway: running.Gateway, name: bytes, where: bytes, command: int
 ) -> tuple[int, str]:
