@@ -42,8 +42,8 @@ Usage:
     natwork.py --passwd USER                         a line for the file of users
 
 Signals to the master: TERM and INT stop accepting and let busy workers finish
-(a second one ends them now); HUP reads the configuration again and, if that is
-good, new workers serve by it with the access log opened anew, and the old ones
+(a second one ends them now).  HUP reads the configuration again; if it is good,
+new workers serve by it, with the access log opened anew, and the old workers
 finish what they have.  TERM to a worker ends that one session.
 
 Exit codes: 0 asked to stop, 1 unexpected, 2 bad command line, 78 bad
@@ -107,14 +107,14 @@ CHUNK_LINE_LIMIT = 4096  # a chunk size with its extensions
 INTERIM_LIMIT = 64  # 1xx responses to one request
 COPY_SIZE = 64 * 1024  # one recv(); a read this full means that more is there
 BULK_SIZE = 256 * 1024  # a body known to be this long is spliced from the start
-PIPE_SIZE = 256 * 1024  # asked for; over the user's budget one gets less
+PIPE_SIZE = 256 * 1024  # of a splice; the kernel limits what a user's pipes hold
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOT_LIMIT = 65536  # the scoreboard's size, and so the largest max_workers
 
 HALF_CLOSED_TIMEOUT = 240.0  # of silence in a half-closed tunnel: RFC 5382
 LINGER_TIMEOUT = 2.0  # of silence in a lingering close; nginx waits 5
 LINGER_LIMIT = 30.0  # for all of a lingering close, as nginx
-SHORT_SILENCE = 0.5  # of a client; after it the worker may be asked to leave
+SHORT_SILENCE = 0.5  # a client that is silent for longer may lose its worker
 CROSSING_TIME = 1.0  # in which a close and a request may pass each other
 ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
@@ -159,8 +159,8 @@ def reason(error: OSError) -> str:
 def say(message: str) -> bool:
     """Write one line to standard error for the operator; return whether it was taken.
 
-    It is whole even among many processes, having at most PIPE_BUF bytes, and it never
-    waits: where nobody reads standard error, the line is lost.
+    The line has at most PIPE_BUF bytes, so the lines of many processes never mix.  We
+    never wait: where nobody reads standard error, the line is lost.
     """
     line = f"natwork: {message}".encode(errors="replace")[: select.PIPE_BUF - 1]
     with contextlib.suppress(OSError):
@@ -172,13 +172,13 @@ def say(message: str) -> bool:
 def masked(text: str) -> str:
     """Return text on one line, less what may be the password in a URL."""
     text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
-    text = re.sub("'[^']*@", "'***@", text)  # of a word that we quote
+    text = re.sub("'[^']*@", "'***@", text)  # in a word that a message quotes
     # A URL that was cut has no @, and its port may be the start of a password.
     return re.sub(r"(//[^/@\s:\[]+:)(?!\*{3}@|[0-9]+(?![^/\s]))\S+", r"\1***", text)
 
 
 def find_set_title() -> Any:
-    """Return setproctitle's function; None on the bare box, which has no titles.
+    """Return setproctitle's function; None, and no titles, if it is not installed.
 
     Only its C part is loaded: the Python package around it imports logging and
     threading, which costs every worker half a megabyte after its fork.
@@ -234,10 +234,10 @@ class Config:
     pidfile = ""
 
     def __init__(self, **settings: Any) -> None:
-        """Take settings as parse_setting() returns them, and what is named here."""
+        """Take settings as parse_setting() returns them, and any of these four."""
         self.errors: list[str] = []  # noted so far
         self.options: list[str] = []  # NAME=VALUE
-        self.file = ""  # that they came from, "" for none
+        self.file = ""  # the file that was read, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         vars(self).update(settings)
         # A box that has no name yet is "(none)".
@@ -252,7 +252,7 @@ class Config:
         self.errors.append(f"{where}: {name} = {value}: {masked(why)}")
 
     def parsed(self, name: str, parse: Callable[[str], Any]) -> list[Any]:
-        """Return what parse() makes of a setting's parts; refuse what it cannot."""
+        """Return what parse() makes of a setting's parts; refuse the faulty ones."""
         found = []
         for number, part in enumerate(self.parts(name), 1):
             try:
@@ -263,7 +263,7 @@ class Config:
         return found
 
     def parts(self, name: str) -> list[str]:
-        """Return a setting's words; or lines, which a newline or a semicolon ends."""
+        """Return the words of a setting; or its lines, if it is rules or parents."""
         end = "[\n;]" if name in ("rules", "parents") else r"\s"
         return [*filter(None, map(str.strip, re.split(end, getattr(self, name))))]
 
@@ -277,14 +277,14 @@ class Config:
         return " ".join(str(value).split())
 
 
-# By name, in the order of natwork.conf.
+# The default of each setting by its name, in the order of natwork.conf.
 DEFAULTS: dict[str, Any] = {
     name: value
     for name, value in vars(Config).items()
     if isinstance(value, (str, int, float)) and name[0] != "_"
 }
 
-# How a value has to look, by its setting or its type, and what is said otherwise.
+# By setting or type: the form that a value must have, and what we say otherwise.
 FORMS: dict[str | type, tuple[str, str]] = {
     # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
     "name": ("[A-Za-z0-9_.-]{0,255}", "must be letters, digits, dots and dashes"),
@@ -342,7 +342,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
     faults: list[str] = []
-    while len(faults) < 20:  # a file of something else has more
+    while len(faults) < 20:  # a file that is not INI has a fault in every line
         parser = configparser.ConfigParser(interpolation=None, default_section="")
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         try:
@@ -357,7 +357,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
             }.get(type(error).__name__, "it is not NAME = VALUE")
             line = masked(lines[number - 1].strip())
             faults.append(f"{path}: line {number}: {line}: {why}")
-            lines[number - 1] = ""  # and what is wrong besides?
+            lines[number - 1] = ""  # then parse again, to find the next fault
     for section in sorted(set(parser.sections()) - {"natwork"}):
         faults.append(f"{path}: [{masked(section)}]: the only section is [natwork]")
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}, faults
@@ -366,7 +366,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
 def load_config(path: str, options: list[str]) -> Config:
     """Return the settings of a file, overridden by NAME=VALUE options.
 
-    The path "" stands for natwork.conf here, else in /etc/natwork, else the defaults.
+    The path "" means ./natwork.conf, else /etc/natwork/natwork.conf, else no file.
     What is wrong with a setting is noted; raises ConfigError for a file as a whole.
     """
     places = "natwork.conf", "/etc/natwork/natwork.conf"
@@ -388,7 +388,7 @@ def load_config(path: str, options: list[str]) -> Config:
             continue
         if name in ("log", "users", "pidfile") and value not in ("", "-"):
             folder = os.path.dirname(path) if place == path else ""
-            value = os.path.join(folder, value)  # it counts from where its setting is
+            value = os.path.join(folder, value)  # relative to the file that names it
         settings[name], where[name] = value, place
     config = Config(file=path, options=options, where=where, errors=errors, **settings)
     if "spare_workers" not in where:
