@@ -420,7 +420,7 @@ class Outcome(NamedTuple):
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
-    error: str = ""  # RFC 9209 section 2.3; empty: there is nobody left to tell
+    error: str = ""  # RFC 9209 section 2.3; empty: an HTTP client gets no answer
     advice: str = "Try again in a moment."  # a sentence for the client's page
     reply: int = 1  # RFC 1928 section 6; 1 is a general failure
 
@@ -474,7 +474,7 @@ UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", reply=3)
 HOST_UNREACHABLE = UNROUTABLE._replace(reply=4)
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
 NOBODY_CALLED = CONNECT_TIMEOUT._replace(word="bind-timeout")
-PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # "parent-..."
+PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # "parent-refused"
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
 AUTH_BUSY = OVERLOAD._replace(word="auth-busy")
 TOO_MANY = OVERLOAD._replace(word="too-many", reply=2)
@@ -501,7 +501,7 @@ OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome
 
 
 def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
-    """Return the outcome of an error of the system's, or another where none fits."""
+    """Return the outcome that stands for an error's errno; other, if none does."""
     return OUTCOME_OF_ERRNO.get(error.errno or 0, other)
 
 
