@@ -522,20 +522,20 @@ class Refused(Exception):
 # memory that all processes share.  A slot has a single writer, and in the header
 # the last write wins, so there is no lock that a killed worker could keep.
 
-# SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
+# SILENT: a busy worker that may be asked to leave.  A slot of natwork_mapping has 4.
 FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
 OUTCOME_WORDS = ["other", *OUTCOMES]
 PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect map ftp gopher".split()
 TARGET_SIZE = 1000  # characters of a path that the log keeps, so that a row has room
-NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
+NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each perhaps written as \x0a
 
 
 class Scoreboard:
     """The shared memory: a header, a state byte for each slot, then the slots.
 
-    The header has 64-bit words.  USED is how many slots ever were used; UNREPORTED the
-    errno of lost lines; BEGAN, LAST_SAID and UPLINKS, when each last failed, seconds.
+    The header has 64-bit words.  USED: how many slots ever were used.  UNREPORTED: the
+    errno that lost log lines.  BEGAN, LAST_SAID, and UPLINKS (last failures): seconds.
     """
 
     MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
@@ -544,7 +544,7 @@ class Scoreboard:
     SLOTS, SLOT_SIZE = STATES + SLOT_LIMIT, 8192  # their offset, and bytes of each
 
     def __init__(self, fd: int = -1) -> None:
-        """Make one, or with fd map that of another process, to read only."""
+        """Make one; or map that of another process, its fd, to read only."""
         size, access = self.SLOTS + SLOT_LIMIT * self.SLOT_SIZE, mmap.ACCESS_READ
         if fd < 0:
             flags, access = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING, mmap.ACCESS_WRITE
@@ -552,20 +552,20 @@ class Scoreboard:
             # Pages that are never written are never allocated: unused slots are free.
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        # A reader of what has shrunk would die of SIGBUS.
+        # Were it to shrink, a process that reads it would die of SIGBUS.
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ValueError("this memory could shrink")
         self.fd, self.memory = fd, mmap.mmap(fd, size, access=access)
         self.words = memoryview(self.memory).cast("Q")
         self.regions: dict[str, mmap.mmap] = {}
-        self.uplinks: list[Uplink] = []  # as they were first named
+        self.uplinks: list[Uplink] = []  # in the order of their words in the header
 
     def region(self, name: str, size: int) -> mmap.mmap:
         """Return memory that a chapter's processes share; ask before the first fork."""
         return self.regions.setdefault(name, mmap.mmap(-1, size))
 
     def used(self) -> int:
-        """Return how many slots ever were used; no more in memory that is forged."""
+        """Return how many slots ever were used; forged memory may say too many."""
         return min(self.words[self.USED], SLOT_LIMIT)
 
     def states(self) -> bytes:
@@ -583,7 +583,7 @@ class Scoreboard:
         return said
 
     def fork(self, work: Callable[[], None]) -> int:
-        """Return the pid of a new process, which does some work; raise OSError."""
+        """Fork a process that does some work, and return its pid; raise OSError."""
         if pid := os.fork():
             return pid
         try:
@@ -593,7 +593,7 @@ class Scoreboard:
         except OSError as error:
             self.say(f"a process ends early: {reason(error)}")
         except Exception:
-            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
+            sys.excepthook(*sys.exc_info())  # it works even if no import does
         finally:
             os._exit(1)
 
@@ -609,14 +609,14 @@ class Scoreboard:
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
-# Of a target as the log has it.
+# The host in Session.target, which is a URL, or HOST:PORT of a CONNECT.
 HOST = re.compile(r"(?:[^/]*?://)?(?:\[([^]]*)\]|([^/:]*)).*")
 
 
 def printable(raw: bytes, limit: int = 255) -> str:
     """Return bytes from the network as text that cannot break a log line.
 
-    The text has no blank, no quote and at most limit characters; "-" is nothing.
+    The text has no blank, no quote and at most limit characters; it is "-" for none.
     """
     text = raw[:limit].decode("latin-1")
     if UNSAFE.search(text):
@@ -632,7 +632,7 @@ def endpoint(address: tuple[Any, ...]) -> str:
 
 
 def host_of(name: str) -> str:
-    """Return the host of what endpoint() writes."""
+    """Return the host in a text of endpoint()."""
     return name.rpartition(":")[0].strip("[]")
 
 
@@ -650,7 +650,7 @@ class Session:
     via = b""  # the gateways that a request has come through
 
     def __init__(self, client: str, pid: str, proto: str = "-") -> None:
-        """Begin a session of a client, as endpoint() writes it, now (monotonic)."""
+        """Begin a session now (monotonic); client is a text of endpoint()."""
         self.began, self.pid = time.monotonic(), pid
         self.client, self.proto = client, proto
 
@@ -685,11 +685,11 @@ class Session:
 class Slot:
     """One worker's place on the scoreboard.
 
-    It begins with these words: where that one of its two rows stands which is whole, 0
-    for none; the worker's pid; the bytes of the session that goes on; the bytes of all
-    that have ended; log lines that were lost; connections made, and the microseconds
-    that they took; a number for the client of the session that goes on.  After the rows
-    it counts the sessions that have ended, by protocol and outcome.
+    It begins with words.  WHICH: the offset of the row that is whole, 0 for none.  PID:
+    the worker's.  UP, DOWN: bytes of the session that goes on.  UPS, DOWNS: of all that
+    have ended.  LOST: log lines.  CONNECTIONS: how many were made, CONNECTING: in how
+    many microseconds.  PEER: a number for the client of the session that goes on.  The
+    two rows follow, then the counts of ended sessions, by protocol and outcome.
     """
 
     WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
@@ -707,10 +707,10 @@ class Slot:
         self.board.memory[self.board.STATES + self.number] = state
 
     def clear(self, pid: int) -> None:
-        """Begin with a clean row; the totals are the slot's and go on growing."""
+        """Begin without a session; the totals are the slot's, and go on growing."""
         words = self.words
         words[self.WHICH] = words[self.UP] = words[self.DOWN] = words[self.PEER] = 0
-        words[self.PID] = pid  # 0 until the worker has got this far
+        words[self.PID] = pid  # the master says 0, the new worker then its own
 
     def publish(self, session: Session) -> None:
         """Put a session's row up.
@@ -729,7 +729,7 @@ class Slot:
         if not (place := self.words[self.WHICH]):
             return None
         row = bytes(self.bytes[place : place + self.ROW_SIZE]).partition(b"\n")[0]
-        with contextlib.suppress(ValueError):  # it is not one of ours
+        with contextlib.suppress(ValueError):  # no worker of ours wrote this row
             began, *words = row.decode().split(" ")
             session = Session("", "")
             for name, word in zip(Session.FIELDS, words, strict=True):
@@ -746,8 +746,8 @@ class Slot:
     def settle(self, session: Session) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
 
-        Its log line is written next: of a worker that is killed in between the master
-        writes no second one.
+        The log line is written after this.  If the worker is killed between the two,
+        the line is lost; the other way round, the master would write a second one.
         """
         words = self.words
         ups, downs = words[self.UPS] + session.up, words[self.DOWNS] + session.down
@@ -759,7 +759,7 @@ class Slot:
 
 @functools.lru_cache(maxsize=64)
 def ended_by(proto: str, outcome: str) -> int:
-    """Return the word in which a slot counts the sessions of a kind.
+    """Return which word of a slot counts the sessions of a protocol and outcome.
 
     However many rules there are, what they deny counts as denied.
     """
@@ -794,7 +794,7 @@ COLUMNS = (
 
 
 def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
-    """Return the state table: the four columns of the paper, and more.
+    """Return the state table: the four columns of a NAT router's table, and more.
 
     A key is the column's name in lower case, as in source_ip.
     """
@@ -820,8 +820,8 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         path = "/proc/self/fd/1" if self.path == "-" else self.path
-        # Root follows no link but those in /dev, such as stdout: a user that may write
-        # to the directory could have put it there, to be given the file.
+        # As root, follow no link outside /dev: a user that may write to the directory
+        # could link to where root alone may write, and drop_root() gives it the file.
         if os.geteuid() == 0 and os.path.dirname(path) not in ("/dev", "/proc/self/fd"):
             flags |= os.O_NOFOLLOW
         try:
@@ -832,24 +832,24 @@ class AccessLog:
                 why = f"cannot open the access log {path}: {reason(error)}"
                 raise OSError(why) from None
             self.fd = os.dup(1)  # a socket (journald's), or not ours to open again
-        self.has_room = select.poll()
-        self.has_room.register(self.fd, POLLOUT)
-        self.may_block = os.get_blocking(self.fd)  # it is shared with others
+        self.room_poll = select.poll()
+        self.room_poll.register(self.fd, POLLOUT)
+        self.may_block = os.get_blocking(self.fd)  # others share its flags
         if self.is_json:
             as_json("pid=-")  # load json here, and not in every worker
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
-        """Write the line of a session that has ended, and count it; or it is lost."""
+        """Write the line of a session that has ended, or lose it; count the session."""
         line, board, why = session.line(outcome), slot.board, errno.EAGAIN
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
         slot.settle(session)
         try:
-            if not self.may_block or self.has_room.poll(0):
+            if not self.may_block or self.room_poll.poll(0):  # else EAGAIN, too
                 while written < len(data):
                     written += os.write(self.fd, data[written:])
         except OSError as error:
             why = error.errno or errno.EIO
-        # After a partial write the file's offset is the end of what was written.
+        # Cut off a part of a line: the file's offset is the end of what we wrote.
         if 0 < written < len(data):
             with contextlib.suppress(OSError):  # a pipe or a terminal
                 os.ftruncate(self.fd, os.lseek(self.fd, -written, os.SEEK_CUR))
@@ -857,14 +857,14 @@ class AccessLog:
             slot.words[slot.LOST] += 1
             board.words[board.UNREPORTED] = why
         slot.words[ended_by(session.proto, outcome)] += 1
-        if why := board.words[board.UNREPORTED]:  # perhaps it could not be said then
+        if why := board.words[board.UNREPORTED]:  # of any worker, and not said yet
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost"
             said = board.say(f"{lost} ({reason(OSError(why, name))})")
             board.words[board.UNREPORTED] = 0 if said else why
 
     def write_killed(self, slot: Slot, code: int, told: Outcome = OPERATOR) -> None:
-        """Write the line that a process could not: killed, or told to end by TERM."""
+        """Write the line of a session whose process was killed, or ended by TERM."""
         if session := slot.session():
             outcome = told if code == -signal.SIGTERM else KILLED
             self.write(session, outcome.word, slot)
