@@ -886,7 +886,7 @@ LINE_END = re.compile(rb"\n")
 
 
 def reset_on_close(sock: socket.socket, wanted: bool = True) -> None:
-    """Have a close, even the kernel's when the process dies, be a reset; or not."""
+    """Have close() reset the connection, also the kernel's at our death; or undo it."""
     with contextlib.suppress(OSError):  # it has been closed
         value = struct.pack("ii", wanted, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
@@ -963,7 +963,7 @@ class Stream:
     ) -> Steps:
         """Take bytes up to and with a mark; raise Refused if it is not within a limit.
 
-        What comes first, before each wait for more, may wait itself, or raise Refused.
+        Calls first() before each wait for more: it may wait itself, or raise Refused.
         """
         while not (taken := self.take_until(mark, limit)):
             yield from first()
@@ -979,7 +979,7 @@ class Stream:
         return sent
 
     def send_all(self, out: bytearray) -> Steps:
-        """Send all of out, and take it from there; raise Refused."""
+        """Send all of out, and remove from it what has left; raise Refused."""
         while out:
             del out[: self.send(out)]
             if out:
@@ -1006,7 +1006,7 @@ class Stream:
         self.sock.close()
 
     def abort(self) -> None:
-        """Close by a reset, so that the peer takes nothing for the whole."""
+        """Close by a reset, so that the peer does not take a part for the whole."""
         reset_on_close(self.sock)
         self.sock.close()
 
@@ -1014,11 +1014,10 @@ class Stream:
 class Watch:
     """How a worker waits for sockets.
 
-    The lifeline is in every wait.  It is a pipe of which only the master holds
-    the other end.  A byte in it, which nobody reads: take no more requests, and finish
-    this one in peace.  When it closes, the master is leaving or dead, and what goes on
-    here must come to its end within drain_timeout.  Events 0 wait for POLLERR and
-    POLLHUP alone.
+    The lifeline is in every wait.  It is a pipe of which only the master holds the
+    other end.  A byte in it, which nobody takes out, tells every worker to take no more
+    requests, and to finish its own in peace.  When the master leaves or dies, the pipe
+    closes, and what goes on here must come to its end within drain_timeout.
     """
 
     def __init__(
@@ -1032,6 +1031,7 @@ class Watch:
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
 
+        Events 0 wait for POLLERR and POLLHUP alone, which poll() reports unasked.
         Raises Refused(DRAINED) when drain_timeout is over.
         """
         now = time.monotonic()
@@ -1047,13 +1047,13 @@ class Watch:
         ready = dict(poll.poll(left * 1000 if left > 0 else 0))
         if event := ready.pop(self.lifeline, 0):
             self.retired = True
-            if event & select.POLLHUP:  # it comes unasked
+            if event & select.POLLHUP:  # the pipe is closed
                 self.drain_at = time.monotonic() + self.config.drain_timeout
                 while self.listeners:  # so that a successor can bind, also if we go on
                     self.listeners.popitem()[1].close()
         if ready or (left := now + seconds - time.monotonic()) <= 0:
             return ready
-        return self.wait(wanted, left)
+        return self.wait(wanted, left)  # the lifeline woke us, or drain_at has come
 
     def run(
         self,
@@ -1062,7 +1062,7 @@ class Watch:
         deadline: float = math.inf,
         beside: Stream | None = None,
     ) -> Any:
-        """Run steps by themselves, and return what they return; raise what they raise.
+        """Run steps alone, and return what they return; raise what they raise.
 
         Raises late when one wait takes more than idle_timeout, or when the deadline
         (monotonic) is over; and Refused when a stream beside it is reset.
@@ -1109,8 +1109,8 @@ class Direction:
     def step(self) -> None:
         """Go on until the direction must wait, or its steps end; raise Refused.
 
-        A server that takes no more has perhaps answered before, so that cancels only
-        the direction to it; and so does any failure once the direction may fail.
+        A failure to send to the server cancels this direction alone, because the server
+        may have answered before; so does any failure once the direction may fail.
         """
         try:
             self.waits_for = next(self.steps)
@@ -1150,14 +1150,14 @@ class Direction:
                 if until_end:
                     return
                 raise Refused(self.source.lost, "the body ended too early")
-            if moved or received:
+            if moved or received:  # EAGAIN says nothing about the next bytes
                 bulk = max(moved, len(received)) >= COPY_SIZE
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through a pipe, while much comes at once.
 
-        Returns how many: 0 where recv() must see what is there, which is nothing, the
-        end, or what follows an urgent byte; or without a pipe.
+        Returns how many.  0: there is no pipe, or splice(2) moved nothing, and recv()
+        must tell why: nothing is there, or the end is, or data after an urgent byte.
         """
         try:
             pipe_out, pipe_in = os.pipe2(PIPE_FLAGS)
@@ -1166,9 +1166,9 @@ class Direction:
         source, sink, total, size = self.source, self.sink, 0, COPY_SIZE
         count = min(count, 64 * PIPE_SIZE)  # then the other direction has its turn
         try:
-            # Refused to a user that has many pipes already: then 64 KiB, or less, do.
+            # EPERM if the user has many pipes already: then 64 KiB, or less, do.
             with contextlib.suppress(OSError):
-                fcntl.fcntl(pipe_in, 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
+                fcntl.fcntl(pipe_in, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
             while size >= COPY_SIZE and total < count:
                 size = min(count - total, PIPE_SIZE)
                 held = size = source.perform(os.splice, source.fd, pipe_in, size) or 0
@@ -1198,7 +1198,7 @@ def relay(
     Either may end first and the other goes on: a client that asks, closes its
     half and listens is answered.  A server that takes no more leaves up CANCELED, which
     the caller judges.  Raises Refused when a side is lost, or, with the outcome IDLE,
-    when nothing moved within the first timeout, or the least when one goes on alone.
+    when nothing moves for the first timeout; while one goes on alone, for the least.
     """
     server, client, in_flight = up.sink, down.sink, 0
     moving = [up, down]
@@ -1224,7 +1224,7 @@ def relay(
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                up.state = up.CANCELED  # the next recv() says why it takes no more
+                up.state = up.CANCELED  # the server takes no more; its recv() says why
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
