@@ -1828,7 +1828,7 @@ def netlink(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
     form = "=IHHII"
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
         sock.settimeout(1)
-        sock.send(struct.pack(form, 16 + len(body), kind, 1 | flags, 1, 0) + body)
+        sock.send(struct.pack(form, 16 + len(body), kind, flags, 1, 0) + body)
         while True:
             for answer, content in parts_of(sock.recv(65536), form):
                 if answer in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
@@ -1848,7 +1848,7 @@ def find_route(packed: bytes) -> Route:
     """Return the kernel's route to an address; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
-    for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
+    for data in netlink(26, 1, body):  # RTM_GETROUTE, NLM_F_REQUEST; the first decides
         found = dict(parts_of(data[12:], "=HH"))
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
         device = socket.if_indextoname(index)
@@ -1866,14 +1866,14 @@ def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
 def find_addresses(device: str) -> list[bytes]:
     """Return the addresses of a device, packed, if it is there; raise OSError."""
     found, names = [], dict(socket.if_nameindex())
-    for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
+    for data in netlink(22, 0x301, bytes(8)):  # RTM_GETADDR, NLM_F_REQUEST, _DUMP
         if names.get(struct.unpack_from("=I", data, 4)[0]) == device:
             fields = dict(parts_of(data[8:], "=HH"))
             found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
     return found
 
 
-# They may change, but not between the many things that one page asks for.
+# Both may change, but a browser asks for a page's many parts within a second.
 route_to = remembered(1.0, find_route)
 device_addresses = remembered(1.0, find_addresses)
 
@@ -1890,7 +1890,7 @@ def parse_ports(text: str) -> range:
 def parse_line(
     text: str, known: tuple[str, ...]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Return a line's words, and the lists that follow the known ones by these.
+    """Return a line's words, and for each known one the list that follows it.
 
     Raises ValueError, which does not quote the line: it may hold a password.
     """
@@ -1910,7 +1910,7 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
-    SOME_PORT = -1  # to ask whether a target may be dialed at all
+    SOME_PORT = -1  # to ask whether a target may be dialed at some port
 
     def __init__(self, text: str) -> None:
         """Parse a line; raise ValueError."""
@@ -1931,17 +1931,17 @@ class Rule:
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
         self.names, self.blocks = names, blocks
         self.ports = [parse_ports(ports) for ports in lists.get("port", ())]
-        self.names_mail = range(25, 26) in self.ports
+        self.names_mail = range(25, 26) in self.ports  # 25 itself, not 1-1024
 
     def matches(
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
     ) -> bool:
-        """Return whether a target, its addresses found, fits, and who asks for it."""
+        """Return whether the rule fits a client, its user, and a target as found."""
         if self.sources and not contains(self.sources, client):
             return False
         if self.users and user not in self.users:
             return False
-        some = port == self.SOME_PORT and self.allow
+        some = port == self.SOME_PORT and self.allow  # any port that is allowed will do
         if self.ports and not some and not any(port in ports for ports in self.ports):
             return False
         if not self.names and not self.blocks or contains(self.blocks, *found):
@@ -1968,7 +1968,7 @@ def parse_uplink(text: str) -> Uplink:
     with contextlib.suppress(ValueError):
         if any(packed := address_of(text)):
             return Uplink(unpack(packed), packed)
-    # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
+    # At most the kernel's IFNAMSIZ, less the final NUL; and not a misspelled address.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is no address to leave from and no device name")
     return Uplink(text, b"")
@@ -1977,7 +1977,7 @@ def parse_uplink(text: str) -> Uplink:
 class Policy:
     """Which peers are clients, and what may be dialed: `inside`, `outside`, `rules`."""
 
-    # Some address of the outside, where but the way there is asked for; by its size.
+    # An address of the outside, to ask the way to and never to dial; by its size.
     ANYWHERE = {4: pack("192.0.2.1"), 16: pack("2001:db8::1")}
 
     def __init__(self, config: Config) -> None:
@@ -2001,11 +2001,11 @@ class Policy:
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
         """Return whether a peer is on the inside, and came to us from there.
 
-        address is what accept() returns; without a socket it came to an inside one.  A
-        peer of the outside may have an address that is in `inside`: between two NATs, a
-        link-local one, or one that its network routes to it.  Then it comes to an
-        address of the outside, or our answers leave by its device and not from an
-        address of the inside.  Raises OSError.
+        address is what accept() returns; without a socket the caller has looked which
+        address the peer came to.  A peer of the outside may have an address that is in
+        `inside`: between two NATs, a link-local one, or one that its network routes to
+        it.  Then it comes to an address of the outside, or our answers leave by its
+        device and not from an address of the inside.  Raises OSError.
         """
         packed, scope = address_of(address[0]), address[3] if len(address) == 4 else 0
         if not contains(self.inside, packed):
@@ -2013,19 +2013,18 @@ class Policy:
         route = route_to(packed)
         device = socket.if_indextoname(scope) if scope else route.device
         link_local = contains(LINK_LOCAL, packed, route.source)
-        if link_local:  # that alone does not tell inside from outside
+        if link_local:  # every network has these: the device must have an inside one
             own = [a for a in device_addresses(device) if not contains(LINK_LOCAL, a)]
             if not contains(self.inside, *own):
                 return False
-        leads_inside = contains(self.inside, route.source) and not link_local
         here = address_of(sock.getsockname()[0]) if sock and self.uplinks else b""
         theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
         if here in theirs or device in [uplink.name for uplink in self.uplinks]:
             return False
-        return leads_inside or (
-            device not in [way.device for way in self.defaults()]
-            and theirs.isdisjoint(device_addresses(device))
-        )
+        if contains(self.inside, route.source) and not link_local:
+            return True
+        leads_outside = device in [way.device for way in self.defaults()]
+        return not leads_outside and theirs.isdisjoint(device_addresses(device))
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
@@ -2058,8 +2057,10 @@ class Policy:
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
-        if port not in self.listeners or host in self.own_names:
-            return port in self.listeners
+        if port not in self.listeners:
+            return False
+        if host in self.own_names:
+            return True
         with contextlib.suppress(ValueError):  # it is another name
             packed = address_of(host)
             return any(packed) and self.is_own_listener([packed], port)
@@ -2084,7 +2085,7 @@ class Policy:
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
         closed = self.closes(packed)
-        if proto == "map" and closed == "inside":  # where the target itself has asked
+        if proto == "map" and closed == "inside":  # that machine asked for the mapping
             closed = ""
         # A redirected client did not choose a gateway to send its mail through.
         mail = port == 25 and proto != "redirect"
@@ -2100,7 +2101,7 @@ class Policy:
             text = f"rule {number}: {rule.text}"
             if not rule.allow:
                 return DENIED._replace(word=f"denied-rule-{number}"), text
-            # What an allow does not name expressly stays closed: on to the next.
+            # What an allow does not name expressly stays closed: see the next rule.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not closed):
                 return OK, text
