@@ -1243,7 +1243,7 @@ def relay(
 # reads nothing from the network, resolves no name and accepts no client.  Its
 # loop is top up, sleep, act, reap.  Its signals are blocked, and taken one by one
 # when it sleeps, so no code of ours runs in the middle of other code of ours; a
-# worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
+# worker wakes it by SIGCHLD too, when spares are short.  With max_workers busy it
 # asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
 # configuration are told to leave by their lifeline: see Watch.
 
@@ -1270,14 +1270,14 @@ def readable(fds: Iterable[int]) -> dict[int, int]:
 class Client:
     """A client's connection, and who is at the other end of it.
 
-    The listener has it reset if it is closed in any other way than by close().
+    It has SO_LINGER from its listener: any close but close() resets the connection.
     """
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Take what accept() returns."""
         sock.setblocking(False)
         self.stream = Stream(sock, CLIENT_GONE)
-        self.address = address  # with the device of a link-local one
+        self.address = address  # with the scope of a link-local one
         self.host = address[0].removeprefix("::ffff:")
         self.endpoint = endpoint((self.host, address[1]))
         # On the scoreboard; hash() of a str is equal in all forked processes.
@@ -1308,11 +1308,11 @@ class Generation(NamedTuple):
     log: AccessLog
     chapters: Chapters
     lifeline_read: int
-    lifeline_write: int  # the master's alone: it is its life
+    lifeline_write: int  # the master's alone, so it closes when the master dies
 
 
 class Worker:
-    """One process and its one client at a time: what serving code may use."""
+    """A process with one client at a time: what the code that serves it may use."""
 
     def __init__(self, generation: Generation, slot: Slot) -> None:
         """Begin in the new process, under the configuration of a generation."""
@@ -1324,7 +1324,7 @@ class Worker:
         self.lifeline = generation.lifeline_read
         self.watch = Watch(self.lifeline, self.config, self.listeners)
         self.client: Client
-        self.idle_poll = select.epoll()  # made after the fork: it is no other's
+        self.idle_poll = select.epoll()  # made after the fork: no process shares it
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
         self.is_in_line = False  # for clients
 
@@ -1341,8 +1341,8 @@ class Worker:
                     return client
             if self.lifeline in ready:
                 return None
-            # Leave the count of the idle before looking at it: of many that ask at
-            # once each sees the fewer, so too few leave rather than too many.
+            # Stop being idle before counting the idle: of many workers that count at
+            # once, each sees fewer than there are, so too few leave, not too many.
             self.slot.set_state(BUSY)
             if not ready and self.has_spares():
                 return None
@@ -1352,8 +1352,8 @@ class Worker:
 
         It asks in the order of registration and wakes the first worker that sleeps, so
         few workers serve all short clients, and their memory stays in the caches: a
-        tenth less processor time a client.  A busy one in the line costs 60 ns: a
-        third of the rate, if there are 1,500.
+        tenth less processor time a client.  But a busy worker that stays in line costs
+        each new client 60 ns: a third of the rate, if 1,500 do.
         """
         if wanted == self.is_in_line:
             return
@@ -1375,7 +1375,7 @@ class Worker:
                 self.idle_poll.unregister(fd)
                 del self.listeners[fd]
             elif error.errno != errno.ECONNABORTED:
-                # Idle all the same: another worker could accept no more than we.
+                # Stay idle: a worker forked in our place could not accept it either.
                 self.board.say(f"cannot accept a client: {reason(error)}")
                 time.sleep(1)  # the client stays in the queue
             return None
@@ -1392,9 +1392,9 @@ class Worker:
     def await_bytes(self, seconds: float, new: bool) -> bool:
         """Wait for the client's next bytes, and receive them; return whether any came.
 
-        None come when the time is over, or when it is time to leave.  At a reload a new
-        client has its whole time.  It has CROSSING_TIME when the master leaves, as a
-        kept-alive client has at a reload: a request may be on its way.
+        At a reload a new client keeps its whole time, and a kept-alive one has
+        CROSSING_TIME: its request may be on the way.  When the master leaves, a new
+        client has CROSSING_TIME, and a kept-alive one no time.
         """
         client, poll = self.client.stream, select.poll()
         poll.register(client.fd, POLLIN)
@@ -1415,7 +1415,7 @@ class Worker:
     def hear(self, steps: Steps, late: Refused, deadline: float) -> Any:
         """Run steps that receive what the client has to say; raise Refused.
 
-        If that takes long, it may have to make room for another client.
+        After SHORT_SILENCE the worker may have to make room for another client.
         """
         soon = min(deadline, time.monotonic() + SHORT_SILENCE)
         try:
@@ -1507,7 +1507,7 @@ class Master:
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
-        self.killed = 0  # workers that have left no successor
+        self.killed = 0  # workers that were killed, and are not replaced yet
         self.told = OPERATOR  # the outcome of a session whose worker is told to end
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
@@ -1517,7 +1517,7 @@ class Master:
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
-        # If whoever started us ignored it, the kernel would reap in our place.
+        # SIG_IGN outlives exec(2), and with it the kernel would reap in our place.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while self.workers or self.mappers or not self.stopping:
             try:
@@ -1538,7 +1538,7 @@ class Master:
         full = len(self.workers) >= limit and not self.idle(self.generation)
         if full and not self.stopping:
             self.make_room(limit)
-        # The kernel gives HUP before TERM, however many come.
+        # First these two: of all pending signals the kernel gives the lowest, HUP.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
         taken = taken or signal.sigtimedwait(self.SIGNALS, 0.25 if full else 1.0)
         number = taken.si_signo if taken else 0
@@ -1582,14 +1582,14 @@ class Master:
                 code = os.waitstatus_to_exitcode(status)
                 self.generation.log.write_killed(slot, code, self.told)
             slot.set_state(FREE)
-            # A client may have woken the killed worker and no other; a new one looks
-            # at the queue before it waits.
+            # A client may have woken the killed worker and no other; a new worker
+            # looks at the queue before it waits.
             self.killed += status != 0
-            if status and not slot.words[slot.PID]:  # nor would the next get further
+            if status and not slot.words[slot.PID]:  # it failed as the next one would
                 self.fork_at = time.monotonic() + 1
 
     def keep_spares(self) -> None:
-        """Fork until enough workers are idle or every slot is taken; and the mapper."""
+        """Fork the mapper, and workers until enough are idle or max_workers live."""
         if time.monotonic() < self.fork_at:
             return
         config, mapper = self.generation.config, self.generation.chapters.mapper
@@ -1625,7 +1625,7 @@ class Master:
         self.workers[pid] = slot, self.generation
 
     def become(self, work: Callable[[Any], None], what: Any) -> None:
-        """Do some work in this new process, which is the master no more."""
+        """Do some work in this new process, less what belongs to the master alone."""
         for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
             os.close(fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
@@ -1672,7 +1672,7 @@ class Master:
     def see_old_out(self) -> None:
         """Say when no idle worker is left that would take a client by old settings.
 
-        Close the lifelines that nobody has, and removed listeners without a queue.
+        Close the lifelines that no process has, and removed listeners without a queue.
         """
         if self.reloading and not any(map(self.idle, self.generations[:-1])):
             self.reloading = False
@@ -1701,7 +1701,7 @@ class Master:
             if not name.startswith("systemd "):  # those are not ours to shut
                 shut(listener)
         seconds = self.generation.config.drain_timeout
-        self.kill_at = time.monotonic() + seconds + 2
+        self.kill_at = time.monotonic() + seconds + 2  # workers end by themselves first
         if count := len(list(sessions(self.board))):
             say(f"stopping: sessions that have {seconds:g} s to end: {count}")
 
