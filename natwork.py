@@ -1848,7 +1848,7 @@ def find_route(packed: bytes) -> Route:
     """Return the kernel's route to an address; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
-    for data in netlink(26, 1, body):  # RTM_GETROUTE, NLM_F_REQUEST; the first decides
+    for data in netlink(26, 1, body):  # RTM_GETROUTE, NLM_F_REQUEST: one answer
         found = dict(parts_of(data[12:], "=HH"))
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
         device = socket.if_indextoname(index)
@@ -2117,14 +2117,14 @@ class Policy:
 # One way out for every protocol: resolve once, judge each address, and dial the
 # judged ones and no other, so that no name can lead elsewhere the second time.
 # Addresses are raced as in RFC 8305, so a dead family costs a quarter second;
-# uplinks are raced likewise, so a dead line costs one.
+# uplinks are raced likewise, so a dead one costs a second.
 
 
 def leave_by(sock: socket.socket, uplink: Uplink) -> None:
     """Make a socket that has no address yet leave by an uplink; raise OSError."""
     if uplink.packed:
-        # IP_BIND_ADDRESS_NO_PORT, which 3.10 does not name: the whole port range
-        # for each target, not one for all of them.
+        # IP_BIND_ADDRESS_NO_PORT, which 3.10 does not name: each target then has the
+        # whole port range to itself, and not a part of one for all.
         sock.setsockopt(socket.SOL_IP, 24, 1)
         sock.bind((uplink.name, 0))
     else:
@@ -2142,7 +2142,7 @@ def resolve(host: str) -> list[bytes]:
         found = socket.getaddrinfo(host.encode(), None, type=STREAM)
     except socket.gaierror as error:
         outcome = outcome_of(error, NO_SUCH_HOST)
-        # Of silence and of a refusal alike the resolver says EAI_AGAIN.
+        # EAI_AGAIN may be silence or a refusal; only silence takes so long.
         if outcome is DNS_FAILED and time.monotonic() > began + 1.5:
             outcome = DNS_TIMEOUT
         raise Refused(outcome, f"{host}: {error.args[1]}") from None
@@ -2174,21 +2174,21 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=board.failed_recently)
-    sizes_named = {len(uplink.packed) for uplink in uplinks}  # 0 of a device
-    inside = [one for one in addresses if 0 in sizes_named and policy.closes(one)]
+    named = {len(uplink.packed) for uplink in uplinks}  # families; 0 is a device
+    inside = [one for one in addresses if 0 in named and policy.closes(one)]
     attempts: list[Attempt] = []
     begins: dict[int, float] = {}  # of a family's next uplink, by the family's size
-    # None is by the routing table: without uplinks the only way, and beside devices the
-    # one to the inside, which a source address of its family reaches by itself.
+    # None leaves the way to the routing table.  Without uplinks it is the only way;
+    # beside devices it leads to the inside, if no source address of the family does.
     for way in [None, *order]:
         if not way:
             by_table = inside if uplinks else addresses
-            usable = [packed for packed in by_table if len(packed) not in sizes_named]
+            usable = [packed for packed in by_table if len(packed) not in named]
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
             usable = [packed for packed in addresses if packed not in inside]
-        # It does not wait for all addresses of the uplink before.
+        # An uplink does not wait until the one before has tried all its addresses.
         sizes, first = {*map(len, usable)}, ATTEMPT_DELAY if attempts else 0.0
         begin = max((begins.get(size, first) for size in sizes), default=0.0)
         begins |= dict.fromkeys(sizes, begin + UPLINK_DELAY)
@@ -2203,12 +2203,12 @@ class Race:
     When one has failed, the next begins at once, and those after it as much earlier.
     """
 
-    # The target itself has answered with these; any other error is the way's.
+    # The target itself answers with these; any other error is one of the way there.
     ANSWERS = ConnectionRefusedError, ConnectionResetError
 
     def __init__(self, worker: Worker, session: Session) -> None:
         self.worker, self.session = worker, session
-        self.waiting: list[Attempt] = []  # the next is the last
+        self.waiting: list[Attempt] = []  # the next one stands at the end
         self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
         self.failed: list[tuple[OSError, Attempt]] = []
@@ -2250,7 +2250,7 @@ class Race:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
             self.session.address = endpoint(attempt.where())
-            # ask() hears what becomes of it.
+            # Whatever connect() says, ask() calls it again, and acts on that.
             if sock.connect_ex(attempt.where()) == errno.EINPROGRESS:
                 self.asked.setdefault(attempt.uplink, False)
         except OSError as error:
@@ -2282,8 +2282,8 @@ class Race:
     def win(self, attempt: Attempt) -> Stream:
         """Return the connection that won, and remember which uplinks were too slow.
 
-        An uplink has failed if it was asked first, has brought no answer, and another
-        has won; not if it has no way there: other targets may have one.
+        An uplink has failed if it was asked before the winner and brought no answer.
+        If connect() failed at once, it was not asked: it may reach other targets.
         """
         board = self.worker.board
         for uplink, has_answered in self.asked.items():
@@ -2315,13 +2315,13 @@ def judged(
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed: list[bytes] = []
     peer, proto = worker.client.host, session.proto
-    user = session.user if worker.config.users else "-"  # else it is but a claim
+    user = session.user if worker.config.users else "-"  # a name that nobody checked
     for packed in [pack(only)] if only else resolve(host):
         outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
     if not allowed:
-        raise Refused(outcome, f"{unpack(packed)}: {rule}")
+        raise Refused(outcome, f"{unpack(packed)}: {rule}")  # of the last address
     return allowed
 
 
@@ -2344,7 +2344,7 @@ def dial(
 def deliver(watch: Watch, peer: Stream) -> None:
     """Wait until a peer has what was sent to it, or takes no more of it.
 
-    RFC 9110 section 9.3.6: a reset would take back what it has not.
+    RFC 9110 section 9.3.6: a reset would discard what has not arrived.
     """
     left, deadline, limit = 0, 0.0, time.monotonic() + HALF_CLOSED_TIMEOUT
     with contextlib.suppress(Refused):
@@ -2396,6 +2396,7 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         if refusal.outcome in (SERVER_GONE, CLIENT_GONE):
             deliver(watch, client if refusal.outcome is SERVER_GONE else server)
         client.abort()
+        # A server that has more to send answers the client's close by a reset.
         if refusal.outcome is SERVER_GONE and up.state == up.DONE:
             raise Refused(CLIENT_GONE, "the client had gone before") from None
         raise
