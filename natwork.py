@@ -2174,7 +2174,7 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=board.failed_recently)
-    named = {len(uplink.packed) for uplink in uplinks}  # families; 0 is a device
+    named = {len(uplink.packed) for uplink in uplinks}  # sizes; 0 of a device
     inside = [one for one in addresses if 0 in named and policy.closes(one)]
     attempts: list[Attempt] = []
     begins: dict[int, float] = {}  # of a family's next uplink, by the family's size
@@ -2416,11 +2416,11 @@ HEAD_END = re.compile(rb"\n\r?\n")  # without a CR too, which only a response ma
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
-# By its first letter HTTP is told from SOCKS.
+# It begins with a letter, and SOCKS with 4 or 5.
 REQUEST_LINE = re.compile(
     rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
 )
-# Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
+# Some servers say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
 # Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
 FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
@@ -2436,14 +2436,14 @@ CHUNK_LINE = re.compile(
     % (TOKEN, TOKEN, QUOTED)
 )
 FAULTY_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[^\r\n\0]*)?\r\n")
-# In brackets there is a colon, so that an IPv4 address is not taken there.
+# Brackets must hold a colon, so that an IPv4 address is not taken in them.
 AUTHORITY = re.compile(
     rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
 # A fragment is no part of what is asked for: RFC 9110 section 7.1.
 ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*)?")
-# The log shows no password, and no query, which may hold one; a %09 ends what a
-# gopher URL selects.
+# What the log leaves out of a target: all before an @, and the query, because both may
+# hold a password.  In a gopher URL the query begins with %09.
 BEFORE_AT_OR_QUERY = re.compile(rb"\A[^?#]*[?#].*@.*|\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
 UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
@@ -2467,7 +2467,7 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
     b"www-authenticate".split()
 )
 
-REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
+REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}  # read here, and written anew
 
 
 def members(listed: bytes) -> list[bytes]:
@@ -2519,7 +2519,7 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     name, digits = match.groups()
     if not digits and not default:
         raise Refused(BAD_REQUEST, "no port in the target, which must be HOST:PORT")
-    # There may be any number of zeros.
+    # RFC 3986 section 3.2.3: a port may begin with any number of zeros.
     port = int(digits.lstrip(b"0")[:6] or b"0") if digits else default
     if not 0 < port < 65536:
         raise Refused(BAD_REQUEST, "port not from 1 to 65535")
@@ -2558,14 +2558,14 @@ def check_response_begun(received: bytearray) -> tuple[()]:
 
 
 def mended(head: bytes) -> bytes:
-    """Return a response head less the faults that leave it one meaning; raise Refused.
+    """Return a response head without the faults that cannot mislead; raise Refused.
 
     Lines may end with LF alone or be folded, there may be blanks before a colon and
     control bytes in a value; a line that is no field is left out.
     """
     if b"\0" in head or b"\n\r\r" in head:
         raise Refused(BAD_RESPONSE, "NUL, or a line of CRs, in the head")
-    # In place of a fold a NUL: it continues a value, and neither a name nor a status.
+    # A fold becomes a NUL: a value goes on after it; no name matches; a status ends.
     head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b"\0", head)
     line, *others = (line.removesuffix(b"\r") for line in head.split(b"\n"))
     fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
@@ -2592,7 +2592,7 @@ def parse_length(digits: bytes, bad: Outcome) -> int:
 class RequestHead:
     """A request head, parsed; minor is the second digit of its version."""
 
-    READ = REWRITTEN | {b"host", b"expect", b"max-forwards"}  # and written anew
+    READ = REWRITTEN | {b"host", b"expect", b"max-forwards"}
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
@@ -2610,7 +2610,7 @@ class RequestHead:
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         self.upgrade = self.offered() if b"upgrade" in self.options else b""
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
-        self.expected = self.minor and self.fields.get(b"expect", b"").lower()
+        self.expected = self.fields.get(b"expect", b"").lower() if self.minor else b""
 
     def length(self) -> int | None:
         """Return a body's length, CHUNKED, or None if no field says it; raise Refused.
@@ -2637,7 +2637,7 @@ class RequestHead:
 
     def login(self, name: bytes) -> bytes:
         """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
-        field = self.fields.get(name) or self.value(name)  # two are none
+        field = self.fields.get(name) or self.value(name)  # two lines: no match
         match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
         with contextlib.suppress(binascii.Error):
             return binascii.a2b_base64(match[1]) if match else b""
@@ -2646,8 +2646,8 @@ class RequestHead:
     def offered(self) -> bytes:
         """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
 
-        It travels with the fields that Connection names for it, or not at all; HTTP/2
-        not at all, because it is us that the server speaks with.
+        None travels if Connection names other fields for it: we have left those out.
+        HTTP/2 never does: the server speaks with us, and we do not speak it.
         """
         if not self.minor or not NOT_NAMED.issuperset(self.options):
             return b""
@@ -2659,7 +2659,7 @@ class RequestHead:
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
 
-    READ = REWRITTEN | {b"date"}  # and written anew
+    READ = REWRITTEN | {b"date"}
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
@@ -2673,7 +2673,7 @@ class ResponseHead:
         self.fields, self.forwarded, self.options = read_fields(section, self.READ)
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         if date := self.fields.get(b"date"):
-            if date.count(b",") > 1:  # of two Date lines the first: it has one
+            if date.count(b",") > 1:  # two lines: keep the first, with its own comma
                 date = b",".join(date.split(b",")[:2])
             self.forwarded += b"Date: %b\r\n" % date
         elif self.status >= 200:
@@ -2683,7 +2683,7 @@ class ResponseHead:
             self.forwarded += UPGRADE_LINES % self.upgrade
 
     def length(self) -> int | None:
-        """Return the same of a response, by the one meaning that its fields may have.
+        """Return a body's length as for a request, but mend what has one meaning.
 
         A length beside chunked does not count, and equal ones are one.  Raises Refused.
         """
@@ -2727,7 +2727,7 @@ class Target(NamedTuple):
     def shown(self) -> str:
         """Return it as the log has it: less user and query, printable."""
         where, path = endpoint((self.host, self.port)), self.path.partition(b"?")[0]
-        if not path:  # of a CONNECT
+        if not path:  # it is a CONNECT
             return where
         url = f"{self.scheme.decode()}://{where}"
         return url if path == b"*" else url + printable(path, TARGET_SIZE - len(url))
@@ -2744,10 +2744,9 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
-    user_form = rb"[0-9A-Za-z._~%!$&'()*+,;=:-]*"  # RFC 3986 section 3.2.1
-    if at and (
-        scheme == b"gopher" or scheme == b"http" and not re.fullmatch(user_form, user)
-    ):
+    form = rb"[0-9A-Za-z._~%!$&'()*+,;=:-]*"  # RFC 3986 section 3.2.1
+    fits = not at or scheme == b"ftp" or scheme == b"http" and re.fullmatch(form, user)
+    if not fits:
         raise Refused(BAD_REQUEST, "malformed user name in the target")
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
@@ -2781,7 +2780,7 @@ def move_body(
     if size != CHUNKED:
         yield from one.move(size)
         return (yield from one.flush())
-    source, strict, spare = one.source, isinstance(head, RequestHead), HEAD_LIMIT
+    source, strict, left = one.source, isinstance(head, RequestHead), HEAD_LIMIT
     form = CHUNK_LINE if strict else FAULTY_CHUNK_LINE
     bad = BAD_REQUEST if strict else BAD_RESPONSE
     while True:
@@ -2789,8 +2788,8 @@ def move_body(
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
-        spare -= len(line) - len(match[1]) - len(CRLF)
-        if strict and spare < 0:
+        left -= len(line) - len(match[1]) - len(CRLF)  # for all chunk extensions
+        if strict and left < 0:
             raise Refused(bad, f"chunk extensions of over {HEAD_LIMIT} bytes")
         if not size:
             break
@@ -2803,7 +2802,7 @@ def move_body(
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
-    # The line end of the last size: with an empty line it ends the body.
+    # Put the last size's line end back: HEAD_END wants it if there are no trailers.
     source.received[:0] = CRLF
     section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
     if not FIELD_LINES.fullmatch(section, 2):
