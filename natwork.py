@@ -2416,7 +2416,7 @@ HEAD_END = re.compile(rb"\n\r?\n")  # without a CR too, which only a response ma
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
-# It begins with a letter, and SOCKS with 4 or 5.
+# A request line begins with a letter, and SOCKS with 4 or 5.
 REQUEST_LINE = re.compile(
     rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
 )
@@ -2831,7 +2831,7 @@ class HttpConnection:
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
     blanks = 0  # empty lines before this request
-    expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
+    expecting: tuple[bytes, bytes] | None = None  # method and target that got a 417
 
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
@@ -2878,8 +2878,8 @@ class Exchange:
     """One request and its answer."""
 
     IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-    # How far the answer is: nothing was sent, but whole interim responses; a part of a
-    # response; that, and only the close ends it; it is whole.
+    # How much was sent.  NOTHING: at most whole interim responses.  BEGUN: a part of a
+    # response.  BEGUN_UNTIL_CLOSE: a part of one that only the close ends.
     NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
 
     head: RequestHead  # once it is understood
@@ -2900,10 +2900,10 @@ class Exchange:
         self.session = Session(who, self.worker.pid_text, "http")
 
     def serve(self) -> None:
-        """Read a request, ask who and whether, and see to its answer; raise Refused."""
+        """Read a request, learn who asks for what, and see to it; raise Refused."""
         head = self.read_head()
         target = self.target = self.find_target(head)
-        if head.target[:1] == b"/":  # our own pages ask by themselves who it is
+        if head.target[:1] == b"/":  # our own pages identify the client by themselves
             return self.by_chapter(target)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
@@ -2932,8 +2932,9 @@ class Exchange:
         if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
+        # After a 417, anything but the same request, less Expect, may be the late body.
         if asked and (head.expected or asked != (head.method, head.target)):
-            raise Refused(BAD_REQUEST._replace(error=""))  # see refuse()
+            raise Refused(BAD_REQUEST._replace(error=""))  # without an answer
         return head
 
     def await_head(self) -> bytes:
@@ -2986,15 +2987,15 @@ class Exchange:
             session.via, name = via + b", ", self.config.name.lower().encode()
             if any(member.split()[1:2] == [name] for member in members(via)):
                 raise Refused(LOOP, "the request has been here before, says its Via")
-        here = self.worker.policy.means_us
-        if target.scheme == b"http" and here(target.host, target.port):
+        policy = self.worker.policy
+        if target.scheme == b"http" and policy.means_us(target.host, target.port):
             return target._replace(scheme=OWN_PAGE)
         return target
 
     def ends_here(self, head: RequestHead) -> bool:
         """Answer TRACE or OPTIONS if it may go no further; return whether that is so.
 
-        Else it may go one hop less: RFC 9110 section 7.6.2.  Raises Refused.
+        Else lower its Max-Forwards by one: RFC 9110 section 7.6.2.  Raises Refused.
         """
         if head.method == b"TRACE" and self.length is not None:
             raise Refused(BAD_REQUEST, "TRACE with a body")
@@ -3043,14 +3044,14 @@ class Exchange:
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        # RFC 9110 section 9.2.2: only what had no effect may go out again; so nothing
-        # else may meet the close of a server that has waited long.
+        # RFC 9110 section 9.2.2: only an idempotent request may be sent again.  So send
+        # no other to a server that has waited long: it may be closing just now.
         repeatable = not self.length and head.method in self.IDEMPOTENT
-        late = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
-        # The rules let this client dial these, and look at nothing else.
+        stale = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
+        # The rules have let this client dial these, and look at nothing else.
         asked = session.user, target.host, target.port
-        kept = http.server if asked == http.server_for and not late else None
-        # What can be read is its end, or unasked: RFC 9112 section 6.3.
+        kept = http.server if asked == http.server_for and not stale else None
+        # If it can be read, it has ended, or has bytes unasked: RFC 9112 section 6.3.
         if kept and readable([kept.fd]):
             kept = None
         if kept:
@@ -3060,7 +3061,7 @@ class Exchange:
             try:
                 return self.carry(kept)
             except Refused as refusal:
-                # It goes out again if the server closed before it heard it.
+                # Send it again if the server closed and had answered nothing.
                 answered = self.progress or self.client.sent or kept.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
@@ -3117,7 +3118,7 @@ class Exchange:
             self.switch(server, self.switching)
         if up.state != up.DONE:  # no request can follow a part of this one
             self.server_keeps = False
-            self.keep = self.keep and bool(self.http.expecting)
+            self.keep = self.keep and bool(self.http.expecting)  # but after a 417
 
     def join(self, up: Direction, down: Direction) -> None:
         """Carry both ways what there is to carry; raise Refused."""
@@ -3137,15 +3138,15 @@ class Exchange:
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
             extra += b"Max-Forwards: %b\r\n" % hops
-        if self.target.login and not head.value(b"authorization"):  # what it meant
+        if self.target.login and not head.value(b"authorization"):  # as browsers do
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if head.upgrade:
             extra += UPGRADE_LINES % head.upgrade
         elif not self.length and not self.keep:
-            # There will be no other request; and the side that closes first keeps
-            # its port for a minute.
+            # There will be no other request, and the side that closes first keeps its
+            # port in TIME_WAIT for a minute: let that be the server.
             extra += b"Connection: close\r\n"
         target = self.target.path
         if server.parent:
@@ -3155,19 +3156,19 @@ class Exchange:
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
-        """The direction down, while a body is on its way up: the answer."""
+        """Read and send the answer while the request's body is still on its way up."""
         response = yield from self.read_response(up.sink)
         if response.status == 101:
             self.switching = response  # once the body has been sent
             return
         up.may_fail = True
-        # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
-        # body, ever; unless it has begun to.
+        # RFC 9110 section 10.1.1: a client that was not told to go on may never send
+        # its body; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
             up.state = up.CANCELED
             if response.status == 417 and not self.client.received:
-                # It asks the same again, and expects nothing.
+                # The client may ask the same again, without Expect.
                 self.http.expecting = self.head.method, self.head.target
         cut = up.state == up.CANCELED and not self.http.expecting
         self.keep = self.head.keep_alive and not cut
@@ -3216,20 +3217,20 @@ class Exchange:
         """Decide how the answer ends, and which of the two connections goes on.
 
         Returns its head, and the size of what follows: CHUNKED, or ALL that comes until
-        the close.  With a request that still goes on a closing server ends both.
-        Raises Refused.
+        the close.  While the request still goes on, a server that closes ends both
+        connections.  Raises Refused.
         """
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
             unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
             raise Refused(unknown, "it wants a user")
         told = None if response.status == 204 else response.length()
-        # A length beside chunked does not count, and who says so is not asked again.
+        # A length beside chunked does not count; a server with both is not asked again.
         doubtful = told == CHUNKED and b"content-length" in response.fields
         size = ALL if told is None else told
         if self.head_only or response.status in (204, 304):
-            # RFC 9112 section 6.3: they may tell a length, and nothing follows.
-            size, told = 0, None if told == CHUNKED else told
+            # RFC 9112 section 6.3: no body follows, whatever length the head tells.
+            size, told = 0, (None if told == CHUNKED else told)
         self.server_keeps = response.keep_alive and size != ALL and not doubtful
         self.progress = self.BEGUN
         if self.watch.retired or goes_on and not self.server_keeps:
@@ -3258,10 +3259,10 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
+        keep = self.keep and not readable([self.worker.lifeline])
         lines = date_line(int(time.time())) + lines
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
-        self.progress = self.BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
+        self.progress, self.keep = self.BEGUN_UNTIL_CLOSE, False  # a part is reset
         self.watch.send(self.client, head if self.head_only else head + body)
         self.progress, self.keep = self.WHOLE, keep
 
@@ -3282,7 +3283,7 @@ class Exchange:
                     deliver(self.watch, self.client)
                 self.client.abort()
             return outcome
-        # Such a request has no end from which to go on; and a body is not all read.
+        # After these, and before the end of a body, we cannot find the next request.
         if outcome.status in (400, 408, 414, 417, 431, 501, 505) or self.length:
             self.keep = False
         with contextlib.suppress(Refused):  # the client may have gone
@@ -3293,8 +3294,8 @@ class Exchange:
     def lingers(self) -> bool:
         """Return whether the client may say more after a whole answer, before a close.
 
-        One that said close, and nothing after that, left no byte unread: our close is
-        then no reset.
+        A client that said close, and sent nothing after that, left no byte unread: our
+        close is then not a reset.
         """
         if self.keep or self.progress != self.WHOLE:
             return False
