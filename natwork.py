@@ -321,8 +321,7 @@ def parse_setting(name: str, text: str) -> Any:
 def read_file(path: str) -> tuple[bytes, int]:
     """Return what a regular file holds, and its mode; raise OSError.
 
-    A pipe or a terminal is refused: it could make us wait, and it says something
-    else at the next reload.
+    A pipe or a terminal is refused: we might wait for it, or read no more at a reload.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -2565,7 +2564,8 @@ def mended(head: bytes) -> bytes:
     """
     if b"\0" in head or b"\n\r\r" in head:
         raise Refused(BAD_RESPONSE, "NUL, or a line of CRs, in the head")
-    # A fold becomes a NUL: a value goes on after it; no name matches; a status ends.
+    # A fold becomes a NUL, and a value then a blank.  A name that was folded does not
+    # match, and a status line ends at its fold.
     head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b"\0", head)
     line, *others = (line.removesuffix(b"\r") for line in head.split(b"\n"))
     fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
@@ -3316,9 +3316,8 @@ class Exchange:
             "Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
             "X-Content-Type-Options: nosniff\r\n"
         )
-        realm = (
-            f"ftp://{self.target.authority.decode()}" if outcome is NO_LOGIN else name
-        )
+        server = self.target.authority.decode() if outcome is NO_LOGIN else ""
+        realm = f"ftp://{server}" if server else name
         basic = f'Basic realm="{realm}", charset="UTF-8"'
         more = {
             401: f"WWW-Authenticate: {basic}\r\n",
@@ -3347,8 +3346,8 @@ class Chapters:
     def __init__(self, config: Config, board: Scoreboard) -> None:
         self.config, self.policy, self.board = config, Policy(config), board
         board.uplinks += [x for x in self.policy.uplinks if x not in board.uplinks]
-        # These serve a client whose first byte is 4 or 5; and one that the kernel
-        # redirected, if it was: then the call returns True.
+        # socks() serves a client whose first byte is 4 or 5; redirect() one that the
+        # kernel redirected to us, and returns whether the client is such a one.
         self.socks: Callable[[Worker], None] | None = None
         self.redirect: Callable[[Worker], bool] | None = None
         # These answer a request, by its URL's scheme; OWN_PAGE is origin-form.
@@ -3374,12 +3373,12 @@ def load_chapter(name: str, option: str = "") -> Any:
         if option:
             raise ConfigError(f"{option} needs {path}, which is not there")
         return None
-    # Run as a script, this is the module that chapters import, and not a second one.
+    # A script is "__main__": without this, the chapters would import a second copy.
     sys.modules["natwork"] = sys.modules[__name__]
     sys.path.insert(0, os.path.dirname(path))
     try:
         module = importlib.import_module(f"natwork_{name}")
-    except Exception as error:  # it may say anything
+    except Exception as error:  # a chapter may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         text = f"{path}: it is no chapter of natwork {__version__}: {why}"
         raise ConfigError(text) from None
@@ -3427,8 +3426,8 @@ def serve_client(worker: Worker) -> bool:
             asks = True
             while asks:
                 # serve() reads a request, finds its target, asks who sends it, has the
-                # rules judge that, dials it and carries the answer; what stops it on
-                # this way, refuse() tells the client; record() writes the line.
+                # rules judge that, dials it and carries the answer.  refuse() tells the
+                # client what stopped it on this way.  record() writes the line.
                 exchange = Exchange(http)
                 worker.record(exchange.session, exchange.serve, exchange.refuse)
                 asks = exchange.keep and http.await_request()
@@ -3479,11 +3478,11 @@ def open_listeners(
 ) -> dict[str, socket.socket]:
     """Return the listeners that systemd passed, or one for each address of `listen`.
 
-    Those held go on; what is opened here, undo closes.  Raises OSError.
+    Those held go on; undo will close what is opened here.  Raises OSError.
     """
     open_one = functools.partial(socket.create_server, backlog=LISTEN_BACKLOG)
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
-    # By address too: one that was removed may still have clients in its queue.
+    # By address too: a removed listener that still has a queue may be wanted again.
     kept = {endpoint(s.getsockname()): s for s in held.values()} | held
     for host, port in [] if listeners else config.parsed("listen", parse_endpoint):
         for here in ("0.0.0.0", "::") if host == "*" else (host,):
@@ -3497,7 +3496,7 @@ def open_listeners(
                     continue  # a box without IPv6
                 raise OSError(f"cannot listen on {name}: {reason(error)}") from None
             listeners[name] = sock
-            port = sock.getsockname()[1]  # 0 picks one for both
+            port = sock.getsockname()[1]  # what the kernel picked for 0 is for both
     for sock in listeners.values():
         sock.setblocking(False)
         # Linux hands these down to every socket that is accepted.
@@ -3514,11 +3513,11 @@ def find_user(config: Config) -> tuple[int, int] | None:
     """
     import pwd
 
-    is_root = os.geteuid() == 0 and config.user != "root"
-    if is_root or "user" in config.where:
+    leaves_root = os.geteuid() == 0 and config.user != "root"
+    if leaves_root or "user" in config.where:
         try:
             entry = pwd.getpwnam(config.user)
-            return (entry.pw_uid, entry.pw_gid) if is_root else None
+            return (entry.pw_uid, entry.pw_gid) if leaves_root else None
         except KeyError:
             config.refuse("user", "there is no such user")
     return None
@@ -3575,18 +3574,18 @@ def open_generation(chapters: Chapters, old: Generation | None = None) -> Genera
 
 
 def serve_nobody(generation: Generation) -> None:
-    """Serve a tunnel that leads back to its own listener, and where nobody speaks.
+    """Serve a client of our own, whose tunnel leads back to us, and times out at once.
 
     What the interpreter writes down when code runs for the first time is then shared
     by all workers: half a megabyte of each.  Raises OSError.
     """
-    # Of spare workers it has enough, so it does not wake the master for more.
+    # With spare_workers=0 it lacks none, so it does not wake the master for more.
     config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
     config.log = os.devnull
     board, log, lifeline = Scoreboard(), AccessLog(config), generation[-2:]
     chapters = Chapters(config, board)
     with contextlib.ExitStack() as stack:
-        for _ in range(8):  # descriptors for it, or it would wait for one
+        for _ in range(8):  # raise OSError where accept_from() would wait for one
             stack.callback(os.close, os.dup(lifeline[0]))
         stack.pop_all().close()
         stack.callback(os.close, board.fd)
@@ -3635,21 +3634,20 @@ def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
 def run(config: Config, ready: Callable[[], None]) -> int:
     """Run the gateway until it is told to stop; return the exit code.
 
-    Calls ready() when clients are served.  Raises ConfigError or OSError when
-    it cannot start.
+    Calls ready() when clients are served; raises ConfigError or OSError before that.
     """
     board, fds = Scoreboard(), []
     chapters, user = examine(config, board), find_user(config)
 
     def load_next(old: Generation) -> Generation:
-        # The file that was there at the start does not become no file.
+        # The file of the start, by its name: if it has gone, that is an error.
         fresh = load_config(old.config.file, old.config.options)
         return open_generation(examine(fresh, board), old)
 
-    # Whoever reads "listening on" may send a signal at once: it waits for the master.
+    # A signal may come as soon as we say "listening on": it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, Master.SIGNALS)
-    # INT and HUP the master takes all the same, being blocked; in a worker, Ctrl-C must
-    # drain, and not cut.  USR1 and USR2 tell others to open their log.
+    # Workers ignore these: Ctrl-C must drain, and not cut.  The master still takes INT
+    # and HUP, which are blocked.  USR1 and USR2 tell other programs to open their log.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -3693,7 +3691,7 @@ def guard(work: Callable[[], int]) -> int:
         return 78
     except OSError as error:
         nobody_reads = isinstance(error, BrokenPipeError)  # as by "| head"
-        if not nobody_reads:  # those of ours have a text and no number
+        if not nobody_reads:  # an OSError that we made has a text and no errno
             say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
         with contextlib.suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)  # what nobody takes is not tried again
@@ -3741,8 +3739,8 @@ def print_table(in_json: bool) -> int:
         why = "no gateway that you may look at runs on this box"
         raise OSError(f"cannot show the table: {why}")
     for master, board in sorted(found.items()):
-        # Any user may have made that board, and what is printed here may be killed:
-        # so it must be of one session with the master, setsid(2).
+        # Any user may have made that board, and an operator may kill what it shows: so
+        # show only processes of one session with the master, setsid(2).
         ours = stat_of(master)[3:4]
         rows += [row for row in table_rows(board) if stat_of(row["pid"])[3:4] == ours]
     if in_json:
