@@ -551,7 +551,7 @@ class Scoreboard:
             # Pages that are never written are never allocated: unused slots are free.
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        # Were it to shrink, a process that reads it would die of SIGBUS.
+        # If it could shrink, a process that reads it might die of SIGBUS.
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ValueError("this memory could shrink")
         self.fd, self.memory = fd, mmap.mmap(fd, size, access=access)
@@ -843,7 +843,7 @@ class AccessLog:
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
         slot.settle(session)
         try:
-            if not self.may_block or self.room_poll.poll(0):  # else EAGAIN, too
+            if not self.may_block or self.room_poll.poll(0):  # else why is EAGAIN
                 while written < len(data):
                     written += os.write(self.fd, data[written:])
         except OSError as error:
@@ -1267,7 +1267,7 @@ def readable(fds: Iterable[int]) -> dict[int, int]:
 
 
 class Client:
-    """A client's connection, and who is at the other end of it.
+    """A client's connection, and the address at its other end.
 
     It has SO_LINGER from its listener: any close but close() resets the connection.
     """
@@ -1584,7 +1584,7 @@ class Master:
             # A client may have woken the killed worker and no other; a new worker
             # looks at the queue before it waits.
             self.killed += status != 0
-            if status and not slot.words[slot.PID]:  # it failed as the next one would
+            if status and not slot.words[slot.PID]:  # at its start: so would the next
                 self.fork_at = time.monotonic() + 1
 
     def keep_spares(self) -> None:
@@ -1994,7 +1994,7 @@ class Policy:
         self.judge = remembered(1.0, self.verdict)
 
     def listens_at(self, host: str, port: int) -> None:
-        """Take note of an address of the gateway itself, which is not dialed."""
+        """Take note of a listener of the gateway itself, which is not dialed."""
         self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
 
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
@@ -2046,8 +2046,8 @@ class Policy:
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.
 
-        The unspecified address, when dialed, is the loopback one; a listener that has
-        it listens on every address of this box.
+        The unspecified address, all zeros, is the loopback one when it is dialed; a
+        listener that has it listens on every address of this box.
         """
         ours = self.listeners.get(port, [])
         if any(packed in ours for packed in found) or not all(map(any, found)):
@@ -2100,7 +2100,7 @@ class Policy:
             text = f"rule {number}: {rule.text}"
             if not rule.allow:
                 return DENIED._replace(word=f"denied-rule-{number}"), text
-            # What an allow does not name expressly stays closed: see the next rule.
+            # A closed address, and mail, need an allow that names them: see the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not closed):
                 return OK, text
@@ -2174,19 +2174,19 @@ def ways_to(
     uplinks = policy.uplinks
     order = sorted(uplinks, key=board.failed_recently)
     named = {len(uplink.packed) for uplink in uplinks}  # sizes; 0 of a device
-    inside = [one for one in addresses if 0 in named and policy.closes(one)]
+    closed = [one for one in addresses if 0 in named and policy.closes(one)]
     attempts: list[Attempt] = []
     begins: dict[int, float] = {}  # of a family's next uplink, by the family's size
     # None leaves the way to the routing table.  Without uplinks it is the only way;
     # beside devices it leads to the inside, if no source address of the family does.
     for way in [None, *order]:
         if not way:
-            by_table = inside if uplinks else addresses
+            by_table = closed if uplinks else addresses
             usable = [packed for packed in by_table if len(packed) not in named]
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
-            usable = [packed for packed in addresses if packed not in inside]
+            usable = [packed for packed in addresses if packed not in closed]
         # An uplink does not wait until the one before has tried all its addresses.
         sizes, first = {*map(len, usable)}, ATTEMPT_DELAY if attempts else 0.0
         begin = max((begins.get(size, first) for size in sizes), default=0.0)
@@ -2327,7 +2327,7 @@ def judged(
 def dial(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> Stream:
-    """Return a connection to a target, or to one of its addresses; raise Refused."""
+    """Return a connection to a target, or to only this address of it; raise Refused."""
     began = time.monotonic()
     if worker.chapters.parents:
         server: Stream = worker.chapters.parents.dial(worker, session, host, port, only)
@@ -2439,7 +2439,7 @@ FAULTY_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[^\r\n\0]*)?\r\n"
 AUTHORITY = re.compile(
     rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
-# A fragment is no part of what is asked for: RFC 9110 section 7.1.
+# A fragment is not a part of what is asked for: RFC 9110 section 7.1.
 ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*)?")
 # What the log leaves out of a target: all before an @, and the query, because both may
 # hold a password.  In a gopher URL the query begins with %09.
@@ -2523,8 +2523,8 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     if not 0 < port < 65536:
         raise Refused(BAD_REQUEST, "port not from 1 to 65535")
     host = name.decode().lower()
-    # What ends in a number is an IPv4 address or nothing: resolvers take 127.1,
-    # 0x7f.1 and 2130706433 for 127.0.0.1.
+    # A host that ends in a number is an IPv4 address or nothing: resolvers take
+    # 127.1, 0x7f.1 and 2130706433 for 127.0.0.1.
     last = host.removesuffix(".").rpartition(".")[2]
     bare = host.strip("[]")
     if bare != host or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
@@ -2560,12 +2560,12 @@ def mended(head: bytes) -> bytes:
     """Return a response head without the faults that cannot mislead; raise Refused.
 
     Lines may end with LF alone or be folded, there may be blanks before a colon and
-    control bytes in a value; a line that is no field is left out.
+    control bytes in a value; a line that is not a field is left out.
     """
     if b"\0" in head or b"\n\r\r" in head:
         raise Refused(BAD_RESPONSE, "NUL, or a line of CRs, in the head")
-    # A fold becomes a NUL, and a value then a blank.  A name that was folded does not
-    # match, and a status line ends at its fold.
+    # A fold becomes a NUL, and in a value that becomes a blank.  A name with a fold in
+    # it does not match, and a status line ends at its fold.
     head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b"\0", head)
     line, *others = (line.removesuffix(b"\r") for line in head.split(b"\n"))
     fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
@@ -2626,7 +2626,7 @@ class RequestHead:
             if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
                 why = "Transfer-Encoding does not end in one chunked"
                 raise Refused(BAD_REQUEST, why)
-            if len(codings) > 1:  # which is no fault, but nothing that we do
+            if len(codings) > 1:  # the client made no fault, but we do none of these
                 raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
             return CHUNKED
         return None if digits is None else parse_length(digits, BAD_REQUEST)
@@ -3027,7 +3027,7 @@ class Exchange:
     def serve_connect(self, target: Target) -> None:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
-        self.http.close()  # it is of no more use
+        self.http.close()  # no request can follow that could use it
         self.worker.begin(session)
         server = dial(self.worker, session, target.host, target.port)
         answer = b"HTTP/1.1 200 Connection established\r\n\r\n"
@@ -3104,7 +3104,7 @@ class Exchange:
             return
         up, down = Direction(client, server), Direction(server, client)
         down.steps = self.send_answer(down, response, head, size)
-        self.join(up, down)
+        self.join(up, down)  # up has nothing to send, and is done at once
 
     def carry_both(self, server: Stream, request: bytes) -> None:
         """Carry a request's body, and its answer, at the same time; raise Refused."""
@@ -3138,7 +3138,7 @@ class Exchange:
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
             extra += b"Max-Forwards: %b\r\n" % hops
-        if self.target.login and not head.value(b"authorization"):  # as browsers do
+        if self.target.login and not head.value(b"authorization"):  # the URL had it
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
@@ -3616,7 +3616,7 @@ def warm(generation: Generation) -> None:
 
 
 def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
-    """Give up root for a user, by uid and gid, who may open the log again."""
+    """Become a user, by uid and gid, that can open the log again at a reload."""
     status = os.fstat(log.fd)
     is_new = stat.S_ISREG(status.st_mode) and not status.st_size
     if log.path != "-" and is_new and status.st_nlink == 1:
@@ -3835,8 +3835,8 @@ def command(arguments: list[str]) -> int:
 
 def main() -> int:
     """Run the command line; return the exit code: 0, 1, 2 or 78 (EX_CONFIG)."""
-    # Were one of these closed, the next file opened would take its number, and
-    # what is meant for the operator would be written there.
+    # If one of 0, 1 and 2 is closed, the next file opened takes its number, and what
+    # is meant for the operator would be written there.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
