@@ -2626,7 +2626,7 @@ class RequestHead:
             if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
                 why = "Transfer-Encoding does not end in one chunked"
                 raise Refused(BAD_REQUEST, why)
-            if len(codings) > 1:  # the client made no fault, but we do none of these
+            if len(codings) > 1:  # not a fault, but we have no other coding
                 raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
             return CHUNKED
         return None if digits is None else parse_length(digits, BAD_REQUEST)
