@@ -42,8 +42,8 @@ Usage:
     natwork.py --passwd USER                         a line for the file of users
 
 Signals to the master: TERM and INT stop accepting and let busy workers finish
-(a second one ends them now); HUP reads the configuration again and, if that is
-good, new workers serve by it with the access log opened anew, and the old ones
+(a second one ends them now).  HUP reads the configuration again; if it is good,
+new workers serve by it, with the access log opened anew, and the old workers
 finish what they have.  TERM to a worker ends that one session.
 
 Exit codes: 0 asked to stop, 1 unexpected, 2 bad command line, 78 bad
@@ -107,14 +107,14 @@ CHUNK_LINE_LIMIT = 4096  # a chunk size with its extensions
 INTERIM_LIMIT = 64  # 1xx responses to one request
 COPY_SIZE = 64 * 1024  # one recv(); a read this full means that more is there
 BULK_SIZE = 256 * 1024  # a body known to be this long is spliced from the start
-PIPE_SIZE = 256 * 1024  # asked for; over the user's budget one gets less
+PIPE_SIZE = 256 * 1024  # of a splice; the kernel limits what a user's pipes hold
 LISTEN_BACKLOG = 4096  # net.core.somaxconn cuts it
 SLOT_LIMIT = 65536  # the scoreboard's size, and so the largest max_workers
 
 HALF_CLOSED_TIMEOUT = 240.0  # of silence in a half-closed tunnel: RFC 5382
 LINGER_TIMEOUT = 2.0  # of silence in a lingering close; nginx waits 5
 LINGER_LIMIT = 30.0  # for all of a lingering close, as nginx
-SHORT_SILENCE = 0.5  # of a client; after it the worker may be asked to leave
+SHORT_SILENCE = 0.5  # a client that is silent for longer may lose its worker
 CROSSING_TIME = 1.0  # in which a close and a request may pass each other
 ATTEMPT_DELAY = 0.25  # Connection Attempt Delay: RFC 8305 section 8
 UPLINK_DELAY = 1.0  # before the next uplink is tried beside a silent one
@@ -159,8 +159,8 @@ def reason(error: OSError) -> str:
 def say(message: str) -> bool:
     """Write one line to standard error for the operator; return whether it was taken.
 
-    It is whole even among many processes, having at most PIPE_BUF bytes, and it never
-    waits: where nobody reads standard error, the line is lost.
+    The line has at most PIPE_BUF bytes, so the lines of many processes never mix.  We
+    never wait: where nobody reads standard error, the line is lost.
     """
     line = f"natwork: {message}".encode(errors="replace")[: select.PIPE_BUF - 1]
     with contextlib.suppress(OSError):
@@ -172,13 +172,13 @@ def say(message: str) -> bool:
 def masked(text: str) -> str:
     """Return text on one line, less what may be the password in a URL."""
     text = re.sub(":(?!//).*@", ":***@", " ".join(text.split()))
-    text = re.sub("'[^']*@", "'***@", text)  # of a word that we quote
+    text = re.sub("'[^']*@", "'***@", text)  # in a word that a message quotes
     # A URL that was cut has no @, and its port may be the start of a password.
     return re.sub(r"(//[^/@\s:\[]+:)(?!\*{3}@|[0-9]+(?![^/\s]))\S+", r"\1***", text)
 
 
 def find_set_title() -> Any:
-    """Return setproctitle's function; None on the bare box, which has no titles.
+    """Return setproctitle's function; None, and no titles, if it is not installed.
 
     Only its C part is loaded: the Python package around it imports logging and
     threading, which costs every worker half a megabyte after its fork.
@@ -234,10 +234,10 @@ class Config:
     pidfile = ""
 
     def __init__(self, **settings: Any) -> None:
-        """Take settings as parse_setting() returns them, and what is named here."""
+        """Take settings as parse_setting() returns them, and any of these four."""
         self.errors: list[str] = []  # noted so far
         self.options: list[str] = []  # NAME=VALUE
-        self.file = ""  # that they came from, "" for none
+        self.file = ""  # the file that was read, "" for none
         self.where: dict[str, str] = {}  # setting -> file or option it came from
         vars(self).update(settings)
         # A box that has no name yet is "(none)".
@@ -252,7 +252,7 @@ class Config:
         self.errors.append(f"{where}: {name} = {value}: {masked(why)}")
 
     def parsed(self, name: str, parse: Callable[[str], Any]) -> list[Any]:
-        """Return what parse() makes of a setting's parts; refuse what it cannot."""
+        """Return what parse() makes of a setting's parts; refuse the faulty ones."""
         found = []
         for number, part in enumerate(self.parts(name), 1):
             try:
@@ -263,7 +263,7 @@ class Config:
         return found
 
     def parts(self, name: str) -> list[str]:
-        """Return a setting's words; or lines, which a newline or a semicolon ends."""
+        """Return the words of a setting; or its lines, if it is rules or parents."""
         end = "[\n;]" if name in ("rules", "parents") else r"\s"
         return [*filter(None, map(str.strip, re.split(end, getattr(self, name))))]
 
@@ -277,14 +277,14 @@ class Config:
         return " ".join(str(value).split())
 
 
-# By name, in the order of natwork.conf.
+# The default of each setting by its name, in the order of natwork.conf.
 DEFAULTS: dict[str, Any] = {
     name: value
     for name, value in vars(Config).items()
     if isinstance(value, (str, int, float)) and name[0] != "_"
 }
 
-# How a value has to look, by its setting or its type, and what is said otherwise.
+# By setting or type: the form that a value must have, and what we say otherwise.
 FORMS: dict[str | type, tuple[str, str]] = {
     # RFC 9110 section 7.6.3: a pseudonym in Via is a token.
     "name": ("[A-Za-z0-9_.-]{0,255}", "must be letters, digits, dots and dashes"),
@@ -321,8 +321,7 @@ def parse_setting(name: str, text: str) -> Any:
 def read_file(path: str) -> tuple[bytes, int]:
     """Return what a regular file holds, and its mode; raise OSError.
 
-    A pipe or a terminal is refused: it could make us wait, and it says something
-    else at the next reload.
+    A pipe or a terminal is refused: we might wait for it, or read no more at a reload.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -342,7 +341,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{path}: {why}") from None
     faults: list[str] = []
-    while len(faults) < 20:  # a file of something else has more
+    while len(faults) < 20:  # a file that is not INI has a fault in every line
         parser = configparser.ConfigParser(interpolation=None, default_section="")
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         try:
@@ -357,7 +356,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
             }.get(type(error).__name__, "it is not NAME = VALUE")
             line = masked(lines[number - 1].strip())
             faults.append(f"{path}: line {number}: {line}: {why}")
-            lines[number - 1] = ""  # and what is wrong besides?
+            lines[number - 1] = ""  # then parse again, to find the next fault
     for section in sorted(set(parser.sections()) - {"natwork"}):
         faults.append(f"{path}: [{masked(section)}]: the only section is [natwork]")
     return dict(parser["natwork"]) if parser.has_section("natwork") else {}, faults
@@ -366,7 +365,7 @@ def read_settings(path: str) -> tuple[dict[str, str], list[str]]:
 def load_config(path: str, options: list[str]) -> Config:
     """Return the settings of a file, overridden by NAME=VALUE options.
 
-    The path "" stands for natwork.conf here, else in /etc/natwork, else the defaults.
+    The path "" means ./natwork.conf, else /etc/natwork/natwork.conf, else no file.
     What is wrong with a setting is noted; raises ConfigError for a file as a whole.
     """
     places = "natwork.conf", "/etc/natwork/natwork.conf"
@@ -388,7 +387,7 @@ def load_config(path: str, options: list[str]) -> Config:
             continue
         if name in ("log", "users", "pidfile") and value not in ("", "-"):
             folder = os.path.dirname(path) if place == path else ""
-            value = os.path.join(folder, value)  # it counts from where its setting is
+            value = os.path.join(folder, value)  # relative to the file that names it
         settings[name], where[name] = value, place
     config = Config(file=path, options=options, where=where, errors=errors, **settings)
     if "spare_workers" not in where:
@@ -420,7 +419,7 @@ class Outcome(NamedTuple):
 
     word: str  # in the access log
     status: int  # RFC 9110 section 15
-    error: str = ""  # RFC 9209 section 2.3; empty: there is nobody left to tell
+    error: str = ""  # RFC 9209 section 2.3; empty: an HTTP client gets no answer
     advice: str = "Try again in a moment."  # a sentence for the client's page
     reply: int = 1  # RFC 1928 section 6; 1 is a general failure
 
@@ -474,7 +473,7 @@ UNROUTABLE = Outcome("unreachable", 502, "destination_ip_unroutable", reply=3)
 HOST_UNREACHABLE = UNROUTABLE._replace(reply=4)
 NO_UPLINK = UNROUTABLE._replace(word="no-uplink")
 NOBODY_CALLED = CONNECT_TIMEOUT._replace(word="bind-timeout")
-PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # "parent-..."
+PARENT_FAILED = Outcome("parent", 502, "destination_unavailable")  # "parent-refused"
 OVERLOAD = Outcome("overload", 503, "connection_limit_reached")
 AUTH_BUSY = OVERLOAD._replace(word="auth-busy")
 TOO_MANY = OVERLOAD._replace(word="too-many", reply=2)
@@ -501,7 +500,7 @@ OUTCOMES = {o.word: o for o in list(globals().values()) if isinstance(o, Outcome
 
 
 def outcome_of(error: OSError, other: Outcome = BROKEN) -> Outcome:
-    """Return the outcome of an error of the system's, or another where none fits."""
+    """Return the outcome that stands for an error's errno; other, if none does."""
     return OUTCOME_OF_ERRNO.get(error.errno or 0, other)
 
 
@@ -522,20 +521,20 @@ class Refused(Exception):
 # memory that all processes share.  A slot has a single writer, and in the header
 # the last write wins, so there is no lock that a killed worker could keep.
 
-# SILENT: it waits for a client's next word.  A chapter's slot, no worker's, has 4.
+# SILENT: a busy worker that may be asked to leave.  A slot of natwork_mapping has 4.
 FREE, IDLE_STATE, BUSY, SILENT = range(4)
 
 OUTCOME_WORDS = ["other", *OUTCOMES]
 PROTOCOLS = "- http connect upgrade socks4 socks5 udp redirect map ftp gopher".split()
 TARGET_SIZE = 1000  # characters of a path that the log keeps, so that a row has room
-NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each of which may be \x0a
+NAME_SIZE = 1020  # of a name: RFC 1929's 255 bytes, each perhaps written as \x0a
 
 
 class Scoreboard:
     """The shared memory: a header, a state byte for each slot, then the slots.
 
-    The header has 64-bit words.  USED is how many slots ever were used; UNREPORTED the
-    errno of lost lines; BEGAN, LAST_SAID and UPLINKS, when each last failed, seconds.
+    The header has 64-bit words.  USED: how many slots ever were used.  UNREPORTED: the
+    errno that lost log lines.  BEGAN, LAST_SAID, and UPLINKS (last failures): seconds.
     """
 
     MASTER, USED, BEGAN, FORKS, FORKS_FAILED, LAST_SAID, UNREPORTED = range(7)
@@ -544,7 +543,7 @@ class Scoreboard:
     SLOTS, SLOT_SIZE = STATES + SLOT_LIMIT, 8192  # their offset, and bytes of each
 
     def __init__(self, fd: int = -1) -> None:
-        """Make one, or with fd map that of another process, to read only."""
+        """Make one; or map that of another process, its fd, to read only."""
         size, access = self.SLOTS + SLOT_LIMIT * self.SLOT_SIZE, mmap.ACCESS_READ
         if fd < 0:
             flags, access = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING, mmap.ACCESS_WRITE
@@ -552,20 +551,20 @@ class Scoreboard:
             # Pages that are never written are never allocated: unused slots are free.
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        # A reader of what has shrunk would die of SIGBUS.
+        # If it could shrink, a process that reads it might die of SIGBUS.
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ValueError("this memory could shrink")
         self.fd, self.memory = fd, mmap.mmap(fd, size, access=access)
         self.words = memoryview(self.memory).cast("Q")
         self.regions: dict[str, mmap.mmap] = {}
-        self.uplinks: list[Uplink] = []  # as they were first named
+        self.uplinks: list[Uplink] = []  # in the order of their words in the header
 
     def region(self, name: str, size: int) -> mmap.mmap:
         """Return memory that a chapter's processes share; ask before the first fork."""
         return self.regions.setdefault(name, mmap.mmap(-1, size))
 
     def used(self) -> int:
-        """Return how many slots ever were used; no more in memory that is forged."""
+        """Return how many slots ever were used; forged memory may say too many."""
         return min(self.words[self.USED], SLOT_LIMIT)
 
     def states(self) -> bytes:
@@ -583,7 +582,7 @@ class Scoreboard:
         return said
 
     def fork(self, work: Callable[[], None]) -> int:
-        """Return the pid of a new process, which does some work; raise OSError."""
+        """Fork a process that does some work, and return its pid; raise OSError."""
         if pid := os.fork():
             return pid
         try:
@@ -593,7 +592,7 @@ class Scoreboard:
         except OSError as error:
             self.say(f"a process ends early: {reason(error)}")
         except Exception:
-            sys.excepthook(*sys.exc_info())  # it needs nothing that is not there
+            sys.excepthook(*sys.exc_info())  # it works even if no import does
         finally:
             os._exit(1)
 
@@ -609,14 +608,14 @@ class Scoreboard:
 
 
 UNSAFE = re.compile(r"[^!#-\[\]-~]")
-# Of a target as the log has it.
+# The host in Session.target, which is a URL, or HOST:PORT of a CONNECT.
 HOST = re.compile(r"(?:[^/]*?://)?(?:\[([^]]*)\]|([^/:]*)).*")
 
 
 def printable(raw: bytes, limit: int = 255) -> str:
     """Return bytes from the network as text that cannot break a log line.
 
-    The text has no blank, no quote and at most limit characters; "-" is nothing.
+    The text has no blank, no quote and at most limit characters; it is "-" for none.
     """
     text = raw[:limit].decode("latin-1")
     if UNSAFE.search(text):
@@ -632,7 +631,7 @@ def endpoint(address: tuple[Any, ...]) -> str:
 
 
 def host_of(name: str) -> str:
-    """Return the host of what endpoint() writes."""
+    """Return the host in a text of endpoint()."""
     return name.rpartition(":")[0].strip("[]")
 
 
@@ -650,7 +649,7 @@ class Session:
     via = b""  # the gateways that a request has come through
 
     def __init__(self, client: str, pid: str, proto: str = "-") -> None:
-        """Begin a session of a client, as endpoint() writes it, now (monotonic)."""
+        """Begin a session now (monotonic); client is a text of endpoint()."""
         self.began, self.pid = time.monotonic(), pid
         self.client, self.proto = client, proto
 
@@ -685,11 +684,11 @@ class Session:
 class Slot:
     """One worker's place on the scoreboard.
 
-    It begins with these words: where that one of its two rows stands which is whole, 0
-    for none; the worker's pid; the bytes of the session that goes on; the bytes of all
-    that have ended; log lines that were lost; connections made, and the microseconds
-    that they took; a number for the client of the session that goes on.  After the rows
-    it counts the sessions that have ended, by protocol and outcome.
+    It begins with words.  WHICH: the offset of the row that is whole, 0 for none.  PID:
+    the worker's.  UP, DOWN: bytes of the session that goes on.  UPS, DOWNS: of all that
+    have ended.  LOST: log lines.  CONNECTIONS: how many were made, CONNECTING: in how
+    many microseconds.  PEER: a number for the client of the session that goes on.  The
+    two rows follow, then the counts of ended sessions, by protocol and outcome.
     """
 
     WHICH, PID, UP, DOWN, UPS, DOWNS, LOST, CONNECTIONS, CONNECTING, PEER = range(10)
@@ -707,10 +706,10 @@ class Slot:
         self.board.memory[self.board.STATES + self.number] = state
 
     def clear(self, pid: int) -> None:
-        """Begin with a clean row; the totals are the slot's and go on growing."""
+        """Begin without a session; the totals are the slot's, and go on growing."""
         words = self.words
         words[self.WHICH] = words[self.UP] = words[self.DOWN] = words[self.PEER] = 0
-        words[self.PID] = pid  # 0 until the worker has got this far
+        words[self.PID] = pid  # the master says 0, the new worker then its own
 
     def publish(self, session: Session) -> None:
         """Put a session's row up.
@@ -729,7 +728,7 @@ class Slot:
         if not (place := self.words[self.WHICH]):
             return None
         row = bytes(self.bytes[place : place + self.ROW_SIZE]).partition(b"\n")[0]
-        with contextlib.suppress(ValueError):  # it is not one of ours
+        with contextlib.suppress(ValueError):  # no worker of ours wrote this row
             began, *words = row.decode().split(" ")
             session = Session("", "")
             for name, word in zip(Session.FIELDS, words, strict=True):
@@ -746,8 +745,8 @@ class Slot:
     def settle(self, session: Session) -> None:
         """Take down the row of a session that has ended, and add up its bytes.
 
-        Its log line is written next: of a worker that is killed in between the master
-        writes no second one.
+        The log line is written after this.  If the worker is killed between the two,
+        the line is lost; the other way round, the master would write a second one.
         """
         words = self.words
         ups, downs = words[self.UPS] + session.up, words[self.DOWNS] + session.down
@@ -759,7 +758,7 @@ class Slot:
 
 @functools.lru_cache(maxsize=64)
 def ended_by(proto: str, outcome: str) -> int:
-    """Return the word in which a slot counts the sessions of a kind.
+    """Return which word of a slot counts the sessions of a protocol and outcome.
 
     However many rules there are, what they deny counts as denied.
     """
@@ -794,7 +793,7 @@ COLUMNS = (
 
 
 def table_rows(board: Scoreboard) -> list[dict[str, Any]]:
-    """Return the state table: the four columns of the paper, and more.
+    """Return the state table: the four columns of a NAT router's table, and more.
 
     A key is the column's name in lower case, as in source_ip.
     """
@@ -820,8 +819,8 @@ class AccessLog:
         self.path, self.is_json = config.log, config.log_format == "json"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         path = "/proc/self/fd/1" if self.path == "-" else self.path
-        # Root follows no link but those in /dev, such as stdout: a user that may write
-        # to the directory could have put it there, to be given the file.
+        # As root, follow no link outside /dev: a user that may write to the directory
+        # could link to where root alone may write, and drop_root() gives it the file.
         if os.geteuid() == 0 and os.path.dirname(path) not in ("/dev", "/proc/self/fd"):
             flags |= os.O_NOFOLLOW
         try:
@@ -832,24 +831,24 @@ class AccessLog:
                 why = f"cannot open the access log {path}: {reason(error)}"
                 raise OSError(why) from None
             self.fd = os.dup(1)  # a socket (journald's), or not ours to open again
-        self.has_room = select.poll()
-        self.has_room.register(self.fd, POLLOUT)
-        self.may_block = os.get_blocking(self.fd)  # it is shared with others
+        self.room_poll = select.poll()
+        self.room_poll.register(self.fd, POLLOUT)
+        self.may_block = os.get_blocking(self.fd)  # others share its flags
         if self.is_json:
             as_json("pid=-")  # load json here, and not in every worker
 
     def write(self, session: Session, outcome: str, slot: Slot) -> None:
-        """Write the line of a session that has ended, and count it; or it is lost."""
+        """Write the line of a session that has ended, or lose it; count the session."""
         line, board, why = session.line(outcome), slot.board, errno.EAGAIN
         data, written = f"{as_json(line) if self.is_json else line}\n".encode(), 0
         slot.settle(session)
         try:
-            if not self.may_block or self.has_room.poll(0):
+            if not self.may_block or self.room_poll.poll(0):  # else why is EAGAIN
                 while written < len(data):
                     written += os.write(self.fd, data[written:])
         except OSError as error:
             why = error.errno or errno.EIO
-        # After a partial write the file's offset is the end of what was written.
+        # Cut off a part of a line: the file's offset is the end of what we wrote.
         if 0 < written < len(data):
             with contextlib.suppress(OSError):  # a pipe or a terminal
                 os.ftruncate(self.fd, os.lseek(self.fd, -written, os.SEEK_CUR))
@@ -857,14 +856,14 @@ class AccessLog:
             slot.words[slot.LOST] += 1
             board.words[board.UNREPORTED] = why
         slot.words[ended_by(session.proto, outcome)] += 1
-        if why := board.words[board.UNREPORTED]:  # perhaps it could not be said then
+        if why := board.words[board.UNREPORTED]:  # of any worker, and not said yet
             name = "" if self.path == "-" else f" {self.path}"
             lost = f"the access log{name} took no more: lines were lost"
             said = board.say(f"{lost} ({reason(OSError(why, name))})")
             board.words[board.UNREPORTED] = 0 if said else why
 
     def write_killed(self, slot: Slot, code: int, told: Outcome = OPERATOR) -> None:
-        """Write the line that a process could not: killed, or told to end by TERM."""
+        """Write the line of a session whose process was killed, or ended by TERM."""
         if session := slot.session():
             outcome = told if code == -signal.SIGTERM else KILLED
             self.write(session, outcome.word, slot)
@@ -886,7 +885,7 @@ LINE_END = re.compile(rb"\n")
 
 
 def reset_on_close(sock: socket.socket, wanted: bool = True) -> None:
-    """Have a close, even the kernel's when the process dies, be a reset; or not."""
+    """Have close() reset the connection, also the kernel's at our death; or undo it."""
     with contextlib.suppress(OSError):  # it has been closed
         value = struct.pack("ii", wanted, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
@@ -963,7 +962,7 @@ class Stream:
     ) -> Steps:
         """Take bytes up to and with a mark; raise Refused if it is not within a limit.
 
-        What comes first, before each wait for more, may wait itself, or raise Refused.
+        Calls first() before each wait for more: it may wait itself, or raise Refused.
         """
         while not (taken := self.take_until(mark, limit)):
             yield from first()
@@ -979,7 +978,7 @@ class Stream:
         return sent
 
     def send_all(self, out: bytearray) -> Steps:
-        """Send all of out, and take it from there; raise Refused."""
+        """Send all of out, and remove from it what has left; raise Refused."""
         while out:
             del out[: self.send(out)]
             if out:
@@ -1006,7 +1005,7 @@ class Stream:
         self.sock.close()
 
     def abort(self) -> None:
-        """Close by a reset, so that the peer takes nothing for the whole."""
+        """Close by a reset, so that the peer does not take a part for the whole."""
         reset_on_close(self.sock)
         self.sock.close()
 
@@ -1014,11 +1013,10 @@ class Stream:
 class Watch:
     """How a worker waits for sockets.
 
-    The lifeline is in every wait.  It is a pipe of which only the master holds
-    the other end.  A byte in it, which nobody reads: take no more requests, and finish
-    this one in peace.  When it closes, the master is leaving or dead, and what goes on
-    here must come to its end within drain_timeout.  Events 0 wait for POLLERR and
-    POLLHUP alone.
+    The lifeline is in every wait.  It is a pipe of which only the master holds the
+    other end.  A byte in it, which nobody takes out, tells every worker to take no more
+    requests, and to finish its own in peace.  When the master leaves or dies, the pipe
+    closes, and what goes on here must come to its end within drain_timeout.
     """
 
     def __init__(
@@ -1032,6 +1030,7 @@ class Watch:
     def wait(self, wanted: dict[int, int], seconds: float) -> dict[int, int]:
         """Return the events on the descriptors wanted; {} when the time is over.
 
+        Events 0 wait for POLLERR and POLLHUP alone, which poll() reports unasked.
         Raises Refused(DRAINED) when drain_timeout is over.
         """
         now = time.monotonic()
@@ -1047,13 +1046,13 @@ class Watch:
         ready = dict(poll.poll(left * 1000 if left > 0 else 0))
         if event := ready.pop(self.lifeline, 0):
             self.retired = True
-            if event & select.POLLHUP:  # it comes unasked
+            if event & select.POLLHUP:  # the pipe is closed
                 self.drain_at = time.monotonic() + self.config.drain_timeout
                 while self.listeners:  # so that a successor can bind, also if we go on
                     self.listeners.popitem()[1].close()
         if ready or (left := now + seconds - time.monotonic()) <= 0:
             return ready
-        return self.wait(wanted, left)
+        return self.wait(wanted, left)  # the lifeline woke us, or drain_at has come
 
     def run(
         self,
@@ -1062,7 +1061,7 @@ class Watch:
         deadline: float = math.inf,
         beside: Stream | None = None,
     ) -> Any:
-        """Run steps by themselves, and return what they return; raise what they raise.
+        """Run steps alone, and return what they return; raise what they raise.
 
         Raises late when one wait takes more than idle_timeout, or when the deadline
         (monotonic) is over; and Refused when a stream beside it is reset.
@@ -1109,8 +1108,8 @@ class Direction:
     def step(self) -> None:
         """Go on until the direction must wait, or its steps end; raise Refused.
 
-        A server that takes no more has perhaps answered before, so that cancels only
-        the direction to it; and so does any failure once the direction may fail.
+        A failure to send to the server cancels this direction alone, because the server
+        may have answered before; so does any failure once the direction may fail.
         """
         try:
             self.waits_for = next(self.steps)
@@ -1150,14 +1149,14 @@ class Direction:
                 if until_end:
                     return
                 raise Refused(self.source.lost, "the body ended too early")
-            if moved or received:
+            if moved or received:  # EAGAIN says nothing about the next bytes
                 bulk = max(moved, len(received)) >= COPY_SIZE
 
     def splice(self, count: int) -> Steps:
         """Pass on at most count bytes through a pipe, while much comes at once.
 
-        Returns how many: 0 where recv() must see what is there, which is nothing, the
-        end, or what follows an urgent byte; or without a pipe.
+        Returns how many.  0: there is no pipe, or splice(2) moved nothing, and recv()
+        must tell why: nothing is there, or the end is, or data after an urgent byte.
         """
         try:
             pipe_out, pipe_in = os.pipe2(PIPE_FLAGS)
@@ -1166,9 +1165,9 @@ class Direction:
         source, sink, total, size = self.source, self.sink, 0, COPY_SIZE
         count = min(count, 64 * PIPE_SIZE)  # then the other direction has its turn
         try:
-            # Refused to a user that has many pipes already: then 64 KiB, or less, do.
+            # EPERM if the user has many pipes already: then 64 KiB, or less, do.
             with contextlib.suppress(OSError):
-                fcntl.fcntl(pipe_in, 1031, PIPE_SIZE)  # F_SETPIPE_SZ, 3.10 lacks it
+                fcntl.fcntl(pipe_in, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
             while size >= COPY_SIZE and total < count:
                 size = min(count - total, PIPE_SIZE)
                 held = size = source.perform(os.splice, source.fd, pipe_in, size) or 0
@@ -1198,7 +1197,7 @@ def relay(
     Either may end first and the other goes on: a client that asks, closes its
     half and listens is answered.  A server that takes no more leaves up CANCELED, which
     the caller judges.  Raises Refused when a side is lost, or, with the outcome IDLE,
-    when nothing moved within the first timeout, or the least when one goes on alone.
+    when nothing moves for the first timeout; while one goes on alone, for the least.
     """
     server, client, in_flight = up.sink, down.sink, 0
     moving = [up, down]
@@ -1224,7 +1223,7 @@ def relay(
             if client.fd in ready:
                 raise Refused(client.lost, "connection reset")
             if ready:
-                up.state = up.CANCELED  # the next recv() says why it takes no more
+                up.state = up.CANCELED  # the server takes no more; its recv() says why
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
@@ -1243,7 +1242,7 @@ def relay(
 # reads nothing from the network, resolves no name and accepts no client.  Its
 # loop is top up, sleep, act, reap.  Its signals are blocked, and taken one by one
 # when it sleeps, so no code of ours runs in the middle of other code of ours; a
-# worker wakes it by SIGCHLD too, when spares are short.  When the house is full it
+# worker wakes it by SIGCHLD too, when spares are short.  With max_workers busy it
 # asks a worker whose client is silent, by SIGURG, to leave.  All workers of one
 # configuration are told to leave by their lifeline: see Watch.
 
@@ -1268,16 +1267,16 @@ def readable(fds: Iterable[int]) -> dict[int, int]:
 
 
 class Client:
-    """A client's connection, and who is at the other end of it.
+    """A client's connection, and the address at its other end.
 
-    The listener has it reset if it is closed in any other way than by close().
+    It has SO_LINGER from its listener: any close but close() resets the connection.
     """
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Take what accept() returns."""
         sock.setblocking(False)
         self.stream = Stream(sock, CLIENT_GONE)
-        self.address = address  # with the device of a link-local one
+        self.address = address  # with the scope of a link-local one
         self.host = address[0].removeprefix("::ffff:")
         self.endpoint = endpoint((self.host, address[1]))
         # On the scoreboard; hash() of a str is equal in all forked processes.
@@ -1308,11 +1307,11 @@ class Generation(NamedTuple):
     log: AccessLog
     chapters: Chapters
     lifeline_read: int
-    lifeline_write: int  # the master's alone: it is its life
+    lifeline_write: int  # the master's alone, so it closes when the master dies
 
 
 class Worker:
-    """One process and its one client at a time: what serving code may use."""
+    """A process with one client at a time: what the code that serves it may use."""
 
     def __init__(self, generation: Generation, slot: Slot) -> None:
         """Begin in the new process, under the configuration of a generation."""
@@ -1324,7 +1323,7 @@ class Worker:
         self.lifeline = generation.lifeline_read
         self.watch = Watch(self.lifeline, self.config, self.listeners)
         self.client: Client
-        self.idle_poll = select.epoll()  # made after the fork: it is no other's
+        self.idle_poll = select.epoll()  # made after the fork: no process shares it
         self.idle_poll.register(self.lifeline, select.EPOLLIN)
         self.is_in_line = False  # for clients
 
@@ -1341,8 +1340,8 @@ class Worker:
                     return client
             if self.lifeline in ready:
                 return None
-            # Leave the count of the idle before looking at it: of many that ask at
-            # once each sees the fewer, so too few leave rather than too many.
+            # Stop being idle before counting the idle: of many workers that count at
+            # once, each sees fewer than there are, so too few leave, not too many.
             self.slot.set_state(BUSY)
             if not ready and self.has_spares():
                 return None
@@ -1352,8 +1351,8 @@ class Worker:
 
         It asks in the order of registration and wakes the first worker that sleeps, so
         few workers serve all short clients, and their memory stays in the caches: a
-        tenth less processor time a client.  A busy one in the line costs 60 ns: a
-        third of the rate, if there are 1,500.
+        tenth less processor time a client.  But a busy worker that stays in line costs
+        each new client 60 ns: a third of the rate, if 1,500 do.
         """
         if wanted == self.is_in_line:
             return
@@ -1375,7 +1374,7 @@ class Worker:
                 self.idle_poll.unregister(fd)
                 del self.listeners[fd]
             elif error.errno != errno.ECONNABORTED:
-                # Idle all the same: another worker could accept no more than we.
+                # Stay idle: a worker forked in our place could not accept it either.
                 self.board.say(f"cannot accept a client: {reason(error)}")
                 time.sleep(1)  # the client stays in the queue
             return None
@@ -1392,9 +1391,9 @@ class Worker:
     def await_bytes(self, seconds: float, new: bool) -> bool:
         """Wait for the client's next bytes, and receive them; return whether any came.
 
-        None come when the time is over, or when it is time to leave.  At a reload a new
-        client has its whole time.  It has CROSSING_TIME when the master leaves, as a
-        kept-alive client has at a reload: a request may be on its way.
+        At a reload a new client keeps its whole time, and a kept-alive one has
+        CROSSING_TIME: its request may be on the way.  When the master leaves, a new
+        client has CROSSING_TIME, and a kept-alive one no time.
         """
         client, poll = self.client.stream, select.poll()
         poll.register(client.fd, POLLIN)
@@ -1415,7 +1414,7 @@ class Worker:
     def hear(self, steps: Steps, late: Refused, deadline: float) -> Any:
         """Run steps that receive what the client has to say; raise Refused.
 
-        If that takes long, it may have to make room for another client.
+        After SHORT_SILENCE the worker may have to make room for another client.
         """
         soon = min(deadline, time.monotonic() + SHORT_SILENCE)
         try:
@@ -1507,7 +1506,7 @@ class Master:
         self.workers: dict[int, tuple[Slot, Generation]] = {}  # by pid
         self.mappers: dict[int, Generation] = {}  # by pid: one, and those that drain
         self.stopping = self.reloading = False
-        self.killed = 0  # workers that have left no successor
+        self.killed = 0  # workers that were killed, and are not replaced yet
         self.told = OPERATOR  # the outcome of a session whose worker is told to end
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
         self.fork_at = self.full_said_at = self.notify_at = 0.0
@@ -1517,7 +1516,7 @@ class Master:
 
     def run(self) -> None:
         """Serve until TERM or INT, then see the busy workers out."""
-        # If whoever started us ignored it, the kernel would reap in our place.
+        # SIG_IGN outlives exec(2), and with it the kernel would reap in our place.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while self.workers or self.mappers or not self.stopping:
             try:
@@ -1538,7 +1537,7 @@ class Master:
         full = len(self.workers) >= limit and not self.idle(self.generation)
         if full and not self.stopping:
             self.make_room(limit)
-        # The kernel gives HUP before TERM, however many come.
+        # First these two: of all pending signals the kernel gives the lowest, HUP.
         taken = signal.sigtimedwait([signal.SIGINT, signal.SIGTERM], 0)
         taken = taken or signal.sigtimedwait(self.SIGNALS, 0.25 if full else 1.0)
         number = taken.si_signo if taken else 0
@@ -1582,14 +1581,14 @@ class Master:
                 code = os.waitstatus_to_exitcode(status)
                 self.generation.log.write_killed(slot, code, self.told)
             slot.set_state(FREE)
-            # A client may have woken the killed worker and no other; a new one looks
-            # at the queue before it waits.
+            # A client may have woken the killed worker and no other; a new worker
+            # looks at the queue before it waits.
             self.killed += status != 0
-            if status and not slot.words[slot.PID]:  # nor would the next get further
+            if status and not slot.words[slot.PID]:  # at its start: so would the next
                 self.fork_at = time.monotonic() + 1
 
     def keep_spares(self) -> None:
-        """Fork until enough workers are idle or every slot is taken; and the mapper."""
+        """Fork the mapper, and workers until enough are idle or max_workers live."""
         if time.monotonic() < self.fork_at:
             return
         config, mapper = self.generation.config, self.generation.chapters.mapper
@@ -1625,7 +1624,7 @@ class Master:
         self.workers[pid] = slot, self.generation
 
     def become(self, work: Callable[[Any], None], what: Any) -> None:
-        """Do some work in this new process, which is the master no more."""
+        """Do some work in this new process, less what belongs to the master alone."""
         for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
             os.close(fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
@@ -1672,7 +1671,7 @@ class Master:
     def see_old_out(self) -> None:
         """Say when no idle worker is left that would take a client by old settings.
 
-        Close the lifelines that nobody has, and removed listeners without a queue.
+        Close the lifelines that no process has, and removed listeners without a queue.
         """
         if self.reloading and not any(map(self.idle, self.generations[:-1])):
             self.reloading = False
@@ -1701,7 +1700,7 @@ class Master:
             if not name.startswith("systemd "):  # those are not ours to shut
                 shut(listener)
         seconds = self.generation.config.drain_timeout
-        self.kill_at = time.monotonic() + seconds + 2
+        self.kill_at = time.monotonic() + seconds + 2  # workers end by themselves first
         if count := len(list(sessions(self.board))):
             say(f"stopping: sessions that have {seconds:g} s to end: {count}")
 
@@ -1828,7 +1827,7 @@ def netlink(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
     form = "=IHHII"
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
         sock.settimeout(1)
-        sock.send(struct.pack(form, 16 + len(body), kind, 1 | flags, 1, 0) + body)
+        sock.send(struct.pack(form, 16 + len(body), kind, flags, 1, 0) + body)
         while True:
             for answer, content in parts_of(sock.recv(65536), form):
                 if answer in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
@@ -1848,7 +1847,7 @@ def find_route(packed: bytes) -> Route:
     """Return the kernel's route to an address; raise OSError."""
     family, size = INET if len(packed) == 4 else INET6, len(packed)
     body = struct.pack("=BB10xHH", family, 8 * size, 4 + size, 1) + packed  # RTA_DST
-    for data in netlink(26, 0, body):  # RTM_GETROUTE, of which there is one
+    for data in netlink(26, 1, body):  # RTM_GETROUTE, NLM_F_REQUEST: one answer
         found = dict(parts_of(data[12:], "=HH"))
         index = int.from_bytes(found.get(4, b""), sys.byteorder)  # RTA_OIF
         device = socket.if_indextoname(index)
@@ -1866,14 +1865,14 @@ def remembered(seconds: float, ask: Callable[..., Any]) -> Callable[..., Any]:
 def find_addresses(device: str) -> list[bytes]:
     """Return the addresses of a device, packed, if it is there; raise OSError."""
     found, names = [], dict(socket.if_nameindex())
-    for data in netlink(22, 0x300, bytes(8)):  # RTM_GETADDR, NLM_F_DUMP
+    for data in netlink(22, 0x301, bytes(8)):  # RTM_GETADDR, NLM_F_REQUEST, _DUMP
         if names.get(struct.unpack_from("=I", data, 4)[0]) == device:
             fields = dict(parts_of(data[8:], "=HH"))
             found.append(fields.get(2) or fields[1])  # IFA_LOCAL, IFA_ADDRESS
     return found
 
 
-# They may change, but not between the many things that one page asks for.
+# Both may change, but a browser asks for a page's many parts within a second.
 route_to = remembered(1.0, find_route)
 device_addresses = remembered(1.0, find_addresses)
 
@@ -1890,7 +1889,7 @@ def parse_ports(text: str) -> range:
 def parse_line(
     text: str, known: tuple[str, ...]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Return a line's words, and the lists that follow the known ones by these.
+    """Return a line's words, and for each known one the list that follows it.
 
     Raises ValueError, which does not quote the line: it may hold a password.
     """
@@ -1910,7 +1909,7 @@ def parse_line(
 class Rule:
     """One line of `rules`; a part that was not given is empty, and fits all."""
 
-    SOME_PORT = -1  # to ask whether a target may be dialed at all
+    SOME_PORT = -1  # to ask whether a target may be dialed at some port
 
     def __init__(self, text: str) -> None:
         """Parse a line; raise ValueError."""
@@ -1931,17 +1930,17 @@ class Rule:
         self.users = {printable(user.encode()) for user in lists.get("user", ())}
         self.names, self.blocks = names, blocks
         self.ports = [parse_ports(ports) for ports in lists.get("port", ())]
-        self.names_mail = range(25, 26) in self.ports
+        self.names_mail = range(25, 26) in self.ports  # 25 itself, not 1-1024
 
     def matches(
         self, client: bytes, user: str, host: str, port: int, found: list[bytes]
     ) -> bool:
-        """Return whether a target, its addresses found, fits, and who asks for it."""
+        """Return whether the rule fits a client, its user, and a target as found."""
         if self.sources and not contains(self.sources, client):
             return False
         if self.users and user not in self.users:
             return False
-        some = port == self.SOME_PORT and self.allow
+        some = port == self.SOME_PORT and self.allow  # any port that is allowed will do
         if self.ports and not some and not any(port in ports for ports in self.ports):
             return False
         if not self.names and not self.blocks or contains(self.blocks, *found):
@@ -1968,7 +1967,7 @@ def parse_uplink(text: str) -> Uplink:
     with contextlib.suppress(ValueError):
         if any(packed := address_of(text)):
             return Uplink(unpack(packed), packed)
-    # At most the kernel's IFNAMSIZ, less the final NUL; and no address misspelled.
+    # At most the kernel's IFNAMSIZ, less the final NUL; and not a misspelled address.
     if not re.fullmatch(r"(?![0-9.]+\Z)[\w.@-]{1,15}", text, re.ASCII):
         raise ValueError(f"{text!r} is no address to leave from and no device name")
     return Uplink(text, b"")
@@ -1977,7 +1976,7 @@ def parse_uplink(text: str) -> Uplink:
 class Policy:
     """Which peers are clients, and what may be dialed: `inside`, `outside`, `rules`."""
 
-    # Some address of the outside, where but the way there is asked for; by its size.
+    # An address of the outside, to ask the way to and never to dial; by its size.
     ANYWHERE = {4: pack("192.0.2.1"), 16: pack("2001:db8::1")}
 
     def __init__(self, config: Config) -> None:
@@ -1995,17 +1994,17 @@ class Policy:
         self.judge = remembered(1.0, self.verdict)
 
     def listens_at(self, host: str, port: int) -> None:
-        """Take note of an address of the gateway itself, which is not dialed."""
+        """Take note of a listener of the gateway itself, which is not dialed."""
         self.listeners.setdefault(port, []).append(pack(host.partition("%")[0]))
 
     def is_client(self, address: tuple[Any, ...], sock: socket.socket | None) -> bool:
         """Return whether a peer is on the inside, and came to us from there.
 
-        address is what accept() returns; without a socket it came to an inside one.  A
-        peer of the outside may have an address that is in `inside`: between two NATs, a
-        link-local one, or one that its network routes to it.  Then it comes to an
-        address of the outside, or our answers leave by its device and not from an
-        address of the inside.  Raises OSError.
+        address is what accept() returns; without a socket the caller has looked which
+        address the peer came to.  A peer of the outside may have an address that is in
+        `inside`: between two NATs, a link-local one, or one that its network routes to
+        it.  Then it comes to an address of the outside, or our answers leave by its
+        device and not from an address of the inside.  Raises OSError.
         """
         packed, scope = address_of(address[0]), address[3] if len(address) == 4 else 0
         if not contains(self.inside, packed):
@@ -2013,19 +2012,18 @@ class Policy:
         route = route_to(packed)
         device = socket.if_indextoname(scope) if scope else route.device
         link_local = contains(LINK_LOCAL, packed, route.source)
-        if link_local:  # that alone does not tell inside from outside
+        if link_local:  # every network has these: the device must have an inside one
             own = [a for a in device_addresses(device) if not contains(LINK_LOCAL, a)]
             if not contains(self.inside, *own):
                 return False
-        leads_inside = contains(self.inside, route.source) and not link_local
         here = address_of(sock.getsockname()[0]) if sock and self.uplinks else b""
         theirs = {one for uplink in self.uplinks for one in uplink.addresses()}
         if here in theirs or device in [uplink.name for uplink in self.uplinks]:
             return False
-        return leads_inside or (
-            device not in [way.device for way in self.defaults()]
-            and theirs.isdisjoint(device_addresses(device))
-        )
+        if contains(self.inside, route.source) and not link_local:
+            return True
+        leads_outside = device in [way.device for way in self.defaults()]
+        return not leads_outside and theirs.isdisjoint(device_addresses(device))
 
     def defaults(self) -> list[Route]:
         """Return the default routes of both families; raise OSError."""
@@ -2048,8 +2046,8 @@ class Policy:
     def is_own_listener(self, found: list[bytes], port: int) -> bool:
         """Return whether a port of some address is a listener of ours: a loop.
 
-        The unspecified address, when dialed, is the loopback one; a listener that has
-        it listens on every address of this box.
+        The unspecified address, all zeros, is the loopback one when it is dialed; a
+        listener that has it listens on every address of this box.
         """
         ours = self.listeners.get(port, [])
         if any(packed in ours for packed in found) or not all(map(any, found)):
@@ -2058,8 +2056,10 @@ class Policy:
 
     def means_us(self, host: str, port: int) -> bool:
         """Return whether a host is this gateway, by name or address, at a listener."""
-        if port not in self.listeners or host in self.own_names:
-            return port in self.listeners
+        if port not in self.listeners:
+            return False
+        if host in self.own_names:
+            return True
         with contextlib.suppress(ValueError):  # it is another name
             packed = address_of(host)
             return any(packed) and self.is_own_listener([packed], port)
@@ -2084,7 +2084,7 @@ class Policy:
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
         closed = self.closes(packed)
-        if proto == "map" and closed == "inside":  # where the target itself has asked
+        if proto == "map" and closed == "inside":  # that machine asked for the mapping
             closed = ""
         # A redirected client did not choose a gateway to send its mail through.
         mail = port == 25 and proto != "redirect"
@@ -2100,7 +2100,7 @@ class Policy:
             text = f"rule {number}: {rule.text}"
             if not rule.allow:
                 return DENIED._replace(word=f"denied-rule-{number}"), text
-            # What an allow does not name expressly stays closed: on to the next.
+            # A closed address, and mail, need an allow that names them: see the next.
             named = all(contains(rule.blocks, one) for one in found)
             if (not mail or rule.names_mail) and (named or not closed):
                 return OK, text
@@ -2116,14 +2116,14 @@ class Policy:
 # One way out for every protocol: resolve once, judge each address, and dial the
 # judged ones and no other, so that no name can lead elsewhere the second time.
 # Addresses are raced as in RFC 8305, so a dead family costs a quarter second;
-# uplinks are raced likewise, so a dead line costs one.
+# uplinks are raced likewise, so a dead one costs a second.
 
 
 def leave_by(sock: socket.socket, uplink: Uplink) -> None:
     """Make a socket that has no address yet leave by an uplink; raise OSError."""
     if uplink.packed:
-        # IP_BIND_ADDRESS_NO_PORT, which 3.10 does not name: the whole port range
-        # for each target, not one for all of them.
+        # IP_BIND_ADDRESS_NO_PORT, which 3.10 does not name: each target then has the
+        # whole port range to itself, and not a part of one for all.
         sock.setsockopt(socket.SOL_IP, 24, 1)
         sock.bind((uplink.name, 0))
     else:
@@ -2141,7 +2141,7 @@ def resolve(host: str) -> list[bytes]:
         found = socket.getaddrinfo(host.encode(), None, type=STREAM)
     except socket.gaierror as error:
         outcome = outcome_of(error, NO_SUCH_HOST)
-        # Of silence and of a refusal alike the resolver says EAI_AGAIN.
+        # EAI_AGAIN may be silence or a refusal; only silence takes so long.
         if outcome is DNS_FAILED and time.monotonic() > began + 1.5:
             outcome = DNS_TIMEOUT
         raise Refused(outcome, f"{host}: {error.args[1]}") from None
@@ -2173,21 +2173,21 @@ def ways_to(
     """
     uplinks = policy.uplinks
     order = sorted(uplinks, key=board.failed_recently)
-    sizes_named = {len(uplink.packed) for uplink in uplinks}  # 0 of a device
-    inside = [one for one in addresses if 0 in sizes_named and policy.closes(one)]
+    named = {len(uplink.packed) for uplink in uplinks}  # sizes; 0 of a device
+    closed = [one for one in addresses if 0 in named and policy.closes(one)]
     attempts: list[Attempt] = []
     begins: dict[int, float] = {}  # of a family's next uplink, by the family's size
-    # None is by the routing table: without uplinks the only way, and beside devices the
-    # one to the inside, which a source address of its family reaches by itself.
+    # None leaves the way to the routing table.  Without uplinks it is the only way;
+    # beside devices it leads to the inside, if no source address of the family does.
     for way in [None, *order]:
         if not way:
-            by_table = inside if uplinks else addresses
-            usable = [packed for packed in by_table if len(packed) not in sizes_named]
+            by_table = closed if uplinks else addresses
+            usable = [packed for packed in by_table if len(packed) not in named]
         elif way.packed:
             usable = [packed for packed in addresses if len(packed) == len(way.packed)]
         else:
-            usable = [packed for packed in addresses if packed not in inside]
-        # It does not wait for all addresses of the uplink before.
+            usable = [packed for packed in addresses if packed not in closed]
+        # An uplink does not wait until the one before has tried all its addresses.
         sizes, first = {*map(len, usable)}, ATTEMPT_DELAY if attempts else 0.0
         begin = max((begins.get(size, first) for size in sizes), default=0.0)
         begins |= dict.fromkeys(sizes, begin + UPLINK_DELAY)
@@ -2202,12 +2202,12 @@ class Race:
     When one has failed, the next begins at once, and those after it as much earlier.
     """
 
-    # The target itself has answered with these; any other error is the way's.
+    # The target itself answers with these; any other error is one of the way there.
     ANSWERS = ConnectionRefusedError, ConnectionResetError
 
     def __init__(self, worker: Worker, session: Session) -> None:
         self.worker, self.session = worker, session
-        self.waiting: list[Attempt] = []  # the next is the last
+        self.waiting: list[Attempt] = []  # the next one stands at the end
         self.due = 0.0  # when the next one begins, monotonic
         self.pending: dict[Attempt, socket.socket] = {}
         self.failed: list[tuple[OSError, Attempt]] = []
@@ -2249,7 +2249,7 @@ class Race:
             if attempt.uplink:
                 leave_by(sock, attempt.uplink)
             self.session.address = endpoint(attempt.where())
-            # ask() hears what becomes of it.
+            # Whatever connect() says, ask() calls it again, and acts on that.
             if sock.connect_ex(attempt.where()) == errno.EINPROGRESS:
                 self.asked.setdefault(attempt.uplink, False)
         except OSError as error:
@@ -2281,8 +2281,8 @@ class Race:
     def win(self, attempt: Attempt) -> Stream:
         """Return the connection that won, and remember which uplinks were too slow.
 
-        An uplink has failed if it was asked first, has brought no answer, and another
-        has won; not if it has no way there: other targets may have one.
+        An uplink has failed if it was asked before the winner and brought no answer.
+        If connect() failed at once, it was not asked: it may reach other targets.
         """
         board = self.worker.board
         for uplink, has_answered in self.asked.items():
@@ -2314,20 +2314,20 @@ def judged(
     """Return the addresses of a host that may be dialed; raise Refused if none may."""
     allowed: list[bytes] = []
     peer, proto = worker.client.host, session.proto
-    user = session.user if worker.config.users else "-"  # else it is but a claim
+    user = session.user if worker.config.users else "-"  # a name that nobody checked
     for packed in [pack(only)] if only else resolve(host):
         outcome, rule = worker.policy.judge(peer, user, host, port, packed, proto)
         if outcome is OK:
             allowed.append(packed)
     if not allowed:
-        raise Refused(outcome, f"{unpack(packed)}: {rule}")
+        raise Refused(outcome, f"{unpack(packed)}: {rule}")  # of the last address
     return allowed
 
 
 def dial(
     worker: Worker, session: Session, host: str, port: int, only: str = ""
 ) -> Stream:
-    """Return a connection to a target, or to one of its addresses; raise Refused."""
+    """Return a connection to a target, or to only this address of it; raise Refused."""
     began = time.monotonic()
     if worker.chapters.parents:
         server: Stream = worker.chapters.parents.dial(worker, session, host, port, only)
@@ -2343,7 +2343,7 @@ def dial(
 def deliver(watch: Watch, peer: Stream) -> None:
     """Wait until a peer has what was sent to it, or takes no more of it.
 
-    RFC 9110 section 9.3.6: a reset would take back what it has not.
+    RFC 9110 section 9.3.6: a reset would discard what has not arrived.
     """
     left, deadline, limit = 0, 0.0, time.monotonic() + HALF_CLOSED_TIMEOUT
     with contextlib.suppress(Refused):
@@ -2395,6 +2395,7 @@ def tunnel(worker: Worker, session: Session, server: Stream, opening: bytes) -> 
         if refusal.outcome in (SERVER_GONE, CLIENT_GONE):
             deliver(watch, client if refusal.outcome is SERVER_GONE else server)
         client.abort()
+        # A server that has more to send answers the client's close by a reset.
         if refusal.outcome is SERVER_GONE and up.state == up.DONE:
             raise Refused(CLIENT_GONE, "the client had gone before") from None
         raise
@@ -2414,11 +2415,11 @@ HEAD_END = re.compile(rb"\n\r?\n")  # without a CR too, which only a response ma
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 section 5.6.2
 TOKEN = TCHAR + b"+"
 TEXT = rb"[\t -~\x80-\xff]*"  # of field values and phrases: section 5.5
-# By its first letter HTTP is told from SOCKS.
+# A request line begins with a letter, and SOCKS with 4 or 5.
 REQUEST_LINE = re.compile(
     rb"([A-Za-z]%b*) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TCHAR
 )
-# Some say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's servers call 1.0 ICY.
+# Some servers say HTTP/2 in HTTP/1, or put in a blank; Shoutcast's call 1.0 ICY.
 STATUS = rb"(HTTP/1\.[0-9]|HTTP/2(?:\.0)?|ICY) +([1-9][0-9][0-9])"
 # Whole field lines, and the end of a head; a folded one, a bare CR or LF do not match.
 FIELD_LINES = re.compile(rb"(?:%b:%b\r\n)*\r\n" % (TOKEN, TEXT))
@@ -2434,14 +2435,14 @@ CHUNK_LINE = re.compile(
     % (TOKEN, TOKEN, QUOTED)
 )
 FAULTY_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[^\r\n\0]*)?\r\n")
-# In brackets there is a colon, so that an IPv4 address is not taken there.
+# Brackets must hold a colon, so that an IPv4 address is not taken in them.
 AUTHORITY = re.compile(
     rb"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]|[0-9A-Za-z._~-]{1,255})(?::([0-9]*))?"
 )
-# A fragment is no part of what is asked for: RFC 9110 section 7.1.
+# A fragment is not a part of what is asked for: RFC 9110 section 7.1.
 ABSOLUTE_FORM = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)(?:#.*)?")
-# The log shows no password, and no query, which may hold one; a %09 ends what a
-# gopher URL selects.
+# What the log leaves out of a target: all before an @, and the query, because both may
+# hold a password.  In a gopher URL the query begins with %09.
 BEFORE_AT_OR_QUERY = re.compile(rb"\A[^?#]*[?#].*@.*|\A.*@|(?:[?#]|%09).*", re.DOTALL)
 
 UPGRADE_LINES = b"Connection: upgrade\r\nUpgrade: %b\r\n"  # RFC 9110 section 7.8
@@ -2465,7 +2466,7 @@ NOT_IN_TRAILERS = (HOP_BY_HOP | END_TO_END).union(
     b"www-authenticate".split()
 )
 
-REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}
+REWRITTEN = HOP_BY_HOP | {b"content-length", b"via"}  # read here, and written anew
 
 
 def members(listed: bytes) -> list[bytes]:
@@ -2517,13 +2518,13 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     name, digits = match.groups()
     if not digits and not default:
         raise Refused(BAD_REQUEST, "no port in the target, which must be HOST:PORT")
-    # There may be any number of zeros.
+    # RFC 3986 section 3.2.3: a port may begin with any number of zeros.
     port = int(digits.lstrip(b"0")[:6] or b"0") if digits else default
     if not 0 < port < 65536:
         raise Refused(BAD_REQUEST, "port not from 1 to 65535")
     host = name.decode().lower()
-    # What ends in a number is an IPv4 address or nothing: resolvers take 127.1,
-    # 0x7f.1 and 2130706433 for 127.0.0.1.
+    # A host that ends in a number is an IPv4 address or nothing: resolvers take
+    # 127.1, 0x7f.1 and 2130706433 for 127.0.0.1.
     last = host.removesuffix(".").rpartition(".")[2]
     bare = host.strip("[]")
     if bare != host or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
@@ -2556,14 +2557,15 @@ def check_response_begun(received: bytearray) -> tuple[()]:
 
 
 def mended(head: bytes) -> bytes:
-    """Return a response head less the faults that leave it one meaning; raise Refused.
+    """Return a response head without the faults that cannot mislead; raise Refused.
 
     Lines may end with LF alone or be folded, there may be blanks before a colon and
-    control bytes in a value; a line that is no field is left out.
+    control bytes in a value; a line that is not a field is left out.
     """
     if b"\0" in head or b"\n\r\r" in head:
         raise Refused(BAD_RESPONSE, "NUL, or a line of CRs, in the head")
-    # In place of a fold a NUL: it continues a value, and neither a name nor a status.
+    # A fold becomes a NUL, and in a value that becomes a blank.  A name with a fold in
+    # it does not match, and a status line ends at its fold.
     head = re.sub(rb"(?<![\t ])[\t ]*\r?\n[\t ]+", b"\0", head)
     line, *others = (line.removesuffix(b"\r") for line in head.split(b"\n"))
     fields = [match for match in map(FAULTY_FIELD.fullmatch, others) if match]
@@ -2590,7 +2592,7 @@ def parse_length(digits: bytes, bad: Outcome) -> int:
 class RequestHead:
     """A request head, parsed; minor is the second digit of its version."""
 
-    READ = REWRITTEN | {b"host", b"expect", b"max-forwards"}  # and written anew
+    READ = REWRITTEN | {b"host", b"expect", b"max-forwards"}
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
@@ -2608,7 +2610,7 @@ class RequestHead:
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         self.upgrade = self.offered() if b"upgrade" in self.options else b""
         # RFC 9110 section 10.1.1: to be ignored in HTTP/1.0.
-        self.expected = self.minor and self.fields.get(b"expect", b"").lower()
+        self.expected = self.fields.get(b"expect", b"").lower() if self.minor else b""
 
     def length(self) -> int | None:
         """Return a body's length, CHUNKED, or None if no field says it; raise Refused.
@@ -2624,7 +2626,7 @@ class RequestHead:
             if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
                 why = "Transfer-Encoding does not end in one chunked"
                 raise Refused(BAD_REQUEST, why)
-            if len(codings) > 1:  # which is no fault, but nothing that we do
+            if len(codings) > 1:  # not a fault, but we have no other coding
                 raise Refused(NOT_IMPLEMENTED, "a transfer coding other than chunked")
             return CHUNKED
         return None if digits is None else parse_length(digits, BAD_REQUEST)
@@ -2635,7 +2637,7 @@ class RequestHead:
 
     def login(self, name: bytes) -> bytes:
         """Return user:password of a Basic field, b"" if it has none: RFC 7617."""
-        field = self.fields.get(name) or self.value(name)  # two are none
+        field = self.fields.get(name) or self.value(name)  # two lines: no match
         match = re.fullmatch(rb"(?i:basic) +([A-Za-z0-9+/]+=*)", field)
         with contextlib.suppress(binascii.Error):
             return binascii.a2b_base64(match[1]) if match else b""
@@ -2644,8 +2646,8 @@ class RequestHead:
     def offered(self) -> bytes:
         """Return the protocols of an upgrade that may travel: RFC 9110 section 7.8.
 
-        It travels with the fields that Connection names for it, or not at all; HTTP/2
-        not at all, because it is us that the server speaks with.
+        None travels if Connection names other fields for it: we have left those out.
+        HTTP/2 never does: the server speaks with us, and we do not speak it.
         """
         if not self.minor or not NOT_NAMED.issuperset(self.options):
             return b""
@@ -2657,7 +2659,7 @@ class RequestHead:
 class ResponseHead:
     """A response head, parsed; minor is the second digit of its version."""
 
-    READ = REWRITTEN | {b"date"}  # and written anew
+    READ = REWRITTEN | {b"date"}
 
     def __init__(self, head: bytes) -> None:
         """Split a whole head into its parts; raise Refused."""
@@ -2671,7 +2673,7 @@ class ResponseHead:
         self.fields, self.forwarded, self.options = read_fields(section, self.READ)
         self.keep_alive = self.minor == 1 and b"close" not in self.options
         if date := self.fields.get(b"date"):
-            if date.count(b",") > 1:  # of two Date lines the first: it has one
+            if date.count(b",") > 1:  # two lines: keep the first, with its own comma
                 date = b",".join(date.split(b",")[:2])
             self.forwarded += b"Date: %b\r\n" % date
         elif self.status >= 200:
@@ -2681,7 +2683,7 @@ class ResponseHead:
             self.forwarded += UPGRADE_LINES % self.upgrade
 
     def length(self) -> int | None:
-        """Return the same of a response, by the one meaning that its fields may have.
+        """Return a body's length as for a request, but mend what has one meaning.
 
         A length beside chunked does not count, and equal ones are one.  Raises Refused.
         """
@@ -2725,7 +2727,7 @@ class Target(NamedTuple):
     def shown(self) -> str:
         """Return it as the log has it: less user and query, printable."""
         where, path = endpoint((self.host, self.port)), self.path.partition(b"?")[0]
-        if not path:  # of a CONNECT
+        if not path:  # it is a CONNECT
             return where
         url = f"{self.scheme.decode()}://{where}"
         return url if path == b"*" else url + printable(path, TARGET_SIZE - len(url))
@@ -2742,10 +2744,9 @@ def parse_target(method: bytes, raw: bytes) -> Target:
     scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
         raise Refused(NOT_IMPLEMENTED, f"scheme {printable(scheme, 20)}")
-    user_form = rb"[0-9A-Za-z._~%!$&'()*+,;=:-]*"  # RFC 3986 section 3.2.1
-    if at and (
-        scheme == b"gopher" or scheme == b"http" and not re.fullmatch(user_form, user)
-    ):
+    form = rb"[0-9A-Za-z._~%!$&'()*+,;=:-]*"  # RFC 3986 section 3.2.1
+    fits = not at or scheme == b"ftp" or scheme == b"http" and re.fullmatch(form, user)
+    if not fits:
         raise Refused(BAD_REQUEST, "malformed user name in the target")
     host, port = parse_authority(authority, DEFAULT_PORTS[scheme])
     if path[:1] != b"/":
@@ -2779,7 +2780,7 @@ def move_body(
     if size != CHUNKED:
         yield from one.move(size)
         return (yield from one.flush())
-    source, strict, spare = one.source, isinstance(head, RequestHead), HEAD_LIMIT
+    source, strict, left = one.source, isinstance(head, RequestHead), HEAD_LIMIT
     form = CHUNK_LINE if strict else FAULTY_CHUNK_LINE
     bad = BAD_REQUEST if strict else BAD_RESPONSE
     while True:
@@ -2787,8 +2788,8 @@ def move_body(
         match = form.fullmatch(line)
         if not match or (size := int(match[1], 16)) >= 1 << 63:
             raise Refused(bad, "malformed chunk size")
-        spare -= len(line) - len(match[1]) - len(CRLF)
-        if strict and spare < 0:
+        left -= len(line) - len(match[1]) - len(CRLF)  # for all chunk extensions
+        if strict and left < 0:
             raise Refused(bad, f"chunk extensions of over {HEAD_LIMIT} bytes")
         if not size:
             break
@@ -2801,7 +2802,7 @@ def move_body(
             raise Refused(bad, "chunk longer than its size")
         if framed:
             one.out += CRLF
-    # The line end of the last size: with an empty line it ends the body.
+    # Put the last size's line end back: HEAD_END wants it if there are no trailers.
     source.received[:0] = CRLF
     section = yield from source.until(HEAD_END, HEAD_LIMIT, bad, one.flush)
     if not FIELD_LINES.fullmatch(section, 2):
@@ -2830,7 +2831,7 @@ class HttpConnection:
     server_ends = "-", "-"  # its address and source, for the log
     answered_at = 0.0  # monotonic
     blanks = 0  # empty lines before this request
-    expecting: tuple[bytes, bytes] | None = None  # it may ask this again, after a 417
+    expecting: tuple[bytes, bytes] | None = None  # method and target that got a 417
 
     def __init__(self, worker: Worker) -> None:
         """Take over a worker's client, of which the first bytes have been received."""
@@ -2877,8 +2878,8 @@ class Exchange:
     """One request and its answer."""
 
     IDEMPOTENT = {b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"}
-    # How far the answer is: nothing was sent, but whole interim responses; a part of a
-    # response; that, and only the close ends it; it is whole.
+    # How much was sent.  NOTHING: at most whole interim responses.  BEGUN: a part of a
+    # response.  BEGUN_UNTIL_CLOSE: a part of one that only the close ends.
     NOTHING, BEGUN, BEGUN_UNTIL_CLOSE, WHOLE = range(4)
 
     head: RequestHead  # once it is understood
@@ -2899,10 +2900,10 @@ class Exchange:
         self.session = Session(who, self.worker.pid_text, "http")
 
     def serve(self) -> None:
-        """Read a request, ask who and whether, and see to its answer; raise Refused."""
+        """Read a request, learn who asks for what, and see to it; raise Refused."""
         head = self.read_head()
         target = self.target = self.find_target(head)
-        if head.target[:1] == b"/":  # our own pages ask by themselves who it is
+        if head.target[:1] == b"/":  # our own pages identify the client by themselves
             return self.by_chapter(target)
         self.identify(b"proxy-authorization")
         if head.method in (b"TRACE", b"OPTIONS") and self.ends_here(head):
@@ -2931,8 +2932,9 @@ class Exchange:
         if head.expected and set(members(head.expected)) != {b"100-continue"}:
             raise Refused(EXPECTATION, "an expectation other than 100-continue")
         asked, self.http.expecting = self.http.expecting, None
+        # After a 417, anything but the same request, less Expect, may be the late body.
         if asked and (head.expected or asked != (head.method, head.target)):
-            raise Refused(BAD_REQUEST._replace(error=""))  # see refuse()
+            raise Refused(BAD_REQUEST._replace(error=""))  # without an answer
         return head
 
     def await_head(self) -> bytes:
@@ -2985,15 +2987,15 @@ class Exchange:
             session.via, name = via + b", ", self.config.name.lower().encode()
             if any(member.split()[1:2] == [name] for member in members(via)):
                 raise Refused(LOOP, "the request has been here before, says its Via")
-        here = self.worker.policy.means_us
-        if target.scheme == b"http" and here(target.host, target.port):
+        policy = self.worker.policy
+        if target.scheme == b"http" and policy.means_us(target.host, target.port):
             return target._replace(scheme=OWN_PAGE)
         return target
 
     def ends_here(self, head: RequestHead) -> bool:
         """Answer TRACE or OPTIONS if it may go no further; return whether that is so.
 
-        Else it may go one hop less: RFC 9110 section 7.6.2.  Raises Refused.
+        Else lower its Max-Forwards by one: RFC 9110 section 7.6.2.  Raises Refused.
         """
         if head.method == b"TRACE" and self.length is not None:
             raise Refused(BAD_REQUEST, "TRACE with a body")
@@ -3025,7 +3027,7 @@ class Exchange:
     def serve_connect(self, target: Target) -> None:
         """Answer a CONNECT and carry its bytes: RFC 9110 section 9.3.6."""
         session = self.session
-        self.http.close()  # it is of no more use
+        self.http.close()  # no request can follow that could use it
         self.worker.begin(session)
         server = dial(self.worker, session, target.host, target.port)
         answer = b"HTTP/1.1 200 Connection established\r\n\r\n"
@@ -3042,14 +3044,14 @@ class Exchange:
     def forward(self, head: RequestHead, target: Target) -> None:
         """Send a request on to its server, and the answer back; raise Refused."""
         session, http = self.session, self.http
-        # RFC 9110 section 9.2.2: only what had no effect may go out again; so nothing
-        # else may meet the close of a server that has waited long.
+        # RFC 9110 section 9.2.2: only an idempotent request may be sent again.  So send
+        # no other to a server that has waited long: it may be closing just now.
         repeatable = not self.length and head.method in self.IDEMPOTENT
-        late = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
-        # The rules let this client dial these, and look at nothing else.
+        stale = not repeatable and time.monotonic() - http.answered_at > CROSSING_TIME
+        # The rules have let this client dial these, and look at nothing else.
         asked = session.user, target.host, target.port
-        kept = http.server if asked == http.server_for and not late else None
-        # What can be read is its end, or unasked: RFC 9112 section 6.3.
+        kept = http.server if asked == http.server_for and not stale else None
+        # If it can be read, it has ended, or has bytes unasked: RFC 9112 section 6.3.
         if kept and readable([kept.fd]):
             kept = None
         if kept:
@@ -3059,7 +3061,7 @@ class Exchange:
             try:
                 return self.carry(kept)
             except Refused as refusal:
-                # It goes out again if the server closed before it heard it.
+                # Send it again if the server closed and had answered nothing.
                 answered = self.progress or self.client.sent or kept.received
                 lost = refusal.outcome.error == SERVER_GONE.error and not answered
                 if not lost or not repeatable:
@@ -3102,7 +3104,7 @@ class Exchange:
             return
         up, down = Direction(client, server), Direction(server, client)
         down.steps = self.send_answer(down, response, head, size)
-        self.join(up, down)
+        self.join(up, down)  # up has nothing to send, and is done at once
 
     def carry_both(self, server: Stream, request: bytes) -> None:
         """Carry a request's body, and its answer, at the same time; raise Refused."""
@@ -3116,7 +3118,7 @@ class Exchange:
             self.switch(server, self.switching)
         if up.state != up.DONE:  # no request can follow a part of this one
             self.server_keeps = False
-            self.keep = self.keep and bool(self.http.expecting)
+            self.keep = self.keep and bool(self.http.expecting)  # but after a 417
 
     def join(self, up: Direction, down: Direction) -> None:
         """Carry both ways what there is to carry; raise Refused."""
@@ -3136,15 +3138,15 @@ class Exchange:
         extra = self.via_line(head) + framing_lines(self.length)
         if hops := head.fields.get(b"max-forwards"):
             extra += b"Max-Forwards: %b\r\n" % hops
-        if self.target.login and not head.value(b"authorization"):  # what it meant
+        if self.target.login and not head.value(b"authorization"):  # the URL had it
             extra += b"Authorization: Basic %b\r\n" % credentials(self.target.login)
         if self.length and head.expected:
             extra += b"Expect: 100-continue\r\n"
         if head.upgrade:
             extra += UPGRADE_LINES % head.upgrade
         elif not self.length and not self.keep:
-            # There will be no other request; and the side that closes first keeps
-            # its port for a minute.
+            # There will be no other request, and the side that closes first keeps its
+            # port in TIME_WAIT for a minute: let that be the server.
             extra += b"Connection: close\r\n"
         target = self.target.path
         if server.parent:
@@ -3154,19 +3156,19 @@ class Exchange:
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
-        """The direction down, while a body is on its way up: the answer."""
+        """Read and send the answer while the request's body is still on its way up."""
         response = yield from self.read_response(up.sink)
         if response.status == 101:
             self.switching = response  # once the body has been sent
             return
         up.may_fail = True
-        # RFC 9110 section 10.1.1: a client that was not told to go on may not send its
-        # body, ever; unless it has begun to.
+        # RFC 9110 section 10.1.1: a client that was not told to go on may never send
+        # its body; unless it has begun to.
         begun = up.sink.sent + len(up.out) > len(request)
         if self.head.expected and not self.continued and not begun:
             up.state = up.CANCELED
             if response.status == 417 and not self.client.received:
-                # It asks the same again, and expects nothing.
+                # The client may ask the same again, without Expect.
                 self.http.expecting = self.head.method, self.head.target
         cut = up.state == up.CANCELED and not self.http.expecting
         self.keep = self.head.keep_alive and not cut
@@ -3215,20 +3217,20 @@ class Exchange:
         """Decide how the answer ends, and which of the two connections goes on.
 
         Returns its head, and the size of what follows: CHUNKED, or ALL that comes until
-        the close.  With a request that still goes on a closing server ends both.
-        Raises Refused.
+        the close.  While the request still goes on, a server that closes ends both
+        connections.  Raises Refused.
         """
         parent = self.http.server and self.http.server.parent
         if response.status == 407 and parent:  # it is us that the parent does not know
             unknown = BAD_RESPONSE._replace(word="407", advice=ASK_OPERATOR)
             raise Refused(unknown, "it wants a user")
         told = None if response.status == 204 else response.length()
-        # A length beside chunked does not count, and who says so is not asked again.
+        # A length beside chunked does not count; a server with both is not asked again.
         doubtful = told == CHUNKED and b"content-length" in response.fields
         size = ALL if told is None else told
         if self.head_only or response.status in (204, 304):
-            # RFC 9112 section 6.3: they may tell a length, and nothing follows.
-            size, told = 0, None if told == CHUNKED else told
+            # RFC 9112 section 6.3: no body follows, whatever length the head tells.
+            size, told = 0, (None if told == CHUNKED else told)
         self.server_keeps = response.keep_alive and size != ALL and not doubtful
         self.progress = self.BEGUN
         if self.watch.retired or goes_on and not self.server_keeps:
@@ -3257,10 +3259,10 @@ class Exchange:
     def answer(self, status: str, lines: bytes, body: bytes) -> None:
         """Send an answer of the gateway itself; raise Refused if it cannot be whole."""
         self.session.status = status[:3]
-        keep, self.keep = self.keep and not readable([self.worker.lifeline]), False
+        keep = self.keep and not readable([self.worker.lifeline])
         lines = date_line(int(time.time())) + lines
         head = answer_head(f"HTTP/1.1 {status}\r\n".encode(), lines, len(body), keep)
-        self.progress = self.BEGUN_UNTIL_CLOSE  # so that a part of it ends by a reset
+        self.progress, self.keep = self.BEGUN_UNTIL_CLOSE, False  # a part is reset
         self.watch.send(self.client, head if self.head_only else head + body)
         self.progress, self.keep = self.WHOLE, keep
 
@@ -3281,7 +3283,7 @@ class Exchange:
                     deliver(self.watch, self.client)
                 self.client.abort()
             return outcome
-        # Such a request has no end from which to go on; and a body is not all read.
+        # After these, and before the end of a body, we cannot find the next request.
         if outcome.status in (400, 408, 414, 417, 431, 501, 505) or self.length:
             self.keep = False
         with contextlib.suppress(Refused):  # the client may have gone
@@ -3292,8 +3294,8 @@ class Exchange:
     def lingers(self) -> bool:
         """Return whether the client may say more after a whole answer, before a close.
 
-        One that said close, and nothing after that, left no byte unread: our close is
-        then no reset.
+        A client that said close, and sent nothing after that, left no byte unread: our
+        close is then not a reset.
         """
         if self.keep or self.progress != self.WHOLE:
             return False
@@ -3314,9 +3316,8 @@ class Exchange:
             "Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
             "X-Content-Type-Options: nosniff\r\n"
         )
-        realm = (
-            f"ftp://{self.target.authority.decode()}" if outcome is NO_LOGIN else name
-        )
+        server = self.target.authority.decode() if outcome is NO_LOGIN else ""
+        realm = f"ftp://{server}" if server else name
         basic = f'Basic realm="{realm}", charset="UTF-8"'
         more = {
             401: f"WWW-Authenticate: {basic}\r\n",
@@ -3345,8 +3346,8 @@ class Chapters:
     def __init__(self, config: Config, board: Scoreboard) -> None:
         self.config, self.policy, self.board = config, Policy(config), board
         board.uplinks += [x for x in self.policy.uplinks if x not in board.uplinks]
-        # These serve a client whose first byte is 4 or 5; and one that the kernel
-        # redirected, if it was: then the call returns True.
+        # socks() serves a client whose first byte is 4 or 5; redirect() one that the
+        # kernel redirected to us, and returns whether the client is such a one.
         self.socks: Callable[[Worker], None] | None = None
         self.redirect: Callable[[Worker], bool] | None = None
         # These answer a request, by its URL's scheme; OWN_PAGE is origin-form.
@@ -3372,12 +3373,12 @@ def load_chapter(name: str, option: str = "") -> Any:
         if option:
             raise ConfigError(f"{option} needs {path}, which is not there")
         return None
-    # Run as a script, this is the module that chapters import, and not a second one.
+    # A script is "__main__": without this, the chapters would import a second copy.
     sys.modules["natwork"] = sys.modules[__name__]
     sys.path.insert(0, os.path.dirname(path))
     try:
         module = importlib.import_module(f"natwork_{name}")
-    except Exception as error:  # it may say anything
+    except Exception as error:  # a chapter may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         text = f"{path}: it is no chapter of natwork {__version__}: {why}"
         raise ConfigError(text) from None
@@ -3425,8 +3426,8 @@ def serve_client(worker: Worker) -> bool:
             asks = True
             while asks:
                 # serve() reads a request, finds its target, asks who sends it, has the
-                # rules judge that, dials it and carries the answer; what stops it on
-                # this way, refuse() tells the client; record() writes the line.
+                # rules judge that, dials it and carries the answer.  refuse() tells the
+                # client what stopped it on this way.  record() writes the line.
                 exchange = Exchange(http)
                 worker.record(exchange.session, exchange.serve, exchange.refuse)
                 asks = exchange.keep and http.await_request()
@@ -3477,11 +3478,11 @@ def open_listeners(
 ) -> dict[str, socket.socket]:
     """Return the listeners that systemd passed, or one for each address of `listen`.
 
-    Those held go on; what is opened here, undo closes.  Raises OSError.
+    Those held go on; undo will close what is opened here.  Raises OSError.
     """
     open_one = functools.partial(socket.create_server, backlog=LISTEN_BACKLOG)
     listeners = {name: s for name, s in held.items() if name.startswith("systemd ")}
-    # By address too: one that was removed may still have clients in its queue.
+    # By address too: a removed listener that still has a queue may be wanted again.
     kept = {endpoint(s.getsockname()): s for s in held.values()} | held
     for host, port in [] if listeners else config.parsed("listen", parse_endpoint):
         for here in ("0.0.0.0", "::") if host == "*" else (host,):
@@ -3495,7 +3496,7 @@ def open_listeners(
                     continue  # a box without IPv6
                 raise OSError(f"cannot listen on {name}: {reason(error)}") from None
             listeners[name] = sock
-            port = sock.getsockname()[1]  # 0 picks one for both
+            port = sock.getsockname()[1]  # what the kernel picked for 0 is for both
     for sock in listeners.values():
         sock.setblocking(False)
         # Linux hands these down to every socket that is accepted.
@@ -3512,11 +3513,11 @@ def find_user(config: Config) -> tuple[int, int] | None:
     """
     import pwd
 
-    is_root = os.geteuid() == 0 and config.user != "root"
-    if is_root or "user" in config.where:
+    leaves_root = os.geteuid() == 0 and config.user != "root"
+    if leaves_root or "user" in config.where:
         try:
             entry = pwd.getpwnam(config.user)
-            return (entry.pw_uid, entry.pw_gid) if is_root else None
+            return (entry.pw_uid, entry.pw_gid) if leaves_root else None
         except KeyError:
             config.refuse("user", "there is no such user")
     return None
@@ -3573,18 +3574,18 @@ def open_generation(chapters: Chapters, old: Generation | None = None) -> Genera
 
 
 def serve_nobody(generation: Generation) -> None:
-    """Serve a tunnel that leads back to its own listener, and where nobody speaks.
+    """Serve a client of our own, whose tunnel leads back to us, and times out at once.
 
     What the interpreter writes down when code runs for the first time is then shared
     by all workers: half a megabyte of each.  Raises OSError.
     """
-    # Of spare workers it has enough, so it does not wake the master for more.
+    # With spare_workers=0 it lacks none, so it does not wake the master for more.
     config = Config(rules="allow to 127.0.0.1", tunnel_timeout=0.001, spare_workers=0)
     config.log = os.devnull
     board, log, lifeline = Scoreboard(), AccessLog(config), generation[-2:]
     chapters = Chapters(config, board)
     with contextlib.ExitStack() as stack:
-        for _ in range(8):  # descriptors for it, or it would wait for one
+        for _ in range(8):  # raise OSError where accept_from() would wait for one
             stack.callback(os.close, os.dup(lifeline[0]))
         stack.pop_all().close()
         stack.callback(os.close, board.fd)
@@ -3615,7 +3616,7 @@ def warm(generation: Generation) -> None:
 
 
 def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
-    """Give up root for a user, by uid and gid, who may open the log again."""
+    """Become a user, by uid and gid, that can open the log again at a reload."""
     status = os.fstat(log.fd)
     is_new = stat.S_ISREG(status.st_mode) and not status.st_size
     if log.path != "-" and is_new and status.st_nlink == 1:
@@ -3633,21 +3634,20 @@ def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
 def run(config: Config, ready: Callable[[], None]) -> int:
     """Run the gateway until it is told to stop; return the exit code.
 
-    Calls ready() when clients are served.  Raises ConfigError or OSError when
-    it cannot start.
+    Calls ready() when clients are served; raises ConfigError or OSError before that.
     """
     board, fds = Scoreboard(), []
     chapters, user = examine(config, board), find_user(config)
 
     def load_next(old: Generation) -> Generation:
-        # The file that was there at the start does not become no file.
+        # The file of the start, by its name: if it has gone, that is an error.
         fresh = load_config(old.config.file, old.config.options)
         return open_generation(examine(fresh, board), old)
 
-    # Whoever reads "listening on" may send a signal at once: it waits for the master.
+    # A signal may come as soon as we say "listening on": it waits for the master.
     signal.pthread_sigmask(signal.SIG_BLOCK, Master.SIGNALS)
-    # INT and HUP the master takes all the same, being blocked; in a worker, Ctrl-C must
-    # drain, and not cut.  USR1 and USR2 tell others to open their log.
+    # Workers ignore these: Ctrl-C must drain, and not cut.  The master still takes INT
+    # and HUP, which are blocked.  USR1 and USR2 tell other programs to open their log.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -3691,7 +3691,7 @@ def guard(work: Callable[[], int]) -> int:
         return 78
     except OSError as error:
         nobody_reads = isinstance(error, BrokenPipeError)  # as by "| head"
-        if not nobody_reads:  # those of ours have a text and no number
+        if not nobody_reads:  # an OSError that we made has a text and no errno
             say(f"cannot go on: {reason(error)}" if error.errno else reason(error))
         with contextlib.suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)  # what nobody takes is not tried again
@@ -3739,8 +3739,8 @@ def print_table(in_json: bool) -> int:
         why = "no gateway that you may look at runs on this box"
         raise OSError(f"cannot show the table: {why}")
     for master, board in sorted(found.items()):
-        # Any user may have made that board, and what is printed here may be killed:
-        # so it must be of one session with the master, setsid(2).
+        # Any user may have made that board, and an operator may kill what it shows: so
+        # show only processes of one session with the master, setsid(2).
         ours = stat_of(master)[3:4]
         rows += [row for row in table_rows(board) if stat_of(row["pid"])[3:4] == ours]
     if in_json:
@@ -3835,8 +3835,8 @@ def command(arguments: list[str]) -> int:
 
 def main() -> int:
     """Run the command line; return the exit code: 0, 1, 2 or 78 (EX_CONFIG)."""
-    # Were one of these closed, the next file opened would take its number, and
-    # what is meant for the operator would be written there.
+    # If one of 0, 1 and 2 is closed, the next file opened takes its number, and what
+    # is meant for the operator would be written there.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
