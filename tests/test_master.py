@@ -1183,6 +1183,8 @@ def test_a_reload_in_a_full_house_leaves_nothing_open(
             lambda: len(kernel.descriptors(master)) <= before + 6
         )  # two generations
     wait.until(lambda: len(kernel.descriptors(master)) == before)
+    # A generation that never had a worker has nobody to tell.
+    assert [line for line in gateway.said() if "error" in line] == []
 
 
 def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
