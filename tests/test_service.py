@@ -608,6 +608,22 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: running.Start) ->
     assert answers(gateway.address)
 
 
+def test_a_gateway_that_drains_leaves_the_pid_file_of_the_next_one(
+    daemon: running.Start, origin: origins.Start, tmp_path: Path
+) -> None:
+    pidfile = tmp_path / "natwork.pid"
+    first = daemon(pidfile=str(pidfile))
+    with http_wire.tunnel(first, origin(origins.echo)):
+        wait.until(pidfile.exists)
+        first.process.send_signal(signal.SIGTERM)
+        pidfile.unlink()  # by an operator that does not wait for it
+        second = daemon(pidfile=str(pidfile))
+        written = f"{second.process.pid}\n"
+        wait.until(lambda: pidfile.exists() and pidfile.read_text() == written)
+    first.stop()
+    assert pidfile.read_text() == written
+
+
 def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
     daemon: running.Start, origin: origins.Start, tmp_path: Path
 ) -> None:
