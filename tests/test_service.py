@@ -716,6 +716,20 @@ def test_root_becomes_nobody_for_good(daemon: running.Start) -> None:
 
 
 @needs.root
+def test_root_that_may_become_nobody_else_is_one_line_and_exit_1(
+    tmp_path: Path,
+) -> None:
+    needs.programs("setpriv")
+    tmp_path.chmod(0o777)
+    words = ["setpriv", "--bounding-set=-setuid,-setgid", *running.PROGRAM]
+    options = ("-o", "listen=127.0.0.1:0", "-o", "log=log", "-o", "user=nobody")
+    done = running.command(*options, cwd=tmp_path, program=words)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last == "natwork: cannot become nobody: operation not permitted"
+
+
+@needs.root
 def test_a_reload_that_asks_for_lost_privileges_is_refused_whole() -> None:
     with running.public_folder() as folder:
         gateway = running.Gateway.configured(folder, user="nobody", spare_workers="2")
