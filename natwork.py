@@ -1651,9 +1651,9 @@ class Master:
         old = self.generation
         try:
             fresh = self.load(old)
-        except (ConfigError, OSError, ImportError, ValueError) as error:
+        except (ConfigError, OSError, ImportError, ValueError, MemoryError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
-            for line in why.splitlines():
+            for line in why.splitlines() or ["no memory for it"]:
                 say(f"configuration not reloaded, the old one stays: {line}")
             notify("READY=1")
             return

@@ -1252,6 +1252,21 @@ def test_descriptors_that_run_out_at_a_reload_change_nothing(
     wait.until(lambda: get(gateway) == 403)
 
 
+def test_memory_that_runs_out_at_a_reload_changes_nothing(
+    daemon: running.Start,
+) -> None:
+    gateway = daemon()
+    assert get(gateway) == 403  # it has done warming up
+    limit(
+        gateway.process.pid, "as", 1024 * kernel.number(gateway.process.pid, "VmSize")
+    )
+    said = gateway.hangup(rules="deny port 1\n" + " # a long comment\n" * 500_000)
+    assert said.endswith("the old one stays: no memory for it")
+    assert get(gateway) == 403
+    limit(gateway.process.pid, "as", "unlimited")
+    assert gateway.hangup(rules="deny port 2").endswith("configuration reloaded")
+
+
 def test_the_pid_file_is_the_masters_alone(daemon: running.Start) -> None:
     gateway = daemon(pidfile="natwork.pid", clients_per_worker="1")  # trap 20
     pidfile = gateway.folder / "natwork.pid"
