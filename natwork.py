@@ -1650,9 +1650,9 @@ class Master:
         old = self.generation
         try:
             fresh = self.load(old)
-        except (ConfigError, OSError, ImportError, ValueError) as error:
+        except (ConfigError, OSError, ImportError, ValueError, MemoryError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
-            for line in why.splitlines():
+            for line in why.splitlines() or ["no memory for it"]:
                 say(f"configuration not reloaded, the old one stays: {line}")
             notify("READY=1")
             return
@@ -1661,11 +1661,11 @@ class Master:
             fresh.listeners[f"removed {listener.fileno()}"] = listener
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
-        self.generation, self.reloading = fresh, True
+        self.generation, self.reloading, self.fork_at = fresh, True, 0.0
         self.generations.append(fresh)
-        self.fork_at = 0.0
         self.keep_spares()
-        os.write(old.lifeline_write, b"d")  # its workers take no more requests
+        with contextlib.suppress(BrokenPipeError):  # there was no room for any
+            os.write(old.lifeline_write, b"d")  # its workers take no more requests
         gc.collect()  # of generations gone by: their parts refer to each other
 
     def see_old_out(self) -> None:
@@ -3561,8 +3561,7 @@ def open_generation(chapters: Chapters, old: Generation | None = None) -> Genera
         undo.pop_all()
     if not old:
         found = " ".join(name for name in CHAPTERS if f"natwork_{name}" in sys.modules)
-        which = config.file or "the defaults"
-        say(f"chapters: {found or 'none'}; settings: {which}")
+        say(f"chapters: {found or 'none'}; settings: {config.file or 'the defaults'}")
     for sock in listeners.values():
         chapters.policy.listens_at(*sock.getsockname()[:2])
         if not old or sock not in held.values():
@@ -3619,11 +3618,14 @@ def drop_root(user: tuple[int, int], config: Config, log: AccessLog) -> None:
     """Become a user, by uid and gid, that can open the log again at a reload."""
     status = os.fstat(log.fd)
     is_new = stat.S_ISREG(status.st_mode) and not status.st_size
-    if log.path != "-" and is_new and status.st_nlink == 1:
-        os.fchown(log.fd, *user)
-    os.setgroups([])
-    os.setgid(user[1])
-    os.setuid(user[0])
+    try:
+        if log.path != "-" and is_new and status.st_nlink == 1:
+            os.fchown(log.fd, *user)
+        os.setgroups([])
+        os.setgid(user[1])
+        os.setuid(user[0])
+    except OSError as error:  # a container may have taken the capabilities
+        raise OSError(f"cannot become {config.user}: {reason(error)}") from None
     needed = ("users", os.R_OK), ("file", os.R_OK), ("log", os.W_OK)
     for path, how in ((getattr(config, name), how) for name, how in needed):
         if path not in ("", "-") and not os.access(path, how):
@@ -3748,10 +3750,8 @@ def print_table(in_json: bool) -> int:
 
         print(json.dumps(rows, indent=1))
         return 0
-    lines = [COLUMNS]
-    for row in rows:
-        cells = ["-" if cell is None else str(cell) for cell in row.values()]
-        lines.append([re.sub("[^!-~]", "?", cell) for cell in cells])
+    shown = (["-" if x is None else str(x) for x in row.values()] for row in rows)
+    lines = [COLUMNS, *([re.sub("[^!-~]", "?", x) for x in cells] for cells in shown)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())

@@ -63,7 +63,8 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
         os.ftruncate(fd, 0)
         # Without privileges the directory may refuse: then an empty file stays.
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            if os.path.samestat(os.stat(path), os.fstat(fd)):  # no later one's
+                os.unlink(path)
 
 
 def run_daemon(config: natwork.Config) -> int:

@@ -1183,6 +1183,8 @@ def test_a_reload_in_a_full_house_leaves_nothing_open(
             lambda: len(kernel.descriptors(master)) <= before + 6
         )  # two generations
     wait.until(lambda: len(kernel.descriptors(master)) == before)
+    # A generation that never had a worker has nobody to tell.
+    assert [line for line in gateway.said() if "error" in line] == []
 
 
 def test_the_warming_up_takes_little_whatever_gives_out_the_memory(
@@ -1248,6 +1250,21 @@ def test_descriptors_that_run_out_at_a_reload_change_nothing(
         assert kernel.descriptors(master) == before and get(gateway) == 403
     assert gateway.hangup().endswith("configuration reloaded")
     wait.until(lambda: get(gateway) == 403)
+
+
+def test_memory_that_runs_out_at_a_reload_changes_nothing(
+    daemon: running.Start,
+) -> None:
+    gateway = daemon()
+    assert get(gateway) == 403  # it has done warming up
+    limit(
+        gateway.process.pid, "as", 1024 * kernel.number(gateway.process.pid, "VmSize")
+    )
+    said = gateway.hangup(rules="deny port 1\n" + " # a long comment\n" * 500_000)
+    assert said.endswith("the old one stays: no memory for it")
+    assert get(gateway) == 403
+    limit(gateway.process.pid, "as", "unlimited")
+    assert gateway.hangup(rules="deny port 2").endswith("configuration reloaded")
 
 
 def test_the_pid_file_is_the_masters_alone(daemon: running.Start) -> None:

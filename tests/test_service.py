@@ -608,6 +608,22 @@ def test_a_second_gateway_with_one_pid_file_is_refused(daemon: running.Start) ->
     assert answers(gateway.address)
 
 
+def test_a_gateway_that_drains_leaves_the_pid_file_of_the_next_one(
+    daemon: running.Start, origin: origins.Start, tmp_path: Path
+) -> None:
+    pidfile = tmp_path / "natwork.pid"
+    first = daemon(pidfile=str(pidfile))
+    with http_wire.tunnel(first, origin(origins.echo)):
+        wait.until(pidfile.exists)
+        first.process.send_signal(signal.SIGTERM)
+        pidfile.unlink()  # by an operator that does not wait for it
+        second = daemon(pidfile=str(pidfile))
+        written = f"{second.process.pid}\n"
+        wait.until(lambda: pidfile.exists() and pidfile.read_text() == written)
+    first.stop()
+    assert pidfile.read_text() == written
+
+
 def test_the_workers_of_a_killed_master_do_not_hold_the_pid_file(
     daemon: running.Start, origin: origins.Start, tmp_path: Path
 ) -> None:
@@ -697,6 +713,20 @@ def test_root_becomes_nobody_for_good(daemon: running.Start) -> None:
     # The folder is not nobody's: then an empty file is what may stay.
     pidfile = gateway.folder / "natwork.pid"
     assert not pidfile.exists() or not pidfile.read_text()
+
+
+@needs.root
+def test_root_that_may_become_nobody_else_is_one_line_and_exit_1(
+    tmp_path: Path,
+) -> None:
+    needs.programs("setpriv")
+    tmp_path.chmod(0o777)
+    words = ["setpriv", "--bounding-set=-setuid,-setgid", *running.PROGRAM]
+    options = ("-o", "listen=127.0.0.1:0", "-o", "log=log", "-o", "user=nobody")
+    done = running.command(*options, cwd=tmp_path, program=words)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last == "natwork: cannot become nobody: operation not permitted"
 
 
 @needs.root
