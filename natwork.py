@@ -3750,11 +3750,11 @@ def print_table(in_json: bool) -> int:
 
         print(json.dumps(rows, indent=1))
         return 0
-    shown = (["-" if x is None else str(x) for x in row.values()] for row in rows)
-    lines = [COLUMNS, *([re.sub("[^!-~]", "?", x) for x in cells] for cells in shown)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())
+    values = [["-" if x is None else str(x) for x in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *values)]
+    for line in (COLUMNS, *values):
+        text = "  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip()
+        print(re.sub("[^ -~]", "?", text))
     return 0
 
 
