@@ -3146,11 +3146,11 @@ class Exchange:
             # There will be no other request; and the side that closes first keeps
             # its port for a minute.
             extra += b"Connection: close\r\n"
-        target = self.target.path
+        method, target = head.method, self.target.path
         if server.parent:
-            target, login = server.parent.request_target(target, authority)
+            target, login = server.parent.request_target(method, target, authority)
             extra += login
-        line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
+        line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method, target, authority)
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:
