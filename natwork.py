@@ -1582,8 +1582,8 @@ class Master:
                 code = os.waitstatus_to_exitcode(status)
                 self.generation.log.write_killed(slot, code, self.told)
             slot.set_state(FREE)
-            # A client may have woken the killed worker and no other; a new one looks
-            # at the queue before it waits.
+            slot.words[slot.PEER] = 0  # of a client that had logged in, and not asked
+            # A client may have woken it and no other; a new one looks at the queue.
             self.killed += status != 0
             if status and not slot.words[slot.PID]:  # nor would the next get further
                 self.fork_at = time.monotonic() + 1
