@@ -1581,8 +1581,8 @@ class Master:
                 code = os.waitstatus_to_exitcode(status)
                 self.generation.log.write_killed(slot, code, self.told)
             slot.set_state(FREE)
-            # A client may have woken the killed worker and no other; a new worker
-            # looks at the queue before it waits.
+            slot.words[slot.PEER] = 0  # of a client that had logged in, and not asked
+            # A client may have woken it alone; a new worker looks at the queue first.
             self.killed += status != 0
             if status and not slot.words[slot.PID]:  # at its start: so would the next
                 self.fork_at = time.monotonic() + 1
@@ -3148,11 +3148,11 @@ class Exchange:
             # There will be no other request, and the side that closes first keeps its
             # port in TIME_WAIT for a minute: let that be the server.
             extra += b"Connection: close\r\n"
-        target = self.target.path
+        method, target = head.method, self.target.path
         if server.parent:
-            target, login = server.parent.request_target(target, authority)
+            target, login = server.parent.request_target(method, target, authority)
             extra += login
-        line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, target, authority)
+        line = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method, target, authority)
         return b"%b%b%b\r\n" % (line, head.forwarded, extra)
 
     def reply(self, up: Direction, down: Direction, request: bytes) -> Steps:

@@ -62,12 +62,16 @@ class Parent(NamedTuple):
         line = b"Proxy-Authorization: Basic %b\r\n"
         return line % natwork.credentials(self.login) if self.login else b""
 
-    def request_target(self, path: bytes, authority: bytes) -> tuple[bytes, bytes]:
+    def request_target(
+        self, method: bytes, path: bytes, authority: bytes
+    ) -> tuple[bytes, bytes]:
         """Return the target of a request line to the parent, and a field line.
 
         RFC 9112 section 3.2.2: in absolute-form, and for "*" without a path.
         """
-        return b"http://%b%b" % (authority, path.removeprefix(b"*")), self.login_line()
+        # RFC 9110 section 9.3.8: the answer to TRACE shows the client all of it.
+        login = b"" if method == b"TRACE" else self.login_line()
+        return b"http://%b%b" % (authority, path.removeprefix(b"*")), login
 
     def blamed(self, refusal: Refused) -> Refused:
         """Return a refusal that says by which parent it came about, if by one."""

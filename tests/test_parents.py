@@ -328,6 +328,21 @@ def test_a_request_goes_out_again_in_the_same_form(
     assert not any(one.values(b"Proxy-Authorization") for one in parent.handle.requests)
 
 
+def test_a_trace_shows_no_client_the_parents_password(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    """Apache's httpd, as a parent, answers with all that it was told."""
+    parent = origin(http_wire.Script(http_wire.OK))
+    gateway = natwork(parents(f"http://{LOGIN}{parent.authority}"))
+    for hops in b"1", b"2":
+        fields = b"Max-Forwards: " + hops, b"Connection: close"
+        data = http_wire.request(b"127.0.0.3", *fields, method=b"TRACE")
+        with gateway.connect() as client:
+            assert http_wire.exchange(client, data).status == 200
+    assert [one.start[:5] for one in parent.handle.requests] == [b"TRACE"] * 2
+    assert not any(one.values(b"Proxy-Authorization") for one in parent.handle.requests)
+
+
 def test_a_fault_of_the_client_is_not_its_parents(
     natwork: running.Start, origin: origins.Start
 ) -> None:

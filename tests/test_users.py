@@ -964,6 +964,27 @@ def test_a_client_of_a_killed_worker_may_come_again(
         assert statuses == [200] * 2 + [503] * 2
 
 
+def test_a_client_of_a_worker_killed_after_its_login_may_come_again(
+    natwork: running.Start, origin: origins.Start, users: Path
+) -> None:
+    few = ("max_per_client=1", "spare_workers=1", "clients_per_worker=1")
+    gateway, server = natwork(f"users={users}", *few), origin(http_wire.Script())
+    (first,) = gateway.ready(1)
+    with gateway.connect() as client:
+        wait.until(lambda: len(gateway.workers()) == 2)
+        (second,) = set(gateway.workers()) - {first}
+        with gateway.connect() as waiting:
+            waiting.sendall(login(b"alice", SECRET))
+            assert wire.read_exactly(waiting, 4) == b"\5\2\1\0"
+            wait.until(lambda: len(gateway.workers()) == 3)
+            client.close()  # so the killed one's successor has another slot
+            wait.until(lambda: first not in gateway.workers())
+            os.kill(second, signal.SIGKILL)
+            assert wire.read_all(waiting) == b""
+    wait.until(lambda: second not in gateway.workers())
+    assert http_wire.ask(gateway, server, ALICE).status == 200
+
+
 def test_who_was_refused_and_stays_holds_no_place(
     natwork: running.Start, origin: origins.Start
 ) -> None:
