@@ -1108,6 +1108,8 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--version", action="version", version=f"natpunch {__version__}")
     add("--key", default="", metavar="FILE", help="of the server")

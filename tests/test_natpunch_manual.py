@@ -77,6 +77,14 @@ def test_every_option_is_there() -> None:
     assert listed == offered
 
 
+def test_help_tells_a_stranger_of_every_use() -> None:
+    said = subprocess.run(
+        punching.words("--help"), capture_output=True, text=True, timeout=30
+    ).stdout
+    for use in ("serve [ADDRESS]...", "-s SERVER ROOM --to", "-s SERVER nat"):
+        assert f"    natpunch.py {use}" in said, use
+
+
 def test_an_older_python_is_told_so_in_one_line() -> None:
     # What it does not know would be a syntax error, before a line has run.
     ast.parse(Path(punching.PROGRAM).read_text(), feature_version=(3, 8))
