@@ -18,24 +18,24 @@ Where no hole can be made, the server relays.  Usage:
 Both sides have the same secret, in ~/.natpunch, in NATPUNCH_SECRET or in the file of
 --secret; the server never knows it.  A server with a key (--key, NATPUNCH_KEY) serves
 nobody without it.  Each peer proves the secret before a byte of payload moves.  A
-stream is plain TCP, or TLS by the secret where both sides have Python 3.13; datagrams
-are plain.
+stream is TCP, or TLS where both sides have Python 3.13; datagrams are plain.
 
 Exit codes: 0 done, or asked to stop (TERM, INT); 1 it could not be done; 2 bad command
 line; 130 a pipe was interrupted.  Streams outlive a server or a far end that is ended.
 
-Reading order.  Every section uses only the ones above it.  find_way() tells the story:
-observe, meet, punch, or relay; then carry() does the work.
-
-It does not move a stream to another address, and it does not speak ICE.
+It does not move a stream to another address, and it does not speak ICE.  To read it,
+begin at find_way() and carry(); every section uses only the ones above it.
 """
 # SPDX-License-Identifier: MIT
 
 from __future__ import annotations
 
 import signal
+import sys
 
 if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036
+        sys.exit("natpunch: needs Python 3.10 or later")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while the others are imported
 
 import argparse
@@ -51,7 +51,6 @@ import selectors
 import socket
 import ssl
 import struct
-import sys
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -893,8 +892,7 @@ class Server:
         """Act on what a member sends; drop it at its end, or at nonsense."""
         try:
             # Nothing fits into a buffer that is full and has no message.
-            data = member.sock.recv(LINE_LIMIT - len(member.buffer))
-            if not data:
+            if not (data := member.sock.recv(LINE_LIMIT - len(member.buffer))):
                 return self.drop(member)
             member.buffer += data
             # After a message it may have been dropped.
@@ -908,25 +906,25 @@ class Server:
         if message[:1] == b"\0":
             self.note(message[8:16], member.source)
             return member.sock.sendall(stun_answer(message, member.source)[0])
-        match words := message.decode("ascii").split():
-            case ["natpunch", "1"]:
-                others = [host for host, _ in member.places[2:3]]
-                tell(member.sock, "natpunch", member.nonce.hex(), *others)
-            case ["join", room, side, nonce, can, proof] if not member.words:
-                member.words, member.side = [nonce, can], side
-                right = mac(self.options.key, member.nonce.hex(), *words[:-1]).hex()
-                if not hmac.compare_digest(right, proof):
-                    return self.drop(member, "key")
-                self.join(member, room)
-            case ["round", kind, step, *inside] if len(inside) == 2 and member.peer:
-                is_near = member.source[0] == member.peer.source[0]  # behind one NAT
-                told = kind, step, member.source[0], member.port, *inside * is_near
-                tell(member.peer.sock, "peer", *told)
-                member.port = 0
-            case ["relay"] if member.peer:
-                self.relay(member, member.peer)
-            case _:
-                raise ValueError("not a message")
+        word, *rest = message.decode("ascii").split()
+        if [word, *rest] == ["natpunch", "1"]:
+            others = [host for host, _ in member.places[2:3]]
+            tell(member.sock, "natpunch", member.nonce.hex(), *others)
+        elif word == "join" and len(rest) == 5 and not member.words:
+            room, member.side, *member.words, proof = rest
+            right = mac(self.options.key, member.nonce.hex(), word, *rest[:-1]).hex()
+            if not hmac.compare_digest(right, proof):
+                return self.drop(member, "key")
+            self.join(member, room)
+        elif word == "round" and len(rest) == 4 and member.peer:
+            is_near = member.source[0] == member.peer.source[0]  # behind one NAT
+            told = *rest[:2], member.source[0], member.port, *rest[2:] * is_near
+            tell(member.peer.sock, "peer", *told)
+            member.port = 0
+        elif [word, *rest] == ["relay"] and member.peer:
+            self.relay(member, member.peer)
+        else:
+            raise ValueError("not a message")
 
     def join(self, member: Member, room: str) -> None:
         """Pair a member, or let it wait."""
@@ -1110,6 +1108,8 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--version", action="version", version=f"natpunch {__version__}")
     add("--key", default="", metavar="FILE", help="of the server")

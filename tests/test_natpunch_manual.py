@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import pwd
@@ -74,6 +75,28 @@ def test_every_option_is_there() -> None:
     items = re.findall(r"^\.It (Fl .*)$", page, re.M)
     listed = {"-" + word for line in items for word in re.findall(r"Fl (\S+)", line)}
     assert listed == offered
+
+
+def test_help_tells_a_stranger_of_every_use() -> None:
+    said = subprocess.run(
+        punching.words("--help"), capture_output=True, text=True, timeout=30
+    ).stdout
+    for use in ("serve [ADDRESS]...", "-s SERVER ROOM --to", "-s SERVER nat"):
+        assert f"    natpunch.py {use}" in said, use
+
+
+def test_an_older_python_is_told_so_in_one_line() -> None:
+    # What it does not know would be a syntax error, before a line has run.
+    ast.parse(Path(punching.PROGRAM).read_text(), feature_version=(3, 8))
+    code = "import runpy, sys; sys.version_info = (3, 9, 0); runpy.run_path"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}({punching.PROGRAM!r}, None, '__main__')"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    said = "natpunch: needs Python 3.10 or later\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_it_says_which_version_it_is() -> None:

@@ -125,6 +125,9 @@ RUNS = {
         "systemctl disable --now natwork.socket;",
         "systemctl stop natwork; systemctl enable --now natwork.socket natwork",
     ],
+    "test_systemd.test_a_port_that_was_taken_is_the_socket_unit_s_again": [
+        "systemctl stop natwork; systemctl start",
+    ],
     "test_systemd.test_other_listeners_are_those_of_the_socket_unit": [
         "systemctl stop natwork.socket natwork; systemctl start",
     ],

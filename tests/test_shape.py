@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Iterator
 
 import pytest
+import readme
 import running
 
 import natwork as heart
@@ -295,6 +296,16 @@ def test_a_file_keeps_to_its_size(name: str) -> None:
     text = CHAPTERS.get(name, SOURCE)
     assert text.count("\n") <= SIZES.get(name, 440)
     assert not FORBIDDEN.search(text)
+
+
+def test_the_readme_keeps_to_its_size_and_tells_that_of_the_heart() -> None:
+    text = (running.ROOT / "README.md").read_text()
+    told = re.search(r"in one file of under ([0-9,]+) lines", text)
+    assert told and SOURCE.count("\n") < int(told[1].replace(",", ""))
+    assert text.count("\n") <= 150
+    # Tables, pictures and commands are as wide as they have to be.
+    prose = re.sub(r"^(?:\||!|    ).*", "", readme.TEXT, flags=re.M)
+    assert [line for line in prose.splitlines() if len(line) > 120] == []
 
 
 def test_names_are_few_and_a_fifth_of_the_lines_is_prose() -> None:

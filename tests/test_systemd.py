@@ -497,6 +497,19 @@ def test_without_the_socket_unit_listen_holds(service: Service) -> None:
     assert container.run("systemctl is-active natwork").stdout == "active\n"
 
 
+def test_a_port_that_was_taken_is_the_socket_unit_s_again(service: Service) -> None:
+    container, active = service.container, "systemctl is-active natwork.socket"
+    container.run("systemctl stop natwork.socket natwork")
+    with socket.create_server(service.address):
+        container.run("systemctl start natwork.socket natwork", check=False)
+    # The service comes by itself, with listeners that end with it.
+    wait.until(lambda: container.show("ActiveState") == "active", 20)
+    assert container.run(active, check=False).stdout == "failed\n"
+    mend = re.search(r"once it is free, under systemd `([^`]+)`", readme.TEXT)
+    assert mend and container.run(mend[1])
+    assert container.run(active).stdout == "active\n" and service.get() == 403
+
+
 def test_other_listeners_are_those_of_the_socket_unit(service: Service) -> None:
     container, units = service.container, service.container.root / "etc/systemd/system"
     dropin = units / "natwork.socket.d/override.conf"  # of `systemctl edit`
