@@ -1662,11 +1662,11 @@ class Master:
             fresh.listeners[f"removed {listener.fileno()}"] = listener
         for fd in (old.log.fd, old.lifeline_read):  # its workers have their own copies
             os.close(fd)
-        self.generation, self.reloading = fresh, True
+        self.generation, self.reloading, self.fork_at = fresh, True, 0.0
         self.generations.append(fresh)
-        self.fork_at = 0.0
         self.keep_spares()
-        os.write(old.lifeline_write, b"d")  # its workers take no more requests
+        with contextlib.suppress(BrokenPipeError):  # no worker of it is left
+            os.write(old.lifeline_write, b"d")  # its workers take no more requests
         gc.collect()  # of generations gone by: their parts refer to each other
 
     def see_old_out(self) -> None:
