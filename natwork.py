@@ -3295,7 +3295,7 @@ class Exchange:
         One that said close, and nothing after that, left no byte unread: our close is
         then no reset.
         """
-        if self.keep or self.progress != self.WHOLE:
+        if self.keep or self.progress in (self.BEGUN, self.BEGUN_UNTIL_CLOSE):
             return False
         more = self.session.method == "-" or self.head.keep_alive or self.length
         return bool(more or self.client.received or readable([self.client.fd]))
