@@ -1664,7 +1664,7 @@ class Master:
         self.generation, self.reloading, self.fork_at = fresh, True, 0.0
         self.generations.append(fresh)
         self.keep_spares()
-        with contextlib.suppress(BrokenPipeError):  # there was no room for any
+        with contextlib.suppress(BrokenPipeError):  # no worker of it is left
             os.write(old.lifeline_write, b"d")  # its workers take no more requests
         gc.collect()  # of generations gone by: their parts refer to each other
 
@@ -3297,7 +3297,7 @@ class Exchange:
         A client that said close, and sent nothing after that, left no byte unread: our
         close is then not a reset.
         """
-        if self.keep or self.progress != self.WHOLE:
+        if self.keep or self.progress in (self.BEGUN, self.BEGUN_UNTIL_CLOSE):
             return False
         more = self.session.method == "-" or self.head.keep_alive or self.length
         return bool(more or self.client.received or readable([self.client.fd]))

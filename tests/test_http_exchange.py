@@ -893,6 +893,26 @@ def test_a_body_that_follows_a_417_is_no_request(
     assert http_wire.uncalled(victim)
 
 
+def test_a_body_that_follows_a_417_does_not_cost_its_page(
+    gateway: running.Gateway, origin: origins.Start
+) -> None:
+    page, body = b"x" * 700_000, b"y" * 300_000
+
+    def refuse(connection: socket.socket, server: origins.Origin) -> None:
+        http_wire.read_head(connection)
+        connection.sendall(http_wire.sized(page, status=b"417 No"))
+        wire.read_all(connection)
+
+    server = origin(refuse)  # R60, R94
+    with gateway.connect(buffer=8192) as client:
+        head = http_wire.post(server, EXPECT, b"Content-Length: %d" % len(body))
+        wire.send(client, head)
+        assert gateway.line_about(server)["status"] == "417"
+        wire.send(client, body)  # by a client that did not look for an answer
+        answer = http_wire.read_answer(client)
+    assert (answer.status, len(answer.body)) == (417, len(page))
+
+
 def test_a_denied_target_is_told_before_the_body(gateway: running.Gateway) -> None:
     with gateway.connect() as client:  # R63
         head = http_wire.request(

@@ -700,6 +700,22 @@ def test_a_bad_reload_can_be_mended(daemon: running.Start) -> None:
     gateway.ready(4)
 
 
+def test_a_reload_that_finds_no_old_worker_alive_is_no_error(
+    daemon: running.Start,
+) -> None:
+    gateway = daemon(spare_workers="1")
+    (old,) = gateway.ready(1)
+    master = gateway.process.pid
+    os.kill(master, signal.SIGSTOP)
+    os.kill(master, signal.SIGHUP)
+    os.kill(old, signal.SIGKILL)
+    wait.until(lambda: kernel.status(old, "State")[:1] == "Z")
+    os.kill(master, signal.SIGCONT)
+    wait.until(lambda: "natwork: configuration reloaded" in gateway.said())
+    assert not [line for line in gateway.said() if "error" in line]
+    assert get(gateway) == 403
+
+
 def test_reloads_under_load_lose_no_client(
     daemon: running.Start, origin: origins.Start
 ) -> None:
