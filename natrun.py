@@ -471,26 +471,26 @@ class Gateway:
             raise failure(errno.ECONNREFUSED) from None
 
     async def ask(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
-        """Log in by a socket, make a request, and return what it answers.
-
-        NATWork takes the name of who asks as claimed, if it has no users.
-        """
+        """Log in by a socket, make a request, and return what it answers."""
         loop, who = asyncio.get_running_loop(), self.login(app)
         methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
         hello = bytes([5, len(methods)]) + methods
         proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
-        if self.natwork:  # what it answers is known: it is told all at once
+        # NATWork takes any name if it has no users: it is told all at once.
+        if self.natwork:
             hello, proof, request = hello + proof + request, b"", b""
         await loop.sock_sendall(sock, hello)
         version, method = await receive(sock, 2)
         if version != 5 or method not in methods:
             raise Lost(errno.EACCES, "it wants another way to log in")
         if method == 2:
-            await loop.sock_sendall(sock, proof)
+            if proof:  # to send nothing fails, too, if a reset follows what is there
+                await loop.sock_sendall(sock, proof)
             if (await receive(sock, 2))[1]:
                 why = "it lets in nobody without a user and password that it knows"
                 raise Lost(errno.EACCES, why)
-        await loop.sock_sendall(sock, request)
+        if request:
+            await loop.sock_sendall(sock, request)
         _, reply, _, kind = await receive(sock, 4)
         if reply:
             raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))

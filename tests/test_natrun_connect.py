@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,8 @@ from natrun_rig import SERVER
 from natrun_rig import SERVER6
 from natrun_rig import Rig
 from natrun_rig import users
+
+import natrun
 
 pytestmark = pytest.mark.end_to_end
 
@@ -479,6 +483,33 @@ def test_a_port_has_one_connection_to_the_gateway_at_once(rig: Rig) -> None:
 def test_a_dead_host_stalls_no_loop(rig: Rig) -> None:
     told, ticks = rig.probe("nobody", "unstalled", NOBODY_THERE, "80", "5")
     assert told == ["EHOSTUNREACH"] * 5 and ticks > 20
+
+
+def test_a_target_that_resets_at_once_has_been_connected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the gateway answers counts, though its reset is there before it is read."""
+    answer, over = b"\5\2\1\0\5\0\0\1\xcb\0\x71\1\4\1", threading.Event()
+    receive = natrun.receive
+
+    def serve(connection: socket.socket, origin: origins.Origin) -> None:
+        connection.recv(1000)
+        connection.sendall(answer)
+        wire.reset(connection)
+        over.set()
+
+    async def receive_late(sock: socket.socket, size: int) -> bytes:
+        assert over.wait(10)
+        return await receive(sock, size)
+
+    monkeypatch.setattr(natrun, "receive", receive_late)
+    programs = natrun.read_settings(os.devnull)
+    with contextlib.closing(origins.Origin(serve)) as server, socket.socket() as sock:
+        at = natrun.endpoint((server.host, server.port))
+        gateway = natrun.Gateway(at, {"inside": []}, programs)
+        request = natrun.request_of(natrun.CONNECT, natrun.endpoint((SERVER, 80)))
+        steps = gateway.talk(sock, request, "probe")
+        assert asyncio.run(steps) == natrun.endpoint(("203.0.113.1", 1025))
 
 
 @users
