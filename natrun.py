@@ -476,8 +476,7 @@ class Gateway:
         methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
         hello = bytes([5, len(methods)]) + methods
         proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
-        # NATWork takes any name if it has no users: it is told all at once.
-        if self.natwork:
+        if self.natwork:  # it asks for a name in any case: it is told all at once
             hello, proof, request = hello + proof + request, b"", b""
         await loop.sock_sendall(sock, hello)
         version, method = await receive(sock, 2)
@@ -502,7 +501,7 @@ class Gateway:
         """Return the errno of an error; say once if the gateway itself is to blame."""
         if isinstance(error, Lost):
             say_once(f"cannot use the gateway {self.at}: {reason(error)}")
-        return error.errno or errno.EIO
+        return max(error.errno or 0, 0) or errno.EIO  # those of names are negative
 
     async def map(self, *lease: int) -> bytes:
         """Have it lease two ports for a time, or else tell its address: RFC 6886."""
@@ -1047,6 +1046,7 @@ class Flow:
     local: Endpoint = NOWHERE
     waits: bool = False  # it was not O_NONBLOCK when it began to connect
     task: asyncio.Task[int] | None = None  # has the errno, which is told once
+    copy: socket.socket | None = None  # of it, while it connects
     mapped: int = 0  # its port, if that is one of the outside
     since: float = 0.0  # it has been mapped
     accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
@@ -1480,7 +1480,9 @@ class Supervisor:
                 sock.setblocking(waits)
                 copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
-            flow = self.record(sock, peer=target, waits=waits, app=call.app)
+            if flow.copy:  # what was under way has been given up, and must not meet it
+                flow.copy.close()
+            flow = self.record(sock, peer=target, waits=waits, app=call.app, copy=copy)
             flow.task = asyncio.ensure_future(self.dial(copy, flow, paired))
             return await self.end_of(call, flow, sock) if waits else errno.EINPROGRESS
 
@@ -1501,8 +1503,7 @@ class Supervisor:
         with sock, contextlib.suppress(OSError):
             if flow.waits:  # else the program may have changed it meanwhile
                 sock.setblocking(True)
-            if error:
-                # AF_UNSPEC.  Who polls sees a failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
+            if error:  # AF_UNSPEC: who polls sees EPOLLERR, EPOLLHUP and EPOLLOUT
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
         if self.verbose:
             say(f"{target}: {os.strerror(error) if error else 'connected'}")
@@ -1510,10 +1511,9 @@ class Supervisor:
 
     async def meet(self, sock: socket.socket, server: socket.socket) -> None:
         """Join a server to a socket in the waiting room; raise OSError."""
-        with socket.socket() as near:
+        with socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as near:
             near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             near.bind(self.room.pair())
-            near.setblocking(False)
             loop, there = asyncio.get_running_loop(), endpoint(sock.getsockname())
             # TCP simultaneous open: RFC 9293 section 3.5.
             await timed(loop.sock_connect(near, there.pair()), REACH_TIME)

@@ -401,6 +401,24 @@ def say_or_reset(connection: socket.socket, origin: origins.Origin) -> None:
     connection.sendall(said.upper())
 
 
+@pytest.mark.parametrize("how", ["shutdown", "AF_UNSPEC"])
+@pytest.mark.parametrize("first", [f"{SERVER}:80", f"{NOBODY_THERE}:80"])
+def test_what_was_given_up_does_not_disturb_the_next(
+    rig: Rig, first: str, how: str
+) -> None:
+    make = functools.partial(origins.Origin, say_or_reset, SERVER)
+    server = rig.box.within("outside", make)
+    found = rig.probe("nobody", "given_up", how, first, f"{SERVER}:{server.port}")
+    server.close()
+    told = ["ECONNRESET"] if how == "shutdown" else []
+    assert found == [*told, "ok", "SOME WORDS"] * 2
+
+
+def test_a_socket_that_was_shut_down_has_an_errno(rig: Rig) -> None:
+    told = rig.probe("nobody", "shut_down", f"{SERVER}:80")
+    assert told[1::2] == ["ok", "ok"] and "ok" not in told[::2]
+
+
 def test_many_connect_at_once(rig: Rig) -> None:
     assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
 
