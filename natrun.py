@@ -583,8 +583,7 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 # is under way.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
-UP_NOARP, NODAD = 0x81, 0x2
-UDP_NO_CHECK6_RX = 102
+UP_NOARP, NODAD, UDP_NO_CHECK6_RX = 0x81, 0x2, 102
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
@@ -649,14 +648,14 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
 def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
     source.setblocking(True)
+    sink.setblocking(True)  # now: the other direction may not have come to that
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         out, into = os.pipe()
         with open(out, "rb", 0), open(into, "wb", 0):  # which close them
             while True:
                 if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
-                    # It is the end, or what follows an urgent byte.
-                    if not (data := source.recv(65536)):
+                    if not (data := source.recv(65536)):  # else it was an urgent byte
                         break
                     sink.sendall(data)
                 if size == 65536:  # all that it holds: bulk comes

@@ -419,6 +419,48 @@ def test_a_socket_that_was_shut_down_has_an_errno(rig: Rig) -> None:
     assert told[1::2] == ["ok", "ok"] and "ok" not in told[::2]
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = socket.create_connection(listener.getsockname(), 10)
+        there = listener.accept()[0]
+        there.settimeout(10)
+        return here, there
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give a program and a target whose sockets are joined, as the helper does it."""
+    (program, near), (target, server) = pair(), pair()
+    ends = [socket.socket(fileno=sock.detach()) for sock in (near, server)]
+    for sock in ends:
+        os.set_blocking(sock.fileno(), False)  # as they come
+    thread = threading.Thread(target=natrun.join, args=ends, name="join")
+    thread.start()
+    with program, target:
+        yield program, target
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_direction_may_begin_before_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    carry, data = natrun.carry, bytes(16_000_000)
+
+    def begin(source: socket.socket, sink: socket.socket) -> None:
+        if threading.current_thread().name != "join":
+            time.sleep(0.5)
+        carry(source, sink)
+
+    monkeypatch.setattr(natrun, "carry", begin)
+    with joined() as (program, target), ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(program.sendall, data)
+        time.sleep(0.2)  # until there is no room
+        assert wire.read_exactly(target, len(data)) == data
+        sending.result()
+
+
 def test_many_connect_at_once(rig: Rig) -> None:
     assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
 
