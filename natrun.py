@@ -663,7 +663,8 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
                 while size:
                     size -= os.splice(out, sink.fileno(), size)
-        sink.shutdown(socket.SHUT_WR)
+        if not sink.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER):  # it is no reset
+            sink.shutdown(socket.SHUT_WR)
     except OSError:
         for sock in (source, sink):
             with contextlib.suppress(OSError):

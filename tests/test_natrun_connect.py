@@ -461,6 +461,27 @@ def test_a_direction_may_begin_before_the_other(
         sending.result()
 
 
+def test_a_reset_is_no_end_to_who_sends() -> None:
+    """One direction is told of it, now and then not the one that receives."""
+    resets = 0
+    for _ in range(20):
+        with joined() as (program, target):
+            target.sendall(b"half")
+            assert wire.read_exactly(program, 4) == b"half"
+            program.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    program.sendall(bytes(1 << 20))
+                    time.sleep(0.01)
+            program.settimeout(10)
+            wire.reset(target)
+            try:
+                assert program.recv(1) == b""
+            except ConnectionResetError:
+                resets += 1
+    assert resets > 16  # without a difference, the half of them
+
+
 def test_many_connect_at_once(rig: Rig) -> None:
     assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
 
