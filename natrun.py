@@ -471,26 +471,25 @@ class Gateway:
             raise failure(errno.ECONNREFUSED) from None
 
     async def ask(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
-        """Log in by a socket, make a request, and return what it answers.
-
-        NATWork takes the name of who asks as claimed, if it has no users.
-        """
+        """Log in by a socket, make a request, and return what it answers."""
         loop, who = asyncio.get_running_loop(), self.login(app)
         methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
         hello = bytes([5, len(methods)]) + methods
         proof = b"\1" + b"".join(bytes([len(word)]) + word for word in who)
-        if self.natwork:  # what it answers is known: it is told all at once
+        if self.natwork:  # it asks for a name in any case: it is told all at once
             hello, proof, request = hello + proof + request, b"", b""
         await loop.sock_sendall(sock, hello)
         version, method = await receive(sock, 2)
         if version != 5 or method not in methods:
             raise Lost(errno.EACCES, "it wants another way to log in")
         if method == 2:
-            await loop.sock_sendall(sock, proof)
+            if proof:  # to send nothing fails, too, if a reset follows what is there
+                await loop.sock_sendall(sock, proof)
             if (await receive(sock, 2))[1]:
                 why = "it lets in nobody without a user and password that it knows"
                 raise Lost(errno.EACCES, why)
-        await loop.sock_sendall(sock, request)
+        if request:
+            await loop.sock_sendall(sock, request)
         _, reply, _, kind = await receive(sock, 4)
         if reply:
             raise failure(REPLIES.get(reply, errno.EHOSTUNREACH))
@@ -502,7 +501,7 @@ class Gateway:
         """Return the errno of an error; say once if the gateway itself is to blame."""
         if isinstance(error, Lost):
             say_once(f"cannot use the gateway {self.at}: {reason(error)}")
-        return error.errno or errno.EIO
+        return max(error.errno or 0, 0) or errno.EIO  # those of names are negative
 
     async def map(self, *lease: int) -> bytes:
         """Have it lease two ports for a time, or else tell its address: RFC 6886."""
@@ -584,8 +583,7 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 # is under way.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
-UP_NOARP, NODAD = 0x81, 0x2
-UDP_NO_CHECK6_RX = 102
+UP_NOARP, NODAD, UDP_NO_CHECK6_RX = 0x81, 0x2, 102
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # two sockets that come with it
 SYSCTLS = {
@@ -650,14 +648,14 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
 def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move what enters one socket to the other, to its end; pass a reset on."""
     source.setblocking(True)
+    sink.setblocking(True)  # now: the other direction may not have come to that
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         out, into = os.pipe()
         with open(out, "rb", 0), open(into, "wb", 0):  # which close them
             while True:
                 if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
-                    # It is the end, or what follows an urgent byte.
-                    if not (data := source.recv(65536)):
+                    if not (data := source.recv(65536)):  # else it was an urgent byte
                         break
                     sink.sendall(data)
                 if size == 65536:  # all that it holds: bulk comes
@@ -665,7 +663,8 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
                 while size:
                     size -= os.splice(out, sink.fileno(), size)
-        sink.shutdown(socket.SHUT_WR)
+        if not sink.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER):  # it is no reset
+            sink.shutdown(socket.SHUT_WR)
     except OSError:
         for sock in (source, sink):
             with contextlib.suppress(OSError):
@@ -1047,6 +1046,7 @@ class Flow:
     local: Endpoint = NOWHERE
     waits: bool = False  # it was not O_NONBLOCK when it began to connect
     task: asyncio.Task[int] | None = None  # has the errno, which is told once
+    copy: socket.socket | None = None  # of it, while it connects
     mapped: int = 0  # its port, if that is one of the outside
     since: float = 0.0  # it has been mapped
     accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
@@ -1480,7 +1480,9 @@ class Supervisor:
                 sock.setblocking(waits)
                 copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
-            flow = self.record(sock, peer=target, waits=waits, app=call.app)
+            if flow.copy:  # what was under way has been given up, and must not meet it
+                flow.copy.close()
+            flow = self.record(sock, peer=target, waits=waits, app=call.app, copy=copy)
             flow.task = asyncio.ensure_future(self.dial(copy, flow, paired))
             return await self.end_of(call, flow, sock) if waits else errno.EINPROGRESS
 
@@ -1501,8 +1503,7 @@ class Supervisor:
         with sock, contextlib.suppress(OSError):
             if flow.waits:  # else the program may have changed it meanwhile
                 sock.setblocking(True)
-            if error:
-                # AF_UNSPEC.  Who polls sees a failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
+            if error:  # AF_UNSPEC: who polls sees EPOLLERR, EPOLLHUP and EPOLLOUT
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
         if self.verbose:
             say(f"{target}: {os.strerror(error) if error else 'connected'}")
@@ -1510,10 +1511,9 @@ class Supervisor:
 
     async def meet(self, sock: socket.socket, server: socket.socket) -> None:
         """Join a server to a socket in the waiting room; raise OSError."""
-        with socket.socket() as near:
+        with socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as near:
             near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             near.bind(self.room.pair())
-            near.setblocking(False)
             loop, there = asyncio.get_running_loop(), endpoint(sock.getsockname())
             # TCP simultaneous open: RFC 9293 section 3.5.
             await timed(loop.sock_connect(near, there.pair()), REACH_TIME)

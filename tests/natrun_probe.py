@@ -346,6 +346,47 @@ def reset(host: str, port: str) -> list[str]:
     return found
 
 
+def given_up(how: str, first: str, second: str) -> list[str]:
+    """Give a connection up that is under way; return what a second one brings."""
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        mapped = "::ffff:" if family == socket.AF_INET6 else ""
+        there, then = [
+            (mapped + where(place)[0], where(place)[1]) for place in (first, second)
+        ]
+        with socket.socket(family) as sock:
+            sock.setblocking(False)
+            assert sock.connect_ex(there) == errno.EINPROGRESS
+            if how == "shutdown":
+                sock.shutdown(socket.SHUT_RDWR)
+                found.append(error_of(sock))
+            else:
+                assert LIBC.connect(sock.fileno(), bytes(16), 16) == 0  # AF_UNSPEC
+            assert sock.connect_ex(then) == errno.EINPROGRESS
+            select.select([], [sock], [], 10)
+            found.append(error_of(sock))
+            time.sleep(1.5)  # the first has ended, too
+            sock.setblocking(True)
+            sock.sendall(b"some words")
+            sock.shutdown(socket.SHUT_WR)
+            found.append(sock.recv(100).decode())
+    return found
+
+
+def shut_down(place: str) -> list[str]:
+    """Shut sockets down that connect; return what is told of them twice, later."""
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        mapped = "::ffff:" if family == socket.AF_INET6 else ""
+        with socket.socket(family) as sock:
+            sock.setblocking(False)
+            sock.connect_ex((mapped + where(place)[0], where(place)[1]))
+            sock.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.5)
+            found += [error_of(sock), error_of(sock)]
+    return found
+
+
 def crowd(host: str, port: str, count: str) -> int:
     """Connect many times at once; return how many have had an answer."""
 

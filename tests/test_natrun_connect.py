@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,8 @@ from natrun_rig import SERVER
 from natrun_rig import SERVER6
 from natrun_rig import Rig
 from natrun_rig import users
+
+import natrun
 
 pytestmark = pytest.mark.end_to_end
 
@@ -397,6 +401,87 @@ def say_or_reset(connection: socket.socket, origin: origins.Origin) -> None:
     connection.sendall(said.upper())
 
 
+@pytest.mark.parametrize("how", ["shutdown", "AF_UNSPEC"])
+@pytest.mark.parametrize("first", [f"{SERVER}:80", f"{NOBODY_THERE}:80"])
+def test_what_was_given_up_does_not_disturb_the_next(
+    rig: Rig, first: str, how: str
+) -> None:
+    make = functools.partial(origins.Origin, say_or_reset, SERVER)
+    server = rig.box.within("outside", make)
+    found = rig.probe("nobody", "given_up", how, first, f"{SERVER}:{server.port}")
+    server.close()
+    told = ["ECONNRESET"] if how == "shutdown" else []
+    assert found == [*told, "ok", "SOME WORDS"] * 2
+
+
+def test_a_socket_that_was_shut_down_has_an_errno(rig: Rig) -> None:
+    told = rig.probe("nobody", "shut_down", f"{SERVER}:80")
+    assert told[1::2] == ["ok", "ok"] and "ok" not in told[::2]
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = socket.create_connection(listener.getsockname(), 10)
+        there = listener.accept()[0]
+        there.settimeout(10)
+        return here, there
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give a program and a target whose sockets are joined, as the helper does it."""
+    (program, near), (target, server) = pair(), pair()
+    ends = [socket.socket(fileno=sock.detach()) for sock in (near, server)]
+    for sock in ends:
+        os.set_blocking(sock.fileno(), False)  # as they come
+    thread = threading.Thread(target=natrun.join, args=ends, name="join")
+    thread.start()
+    with program, target:
+        yield program, target
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_direction_may_begin_before_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    carry, data = natrun.carry, bytes(16_000_000)
+
+    def begin(source: socket.socket, sink: socket.socket) -> None:
+        if threading.current_thread().name != "join":
+            time.sleep(0.5)
+        carry(source, sink)
+
+    monkeypatch.setattr(natrun, "carry", begin)
+    with joined() as (program, target), ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(program.sendall, data)
+        time.sleep(0.2)  # until there is no room
+        assert wire.read_exactly(target, len(data)) == data
+        sending.result()
+
+
+def test_a_reset_is_no_end_to_who_sends() -> None:
+    """One direction is told of it, now and then not the one that receives."""
+    resets = 0
+    for _ in range(20):
+        with joined() as (program, target):
+            target.sendall(b"half")
+            assert wire.read_exactly(program, 4) == b"half"
+            program.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    program.sendall(bytes(1 << 20))
+                    time.sleep(0.01)
+            program.settimeout(10)
+            wire.reset(target)
+            try:
+                assert program.recv(1) == b""
+            except ConnectionResetError:
+                resets += 1
+    assert resets > 16  # without a difference, the half of them
+
+
 def test_many_connect_at_once(rig: Rig) -> None:
     assert rig.probe("nobody", "crowd", SERVER, "80", "300") == 300
 
@@ -479,6 +564,33 @@ def test_a_port_has_one_connection_to_the_gateway_at_once(rig: Rig) -> None:
 def test_a_dead_host_stalls_no_loop(rig: Rig) -> None:
     told, ticks = rig.probe("nobody", "unstalled", NOBODY_THERE, "80", "5")
     assert told == ["EHOSTUNREACH"] * 5 and ticks > 20
+
+
+def test_a_target_that_resets_at_once_has_been_connected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the gateway answers counts, though its reset is there before it is read."""
+    answer, over = b"\5\2\1\0\5\0\0\1\xcb\0\x71\1\4\1", threading.Event()
+    receive = natrun.receive
+
+    def serve(connection: socket.socket, origin: origins.Origin) -> None:
+        connection.recv(1000)
+        connection.sendall(answer)
+        wire.reset(connection)
+        over.set()
+
+    async def receive_late(sock: socket.socket, size: int) -> bytes:
+        assert over.wait(10)
+        return await receive(sock, size)
+
+    monkeypatch.setattr(natrun, "receive", receive_late)
+    programs = natrun.read_settings(os.devnull)
+    with contextlib.closing(origins.Origin(serve)) as server, socket.socket() as sock:
+        at = natrun.endpoint((server.host, server.port))
+        gateway = natrun.Gateway(at, {"inside": []}, programs)
+        request = natrun.request_of(natrun.CONNECT, natrun.endpoint((SERVER, 80)))
+        steps = gateway.talk(sock, request, "probe")
+        assert asyncio.run(steps) == natrun.endpoint(("203.0.113.1", 1025))
 
 
 @users
