@@ -221,9 +221,9 @@ class Mapper:
         index, here, asked = struct.unpack("=I4s4s", notes[0][2])
         route, policy = natwork.route_to(natwork.pack(peer[0])), self.policy
         is_near = route.device == socket.if_indextoname(index) and not route.local
-        to_outside = here != asked or policy.uplinks and here in policy.outside()
-        if not is_near or to_outside or not policy.is_client(peer, None):
-            return
+        is_inside = here == asked and not (policy.uplinks and here in policy.outside())
+        if not (is_near and is_inside and policy.is_client(peer, None)):
+            return  # a broadcast, too: then here and asked differ
         self.here = natwork.Uplink(natwork.unpack(here), here)
         if answer := self.answer(data, peer[0]):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
