@@ -1,9 +1,9 @@
 """Check, a chapter of NATWork: what the settings do, and whether that was meant.
 
 It refuses what a start would fail at, and names what would serve nobody.  --explain
-asks what the gateway would ask, of the resolver and the routing table too, and dials
-nothing; --settings is the text of natwork.conf.  Without it the gateway runs all the
-same, and says less.
+decides about one target as the gateway would, asks the resolver and the routing table
+too, and dials nothing; --settings prints natwork.conf.  Without this chapter the
+gateway runs, but says less.
 """
 # SPDX-License-Identifier: MIT
 
@@ -23,7 +23,7 @@ from natwork import say
 VERSION = "0.1.0"
 
 SERVICE_FILE, SERVICE_LOGS = "/etc/natwork/natwork.conf", "/var/log/natwork/"
-# There if a unit listens for the service: systemd.unit(5), of enabled ones.
+# systemctl(1) makes this link when it enables natwork.socket.
 SOCKET_UNIT = "/etc/systemd/system/sockets.target.wants/natwork.socket"
 EVERYWHERE = frozenset(natwork.networks("0.0.0.0/0 ::/0"))
 
@@ -48,7 +48,7 @@ def hinted(fault: str) -> str:
 
 
 def examine_listeners(config: Config, found: list[tuple[str, int]]) -> None:
-    """Refuse two addresses of `listen` that cannot be together."""
+    """Refuse two addresses of `listen` that cannot both be bound."""
     for host, port in found:
         if found.count((host, port)) > 1:
             config.refuse("listen", f"names {natwork.endpoint((host, port))} twice")
@@ -59,16 +59,15 @@ def examine_listeners(config: Config, found: list[tuple[str, int]]) -> None:
 
 
 def examine_files(config: Config) -> None:
-    """Refuse a file that a start would write, if it cannot be."""
+    """Refuse a file that a start would need to write and cannot."""
     root = os.geteuid() == 0 and config.user != "root"
-    makes = ["pidfile"] if root else []  # its directory, too
     for name in ("log", "pidfile"):
         file = getattr(config, name)
         folder = os.path.dirname(file) or "."
         if file in ("", "-"):
             continue
-        if name in makes and not os.path.exists(folder):
-            folder = os.path.dirname(folder) or "."
+        if root and name == "pidfile" and not os.path.exists(folder):
+            folder = os.path.dirname(folder) or "."  # the start makes the other
         there = file if os.path.exists(file) else folder
         if not os.path.isdir(folder):
             config.refuse(name, "there is no such directory")
@@ -109,13 +108,13 @@ def warn(
 ) -> None:
     """Say what is probably not meant, and what has no effect; raise OSError.
 
-    The listeners held are those that systemd passed, or of the old generation.
+    held has the listeners that systemd passed, or that the old generation has.
     """
     config, policy = chapters.config, chapters.policy
     for name in ("user", "pidfile"):
         if old and getattr(config, name) != getattr(old.config, name):
             say(f"{name} is changed by a restart only")
-            setattr(config, name, getattr(old.config, name))  # said once
+            setattr(config, name, getattr(old.config, name))  # so say it once
     passed = any(name.startswith("systemd ") for name in held)
     before = old.config.listen if old else ""
     if passed and "listen" in config.where and config.listen != before:
@@ -183,7 +182,7 @@ def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
     with contextlib.suppress(OSError):  # it names no device
         scope = socket.if_nametoindex(client.partition("%")[2])
     try:
-        # It comes to the address from which it would be answered.
+        # Assume that the client dials the address that would answer it.
         here = natwork.route_to(natwork.address_of(client)).source
         theirs = policy.outside() if policy.uplinks else {}
         inside = policy.is_client((client, 0, 0, scope), None) and here not in theirs
@@ -203,7 +202,7 @@ def explain_client(chapters: natwork.Chapters, client: str, user: str) -> bool:
 
 def parse_wanted(wanted: bytes) -> tuple[str, str, int]:
     """Return protocol, host and port of a URL, or of HOST:PORT; raise Refused."""
-    if wanted[:5].lower() == b"ws://":  # which an upgrade begins
+    if wanted[:5].lower() == b"ws://":  # an upgrade of http://
         wanted = b"http" + wanted[2:]
     if secure := re.match(rb"(?i)(?:http|ws)s://([^/?#]*)", wanted):  # by CONNECT
         return "connect", *natwork.parse_authority(secure[1], 443)
@@ -239,7 +238,7 @@ def explain(config: natwork.Config, words: list[str]) -> int:
     policy, parents = chapters.policy, chapters.parents
     for host, port in config.parsed("listen", natwork.parse_endpoint):
         policy.listens_at("0.0.0.0" if host == "*" else host, port)
-    # Without `users` a name is but a claim, and no rule sees it.
+    # Without `users` a name is only a claim, and no rule sees it.
     client, name = words[0], "".join(words[2:]) if config.users else ""
     user = natwork.printable(os.fsencode(name), natwork.NAME_SIZE)
     if not explain_client(chapters, client, user):

@@ -1,7 +1,8 @@
 """Daemon, a chapter of NATWork: detach, and have a pid file, where no systemd is.
 
-The process that started the gateway waits until clients are served, and ends with
-0, or with the code and the line of what failed.  python-daemon does the detaching.
+The process that was started, the launcher, waits until clients are served and exits
+with 0; or, after a line that says why, with the code of a start that failed.
+python-daemon does the detaching.
 """
 # SPDX-License-Identifier: MIT
 
@@ -23,8 +24,8 @@ VERSION = "0.1.0"
 def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
     """Return the pid file, open and locked while we live; raise OSError.
 
-    A process that gives up root can remove it at the end only from a directory of
-    its own, so one that is not there is made.
+    The gateway gives up root, and can then remove the file only from a directory of
+    its own user's, so make the directory if it is missing.
     """
     folder = os.path.dirname(path)
     try:
@@ -47,14 +48,14 @@ def lock_pidfile(path: str, user: tuple[int, int] | None) -> int:
         os.ftruncate(fd, 0)
         return fd
     os.close(fd)
-    return lock_pidfile(path, user)  # the one before has just removed it
+    return lock_pidfile(path, user)  # its last owner has just removed it
 
 
 @contextlib.contextmanager
 def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
     """Hold a pid file, and remove it at the end.
 
-    Yields the descriptor of what is an empty file so far; raises OSError.
+    Yields the descriptor of the file, which is still empty; raises OSError.
     """
     fd = lock_pidfile(path, user)
     try:
@@ -69,9 +70,9 @@ def pid_file(path: str, user: tuple[int, int] | None) -> Iterator[int]:
 
 def run_daemon(config: natwork.Config) -> int:
     """Detach, run the gateway after the launcher, and return the launcher's code."""
-    # python-daemon 2 (Debian 12) makes a set of all descriptors below the hard limit
-    # and keeps it, which may be gigabytes.  It looks at import, and closes no more
-    # than that, so the limit that we show it is what is open.
+    # python-daemon 2 (Debian 12) asks for the hard limit when it is imported, and makes
+    # a set of all descriptors below it, which may take gigabytes.  It closes no others,
+    # so tell it a limit just above those that are open.
     bound = max(map(int, os.listdir("/proc/self/fd"))) + 1
     getrlimit, resource.getrlimit = resource.getrlimit, lambda _: (bound, bound)
     try:
@@ -86,12 +87,12 @@ def run_daemon(config: natwork.Config) -> int:
     news_out, news_in = os.pipe2(0)
     if os.fork():
         os.close(news_in)
-        news = os.read(news_out, 1)  # the end of file is a start that failed
+        news = os.read(news_out, 1)  # b"": the daemon has died
         return news[0] if news else 1
     os.close(news_out)
 
     def ready() -> None:
-        """Let the launcher go; keep a file, and standard output for the log."""
+        """Drop output that is not a file or the log, and let the launcher go."""
         with open(os.devnull, "r+b") as null:
             for fd in (1, 2):
                 wanted = fd == 1 and config.log == "-" and not os.isatty(fd)
@@ -103,7 +104,7 @@ def run_daemon(config: natwork.Config) -> int:
         """Detach, and run the gateway to its end."""
         daemon.DaemonContext(
             umask=0o027,
-            detach_process=True,  # it would guess, by what standard input is
+            detach_process=True,  # else it guesses from standard input
             working_directory=os.getcwd(),
             files_preserve=[news_in],
             stdout=sys.stdout,

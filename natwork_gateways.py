@@ -2,8 +2,8 @@
 
 A browser, or curl with a proxy, asks for such a URL by a request in absolute-form
 (RFC 9112 section 3.2.2) and gets an HTTP response.  Both protocols are a few lines of
-text, then a stream that the relay carries; a directory or a menu becomes a page.  What
-the server says in a refusal is told to the client alone: it may name the user.
+text, then a stream that the relay carries; a directory or a menu becomes a page.  The
+server's words in a refusal go to the client and not to the log: they may name the user.
 
 It is not an FTP or Gopher server, and not a relay for FTP clients: those come by SOCKS
 or CONNECT.  FTP is RFC 959 in passive mode, with EPSV of RFC 2428, SIZE of RFC 3659
@@ -26,12 +26,12 @@ from natwork import Stream
 
 VERSION = "0.1.0"
 
-PAGE_LIMIT = 2 * 1024 * 1024  # a directory, a menu or a text; and its lines
-PAGE_LINES = 20_000
-PAGE_TIMEOUT = 600.0  # for all of one, whose client may have given up
+PAGE_LIMIT = 2 * 1024 * 1024  # bytes of a directory, a menu or a text
+PAGE_LINES = 20_000  # of a directory or a menu
+PAGE_TIMEOUT = 600.0  # to read all of one: its client may have given up
 
-# As ls -l has it, also without a group, or with blanks in owner or group; as DIR does;
-# or in EPLF, which is at https://cr.yp.to/ftp/list/eplf.html.
+# A line of ls -l, perhaps without a group or with blanks in owner or group; of DIR on
+# Windows; or of EPLF, see https://cr.yp.to/ftp/list/eplf.html.
 FTP_ENTRY = re.compile(
     r"(?:([-dl])\S*(?: +\S+){1,12}? +[0-9]+ +[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ "
     r"|[0-9-]{8,10} +[0-9:]{5}[AP]M +(?:(<D)IR>|[0-9]+) +|\+[^\t]*\t)(.+)"
@@ -58,12 +58,12 @@ def words_of(raw: bytes) -> str:
 
 
 def decoded(raw: bytes) -> str:
-    """Return the same of a part of a URL, decoded; raise Refused."""
+    """Return a part of a URL, decoded, as words_of() does; raise Refused."""
     return words_of(natwork.unescaped(raw))
 
 
 def quoted(text: str) -> str:
-    """Return what decoded() decodes, with no byte that means something in a URL."""
+    """Return text percent-encoded for a URL, as decoded() takes it."""
     return RESERVED.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
@@ -96,11 +96,11 @@ def read_lines(exchange: Exchange, source: Stream) -> list[str]:
 
 
 def answer_page(exchange: Exchange, title: str, lines: list[str]) -> None:
-    """Answer with a page of preformatted lines, which are HTML; the title is not."""
+    """Answer with a page of preformatted lines; they are HTML, the title is text."""
     title, text = title.translate(MARKUP), "\n".join(lines)
     page = f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n"
     page += f"<pre>\n{text}\n</pre>\n"
-    # As Latin-1 the text had the server's bytes, which may be UTF-8.
+    # The text holds the server's bytes as Latin-1; they may be UTF-8.
     page = page.encode("latin-1").decode(errors="replace")
     kind = b"Content-Type: text/html; charset=utf-8\r\nX-Content-Type-Options: nosniff"
     status = exchange.session.outcome.status_text()
@@ -112,7 +112,7 @@ def answer_file(
 ) -> None:
     """Answer with size bytes from a server, None for all; raise Refused."""
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n".encode()
-    # With a head before it, it is an HTTP response.
+    # With a head before them, the server's bytes are an HTTP response.
     source.received[:0] = head + natwork.framing_lines(size) + natwork.CRLF
     exchange.carry_answer(source, b"")
 
@@ -124,7 +124,7 @@ def answer_file(
 def read_reply(server: Stream) -> natwork.Steps:
     """Take a reply, of many lines if a hyphen follows its code; raise Refused.
 
-    RFC 959 section 4.2: those end at the same code and a blank, and nowhere else.
+    RFC 959 section 4.2: such a reply ends at a line with the same code and a blank.
     """
     bad, limit, lines = natwork.BAD_RESPONSE, natwork.HEAD_LIMIT, bytearray()
     while len(lines) < limit:
@@ -144,9 +144,9 @@ def said(reply: str) -> str:
 
 
 def hear(exchange: Exchange, kinds: str = "") -> str:
-    """Return the next reply; raise Refused if it is of none of the kinds, if any.
+    """Return the next reply; raise Refused if it is not of the kinds, "" for any.
 
-    421 is of none: it answers any command, and says that the server leaves.
+    421 is never of them: it may answer any command, and says that the server leaves.
     """
     server, session = exchange.http.server, exchange.session
     assert server
@@ -190,7 +190,7 @@ def ask_size(exchange: Exchange, path: str) -> int | None:
 
 def ask_port(exchange: Exchange) -> int:
     """Return the port where the server awaits a data connection; raise Refused."""
-    for command in ("EPSV", "PASV"):  # which is for IPv4 alone, and older
+    for command in ("EPSV", "PASV"):  # PASV is older, and for IPv4 alone
         reply, port = ask(exchange, command), 0
         if match := EPSV_REPLY.match(reply):
             port = int(match[2])
@@ -205,11 +205,11 @@ def ask_port(exchange: Exchange) -> int:
 def data_connection(exchange: Exchange) -> Iterator[Stream]:
     """Dial a data connection for the next command; raise Refused."""
     session, host, port = exchange.session, exchange.target.host, ask_port(exchange)
-    # To the address that we talk to: the server could name another host.
+    # Keep to the address that we talk to: PASV's reply could name another host.
     ends, only = exchange.http.server_ends, natwork.host_of(session.address)
     data = natwork.dial(exchange.worker, session, host, port, only)
-    session.address, session.source = ends  # the log keeps to the control connection
-    natwork.reset_on_close(data.sock)  # a part of a file is not to look like the whole
+    session.address, session.source = ends  # the log shows the control connection
+    natwork.reset_on_close(data.sock)  # a server must not take a part for the whole
     try:
         yield data
         natwork.reset_on_close(data.sock, False)
@@ -239,16 +239,16 @@ def ftp_list(exchange: Exchange, path: str) -> None:
         ask(exchange, f"CWD {path}", "2")
     entries = [""]
     with data_connection(exchange) as data:
-        # Some servers refuse to list an empty directory; it is there, for we are in it.
+        # Some servers refuse to list an empty directory.  It is there: we are in it.
         reply = ask(exchange, "LIST", "145")
         if reply[0] == "1":
             entries = read_lines(exchange, data)
     if reply[0] == "1":
         reply = hear(exchange, "2" if any(entries) else "245")
-    # RFC 959 section 4.2.1: it is about the connection, or about who asks.
+    # RFC 959 section 4.2.1: x2x is about the connection, x3x about the login.
     if reply[:2] in ("42", "53"):
         raise Refused(natwork.BAD_RESPONSE, said(reply))
-    # Relative links, which a URL without its last slash resolves one level up.
+    # Links are relative: if the URL lacks its last slash, they start one level up.
     name = path.rpartition("/")[2]
     base = f"{quoted(name)}/" if name else ""
     lines = [f'<a href="{base}../">../</a>'] if path else []
@@ -267,7 +267,7 @@ def ftp_get(exchange: Exchange, path: str) -> None:
         ftp_list(exchange, path)
     elif size is None and not exchange.head_only:
         exchange.progress = exchange.BEGUN_UNTIL_CLOSE
-        hear(exchange, "2")  # or what came was not all, and the answer is cut
+        hear(exchange, "2")  # else the file was not whole, and the answer is cut
         exchange.progress = exchange.WHOLE
 
 
@@ -288,7 +288,7 @@ def ftp_put(exchange: Exchange, path: str) -> None:
         up = natwork.Direction(exchange.client, data)
         down = natwork.Direction(data, exchange.client)
         up.steps = natwork.move_body(up, head, exchange.length or 0, framed=False)
-        up.step()  # with what has come: a malformed body empties no file
+        up.step()  # refuse a malformed body, if seen by now, before STOR empties a file
         ask(exchange, f"STOR {path}", "1")
         if exchange.length and head.expected:
             down.out += b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -335,7 +335,7 @@ def gopher_item(item: str) -> str:
     """Return a line of a menu as HTML."""
     kind = item[:1]
     if "\t" not in item and kind not in "i3":
-        return item.translate(MARKUP)  # not a menu's: what some say who have nothing
+        return item.translate(MARKUP)  # not an item: a server that has none says why
     name, selector, host, port, *_ = (*item[1:].split("\t"), "", "", "")
     text = name.translate(MARKUP)
     if kind in ("", "i", "3") or not host:
@@ -351,7 +351,7 @@ def gopher_item(item: str) -> str:
 
 
 def gopher_selector(path: bytes) -> tuple[str, str]:
-    """Return type and selector of a path, less its slash; raise Refused."""
+    """Return type and selector of a path without its first slash; raise Refused."""
     bare, _, query = path.partition(b"?")
     text = decoded(bare)
     if text[:1] != "7":  # RFC 4266 section 2.1: only a search has a query
@@ -364,9 +364,9 @@ def gopher_selector(path: bytes) -> tuple[str, str]:
 
 
 def gopher_text(exchange: Exchange, server: Stream) -> None:
-    """Answer with a text, less the dot at its end, and one before others: RFC 1436.
+    """Answer with a text, less the dots that RFC 1436 adds: the last, and one of two.
 
-    Some servers do neither, so a dot ends the text in its last line only.
+    Some servers add none, so a dot ends the text only in its last line.
     """
     data: bytes = run(exchange, until_end(server), PAGE_TIMEOUT)
     text = re.sub(rb"(?m)^\.\r?\n?\Z", b"", data)

@@ -8,10 +8,10 @@ caller has a process that is forked from it:
      `- natwork: map 203.0.113.1:8000 > 10.0.0.7:8000 95s left
          `- natwork: 192.0.2.7:3456 > 10.0.0.1:5678 > 10.0.0.7:8000 map 10.0.0.7
 
-A mapping leads to the machine that asked for it and to no other.  Its slot on the
-scoreboard is all that is known of it, so the next mapper, after a reload or a kill,
-finds it.  When its lease is over, the port closes and the callers stay.  It maps no
-UDP, which SOCKS has, and speaks neither PCP nor UPnP.
+A mapping leads to the machine that asked for it and to no other.  All that is known
+of it stands in its slot on the scoreboard, where the next mapper finds it after a
+reload or a kill.  When its lease is over, the port closes and the callers stay.
+The chapter maps no UDP, which SOCKS relays, and speaks neither PCP nor UPnP.
 """
 # SPDX-License-Identifier: MIT
 
@@ -39,18 +39,18 @@ VERSION = "0.1.0"
 PORT, LEASE_LIMIT = 5351, 7200  # RFC 6886: section 3.1; in seconds, section 3.3
 SLOT_COUNT, MAPPING_LIMIT = 512, 128  # of mappings and callers; of mappings alone
 LOOK_TIME = 0.2  # between looks at the end of a lease
-OPEN_TIME = 0.02  # between attempts at a port that another process is to let go
-RELEASE_TIME = 2.0  # for it to do so
-KEPT = natwork.SILENT + 1  # the state of our slots, so that no worker has one
-# Words of a slot: the end of a lease, monotonic_ns; and which process has forked the
-# one that has the slot.  A slot that none has is clear: it has no pid.
+OPEN_TIME = 0.02  # between attempts to bind a port that the last mapper still has
+RELEASE_TIME = 2.0  # for that mapper to close it, before we complain
+KEPT = natwork.SILENT + 1  # the state of our slots: the master gives workers free ones
+# Words of a slot: when its lease ends, by monotonic_ns(); and the parent of the process
+# that has the slot.  A slot that no process has is free: its Slot.PID is 0.
 LEASE, PARENT = Slot.PEER + 1, Slot.PEER + 2
-LOCK = 2  # by this byte of the scoreboard; natwork_users.py has 0 and 1
+LOCK = 2  # a byte of the scoreboard, as in natwork_users.py, which has 0 and 1
 PKTINFO = 8  # IP_PKTINFO of ip(7), which 3.10 does not name
 # Operations and results: sections 3.2, 3.3 and 3.5.
 ADDRESS, MAP_TCP, ANSWER = 0, 2, 128
 OK, BAD_VERSION, NOT_AUTHORIZED, NO_ADDRESS, NO_RESOURCES, BAD_OPERATION = range(6)
-SILENCE = -1  # none is sent
+SILENCE = -1  # no answer is sent
 
 
 def is_gone(pid: int) -> bool:
@@ -64,8 +64,8 @@ def is_gone(pid: int) -> bool:
 class Mapper:
     """The process that answers NAT-PMP, then what it forks: a mapping, and a caller.
 
-    A mapping and a caller have a slot on the scoreboard, and give it back themselves.
-    What one that was killed could not write down, whoever finds its slot does.
+    Each mapping and caller has a slot on the scoreboard, and frees it when it ends.
+    If it was killed, the next sweep by another process logs it and frees its slot.
     """
 
     def __init__(self, generation: natwork.Generation) -> None:
@@ -79,7 +79,7 @@ class Mapper:
         states = enumerate(board.states())
         self.slots = [Slot(board, n) for n, state in states if state == KEPT]
         places = [place for some in self.policy.listeners.values() for place in some]
-        # Where we do not listen yet; a listener at :: takes IPv4 clients too.
+        # Where we do not listen yet.  :: takes IPv4 too, and 0.0.0.0 covers the rest.
         hosts = {place[-4:] for place in places if len(place) == 4 or not any(place)}
         self.closed = {natwork.unpack(host) for host in {bytes(4)} & hosts or hosts}
         self.sockets: dict[int, socket.socket] = {}
@@ -90,7 +90,7 @@ class Mapper:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel is to reap for us
         lifeline = self.generation.lifeline_read
         watch = natwork.Watch(lifeline, self.config, self.sockets)
-        look = natwork.remembered(OPEN_TIME, self.look)  # however much is asked
+        look = natwork.remembered(OPEN_TIME, self.look)  # not for each datagram
         with contextlib.suppress(natwork.Refused):  # drain_timeout is over already
             while not watch.retired:
                 try:
@@ -109,8 +109,8 @@ class Mapper:
         signal.signal(signal.SIGTERM, self.end_all)
         self.close()
         is_last = False
-        # After a reload, what is not of this mapper is left to the next one.
-        while self.count(0) < SLOT_COUNT if is_last else self.count(os.getpid()):
+        # After a reload the next mapper has the others; if the master has gone, we do.
+        while (self.count(0) < SLOT_COUNT) if is_last else self.count(os.getpid()):
             time.sleep(LOOK_TIME)
             self.sweep()
             is_last = natwork.readable([lifeline])[lifeline] & select.POLLHUP > 0
@@ -118,7 +118,7 @@ class Mapper:
             os.waitpid(-1, 0)  # until none is left, since SIGCHLD is ignored
 
     def open(self) -> None:
-        """Listen where machines ask; say why not, if the mapper before us has left."""
+        """Listen where machines ask; after RELEASE_TIME, say why we cannot."""
         for host in [*self.closed]:
             sock = socket.socket(natwork.INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
@@ -144,16 +144,16 @@ class Mapper:
         fcntl.lockf(self.board.fd, how, 1, LOCK)
 
     def count(self, parent: int) -> int:
-        """Return how many slots the children of a process have; of 0: how many none."""
+        """Return how many slots a process's children have; for 0, how many are free."""
         words = (slot.words for slot in self.slots)
         return [one[Slot.PID] and one[PARENT] for one in words].count(parent)
 
     def fork(self, session: Session, work: Callable[[Slot], None], lease: int) -> bool:
-        """Have a new process, with a row, do some work; return whether it does."""
+        """Fork a process, with a slot, to do some work; return whether there is one."""
         self.lock(fcntl.LOCK_EX)
         slot = next((one for one in self.slots if not one.words[Slot.PID]), None)
         if slot:
-            slot.clear(os.getpid())  # until there is the new process
+            slot.clear(os.getpid())  # ours, until we know the new process's pid
             slot.words[LEASE], slot.words[PARENT] = lease, os.getpid()
             slot.publish(session)
             begin = functools.partial(self.begin, session, work, slot)
@@ -167,10 +167,10 @@ class Mapper:
         return slot is not None
 
     def begin(self, session: Session, work: Callable[[Slot], None], slot: Slot) -> None:
-        """Do some work in this new process."""
+        """Do some work in this new process, until the operator or end_all() ends it."""
 
-        def end(*_: object) -> None:  # as the operator asks, or the mapper
-            if slot.words[Slot.PID] == os.getpid():  # or we had this of our mapping
+        def end(*_: object) -> None:  # a new caller may still have its mapping's
+            if slot.words[Slot.PID] == os.getpid():
                 self.log.write_killed(slot, -signal.SIGTERM)
                 slot.clear(0)
             os._exit(1)
@@ -183,7 +183,7 @@ class Mapper:
         slot.clear(0)
 
     def sweep(self) -> None:
-        """Write down what was killed, and give its slots back."""
+        """Log the sessions of processes that were killed, and free their slots."""
         self.lock(fcntl.LOCK_EX)
         for slot in self.slots:
             if slot.words[Slot.PID] and is_gone(slot.words[Slot.PID]):
@@ -192,7 +192,7 @@ class Mapper:
         self.lock(fcntl.LOCK_UN)
 
     def end_all(self, *_: object) -> None:
-        """End mappings and callers, as the master asks when time is over."""
+        """End mappings and callers: the master sends TERM when their time is over."""
         for pid in filter(None, [slot.words[Slot.PID] for slot in self.slots]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -200,7 +200,7 @@ class Mapper:
     # What the mapper is asked.
 
     def look(self) -> None:
-        """See to what was killed, and end the mappings that are no longer due."""
+        """Sweep, and end the mappings whose outside address or user has gone."""
         self.sweep()
         found = self.mappings()
         users = self.users() if found and self.config.users else {}
@@ -214,16 +214,16 @@ class Mapper:
     def receive(self, sock: socket.socket) -> None:
         """Answer a datagram, if it has come from the inside; raise OSError.
 
-        It must have come by the device that leads to its sender: what the outside sends
-        in the name of a machine of the inside opens nothing.
+        It must have come by the device that leads to its sender, so that a host of the
+        outside which forges an inside address opens nothing.
         """
         data, notes, _, peer = sock.recvmsg(64, socket.CMSG_SPACE(12))
         index, here, asked = struct.unpack("=I4s4s", notes[0][2])
         route, policy = natwork.route_to(natwork.pack(peer[0])), self.policy
         is_near = route.device == socket.if_indextoname(index) and not route.local
-        to_outside = here != asked or policy.uplinks and here in policy.outside()
-        if not is_near or to_outside or not policy.is_client(peer, None):
-            return
+        is_inside = here == asked and not (policy.uplinks and here in policy.outside())
+        if not (is_near and is_inside and policy.is_client(peer, None)):
+            return  # a broadcast, too: then here and asked differ
         self.here = natwork.Uplink(natwork.unpack(here), here)
         if answer := self.answer(data, peer[0]):
             info = socket.SOL_IP, PKTINFO, struct.pack("=I4s4s", 0, here, here)
@@ -236,7 +236,7 @@ class Mapper:
         (version, operation), result, rest = data[:2], BAD_OPERATION, b""
         if version:
             result = BAD_VERSION
-        elif operation > MAP_TCP:  # section 3.5: all of it is returned
+        elif operation > MAP_TCP:  # section 3.5: the rest goes back as it came
             return struct.pack("!BBH", 0, ANSWER + operation, result) + data[4:]
         elif len(data) != (2 if operation == ADDRESS else 12):
             return b""
@@ -245,12 +245,12 @@ class Mapper:
             result = OK if any(rest) else NO_ADDRESS
         else:
             port, wanted, seconds = struct.unpack("!4xHHI", data)
-            seconds = min(seconds, LEASE_LIMIT)
-            ours, refused = operation == MAP_TCP, (BAD_OPERATION, 0)
-            result, wanted = self.map(host, port, wanted, seconds) if ours else refused
+            seconds, mapped = min(seconds, LEASE_LIMIT), 0
+            if operation == MAP_TCP:  # and not UDP
+                result, mapped = self.map(host, port, wanted, seconds)
             if result == SILENCE:
                 return b""
-            rest = struct.pack("!HHI", port, wanted, 0 if result else seconds)
+            rest = struct.pack("!HHI", port, mapped, 0 if result else seconds)
         age = int(time.monotonic()) - self.began
         return struct.pack("!BBHI", 0, ANSWER + operation, result, age) + rest
 
@@ -268,11 +268,11 @@ class Mapper:
     def users(self) -> dict[tuple[str, str], str]:
         """Return users with what they say of themselves, by machine and user."""
         found = [one for _, one in natwork.sessions(self.board) if one.proto != "map"]
-        known = self.generation.chapters.users.lines  # who was removed may be there yet
+        known = self.generation.chapters.users.lines  # a removed user may be there yet
         return {self.who(one): one.user for one in found if self.who(one)[1] in known}
 
     def places(self, host: str) -> dict[str, natwork.Uplink | None]:
-        """Return the outside addresses for a machine; with a mapping, only its own."""
+        """Return the outside addresses for a machine; with mappings, only theirs."""
         mine = {natwork.host_of(one.address) for _, one in self.mappings(host)}
         outside = self.policy.outside().items()
         places = {natwork.unpack(p): way for p, way in outside if len(p) == 4}
@@ -297,8 +297,8 @@ class Mapper:
             if slot.words[PARENT] == os.getpid() and slot.words[LEASE] > now:
                 slot.words[LEASE] = ends_at
                 return OK, int(one.address.rpartition(":")[2])
-            # It is over, or has an earlier mapper's settings: once its process has gone
-            # it is made anew.  RFC 6886 section 3.1: who hears nothing asks again.
+            # It is over, or has an earlier mapper's settings: end it.  The machine gets
+            # no answer, asks again (RFC 6886 section 3.1), and then gets a new one.
             slot.words[LEASE] = 0
             return SILENCE, 0
         full = len(mine) >= self.config.max_mappings
@@ -313,7 +313,7 @@ class Mapper:
             return (OK, listener.getsockname()[1]) if made else (NO_RESOURCES, 0)
 
     def listen(self, host: str, wanted: int) -> socket.socket | None:
-        """Return a socket that listens on the outside, at the wanted port if it may."""
+        """Return a socket that listens on the outside, at the wanted port if it can."""
         ports, places = self.policy.ports, self.places(host)
         fits = wanted in (ports if any(ports) else range(1024, 65536))
         for port in [*[wanted] * fits, *ports]:
@@ -323,7 +323,7 @@ class Mapper:
                     if uplink and not uplink.packed:
                         natwork.leave_by(sock, uplink)
                     sock.setblocking(False)
-                    natwork.reset_on_close(sock)  # handed down to each caller's socket
+                    natwork.reset_on_close(sock)  # accept(2) passes it on
                     if sock.getsockname()[1] not in self.policy.listeners:
                         return sock
                     sock.close()
@@ -354,7 +354,7 @@ class Mapper:
         """Have a new process serve a caller that has come, once there is room."""
         every = filter(None, map(Slot.session, self.slots))
         machines = [natwork.host_of(one.target) for one in every]
-        # A machine has no more callers than there is room for those of others.
+        # A machine may have as many callers as there are free slots for others.
         if machines.count(natwork.host_of(self.session.client)) >= self.count(0):
             return time.sleep(LOOK_TIME)
         try:
@@ -371,7 +371,7 @@ class Mapper:
     # The process of a caller.
 
     def serve(self, client: natwork.Client, session: Session, slot: Slot) -> None:
-        """Join a caller to the machine of a mapping, from where that has reached us."""
+        """Join a caller to a mapping's machine, from the address that it asked."""
         self.listener.close()
         if os.geteuid() != 0:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # as for a worker
@@ -387,7 +387,7 @@ class Mapper:
             worker.proceed(session)
             client.stream.tune()
             natwork.tunnel(worker, session, server, b"")
-            client.close()  # in order: whatever ends us before is a reset
+            client.close()  # by a FIN: if we end before this, it is a reset
 
         worker.record(session, carry, lambda refusal: refusal.outcome)
 

@@ -8,8 +8,8 @@
 
 It is not a web server and not a way to change anything: it reads the scoreboard
 and answers GET and HEAD.  All but the PAC files and /lat.json want a Host field that
-is this gateway's (RFC 9110 section 7.2): a page of another site that rebinds its name
-to our address sends that name, and so is not shown the table.
+names this gateway (RFC 9110 section 7.2).  A page of another site whose name is rebound
+to our address sends that name, so it cannot read the table.
 """
 # SPDX-License-Identifier: MIT
 
@@ -34,7 +34,7 @@ NAMES = [*natwork.COLUMNS[:-1], "Moving", natwork.COLUMNS[-1]]
 KEYS = [name.lower().replace(" ", "_") for name in NAMES]
 ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'"}
 
-# The script keeps the rows fresh, by textContent: what is hostile becomes words.
+# The script keeps the rows fresh by textContent: hostile markup is shown as text.
 HTML = """\
 <!doctype html>
 <html lang="en">
@@ -134,7 +134,7 @@ function put(place, text) {
   if (place && place.textContent !== text) place.textContent = text;
 }
 function draw() {
-  if (!then) return;  // what came with the page stands
+  if (!then) return;  // the page's own rows stay until the first refresh
   const wanted = filter.value.toLowerCase().split(" ");
   const shown = sessions.filter(row => wanted.every(word => row.text.includes(word)));
   if (column) shown.sort((a, b) => way * compare(a[column] ?? "", b[column] ?? ""));
@@ -148,7 +148,7 @@ function draw() {
       put(cell, key in forms ? forms[key](row[key]) : String(row[key] ?? "-"));
     });
   });
-  if (document.body.className) return;  // the line says that this is stale
+  if (document.body.className) return;  // stale: the line says so
   const all = whole(sessions.length);
   put(count, "Sessions: " + (filter.value ? whole(shown.length) + " of " + all : all));
 }
@@ -160,7 +160,7 @@ function learn({gateway: {name, ...figures}, sessions: rows}) {
     const key = row.pid + " " + row.source_ip + " " + row.original_source_port;
     moved.set(key, row.up + row.down);
     const speed = (row.up + row.down - before.get(key)) / (now - then) * 1000;
-    row.moving = Math.max(0, Math.round(speed)) || 0;  // it is not a number at first
+    row.moving = Math.max(0, Math.round(speed)) || 0;  // NaN for a new row
     const {source_ip, host, user, protocol} = row;
     row.text = [source_ip, host, user, protocol].join(" ").toLowerCase();
   }
@@ -169,7 +169,7 @@ function learn({gateway: {name, ...figures}, sessions: rows}) {
 }
 async function refresh() {
   try {
-    const signal = AbortSignal.timeout(8000);  // one that is cut off says nothing
+    const signal = AbortSignal.timeout(8000);  // a dead network gives no error
     const fresh = await (await fetch("/table.json", {signal})).json();
     document.body.className = "";
     learn(fresh);
@@ -191,7 +191,7 @@ filter.oninput = draw;
 refresh();
 </script>
 """
-# Nothing from elsewhere, nothing inline but ours, in nobody's frame.
+# A page loads nothing from elsewhere, runs only our inline code, and fits in no frame.
 GUARDS = (
     "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
     "X-Frame-Options: DENY\r\nCross-Origin-Resource-Policy: same-origin\r\n"
@@ -259,8 +259,8 @@ def figures(exchange: Exchange) -> dict[str, int]:
     for (_, word), count in ended(board).items():
         outcome = natwork.OUTCOMES.get(word, natwork.BROKEN)
         served = outcome in (natwork.OK, natwork.ENDED)
-        no = outcome is natwork.OUTSIDER or outcome.error == natwork.DENIED.error
-        counts["served" if served else "refused" if no else "failed"] += count
+        denied = outcome is natwork.OUTSIDER or outcome.error == natwork.DENIED.error
+        counts["served" if served else "refused" if denied else "failed"] += count
     return {
         "idle": states.count(natwork.IDLE_STATE),
         "busy": states.count(natwork.BUSY) + states.count(natwork.SILENT),
@@ -271,7 +271,7 @@ def figures(exchange: Exchange) -> dict[str, int]:
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """Return the row of a session in HTML, where no word of it is markup."""
+    """Return the row of a session in HTML, its words escaped."""
     cells = ((key, "-" if row.get(key) is None else str(row[key])) for key in KEYS)
     tags = (f'<td class="{key}">{text.translate(ESCAPED)}' for key, text in cells)
     return "<tr>" + "".join(tags)
@@ -316,7 +316,7 @@ def metrics(exchange: Exchange) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     found, board = figures(exchange), exchange.worker.board
     words, total = board.words, [sum(board.column(n)) for n in range(Slot.PEER)]
-    since_1970 = round(time.time() - time.monotonic())  # what the clocks differ by
+    since_1970 = round(time.time() - time.monotonic())  # when monotonic() was 0
     values: list[tuple[str, str, float]] = [
         ("build_info", f'{{version="{natwork.__version__}"}}', 1),
         *(
@@ -354,8 +354,8 @@ def check_gateway(word: str) -> None:
 def pac(exchange: Exchange) -> str:
     """Return the file that tells a browser what to ask which gateway for.
 
-    The gateways stand in an order drawn from the client's address: so they share
-    the clients, and each client keeps to its own.
+    The client's address determines the order of the gateways, so clients spread over
+    them, and each client keeps to one.
     """
     worker, host = exchange.worker, exchange.target.host
     here, port = exchange.client.sock.getsockname()[:2]
@@ -372,7 +372,7 @@ def pac(exchange: Exchange) -> str:
 
 
 def local_address_table(exchange: Exchange) -> dict[str, Any]:
-    """Return what leads here and what does not, for natrun's JSON; raise OSError.
+    """Return what natrun needs to tell which targets to ask us for; raise OSError.
 
     The domain of the inside is what follows the first dot of `name`.
     """
@@ -389,10 +389,10 @@ def local_address_table(exchange: Exchange) -> dict[str, Any]:
 
 
 def admit(exchange: Exchange) -> None:
-    """Refuse a rebound name, and a user that is not known; raise Refused.
+    """Refuse a rebound name, and a client without a known user; raise Refused.
 
-    For its own pages the gateway is an origin server: RFC 9110 section 11.6.2.  A
-    client that used it as a proxy has been identified.
+    For its own pages the gateway is an origin server: RFC 9110 section 11.6.2.  If the
+    client asked it as a proxy, that has settled the user.
     """
     host, port = exchange.target.host, exchange.client.sock.getsockname()[1]
     if not exchange.worker.policy.means_us(host, port):

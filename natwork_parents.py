@@ -1,10 +1,10 @@
 """Parents, a chapter of NATWork: other proxies to go through, as `parents` says.
 
-A target is judged here first all the same; a parent's own address is not.  For an
-http:// request a parent that is an HTTP proxy is a server like any other, but for
-the request line, which names the whole URL (RFC 9112 section 3.2.2); all else goes
-by a tunnel through it, asked for by CONNECT (RFC 9110 section 9.3.6) or by SOCKS 5
-(RFC 1928, RFC 1929); but SOCKS's BIND and datagrams go by no parent.
+The rules judge a target first, as without parents, but not a parent's own address.
+For an http:// request an HTTP parent is a server like any other, except that the
+request line names the whole URL (RFC 9112 section 3.2.2).  All else goes through a
+tunnel that we ask for by CONNECT (RFC 9110 section 9.3.6) or by SOCKS 5 (RFC 1928,
+RFC 1929).  SOCKS BIND and datagrams never go by a parent.
 
 It does not balance and does not probe: the first parent that takes a target gets
 it.  The heart's dial() calls Parents.dial(), and an exchange asks the Parent of its
@@ -27,9 +27,9 @@ from natwork import Worker
 VERSION = "0.1.0"
 
 URL = re.compile(r"(http|socks5)://(?:([^:@/]+:[^:@/]*)@)?([^@/]+:[0-9]+)/?")
-# It wants another user than we have for it, or one at all.
+# A parent does not know our user, or wants one where we have none.
 UNKNOWN = natwork.CONNECT_FAILED._replace(advice=natwork.ASK_OPERATOR)
-# What a parent's refusal is to our client; anything else: it could not connect.
+# A parent's refusal, as an outcome for our client; any other is CONNECT_FAILED.
 REFUSALS = {
     403: natwork.DENIED,  # an HTTP status
     407: UNKNOWN,
@@ -41,7 +41,7 @@ REFUSALS = {
     5: natwork.CONNECT_REFUSED,
     6: natwork.CONNECT_TIMEOUT,
 }
-# Faults of the client or of this gateway; all others, by RFC 9209, are the parent's.
+# Errors of RFC 9209 that are not a parent's fault, but the client's or this gateway's.
 OTHERS = "", "http_request_error", "http_upgrade_failed", "proxy_internal_error"
 OURS = natwork.OVERLOAD, natwork.NO_UPLINK
 
@@ -74,7 +74,7 @@ class Parent(NamedTuple):
         return b"http://%b%b" % (authority, path.removeprefix(b"*")), login
 
     def blamed(self, refusal: Refused) -> Refused:
-        """Return a refusal that says by which parent it came about, if by one."""
+        """Return a refusal that names this parent, if the fault is the parent's."""
         outcome, why = refusal.outcome, f"parent {self.name}: {refusal.detail}"
         if outcome.error in OTHERS or outcome in OURS:
             return refusal
@@ -82,7 +82,7 @@ class Parent(NamedTuple):
         return Refused(outcome._replace(word=word), why)
 
     def ask_http(self, server: Stream, via: bytes, target: bytes) -> natwork.Steps:
-        """Have it tunnel to HOST:PORT: RFC 9110 section 9.3.6; raise Refused."""
+        """Have the parent tunnel to a target: RFC 9110 section 9.3.6; raise Refused."""
         lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nVia: %b\r\n%b\r\n"
         request = lines % (target, target, via, self.login_line())
         yield from server.send_all(bytearray(request))
@@ -99,7 +99,7 @@ class Parent(NamedTuple):
         raise Refused(bad, f"over {natwork.INTERIM_LIMIT} interim responses")
 
     def ask_socks(self, server: Stream, host: str, port: int) -> natwork.Steps:
-        """Have it connect to a host: RFC 1928 and 1929; raise Refused."""
+        """Have the parent connect to a host: RFC 1928 and 1929; raise Refused."""
         user, _, password = map(natwork.unescaped, self.login.partition(b":"))
         methods = b"\0\2" if user else b"\0"
         yield from server.send_all(bytearray([5, len(methods), *methods]))
@@ -132,17 +132,17 @@ class Parent(NamedTuple):
         yield from server.exactly(size + 2)
 
     def dial(self, worker: Worker, session: Session, host: str, port: int) -> Stream:
-        """Return a connection that leads to a target through it; raise Refused.
+        """Return a connection that leads to a target by this parent; raise Refused.
 
-        For an http:// request and a parent that takes such it is one to the parent,
-        and the stream says so.
+        For an http:// request and an HTTP parent there is no tunnel: the parent is the
+        server, and the stream's parent says so.
         """
         policy, found = worker.policy, natwork.resolve(self.host)
         if policy.is_own_listener(found, self.port):
-            # SOCKS has no Via that would tell.
+            # Via would show the loop only with HTTP, not with SOCKS.
             raise Refused(natwork.LOOP, "it is this gateway")
         deadline = time.monotonic() + worker.config.connect_timeout
-        # A parent inside or on this box is not reached by way of the outside.
+        # An uplink leads outside; a parent on the inside or on this box needs none.
         inside = [packed for packed in found if policy.closes(packed)]
         outside = [packed for packed in found if packed not in inside]
         attempts = [natwork.Attempt(one, self.port, None, 0.0) for one in inside]
@@ -199,7 +199,7 @@ class Parents:
         self.parents, self.policy = parents, policy
 
     def parent_for(self, proto: str, host: str, found: list[bytes]) -> Parent | None:
-        """Return the first parent that takes a target, None where we dial it."""
+        """Return the first parent that takes a target, None if we dial it ourselves."""
         known = [one for packed in found for one in natwork.embedded_addresses(packed)]
         for parent in self.parents:
             if proto == "http" or not parent.plain:
@@ -210,9 +210,9 @@ class Parents:
     def that_may_know(
         self, refusal: Refused, client: str, user: str, proto: str, host: str, port: int
     ) -> Parent | None:
-        """Return the parent of a name that was refused here as unknown, if it has one.
+        """Return the parent for a name that we could not resolve, None for no parent.
 
-        It is asked for what a rule allows by its name.
+        The parent may resolve it, but only a rule that allows the name lets it go on.
         """
         if not refusal.outcome.error.startswith("dns_"):
             return None
@@ -230,7 +230,7 @@ class Parents:
     ) -> Stream:
         """Return a connection to a target, perhaps by a parent; raise Refused."""
         client, proto = worker.client.host, session.proto
-        user = session.user if worker.config.users else "-"  # else it is but a claim
+        user = session.user if worker.config.users else "-"  # a name nobody checked
         try:
             addresses = natwork.judged(worker, session, host, port)
             parent = self.parent_for(proto, host, addresses)

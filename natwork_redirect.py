@@ -23,17 +23,17 @@ from natwork import Worker
 
 VERSION = "0.1.0"
 
-RECORDS = 256  # for a TLS hello, which usually comes in one
-NAME_LIMIT = 255  # of a name the end counts: RFC 1035 section 2.3.4
-SNIFF_DELAY = 0.25  # for half a request that no rule has to see: below what one notices
-# What may yet become a request line to some server: some take any word for a method,
-# any blank, and any byte in a path.
+RECORDS = 256  # that a TLS hello may come in; nearly all come in one
+NAME_LIMIT = 255  # of a longer name the end is judged: RFC 1035 section 2.3.4
+SNIFF_DELAY = 0.25  # for a name that only the log wants: too short to be noticed
+# The start of what some server takes for a request line: servers differ, and some take
+# any word for a method, any blank, and any byte in a path.
 REQUEST_BEGUN = re.compile(
     rb"[\t\v\f ]*(?:%b(?:[\t\v\f ][\t\v\f -~\x80-\xff]*\r?)?"
     rb"|[A-Za-z][!-~]*(?:[\t\v\f ][^\0\r\n]*\r?)?)?" % natwork.TOKEN
 )
-# Some take LF or CR for CRLF, or a folded line, or a blank before the colon.
 URL = re.compile(rb"\A[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+# Some servers take LF or CR for CRLF, a folded line, or a blank before the colon.
 HOST_FIELD = re.compile(
     rb"(?:^|\r)host[ \t]*:(?:\s*[\t\v\f ])?(\S*)", re.IGNORECASE | re.MULTILINE
 )
@@ -42,7 +42,7 @@ HOST_FIELD = re.compile(
 def original_target(client: natwork.Client) -> tuple[str, int] | None:
     """Return the host and port that a client had dialed, None if it was not redirected.
 
-    A client that has dialed an address of this box means us.
+    A client that dialed an address of this box does not count as redirected.
     """
     sock, ipv4 = client.stream.sock, ":" not in client.host
     level = socket.SOL_IP if ipv4 else socket.IPPROTO_IPV6
@@ -51,7 +51,7 @@ def original_target(client: natwork.Client) -> tuple[str, int] | None:
     except OSError:  # ENOENT, ENOPROTOOPT: nothing is translated here
         return None
     packed = raw[4:8] if ipv4 else raw[8:24]
-    with contextlib.suppress(OSError):  # the dial meets it again, and says so
+    with contextlib.suppress(OSError):  # dial() will meet it too, and say so
         if natwork.route_to(packed).local:
             return None
     return natwork.unpack(packed), int.from_bytes(raw[2:4], "big")
@@ -60,8 +60,8 @@ def original_target(client: natwork.Client) -> tuple[str, int] | None:
 def server_name(data: bytes) -> list[bytes] | None:
     """Return the name in a TLS ClientHello, [] for none, None while it is not whole.
 
-    RFC 8446 section 4.1.2, RFC 6066 section 3; it may come in several records.  Raises
-    Refused where they are so many that to look at them again and again is work.
+    RFC 8446 section 4.1.2, RFC 6066 section 3.  The hello may come in several records.
+    Raises Refused for too many, because each recv() has us parse all of them again.
     """
     hello, at, records = bytearray(), 0, 0
 
@@ -75,16 +75,16 @@ def server_name(data: bytes) -> list[bytes] | None:
         size = int.from_bytes(data[at + 3 : at + 5], "big")
         hello += data[at + 5 : at + 5 + size]
         at += 5 + size
-    if hello and hello[0] != 1:
+    if hello and hello[0] != 1:  # it is not a ClientHello
         return []
     end = 4 + number(1, 3)
     if len(hello) < end:
-        return None if at >= len(data) else []
+        return None if at >= len(data) else []  # []: another type of record follows
     at = 39 + number(38, 1)  # after version, random and session
     at += 2 + number(at, 2)  # cipher suites
     at += 3 + number(at, 1)  # compression, and the length of the extensions
     while at < end:
-        if number(at, 2) == 0:
+        if number(at, 2) == 0:  # server_name
             name = bytes(hello[at + 9 : at + 9 + number(at + 7, 2)])
             return [name] if name else []
         at += 4 + number(at + 2, 2)
@@ -104,9 +104,9 @@ def claimed_names(data: bytes) -> list[bytes] | None:
     if not (end := natwork.HEAD_END.search(data)):
         return None
     names = HOST_FIELD.findall(data, 0, end.end()) + URL.findall(words[1])
-    # Servers differ: what stands before "@", or after ":", may be anything to them.
+    # Of "a:b@c" some servers take a for the host, and others c: both are claims.
     names += [name.rpartition(b"@")[2] for name in names]
-    hosts = [x if x[:1] == b"[" else x.partition(b":")[0] for x in names]
+    hosts = [n if n[:1] == b"[" else n.partition(b":")[0] for n in names]
     bare = [host.partition(b"]")[0].removeprefix(b"[") for host in hosts]
     return [name for name in dict.fromkeys(bare) if name]
 
@@ -114,10 +114,10 @@ def claimed_names(data: bytes) -> list[bytes] | None:
 def sniff(
     worker: Worker, session: natwork.Session, server: natwork.Stream, strict: bool
 ) -> list[bytes]:
-    """Receive a client's first bytes until they are whole; return the names in them.
+    """Receive a client's hello or request head; return the names in it.
 
-    They stay with the client's stream.  Where the server speaks first there are no
-    names.  Raises Refused; if strict, also for bytes that do not come to their end.
+    Its bytes stay in the client's stream.  There are no names if the server speaks
+    first.  Raises Refused; if strict, also when the hello or head does not end in time.
     """
     client, watch, config = worker.client.stream, worker.watch, worker.config
     if server.received:  # it came with a parent's answer
@@ -130,10 +130,10 @@ def sniff(
     while ready and len(client.received) <= natwork.HEAD_LIMIT:
         if server.fd in ready:
             return []
-        if not client.fill():
+        if not client.fill():  # a server may take a head that ends so
             return claimed_names(bytes(client.received) + b"\n\n") or []
-        # An empty line is a question by itself in finger and gopher, and before an
-        # HTTP request it means nothing.
+        # Pass empty lines on at once: in finger and gopher one is a whole question,
+        # and an HTTP server ignores them before a request.
         blank = len(client.received) - len(client.received.lstrip(b"\r\n"))
         watch.send(server, client.take(blank))
         session.up += server.counted()
@@ -155,7 +155,7 @@ def redirect(worker: Worker, session: natwork.Session, host: str, port: int) -> 
     worker.begin(session)
     with contextlib.closing(natwork.dial(worker, session, host, port)) as server:
         worker.proceed(session)
-        # "*" says the same of every name.
+        # A rule for "*" decides without a name.
         denies = [rule.names - {"*"} for rule in worker.policy.rules if not rule.allow]
         strict = any(denies)
         for claim in sniff(worker, session, server, strict):

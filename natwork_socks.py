@@ -3,8 +3,8 @@
 Version 5 is RFC 1928, with names and passwords by RFC 1929; version 4 and its
 extension 4a have no standard but their authors' notes.  A client may ask for a
 connection to a host (CONNECT), for one from a host (BIND), or for a relay of datagrams
-(UDP ASSOCIATE).  The first two are answered with the outside address in use.  And
-it may ask for an address or a name (Tor's RESOLVE, RESOLVE_PTR), which is all it gets.
+(UDP ASSOCIATE).  The first two are answered with the outside address in use.  Tor's
+RESOLVE and RESOLVE_PTR ask for a host's address or name, and connect to nothing.
 
 It does not offer GSSAPI, which RFC 1928 section 3 asks for: no client needs it.
 """
@@ -31,22 +31,22 @@ from natwork import Refused
 
 VERSION = "0.1.0"
 
-UDP_PEERS = 8192  # peers that may answer one association, and their hosts
-FAILED_TIME = 9.0  # from a refusal to the end: RFC 1928 section 6 gives ten seconds
-WAY_TIME = 60.0  # routes change; and a dead name server delays us once a minute
+UDP_PEERS = 8192  # peers, and hosts of peers, that may answer one association
+FAILED_TIME = 9.0  # from a refusal to the close: at most ten by RFC 1928 section 6
+WAY_TIME = 60.0  # to keep a Way: routes change, but a dead name server takes seconds
 COMMANDS = {1: "CONNECT", 2: "BIND", 3: "ASSOCIATE", 240: "RESOLVE", 241: "RESOLVE_PTR"}
 IPV4, NAME, IPV6 = 1, 3, 4  # address types: RFC 1928 section 5
 NO_LOGIN, PASSWORD = 0, 2  # methods: RFC 1928 section 3
 GRANTED, REJECTED = 90, 91  # version 4 has no other replies to give
 NUL = re.compile(b"\0")  # ends a string in version 4
-SocketAddress = tuple[Any, ...]  # (host, port), and flow and scope with IPv6
-Connection = tuple[natwork.Stream, SocketAddress]  # and the address to reply
-Way = tuple[bytes, socket.socket]  # an address, and a socket of ours to use with it
+SocketAddress = tuple[Any, ...]  # (host, port), with IPv6 also flow and scope
+Connection = tuple[natwork.Stream, SocketAddress]  # of a caller, and its address
+Way = tuple[bytes, socket.socket]  # a host's address, and our socket on the way there
 
 
 def parse_name(raw: bytes) -> str:
     """Return the host that a name stands for, in lower case; raise Refused."""
-    # It may be an address; and if that is one of IPv6, it has no brackets.
+    # SOCKS writes an IPv6 address without the brackets that an authority needs.
     return natwork.parse_authority(b"[%b]" % raw if b":" in raw else raw, 1)[0]
 
 
@@ -99,8 +99,8 @@ def open_port(
 class Association:
     """A client's UDP association, RFC 1928 section 7: datagrams there and back.
 
-    They come from the address of the client's control connection, from any port.
-    A peer's answers go to the port that wrote to it last, or at least to its host.
+    The client sends from the address of its control connection, from any port.  What
+    a peer sends goes to the client's port that wrote last to that peer, or to its host.
     """
 
     def __init__(self, socks: Socks) -> None:
@@ -108,7 +108,7 @@ class Association:
         self.socks, self.worker, self.session = socks, socks.worker, socks.session
         here = socks.client.sock.getsockname()
         self.inner = open_port(socket.SOCK_DGRAM, here, [0], None)
-        # Which port wrote last, by peer and by host (port 0); the latest is the last.
+        # By peer, and by host (port 0): the port that wrote last.  The newest is last.
         self.writers: dict[tuple[bytes, int], SocketAddress] = {}
         self.way = natwork.remembered(WAY_TIME, self.find_way)
         self.refusal: Refused | None = None  # of the latest way that was refused
@@ -122,8 +122,8 @@ class Association:
             sockets = {s.fileno(): s for s in (self.inner, *self.socks.outer.values())}
             wanted = dict.fromkeys((control.fd, *sockets), natwork.POLLIN)
             ready = self.worker.watch.wait(wanted, left)
-            has_come = self.inner.fileno() in ready  # it goes out before the end
-            if control.fd in ready and not has_come and not control.fill():
+            has_sent = self.inner.fileno() in ready  # datagrams go out before we end
+            if control.fd in ready and not has_sent and not control.fill():
                 if self.refusal and self.session.target == "-":
                     raise self.refusal  # no datagram went out: this is why
                 return
@@ -157,7 +157,7 @@ class Association:
         packed, sock = way
         there = natwork.unpack(packed), port
         sock.sendto(payload, there)
-        for peer in (packed, port), (packed, 0):  # a host goes after its ports
+        for peer in (packed, port), (packed, 0):  # hosts are forgotten after ports
             self.writers.pop(peer, None)
             self.writers[peer] = sender
         while len(self.writers) > UDP_PEERS:
@@ -170,7 +170,7 @@ class Association:
         return len(payload)
 
     def find_way(self, host: str, port: int) -> Way | None:
-        """Return a host's address and the socket to use; None if it may not be used."""
+        """Return a host's address and our socket; None, and note why, if refused."""
         try:
             addresses = natwork.judged(self.worker, self.session, host, port)
             return self.socks.open_outside(addresses, port)
@@ -186,7 +186,7 @@ class Association:
             if not self.worker.config.udp_from_anyone:
                 raise Refused(natwork.OUTSIDER, "it was not written to")
             natwork.judged(self.worker, self.session, natwork.unpack(packed), port)
-            *_, writer = self.writers.values()
+            *_, writer = self.writers.values()  # ValueError if the client has not sent
         self.inner.sendto(bytes(3) + write_address(sender) + data, writer)
         return len(data)
 
@@ -207,10 +207,10 @@ class Socks:
         self.session.outcome = natwork.ENDED
         self.users = worker.chapters.users if worker.config.users else None
         self.deadline = time.monotonic() + worker.config.head_timeout  # of the request
-        # What a refusal has to say, b"" for its reply, None for nothing.
-        self.owed = b"" if self.version == 4 else None  # in 5 a method comes first
-        self.wanted = 0  # the port of the outside that datagrams should leave from
-        self.outer: dict[str, socket.socket] = {}  # opened there, by source address
+        # What refuse() sends: bytes, b"" for the reply of an outcome, None for nothing.
+        self.owed = b"" if self.version == 4 else None  # version 5: after the methods
+        self.wanted = 0  # the port that the client wants its datagrams to leave from
+        self.outer: dict[str, socket.socket] = {}  # on the outside, by source address
 
     def serve(self) -> None:
         """Read a request and do what it asks for; raise Refused."""
@@ -218,7 +218,7 @@ class Socks:
         command, name, port = self.ask4() if self.version == 4 else self.ask5()
         session.method = COMMANDS.get(command, "-")
         if session.method == "ASSOCIATE" and self.version == 5:
-            self.wanted = port  # and the host is where the client may send from
+            self.wanted = port  # the host is ignored: the client sends from its own
             return self.associate()
         session.target = natwork.printable(name)
         host = parse_name(name)
@@ -250,7 +250,7 @@ class Socks:
         return refusal.outcome
 
     def run(self, steps: natwork.Steps) -> bytes:
-        """Return what steps take off the client; raise Refused, also if it is late."""
+        """Return what steps take from the client; raise Refused, also if too late."""
         late = Refused(natwork.HEAD_TIMEOUT, "the request did not come to its end")
         taken: bytes = self.worker.hear(steps, late, self.deadline)
         return taken
@@ -281,7 +281,7 @@ class Socks:
 
     def log_in(self, methods: bytes) -> None:
         """Agree on a method, and learn the user: RFC 1928 section 3; raise Refused."""
-        # Without `users` each name is right: a claim, for the log.
+        # Without `users` any name will do: it is only a claim, and logged.
         method = PASSWORD if self.users or PASSWORD in methods else NO_LOGIN
         if method not in methods:
             self.owed = bytes([5, natwork.NO_METHOD.reply])
@@ -317,9 +317,9 @@ class Socks:
         return struct.pack("!BBH4s", 0, code, address[1], packed)
 
     def look_up(self, host: str, port: int) -> None:
-        """Reply with an address of a host, or with the name of it; raise Refused.
+        """Reply with an address of a host, or its name (Tor's commands); raise Refused.
 
-        These are Tor's commands.  A host that may be dialed at some port is answered.
+        The host must be allowed at the port that was sent, or if it is 0, at some.
         """
         session, at = self.session, port or natwork.Rule.SOME_PORT
         allowed = natwork.judged(self.worker, session, host, at)
@@ -337,7 +337,7 @@ class Socks:
     def open_outside(self, addresses: list[bytes], port: int) -> Way:
         """Return the first address that there is a way to, and a socket on that way.
 
-        It is one of those opened, by source address, or a new one.  Raises Refused.
+        Addresses with the same source address share a socket.  Raises Refused.
         """
         worker, ways, failed = self.worker, [], []
         for attempt in natwork.ways_to(worker.policy, addresses, port, worker.board):
@@ -352,18 +352,18 @@ class Socks:
                 failed.append((error, attempt))
         kind = socket.SOCK_DGRAM if self.session.proto == "udp" else natwork.STREAM
         if kind == natwork.STREAM:
-            # An FTP server calls back to where the control connection comes from.
-            name, host = natwork.host_of, worker.client.host
-            pairs = {(host, natwork.unpack(packed)) for packed in addresses}
+            # An FTP server calls the source address of the client's session with it.
+            host_of, client = natwork.host_of, worker.client.host
+            pairs = {(client, natwork.unpack(packed)) for packed in addresses}
             known = {
-                name(session.source)
+                host_of(session.source)
                 for _, session in natwork.sessions(worker.board)
-                if (name(session.client), name(session.address)) in pairs
+                if (host_of(session.client), host_of(session.address)) in pairs
             }
             ways = [way for way in ways if way[1][0] in known] or ways
-        ports, first = worker.policy.ports, int.from_bytes(os.urandom(4), "big")
-        # The first port to be tried is the one wanted, or not to be guessed.
-        first = ports.index(self.wanted) if self.wanted in ports else first % len(ports)
+        ports, lot = worker.policy.ports, int.from_bytes(os.urandom(4), "big")
+        # Try the wanted port first, else one that nobody can guess.
+        first = ports.index(self.wanted) if self.wanted in ports else lot % len(ports)
         for attempt, where in ways:
             try:
                 if where[0] not in self.outer:
@@ -377,7 +377,7 @@ class Socks:
     def bind(self, host: str) -> Connection:
         """Return a connection from a host: RFC 1928 section 4; raise Refused."""
         worker, session, anywhere = self.worker, self.session, natwork.Policy.ANYWHERE
-        # It may call from any port, so rules with ports do not speak of it.
+        # The host may call from any port, and no rule with ports fits port 0.
         allowed = natwork.judged(worker, session, host, 0)
         expected = [one for one in allowed if self.version == 5 or len(one) == 4]
         there = [one if any(one) else anywhere[len(one)] for one in expected]
@@ -388,16 +388,16 @@ class Socks:
             self.send(self.reply(natwork.OK, here))
             worker.proceed(session)
             if there != expected:
-                expected = []  # anyone, as the rules judge each that calls
+                expected = []  # 0.0.0.0 or :: is anyone: await_call() judges callers
             server, address = self.await_call(listener, expected)
         session.address = natwork.endpoint(address)
         return server, address
 
     def await_call(self, listener: socket.socket, expected: list[bytes]) -> Connection:
-        """Return the first connection from an expected host; raise Refused."""
-        # It may take as long to call as a server may take to answer.
+        """Return the first call from an expected host, [] for anyone; raise Refused."""
+        # The host may take as long to call as a server may take to answer.
         deadline = time.monotonic() + self.worker.config.idle_timeout
-        # Not POLLIN: what the client says already is for the host.
+        # Not POLLIN: what the client sends before the call is for the host that calls.
         wanted = {listener.fileno(): natwork.POLLIN, self.client.fd: select.POLLRDHUP}
         while (left := deadline - time.monotonic()) > 0:
             ready = self.worker.watch.wait(wanted, left)
@@ -429,7 +429,7 @@ def serve(worker: natwork.Worker) -> None:
     """Serve a client whose first byte, 4 or 5, has been received."""
     socks = Socks(worker)
     worker.record(socks.session, socks.serve, socks.refuse)
-    if socks.owed is not None:  # the client may not have its last bytes yet
+    if socks.owed is not None:  # refused: the reply may still be on its way
         with worker.yielding():
             natwork.linger(worker.watch, socks.client, FAILED_TIME)
 

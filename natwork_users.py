@@ -2,14 +2,14 @@
 
 HTTP clients say who they are by Basic credentials (RFC 7617), SOCKS 5 clients by
 RFC 1929; SOCKS 4 and redirected clients cannot, and are refused where `users` is
-set.  To check a password takes scrypt 50 ms and 16 MiB, as it is meant to; so
-there is one check at a time on the box, and a pair of name and password that was
-right is remembered in memory that all processes share, as a digest under a key
-that is never written to a file.
+set.  scrypt takes 50 ms and 16 MiB for a password, and is meant to.  So the box
+checks one at a time, and remembers each pair of name and password that was right,
+in memory that all processes share, as a digest under a key that is never written
+to a file.
 
 It is not an account system: there are no groups, quotas or expiry dates.  The
-heart asks identify() and authenticate() who a client is, and check_share() before
-each session.
+heart calls identify() for an HTTP client and check_share() before each session;
+natwork_socks.py calls authenticate().
 """
 # SPDX-License-Identifier: MIT
 
@@ -28,19 +28,19 @@ from natwork import Refused
 
 VERSION = "0.1.0"
 
-PASSWORD_TIMEOUT = 5.0  # to have a password checked; then 503 and come again
+PASSWORD_TIMEOUT = 5.0  # to wait for a password check; then the answer is 503
 VERIFIED_TIME = 600.0  # a pair of name and password is not checked again for so long
-WRONG_PAUSE = 0.5  # after a wrong one, until the client may try another
+WRONG_PAUSE = 0.5  # after a wrong password, until the client may try another
 LOCK_PAUSE = 0.02  # until a waiting worker tries a lock again; a check takes 0.05
-SHARE_LOOKS = 20  # at a client's sessions, before it has too many
+SHARE_LOOKS = 20  # times to count a client's sessions before one is refused
 
-# The shared memory: a key, then places for pairs that were right.  A place has the time
-# and a digest of 24 bytes, which says where it is.  So few places are used that two
-# pairs hardly ever want the same one; a clash costs time, and nothing else.
+# The shared memory: a key, then places for pairs that were right.  A place has a time
+# and a digest of 24 bytes, whose first four say which place it is.  Two pairs hardly
+# ever have the same place; if they do, each is checked more often, and that is all.
 KEY, PLACE_SIZE, PLACES = slice(0, 32), 32, 1 << 18
-# Record locks, by a byte of the scoreboard: the kernel frees one when its process ends.
+# Record locks on bytes of the scoreboard: the kernel frees them when a process ends.
 PASSWORD_LOCK, SHARE_LOCK = 0, 1
-CLIENT_LOCKS = 16  # the first; by the number of a client
+CLIENT_LOCKS = 16  # the first: the number of the client is added
 
 Line = tuple[bytes, bytes]  # salt and hash
 NOBODY: Line = bytes(16), bytes(32)  # checked for an unknown name; no password fits
@@ -74,7 +74,7 @@ def user_line(name: bytes, password: bytes) -> bytes:
 
 
 def parse_users(text: bytes) -> dict[str, Line]:
-    """Return salt and hash by name of a file of users; raise ValueError."""
+    """Return the salt and hash of each name in a file of users; raise ValueError."""
     users: dict[str, Line] = {}
     # An editor may begin a file with a byte order mark.
     for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -143,22 +143,22 @@ class Users:
 
         known = natwork.printable(name.partition(b";")[0])
         salt, wanted = self.lines.get(known, NOBODY)
-        # The salt and the hash stand for the name: a new password is a new pair.
+        # With salt and hash instead of the name: a new password makes the digest new.
         pair, key = salt + wanted + password, self.memory[KEY]
         digest = hashlib.blake2b(pair, key=key, digest_size=24).digest()
         if not self.remembers(digest):
             late_at = time.monotonic() + PASSWORD_TIMEOUT
-            self.check_share(worker)  # it is a session while it waits, too
+            self.check_share(worker)  # a client that waits counts as a session, too
             # A client has one guess at a time, so it cannot keep all others waiting.
             with self.turn(worker, CLIENT_LOCKS + worker.client.number, late_at):
                 with self.turn(worker, PASSWORD_LOCK, late_at):
-                    # Another connection may have been quicker.
+                    # Another connection may have had this pair checked meanwhile.
                     right = self.remembers(digest) or hmac.compare_digest(
                         scrypt(password, salt), wanted
                     )
                 if not right:
                     time.sleep(WRONG_PAUSE)
-                    # Of nobody's name the log has nothing: it may be a password.
+                    # An unknown name is not logged: it may be a password.
                     account = known if known in self.lines else ""
                     why = "the name or the password is wrong"
                     raise Refused(natwork.AUTH_FAILED, why, account)
@@ -169,7 +169,7 @@ class Users:
     def turn(
         self, worker: natwork.Worker, place: int, late_at: float
     ) -> Iterator[None]:
-        """Hold a lock that is free before a time (monotonic); raise Refused."""
+        """Wait for a lock until a time (monotonic), and hold it; raise Refused."""
         fd = worker.client.stream.fd
         while True:
             with contextlib.suppress(OSError):  # another process has it
@@ -193,7 +193,7 @@ class Users:
     def remembers(self, digest: bytes) -> bool:
         """Return whether a digest was put here a short while ago.
 
-        Seen in mid-write an old one may look young: its pair was right, too.
+        While another process writes, an old digest may seem new: its pair was right.
         """
         place = self.memory[self.place(digest)]
         age = time.monotonic() - int.from_bytes(place[:8], "big")
@@ -207,15 +207,15 @@ class Users:
     def check_share(self, worker: natwork.Worker) -> None:
         """Count a session that begins; raise Refused if its client has too many.
 
-        A client may see the end of a session before the worker has settled it, so
-        this looks again for a while.
+        A client may begin a session before a worker has settled the one that it saw
+        end, so this counts again for a while.
         """
         if not self.limit:
             return
         own = worker.client.number
-        worker.slot.words[natwork.Slot.PEER] = 0  # since the password was checked
+        worker.slot.words[natwork.Slot.PEER] = 0  # the password check has set it
         for _ in range(SHARE_LOOKS):
-            # Held for microseconds, so this waits; the kernel frees it of the dead.
+            # Its holder needs microseconds, so wait for it; a killed one loses it.
             fcntl.lockf(self.board.fd, fcntl.LOCK_EX, 1, SHARE_LOCK)
             if free := self.board.column(natwork.Slot.PEER).count(own) < self.limit:
                 worker.slot.words[natwork.Slot.PEER] = own
