@@ -8,26 +8,26 @@ names, connects, listens and sends datagrams through NATWork:
 
 It needs neither root nor LD_PRELOAD, so static programs and those in Go work too.
 The kernel hands each connect() of the program to this process, the supervisor, and
-lets the program wait (seccomp user notification).  What the gateway's Local Address
-Table calls inside goes on untouched.  For the rest the supervisor answers:
+lets the program wait (seccomp user notification).  A target that the gateway's Local
+Address Table calls inside is left to the kernel.  For all others we answer:
 
     program ---- connect(203.0.113.80:80) = 0
                        |           ^ notification, answer
     supervisor --------+-----------+ borrows the socket, connects it to the gateway,
                                      and asks by SOCKS for 203.0.113.80:80
 
-After that the program has an ordinary socket.  One that must not wait gets
-EINPROGRESS, and connects to a listener of ours that never accepts, the waiting room.
-When the gateway is there, a socket of ours calls it from the room's address (TCP
-simultaneous open), and a relay joins the two.
+After that the program has an ordinary socket.  A non-blocking one gets EINPROGRESS,
+and is connected to a listener of ours that never accepts, the waiting room.  When the
+gateway has answered, another socket of ours connects to the program's from the room's
+address (TCP simultaneous open), and a relay joins that one to the gateway.
 
 Usage:
 
     natrun.py [-g GATEWAY] [-c FILE] [-v] COMMAND [ARGUMENT]...
     natrun.py [-g GATEWAY] [-c FILE] --check     what works on this machine, and why
 
-GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Else it
-is found by NATRUN_GATEWAY, the settings, http://wpad/lat.json, or the default route.
+GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Without
+-g: NATRUN_GATEWAY, the settings, http://wpad/lat.json, the default route, in turn.
 
 Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a section
 [natrun], and one for each program that differs, such as [curl].
@@ -35,8 +35,8 @@ Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a secti
 Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 126 if
 the command cannot be run, 127 if it is not found.
 
-It is not a fence: the fence is that the machine has no route.  natrun(1) has the
-settings, and what does not go through it.
+natrun is not a fence: the fence is that the machine has no route out.  natrun(1) has
+the settings, and a list of what does not go through natrun.
 
 Reading order.  Every section uses only the ones above it.  To follow a connection,
 start at Supervisor.on_connect(), and read dial() next.
@@ -88,14 +88,14 @@ __version__ = "0.1.0"
 #
 # Sizes are bytes, times are seconds.
 
-REACH_TIME = 5.0  # for the gateway to take a connection
-ANSWER_TIME = 130.0  # for it to answer: Linux tries a dead host for 127
-FIND_TIME = 3.0  # for it to take a connection for a page, or to send it
-QUERY_TIME = 2.0  # for an answer about a name
-NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
-LEASE = 120  # that a mapping lives without being renewed
-LOOK_TIME = 0.1  # between two looks for signals to a call that waits
-PIPE_SIZE = 1 << 18  # at once; a larger pipe does not stay in the cache
+REACH_TIME = 5.0  # to connect to the gateway
+ANSWER_TIME = 130.0  # for the gateway to answer: Linux tries a dead host for 127
+FIND_TIME = 3.0  # to connect for a page of the gateway, and again to receive the page
+QUERY_TIME = 2.0  # for a name server to answer
+NAME_TIME = 5  # until a name is looked up again: SOCKS tells no time to live
+LEASE = 120  # until a mapping ends that is not renewed
+LOOK_TIME = 0.1  # between two looks whether a signal waits for a thread in a call
+PIPE_SIZE = 1 << 18  # of a pipe for bulk; a larger one does not stay in the CPU's cache
 RECORDS = 4096  # in a table that must not grow for ever
 
 
@@ -108,14 +108,14 @@ class Lost(OSError):
 
 
 def say(text: str) -> None:
-    """Write a line on standard error, whatever was in the text."""
+    """Write a line on standard error; what is not printable ASCII becomes a ?."""
     line = "".join(c if " " <= c <= "~" else "?" for c in text)
     with contextlib.suppress(OSError):
-        if select.select([], [2], [], 0)[1]:  # we must not wait for who reads it
+        if select.select([], [2], [], 0)[1]:  # a slow reader must not hold us up
             os.write(2, f"natrun: {line}\n".encode()[: select.PIPE_BUF])
 
 
-say_once = functools.cache(say)  # what holds for the whole run
+say_once = functools.cache(say)  # for what stays true for the whole run
 
 
 def reason(error: Exception) -> str:
@@ -131,23 +131,23 @@ def failure(code: int) -> OSError:
 
 # --- Kernel -------------------------------------------------------------------
 #
-# What Python has no function for.  Numbers are from <linux/seccomp.h>,
+# System calls that Python has no function for.  Numbers are from <linux/seccomp.h>,
 # <linux/prctl.h> and <linux/sched.h>.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
-NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
+NOTIF_ID_VALID = 0x80082102  # as before Linux 5.17, which mended it and takes both
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
-ERESTARTSYS = 512  # not in errno: no program is to see it
+ERESTARTSYS = 512  # not in errno: the kernel restarts the call, or makes it EINTR
 MPTCP, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 262, 0x20000000, 30
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 
 
 def system(function: Callable[..., int], *arguments: Any) -> int:
-    """Return what a function of the C library does; raise OSError."""
+    """Return the result of a function of the C library; raise OSError."""
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
     result = function(*words)
     if result < 0:
@@ -156,7 +156,7 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def rows(*paths: str) -> Iterator[list[str]]:
-    """Yield the words of each line of tables of sockets."""
+    """Yield the words of each line, except the first, of tables in /proc."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError), open(path) as table:
             yield from [line.split() for line in table][1:]
@@ -164,19 +164,19 @@ def rows(*paths: str) -> Iterator[list[str]]:
 
 # --- The filter ---------------------------------------------------------------
 #
-# Classic BPF, run by the kernel at each system call of the program.  It notifies us
-# of what may be about the outside, and allows what it does not know.
+# Classic BPF, which the kernel runs at each system call of the program.  It notifies us
+# of the calls that may concern the outside, fails a few, and allows all others.
 
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, NOTIFY, FAIL = 0x7FFF0000, 0x7FC00000, 0x00050000
 WHOLE = 0xFFFFFFFF
-# A test is an argument, a mask, and the values that the argument may have under it.
-# From sockaddr_in to sockaddr_in6, and sockaddr_storage.  The kernel takes others, too,
-# but those are of AF_UNIX, which is not to pay.
+# A test: the number of an argument, a mask, and the values that it may have, masked.
+# Sizes from sockaddr_in to sockaddr_in6, and of sockaddr_storage.  The kernel takes
+# others, too, but those are of AF_UNIX, whose calls must not be slowed down.
 INTERNET = (2, WHOLE, *range(16, 29), 128)
 SO_ERROR = (1, WHOLE, socket.SOL_SOCKET), (2, WHOLE, socket.SO_ERROR)
 UDP = (0, WHOLE, socket.AF_INET, socket.AF_INET6), (1, 15, socket.SOCK_DGRAM)
-# A call, its numbers on the machines, what becomes of it, and under which tests.
+# A call, its numbers on x86_64 and aarch64, the action, and the tests it depends on.
 RULES: list[tuple[Any, ...]] = [
     ("connect", (42, 203), NOTIFY, INTERNET),
     ("bind", (49, 200), NOTIFY, INTERNET),
@@ -186,8 +186,8 @@ RULES: list[tuple[Any, ...]] = [
     ("accept4", (288, 242), NOTIFY),
     ("getsockopt", (55, 209), NOTIFY, *SO_ERROR),
     ("socket", (41, 198), NOTIFY, *UDP),
-    # What knows no simultaneous open; an implicit connect(); and what the kernel would
-    # do by itself.  Libraries do without them.
+    # Libraries do without these.  MPTCP has no simultaneous open; MSG_FASTOPEN connects
+    # by itself; io_uring makes calls that no filter sees.
     ("socket", (41, 198), FAIL | errno.EPROTONOSUPPORT, (2, WHOLE, MPTCP)),
     ("sendto", (44, 206), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
     ("sendmsg", (46, 211), FAIL | errno.EOPNOTSUPP, (2, MSG_FASTOPEN, MSG_FASTOPEN)),
@@ -204,7 +204,7 @@ CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 def install() -> int:
     """Put this process and its children under the filter; return the listener."""
     code = [(RETURN, 0, 0, ALLOW)]
-    # From the end, so that it is known how far the jumps go: if true, and if false.
+    # Built from its end, so that the jumps have a known length: if true, if false.
     for _, numbers, action, *tests in RULES:
         rest = len(code)
         code.insert(0, (RETURN, 0, 0, action))
