@@ -229,7 +229,7 @@ def install() -> int:
 
 
 class Endpoint(NamedTuple):
-    """An address and a port; IPv4 in IPv6 is taken out."""
+    """An address and a port; an IPv4-mapped IPv6 address is kept as IPv4."""
 
     packed: bytes
     port: int
@@ -259,8 +259,8 @@ def unmapped(packed: bytes) -> bytes:
 
 
 def endpoint(address: tuple[Any, ...]) -> Endpoint:
-    """Return the endpoint of an address as Python has it."""
-    host, _, _ = address[0].partition("%")  # the device of fe80::
+    """Return the endpoint of an address as Python's sockets tell it."""
+    host, _, _ = address[0].partition("%")  # as in fe80::1%eth0
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return Endpoint(unmapped(socket.inet_pton(family, host)), address[1])
 
@@ -276,16 +276,16 @@ def within(blocks: Blocks, packed: bytes) -> bool:
     return any(address in block for block in blocks)
 
 
-# Never reached by a gateway: this host, its links, multicast.
+# No gateway reaches these for us: this host, its links, multicast.
 OWN = "0.0.0.0/8 127.0.0.0/8 169.254.0.0/16 224.0.0.0/3 ::/127 fe80::/10 ff00::/8"
-LINKED = parse_blocks("::1 fe80::/10")  # they lead out of no namespace
+LINKED = parse_blocks("::1 fe80::/10")  # no route to them leads out of a namespace
 PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 
 # --- Settings -----------------------------------------------------------------
 #
-# What [natrun] says holds for the run, and for each program whose own section does
-# not say otherwise.
+# A setting in [natrun] holds for the run, and for each program whose own section does
+# not have it.
 
 
 def parse_choice(words: str, text: str) -> str:
@@ -307,7 +307,7 @@ def parse_ports(text: str) -> set[int]:
     return found
 
 
-# The first three are the run's, and stand in [natrun] only.
+# Those of the run stand in [natrun] only.  Each has its default and its parser.
 OF_RUN = ("gateway", "user", "password")
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     **dict.fromkeys(OF_RUN, ("", str)),
@@ -325,7 +325,7 @@ Programs = defaultdict[str, Settings]
 def read_settings(path: str) -> Programs:
     """Return the settings of programs by their names; raise Fault with what is wrong.
 
-    They are in a file that is named, else in that of the user or the machine.
+    Without a path they are read from the user's file, else from the machine's.
     """
     import configparser
 
@@ -339,9 +339,9 @@ def read_settings(path: str) -> Programs:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
         if parser.has_section("DEFAULT"):
-            raise ValueError("[DEFAULT] is no program: what is for all is in [natrun]")
+            raise ValueError("[DEFAULT] is not a program: use [natrun] for all")
         for section, texts in parser.items():
-            # The kernel knows a program by 15 bytes.
+            # /proc/PID/comm has only the first 15 bytes of a program's name.
             known = section.encode()[:15].decode(errors="replace")
             program = programs[known] = Settings()
             for name, text in texts.items():
@@ -357,18 +357,18 @@ def read_settings(path: str) -> Programs:
 
 # --- The gateway --------------------------------------------------------------
 #
-# NATWork, whose /lat.json says what it is for, or any SOCKS 5 server.
+# NATWork, whose /lat.json has the Local Address Table, or any other SOCKS 5 server.
 
 CONNECT, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 3, 0xF0, 0xF1  # the last two are Tor's
-# RFC 1928 section 6, as connect() on the gateway would say it.
+# Replies, RFC 1928 section 6, and the errno of connect() on the gateway for each.
 REPLIES = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.ECONNREFUSED}
 REPLIES |= {6: errno.ETIMEDOUT, 7: errno.EOPNOTSUPP, 8: errno.EAFNOSUPPORT}
-DOMAIN = 3  # an address that is a name
-OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
+DOMAIN = 3  # the type of an address that is a name
+OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # of the namespace, if the LAT has no other
 DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 PMP_PORT = 5351
 LACKS = "the gateway does not offer it"
-RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
+RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}  # NAT-PMP's
 T = TypeVar("T")
 NO_LAT = LookupError, TypeError, AttributeError, ValueError, ConnectionResetError
 PLACE = re.compile(
@@ -377,10 +377,10 @@ PLACE = re.compile(
 
 
 async def timed(steps: Awaitable[T], seconds: float) -> T:
-    """Return what steps return, if they take no longer; raise OSError."""
+    """Return the result of steps; raise OSError, ETIMEDOUT if they take too long."""
     try:
         return await asyncio.wait_for(steps, seconds)
-    except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+    except asyncio.TimeoutError:  # before Python 3.11 not the built-in TimeoutError
         raise failure(errno.ETIMEDOUT) from None
 
 
@@ -395,7 +395,7 @@ async def readable(sock: socket.socket) -> None:
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
-    """Return so many bytes, and leave the next in the socket; raise OSError."""
+    """Return the next bytes of a stream, exactly so many; raise OSError."""
     data = b""
     while len(data) < size:
         piece = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
@@ -409,15 +409,15 @@ def request_of(command: int, where: Endpoint | bytes) -> bytes:
     """Return a SOCKS request about an endpoint or a name with its port."""
     if isinstance(where, bytes):
         return bytes([5, command, 0, DOMAIN, len(where) - 2]) + where
-    kind = len(where.packed) // 4
+    kind = len(where.packed) // 4  # 1 is IPv4, 4 is IPv6
     return bytes([5, command, 0, kind]) + where.packed + where.port.to_bytes(2, "big")
 
 
 class Gateway:
-    """Where the gateway is, who asks it, and its Local Address Table."""
+    """The gateway's address, our user there, and its Local Address Table."""
 
     def __init__(self, at: Endpoint, lat: dict[str, Any], programs: Programs) -> None:
-        """Take what /lat.json says; a SOCKS server of another kind has none."""
+        """Take what /lat.json says, or {} for a SOCKS server other than NATWork."""
         self.at, self.natwork, self.programs = at, bool(lat), programs
         if lat.get("socks"):
             host, _, port = lat["socks"].rpartition(":")
@@ -425,7 +425,7 @@ class Gateway:
         near = [OWN, self.at.pair()[0], *lat.get("inside", [PRIVATE])]
         self.inside = parse_blocks(" ".join(near))
         self.outside = parse_blocks(" ".join(lat.get("outside", ())))
-        # The first address of each size: it is put there last.
+        # The first address of each family: going backwards, it is stored last.
         self.own = {4: bytes(4), 16: OWN_IPV6}
         for block in reversed(self.outside):
             self.own[block.max_prefixlen // 8] = block.network_address.packed
@@ -433,10 +433,10 @@ class Gateway:
         # NAT-PMP has no IPv6.
         self.mappings = bool(lat.get("mappings")) and len(self.at.packed) == 4
         self.udp = bool(lat.get("udp"))
-        own, self.user = programs["natrun"], str(os.getuid())
+        settings, self.user = programs["natrun"], str(os.getuid())
         with contextlib.suppress(KeyError):
             self.user = pwd.getpwuid(os.getuid()).pw_name
-        self.user, self.password = own.user or self.user, own.password
+        self.user, self.password = settings.user or self.user, settings.password
 
     def is_near(self, app: str, target: Endpoint) -> bool:
         """Return whether a program reaches a target without the gateway."""
@@ -445,16 +445,16 @@ class Gateway:
         return near or target.port in program.direct_ports or program.redirect == "no"
 
     def login(self, app: str) -> list[bytes]:
-        """Return the user that its log is to have, and a password."""
-        known = self.natwork or not self.password  # NATWork's users end at the ";"
-        claimed = f";app={app};host={socket.gethostname()}" if known else ""
+        """Return the user, with claims for the gateway's log, and the password."""
+        fits = self.natwork or not self.password  # NATWork cuts a user at the ";"
+        claimed = f";app={app};host={socket.gethostname()}" if fits else ""
         return [(self.user + claimed).encode()[:255], self.password.encode()[:255]]
 
     async def talk(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
-        """Connect a socket to it, and have it do what a program requests.
+        """Connect a socket to the gateway, and send it a program's request.
 
-        Returns the endpoint that it answers, whose address may be a name.  Raises
-        OSError for what became of the request, Lost for the gateway.
+        Returns the endpoint in its answer, whose address may be a name.  Raises OSError
+        if the request failed, Lost if the gateway itself cannot be used.
         """
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
@@ -467,7 +467,7 @@ class Gateway:
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
                 raise Lost(errno.ENETUNREACH, reason(error)) from None
-            # ssh -D says no more of a connection that it could not make.
+            # ssh -D closes without a reply if it could not make the connection.
             raise failure(errno.ECONNREFUSED) from None
 
     async def ask(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
@@ -505,7 +505,7 @@ class Gateway:
         return error.errno or errno.EIO
 
     async def map(self, *lease: int) -> bytes:
-        """Have it lease two ports for a time, or else tell its address: RFC 6886."""
+        """Return the two ports of a mapping, or without one the address: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, *lease) if lease else bytes(2)
         with socket.socket(at.family, DATAGRAMS) as sock:
@@ -515,9 +515,9 @@ class Gateway:
                     await loop.sock_sendall(sock, request)
                     answer = await timed(loop.sock_recv(sock, 16), pause)
                     break
-                await asyncio.sleep(pause)  # section 3.1, also where it is refused
+                await asyncio.sleep(pause)  # section 3.1; after ECONNREFUSED, too
             else:
-                raise Lost(errno.ENETUNREACH, "it does not answer who asks for a port")
+                raise Lost(errno.ENETUNREACH, "it does not answer NAT-PMP")
         if result := int.from_bytes(answer[2:4], "big"):
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
         return answer[8:12]
@@ -535,9 +535,9 @@ async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
 
 
 def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
-    """Return the gateway at a place; raise OSError, or ValueError for what is none.
+    """Return the gateway at a place; raise OSError, or ValueError if it is not one.
 
-    What was named, and answers no HTTP or closes, is a SOCKS server.
+    A place that the user named is a SOCKS server if it answers no HTTP, or closes.
     """
     match = PLACE.fullmatch(text)
     if not match or int(match[4] or 0) > 65535:
@@ -558,13 +558,13 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
 def find_gateway(option: str, programs: Programs) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or programs["natrun"].gateway
-    # The default route's: in the table, an address is a number of this machine.
+    # Of default routes.  The table has addresses in hex, in this machine's byte order.
     routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
     places = [(named, 8080)] if named else [("wpad", 80)]
     tried = [] if named or routers else ["no default route"]
     if routers and not named:
         places.append((socket.inet_ntoa(struct.pack("=I", int(routers[0], 16))), 8080))
-    # No name server may be there.  This is not in os.environ, which the command has.
+    # There may be no name server.  The command does not see this: it has os.environ.
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
         try:
