@@ -578,20 +578,20 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 # --- The helper ---------------------------------------------------------------
 #
 # A process that is forked while natrun is small.  It makes the sockets of UDP, in a
-# network namespace whose only way out is a cable to us.  And a connection through the
-# waiting room is two, to the program and to the gateway: the helper joins them, and
-# splice(2) moves the bytes in the kernel.  It goes on without the supervisor for what
-# is under way.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
+# network namespace whose only way out is a cable (veth) to us.  It is also the relay of
+# the waiting room: it joins a connection to the program with one to the gateway by
+# splice(2), and outlives the supervisor until they have ended.  Numbers are from
+# <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
 UDP_NO_CHECK6_RX = 102
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
-JOIN = b"+"  # two sockets that come with it
+JOIN = b"+"  # asks to join the two sockets that are sent with it
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
-    "ipv4/ip_local_port_range": "16384 32767",  # the machine's own are above
+    "ipv4/ip_local_port_range": "16384 32767",  # the machine's own range is above
     "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
 }
 
@@ -602,7 +602,7 @@ def attribute(kind: int, data: bytes) -> bytes:
 
 
 def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
-    """Have netlink do something; raise OSError."""
+    """Send a request to netlink and take its answer; raise OSError."""
     body, flags = b"".join(parts), 0x605  # REQUEST, ACK, CREATE, EXCL
     netlink.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
     (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
@@ -614,7 +614,7 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     """Put this process into a namespace with a cable; return the cable's other end."""
     addresses, routes = [block.network_address for block in outside], {*DEFAULTS}
     if all(address.version == 4 for address in addresses):
-        # IPv6 goes to the inside only.
+        # The gateway carries no IPv6, so it goes to the inside only.
         addresses.append(ipaddress.ip_address(OWN_IPV6))
         routes = {DEFAULTS[0], *(block for block in inside if block.version == 6)}
     system(LIBC.unshare, NEWUSER | NEWNET)
@@ -622,11 +622,11 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
         with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
             file.write(value)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-        # As large as a datagram can be; and one packet is one datagram.
+        # IFLA_MTU: the largest datagram fits.  IFLA_GSO_MAX_SEGS: one in each packet.
         sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
         kind = attribute(18, attribute(1, b"veth"))
         change(netlink, NEWLINK, bytes(16), *sizes, kind)
-        near, far = map(socket.if_nametoindex, ("veth0", "veth1"))  # there may be more
+        near, far = map(socket.if_nametoindex, ("veth0", "veth1"))  # indexes vary
         for index in (near, far):
             head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
             change(netlink, SETLINK, head)
@@ -648,19 +648,19 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
 
 
 def carry(source: socket.socket, sink: socket.socket) -> None:
-    """Move what enters one socket to the other, to its end; pass a reset on."""
+    """Move bytes from one socket to another until the end; pass a reset on."""
     source.setblocking(True)
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         out, into = os.pipe()
-        with open(out, "rb", 0), open(into, "wb", 0):  # which close them
+        with open(out, "rb", 0), open(into, "wb", 0):  # to close them at the end
             while True:
                 if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
-                    # It is the end, or what follows an urgent byte.
+                    # The end, or an urgent byte: splice() stops there, recv() does not.
                     if not (data := source.recv(65536)):
                         break
                     sink.sendall(data)
-                if size == 65536:  # all that it holds: bulk comes
+                if size == 65536:  # the pipe was full: bulk comes
                     with contextlib.suppress(OSError):
                         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
                 while size:
@@ -671,11 +671,11 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                sock.shutdown(socket.SHUT_RD)  # wakes the other direction
+                sock.shutdown(socket.SHUT_RD)  # wakes the other direction's thread
 
 
 def join(near: socket.socket, server: socket.socket) -> None:
-    """Carry what two sockets receive, until both have ended."""
+    """Relay between two sockets until both directions have ended."""
     with near, server:
         back = threading.Thread(target=carry, args=(server, near))
         back.start()
@@ -684,9 +684,9 @@ def join(near: socket.socket, server: socket.socket) -> None:
 
 
 def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) -> None:
-    """Send a socket that a function makes, and the errno if it is lost; or why not."""
+    """Send the socket that a function makes, or the errno of why there is none."""
     try:
-        with make(*how) as made:
+        with make(*how) as made:  # EMFILE holds if the receiver has no descriptor left
             socket.send_fds(control, [b"%d" % errno.EMFILE], [made.fileno()])
     except Exception as error:
         control.send(b"%d" % (getattr(error, "errno", 0) or errno.EIO))
@@ -694,7 +694,7 @@ def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) 
 
 def help_out(control: socket.socket, *blocks: Blocks) -> None:
     """Make and join sockets, until nobody asks and nothing is under way."""
-    # A reader of our output must not wait for that.
+    # Else a reader of natrun's output would wait until the helper ends.
     for fd in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     threading.stack_size(64 * 1024)
@@ -707,15 +707,15 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
             give(control, socket.socket, *struct.unpack("=ii", asked))
             continue
         socks = [socket.socket(fileno=fd) for fd in fds]
-        if len(socks) == 2:  # where no descriptor was left, fewer have come
-            with contextlib.suppress(RuntimeError):  # or no thread is
+        if len(socks) == 2:  # fewer come if this process has no descriptor left
+            with contextlib.suppress(RuntimeError):  # no thread can start
                 threading.Thread(target=join, args=socks).start()
     for thread in threading.enumerate()[1:]:
         thread.join()
 
 
 class Helper:
-    """The process, and what it is asked for."""
+    """The helper, as the supervisor sees it."""
 
     def __init__(self, *blocks: Blocks) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -732,15 +732,15 @@ class Helper:
             self.cable = self.take()
         except OSError as error:
             self.barred = f"the kernel gives no namespace: {reason(error)}"
-        self.control.setblocking(False)  # from now on, it may have been stopped
+        self.control.setblocking(False)  # we must not wait for a helper that is stopped
 
     def take(self) -> socket.socket:
-        """Return what it has made; raise OSError."""
+        """Receive the socket that the helper has made; raise OSError."""
         said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
         if fds:
             os.set_inheritable(fds[0], False)
             return socket.socket(fileno=fds[0])
-        raise failure(int(said or errno.EIO))  # or it has been killed
+        raise failure(int(said or errno.EIO))  # nothing is said if it has been killed
 
     async def make(self, family: int, kind: int) -> socket.socket:
         """Return a socket of the namespace; raise OSError."""
@@ -752,7 +752,7 @@ class Helper:
         return made
 
     def join(self, *socks: socket.socket) -> None:
-        """Have it carry what two sockets receive; raise OSError."""
+        """Have the helper relay between two sockets; raise OSError."""
         try:
             socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
         except OSError as error:
@@ -762,11 +762,11 @@ class Helper:
 
 # --- Names --------------------------------------------------------------------
 #
-# What a program sends to port 53 comes here.  The gateway looks names up, so the
-# program connects to true addresses.  Where it is another SOCKS server, a name gets an
-# address of 198.18.0.0/15, which no host has (RFC 2544), and is asked for by name
-# later.  Names without a dot, and those of the LAT's domains, are the machine's own
-# name server's.
+# We answer what a program sends to port 53.  The gateway looks names up, so the program
+# connects to true addresses.  Another SOCKS server cannot: then a name gets an address
+# of 198.18.0.0/15, which no host has (RFC 2544), and connect() to that asks the server
+# for the name.  Names without a dot, and those of the LAT's domains, are asked of the
+# machine's own name server.
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
@@ -774,11 +774,11 @@ NAME = re.compile(rb"(?!.{254})[-\w]+(\.[-\w]+)*")
 
 
 def read_question(query: bytes) -> tuple[bytes, int, int]:
-    """Return the name and the type that a query asks for, and where that ends.
+    """Return the name and type that a query asks for, and where its question ends.
 
-    There is no name in what is not a query: RFC 1035 section 4.1.
+    The name is empty if this is not a query for one name: RFC 1035 section 4.1.
     """
-    labels, at, one = [], 12, b"\0\1"  # question, of the Internet
+    labels, at, one = [], 12, b"\0\1"  # QDCOUNT 1, and class IN
     with contextlib.suppress(IndexError):
         while size := query[at]:
             labels.append(query[at + 1 : at + 1 + size])
@@ -790,7 +790,7 @@ def read_question(query: bytes) -> tuple[bytes, int, int]:
 
 
 def reply_to(query: bytes, end: int, code: int, kind: int, data: bytes) -> bytes:
-    """Return the response to a query whose question ends there, with data or none."""
+    """Return the response to a query whose question ends at end, with data if any."""
     flags = 0x8080 | query[2] << 8 & 0x100 | code
     record = struct.pack("!HHHIH", 0xC00C, kind, 1, NAME_TIME, len(data)) + data
     head = query[:2] + struct.pack("!HHHHH", flags, end > 12, bool(data), 0, 0)
@@ -819,30 +819,30 @@ class Names:
     async def answer(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
     ) -> None:
-        """Answer a query that a program sent to a server, by a function."""
-        query = query.ljust(12, b"\0")  # its head
+        """Answer a query that a program sent to a name server, by calling reply."""
+        query = query.ljust(12, b"\0")  # at least a whole head
         (name, kind, end), code, data, response = read_question(query), 0, b"", b""
         target = reversed_address(name) if kind == PTR else b""
         ends = tuple(f".{one}".encode() for one in ("localhost", *self.gateway.domains))
-        near = b"." not in name or (b"." + name).endswith(ends)
+        local = b"." not in name or (b"." + name).endswith(ends)
         try:
             if target and not within(self.gateway.inside, target):
                 data = await self.look_back(target, app)
-            elif near and not within(self.gateway.inside, server.packed):
-                code = NO_NAME
-            elif near or kind not in (A, AAAA, SVCB, HTTPS):
+            elif local and not within(self.gateway.inside, server.packed):
+                code = NO_NAME  # a server outside does not know it
+            elif local or kind not in (A, AAAA, SVCB, HTTPS):
                 response = await timed(self.forward(query, server, app), QUERY_TIME)
-            elif kind in (A, AAAA):
+            elif kind in (A, AAAA):  # SVCB and HTTPS get an answer without data
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
         except OSError as error:
-            lacks = self.gateway.errno_of(error) == errno.EHOSTUNREACH
-            code = NO_NAME if lacks else FAILED
-        with contextlib.suppress(OSError):  # one lost datagram
+            unknown = self.gateway.errno_of(error) == errno.EHOSTUNREACH
+            code = NO_NAME if unknown else FAILED
+        with contextlib.suppress(OSError):  # it is lost as a datagram may be
             reply(response or reply_to(query, end, code, kind, data))
 
     async def forward(self, query: bytes, server: Endpoint, app: str) -> bytes:
-        """Return what a name server answers, by the gateway if need be."""
+        """Return a name server's answer, through the gateway if it is outside."""
         loop = asyncio.get_running_loop()
         if within(self.gateway.inside, server.packed):
             with socket.socket(server.family, DATAGRAMS) as sock:
@@ -860,7 +860,7 @@ class Names:
         if self.gateway.programs[app].dns == "fake" or not self.gateway.natwork:
             return self.fake(name)
         if name not in self.known:
-            # A resolver asks for A and AAAA at once: that is one question.
+            # A resolver asks for A and AAAA at once: look up once for both.
             steps = self.resolve(request_of(RESOLVE, name + bytes(2)), app)
             self.known[name] = asyncio.ensure_future(steps)
             asyncio.get_running_loop().call_later(NAME_TIME, self.known.pop, name)
@@ -877,7 +877,7 @@ class Names:
         return address
 
     async def look_back(self, target: bytes, app: str) -> bytes:
-        """Return the name of an address as a query has it; raise OSError."""
+        """Return the name of an address as a PTR record has it; raise OSError."""
         request = request_of(RESOLVE_PTR, Endpoint(target, 0))
         name = self.called.get(target) or await self.resolve(request, app)
         labels = [label[:63] for label in name[:253].strip(b".").split(b".")]
