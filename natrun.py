@@ -891,7 +891,7 @@ class Names:
 
 # --- Calls --------------------------------------------------------------------
 
-# In place of an errno: let the kernel do what it would without us; it is answered.
+# In place of an errno: the kernel is to do the call itself; the call is answered.
 PROCEED, ANSWERED = -1, -2
 
 
@@ -899,13 +899,13 @@ class Call:
     """A notification: a thread has made a call, and waits for our answer."""
 
     def __init__(self, listener: int) -> None:
-        """Receive it; raise OSError."""
+        """Receive a notification; raise OSError."""
         raw = bytearray(80)  # the kernel wants zeros
         fcntl.ioctl(listener, NOTIF_RECV, raw)
         # struct seccomp_notif, with its struct seccomp_data
         self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
         self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
-        self.fd = fields[6] & WHOLE  # of the socket, if there is one
+        self.fd = fields[6] & WHOLE  # the socket, if the call has one
 
     @functools.cached_property
     def app(self) -> str:
@@ -919,13 +919,13 @@ class Call:
     def answer(self, error: int) -> None:
         proceed = error == PROCEED
         fields = self.id, 0, 0 if proceed else -error, CONTINUE if proceed else 0
-        with contextlib.suppress(OSError):  # it has been killed
+        with contextlib.suppress(OSError):  # the caller has been killed
             fcntl.ioctl(self.listener, NOTIF_SEND, struct.pack("=QqiI", *fields))
 
     def give(self, sock: socket.socket, flags: int, fd: int | None = None) -> None:
-        """Answer with a descriptor of a socket of ours, or put it in place of one.
+        """Answer with a new descriptor of our socket, or put the socket in place of fd.
 
-        The flags are O_NONBLOCK and O_CLOEXEC, as are SOCK_NONBLOCK and SOCK_CLOEXEC.
+        Flags are O_NONBLOCK and O_CLOEXEC, or their equals SOCK_NONBLOCK, SOCK_CLOEXEC.
         """
         sock.setblocking(not flags & os.O_NONBLOCK)
         how = ADDFD_SEND if fd is None else ADDFD_SETFD
@@ -942,43 +942,43 @@ class Call:
             return dict(line.split(":", 1) for line in file)
 
     def interruption(self) -> int:
-        """Return the errno for who is dead, or is to see a signal that waits; else 0.
+        """Return the errno if the caller is dead or has to see a signal; else 0.
 
-        A signal to the process is the first thread's, unless that blocks it.  Which of
-        the others has it, the kernel does not say, and ERESTARTSYS is for that only,
-        and for a stop, which is complete when all threads have stopped.
+        A signal to the process goes to its first thread.  If that blocks it, the kernel
+        does not say which thread gets it, so answer EINTR: ERESTARTSYS is only for the
+        thread that has a signal, and for a stop, for which all threads must stop.
         """
         try:
             self.check()
             status = self.read_proc("status")
             first = self.read_proc(f"task/{int(status['Tgid'])}/status")
-        except OSError as error:  # or no descriptor is left
+        except OSError as error:  # ENOENT: it is dead; else no descriptor is left
             return ERESTARTSYS if error.errno == errno.ENOENT else 0
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
         own, shared = own & ~(blocked | ignored), shared & ~(blocked | ignored)
         if own or "T" in first["State"] or shared and first["Pid"] == status["Pid"]:
             return ERESTARTSYS
-        takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
-        return errno.EINTR if shared & ~takes else 0
+        barred = -1 if "Z" in first["State"] else int(first["SigBlk"], 16)  # -1: all
+        return errno.EINTR if shared & barred else 0
 
     async def wait(self, steps: Awaitable[T]) -> T:
-        """Return what steps return; give them up for a signal, and raise OSError.
+        """Return the result of steps; cancel them for a signal, and raise OSError.
 
-        The kernel does not: it would let the program give a connect() up half done.
+        WAIT_KILLABLE_RECV leaves it to us: the kernel would end a connect() half done.
         """
         task = asyncio.ensure_future(steps)
         while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
             if error := self.interruption():
                 task.cancel()
-                await asyncio.wait({task})  # so that it gives the socket up
+                await asyncio.wait({task})  # until it has let go of the socket
                 raise failure(error)
         return task.result()
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
 
-        It is not a copy: what is done to it here is done there.
+        It shares the program's file description: what we set on it is set there.
         """
         try:
             process = os.pidfd_open(self.tid, PIDFD_THREAD)
@@ -987,7 +987,7 @@ class Call:
         with open(process, "rb", 0):  # which closes it
             fd = system(LIBC.syscall, PIDFD_GETFD, process, self.fd, 0)
         try:
-            self.check()  # else the number may have been another's
+            self.check()  # else the tid may be that of another thread by now
             return socket.socket(fileno=fd)
         except OSError:
             os.close(fd)
@@ -1009,7 +1009,7 @@ class Call:
         return here.raw
 
     def write(self, raw: bytes, there: int, size_at: int) -> int:
-        """Write what fits where the program wants it; return or raise the errno."""
+        """Write raw, as far as there is room, and its size; return or raise the errno."""
         room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
         if room < 0:
             return errno.EINVAL
@@ -1019,7 +1019,7 @@ class Call:
         return 0
 
     def target(self) -> Endpoint | None:
-        """Return the address of the Internet that a call is about; raise OSError."""
+        """Return the endpoint in a call's sockaddr, if it is of IP; raise OSError."""
         raw = self.read(self.arguments[1], self.arguments[2] & 0xFF)  # struct sockaddr
         family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
         parts: dict[int, bytes] = {socket.AF_INET: raw[4:8], socket.AF_INET6: raw[8:24]}
@@ -1028,28 +1028,28 @@ class Call:
         return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
     def write_address(self, family: int, where: Endpoint) -> int:
-        """Write an address, 0.0.0.0 if it is too wide; return or raise the errno."""
+        """Write a sockaddr, 0.0.0.0 for IPv6 in AF_INET; return or raise the errno."""
         raw = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
-        narrow = where.family == socket.AF_INET
+        is_ipv4 = where.family == socket.AF_INET
         if family == socket.AF_INET:
-            raw += (where.packed if narrow else bytes(4)) + bytes(8)
+            raw += (where.packed if is_ipv4 else bytes(4)) + bytes(8)
         else:
-            raw += bytes(4) + MAPPED * narrow + where.packed + bytes(4)
+            raw += bytes(4) + MAPPED * is_ipv4 + where.packed + bytes(4)
         return self.write(raw, *self.arguments[1:3])
 
 
 @dataclass
 class Flow:
-    """What is known of a socket that is not what the kernel takes it for."""
+    """What we know of a socket, and the kernel does not."""
 
-    app: str = ""  # that it was made for, if it is of the namespace, or that connects
+    app: str = ""  # the program that connects it, or that has it of the namespace
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
-    waits: bool = False  # it was not O_NONBLOCK when it began to connect
+    waits: bool = False  # it was a blocking socket when connect() began
     task: asyncio.Task[int] | None = None  # has the errno, which is told once
     mapped: int = 0  # its port, if that is one of the outside
-    since: float = 0.0  # it has been mapped
-    accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
+    since: float = 0.0  # when it was mapped or renewed
+    accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not given
 
     @property
     def pending(self) -> bool:
@@ -1057,14 +1057,14 @@ class Flow:
 
 
 def copy_options(old: socket.socket, new: socket.socket) -> None:
-    """Set what a program may have set on a socket before bind()."""
+    """Copy the options that a program may have set on a socket before bind()."""
     for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
         value = old.getsockopt(socket.SOL_SOCKET, option)
         new.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def free(sock: socket.socket) -> None:
-    """Take from a socket what would keep it from the gateway."""
+    """Clear the options that would keep a socket from the gateway."""
     for level, option, value in (
         (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bytes(4)),
         (socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b""),
