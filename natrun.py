@@ -1009,7 +1009,7 @@ class Call:
         return here.raw
 
     def write(self, raw: bytes, there: int, size_at: int) -> int:
-        """Write raw, as far as there is room, and its size; return or raise the errno."""
+        """Write raw, as much as has room, and its size; return or raise the errno."""
         room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
         if room < 0:
             return errno.EINVAL
@@ -1076,12 +1076,12 @@ def free(sock: socket.socket) -> None:
 
 # --- Datagrams ----------------------------------------------------------------
 #
-# The kernel does all that a program can ask of a socket of UDP, in the namespace.  We
-# read packets off the cable and wrap them for the gateway, one association (RFC 1928
-# section 7) for each address and port.  For each port there is one socket of the
-# machine; what comes back to it goes in by the cable, from where it came.
+# The program's socket of UDP is in the namespace, where the kernel does all its calls.
+# We read packets off the cable and wrap them for the gateway, one association (RFC 1928
+# section 7) for each address and port.  For each port there is one socket outside the
+# namespace: what it receives goes in by the cable, with the sender as its source.
 
-ANYBODY = b"\xff" * 6  # at the other end of the cable
+ANYBODY = b"\xff" * 6  # broadcast: the cable has one other end
 
 
 def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
@@ -1102,8 +1102,8 @@ class Association:
 
     here: Endpoint
     app: str  # the program whose settings hold
-    relay: Endpoint | None = None  # of the gateway, once it is known
-    queue: list[bytes] = field(default_factory=list)  # until then
+    relay: Endpoint | None = None  # the gateway's, once it has told that
+    queue: list[bytes] = field(default_factory=list)  # messages until then
     task: asyncio.Task[None] | None = None
 
 
@@ -1116,23 +1116,23 @@ class Datagrams:
         self.gateway, self.names, self.flows = names.gateway, names, flows
         self.helper, self.cable, self.app = helper, helper.cable, app
         self.cable.setblocking(False)
-        # One that does for both, unless the machine has no IPv6.
+        # Of our sockets: AF_INET6 carries IPv4 too, but the machine may have no IPv6.
         self.family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.socks: dict[int, socket.socket] = {}  # by port
         self.associations: dict[Endpoint, Association] = {}
         self.relays: dict[Endpoint, Association] = {}
-        # Asked for each datagram.
+        # Cached, for it is asked for each datagram.
         self.is_near = functools.lru_cache(RECORDS)(names.gateway.is_near)
 
     def read_cable(self) -> None:
-        """Carry what programs have sent."""
-        with contextlib.suppress(OSError):  # there is none, or one is lost
-            for _ in range(64):  # then others have their turn
+        """Carry the datagrams that programs have sent."""
+        with contextlib.suppress(OSError):  # no packet is left, or one cannot be sent
+            for _ in range(64):  # then other tasks have their turn
                 if packet := read_packet(self.cable.recv(65535 + 40)):
                     self.carry(*packet)
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
-        """Send a datagram to where it goes; raise OSError."""
+        """Answer a query, or send a datagram to the gateway or near; raise OSError."""
         if not (one := self.associations.get(here)):
             flow = self.flows.get(self.ports().get(here.port, 0))
             one = Association(here, flow.app if flow else self.app)
@@ -1143,7 +1143,7 @@ class Datagrams:
             return
         if self.is_near(one.app, there):
             return self.send(here.port, there, data)
-        message = bytes(3) + request_of(0, there)[3:] + data
+        message = bytes(3) + request_of(0, there)[3:] + data  # RFC 1928 section 7
         if one.relay:
             self.send(here.port, one.relay, message)
         elif len(one.queue) < 64:
@@ -1157,7 +1157,7 @@ class Datagrams:
         return {int(row[1][-4:], 16): int(row[9]) for row in rows(*tables)}
 
     def open(self, port: int, bound: socket.socket | None = None) -> socket.socket:
-        """Return a new socket of the machine for a port, bound as another if any."""
+        """Return a new socket of ours for a port, bound if a program's socket is."""
         sock = socket.socket(self.family, DATAGRAMS)
         free(sock)
         if bound:
@@ -1170,9 +1170,9 @@ class Datagrams:
         return sock
 
     def bind(self, sock: socket.socket, port: int) -> None:
-        """Bind a socket to any address, here as in the namespace; raise OSError."""
-        self.sweep()  # who had the port a moment ago
-        if port not in self.socks:  # else two share it
+        """Bind a socket to a port, of the machine and the namespace; raise OSError."""
+        self.sweep()  # the socket that had the port may be closed by now
+        if port not in self.socks:  # else another socket shares it
             port = self.open(port, sock).getsockname()[1]
         sock.bind(("", port))
 
@@ -1183,7 +1183,7 @@ class Datagrams:
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError.
 
-        It has no checksum of UDP: our sockets need none.
+        It has no checksum of UDP: the sockets of the namespace need none.
         """
         size, addresses = 8 + len(data), source.packed + target.packed
         kind = 0x86DD  # EtherType
@@ -1191,14 +1191,14 @@ class Datagrams:
         if source.family == socket.AF_INET:
             kind = 0x0800
             head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
-            # RFC 1071: the sum of 16-bit words, with carries, is that modulo 0xFFFF.
+            # RFC 1071: the 16-bit words, added with carries, are head modulo 0xFFFF.
             checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
             head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
         head += struct.pack("!HHHxx", source.port, target.port, size)
         self.cable.sendto(head + data, ("veth1", kind, 0, 0, ANYBODY))
 
     def read(self, port: int, sock: socket.socket) -> None:
-        """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
+        """Inject what the inside or the gateway has sent: RFC 1928 section 7."""
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
@@ -1215,13 +1215,13 @@ class Datagrams:
         """Open an association with the gateway, and keep it until it ends."""
         try:
             with socket.socket(self.gateway.at.family) as control:
-                # From the same port of the outside, where it is free.
+                # The gateway takes the same port outside, if that is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
                 relay = await self.gateway.talk(control, request, one.app)
                 one.relay, self.relays[relay] = relay, one
                 while one.queue:
                     self.send(one.here.port, relay, one.queue.pop(0))
-                await receive(control, 1)
+                await receive(control, 1)  # the gateway ends it by a close
         except OSError as error:
             if not one.relay:
                 say_once(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
@@ -1245,8 +1245,8 @@ class Datagrams:
 
 # --- The command --------------------------------------------------------------
 
-# These cannot be caught, or mean a fault of natrun itself; or the terminal sends them
-# to both, and both are to stop.
+# Not passed on: what cannot be caught, or means a fault of natrun itself; and TTIN and
+# TTOU, which the terminal sends to natrun and the command, to stop both.
 KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
 HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
 SI_KERNEL = 0x80
@@ -1256,7 +1256,7 @@ class Command:
     """The program that is run, and how it ended."""
 
     def __init__(self, words: list[str], mask: set[Any], files: Any) -> None:
-        """Start it under the filter, with the signals and the limit that natrun had."""
+        """Start it under the filter, with the signal mask and file limit natrun got."""
         ours, theirs = socket.socketpair()
 
         def prepare() -> None:
@@ -1269,7 +1269,7 @@ class Command:
                 why = told.get(error.errno or 0) or reason(error)
                 say(f"cannot install the filter: {why}")
                 os._exit(125)
-            # By sendmsg(), which the filter allows: nobody answers a call yet.
+            # By sendmsg(), of which the filter does not notify: nobody answers yet.
             socket.send_fds(theirs, [b"+"], [listener])
             resource.setrlimit(resource.RLIMIT_NOFILE, files)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1295,29 +1295,29 @@ class Command:
         # struct signalfd_siginfo
         number, _, code = struct.unpack_from("=Iii", os.read(self.signals, 128))
         if number == signal.SIGCHLD:
-            # Children of the command come to us when they lose it.
+            # Orphans of the command are our children, too: run() makes us a subreaper.
             with contextlib.suppress(ChildProcessError):
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
                     if one[0] == self.process.pid:
                         self.follow(one[1])
-        elif code != SI_KERNEL or number == signal.SIGHUP:  # else the command has it
+        elif code != SI_KERNEL or number == signal.SIGHUP:  # else the tty tells both
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid, number)
 
     def follow(self, status: int) -> None:
-        """Stop as the command has; or when it has ended, be as any other process."""
+        """Stop when the command stops; when it has ended, let signals act on natrun."""
         if os.WIFSTOPPED(status):
-            # A shell that has us in front, or a shell that we run, would wait for us.
-            # Nobody else needs it, and others may know nothing of us.
+            # A shell with job control waits until natrun stops too, also if the command
+            # is a shell that suspended itself.  Others may not know to continue natrun.
             with contextlib.suppress(OSError), open("/dev/tty") as tty:
                 fd, own, shell = tty.fileno(), os.getpgrp(), os.getpgid(os.getppid())
                 front = os.tcgetpgrp(fd)
                 if front in (own, self.process.pid) and own != shell:
-                    # Unless there is none, which could let us go on: the kernel knows.
-                    os.kill(os.getpid(), signal.SIGTSTP)  # one if another is pending
+                    # By SIGTSTP, which the kernel drops if no shell could continue us.
+                    os.kill(os.getpid(), signal.SIGTSTP)  # merges with a pending one
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-                    if front != own:  # a shell finds itself in front again
+                    if front != own:  # the command is that shell, and was in front
                         os.tcsetpgrp(fd, front)
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
@@ -1327,7 +1327,7 @@ class Command:
     def leave(self) -> NoReturn:
         """End as the command has ended."""
         if (code := self.process.wait()) < 0:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command left one
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(-code, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
