@@ -1338,22 +1338,21 @@ class Command:
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
-# nothing may block.  Each call is a task.  What fails here is an answer, too, and never
-# "go on".
+# nothing may block.  Each call is a task.  If we fail at a call that leads out, answer
+# an errno: PROCEED might lead past the gateway.
 
 
 class Supervisor:
     """The answers to the calls of a run.
 
-    What is called on_ and the name of a call returns its errno, PROCEED or ANSWERED,
-    and raises OSError.
+    on_NAME() answers the call NAME: an errno, PROCEED or ANSWERED; or raises OSError.
     """
 
     def __init__(self, gateway: Gateway, app: str, verbose: bool) -> None:
         self.gateway, self.programs, self.verbose = gateway, gateway.programs, verbose
         self.helper = Helper(gateway.outside, gateway.inside)
-        # The waiting room: its queue is full, so the kernel drops each SYN to it.  What
-        # connects to it is neither accepted nor refused, until meet() calls from it.
+        # The waiting room: its queue is full, so the kernel drops each SYN to it.  So a
+        # connect() to it is neither accepted nor refused, until meet() connects back.
         near = "127.0.0.1", 0
         self.listener = socket.create_server(near, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
@@ -1361,12 +1360,12 @@ class Supervisor:
         self.names, self.notified = Names(gateway), 0
         self.datagrams: Datagrams | None = None
         self.flows: dict[int, Flow] = {}  # by inode
-        # The kernel takes out of it what nobody has open any more, and lists the rest.
+        # The kernel removes sockets that nobody has open any more, and lists the rest.
         self.live = select.epoll()
-        self.server = socket.socket(socket.AF_INET, DATAGRAMS)
+        self.server = socket.socket(socket.AF_INET, DATAGRAMS)  # our name server
         self.server.bind(near)
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
-        self.session = socket.socket()
+        self.session = socket.socket()  # a user's, see lease()
         barred = self.helper.barred if gateway.udp else LACKS
         if not barred:
             self.datagrams = Datagrams(self.names, self.helper, self.flows, app)
@@ -1378,7 +1377,7 @@ class Supervisor:
         loop, listener = asyncio.get_running_loop(), command.listener
         poll = select.poll()
         loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
-        over = loop.create_future()  # never done, but given up when nobody is left
+        over = loop.create_future()  # canceled when no process is under the filter
         loop.add_reader(command.signals, command.take)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
@@ -1386,7 +1385,7 @@ class Supervisor:
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
-            """Take what is there: NOTIF_RECV would wait for who has been killed."""
+            """Take a call if there is one: else NOTIF_RECV blocks, as after a kill."""
             for _, events in poll.poll(0):
                 if not events & select.POLLIN:
                     over.cancel()
@@ -1415,16 +1414,16 @@ class Supervisor:
         command.leave()
 
     async def answer(self, call: Call) -> None:
-        """Answer a call, when it is known what with."""
+        """Find the answer to a call, and give it."""
         answer = PROCEED
-        story = getattr(self, f"on_{call.name}")
+        method = getattr(self, f"on_{call.name}")
         leads_out = call.name in ("connect", "bind", "socket")
         try:
             if leads_out:
-                answer = await story(call)
-            elif self.flows:  # the others are only about them
+                answer = await method(call)
+            elif self.flows:  # all other calls need us for a flow only
                 with call.borrow() as sock:
-                    answer = await story(call, sock, self.flow_of(sock))
+                    answer = await method(call, sock, self.flow_of(sock))
         except OSError as error:
             answer = self.gateway.errno_of(error)
             if answer == errno.EPERM and not leads_out:
@@ -1461,17 +1460,18 @@ class Supervisor:
             if sock.proto != socket.IPPROTO_TCP or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
-            # It has been tried before, and is O_NONBLOCK as long as that is under way.
+            # After EINTR a program may connect again.  While the first connect() is
+            # under way, a blocking socket is at O_NONBLOCK, and flow.waits tells it.
             if waits or flow.waits or not flow.pending:
-                tried, error = flow.task, await self.end_of(call, flow, sock)
-                if error or tried and flow.waits:  # else the kernel knows
+                first, error = flow.task, await self.end_of(call, flow, sock)
+                if error or first and flow.waits:  # else connect_ex() tells
                     return error
             free(sock)
             family = self.gateway.at.family
-            # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
+            # If a bound IPv6 socket cannot reach IPv4, connect_ex() to the room fails.
             bound = family < sock.family and sock.getsockname()[1] > 0
             paired = not waits or family > sock.family or bound
-            copy = sock.dup()  # now: no descriptor may be left
+            copy = sock.dup()  # before connect_ex(): it may raise EMFILE
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
             error = sock.connect_ex(there.pair(sock.family))
@@ -1499,7 +1499,7 @@ class Supervisor:
         except OSError as failed:
             error = gateway.errno_of(failed)
         with sock, contextlib.suppress(OSError):
-            if flow.waits:  # else the program may have changed it meanwhile
+            if flow.waits:  # else the flag is the program's, which may have changed it
                 sock.setblocking(True)
             if error:
                 # AF_UNSPEC.  Who polls sees a failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
@@ -1520,32 +1520,32 @@ class Supervisor:
             self.helper.join(near, server)
 
     async def end_of(self, call: Call, flow: Flow, sock: socket.socket) -> int:
-        """Return how a connect() has ended, when it has, if that is not told yet."""
+        """Wait for the end of a connect(), and return its errno; 0 if it was told."""
         error = await call.wait(asyncio.shield(flow.task)) if flow.task else 0
         flow.task = None
         if error:
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what the kernel had
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears the kernel's
             flow.peer = NOWHERE
         return error
 
     async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell by SO_ERROR why a connect() has failed."""
-        # After EINTR, a socket that waits is at the gateway, and writable, too early.
+        # After EINTR a blocking one is writable too early, by the gateway: so wait.
         early = flow.pending and not flow.waits
         if early or not (error := await self.end_of(call, flow, sock)):
             return PROCEED
         return call.write(error.to_bytes(4, sys.byteorder), *call.arguments[3:5])
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Tell the address that the gateway connected from, or that was meant."""
+        """Tell a flow's own address outside; as on_getpeername(), that of its peer."""
         where = flow.local if call.name == "getsockname" else flow.peer
         if not where.port:  # it is not known yet, or the server does not say
             return PROCEED
         if call.name == "getpeername":
-            # Out of the waiting room, it is connected before the flow is settled.
+            # A blocking one may be at the gateway only; for others, the kernel knows.
             if flow.pending and flow.waits:
                 return errno.ENOTCONN
-            sock.getpeername()  # which says if it is not
+            sock.getpeername()  # raises ENOTCONN if it is not connected
         return call.write_address(sock.family, where)
 
     on_getpeername = on_getsockname
@@ -1567,12 +1567,12 @@ class Supervisor:
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
     ) -> int:
-        """Connect what is not of TCP: a query is for our name server."""
+        """Answer for sockets other than TCP: queries go to our own name server."""
         program = self.programs[call.app]
         udp = sock.proto == socket.IPPROTO_UDP
-        asks = udp and target.port == 53 and program.redirect == "yes"
-        ours = asks and program.dns != "local"
-        private = udp and bool(self.flow_of(sock).app)
+        query = udp and target.port == 53 and program.redirect == "yes"
+        ours = query and program.dns != "local"
+        private = udp and bool(self.flow_of(sock).app)  # of the namespace
         if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
         if private or not ours and (near or udp and program.udp == "local"):
@@ -1596,7 +1596,7 @@ class Supervisor:
             asyncio.ensure_future(steps)
 
     async def on_bind(self, call: Call) -> int:
-        """Bind to the outside address, or to a port that is to be there."""
+        """Bind to the outside address, or to a port that is mapped there."""
         if not (where := call.target()):
             return PROCEED
         anywhere = not any(where.packed)
@@ -1618,12 +1618,12 @@ class Supervisor:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
         if anywhere and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            return PROCEED  # the gateway calls by IPv4
-        # NAT-PMP lets nobody choose.
+            return PROCEED  # the gateway connects to it by IPv4
+        # NAT-PMP has no choice of an address.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
-        await self.tidy()  # there is a limit to mappings
-        with socket.socket(sock.family) as probe:  # what is refused must stay unbound
+        await self.tidy()  # the gateway's limit counts the mappings of closed sockets
+        with socket.socket(sock.family) as probe:  # if refused, sock must stay unbound
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
@@ -1637,9 +1637,9 @@ class Supervisor:
         return 0
 
     async def lease(self, port: int, where: Endpoint) -> Endpoint:
-        """Have a port mapped, for a time; return where it is, or raise OSError."""
+        """Map a port for a time; return its endpoint outside, or raise OSError."""
         gateway = self.gateway
-        if gateway.password:  # of users, only who has a session may map: idle, it ends
+        if gateway.password:  # a user needs a session to map; an idle one ends
             session = socket.socket(gateway.at.family)
             request = request_of(ASSOCIATE, NOWHERE)
             await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
@@ -1648,13 +1648,13 @@ class Supervisor:
         answer = await gateway.map(port, where.port or port, LEASE)
         place = await gateway.map() if any(where.packed) else where.packed
         here = Endpoint(place, int.from_bytes(answer[2:], "big"))
-        if here != where in [flow.local for flow in self.flows.values()]:
+        if here != where and where in [flow.local for flow in self.flows.values()]:
             say_once(f"{where} is not free on the gateway, and is asked for again")
-            await gateway.map(port, 0, 0)  # a renewal would keep what is wrong
+            await gateway.map(port, 0, 0)  # renewals would keep the wrong one
         return here
 
     async def unmap(self, port: int) -> None:
-        """End a mapping, unless a socket has it, or it is none."""
+        """End the mapping of a port, unless it is 0 or a socket still has it."""
         if port and all(flow.mapped != port for flow in self.flows.values()):
             await self.gateway.map(port, 0, 0)
 
@@ -1663,18 +1663,18 @@ class Supervisor:
         flags = int(call.read_proc(f"fdinfo/{call.fd}")["flags"], 8)
         new = socket.socket(old.family, old.type)
         copy_options(old, new)
-        # What it sends elsewhere must not go past the gateway.
+        # SO_DONTROUTE: nothing that it sends elsewhere may go past the gateway.
         new.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
         call.give(new, flags, call.fd)
         return new
 
     async def on_accept(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Accept a connection at a port outside, and say who it is that called."""
+        """Accept a connection at a mapped port, and tell the caller's true address."""
         if not flow.mapped:
             return PROCEED
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        # Nobody but us takes what is there.
+        # A connection that poll() sees stays there: the program accepts by us only.
         while not flow.accepted and not poll.poll(0):
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
@@ -1696,7 +1696,7 @@ class Supervisor:
     on_accept4 = on_accept
 
     async def caller(self, peer: Endpoint, own: Endpoint) -> Endpoint:
-        """Return who it is that calls us by the gateway, as that knows."""
+        """Return the true address of a caller, which the gateway's table has."""
         gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
         with contextlib.suppress(OSError):
@@ -1731,10 +1731,10 @@ def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
     """Run a command to its end, and end as it did; raise Fault."""
     if MACHINE not in MACHINES:
         raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
-    # What becomes a daemon stays a descendant, whom Yama lets us look into.
+    # A daemon of the command stays our descendant, which Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    # If whoever started us ignored it, the kernel would reap in our place.
+    # If it is ignored, as our parent may have left it, the kernel reaps in our place.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Each connection is a descriptor here, and some in the helper.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1748,9 +1748,9 @@ def check(given: dict[str, str], programs: Programs) -> int:
     say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
     barred = Helper([], []).barred
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
-    # This has us look into it and borrow a socket, but ask no gateway.
+    # A program for which we read memory and borrow a socket, but need no gateway.
     code = "import socket, sys; sys.tracebacklimit = 0; socket.socket().bind(('', 0))"
-    if not (pid := os.fork()):  # it says itself what the kernel does not let it do
+    if not (pid := os.fork()):  # natrun there says what the kernel does not allow
         run([sys.executable, "-c", code], Gateway(NOWHERE, {"udp": 1}, programs), False)
     failed = os.waitpid(pid, 0)[1]
     say(f"programs: {'no' if failed else 'yes'}")
@@ -1761,7 +1761,7 @@ def check(given: dict[str, str], programs: Programs) -> int:
     try:
         request = request_of(RESOLVE, b"localhost\0\0")
         asyncio.run(Names(gateway).resolve(request, "natrun"))
-    except OSError as error:  # but for Lost, it is an answer to who is let in
+    except OSError as error:  # any but Lost is an answer to a user that is let in
         works["login"] = reason(error) if isinstance(error, Lost) else ""
     for name, why in works.items():
         say(f"{name}: {'no, ' + why if why else 'yes'}")
@@ -1771,7 +1771,7 @@ def check(given: dict[str, str], programs: Programs) -> int:
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
-    # Our sockets must not be what the command takes for its input or its output.
+    # Open 0, 1 and 2, or the command takes a socket of ours for its input or output.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(fd, True)
     os.close(fd)
