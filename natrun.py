@@ -505,7 +505,7 @@ class Gateway:
         return error.errno or errno.EIO
 
     async def map(self, *lease: int) -> bytes:
-        """Return the two ports of a mapping, or without one the address: RFC 6886."""
+        """Have the gateway map a port, or tell its address, by NAT-PMP: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, *lease) if lease else bytes(2)
         with socket.socket(at.family, DATAGRAMS) as sock:
@@ -614,7 +614,7 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     """Put this process into a namespace with a cable; return the cable's other end."""
     addresses, routes = [block.network_address for block in outside], {*DEFAULTS}
     if all(address.version == 4 for address in addresses):
-        # The gateway carries no IPv6, so it goes to the inside only.
+        # The gateway carries no IPv6, so IPv6 reaches the inside only.
         addresses.append(ipaddress.ip_address(OWN_IPV6))
         routes = {DEFAULTS[0], *(block for block in inside if block.version == 6)}
     system(LIBC.unshare, NEWUSER | NEWNET)
@@ -656,7 +656,7 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
         with open(out, "rb", 0), open(into, "wb", 0):  # to close them at the end
             while True:
                 if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
-                    # The end, or an urgent byte: splice() stops there, recv() does not.
+                    # It is the end, or what follows an urgent byte.
                     if not (data := source.recv(65536)):
                         break
                     sink.sendall(data)
@@ -838,7 +838,7 @@ class Names:
         except OSError as error:
             unknown = self.gateway.errno_of(error) == errno.EHOSTUNREACH
             code = NO_NAME if unknown else FAILED
-        with contextlib.suppress(OSError):  # it is lost as a datagram may be
+        with contextlib.suppress(OSError):  # the reply is lost, as a datagram may be
             reply(response or reply_to(query, end, code, kind, data))
 
     async def forward(self, query: bytes, server: Endpoint, app: str) -> bytes:
@@ -1042,7 +1042,7 @@ class Call:
 class Flow:
     """What we know of a socket, and the kernel does not."""
 
-    app: str = ""  # the program that connects it, or that has it of the namespace
+    app: str = ""  # the program that connects it (TCP), or that got it from us (UDP)
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
     waits: bool = False  # it was a blocking socket when connect() began
@@ -1245,8 +1245,8 @@ class Datagrams:
 
 # --- The command --------------------------------------------------------------
 
-# Not passed on: what cannot be caught, or means a fault of natrun itself; and TTIN and
-# TTOU, which the terminal sends to natrun and the command, to stop both.
+# Not passed on: signals that cannot be caught, or mean a fault of natrun itself; and
+# TTIN and TTOU, which the terminal sends to natrun and the command, to stop both.
 KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
 HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
 SI_KERNEL = 0x80
@@ -1327,7 +1327,7 @@ class Command:
     def leave(self) -> NoReturn:
         """End as the command has ended."""
         if (code := self.process.wait()) < 0:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command left one
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no second core file
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(-code, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
@@ -1385,7 +1385,7 @@ class Supervisor:
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
-            """Take a call if there is one: else NOTIF_RECV blocks, as after a kill."""
+            """Take a call if poll() sees one: NOTIF_RECV blocks when it was killed."""
             for _, events in poll.poll(0):
                 if not events & select.POLLIN:
                     over.cancel()
@@ -1499,7 +1499,7 @@ class Supervisor:
         except OSError as failed:
             error = gateway.errno_of(failed)
         with sock, contextlib.suppress(OSError):
-            if flow.waits:  # else the flag is the program's, which may have changed it
+            if flow.waits:  # else only the program has set O_NONBLOCK
                 sock.setblocking(True)
             if error:
                 # AF_UNSPEC.  Who polls sees a failure: EPOLLERR, EPOLLHUP and EPOLLOUT.
@@ -1530,7 +1530,7 @@ class Supervisor:
 
     async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell by SO_ERROR why a connect() has failed."""
-        # After EINTR a blocking one is writable too early, by the gateway: so wait.
+        # After EINTR, a blocking socket is writable before the target answers: wait.
         early = flow.pending and not flow.waits
         if early or not (error := await self.end_of(call, flow, sock)):
             return PROCEED
