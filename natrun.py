@@ -8,26 +8,26 @@ names, connects, listens and sends datagrams through NATWork:
 
 It needs neither root nor LD_PRELOAD, so static programs and those in Go work too.
 The kernel hands each connect() of the program to this process, the supervisor, and
-lets the program wait (seccomp user notification).  What the gateway's Local Address
-Table calls inside goes on untouched.  For the rest the supervisor answers:
+lets the program wait (seccomp user notification).  A target that the gateway's Local
+Address Table calls inside is left to the kernel.  For all others we answer:
 
     program ---- connect(203.0.113.80:80) = 0
                        |           ^ notification, answer
     supervisor --------+-----------+ borrows the socket, connects it to the gateway,
                                      and asks by SOCKS for 203.0.113.80:80
 
-After that the program has an ordinary socket.  One that must not wait gets
-EINPROGRESS, and connects to a listener of ours that never accepts, the waiting room.
-When the gateway is there, a socket of ours calls it from the room's address (TCP
-simultaneous open), and a relay joins the two.
+After that the program has an ordinary socket.  A non-blocking one gets EINPROGRESS,
+and is connected to a listener of ours that never accepts, the waiting room.  When the
+gateway has answered, another socket of ours connects to the program's from the room's
+address (TCP simultaneous open), and a relay joins that one to the gateway.
 
 Usage:
 
     natrun.py [-g GATEWAY] [-c FILE] [-v] COMMAND [ARGUMENT]...
     natrun.py [-g GATEWAY] [-c FILE] --check     what works on this machine, and why
 
-GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Else it
-is found by NATRUN_GATEWAY, the settings, http://wpad/lat.json, or the default route.
+GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Without
+-g: NATRUN_GATEWAY, the settings, http://wpad/lat.json, the default route, in turn.
 
 Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a section
 [natrun], and one for each program that differs, such as [curl].
@@ -35,8 +35,8 @@ Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a secti
 Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 126 if
 the command cannot be run, 127 if it is not found.
 
-It is not a fence: the fence is that the machine has no route.  natrun(1) has the
-settings, and what does not go through it.
+natrun is not a fence: the fence is that the machine has no route out.  natrun(1) has
+the settings, and a list of what does not go through natrun.
 
 Reading order.  Every section uses only the ones above it.  To follow a connection,
 start at Supervisor.on_connect(), and read dial() next.
@@ -88,14 +88,14 @@ __version__ = "0.1.0"
 #
 # Sizes are bytes, times are seconds.
 
-REACH_TIME = 5.0  # for the gateway to take a connection
-ANSWER_TIME = 130.0  # for it to answer: Linux tries a dead host for 127
-FIND_TIME = 3.0  # for it to take a connection for a page, or to send it
-QUERY_TIME = 2.0  # for an answer about a name
-NAME_TIME = 5  # that a name's address is kept: SOCKS does not say how long it holds
-LEASE = 120  # that a mapping lives without being renewed
-LOOK_TIME = 0.1  # between two looks for signals to a call that waits
-PIPE_SIZE = 1 << 18  # at once; a larger pipe does not stay in the cache
+REACH_TIME = 5.0  # to connect to the gateway
+ANSWER_TIME = 130.0  # for the gateway to answer: Linux tries a dead host for 127
+FIND_TIME = 3.0  # to connect for a page of the gateway, and again to receive the page
+QUERY_TIME = 2.0  # for a name server to answer
+NAME_TIME = 5  # until a name is looked up again: SOCKS tells no time to live
+LEASE = 120  # until a mapping ends that is not renewed
+LOOK_TIME = 0.1  # between two looks whether a signal waits for a thread in a call
+PIPE_SIZE = 1 << 18  # of a pipe for bulk; a larger one does not stay in the CPU's cache
 RECORDS = 4096  # in a table that must not grow for ever
 
 
@@ -108,14 +108,14 @@ class Lost(OSError):
 
 
 def say(text: str) -> None:
-    """Write a line on standard error, whatever was in the text."""
+    """Write a line on standard error; what is not printable ASCII becomes a ?."""
     line = "".join(c if " " <= c <= "~" else "?" for c in text)
     with contextlib.suppress(OSError):
-        if select.select([], [2], [], 0)[1]:  # we must not wait for who reads it
+        if select.select([], [2], [], 0)[1]:  # a slow reader must not hold us up
             os.write(2, f"natrun: {line}\n".encode()[: select.PIPE_BUF])
 
 
-say_once = functools.cache(say)  # what holds for the whole run
+say_once = functools.cache(say)  # for what stays true for the whole run
 
 
 def reason(error: Exception) -> str:
@@ -131,23 +131,23 @@ def failure(code: int) -> OSError:
 
 # --- Kernel -------------------------------------------------------------------
 #
-# What Python has no function for.  Numbers are from <linux/seccomp.h>,
+# System calls that Python has no function for.  Numbers are from <linux/seccomp.h>,
 # <linux/prctl.h> and <linux/sched.h>.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
-NOTIF_ID_VALID = 0x80082102  # as kernels before 5.17 want it; later ones take both
+NOTIF_ID_VALID = 0x80082102  # as before Linux 5.17, which mended it and takes both
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
-ERESTARTSYS = 512  # not in errno: no program is to see it
+ERESTARTSYS = 512  # not in errno: the kernel restarts the call, or makes it EINTR
 MPTCP, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 262, 0x20000000, 30
 NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
 NEWUSER, NEWNET = 0x10000000, 0x40000000
 
 
 def system(function: Callable[..., int], *arguments: Any) -> int:
-    """Return what a function of the C library does; raise OSError."""
+    """Return the result of a function of the C library; raise OSError."""
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
     result = function(*words)
     if result < 0:
@@ -156,7 +156,7 @@ def system(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def rows(*paths: str) -> Iterator[list[str]]:
-    """Yield the words of each line of tables of sockets."""
+    """Yield the words of each line, except the first, of tables in /proc."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError), open(path) as table:
             yield from [line.split() for line in table][1:]
@@ -164,19 +164,19 @@ def rows(*paths: str) -> Iterator[list[str]]:
 
 # --- The filter ---------------------------------------------------------------
 #
-# Classic BPF, run by the kernel at each system call of the program.  It notifies us
-# of what may be about the outside, and allows what it does not know.
+# Classic BPF, which the kernel runs at each system call of the program.  It notifies us
+# of the calls that may concern the outside, fails a few, and allows all others.
 
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, NOTIFY, FAIL = 0x7FFF0000, 0x7FC00000, 0x00050000
 WHOLE = 0xFFFFFFFF
-# A test is an argument, a mask, and the values that the argument may have under it.
-# From sockaddr_in to sockaddr_in6, and sockaddr_storage.  The kernel takes others, too,
-# but those are of AF_UNIX, which is not to pay.
+# A test: the number of an argument, a mask, and the values that it may have, masked.
+# Sizes from sockaddr_in to sockaddr_in6, and of sockaddr_storage.  The kernel takes
+# others, too, but those are of AF_UNIX, whose calls must not be slowed down.
 INTERNET = (2, WHOLE, *range(16, 29), 128)
 SO_ERROR = (1, WHOLE, socket.SOL_SOCKET), (2, WHOLE, socket.SO_ERROR)
 UDP = (0, WHOLE, socket.AF_INET, socket.AF_INET6), (1, 15, socket.SOCK_DGRAM)
-# A call, its numbers on the machines, what becomes of it, and under which tests.
+# A call, its numbers on x86_64 and aarch64, the action, and the tests it depends on.
 RULES: list[tuple[Any, ...]] = [
     ("connect", (42, 203), NOTIFY, INTERNET),
     ("bind", (49, 200), NOTIFY, INTERNET),
@@ -186,8 +186,8 @@ RULES: list[tuple[Any, ...]] = [
     ("accept4", (288, 242), NOTIFY),
     ("getsockopt", (55, 209), NOTIFY, *SO_ERROR),
     ("socket", (41, 198), NOTIFY, *UDP),
-    # What knows no simultaneous open; an implicit connect(); and what the kernel would
-    # do by itself.  Libraries do without them.
+    # Libraries do without these.  MPTCP has no simultaneous open; MSG_FASTOPEN connects
+    # by itself; io_uring makes calls that no filter sees.
     ("socket", (41, 198), FAIL | errno.EPROTONOSUPPORT, (2, WHOLE, MPTCP)),
     ("sendto", (44, 206), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
     ("sendmsg", (46, 211), FAIL | errno.EOPNOTSUPP, (2, MSG_FASTOPEN, MSG_FASTOPEN)),
@@ -204,7 +204,7 @@ CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 def install() -> int:
     """Put this process and its children under the filter; return the listener."""
     code = [(RETURN, 0, 0, ALLOW)]
-    # From the end, so that it is known how far the jumps go: if true, and if false.
+    # Built from its end, so that the jumps have a known length: if true, if false.
     for _, numbers, action, *tests in RULES:
         rest = len(code)
         code.insert(0, (RETURN, 0, 0, action))
@@ -229,7 +229,7 @@ def install() -> int:
 
 
 class Endpoint(NamedTuple):
-    """An address and a port; IPv4 in IPv6 is taken out."""
+    """An address and a port; an IPv4-mapped IPv6 address is kept as IPv4."""
 
     packed: bytes
     port: int
@@ -259,8 +259,8 @@ def unmapped(packed: bytes) -> bytes:
 
 
 def endpoint(address: tuple[Any, ...]) -> Endpoint:
-    """Return the endpoint of an address as Python has it."""
-    host, _, _ = address[0].partition("%")  # the device of fe80::
+    """Return the endpoint of an address as Python's sockets tell it."""
+    host, _, _ = address[0].partition("%")  # as in fe80::1%eth0
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return Endpoint(unmapped(socket.inet_pton(family, host)), address[1])
 
@@ -276,16 +276,16 @@ def within(blocks: Blocks, packed: bytes) -> bool:
     return any(address in block for block in blocks)
 
 
-# Never reached by a gateway: this host, its links, multicast.
+# No gateway reaches these for us: this host, its links, multicast.
 OWN = "0.0.0.0/8 127.0.0.0/8 169.254.0.0/16 224.0.0.0/3 ::/127 fe80::/10 ff00::/8"
-LINKED = parse_blocks("::1 fe80::/10")  # they lead out of no namespace
+LINKED = parse_blocks("::1 fe80::/10")  # no route to them leads out of a namespace
 PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 
 # --- Settings -----------------------------------------------------------------
 #
-# What [natrun] says holds for the run, and for each program whose own section does
-# not say otherwise.
+# A setting in [natrun] holds for the run, and for each program whose own section does
+# not have it.
 
 
 def parse_choice(words: str, text: str) -> str:
@@ -307,7 +307,7 @@ def parse_ports(text: str) -> set[int]:
     return found
 
 
-# The first three are the run's, and stand in [natrun] only.
+# Those of the run stand in [natrun] only.  Each has its default and its parser.
 OF_RUN = ("gateway", "user", "password")
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     **dict.fromkeys(OF_RUN, ("", str)),
@@ -325,7 +325,7 @@ Programs = defaultdict[str, Settings]
 def read_settings(path: str) -> Programs:
     """Return the settings of programs by their names; raise Fault with what is wrong.
 
-    They are in a file that is named, else in that of the user or the machine.
+    Without a path they are read from the user's file, else from the machine's.
     """
     import configparser
 
@@ -339,9 +339,9 @@ def read_settings(path: str) -> Programs:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
         if parser.has_section("DEFAULT"):
-            raise ValueError("[DEFAULT] is no program: what is for all is in [natrun]")
+            raise ValueError("[DEFAULT] is not a program: use [natrun] for all")
         for section, texts in parser.items():
-            # The kernel knows a program by 15 bytes.
+            # /proc/PID/comm has only the first 15 bytes of a program's name.
             known = section.encode()[:15].decode(errors="replace")
             program = programs[known] = Settings()
             for name, text in texts.items():
@@ -357,18 +357,18 @@ def read_settings(path: str) -> Programs:
 
 # --- The gateway --------------------------------------------------------------
 #
-# NATWork, whose /lat.json says what it is for, or any SOCKS 5 server.
+# NATWork, whose /lat.json has the Local Address Table, or any other SOCKS 5 server.
 
 CONNECT, ASSOCIATE, RESOLVE, RESOLVE_PTR = 1, 3, 0xF0, 0xF1  # the last two are Tor's
-# RFC 1928 section 6, as connect() on the gateway would say it.
+# Replies, RFC 1928 section 6, and the errno of connect() on the gateway for each.
 REPLIES = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.ECONNREFUSED}
 REPLIES |= {6: errno.ETIMEDOUT, 7: errno.EOPNOTSUPP, 8: errno.EAFNOSUPPORT}
-DOMAIN = 3  # an address that is a name
-OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # in the namespace, where there is none
+DOMAIN = 3  # the type of an address that is a name
+OWN_IPV6 = b"\xfdnatru" + bytes(9) + b"\1"  # of the namespace, if the LAT has no other
 DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 PMP_PORT = 5351
 LACKS = "the gateway does not offer it"
-RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}
+RESULTS = {2: errno.EACCES, 3: errno.ENETUNREACH, 5: errno.EOPNOTSUPP}  # NAT-PMP's
 T = TypeVar("T")
 NO_LAT = LookupError, TypeError, AttributeError, ValueError, ConnectionResetError
 PLACE = re.compile(
@@ -377,10 +377,10 @@ PLACE = re.compile(
 
 
 async def timed(steps: Awaitable[T], seconds: float) -> T:
-    """Return what steps return, if they take no longer; raise OSError."""
+    """Return the result of steps; raise OSError, ETIMEDOUT if they take too long."""
     try:
         return await asyncio.wait_for(steps, seconds)
-    except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+    except asyncio.TimeoutError:  # before Python 3.11 not the built-in TimeoutError
         raise failure(errno.ETIMEDOUT) from None
 
 
@@ -395,7 +395,7 @@ async def readable(sock: socket.socket) -> None:
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
-    """Return so many bytes, and leave the next in the socket; raise OSError."""
+    """Return the next bytes of a stream, exactly so many; raise OSError."""
     data = b""
     while len(data) < size:
         piece = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
@@ -409,15 +409,15 @@ def request_of(command: int, where: Endpoint | bytes) -> bytes:
     """Return a SOCKS request about an endpoint or a name with its port."""
     if isinstance(where, bytes):
         return bytes([5, command, 0, DOMAIN, len(where) - 2]) + where
-    kind = len(where.packed) // 4
+    kind = len(where.packed) // 4  # 1 is IPv4, 4 is IPv6
     return bytes([5, command, 0, kind]) + where.packed + where.port.to_bytes(2, "big")
 
 
 class Gateway:
-    """Where the gateway is, who asks it, and its Local Address Table."""
+    """The gateway's address, our user there, and its Local Address Table."""
 
     def __init__(self, at: Endpoint, lat: dict[str, Any], programs: Programs) -> None:
-        """Take what /lat.json says; a SOCKS server of another kind has none."""
+        """Take what /lat.json says, or {} for a SOCKS server other than NATWork."""
         self.at, self.natwork, self.programs = at, bool(lat), programs
         if lat.get("socks"):
             host, _, port = lat["socks"].rpartition(":")
@@ -425,7 +425,7 @@ class Gateway:
         near = [OWN, self.at.pair()[0], *lat.get("inside", [PRIVATE])]
         self.inside = parse_blocks(" ".join(near))
         self.outside = parse_blocks(" ".join(lat.get("outside", ())))
-        # The first address of each size: it is put there last.
+        # The first address of each family: going backwards, it is stored last.
         self.own = {4: bytes(4), 16: OWN_IPV6}
         for block in reversed(self.outside):
             self.own[block.max_prefixlen // 8] = block.network_address.packed
@@ -433,10 +433,10 @@ class Gateway:
         # NAT-PMP has no IPv6.
         self.mappings = bool(lat.get("mappings")) and len(self.at.packed) == 4
         self.udp = bool(lat.get("udp"))
-        own, self.user = programs["natrun"], str(os.getuid())
+        settings, self.user = programs["natrun"], str(os.getuid())
         with contextlib.suppress(KeyError):
             self.user = pwd.getpwuid(os.getuid()).pw_name
-        self.user, self.password = own.user or self.user, own.password
+        self.user, self.password = settings.user or self.user, settings.password
 
     def is_near(self, app: str, target: Endpoint) -> bool:
         """Return whether a program reaches a target without the gateway."""
@@ -445,16 +445,16 @@ class Gateway:
         return near or target.port in program.direct_ports or program.redirect == "no"
 
     def login(self, app: str) -> list[bytes]:
-        """Return the user that its log is to have, and a password."""
-        known = self.natwork or not self.password  # NATWork's users end at the ";"
-        claimed = f";app={app};host={socket.gethostname()}" if known else ""
+        """Return the user, with claims for the gateway's log, and the password."""
+        fits = self.natwork or not self.password  # NATWork cuts a user at the ";"
+        claimed = f";app={app};host={socket.gethostname()}" if fits else ""
         return [(self.user + claimed).encode()[:255], self.password.encode()[:255]]
 
     async def talk(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
-        """Connect a socket to it, and have it do what a program requests.
+        """Connect a socket to the gateway, and send it a program's request.
 
-        Returns the endpoint that it answers, whose address may be a name.  Raises
-        OSError for what became of the request, Lost for the gateway.
+        Returns the endpoint in its answer, whose address may be a name.  Raises OSError
+        if the request failed, Lost if the gateway itself cannot be used.
         """
         sock.setblocking(False)
         loop, address = asyncio.get_running_loop(), self.at.pair(sock.family)
@@ -467,7 +467,7 @@ class Gateway:
         except (ConnectionResetError, BrokenPipeError) as error:
             if self.natwork:
                 raise Lost(errno.ENETUNREACH, reason(error)) from None
-            # ssh -D says no more of a connection that it could not make.
+            # ssh -D closes without a reply if it could not make the connection.
             raise failure(errno.ECONNREFUSED) from None
 
     async def ask(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
@@ -504,7 +504,7 @@ class Gateway:
         return max(error.errno or 0, 0) or errno.EIO  # those of names are negative
 
     async def map(self, *lease: int) -> bytes:
-        """Have it lease two ports for a time, or else tell its address: RFC 6886."""
+        """Have the gateway map a port, or tell its address, by NAT-PMP: RFC 6886."""
         loop, at = asyncio.get_running_loop(), Endpoint(self.at.packed, PMP_PORT)
         request = struct.pack("!BBHHHI", 0, 2, 0, *lease) if lease else bytes(2)
         with socket.socket(at.family, DATAGRAMS) as sock:
@@ -514,9 +514,9 @@ class Gateway:
                     await loop.sock_sendall(sock, request)
                     answer = await timed(loop.sock_recv(sock, 16), pause)
                     break
-                await asyncio.sleep(pause)  # section 3.1, also where it is refused
+                await asyncio.sleep(pause)  # section 3.1; after ECONNREFUSED, too
             else:
-                raise Lost(errno.ENETUNREACH, "it does not answer who asks for a port")
+                raise Lost(errno.ENETUNREACH, "it does not answer NAT-PMP")
         if result := int.from_bytes(answer[2:4], "big"):
             raise failure(RESULTS.get(result, errno.EADDRNOTAVAIL))
         return answer[8:12]
@@ -534,9 +534,9 @@ async def fetch(at: Endpoint, path: str, login: bytes = b"") -> Any:
 
 
 def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
-    """Return the gateway at a place; raise OSError, or ValueError for what is none.
+    """Return the gateway at a place; raise OSError, or ValueError if it is not one.
 
-    What was named, and answers no HTTP or closes, is a SOCKS server.
+    A place that the user named is a SOCKS server if it answers no HTTP, or closes.
     """
     match = PLACE.fullmatch(text)
     if not match or int(match[4] or 0) > 65535:
@@ -557,13 +557,13 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
 def find_gateway(option: str, programs: Programs) -> Gateway:
     """Return the gateway that is named, or one that is found; raise Fault."""
     named = option or os.environ.get("NATRUN_GATEWAY") or programs["natrun"].gateway
-    # The default route's: in the table, an address is a number of this machine.
+    # Of default routes.  The table has addresses in hex, in this machine's byte order.
     routers = [row[2] for row in rows("/proc/net/route") if row[1] == "0" * 8 != row[2]]
     places = [(named, 8080)] if named else [("wpad", 80)]
     tried = [] if named or routers else ["no default route"]
     if routers and not named:
         places.append((socket.inet_ntoa(struct.pack("=I", int(routers[0], 16))), 8080))
-    # No name server may be there.  This is not in os.environ, which the command has.
+    # There may be no name server.  The command does not see this: it has os.environ.
     os.putenv("RES_OPTIONS", "timeout:1 attempts:1")
     for text, port in places:
         try:
@@ -577,19 +577,19 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 # --- The helper ---------------------------------------------------------------
 #
 # A process that is forked while natrun is small.  It makes the sockets of UDP, in a
-# network namespace whose only way out is a cable to us.  And a connection through the
-# waiting room is two, to the program and to the gateway: the helper joins them, and
-# splice(2) moves the bytes in the kernel.  It goes on without the supervisor for what
-# is under way.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
+# network namespace whose only way out is a cable (veth) to us.  It is also the relay of
+# the waiting room: it joins a connection to the program with one to the gateway by
+# splice(2), and outlives the supervisor until they have ended.  Numbers are from
+# <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD, UDP_NO_CHECK6_RX = 0x81, 0x2, 102
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
-JOIN = b"+"  # two sockets that come with it
+JOIN = b"+"  # asks to join the two sockets that are sent with it
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
-    "ipv4/ip_local_port_range": "16384 32767",  # the machine's own are above
+    "ipv4/ip_local_port_range": "16384 32767",  # the machine's own range is above
     "ipv4/conf/all/route_localnet": "1",  # name servers are often on loopback
 }
 
@@ -600,7 +600,7 @@ def attribute(kind: int, data: bytes) -> bytes:
 
 
 def change(netlink: socket.socket, kind: int, *parts: bytes) -> None:
-    """Have netlink do something; raise OSError."""
+    """Send a request to netlink and take its answer; raise OSError."""
     body, flags = b"".join(parts), 0x605  # REQUEST, ACK, CREATE, EXCL
     netlink.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
     (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
@@ -612,7 +612,7 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     """Put this process into a namespace with a cable; return the cable's other end."""
     addresses, routes = [block.network_address for block in outside], {*DEFAULTS}
     if all(address.version == 4 for address in addresses):
-        # IPv6 goes to the inside only.
+        # The gateway carries no IPv6, so IPv6 reaches the inside only.
         addresses.append(ipaddress.ip_address(OWN_IPV6))
         routes = {DEFAULTS[0], *(block for block in inside if block.version == 6)}
     system(LIBC.unshare, NEWUSER | NEWNET)
@@ -620,11 +620,11 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
         with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", "w") as file:
             file.write(value)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-        # As large as a datagram can be; and one packet is one datagram.
+        # IFLA_MTU: the largest datagram fits.  IFLA_GSO_MAX_SEGS: one in each packet.
         sizes = attribute(4, struct.pack("=I", 65535)), attribute(40, b"\1\0\0\0")
         kind = attribute(18, attribute(1, b"veth"))
         change(netlink, NEWLINK, bytes(16), *sizes, kind)
-        near, far = map(socket.if_nametoindex, ("veth0", "veth1"))  # there may be more
+        near, far = map(socket.if_nametoindex, ("veth0", "veth1"))  # indexes vary
         for index in (near, far):
             head = struct.pack("=BxHiII", 0, 0, index, UP_NOARP, UP_NOARP)
             change(netlink, SETLINK, head)
@@ -646,19 +646,19 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
 
 
 def carry(source: socket.socket, sink: socket.socket) -> None:
-    """Move what enters one socket to the other, to its end; pass a reset on."""
+    """Move bytes from one socket to another until the end; pass a reset on."""
     source.setblocking(True)
     sink.setblocking(True)  # now: the other direction may not have come to that
     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         out, into = os.pipe()
-        with open(out, "rb", 0), open(into, "wb", 0):  # which close them
+        with open(out, "rb", 0), open(into, "wb", 0):  # to close them at the end
             while True:
                 if not (size := os.splice(source.fileno(), into, PIPE_SIZE)):
                     if not (data := source.recv(65536)):  # else it was an urgent byte
                         break
                     sink.sendall(data)
-                if size == 65536:  # all that it holds: bulk comes
+                if size == 65536:  # the pipe was full: bulk comes
                     with contextlib.suppress(OSError):
                         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
                 while size:
@@ -670,11 +670,11 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                sock.shutdown(socket.SHUT_RD)  # wakes the other direction
+                sock.shutdown(socket.SHUT_RD)  # wakes the other direction's thread
 
 
 def join(near: socket.socket, server: socket.socket) -> None:
-    """Carry what two sockets receive, until both have ended."""
+    """Relay between two sockets until both directions have ended."""
     with near, server:
         back = threading.Thread(target=carry, args=(server, near))
         back.start()
@@ -683,9 +683,9 @@ def join(near: socket.socket, server: socket.socket) -> None:
 
 
 def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) -> None:
-    """Send a socket that a function makes, and the errno if it is lost; or why not."""
+    """Send the socket that a function makes, or the errno of why there is none."""
     try:
-        with make(*how) as made:
+        with make(*how) as made:  # EMFILE holds if the receiver has no descriptor left
             socket.send_fds(control, [b"%d" % errno.EMFILE], [made.fileno()])
     except Exception as error:
         control.send(b"%d" % (getattr(error, "errno", 0) or errno.EIO))
@@ -693,7 +693,7 @@ def give(control: socket.socket, make: Callable[..., socket.socket], *how: Any) 
 
 def help_out(control: socket.socket, *blocks: Blocks) -> None:
     """Make and join sockets, until nobody asks and nothing is under way."""
-    # A reader of our output must not wait for that.
+    # Else a reader of natrun's output would wait until the helper ends.
     for fd in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     threading.stack_size(64 * 1024)
@@ -706,15 +706,15 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
             give(control, socket.socket, *struct.unpack("=ii", asked))
             continue
         socks = [socket.socket(fileno=fd) for fd in fds]
-        if len(socks) == 2:  # where no descriptor was left, fewer have come
-            with contextlib.suppress(RuntimeError):  # or no thread is
+        if len(socks) == 2:  # fewer come if this process has no descriptor left
+            with contextlib.suppress(RuntimeError):  # no thread can start
                 threading.Thread(target=join, args=socks).start()
     for thread in threading.enumerate()[1:]:
         thread.join()
 
 
 class Helper:
-    """The process, and what it is asked for."""
+    """The helper, as the supervisor sees it."""
 
     def __init__(self, *blocks: Blocks) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -731,15 +731,15 @@ class Helper:
             self.cable = self.take()
         except OSError as error:
             self.barred = f"the kernel gives no namespace: {reason(error)}"
-        self.control.setblocking(False)  # from now on, it may have been stopped
+        self.control.setblocking(False)  # we must not wait for a helper that is stopped
 
     def take(self) -> socket.socket:
-        """Return what it has made; raise OSError."""
+        """Receive the socket that the helper has made; raise OSError."""
         said, fds, _, _ = socket.recv_fds(self.control, 8, 1)
         if fds:
             os.set_inheritable(fds[0], False)
             return socket.socket(fileno=fds[0])
-        raise failure(int(said or errno.EIO))  # or it has been killed
+        raise failure(int(said or errno.EIO))  # nothing is said if it has been killed
 
     async def make(self, family: int, kind: int) -> socket.socket:
         """Return a socket of the namespace; raise OSError."""
@@ -751,7 +751,7 @@ class Helper:
         return made
 
     def join(self, *socks: socket.socket) -> None:
-        """Have it carry what two sockets receive; raise OSError."""
+        """Have the helper relay between two sockets; raise OSError."""
         try:
             socket.send_fds(self.control, [JOIN], [sock.fileno() for sock in socks])
         except OSError as error:
@@ -761,11 +761,11 @@ class Helper:
 
 # --- Names --------------------------------------------------------------------
 #
-# What a program sends to port 53 comes here.  The gateway looks names up, so the
-# program connects to true addresses.  Where it is another SOCKS server, a name gets an
-# address of 198.18.0.0/15, which no host has (RFC 2544), and is asked for by name
-# later.  Names without a dot, and those of the LAT's domains, are the machine's own
-# name server's.
+# We answer what a program sends to port 53.  The gateway looks names up, so the program
+# connects to true addresses.  Another SOCKS server cannot: then a name gets an address
+# of 198.18.0.0/15, which no host has (RFC 2544), and connect() to that asks the server
+# for the name.  Names without a dot, and those of the LAT's domains, are asked of the
+# machine's own name server.
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
@@ -773,11 +773,11 @@ NAME = re.compile(rb"(?!.{254})[-\w]+(\.[-\w]+)*")
 
 
 def read_question(query: bytes) -> tuple[bytes, int, int]:
-    """Return the name and the type that a query asks for, and where that ends.
+    """Return the name and type that a query asks for, and where its question ends.
 
-    There is no name in what is not a query: RFC 1035 section 4.1.
+    The name is empty if this is not a query for one name: RFC 1035 section 4.1.
     """
-    labels, at, one = [], 12, b"\0\1"  # question, of the Internet
+    labels, at, one = [], 12, b"\0\1"  # QDCOUNT 1, and class IN
     with contextlib.suppress(IndexError):
         while size := query[at]:
             labels.append(query[at + 1 : at + 1 + size])
@@ -789,7 +789,7 @@ def read_question(query: bytes) -> tuple[bytes, int, int]:
 
 
 def reply_to(query: bytes, end: int, code: int, kind: int, data: bytes) -> bytes:
-    """Return the response to a query whose question ends there, with data or none."""
+    """Return the response to a query whose question ends at end, with data if any."""
     flags = 0x8080 | query[2] << 8 & 0x100 | code
     record = struct.pack("!HHHIH", 0xC00C, kind, 1, NAME_TIME, len(data)) + data
     head = query[:2] + struct.pack("!HHHHH", flags, end > 12, bool(data), 0, 0)
@@ -818,30 +818,30 @@ class Names:
     async def answer(
         self, query: bytes, server: Endpoint, app: str, reply: Callable[[bytes], Any]
     ) -> None:
-        """Answer a query that a program sent to a server, by a function."""
-        query = query.ljust(12, b"\0")  # its head
+        """Answer a query that a program sent to a name server, by calling reply."""
+        query = query.ljust(12, b"\0")  # at least a whole head
         (name, kind, end), code, data, response = read_question(query), 0, b"", b""
         target = reversed_address(name) if kind == PTR else b""
         ends = tuple(f".{one}".encode() for one in ("localhost", *self.gateway.domains))
-        near = b"." not in name or (b"." + name).endswith(ends)
+        local = b"." not in name or (b"." + name).endswith(ends)
         try:
             if target and not within(self.gateway.inside, target):
                 data = await self.look_back(target, app)
-            elif near and not within(self.gateway.inside, server.packed):
-                code = NO_NAME
-            elif near or kind not in (A, AAAA, SVCB, HTTPS):
+            elif local and not within(self.gateway.inside, server.packed):
+                code = NO_NAME  # a server outside does not know it
+            elif local or kind not in (A, AAAA, SVCB, HTTPS):
                 response = await timed(self.forward(query, server, app), QUERY_TIME)
-            elif kind in (A, AAAA):
+            elif kind in (A, AAAA):  # SVCB and HTTPS get an answer without data
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
         except OSError as error:
-            lacks = self.gateway.errno_of(error) == errno.EHOSTUNREACH
-            code = NO_NAME if lacks else FAILED
-        with contextlib.suppress(OSError):  # one lost datagram
+            unknown = self.gateway.errno_of(error) == errno.EHOSTUNREACH
+            code = NO_NAME if unknown else FAILED
+        with contextlib.suppress(OSError):  # the reply is lost, as a datagram may be
             reply(response or reply_to(query, end, code, kind, data))
 
     async def forward(self, query: bytes, server: Endpoint, app: str) -> bytes:
-        """Return what a name server answers, by the gateway if need be."""
+        """Return a name server's answer, through the gateway if it is outside."""
         loop = asyncio.get_running_loop()
         if within(self.gateway.inside, server.packed):
             with socket.socket(server.family, DATAGRAMS) as sock:
@@ -859,7 +859,7 @@ class Names:
         if self.gateway.programs[app].dns == "fake" or not self.gateway.natwork:
             return self.fake(name)
         if name not in self.known:
-            # A resolver asks for A and AAAA at once: that is one question.
+            # A resolver asks for A and AAAA at once: look up once for both.
             steps = self.resolve(request_of(RESOLVE, name + bytes(2)), app)
             self.known[name] = asyncio.ensure_future(steps)
             asyncio.get_running_loop().call_later(NAME_TIME, self.known.pop, name)
@@ -876,7 +876,7 @@ class Names:
         return address
 
     async def look_back(self, target: bytes, app: str) -> bytes:
-        """Return the name of an address as a query has it; raise OSError."""
+        """Return the name of an address as a PTR record has it; raise OSError."""
         request = request_of(RESOLVE_PTR, Endpoint(target, 0))
         name = self.called.get(target) or await self.resolve(request, app)
         labels = [label[:63] for label in name[:253].strip(b".").split(b".")]
@@ -890,7 +890,7 @@ class Names:
 
 # --- Calls --------------------------------------------------------------------
 
-# In place of an errno: let the kernel do what it would without us; it is answered.
+# In place of an errno: the kernel is to do the call itself; the call is answered.
 PROCEED, ANSWERED = -1, -2
 
 
@@ -898,13 +898,13 @@ class Call:
     """A notification: a thread has made a call, and waits for our answer."""
 
     def __init__(self, listener: int) -> None:
-        """Receive it; raise OSError."""
+        """Receive a notification; raise OSError."""
         raw = bytearray(80)  # the kernel wants zeros
         fcntl.ioctl(listener, NOTIF_RECV, raw)
         # struct seccomp_notif, with its struct seccomp_data
         self.id, self.tid, _, number, *_ = fields = struct.unpack("=QIIiIQ6Q", raw)
         self.listener, self.name, self.arguments = listener, CALLS[number], fields[6:]
-        self.fd = fields[6] & WHOLE  # of the socket, if there is one
+        self.fd = fields[6] & WHOLE  # the socket, if the call has one
 
     @functools.cached_property
     def app(self) -> str:
@@ -918,13 +918,13 @@ class Call:
     def answer(self, error: int) -> None:
         proceed = error == PROCEED
         fields = self.id, 0, 0 if proceed else -error, CONTINUE if proceed else 0
-        with contextlib.suppress(OSError):  # it has been killed
+        with contextlib.suppress(OSError):  # the caller has been killed
             fcntl.ioctl(self.listener, NOTIF_SEND, struct.pack("=QqiI", *fields))
 
     def give(self, sock: socket.socket, flags: int, fd: int | None = None) -> None:
-        """Answer with a descriptor of a socket of ours, or put it in place of one.
+        """Answer with a new descriptor of our socket, or put the socket in place of fd.
 
-        The flags are O_NONBLOCK and O_CLOEXEC, as are SOCK_NONBLOCK and SOCK_CLOEXEC.
+        Flags are O_NONBLOCK and O_CLOEXEC, or their equals SOCK_NONBLOCK, SOCK_CLOEXEC.
         """
         sock.setblocking(not flags & os.O_NONBLOCK)
         how = ADDFD_SEND if fd is None else ADDFD_SETFD
@@ -941,43 +941,43 @@ class Call:
             return dict(line.split(":", 1) for line in file)
 
     def interruption(self) -> int:
-        """Return the errno for who is dead, or is to see a signal that waits; else 0.
+        """Return the errno if the caller is dead or has to see a signal; else 0.
 
-        A signal to the process is the first thread's, unless that blocks it.  Which of
-        the others has it, the kernel does not say, and ERESTARTSYS is for that only,
-        and for a stop, which is complete when all threads have stopped.
+        A signal to the process goes to its first thread.  If that blocks it, the kernel
+        does not say which thread gets it, so answer EINTR: ERESTARTSYS is only for the
+        thread that has a signal, and for a stop, for which all threads must stop.
         """
         try:
             self.check()
             status = self.read_proc("status")
             first = self.read_proc(f"task/{int(status['Tgid'])}/status")
-        except OSError as error:  # or no descriptor is left
+        except OSError as error:  # ENOENT: it is dead; else no descriptor is left
             return ERESTARTSYS if error.errno == errno.ENOENT else 0
         names = "SigPnd", "ShdPnd", "SigBlk", "SigIgn"
         own, shared, blocked, ignored = (int(status[name], 16) for name in names)
         own, shared = own & ~(blocked | ignored), shared & ~(blocked | ignored)
         if own or "T" in first["State"] or shared and first["Pid"] == status["Pid"]:
             return ERESTARTSYS
-        takes = 0 if "Z" in first["State"] else ~int(first["SigBlk"], 16)
-        return errno.EINTR if shared & ~takes else 0
+        barred = -1 if "Z" in first["State"] else int(first["SigBlk"], 16)  # -1: all
+        return errno.EINTR if shared & barred else 0
 
     async def wait(self, steps: Awaitable[T]) -> T:
-        """Return what steps return; give them up for a signal, and raise OSError.
+        """Return the result of steps; cancel them for a signal, and raise OSError.
 
-        The kernel does not: it would let the program give a connect() up half done.
+        WAIT_KILLABLE_RECV leaves it to us: the kernel would end a connect() half done.
         """
         task = asyncio.ensure_future(steps)
         while not (await asyncio.wait({task}, timeout=LOOK_TIME))[0]:
             if error := self.interruption():
                 task.cancel()
-                await asyncio.wait({task})  # so that it gives the socket up
+                await asyncio.wait({task})  # until it has let go of the socket
                 raise failure(error)
         return task.result()
 
     def borrow(self) -> socket.socket:
         """Return the socket that the call is about; raise OSError.
 
-        It is not a copy: what is done to it here is done there.
+        It shares the program's file description: what we set on it is set there.
         """
         try:
             process = os.pidfd_open(self.tid, PIDFD_THREAD)
@@ -986,7 +986,7 @@ class Call:
         with open(process, "rb", 0):  # which closes it
             fd = system(LIBC.syscall, PIDFD_GETFD, process, self.fd, 0)
         try:
-            self.check()  # else the number may have been another's
+            self.check()  # else the tid may be that of another thread by now
             return socket.socket(fileno=fd)
         except OSError:
             os.close(fd)
@@ -1008,7 +1008,7 @@ class Call:
         return here.raw
 
     def write(self, raw: bytes, there: int, size_at: int) -> int:
-        """Write what fits where the program wants it; return or raise the errno."""
+        """Write raw, as much as has room, and its size; return or raise the errno."""
         room = int.from_bytes(self.read(size_at, 4), sys.byteorder, signed=True)
         if room < 0:
             return errno.EINVAL
@@ -1018,7 +1018,7 @@ class Call:
         return 0
 
     def target(self) -> Endpoint | None:
-        """Return the address of the Internet that a call is about; raise OSError."""
+        """Return the endpoint in a call's sockaddr, if it is of IP; raise OSError."""
         raw = self.read(self.arguments[1], self.arguments[2] & 0xFF)  # struct sockaddr
         family, port = int.from_bytes(raw[:2], sys.byteorder), raw[2:4]
         parts: dict[int, bytes] = {socket.AF_INET: raw[4:8], socket.AF_INET6: raw[8:24]}
@@ -1027,29 +1027,29 @@ class Call:
         return Endpoint(unmapped(packed), int.from_bytes(port, "big"))
 
     def write_address(self, family: int, where: Endpoint) -> int:
-        """Write an address, 0.0.0.0 if it is too wide; return or raise the errno."""
+        """Write a sockaddr, 0.0.0.0 for IPv6 in AF_INET; return or raise the errno."""
         raw = family.to_bytes(2, sys.byteorder) + where.port.to_bytes(2, "big")
-        narrow = where.family == socket.AF_INET
+        is_ipv4 = where.family == socket.AF_INET
         if family == socket.AF_INET:
-            raw += (where.packed if narrow else bytes(4)) + bytes(8)
+            raw += (where.packed if is_ipv4 else bytes(4)) + bytes(8)
         else:
-            raw += bytes(4) + MAPPED * narrow + where.packed + bytes(4)
+            raw += bytes(4) + MAPPED * is_ipv4 + where.packed + bytes(4)
         return self.write(raw, *self.arguments[1:3])
 
 
 @dataclass
 class Flow:
-    """What is known of a socket that is not what the kernel takes it for."""
+    """What we know of a socket, and the kernel does not."""
 
-    app: str = ""  # that it was made for, if it is of the namespace, or that connects
+    app: str = ""  # the program that connects it (TCP), or that got it from us (UDP)
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
-    waits: bool = False  # it was not O_NONBLOCK when it began to connect
+    waits: bool = False  # it was a blocking socket when connect() began
     task: asyncio.Task[int] | None = None  # has the errno, which is told once
     copy: socket.socket | None = None  # of it, while it connects
     mapped: int = 0  # its port, if that is one of the outside
-    since: float = 0.0  # it has been mapped
-    accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not taken
+    since: float = 0.0  # when it was mapped or renewed
+    accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not given
 
     @property
     def pending(self) -> bool:
@@ -1057,14 +1057,14 @@ class Flow:
 
 
 def copy_options(old: socket.socket, new: socket.socket) -> None:
-    """Set what a program may have set on a socket before bind()."""
+    """Copy the options that a program may have set on a socket before bind()."""
     for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT, socket.SO_BROADCAST:
         value = old.getsockopt(socket.SOL_SOCKET, option)
         new.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def free(sock: socket.socket) -> None:
-    """Take from a socket what would keep it from the gateway."""
+    """Clear the options that would keep a socket from the gateway."""
     for level, option, value in (
         (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bytes(4)),
         (socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b""),
@@ -1076,12 +1076,12 @@ def free(sock: socket.socket) -> None:
 
 # --- Datagrams ----------------------------------------------------------------
 #
-# The kernel does all that a program can ask of a socket of UDP, in the namespace.  We
-# read packets off the cable and wrap them for the gateway, one association (RFC 1928
-# section 7) for each address and port.  For each port there is one socket of the
-# machine; what comes back to it goes in by the cable, from where it came.
+# The program's socket of UDP is in the namespace, where the kernel does all its calls.
+# We read packets off the cable and wrap them for the gateway, one association (RFC 1928
+# section 7) for each address and port.  For each port there is one socket outside the
+# namespace: what it receives goes in by the cable, with the sender as its source.
 
-ANYBODY = b"\xff" * 6  # at the other end of the cable
+ANYBODY = b"\xff" * 6  # broadcast: the cable has one other end
 
 
 def read_packet(raw: bytes) -> tuple[Endpoint, Endpoint, bytes] | None:
@@ -1102,8 +1102,8 @@ class Association:
 
     here: Endpoint
     app: str  # the program whose settings hold
-    relay: Endpoint | None = None  # of the gateway, once it is known
-    queue: list[bytes] = field(default_factory=list)  # until then
+    relay: Endpoint | None = None  # the gateway's, once it has told that
+    queue: list[bytes] = field(default_factory=list)  # messages until then
     task: asyncio.Task[None] | None = None
 
 
@@ -1116,23 +1116,23 @@ class Datagrams:
         self.gateway, self.names, self.flows = names.gateway, names, flows
         self.helper, self.cable, self.app = helper, helper.cable, app
         self.cable.setblocking(False)
-        # One that does for both, unless the machine has no IPv6.
+        # Of our sockets: AF_INET6 carries IPv4 too, but the machine may have no IPv6.
         self.family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.socks: dict[int, socket.socket] = {}  # by port
         self.associations: dict[Endpoint, Association] = {}
         self.relays: dict[Endpoint, Association] = {}
-        # Asked for each datagram.
+        # Cached, for it is asked for each datagram.
         self.is_near = functools.lru_cache(RECORDS)(names.gateway.is_near)
 
     def read_cable(self) -> None:
-        """Carry what programs have sent."""
-        with contextlib.suppress(OSError):  # there is none, or one is lost
-            for _ in range(64):  # then others have their turn
+        """Carry the datagrams that programs have sent."""
+        with contextlib.suppress(OSError):  # no packet is left, or one cannot be sent
+            for _ in range(64):  # then other tasks have their turn
                 if packet := read_packet(self.cable.recv(65535 + 40)):
                     self.carry(*packet)
 
     def carry(self, here: Endpoint, there: Endpoint, data: bytes) -> None:
-        """Send a datagram to where it goes; raise OSError."""
+        """Answer a query, or send a datagram to the gateway or near; raise OSError."""
         if not (one := self.associations.get(here)):
             flow = self.flows.get(self.ports().get(here.port, 0))
             one = Association(here, flow.app if flow else self.app)
@@ -1143,7 +1143,7 @@ class Datagrams:
             return
         if self.is_near(one.app, there):
             return self.send(here.port, there, data)
-        message = bytes(3) + request_of(0, there)[3:] + data
+        message = bytes(3) + request_of(0, there)[3:] + data  # RFC 1928 section 7
         if one.relay:
             self.send(here.port, one.relay, message)
         elif len(one.queue) < 64:
@@ -1157,7 +1157,7 @@ class Datagrams:
         return {int(row[1][-4:], 16): int(row[9]) for row in rows(*tables)}
 
     def open(self, port: int, bound: socket.socket | None = None) -> socket.socket:
-        """Return a new socket of the machine for a port, bound as another if any."""
+        """Return a new socket of ours for a port, bound if a program's socket is."""
         sock = socket.socket(self.family, DATAGRAMS)
         free(sock)
         if bound:
@@ -1170,9 +1170,9 @@ class Datagrams:
         return sock
 
     def bind(self, sock: socket.socket, port: int) -> None:
-        """Bind a socket to any address, here as in the namespace; raise OSError."""
-        self.sweep()  # who had the port a moment ago
-        if port not in self.socks:  # else two share it
+        """Bind a socket to a port, of the machine and the namespace; raise OSError."""
+        self.sweep()  # the socket that had the port may be closed by now
+        if port not in self.socks:  # else another socket shares it
             port = self.open(port, sock).getsockname()[1]
         sock.bind(("", port))
 
@@ -1183,7 +1183,7 @@ class Datagrams:
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
         """Put a datagram into the namespace; raise OSError.
 
-        It has no checksum of UDP: our sockets need none.
+        It has no checksum of UDP: the sockets of the namespace need none.
         """
         size, addresses = 8 + len(data), source.packed + target.packed
         kind = 0x86DD  # EtherType
@@ -1191,14 +1191,14 @@ class Datagrams:
         if source.family == socket.AF_INET:
             kind = 0x0800
             head = struct.pack("!BxHxxxxBBxx", 0x45, 20 + size, 64, 17) + addresses
-            # RFC 1071: the sum of 16-bit words, with carries, is that modulo 0xFFFF.
+            # RFC 1071: the 16-bit words, added with carries, are head modulo 0xFFFF.
             checksum = 0xFFFF - int.from_bytes(head, "big") % 0xFFFF
             head = head[:10] + checksum.to_bytes(2, "big") + head[12:]
         head += struct.pack("!HHHxx", source.port, target.port, size)
         self.cable.sendto(head + data, ("veth1", kind, 0, 0, ANYBODY))
 
     def read(self, port: int, sock: socket.socket) -> None:
-        """Take what the inside answers or the gateway passes on: RFC 1928 section 7."""
+        """Inject what the inside or the gateway has sent: RFC 1928 section 7."""
         with contextlib.suppress(OSError):
             for _ in range(64):
                 data, sender = sock.recvfrom(65535)
@@ -1215,13 +1215,13 @@ class Datagrams:
         """Open an association with the gateway, and keep it until it ends."""
         try:
             with socket.socket(self.gateway.at.family) as control:
-                # From the same port of the outside, where it is free.
+                # The gateway takes the same port outside, if that is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
                 relay = await self.gateway.talk(control, request, one.app)
                 one.relay, self.relays[relay] = relay, one
                 while one.queue:
                     self.send(one.here.port, relay, one.queue.pop(0))
-                await receive(control, 1)
+                await receive(control, 1)  # the gateway ends it by a close
         except OSError as error:
             if not one.relay:
                 say_once(f"cannot send datagrams by {self.gateway.at}: {reason(error)}")
@@ -1245,8 +1245,8 @@ class Datagrams:
 
 # --- The command --------------------------------------------------------------
 
-# These cannot be caught, or mean a fault of natrun itself; or the terminal sends them
-# to both, and both are to stop.
+# Not passed on: signals that cannot be caught, or mean a fault of natrun itself; and
+# TTIN and TTOU, which the terminal sends to natrun and the command, to stop both.
 KEPT = "KILL STOP SEGV BUS FPE ILL ABRT TRAP SYS PIPE XFSZ TTIN TTOU"
 HANDLED = signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in KEPT.split()}
 SI_KERNEL = 0x80
@@ -1256,7 +1256,7 @@ class Command:
     """The program that is run, and how it ended."""
 
     def __init__(self, words: list[str], mask: set[Any], files: Any) -> None:
-        """Start it under the filter, with the signals and the limit that natrun had."""
+        """Start it under the filter, with the signal mask and file limit natrun got."""
         ours, theirs = socket.socketpair()
 
         def prepare() -> None:
@@ -1269,7 +1269,7 @@ class Command:
                 why = told.get(error.errno or 0) or reason(error)
                 say(f"cannot install the filter: {why}")
                 os._exit(125)
-            # By sendmsg(), which the filter allows: nobody answers a call yet.
+            # By sendmsg(), of which the filter does not notify: nobody answers yet.
             socket.send_fds(theirs, [b"+"], [listener])
             resource.setrlimit(resource.RLIMIT_NOFILE, files)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1295,29 +1295,29 @@ class Command:
         # struct signalfd_siginfo
         number, _, code = struct.unpack_from("=Iii", os.read(self.signals, 128))
         if number == signal.SIGCHLD:
-            # Children of the command come to us when they lose it.
+            # Orphans of the command are our children, too: run() makes us a subreaper.
             with contextlib.suppress(ChildProcessError):
                 while (one := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
                     if one[0] == self.process.pid:
                         self.follow(one[1])
-        elif code != SI_KERNEL or number == signal.SIGHUP:  # else the command has it
+        elif code != SI_KERNEL or number == signal.SIGHUP:  # else the tty tells both
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid, number)
 
     def follow(self, status: int) -> None:
-        """Stop as the command has; or when it has ended, be as any other process."""
+        """Stop when the command stops; when it has ended, let signals act on natrun."""
         if os.WIFSTOPPED(status):
-            # A shell that has us in front, or a shell that we run, would wait for us.
-            # Nobody else needs it, and others may know nothing of us.
+            # A shell with job control waits until natrun stops too, also if the command
+            # is a shell that suspended itself.  Others may not know to continue natrun.
             with contextlib.suppress(OSError), open("/dev/tty") as tty:
                 fd, own, shell = tty.fileno(), os.getpgrp(), os.getpgid(os.getppid())
                 front = os.tcgetpgrp(fd)
                 if front in (own, self.process.pid) and own != shell:
-                    # Unless there is none, which could let us go on: the kernel knows.
-                    os.kill(os.getpid(), signal.SIGTSTP)  # one if another is pending
+                    # By SIGTSTP, which the kernel drops if no shell could continue us.
+                    os.kill(os.getpid(), signal.SIGTSTP)  # merges with a pending one
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-                    if front != own:  # a shell finds itself in front again
+                    if front != own:  # the command is that shell, and was in front
                         os.tcsetpgrp(fd, front)
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
@@ -1327,7 +1327,7 @@ class Command:
     def leave(self) -> NoReturn:
         """End as the command has ended."""
         if (code := self.process.wait()) < 0:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no second core file
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(-code, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
@@ -1338,22 +1338,21 @@ class Command:
 # --- The supervisor -----------------------------------------------------------
 #
 # One process answers the calls of all processes of a run, in one event loop in which
-# nothing may block.  Each call is a task.  What fails here is an answer, too, and never
-# "go on".
+# nothing may block.  Each call is a task.  If we fail at a call that leads out, answer
+# an errno: PROCEED might lead past the gateway.
 
 
 class Supervisor:
     """The answers to the calls of a run.
 
-    What is called on_ and the name of a call returns its errno, PROCEED or ANSWERED,
-    and raises OSError.
+    on_NAME() answers the call NAME: an errno, PROCEED or ANSWERED; or raises OSError.
     """
 
     def __init__(self, gateway: Gateway, app: str, verbose: bool) -> None:
         self.gateway, self.programs, self.verbose = gateway, gateway.programs, verbose
         self.helper = Helper(gateway.outside, gateway.inside)
-        # The waiting room: its queue is full, so the kernel drops each SYN to it.  What
-        # connects to it is neither accepted nor refused, until meet() calls from it.
+        # The waiting room: its queue is full, so the kernel drops each SYN to it.  So a
+        # connect() to it is neither accepted nor refused, until meet() connects back.
         near = "127.0.0.1", 0
         self.listener = socket.create_server(near, backlog=0, reuse_port=True)
         self.room = endpoint(self.listener.getsockname())
@@ -1361,12 +1360,12 @@ class Supervisor:
         self.names, self.notified = Names(gateway), 0
         self.datagrams: Datagrams | None = None
         self.flows: dict[int, Flow] = {}  # by inode
-        # The kernel takes out of it what nobody has open any more, and lists the rest.
+        # The kernel removes sockets that nobody has open any more, and lists the rest.
         self.live = select.epoll()
-        self.server = socket.socket(socket.AF_INET, DATAGRAMS)
+        self.server = socket.socket(socket.AF_INET, DATAGRAMS)  # our name server
         self.server.bind(near)
         self.asked: dict[int, tuple[Endpoint, str]] = {}  # by the asker's port
-        self.session = socket.socket()
+        self.session = socket.socket()  # a user's, see lease()
         barred = self.helper.barred if gateway.udp else LACKS
         if not barred:
             self.datagrams = Datagrams(self.names, self.helper, self.flows, app)
@@ -1378,7 +1377,7 @@ class Supervisor:
         loop, listener = asyncio.get_running_loop(), command.listener
         poll = select.poll()
         loop.set_exception_handler(lambda _, found: say(f"fault: {found}"))
-        over = loop.create_future()  # never done, but given up when nobody is left
+        over = loop.create_future()  # canceled when no process is under the filter
         loop.add_reader(command.signals, command.take)
         loop.add_reader(self.server, self.read_query)
         if self.datagrams:
@@ -1386,7 +1385,7 @@ class Supervisor:
         poll.register(listener, select.POLLIN)
 
         def take() -> None:
-            """Take what is there: NOTIF_RECV would wait for who has been killed."""
+            """Take a call if poll() sees one: NOTIF_RECV blocks when it was killed."""
             for _, events in poll.poll(0):
                 if not events & select.POLLIN:
                     over.cancel()
@@ -1415,16 +1414,16 @@ class Supervisor:
         command.leave()
 
     async def answer(self, call: Call) -> None:
-        """Answer a call, when it is known what with."""
+        """Find the answer to a call, and give it."""
         answer = PROCEED
-        story = getattr(self, f"on_{call.name}")
+        method = getattr(self, f"on_{call.name}")
         leads_out = call.name in ("connect", "bind", "socket")
         try:
             if leads_out:
-                answer = await story(call)
-            elif self.flows:  # the others are only about them
+                answer = await method(call)
+            elif self.flows:  # all other calls need us for a flow only
                 with call.borrow() as sock:
-                    answer = await story(call, sock, self.flow_of(sock))
+                    answer = await method(call, sock, self.flow_of(sock))
         except OSError as error:
             answer = self.gateway.errno_of(error)
             if answer == errno.EPERM and not leads_out:
@@ -1461,17 +1460,18 @@ class Supervisor:
             if sock.proto != socket.IPPROTO_TCP or near:
                 return self.connect_datagrams(call, sock, target, near)
             flow, waits = self.flow_of(sock), os.get_blocking(sock.fileno())
-            # It has been tried before, and is O_NONBLOCK as long as that is under way.
+            # After EINTR a program may connect again.  While the first connect() is
+            # under way, a blocking socket is at O_NONBLOCK, and flow.waits tells it.
             if waits or flow.waits or not flow.pending:
-                tried, error = flow.task, await self.end_of(call, flow, sock)
-                if error or tried and flow.waits:  # else the kernel knows
+                first, error = flow.task, await self.end_of(call, flow, sock)
+                if error or first and flow.waits:  # else connect_ex() tells
                     return error
             free(sock)
             family = self.gateway.at.family
-            # What is bound to IPv6 may not reach IPv4; then connect_ex() knows at once.
+            # If a bound IPv6 socket cannot reach IPv4, connect_ex() to the room fails.
             bound = family < sock.family and sock.getsockname()[1] > 0
             paired = not waits or family > sock.family or bound
-            copy = sock.dup()  # now: no descriptor may be left
+            copy = sock.dup()  # before connect_ex(): it may raise EMFILE
             sock.setblocking(False)
             there = self.room if paired else self.gateway.at
             error = sock.connect_ex(there.pair(sock.family))
@@ -1501,7 +1501,7 @@ class Supervisor:
         except OSError as failed:
             error = gateway.errno_of(failed)
         with sock, contextlib.suppress(OSError):
-            if flow.waits:  # else the program may have changed it meanwhile
+            if flow.waits:  # else only the program has set O_NONBLOCK
                 sock.setblocking(True)
             if error:  # AF_UNSPEC: who polls sees EPOLLERR, EPOLLHUP and EPOLLOUT
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
@@ -1520,32 +1520,32 @@ class Supervisor:
             self.helper.join(near, server)
 
     async def end_of(self, call: Call, flow: Flow, sock: socket.socket) -> int:
-        """Return how a connect() has ended, when it has, if that is not told yet."""
+        """Wait for the end of a connect(), and return its errno; 0 if it was told."""
         error = await call.wait(asyncio.shield(flow.task)) if flow.task else 0
         flow.task = None
         if error:
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what the kernel had
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears the kernel's
             flow.peer = NOWHERE
         return error
 
     async def on_getsockopt(self, call: Call, sock: socket.socket, flow: Flow) -> int:
         """Tell by SO_ERROR why a connect() has failed."""
-        # After EINTR, a socket that waits is at the gateway, and writable, too early.
+        # After EINTR, a blocking socket is writable before the target answers: wait.
         early = flow.pending and not flow.waits
         if early or not (error := await self.end_of(call, flow, sock)):
             return PROCEED
         return call.write(error.to_bytes(4, sys.byteorder), *call.arguments[3:5])
 
     async def on_getsockname(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Tell the address that the gateway connected from, or that was meant."""
+        """Tell a flow's own address outside; as on_getpeername(), that of its peer."""
         where = flow.local if call.name == "getsockname" else flow.peer
         if not where.port:  # it is not known yet, or the server does not say
             return PROCEED
         if call.name == "getpeername":
-            # Out of the waiting room, it is connected before the flow is settled.
+            # A blocking one may be at the gateway only; for others, the kernel knows.
             if flow.pending and flow.waits:
                 return errno.ENOTCONN
-            sock.getpeername()  # which says if it is not
+            sock.getpeername()  # raises ENOTCONN if it is not connected
         return call.write_address(sock.family, where)
 
     on_getpeername = on_getsockname
@@ -1567,12 +1567,12 @@ class Supervisor:
     def connect_datagrams(
         self, call: Call, sock: socket.socket, target: Endpoint, near: bool
     ) -> int:
-        """Connect what is not of TCP: a query is for our name server."""
+        """Answer for sockets other than TCP: queries go to our own name server."""
         program = self.programs[call.app]
         udp = sock.proto == socket.IPPROTO_UDP
-        asks = udp and target.port == 53 and program.redirect == "yes"
-        ours = asks and program.dns != "local"
-        private = udp and bool(self.flow_of(sock).app)
+        query = udp and target.port == 53 and program.redirect == "yes"
+        ours = query and program.dns != "local"
+        private = udp and bool(self.flow_of(sock).app)  # of the namespace
         if private and within(LINKED, target.packed):
             sock, private = self.swap(call, sock), False
         if private or not ours and (near or udp and program.udp == "local"):
@@ -1596,7 +1596,7 @@ class Supervisor:
             asyncio.ensure_future(steps)
 
     async def on_bind(self, call: Call) -> int:
-        """Bind to the outside address, or to a port that is to be there."""
+        """Bind to the outside address, or to a port that is mapped there."""
         if not (where := call.target()):
             return PROCEED
         anywhere = not any(where.packed)
@@ -1618,12 +1618,12 @@ class Supervisor:
         """Bind a socket, and map a port of the outside to it; raise OSError."""
         gateway, anywhere = self.gateway, "::" if sock.family == socket.AF_INET6 else ""
         if anywhere and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            return PROCEED  # the gateway calls by IPv4
-        # NAT-PMP lets nobody choose.
+            return PROCEED  # the gateway connects to it by IPv4
+        # NAT-PMP has no choice of an address.
         if any(where.packed) and where.packed != gateway.own[4]:
             return errno.EADDRNOTAVAIL
-        await self.tidy()  # there is a limit to mappings
-        with socket.socket(sock.family) as probe:  # what is refused must stay unbound
+        await self.tidy()  # the gateway's limit counts the mappings of closed sockets
+        with socket.socket(sock.family) as probe:  # if refused, sock must stay unbound
             copy_options(sock, probe)
             probe.bind((anywhere, where.port))
             port = probe.getsockname()[1]
@@ -1637,9 +1637,9 @@ class Supervisor:
         return 0
 
     async def lease(self, port: int, where: Endpoint) -> Endpoint:
-        """Have a port mapped, for a time; return where it is, or raise OSError."""
+        """Map a port for a time; return its endpoint outside, or raise OSError."""
         gateway = self.gateway
-        if gateway.password:  # of users, only who has a session may map: idle, it ends
+        if gateway.password:  # a user needs a session to map; an idle one ends
             session = socket.socket(gateway.at.family)
             request = request_of(ASSOCIATE, NOWHERE)
             await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
@@ -1648,13 +1648,13 @@ class Supervisor:
         answer = await gateway.map(port, where.port or port, LEASE)
         place = await gateway.map() if any(where.packed) else where.packed
         here = Endpoint(place, int.from_bytes(answer[2:], "big"))
-        if here != where in [flow.local for flow in self.flows.values()]:
+        if here != where and where in [flow.local for flow in self.flows.values()]:
             say_once(f"{where} is not free on the gateway, and is asked for again")
-            await gateway.map(port, 0, 0)  # a renewal would keep what is wrong
+            await gateway.map(port, 0, 0)  # renewals would keep the wrong one
         return here
 
     async def unmap(self, port: int) -> None:
-        """End a mapping, unless a socket has it, or it is none."""
+        """End the mapping of a port, unless it is 0 or a socket still has it."""
         if port and all(flow.mapped != port for flow in self.flows.values()):
             await self.gateway.map(port, 0, 0)
 
@@ -1663,18 +1663,18 @@ class Supervisor:
         flags = int(call.read_proc(f"fdinfo/{call.fd}")["flags"], 8)
         new = socket.socket(old.family, old.type)
         copy_options(old, new)
-        # What it sends elsewhere must not go past the gateway.
+        # SO_DONTROUTE: nothing that it sends elsewhere may go past the gateway.
         new.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
         call.give(new, flags, call.fd)
         return new
 
     async def on_accept(self, call: Call, sock: socket.socket, flow: Flow) -> int:
-        """Accept a connection at a port outside, and say who it is that called."""
+        """Accept a connection at a mapped port, and tell the caller's true address."""
         if not flow.mapped:
             return PROCEED
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        # Nobody but us takes what is there.
+        # A connection that poll() sees stays there: the program accepts by us only.
         while not flow.accepted and not poll.poll(0):
             if not os.get_blocking(sock.fileno()):
                 return errno.EAGAIN
@@ -1696,7 +1696,7 @@ class Supervisor:
     on_accept4 = on_accept
 
     async def caller(self, peer: Endpoint, own: Endpoint) -> Endpoint:
-        """Return who it is that calls us by the gateway, as that knows."""
+        """Return the true address of a caller, which the gateway's table has."""
         gateway, path = self.gateway, f"/table.json?source_port={peer.port}"
         login = b":".join(gateway.login("natrun")) if gateway.password else b""
         with contextlib.suppress(OSError):
@@ -1731,10 +1731,10 @@ def run(words: list[str], gateway: Gateway, verbose: bool) -> None:
     """Run a command to its end, and end as it did; raise Fault."""
     if MACHINE not in MACHINES:
         raise Fault(f"cannot run on {MACHINE}, only on {' and '.join(MACHINES)}")
-    # What becomes a daemon stays a descendant, whom Yama lets us look into.
+    # A daemon of the command stays our descendant, which Yama lets us look into.
     system(LIBC.prctl, CHILD_SUBREAPER, 1, 0, 0, 0)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    # If whoever started us ignored it, the kernel would reap in our place.
+    # If it is ignored, as our parent may have left it, the kernel reaps in our place.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Each connection is a descriptor here, and some in the helper.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1748,9 +1748,9 @@ def check(given: dict[str, str], programs: Programs) -> int:
     say(f"Linux {os.uname().release} on {MACHINE}, Python {sys.version.split()[0]}")
     barred = Helper([], []).barred
     say(f"namespace: {'no, ' + barred if barred else 'yes'}")
-    # This has us look into it and borrow a socket, but ask no gateway.
+    # A program for which we read memory and borrow a socket, but need no gateway.
     code = "import socket, sys; sys.tracebacklimit = 0; socket.socket().bind(('', 0))"
-    if not (pid := os.fork()):  # it says itself what the kernel does not let it do
+    if not (pid := os.fork()):  # natrun there says what the kernel does not allow
         run([sys.executable, "-c", code], Gateway(NOWHERE, {"udp": 1}, programs), False)
     failed = os.waitpid(pid, 0)[1]
     say(f"programs: {'no' if failed else 'yes'}")
@@ -1761,7 +1761,7 @@ def check(given: dict[str, str], programs: Programs) -> int:
     try:
         request = request_of(RESOLVE, b"localhost\0\0")
         asyncio.run(Names(gateway).resolve(request, "natrun"))
-    except OSError as error:  # but for Lost, it is an answer to who is let in
+    except OSError as error:  # any but Lost is an answer to a user that is let in
         works["login"] = reason(error) if isinstance(error, Lost) else ""
     for name, why in works.items():
         say(f"{name}: {'no, ' + why if why else 'yes'}")
@@ -1771,7 +1771,7 @@ def check(given: dict[str, str], programs: Programs) -> int:
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
-    # Our sockets must not be what the command takes for its input or its output.
+    # Open 0, 1 and 2, or the command takes a socket of ours for its input or output.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(fd, True)
     os.close(fd)

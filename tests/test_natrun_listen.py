@@ -519,8 +519,8 @@ def test_a_gateway_that_does_not_map_is_named(rig: Rig) -> None:
     done = rig.box.run("inside", *words)
     assert done.stdout == '["ENETUNREACH"]\n'
     assert done.stderr == (
-        f"natrun: cannot use the gateway {natrun_rig.GATEWAY}: it does not answer who "
-        "asks for a port\n"
+        f"natrun: cannot use the gateway {natrun_rig.GATEWAY}: it does not answer "
+        "NAT-PMP\n"
     )
 
 
