@@ -471,7 +471,7 @@ class Gateway:
             raise failure(errno.ECONNREFUSED) from None
 
     async def ask(self, sock: socket.socket, request: bytes, app: str) -> Endpoint:
-        """Log in by a socket, make a request, and return what it answers."""
+        """Log in over a socket, send a request, and return the endpoint answered."""
         loop, who = asyncio.get_running_loop(), self.login(app)
         methods = b"\2" if self.natwork else b"\0\2" if who[1] else b"\0"
         hello = bytes([5, len(methods)]) + methods
@@ -583,7 +583,7 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 # <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
-UP_NOARP, NODAD, UDP_NO_CHECK6_RX = 0x81, 0x2, 102
+UP_NOARP, NODAD = 0x81, 0x2
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # asks to join the two sockets that are sent with it
 SYSCTLS = {
@@ -647,9 +647,6 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
 
 def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move bytes from one socket to another until the end; pass a reset on."""
-    source.setblocking(True)
-    sink.setblocking(True)  # now: the other direction may not have come to that
-    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         out, into = os.pipe()
         with open(out, "rb", 0), open(into, "wb", 0):  # to close them at the end
@@ -676,6 +673,9 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
 def join(near: socket.socket, server: socket.socket) -> None:
     """Relay between two sockets until both directions have ended."""
     with near, server:
+        for sock in (near, server):
+            sock.setblocking(True)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         back = threading.Thread(target=carry, args=(server, near))
         back.start()
         carry(near, server)
@@ -747,7 +747,7 @@ class Helper:
             self.control.send(struct.pack("=ii", family, kind))
             await readable(self.control)
             made = self.take()
-        made.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
+        made.setsockopt(socket.IPPROTO_UDP, 102, 1)  # UDP_NO_CHECK6_RX
         return made
 
     def join(self, *socks: socket.socket) -> None:
@@ -1045,9 +1045,9 @@ class Flow:
     peer: Endpoint = NOWHERE
     local: Endpoint = NOWHERE
     waits: bool = False  # it was a blocking socket when connect() began
-    task: asyncio.Task[int] | None = None  # has the errno, which is told once
-    copy: socket.socket | None = None  # of it, while it connects
-    mapped: int = 0  # its port, if that is one of the outside
+    task: asyncio.Task[int] | None = None  # its errno is told once
+    copy: socket.socket | None = None  # our descriptor of it, while it connects
+    mapped: int = 0  # its port here, if the gateway maps one to it
     since: float = 0.0  # when it was mapped or renewed
     accepted: list[tuple[socket.socket, Any]] = field(default_factory=list)  # not given
 
