@@ -18,7 +18,7 @@ Where no hole can be made, the server relays.  Usage:
 Both sides have the same secret, in ~/.natpunch, in NATPUNCH_SECRET or in the file of
 --secret; the server never knows it.  A server with a key (--key, NATPUNCH_KEY) serves
 nobody without it.  Each peer proves the secret before a byte of payload moves.  A
-stream is TCP, or TLS where both sides have Python 3.13; datagrams are plain.
+stream is TLS by the secret where both have Python 3.13, else plain, as datagrams are.
 
 Exit codes: 0 done, or asked to stop (TERM, INT); 1 it could not be done; 2 bad command
 line; 130 a pipe was interrupted.  Streams outlive a server or a far end that is ended.
@@ -254,10 +254,7 @@ def hidden(value: bytes, transaction: bytes) -> bytes:
 
 
 def stun_answer(message: bytes, source: Address, *other: Address) -> tuple[bytes, int]:
-    """Return an answer, and the flags of CHANGE-REQUEST; raise ValueError.
-
-    It is the least there is, so that a forged source gains little.
-    """
+    """Return the shortest answer, and the flags of CHANGE-REQUEST; raise ValueError."""
     kind, transaction, asked = parse_stun(message)
     if kind != BINDING:
         raise ValueError("not a request")
@@ -771,6 +768,7 @@ class Member:
         self.words: list[str] = []  # for the peer
         self.peer: Member | None = None
         self.port = 0  # as which it was last seen, in this round
+        self.told: tuple[Any, ...] = ()  # of this round, for the peer
 
     def take(self) -> bytes:
         """Return the next message, once all of it has come: a line, or STUN's."""
@@ -918,9 +916,12 @@ class Server:
             self.join(member, room)
         elif word == "round" and len(rest) == 4 and member.peer:
             is_near = member.source[0] == member.peer.source[0]  # behind one NAT
-            told = *rest[:2], member.source[0], member.port, *rest[2:] * is_near
-            tell(member.peer.sock, "peer", *told)
-            member.port = 0
+            seen = member.source[0], member.port, *rest[2:] * is_near
+            member.told, member.port = (*rest[:2], *seen), 0
+            if member.peer.told:  # both now: a NAT may refuse what does not cross
+                tell(member.sock, "peer", *member.peer.told)
+                tell(member.peer.sock, "peer", *member.told)
+                member.told = member.peer.told = ()
         elif [word, *rest] == ["relay"] and member.peer:
             self.relay(member, member.peer)
         else:

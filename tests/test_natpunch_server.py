@@ -397,14 +397,27 @@ def test_a_peer_is_told_what_was_seen_and_no_third_address(served: natlab.Lab) -
     # Not a port that was not seen in this round, nor one of another host.
     stranger = Client(served, "a", 3479)
     assert ask(stranger.sock, other.nonce)
-    other.say("round step 1 10.0.0.2 7")
+    for client in (one, other):
+        client.say("round step 1 10.0.0.2 7")
     assert one.hear() == f"peer step 1 {served.outside['b']} 0"
+
+
+def test_both_are_told_at_once(served: natlab.Lab) -> None:
+    # The first that comes to a NAT which rejects closes it, unless the two cross.
+    one, other = pair(served)
+    for number in range(3):
+        for client in (one, other):
+            assert not select.select([one.sock, other.sock], [], [], 0.2)[0]
+            client.say(f"round step {number} 10.0.0.2 7")
+        for client in (one, other):
+            assert client.hear().startswith(f"peer step {number} ")
 
 
 def test_inside_addresses_are_told_behind_one_nat_only(served: natlab.Lab) -> None:
     one, other = pair(served, "a", "a")
     port = one.see(served)
-    one.say("round same 0 10.0.0.7 7")
+    for client in (one, other):
+        client.say("round same 0 10.0.0.7 7")
     assert other.hear() == f"peer same 0 {served.outside['a']} {port} 10.0.0.7 7"
 
 
