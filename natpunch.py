@@ -90,7 +90,6 @@ ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, T
 Address = tuple[str, int]
 Socket = socket.socket
 PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"  # RFC 1918, 4193
-IP_PKTINFO = 8  # of Linux; the socket module does not have it
 RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
 
 # --- What is said -------------------------------------------------------------
@@ -808,7 +807,7 @@ class Server:
         udp = self.udp[here] = socket.socket(family_of(host), DGRAM)
         # Where we have all addresses, the kernel says which one was asked.
         if host == "0.0.0.0":
-            udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO
         if host == "::":
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
