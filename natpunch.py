@@ -2,7 +2,7 @@
 """natpunch: join two machines, each behind a NAT that admits nobody, directly.
 
 A server that both can reach tells each where the other was seen.  Both send there at
-once, each NAT takes what then comes for an answer, and the server is out of it:
+once, each NAT takes the other's packets for answers, and the server's part is done:
 
     A --- NAT ===+===========+=== NAT --- B
                  +-- server -+
@@ -21,7 +21,7 @@ nobody without it.  Each peer proves the secret before a byte of payload moves. 
 stream is TCP, or TLS where both sides have Python 3.13; datagrams are plain.
 
 Exit codes: 0 done, or asked to stop (TERM, INT); 1 it could not be done; 2 bad command
-line; 130 a pipe was interrupted.  Streams outlive a server or a far end that is ended.
+line; 130 a pipe was interrupted.  Stopping a server or a far end ends no stream.
 
 It does not move a stream to another address, and it does not speak ICE.  To read it,
 begin at find_way() and carry(); every section uses only the ones above it.
@@ -36,7 +36,7 @@ import sys
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit("natpunch: needs Python 3.10 or later")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while the others are imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports below
 
 import argparse
 import contextlib
@@ -67,21 +67,21 @@ PORT = 3478  # and the next one: RFC 8489 section 18.6
 LINE_LIMIT = 1024  # a message between us and the server
 READ_SIZE = 256 * 1024
 FAN = 24  # ports that are tried ahead of a stepping NAT
-BIRTHDAYS = 256  # ports of a random NAT, of which PROBES hit one with 98.3 %
-PROBES = 1024  # that a round may send, at 8 in 4 ms
+BIRTHDAYS = 256  # ports of a random NAT: PROBES at random hit one of them in 98.3 %
+PROBES = 1024  # at most in a round; 8 are sent every 4 ms
 STEP_LIMIT = 16  # a NAT that steps further is taken for random
-LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
-BIRTHDAY_TIME = 0.7  # in which PROBES are sent
-OBSERVE_TIME = 0.5  # for the server to say what it sees
-ANSWER_TIME = 10.0  # for a server, a target, or a client that has not joined
-PAIR_TIME = 8.0  # for a pair to have a hole, or the relay
-RELAY_TIME = 1.5  # of this, which is left for the relay
-WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
-RETRY_TIME = 1.0  # of a client that waits for a server or a peer
+LOW_TTL, LOW_TTL_TIME = 2, 0.15  # passes no gateway but our NAT; time for this
+BIRTHDAY_TIME = 0.7  # of which sending PROBES takes 0.5
+OBSERVE_TIME = 0.5  # for the server to answer a binding request
+ANSWER_TIME = 10.0  # for a server or a target to answer, for a client to join
+PAIR_TIME = 8.0  # from pairing until there is a hole, or the relay
+RELAY_TIME = 1.5  # the part of PAIR_TIME that is kept for the relay
+WAIT_TIME = 60.0  # for a peer to join; then a client joins anew, and says so
+RETRY_TIME = 1.0  # until a client tries again; for standard error to take a line
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
-SILENCE = 45.0  # of a hole that is then punched anew
+SILENCE = 45.0  # after which a hole is given up, and punched anew
 STUN_RATE = 10  # answers to one source in a second
-SOURCES = 10000  # that are answered in a second; forged ones have no end
+SOURCES = 10000  # answered in a second; a forger has any number of addresses
 FOREVER = float("inf")
 
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -91,7 +91,7 @@ Address = tuple[str, int]
 Socket = socket.socket
 PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"  # RFC 1918, 4193
 IP_PKTINFO = 8  # of Linux; the socket module does not have it
-RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
+RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # by close()
 
 # --- What is said -------------------------------------------------------------
 
@@ -103,7 +103,7 @@ REFUSALS = {
     "gone": "the peer has left",
     "relay": "no hole could be made, and it may not be relayed",
 }
-CHANGING = REFUSALS["full"], REFUSALS["nobody"]
+CHANGING = REFUSALS["full"], REFUSALS["nobody"]  # may change: we try again
 
 
 class Failure(Exception):
@@ -115,7 +115,7 @@ class Failure(Exception):
 
 
 def say(message: object) -> None:
-    """Write a line to standard error; where nobody reads it, it is lost."""
+    """Write a line to standard error, or lose it if nobody reads there."""
     with contextlib.suppress(OSError):
         line = " ".join(str(message).splitlines())
         if select.select([], [2], [], RETRY_TIME)[1]:
@@ -124,11 +124,11 @@ def say(message: object) -> None:
 
 @contextlib.contextmanager
 def trying(to: str, code: int = 1, other: str = "it is not natpunch") -> Iterator[None]:
-    """Turn what fails into the one line of a Failure, with nothing of the network."""
+    """Turn an error into a Failure of one line, without a word that a peer sent."""
     try:
         yield
     except OSError as error:
-        why = (error.strerror or str(error)).partition(" (")[0]  # but not where
+        why = (error.strerror or str(error)).partition(" (")[0]  # less "(_ssl.c:1000)"
         raise Failure(to, why[:1].lower() + why[1:], code) from error
     except (ValueError, LookupError) as error:
         raise Failure(to, other, code) from error
@@ -144,7 +144,7 @@ def parse_address(text: str, port: int = 0) -> Address:
     host, colon, number = text.rpartition(":")
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
-    most = 65534 if port else 65535  # a server has the next one, too
+    most = 65534 if port else 65535  # a server uses the next port, too
     if number not in map(str, range(1, most + 1)):
         raise Failure(f"use {text!r}", f"it has no port from 1 to {most}", 2)
     with trying(f"use {text!r}", 2, "it has no host"):
@@ -162,7 +162,7 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
             if os.fstat(file.fileno()).st_mode & 0o077:
                 raise OSError("others may read it")
             found = file.read(LINE_LIMIT).strip()
-    if len(found) < 16 and (path or found):
+    if len(found) < 16 and (path or found):  # there may be no key at all
         raise Failure(f"use {path or variable}", "16 characters are the least", 2)
     return found
 
@@ -173,17 +173,17 @@ def mac(key: bytes, *words: object) -> bytes:
 
 
 def tell(sock: Socket, *words: object) -> None:
-    """Send a message; a connection that is lost shows when it is read."""
+    """Send a message; if the connection is lost, the next read shows that."""
     with contextlib.suppress(OSError):
         sock.sendall(" ".join(map(str, words)).encode() + b"\n")
 
 
 def hear(sock: Socket, expected: str, until: float) -> list[str]:
-    """Return the words of the server's next message; raise what trying() takes."""
+    """Return the words of the server's next message; raise what trying() catches."""
     line = b""
     while line[-1:] != b"\n" and len(line) < LINE_LIMIT:
         sock.settimeout(max(until - time.monotonic(), 0.001))
-        # Not a byte more: after the last message comes what is relayed.
+        # One byte at a time: the relayed stream follows the last message at once.
         if not (byte := sock.recv(1)):
             raise OSError("the server has left")
         line += byte
@@ -196,12 +196,12 @@ def hear(sock: Socket, expected: str, until: float) -> list[str]:
 
 
 def address_of(host: str | bytes, port: str | int) -> Address:
-    """Return an address that was told; raise ValueError, also for a host's name."""
+    """Return an address from a message; raise ValueError, also for a host's name."""
     return str(ipaddress.ip_address(host)), int(port)
 
 
 def inside_of(host: str, port: str) -> list[Address]:
-    """Return where a peer says that it is, if it can be there; raise ValueError."""
+    """Return a peer's own address if it is private, else []; raise ValueError."""
     at, number = ipaddress.ip_address(host), int(port)
     is_private = any(at in ipaddress.ip_network(network) for network in PRIVATE)
     return [(str(at), number)] if is_private and 0 < number < 65536 else []
