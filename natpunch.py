@@ -220,7 +220,7 @@ COOKIE = bytes.fromhex("2112a442")
 BINDING, SUCCESS, ERROR = 0x0001, 0x0101, 0x0111
 MAPPED, CHANGE, CHANGED, ERROR_CODE, UNKNOWN = 1, 3, 5, 9, 10
 XOR_MAPPED, OTHER = 0x0020, 0x802C
-KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and proofs that nobody needs
+KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # also USERNAME and MESSAGE-INTEGRITY, ignored
 OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
@@ -243,13 +243,13 @@ def parse_stun(message: bytes) -> tuple[int, bytes, dict[int, bytes]]:
 
 
 def packed(address: Address) -> bytes:
-    """Return the value of an attribute that is an address."""
+    """Return an address as the value of an attribute."""
     host = ipaddress.ip_address(address[0]).packed
     return struct.pack("!HH", 1 if len(host) == 4 else 2, address[1]) + host
 
 
 def hidden(value: bytes, transaction: bytes) -> bytes:
-    """Return the value of MAPPED-ADDRESS for XOR-MAPPED-ADDRESS, or the reverse."""
+    """Turn a value of MAPPED-ADDRESS into one of XOR-MAPPED-ADDRESS, or back."""
     return bytes(a ^ b for a, b in zip(value, bytes(2) + transaction[:2] + transaction))
 
 
@@ -278,8 +278,8 @@ def stun_answer(message: bytes, source: Address, *other: Address) -> tuple[bytes
 
 # --- Observing ----------------------------------------------------------------
 #
-# Three destinations from one local port: what the server sees of it is where the
-# peer has to aim, and how the three differ is how our NAT behaves.
+# From one local port we ask two or three ports of the server where they see us.  The
+# peer has to aim there.  How the answers differ tells how our NAT chooses ports.
 
 
 def bound(kind: int, family: int, port: int = 0) -> Socket:
@@ -291,9 +291,9 @@ def bound(kind: int, family: int, port: int = 0) -> Socket:
 
 
 def ask_stun(sock: Socket, server: Address, token: bytes, flags: int = 0) -> Address:
-    """Return as what a server sees a socket; raise what trying() takes."""
+    """Return the address at which a server sees us; raise what trying() catches."""
     change = CHANGE, bytes((0, 0, 0, flags))
-    request = stun(BINDING, COOKIE + token + os.urandom(4), change)
+    request = stun(BINDING, COOKIE + token + os.urandom(4), change)  # token: who asks
     sock.settimeout(OBSERVE_TIME)
     if sock.type == STREAM:
         sock.connect(server)
@@ -308,7 +308,7 @@ def ask_stun(sock: Socket, server: Address, token: bytes, flags: int = 0) -> Add
 
 
 def behavior(seen: list[Address]) -> tuple[str, int]:
-    """Return how a NAT chooses ports, and its step, by how it was seen."""
+    """Return how a NAT chooses ports, and its step, from where it was seen."""
     steps = [after[1] - before[1] for before, after in zip(seen, seen[1:])]
     if not any(steps):
         return "same" if seen else "none", 0
@@ -320,17 +320,17 @@ def behavior(seen: list[Address]) -> tuple[str, int]:
 # --- Punching -----------------------------------------------------------------
 #
 # A probe proves the secret and says which role sends it.  Role 0 says SYN, role 1
-# answers ACK; the first ACK that role 0 hears names the hole, and DONE tells role 1.
-# Nothing answers DONE: later ones keep the hole open.  BYE leaves it.
+# answers ACK.  The first ACK tells role 0 which socket is the hole; DONE tells role 1.
+# Nothing answers DONE: later ones keep the hole open.  BYE: the peer leaves.
 
 MAGIC, PROBE_SIZE = b"\xf5\x9d", 19
 SYN, ACK, DONE, BYE = b"\1", b"\2", b"\3", b"\4"
-REPLIES = {(0, SYN): [SYN], (1, SYN): [ACK], (0, ACK): [DONE] * 3}  # one may be lost
-LAST = ACK, DONE
+REPLIES = {(0, SYN): [SYN], (1, SYN): [ACK], (0, ACK): [DONE] * 3}  # a DONE may be lost
+LAST = ACK, DONE  # the probe that makes a hole, by the role that hears it
 
 
 class Peers(NamedTuple):
-    """What the two of us know, and which of them we are."""
+    """The role that we have of two, and the key that both have."""
 
     role: int
     key: bytes
@@ -352,8 +352,8 @@ class Peers(NamedTuple):
 def aims(mine: str, theirs: str, at: Address, step: int) -> tuple[int, list[Address]]:
     """Return from how many ports to send, and where to; nowhere if it is hopeless.
 
-    Two stepping NATs fan in: each probe of ours takes one of our next ports, so that
-    whichever of them the peer aims at has been opened towards it.
+    Two stepping NATs fan in: our probes open the next FAN ports of our NAT, and the
+    peer aims at the middle of them, so that others may take some ports meanwhile.
     """
     host, last = at
     table = {
@@ -373,37 +373,37 @@ class Puncher:
 
     def __init__(self, peers: Peers, listeners: list[Socket]) -> None:
         self.peers, self.listeners = peers, listeners
-        self.selector = selectors.PollSelector()  # no file may be left for another
+        self.selector = selectors.PollSelector()  # epoll needs a descriptor
         for sock in listeners:
             if sock.type == STREAM:
                 sock.listen()
             self.watch(sock, selectors.EVENT_READ)
 
     def watch(self, sock: Socket, event: int = selectors.EVENT_WRITE) -> None:
-        """Watch a socket; a connection can be written to once it has been made."""
+        """Watch a socket; EVENT_WRITE tells when connect() is done, or has failed."""
         sock.setblocking(False)
         self.selector.register(sock, event, sock)
 
     def shoot(self, sock: Socket, there: Address, ttl: int) -> None:
-        """Send from a listener's port, or lose it."""
+        """Send a probe, or begin to connect, from a listener's port; raise OSError."""
         if is_tcp := sock.type == STREAM:
             sock = bound(STREAM, sock.family, sock.getsockname()[1])
             self.watch(sock)
-        # In vain for IPv6, where no gateway takes for its own what is ours.
+        # IPv6 ignores it.  Without NAT no gateway is addressed, so none takes a probe.
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
         if is_tcp:
-            sock.connect_ex(there)  # in vain while an earlier one is on its way
+            sock.connect_ex(there)  # EADDRNOTAVAIL while an earlier one is under way
         else:
             self.peers.say(sock, SYN, there)
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, -1)  # as usual
 
     def act(self, sock: Socket, event: int) -> Socket | None:
-        """Act on a socket that is ready; return it once it is the hole."""
+        """Act on a socket that is ready; return it if it is the hole now."""
         role, is_tcp = self.peers.role, sock.type == STREAM
         if is_tcp and sock in self.listeners:
             self.watch(sock.accept()[0])
             return None
-        if event == selectors.EVENT_WRITE:  # or there is an error, to be read next
+        if event == selectors.EVENT_WRITE:  # connected; or else recvfrom() fails next
             self.selector.modify(sock, selectors.EVENT_READ, sock)
             if role == 0:
                 self.peers.say(sock, SYN)
@@ -430,32 +430,32 @@ class Puncher:
             for key, event in self.selector.select(left):
                 with contextlib.suppress(OSError):
                     if hole := self.act(key.data, event):
-                        self.selector.unregister(hole)  # so that it stays open
+                        self.selector.unregister(hole)  # so that close() leaves it open
                         return hole
         return None
 
     def run(self, there: list[Address], seconds: float, low_ttl: bool) -> Socket | None:
-        """Send from every port to everywhere; return the hole, once there is one.
+        """Send from each listener to each address; return the hole, once there is one.
 
-        A probe with a low TTL opens our side and does not reach the other, where a
-        gateway might take it for its own, and with it the port that we hope for.
+        A probe with a low TTL opens our NAT and does not reach the peer's.  If that
+        gateway accepted a probe, it could not give the peer the port that we aim at.
         """
         start, is_tcp = time.monotonic(), self.listeners[0].type == STREAM
         pairs = list(itertools.product(self.listeners, there))
-        again, pause = 0.1 if is_tcp else 0.25, LOW_TTL_TIME
+        interval, pause = 0.1 if is_tcp else 0.25, LOW_TTL_TIME
         if len(pairs) >= BIRTHDAYS:
-            # The peer has to have sent to all its ports before we are seen there.
-            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
-        passes = [(n * again, -1) for n in range(int(seconds / again))]
+            # One side must have sent all PROBES before a probe of the other arrives.
+            interval, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
+        passes = [(n * interval, -1) for n in range(int(seconds / interval))]
         if low_ttl and len(pairs) <= BIRTHDAYS:
             passes = [(0.0, LOW_TTL), *((pause + at, ttl) for at, ttl in passes)]
         shots = itertools.product(passes, enumerate(pairs))
         for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
             if hole := self.wait(start + at + n // 8 * 0.004):
                 return hole
-            with contextlib.suppress(OSError):  # no file is left
+            with contextlib.suppress(OSError):  # no descriptor is left
                 self.shoot(*pair, ttl)
-        return self.wait(start + seconds * (1 + self.peers.role / 10))  # for DONE
+        return self.wait(start + seconds * (1 + self.peers.role / 10))  # 1 awaits DONE
 
     def close(self) -> None:
         for key in [*self.selector.get_map().values()]:
