@@ -482,7 +482,7 @@ class Meeting:
     """A connection to the server, and what was agreed there with the peer."""
 
     def __init__(self, options: Any, seconds: float = ANSWER_TIME) -> None:
-        """Connect; raise what trying() takes."""
+        """Connect; raise what trying() catches."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
         seconds = min(seconds, ANSWER_TIME)
         self.sock = socket.create_connection(options.server, seconds)
@@ -494,25 +494,25 @@ class Meeting:
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def observe(self, listener: Socket) -> list[Address]:
-        """Return as what the servers see a local port; forget those that are silent."""
+        """Return where the servers see a local port; forget silent servers."""
         seen, place = {}, (listener.family, listener.getsockname()[1])
         for server in self.servers:
             sock = bound(STREAM, *place) if listener.type == STREAM else listener.dup()
-            self.held.enter_context(sock)  # its NAT may forget a port that is closed
+            self.held.enter_context(sock)  # close() may make the NAT forget the port
             with contextlib.suppress(OSError, ValueError, LookupError):
                 seen[server] = ask_stun(sock, server, self.nonce[:8])
-        self.servers = [*seen] if len(seen) > 1 else self.servers  # one tells nothing
+        self.servers = [*seen] if len(seen) > 1 else self.servers  # one is too few
         return [*seen.values()]
 
     def enter(self, seconds: float) -> Meeting:
-        """Wait in the room for a peer; raise as __init__()."""
+        """Wait in the room for a peer; raise what trying() catches."""
         mine = [os.urandom(16).hex(), "tls" if getattr(ssl, "HAS_PSK", 0) else "plain"]
         room = mac(self.options.secret, "room", self.options.room, int(self.kind)).hex()
         line = " ".join(("join", room, self.options.side, *mine))
         tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
         role, *theirs = hear(self.sock, "paired", time.monotonic() + seconds)
         self.ends_at = time.monotonic() + PAIR_TIME
-        # What was agreed is in the key: nobody has altered it on the way.
+        # Both lists are in the key: where a server altered one, the keys differ.
         both = [mine, theirs] if role == "0" else [theirs, mine]
         key = mac(self.options.secret, "peers", int(self.kind), both)
         self.peers = Peers(int(role), key)
@@ -520,18 +520,18 @@ class Meeting:
         return self
 
     def punch(self, seconds: float, low_ttl: bool) -> tuple[Socket | None, str]:
-        """Observe, meet, punch; return the hole, or None, and for which pair."""
+        """Observe, tell, punch; return the hole, or None, and the pair of behaviors."""
         listeners = [bound(self.kind, self.sock.family)]
         mine, step = behavior(self.observe(listeners[0]))
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
         tell(self.sock, "round", mine, step, *here)
-        theirs, ahead, host, port, *inner = hear(self.sock, "peer", self.ends_at)
+        theirs, their_step, host, port, *inner = hear(self.sock, "peer", self.ends_at)
         if theirs not in ("same", "step", "random", "none"):
             raise ValueError("not a behavior")
-        count, there = aims(mine, theirs, address_of(host, port), int(ahead))
+        count, there = aims(mine, theirs, address_of(host, port), int(their_step))
         there[:0] = inside_of(*inner) if len(inner) == 2 else []
         there = [at for at in there if family_of(at[0]) == self.sock.family]
-        with contextlib.suppress(OSError):  # as many as we may have files
+        with contextlib.suppress(OSError):  # EMFILE: go on with fewer
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
         left = self.ends_at - RELAY_TIME - time.monotonic()
@@ -543,7 +543,7 @@ class Meeting:
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
     ends_at, said, said_at = time.monotonic() + options.wait, "", 0.0
-    stays = options.wait == FOREVER and options.side != "pipe"
+    stays = options.wait == FOREVER and options.side != "pipe"  # also after errors
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
         try:
@@ -580,7 +580,7 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
             tell(server, "relay")
         hear(server, "relay", meeting.ends_at)
         with contextlib.closing(Puncher(meeting.peers, [])) as puncher:
-            puncher.watch(server)
+            puncher.watch(server)  # both prove the secret here as on a hole
             if not puncher.wait(meeting.ends_at):
                 raise OSError("the peer has left, or has another secret")
         return server, f"relay ({pair})"
@@ -596,7 +596,7 @@ NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
 def with_tls(sock: Socket, peers: Peers) -> Any:
-    """Return a connection in TLS, by the secret and by nothing else."""
+    """Return a connection in TLS that the secret alone authenticates."""
     psk, is_client = mac(peers.key, "tls"), peers.role == 1
     kind = ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER
     context: Any = ssl.SSLContext(kind)
@@ -620,14 +620,14 @@ class Channel:
         sock.settimeout(ANSWER_TIME)
         self.sock = with_tls(sock, meeting.peers) if meeting.tls else sock
         self.sock.setblocking(False)
-        self.source = self.sink = self.sock.fileno()
-        self.came, self.going = memoryview(b""), memoryview(b"")
+        self.source = self.sink = self.sock.fileno()  # for poll()
+        self.came, self.going = memoryview(b""), memoryview(b"")  # parts of frames
         self.ended, self.close = False, self.sock.close
 
     def read(self) -> list[Any]:
         """Return the frames that have come; raise OSError or ValueError."""
         data, found = self.sock.recv(READ_SIZE), []
-        if not data:  # a peer leaves when both directions have ended, and so we do
+        if not data:  # a peer leaves after both ends, when carry() reads no more
             raise OSError("the peer has vanished")
         self.came = memoryview(bytes(self.came) + data)
         while len(self.came) >= 4:
@@ -654,22 +654,22 @@ class Datagrams:
     def __init__(self, sock: Socket, peers: Peers | None = None) -> None:
         self.sock, self.peers = sock, peers
         self.source = self.sink = sock.fileno()
-        self.client: Any = None  # of a local port, which wrote last
+        self.client: Any = None  # the last that wrote to a local port
         self.heard_at = self.told_at = time.monotonic()
         sock.setblocking(False)
 
     def read(self) -> list[Any]:
         """Return a datagram of payload, if one has come; raise OSError."""
         data, source, now = b"", self.client, time.monotonic()
-        with contextlib.suppress(OSError):  # one of ours was lost, wherever that was
+        with contextlib.suppress(OSError):  # nothing came, or one of ours was refused
             data, source = self.sock.recvfrom(READ_SIZE)
         if not self.peers:
             self.client = source
             return [data] if data else []  # an empty one would be an end
-        if now > self.told_at + KEEP_ALIVE / 2:  # and it is looked at as often
+        if now > self.told_at + KEEP_ALIVE / 2:  # carry() calls this as often
             self.peers.say(self.sock, DONE)  # which keeps the hole open
             self.told_at = now
-        if source != self.sock.getpeername():  # nothing, or it came before the hole
+        if source != self.sock.getpeername():  # none, or it came before connect()
             if now > self.heard_at + SILENCE:
                 raise OSError(f"the peer was silent for {SILENCE:g} s")
             return []
@@ -693,18 +693,18 @@ class Datagrams:
 
 
 class Pipe:
-    """Standard input and output, or each direction of a connection by itself."""
+    """Standard input and output, or two descriptors of one connection."""
 
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
-        self.source, self.sink, self.left = 0, 1, left
+        self.source, self.sink, self.left = 0, 1, left  # bytes that may be read
         if sock:
             keep_alive(sock)
             self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
-        if not os.isatty(self.sink):  # which a shell shares
+        if not os.isatty(self.sink):  # a shell shares its flags
             os.set_blocking(self.sink, False)
 
     def read(self) -> list[Any]:
-        """Return what has come, or an empty end; raise OSError, also at the limit."""
+        """Return what has come, empty at the end; raise OSError, also at the limit."""
         data = memoryview(os.read(self.source, READ_SIZE))
         self.left -= len(data)
         if self.left < 0:
@@ -712,27 +712,27 @@ class Pipe:
         return [data]
 
     def write(self, data: Any) -> int:
-        """Write, or let the end be seen."""
+        """Write; without data, end this direction."""
         if data:
             return os.write(self.sink, data)
         with contextlib.suppress(OSError), socket.socket(fileno=self.sink) as sock:
-            sock.shutdown(socket.SHUT_WR)  # the other side may have gone
-            sock.setsockopt(*RESET[:2], bytes(8))  # all has been written
-        os.closerange(self.sink, self.sink + 1)  # what was no connection is open yet
+            sock.shutdown(socket.SHUT_WR)  # ENOTCONN if the other side has gone
+            sock.setsockopt(*RESET[:2], bytes(8))  # all is written: no reset
+        os.closerange(self.sink, self.sink + 1)  # if not a socket, it is still open
         return 0
 
 
 def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
     ended: set[Any] = set()
-    # With what has come and has not gone, where an empty one is the end.  The peer is
-    # read first: it may leave as soon as it has our end.
+    # Source, sink, and the data on its way; empty data is the end.  The peer is read
+    # first: it may leave as soon as it has our end.
     ways: list[tuple[Any, Any, list[Any]]] = [(way, local, []), (local, way, [])]
     while len(ended) < 2:
-        silent = {s.sink for s in ended if isinstance(s, Pipe)}  # a peer may vanish
+        silent = {s.sink for s in ended if isinstance(s, Pipe)}  # watched for errors
         readers = {s.source for s, _, data in ways if not data and s.sink not in silent}
         writers = {sink.sink for _, sink, data in ways if data}
-        poll = select.poll()  # which takes a number above 1023, too
+        poll = select.poll()  # select() takes no descriptor above 1023
         for fd in readers | writers | silent:
             wanted = select.POLLIN * (fd in readers) + select.POLLOUT * (fd in writers)
             poll.register(fd, wanted)
@@ -741,7 +741,7 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
             raise OSError("nobody reads any more")
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
-                # A hole is kept open also when nothing has come.
+                # Datagrams.read() keeps a hole open, also when nothing has come.
                 is_ready = source.source in ready or isinstance(source, Datagrams)
                 if not data and is_ready:
                     data += source.read()
