@@ -754,7 +754,7 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
 
 # --- The server ---------------------------------------------------------------
 #
-# It observes, introduces and relays.  What it says of a client is what it saw, so
+# It observes, introduces and relays.  It tells of a client the address that it saw, so
 # nobody can aim a peer at a third address.  It never dials: a process of its own
 # joins two connections that the server accepted.
 
@@ -764,16 +764,16 @@ class Member:
 
     def __init__(self, sock: Socket, source: Address, places: list[Address]) -> None:
         self.sock, self.source, self.places, self.buffer = sock, source, places, b""
-        # Counted together: a customer has an address, or a /64 of IPv6.
+        # --per-address counts by it: a customer has an IPv4 address, or an IPv6 /64.
         self.network = ipaddress.ip_address(source[0]).packed[:8]
         self.nonce, self.ends_at = os.urandom(16), time.monotonic() + ANSWER_TIME
-        self.room = self.side = ""
-        self.words: list[str] = []  # for the peer
+        self.room = self.side = ""  # the side: far (--to), call (--listen) or pipe
+        self.words: list[str] = []  # of its join, for the peer
         self.peer: Member | None = None
         self.port = 0  # as which it was last seen, in this round
 
     def take(self) -> bytes:
-        """Return the next message, once all of it has come: a line, or STUN's."""
+        """Return the next message, once all of it has come: a line, or one of STUN."""
         size = self.buffer.find(b"\n") + 1
         if self.buffer[:1] == b"\0":  # RFC 8489 section 6.2.2
             size = 20 + int.from_bytes(self.buffer[2:4], "big")
@@ -797,7 +797,7 @@ class Server:
             others = [at for at, _ in options.addresses if at != host]
             hosts = host, *[at for at in others if family_of(at) == family_of(host)][:1]
             for ports in ((port, port + 1), (port + 1, port)):
-                # In the order of the flags of CHANGE-REQUEST.
+                # The flags of CHANGE-REQUEST, halved, are the index: see observe().
                 places = [(at, number) for at in hosts for number in ports]
                 with trying(f"listen on {spelled(places[0])}"):
                     self.listen(places)
@@ -808,7 +808,7 @@ class Server:
         host, _ = here = places[0]
         tcp = socket.create_server(here, family=family_of(host), backlog=1024)
         udp = self.udp[here] = socket.socket(family_of(host), DGRAM)
-        # Where we have all addresses, the kernel says which one was asked.
+        # At a wildcard address IP_PKTINFO says which one was asked, and must answer.
         if host == "0.0.0.0":
             udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
         if host == "::":
@@ -830,36 +830,36 @@ class Server:
             while (left := until - time.monotonic()) > 0:
                 ready = self.selector.select(left)
                 while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
-                    self.relays.pop(pid, "")  # before a member joins: its room is free
+                    self.relays.pop(pid, "")  # first: a member may join its room
                 for key, _ in ready:
                     act, *what = key.data
                     act(*what)
 
     def note(self, token: bytes, source: Address) -> bool:
-        """Remember as which port a member is seen; return whether it is one."""
+        """Remember the port of the member with a token; return whether there is one."""
         if (member := self.members.get(token)) and member.source[0] == source[0]:
             member.port = source[1]
             return True
         return False
 
     def observe(self, sock: Socket, places: list[Address]) -> None:
-        """Answer a datagram, from where it is wanted."""
+        """Answer a datagram, from the address and port that it asks for."""
         with contextlib.suppress(OSError, ValueError):
-            message, asked, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
+            message, pktinfo, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
             answer, change = stun_answer(message, source[:2], *places[3:])
             if not self.note(message[8:16], source):
                 count = self.asked.get(source[0], 0)
                 if count >= STUN_RATE or len(self.asked) >= SOURCES:
                     return
                 self.asked[source[0]] = count + 1
-            self.udp[places[change // OTHER_PORT]].sendmsg([answer], asked, 0, source)
+            self.udp[places[change // OTHER_PORT]].sendmsg([answer], pktinfo, 0, source)
 
     def accept(self, sock: Socket, places: list[Address]) -> None:
-        """Take a connection, in the place of the oldest where there are too many."""
+        """Take a connection; if there are too many, drop the oldest for it."""
         try:
             connection, source = sock.accept()
         except OSError:
-            return time.sleep(0.01)  # no file is left: let one be closed
+            return time.sleep(0.01)  # EMFILE: let one be closed
         member = Member(connection, source[:2], places)
         connection.setblocking(False)
         self.members[member.nonce[:8]] = member
@@ -867,7 +867,7 @@ class Server:
         self.make_room(member)
 
     def make_room(self, member: Member) -> None:
-        """Drop one if too many wait: the last in a room, or the first of no room."""
+        """Drop one if too many wait: the newest in a room, or the oldest in none."""
         waiting = [m for m in self.members.values() if not m.peer]
         alike = [m for m in waiting if bool(m.room) == bool(member.room)]
         near = [m for m in alike if m.network == member.network]
@@ -891,11 +891,11 @@ class Server:
     def read(self, member: Member) -> None:
         """Act on what a member sends; drop it at its end, or at nonsense."""
         try:
-            # Nothing fits into a buffer that is full and has no message.
+            # A full buffer without a message is an end, too: recv(0) returns nothing.
             if not (data := member.sock.recv(LINE_LIMIT - len(member.buffer))):
                 return self.drop(member)
             member.buffer += data
-            # After a message it may have been dropped.
+            # A message may have the member dropped.
             while member.nonce[:8] in self.members and (message := member.take()):
                 self.obey(member, message)
         except (OSError, ValueError):
@@ -927,7 +927,7 @@ class Server:
             raise ValueError("not a message")
 
     def join(self, member: Member, room: str) -> None:
-        """Pair a member, or let it wait."""
+        """Pair a member, or let it wait; a room without a far end is for one pair."""
         here = [m for m in self.members.values() if m.room == room]
         has_far = room in self.far_until or "far" in [m.side for m in (member, *here)]
         if not has_far and any(m.peer for m in here) or room in self.relays.values():
@@ -937,7 +937,7 @@ class Server:
         for other in [m for m in here if not m.peer]:
             both = member.side, other.side
             if both == ("far", "far"):
-                self.drop(other, "taken")  # whose box may have lost its power
+                self.drop(other, "taken")  # its machine may have lost its power
             elif "far" in both or not has_far and both != ("call", "call"):
                 return self.pair(other, member)
         self.make_room(member)
@@ -959,14 +959,14 @@ class Server:
             try:
                 for key in self.selector.get_map().values():
                     if key.fileobj not in socks:
-                        os.close(key.fd)  # or no end of a member would be seen
+                        os.close(key.fd)  # or the server's close() would end nothing
                 signal.setitimer(signal.ITIMER_REAL, min(self.options.relay_time, 1e9))
                 carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
-        # A far end takes its next call meanwhile.
+        # A far end takes its next call meanwhile: its room does not count as taken.
         self.relays[pid] = "" if "far" in (one.side, two.side) else one.room
-        one.peer = None
+        one.peer = None  # or drop() would write "gone" into the relayed stream
         self.drop(one)
         self.drop(two)
 
@@ -978,10 +978,10 @@ def join(options: Any, meeting: Meeting, local: Any) -> None:
     """Find a way to the peer, then the target, and carry between; raise Failure."""
     sock, name = find_way(meeting)
     with trying(f"carry {'datagrams' if options.udp else 'the stream'}"):
-        is_hole = sock.type == DGRAM
-        way = Datagrams(sock, meeting.peers) if is_hole else Channel(sock, meeting)
+        is_udp = sock.type == DGRAM  # the relay is TCP
+        way = Datagrams(sock, meeting.peers) if is_udp else Channel(sock, meeting)
         with contextlib.closing(way):
-            say(name)  # from now on, the peer hears of it when we are stopped
+            say(name)  # from here on, stop() makes closing() tell the peer
             if not options.udp:
                 why = "plain: TLS needs Python 3.13 on both sides"
                 say(f"the stream is {'encrypted' if meeting.tls else why}")
@@ -993,7 +993,7 @@ def join(options: Any, meeting: Meeting, local: Any) -> None:
 
 
 def run(work: Callable[..., object], *what: Any) -> int:
-    """Return the exit code of what is done."""
+    """Do this work; return the exit code: 0, or that of a Failure."""
     try:
         work(*what)
     except Failure as failure:
@@ -1012,11 +1012,11 @@ def join_all(options: Any) -> None:
             local = Datagrams(sock)
         elif options.listen:
             listener = socket.create_server(at, family=family_of(at[0]))
-    listener.setsockopt(*RESET)  # of the connections that it takes
+    listener.setsockopt(*RESET)  # which accept() passes on
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         with trying("take a client"):
-            # One at a time waits for a peer, and the others in the backlog.
+            # One client at a time waits for a peer; the others wait in the backlog.
             client = None if options.udp or options.to else listener.accept()[0]
         meeting = meet(options)
         try:
@@ -1035,8 +1035,8 @@ def join_all(options: Any) -> None:
 
 
 def filtering(meeting: Meeting) -> str:
-    """Return what a datagram is let in by: RFC 5780 section 4.4."""
-    sock = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
+    """Return by what a NAT lets a datagram in: RFC 5780 section 4.4."""
+    sock = bound(DGRAM, meeting.sock.family)  # a port that has sent nowhere else
     for flags, what in ((OTHER_HOST | OTHER_PORT, "nothing"), (OTHER_PORT, "address")):
         with contextlib.suppress(TimeoutError):
             ask_stun(sock, meeting.servers[0], meeting.nonce[:8], flags)
@@ -1101,11 +1101,11 @@ def positive(text: str) -> float:
 
 def main() -> int:
     """Do what the command line wants; return the exit code."""
-    # Were one of these closed, the next socket would take its number.
+    # If descriptor 0, 1 or 2 is closed, a socket would take its number: open it.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # SIG_IGN is inherited
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
     parser.description = __doc__
@@ -1116,8 +1116,8 @@ def main() -> int:
     if serves:
         add("addresses", nargs="*", default=["0.0.0.0"])
         add("--no-relay", action="store_true")
-        add("--waiting", type=positive, default=256, metavar="N")  # or to join
-        add("--per-address", type=positive, default=16, metavar="N")  # of these
+        add("--waiting", type=positive, default=256, metavar="N")  # to join, or to pair
+        add("--per-address", type=positive, default=16, metavar="N")  # in one network
         add("--relays", type=positive, default=64, metavar="N")
         add("--relay-bytes", type=positive, default=1 << 40, metavar="N")  # each way
         add("--relay-time", type=positive, default=86400, metavar="N")
@@ -1140,7 +1140,7 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # for BIRTHDAYS and members
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return run(serve if serves else be_client, options)
 
