@@ -424,7 +424,7 @@ class Puncher:
 
     def wait(self, until: float) -> Socket | None:
         """Return the hole, if there is one by that time."""
-        left = 1.0
+        left = 1.0  # after the time is over, look once more
         while left and self.selector.get_map():
             left = max(until - time.monotonic(), 0)
             for key, event in self.selector.select(left):
@@ -935,7 +935,7 @@ class Server:
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
         for other in [m for m in here if not m.peer]:
-            both = member.side, other.side
+            both = member.side, other.side  # while there is a far end, only it pairs
             if both == ("far", "far"):
                 self.drop(other, "taken")  # its machine may have lost its power
             elif "far" in both or not has_far and both != ("call", "call"):
