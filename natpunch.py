@@ -410,8 +410,7 @@ class Puncher:
             return None
         data, there = b"", None
         with contextlib.suppress(OSError):
-            # Not a byte more: after the last probe comes payload.
-            data, there = sock.recvfrom(PROBE_SIZE)
+            data, there = sock.recvfrom(PROBE_SIZE)  # no payload that follows the last
         kind = self.peers.kind_of(data)
         if is_tcp and not kind:
             self.selector.unregister(sock)
