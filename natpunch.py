@@ -2,7 +2,7 @@
 """natpunch: join two machines, each behind a NAT that admits nobody, directly.
 
 A server that both can reach tells each where the other was seen.  Both send there at
-once, each NAT takes what then comes for an answer, and the server is out of it:
+once, each NAT takes the other's packets for answers, and the server's part is done:
 
     A --- NAT ===+===========+=== NAT --- B
                  +-- server -+
@@ -21,7 +21,7 @@ nobody without it.  Each peer proves the secret before a byte of payload moves. 
 stream is TLS by the secret where both have Python 3.13, else plain, as datagrams are.
 
 Exit codes: 0 done, or asked to stop (TERM, INT); 1 it could not be done; 2 bad command
-line; 130 a pipe was interrupted.  Streams outlive a server or a far end that is ended.
+line; 130 a pipe was interrupted.  Stopping a server or a far end ends no stream.
 
 It does not move a stream to another address, and it does not speak ICE.  To read it,
 begin at find_way() and carry(); every section uses only the ones above it.
@@ -36,7 +36,7 @@ import sys
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit("natpunch: needs Python 3.10 or later")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while the others are imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports below
 
 import argparse
 import contextlib
@@ -67,21 +67,21 @@ PORT = 3478  # and the next one: RFC 8489 section 18.6
 LINE_LIMIT = 1024  # a message between us and the server
 READ_SIZE = 256 * 1024
 FAN = 24  # ports that are tried ahead of a stepping NAT
-BIRTHDAYS = 256  # ports of a random NAT, of which PROBES hit one with 98.3 %
-PROBES = 1024  # that a round may send, at 8 in 4 ms
+BIRTHDAYS = 256  # ports of a random NAT: PROBES at random hit one of them in 98.3 %
+PROBES = 1024  # at most in a round; 8 are sent every 4 ms
 STEP_LIMIT = 16  # a NAT that steps further is taken for random
-LOW_TTL, LOW_TTL_TIME = 2, 0.15  # leaves our NAT, and has its time to open it
-BIRTHDAY_TIME = 0.7  # in which PROBES are sent
-OBSERVE_TIME = 0.5  # for the server to say what it sees
-ANSWER_TIME = 10.0  # for a server, a target, or a client that has not joined
-PAIR_TIME = 8.0  # for a pair to have a hole, or the relay
-RELAY_TIME = 1.5  # of this, which is left for the relay
-WAIT_TIME = 60.0  # unpaired; then a client joins anew, and says so
-RETRY_TIME = 1.0  # of a client that waits for a server or a peer
+LOW_TTL, LOW_TTL_TIME = 2, 0.15  # passes no gateway but our NAT; time for this
+BIRTHDAY_TIME = 0.7  # of which sending PROBES takes 0.5
+OBSERVE_TIME = 0.5  # for the server to answer a binding request
+ANSWER_TIME = 10.0  # for a server or a target to answer, for a client to join
+PAIR_TIME = 8.0  # from pairing until there is a hole, or the relay
+RELAY_TIME = 1.5  # the part of PAIR_TIME that is kept for the relay
+WAIT_TIME = 60.0  # for a peer to join; then a client joins anew, and says so
+RETRY_TIME = 1.0  # until a client tries again; for standard error to take a line
 KEEP_ALIVE = 15.0  # conntrack forgets an unanswered datagram in 30
-SILENCE = 45.0  # of a hole that is then punched anew
+SILENCE = 45.0  # after which a hole is given up, and punched anew
 STUN_RATE = 10  # answers to one source in a second
-SOURCES = 10000  # that are answered in a second; forged ones have no end
+SOURCES = 10000  # answered in a second; a forger has any number of addresses
 FOREVER = float("inf")
 
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -90,7 +90,7 @@ ROUNDS = {DGRAM: ((3, True), (3, False)), STREAM: ((2, False), (2, False), (2, T
 Address = tuple[str, int]
 Socket = socket.socket
 PRIVATE = "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"  # RFC 1918, 4193
-RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # at its end
+RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # by close()
 
 # --- What is said -------------------------------------------------------------
 
@@ -102,7 +102,7 @@ REFUSALS = {
     "gone": "the peer has left",
     "relay": "no hole could be made, and it may not be relayed",
 }
-CHANGING = REFUSALS["full"], REFUSALS["nobody"]
+CHANGING = REFUSALS["full"], REFUSALS["nobody"]  # may change: we try again
 
 
 class Failure(Exception):
@@ -114,7 +114,7 @@ class Failure(Exception):
 
 
 def say(message: object) -> None:
-    """Write a line to standard error; where nobody reads it, it is lost."""
+    """Write a line to standard error, or lose it if nobody reads there."""
     with contextlib.suppress(OSError):
         line = " ".join(str(message).splitlines())
         if select.select([], [2], [], RETRY_TIME)[1]:
@@ -123,11 +123,11 @@ def say(message: object) -> None:
 
 @contextlib.contextmanager
 def trying(to: str, code: int = 1, other: str = "it is not natpunch") -> Iterator[None]:
-    """Turn what fails into the one line of a Failure, with nothing of the network."""
+    """Turn an error into a Failure of one line, without a word that a peer sent."""
     try:
         yield
     except OSError as error:
-        why = (error.strerror or str(error)).partition(" (")[0]  # but not where
+        why = (error.strerror or str(error)).partition(" (")[0]  # less "(_ssl.c:1000)"
         raise Failure(to, why[:1].lower() + why[1:], code) from error
     except (ValueError, LookupError) as error:
         raise Failure(to, other, code) from error
@@ -143,7 +143,7 @@ def parse_address(text: str, port: int = 0) -> Address:
     host, colon, number = text.rpartition(":")
     if port and (not colon or ":" in host and host[-1] != "]"):
         host, number = text, str(port)
-    most = 65534 if port else 65535  # a server has the next one, too
+    most = 65534 if port else 65535  # a server uses the next port, too
     if number not in map(str, range(1, most + 1)):
         raise Failure(f"use {text!r}", f"it has no port from 1 to {most}", 2)
     with trying(f"use {text!r}", 2, "it has no host"):
@@ -161,7 +161,7 @@ def secret_of(variable: str, path: str, default: str) -> bytes:
             if os.fstat(file.fileno()).st_mode & 0o077:
                 raise OSError("others may read it")
             found = file.read(LINE_LIMIT).strip()
-    if len(found) < 16 and (path or found):
+    if len(found) < 16 and (path or found):  # there may be no key at all
         raise Failure(f"use {path or variable}", "16 characters are the least", 2)
     return found
 
@@ -172,17 +172,17 @@ def mac(key: bytes, *words: object) -> bytes:
 
 
 def tell(sock: Socket, *words: object) -> None:
-    """Send a message; a connection that is lost shows when it is read."""
+    """Send a message; if the connection is lost, the next read shows that."""
     with contextlib.suppress(OSError):
         sock.sendall(" ".join(map(str, words)).encode() + b"\n")
 
 
 def hear(sock: Socket, expected: str, until: float) -> list[str]:
-    """Return the words of the server's next message; raise what trying() takes."""
+    """Return the words of the server's next message; raise what trying() catches."""
     line = b""
     while line[-1:] != b"\n" and len(line) < LINE_LIMIT:
         sock.settimeout(max(until - time.monotonic(), 0.001))
-        # Not a byte more: after the last message comes what is relayed.
+        # One byte at a time: the relayed stream follows the last message at once.
         if not (byte := sock.recv(1)):
             raise OSError("the server has left")
         line += byte
@@ -195,12 +195,12 @@ def hear(sock: Socket, expected: str, until: float) -> list[str]:
 
 
 def address_of(host: str | bytes, port: str | int) -> Address:
-    """Return an address that was told; raise ValueError, also for a host's name."""
+    """Return an address from a message; raise ValueError, also for a host's name."""
     return str(ipaddress.ip_address(host)), int(port)
 
 
 def inside_of(host: str, port: str) -> list[Address]:
-    """Return where a peer says that it is, if it can be there; raise ValueError."""
+    """Return a peer's own address if it is private, else []; raise ValueError."""
     at, number = ipaddress.ip_address(host), int(port)
     is_private = any(at in ipaddress.ip_network(network) for network in PRIVATE)
     return [(str(at), number)] if is_private and 0 < number < 65536 else []
@@ -219,7 +219,7 @@ COOKIE = bytes.fromhex("2112a442")
 BINDING, SUCCESS, ERROR = 0x0001, 0x0101, 0x0111
 MAPPED, CHANGE, CHANGED, ERROR_CODE, UNKNOWN = 1, 3, 5, 9, 10
 XOR_MAPPED, OTHER = 0x0020, 0x802C
-KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # and a name and proofs that nobody needs
+KNOWN = {CHANGE, 0x0006, 0x0008, 0x001C}  # also USERNAME and MESSAGE-INTEGRITY, ignored
 OTHER_HOST, OTHER_PORT = 4, 2  # flags of CHANGE-REQUEST
 
 
@@ -242,13 +242,13 @@ def parse_stun(message: bytes) -> tuple[int, bytes, dict[int, bytes]]:
 
 
 def packed(address: Address) -> bytes:
-    """Return the value of an attribute that is an address."""
+    """Return an address as the value of an attribute."""
     host = ipaddress.ip_address(address[0]).packed
     return struct.pack("!HH", 1 if len(host) == 4 else 2, address[1]) + host
 
 
 def hidden(value: bytes, transaction: bytes) -> bytes:
-    """Return the value of MAPPED-ADDRESS for XOR-MAPPED-ADDRESS, or the reverse."""
+    """Turn a value of MAPPED-ADDRESS into one of XOR-MAPPED-ADDRESS, or back."""
     return bytes(a ^ b for a, b in zip(value, bytes(2) + transaction[:2] + transaction))
 
 
@@ -274,8 +274,8 @@ def stun_answer(message: bytes, source: Address, *other: Address) -> tuple[bytes
 
 # --- Observing ----------------------------------------------------------------
 #
-# Three destinations from one local port: what the server sees of it is where the
-# peer has to aim, and how the three differ is how our NAT behaves.
+# From one local port we ask two or three ports of the server where they see us.  The
+# peer has to aim there.  How the answers differ tells how our NAT chooses ports.
 
 
 def bound(kind: int, family: int, port: int = 0) -> Socket:
@@ -287,9 +287,9 @@ def bound(kind: int, family: int, port: int = 0) -> Socket:
 
 
 def ask_stun(sock: Socket, server: Address, token: bytes, flags: int = 0) -> Address:
-    """Return as what a server sees a socket; raise what trying() takes."""
+    """Return the address at which a server sees us; raise what trying() catches."""
     change = CHANGE, bytes((0, 0, 0, flags))
-    request = stun(BINDING, COOKIE + token + os.urandom(4), change)
+    request = stun(BINDING, COOKIE + token + os.urandom(4), change)  # token: who asks
     sock.settimeout(OBSERVE_TIME)
     if sock.type == STREAM:
         sock.connect(server)
@@ -304,7 +304,7 @@ def ask_stun(sock: Socket, server: Address, token: bytes, flags: int = 0) -> Add
 
 
 def behavior(seen: list[Address]) -> tuple[str, int]:
-    """Return how a NAT chooses ports, and its step, by how it was seen."""
+    """Return how a NAT chooses ports, and its step, from where it was seen."""
     steps = [after[1] - before[1] for before, after in zip(seen, seen[1:])]
     if not any(steps):
         return "same" if seen else "none", 0
@@ -316,17 +316,17 @@ def behavior(seen: list[Address]) -> tuple[str, int]:
 # --- Punching -----------------------------------------------------------------
 #
 # A probe proves the secret and says which role sends it.  Role 0 says SYN, role 1
-# answers ACK; the first ACK that role 0 hears names the hole, and DONE tells role 1.
-# Nothing answers DONE: later ones keep the hole open.  BYE leaves it.
+# answers ACK.  The first ACK tells role 0 which socket is the hole; DONE tells role 1.
+# Nothing answers DONE: later ones keep the hole open.  BYE: the peer leaves.
 
 MAGIC, PROBE_SIZE = b"\xf5\x9d", 19
 SYN, ACK, DONE, BYE = b"\1", b"\2", b"\3", b"\4"
-REPLIES = {(0, SYN): [SYN], (1, SYN): [ACK], (0, ACK): [DONE] * 3}  # one may be lost
-LAST = ACK, DONE
+REPLIES = {(0, SYN): [SYN], (1, SYN): [ACK], (0, ACK): [DONE] * 3}  # a DONE may be lost
+LAST = ACK, DONE  # the probe that makes a hole, by the role that hears it
 
 
 class Peers(NamedTuple):
-    """What the two of us know, and which of them we are."""
+    """The role that we have of two, and the key that both have."""
 
     role: int
     key: bytes
@@ -348,8 +348,8 @@ class Peers(NamedTuple):
 def aims(mine: str, theirs: str, at: Address, step: int) -> tuple[int, list[Address]]:
     """Return from how many ports to send, and where to; nowhere if it is hopeless.
 
-    Two stepping NATs fan in: each probe of ours takes one of our next ports, so that
-    whichever of them the peer aims at has been opened towards it.
+    Two stepping NATs fan in: our probes open the next FAN ports of our NAT, and the
+    peer aims at the middle of them, so that others may take some ports meanwhile.
     """
     host, last = at
     table = {
@@ -369,45 +369,44 @@ class Puncher:
 
     def __init__(self, peers: Peers, listeners: list[Socket]) -> None:
         self.peers, self.listeners = peers, listeners
-        self.selector = selectors.PollSelector()  # no file may be left for another
+        self.selector = selectors.PollSelector()  # epoll needs a descriptor
         for sock in listeners:
             if sock.type == STREAM:
                 sock.listen()
             self.watch(sock, selectors.EVENT_READ)
 
     def watch(self, sock: Socket, event: int = selectors.EVENT_WRITE) -> None:
-        """Watch a socket; a connection can be written to once it has been made."""
+        """Watch a socket; EVENT_WRITE tells when connect() is done, or has failed."""
         sock.setblocking(False)
         self.selector.register(sock, event, sock)
 
     def shoot(self, sock: Socket, there: Address, ttl: int) -> None:
-        """Send from a listener's port, or lose it."""
+        """Send a probe, or begin to connect, from a listener's port; raise OSError."""
         if is_tcp := sock.type == STREAM:
             sock = bound(STREAM, sock.family, sock.getsockname()[1])
             self.watch(sock)
-        # In vain for IPv6, where no gateway takes for its own what is ours.
+        # IPv6 ignores it.  Without NAT no gateway is addressed, so none takes a probe.
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
         if is_tcp:
-            sock.connect_ex(there)  # in vain while an earlier one is on its way
+            sock.connect_ex(there)  # EADDRNOTAVAIL while an earlier one is under way
         else:
             self.peers.say(sock, SYN, there)
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, -1)  # as usual
 
     def act(self, sock: Socket, event: int) -> Socket | None:
-        """Act on a socket that is ready; return it once it is the hole."""
+        """Act on a socket that is ready; return it if it is the hole now."""
         role, is_tcp = self.peers.role, sock.type == STREAM
         if is_tcp and sock in self.listeners:
             self.watch(sock.accept()[0])
             return None
-        if event == selectors.EVENT_WRITE:  # or there is an error, to be read next
+        if event == selectors.EVENT_WRITE:  # connected; or else recvfrom() fails next
             self.selector.modify(sock, selectors.EVENT_READ, sock)
             if role == 0:
                 self.peers.say(sock, SYN)
             return None
         data, there = b"", None
         with contextlib.suppress(OSError):
-            # Not a byte more: after the last probe comes payload.
-            data, there = sock.recvfrom(PROBE_SIZE)
+            data, there = sock.recvfrom(PROBE_SIZE)  # no payload that follows the last
         kind = self.peers.kind_of(data)
         if is_tcp and not kind:
             self.selector.unregister(sock)
@@ -420,38 +419,38 @@ class Puncher:
 
     def wait(self, until: float) -> Socket | None:
         """Return the hole, if there is one by that time."""
-        left = 1.0
+        left = 1.0  # after the time is over, look once more
         while left and self.selector.get_map():
             left = max(until - time.monotonic(), 0)
             for key, event in self.selector.select(left):
                 with contextlib.suppress(OSError):
                     if hole := self.act(key.data, event):
-                        self.selector.unregister(hole)  # so that it stays open
+                        self.selector.unregister(hole)  # so that close() leaves it open
                         return hole
         return None
 
     def run(self, there: list[Address], seconds: float, low_ttl: bool) -> Socket | None:
-        """Send from every port to everywhere; return the hole, once there is one.
+        """Send from each listener to each address; return the hole, once there is one.
 
-        A probe with a low TTL opens our side and does not reach the other, where a
-        gateway might take it for its own, and with it the port that we hope for.
+        A probe with a low TTL opens our NAT and does not reach the peer's.  If that
+        gateway accepted a probe, it could not give the peer the port that we aim at.
         """
         start, is_tcp = time.monotonic(), self.listeners[0].type == STREAM
         pairs = list(itertools.product(self.listeners, there))
-        again, pause = 0.1 if is_tcp else 0.25, LOW_TTL_TIME
+        interval, pause = 0.1 if is_tcp else 0.25, LOW_TTL_TIME
         if len(pairs) >= BIRTHDAYS:
-            # The peer has to have sent to all its ports before we are seen there.
-            again, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
-        passes = [(n * again, -1) for n in range(int(seconds / again))]
+            # One side must have sent all PROBES before a probe of the other arrives.
+            interval, pause, low_ttl = seconds, BIRTHDAY_TIME, low_ttl or not is_tcp
+        passes = [(n * interval, -1) for n in range(int(seconds / interval))]
         if low_ttl and len(pairs) <= BIRTHDAYS:
             passes = [(0.0, LOW_TTL), *((pause + at, ttl) for at, ttl in passes)]
         shots = itertools.product(passes, enumerate(pairs))
         for (at, ttl), (n, pair) in itertools.islice(shots, PROBES):
             if hole := self.wait(start + at + n // 8 * 0.004):
                 return hole
-            with contextlib.suppress(OSError):  # no file is left
+            with contextlib.suppress(OSError):  # no descriptor is left
                 self.shoot(*pair, ttl)
-        return self.wait(start + seconds * (1 + self.peers.role / 10))  # for DONE
+        return self.wait(start + seconds * (1 + self.peers.role / 10))  # 1 awaits DONE
 
     def close(self) -> None:
         for key in [*self.selector.get_map().values()]:
@@ -478,7 +477,7 @@ class Meeting:
     """A connection to the server, and what was agreed there with the peer."""
 
     def __init__(self, options: Any, seconds: float = ANSWER_TIME) -> None:
-        """Connect; raise what trying() takes."""
+        """Connect; raise what trying() catches."""
         self.options, self.kind = options, DGRAM if options.udp else STREAM
         seconds = min(seconds, ANSWER_TIME)
         self.sock = socket.create_connection(options.server, seconds)
@@ -490,25 +489,25 @@ class Meeting:
         self.servers = [(host, port), (host, port + 1), *[(at, port) for at in others]]
 
     def observe(self, listener: Socket) -> list[Address]:
-        """Return as what the servers see a local port; forget those that are silent."""
+        """Return where the servers see a local port; forget silent servers."""
         seen, place = {}, (listener.family, listener.getsockname()[1])
         for server in self.servers:
             sock = bound(STREAM, *place) if listener.type == STREAM else listener.dup()
-            self.held.enter_context(sock)  # its NAT may forget a port that is closed
+            self.held.enter_context(sock)  # close() may make the NAT forget the port
             with contextlib.suppress(OSError, ValueError, LookupError):
                 seen[server] = ask_stun(sock, server, self.nonce[:8])
-        self.servers = [*seen] if len(seen) > 1 else self.servers  # one tells nothing
+        self.servers = [*seen] if len(seen) > 1 else self.servers  # one is too few
         return [*seen.values()]
 
     def enter(self, seconds: float) -> Meeting:
-        """Wait in the room for a peer; raise as __init__()."""
+        """Wait in the room for a peer; raise what trying() catches."""
         mine = [os.urandom(16).hex(), "tls" if getattr(ssl, "HAS_PSK", 0) else "plain"]
         room = mac(self.options.secret, "room", self.options.room, int(self.kind)).hex()
         line = " ".join(("join", room, self.options.side, *mine))
         tell(self.sock, line, mac(self.options.key, self.nonce.hex(), line).hex())
         role, *theirs = hear(self.sock, "paired", time.monotonic() + seconds)
         self.ends_at = time.monotonic() + PAIR_TIME
-        # What was agreed is in the key: nobody has altered it on the way.
+        # Both lists are in the key: where a server altered one, the keys differ.
         both = [mine, theirs] if role == "0" else [theirs, mine]
         key = mac(self.options.secret, "peers", int(self.kind), both)
         self.peers = Peers(int(role), key)
@@ -516,18 +515,18 @@ class Meeting:
         return self
 
     def punch(self, seconds: float, low_ttl: bool) -> tuple[Socket | None, str]:
-        """Observe, meet, punch; return the hole, or None, and for which pair."""
+        """Observe, tell, punch; return the hole, or None, and the pair of behaviors."""
         listeners = [bound(self.kind, self.sock.family)]
         mine, step = behavior(self.observe(listeners[0]))
         here = self.sock.getsockname()[0], listeners[0].getsockname()[1]
         tell(self.sock, "round", mine, step, *here)
-        theirs, ahead, host, port, *inner = hear(self.sock, "peer", self.ends_at)
+        theirs, their_step, host, port, *inner = hear(self.sock, "peer", self.ends_at)
         if theirs not in ("same", "step", "random", "none"):
             raise ValueError("not a behavior")
-        count, there = aims(mine, theirs, address_of(host, port), int(ahead))
+        count, there = aims(mine, theirs, address_of(host, port), int(their_step))
         there[:0] = inside_of(*inner) if len(inner) == 2 else []
         there = [at for at in there if family_of(at[0]) == self.sock.family]
-        with contextlib.suppress(OSError):  # as many as we may have files
+        with contextlib.suppress(OSError):  # EMFILE: go on with fewer
             while len(listeners) < count:
                 listeners.append(bound(self.kind, self.sock.family))
         left = self.ends_at - RELAY_TIME - time.monotonic()
@@ -539,7 +538,7 @@ class Meeting:
 def meet(options: Any) -> Meeting:
     """Return a meeting with a peer, once one has come; raise Failure."""
     ends_at, said, said_at = time.monotonic() + options.wait, "", 0.0
-    stays = options.wait == FOREVER and options.side != "pipe"
+    stays = options.wait == FOREVER and options.side != "pipe"  # also after errors
     to = f"meet in {options.room} at {spelled(options.server)}"
     while (left := ends_at - time.monotonic()) > 0:
         try:
@@ -576,7 +575,7 @@ def find_way(meeting: Meeting) -> tuple[Socket, str]:
             tell(server, "relay")
         hear(server, "relay", meeting.ends_at)
         with contextlib.closing(Puncher(meeting.peers, [])) as puncher:
-            puncher.watch(server)
+            puncher.watch(server)  # both prove the secret here as on a hole
             if not puncher.wait(meeting.ends_at):
                 raise OSError("the peer has left, or has another secret")
         return server, f"relay ({pair})"
@@ -592,7 +591,7 @@ NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
 def with_tls(sock: Socket, peers: Peers) -> Any:
-    """Return a connection in TLS, by the secret and by nothing else."""
+    """Return a connection in TLS that the secret alone authenticates."""
     psk, is_client = mac(peers.key, "tls"), peers.role == 1
     kind = ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER
     context: Any = ssl.SSLContext(kind)
@@ -616,14 +615,14 @@ class Channel:
         sock.settimeout(ANSWER_TIME)
         self.sock = with_tls(sock, meeting.peers) if meeting.tls else sock
         self.sock.setblocking(False)
-        self.source = self.sink = self.sock.fileno()
-        self.came, self.going = memoryview(b""), memoryview(b"")
+        self.source = self.sink = self.sock.fileno()  # for poll()
+        self.came, self.going = memoryview(b""), memoryview(b"")  # parts of frames
         self.ended, self.close = False, self.sock.close
 
     def read(self) -> list[Any]:
         """Return the frames that have come; raise OSError or ValueError."""
         data, found = self.sock.recv(READ_SIZE), []
-        if not data:  # a peer leaves when both directions have ended, and so we do
+        if not data:  # a peer leaves after both ends, when carry() reads no more
             raise OSError("the peer has vanished")
         self.came = memoryview(bytes(self.came) + data)
         while len(self.came) >= 4:
@@ -650,22 +649,22 @@ class Datagrams:
     def __init__(self, sock: Socket, peers: Peers | None = None) -> None:
         self.sock, self.peers = sock, peers
         self.source = self.sink = sock.fileno()
-        self.client: Any = None  # of a local port, which wrote last
+        self.client: Any = None  # the last that wrote to a local port
         self.heard_at = self.told_at = time.monotonic()
         sock.setblocking(False)
 
     def read(self) -> list[Any]:
         """Return a datagram of payload, if one has come; raise OSError."""
         data, source, now = b"", self.client, time.monotonic()
-        with contextlib.suppress(OSError):  # one of ours was lost, wherever that was
+        with contextlib.suppress(OSError):  # nothing came, or one of ours was refused
             data, source = self.sock.recvfrom(READ_SIZE)
         if not self.peers:
             self.client = source
             return [data] if data else []  # an empty one would be an end
-        if now > self.told_at + KEEP_ALIVE / 2:  # and it is looked at as often
+        if now > self.told_at + KEEP_ALIVE / 2:  # carry() calls this as often
             self.peers.say(self.sock, DONE)  # which keeps the hole open
             self.told_at = now
-        if source != self.sock.getpeername():  # nothing, or it came before the hole
+        if source != self.sock.getpeername():  # none, or it came before connect()
             if now > self.heard_at + SILENCE:
                 raise OSError(f"the peer was silent for {SILENCE:g} s")
             return []
@@ -689,18 +688,18 @@ class Datagrams:
 
 
 class Pipe:
-    """Standard input and output, or each direction of a connection by itself."""
+    """Standard input and output, or two descriptors of one connection."""
 
     def __init__(self, sock: Socket | None = None, left: float = FOREVER) -> None:
-        self.source, self.sink, self.left = 0, 1, left
+        self.source, self.sink, self.left = 0, 1, left  # bytes that may be read
         if sock:
             keep_alive(sock)
             self.source, self.sink = os.dup(sock.fileno()), os.dup(sock.fileno())
-        if not os.isatty(self.sink):  # which a shell shares
+        if not os.isatty(self.sink):  # a shell shares its flags
             os.set_blocking(self.sink, False)
 
     def read(self) -> list[Any]:
-        """Return what has come, or an empty end; raise OSError, also at the limit."""
+        """Return what has come, empty at the end; raise OSError, also at the limit."""
         data = memoryview(os.read(self.source, READ_SIZE))
         self.left -= len(data)
         if self.left < 0:
@@ -708,27 +707,27 @@ class Pipe:
         return [data]
 
     def write(self, data: Any) -> int:
-        """Write, or let the end be seen."""
+        """Write; without data, end this direction."""
         if data:
             return os.write(self.sink, data)
         with contextlib.suppress(OSError), socket.socket(fileno=self.sink) as sock:
-            sock.shutdown(socket.SHUT_WR)  # the other side may have gone
-            sock.setsockopt(*RESET[:2], bytes(8))  # all has been written
-        os.closerange(self.sink, self.sink + 1)  # what was no connection is open yet
+            sock.shutdown(socket.SHUT_WR)  # ENOTCONN if the other side has gone
+            sock.setsockopt(*RESET[:2], bytes(8))  # all is written: no reset
+        os.closerange(self.sink, self.sink + 1)  # if not a socket, it is still open
         return 0
 
 
 def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
     """Carry both ways until both have ended; raise OSError or ValueError."""
     ended: set[Any] = set()
-    # With what has come and has not gone, where an empty one is the end.  The peer is
-    # read first: it may leave as soon as it has our end.
+    # Source, sink, and the data on its way; empty data is the end.  The peer is read
+    # first: it may leave as soon as it has our end.
     ways: list[tuple[Any, Any, list[Any]]] = [(way, local, []), (local, way, [])]
     while len(ended) < 2:
-        silent = {s.sink for s in ended if isinstance(s, Pipe)}  # a peer may vanish
+        silent = {s.sink for s in ended if isinstance(s, Pipe)}  # watched for errors
         readers = {s.source for s, _, data in ways if not data and s.sink not in silent}
         writers = {sink.sink for _, sink, data in ways if data}
-        poll = select.poll()  # which takes a number above 1023, too
+        poll = select.poll()  # select() takes no descriptor above 1023
         for fd in readers | writers | silent:
             wanted = select.POLLIN * (fd in readers) + select.POLLOUT * (fd in writers)
             poll.register(fd, wanted)
@@ -737,7 +736,7 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
             raise OSError("nobody reads any more")
         for source, sink, data in ways:
             with contextlib.suppress(*NOT_YET):
-                # A hole is kept open also when nothing has come.
+                # Datagrams.read() keeps a hole open, also when nothing has come.
                 is_ready = source.source in ready or isinstance(source, Datagrams)
                 if not data and is_ready:
                     data += source.read()
@@ -750,7 +749,7 @@ def carry(way: Channel | Datagrams | Pipe, local: Pipe | Datagrams) -> None:
 
 # --- The server ---------------------------------------------------------------
 #
-# It observes, introduces and relays.  What it says of a client is what it saw, so
+# It observes, introduces and relays.  It tells of a client the address that it saw, so
 # nobody can aim a peer at a third address.  It never dials: a process of its own
 # joins two connections that the server accepted.
 
@@ -760,17 +759,17 @@ class Member:
 
     def __init__(self, sock: Socket, source: Address, places: list[Address]) -> None:
         self.sock, self.source, self.places, self.buffer = sock, source, places, b""
-        # Counted together: a customer has an address, or a /64 of IPv6.
+        # --per-address counts by it: a customer has an IPv4 address, or an IPv6 /64.
         self.network = ipaddress.ip_address(source[0]).packed[:8]
         self.nonce, self.ends_at = os.urandom(16), time.monotonic() + ANSWER_TIME
-        self.room = self.side = ""
-        self.words: list[str] = []  # for the peer
+        self.room = self.side = ""  # the side: far (--to), call (--listen) or pipe
+        self.words: list[str] = []  # of its join, for the peer
         self.peer: Member | None = None
         self.port = 0  # as which it was last seen, in this round
         self.told: tuple[Any, ...] = ()  # of this round, for the peer
 
     def take(self) -> bytes:
-        """Return the next message, once all of it has come: a line, or STUN's."""
+        """Return the next message, once all of it has come: a line, or one of STUN."""
         size = self.buffer.find(b"\n") + 1
         if self.buffer[:1] == b"\0":  # RFC 8489 section 6.2.2
             size = 20 + int.from_bytes(self.buffer[2:4], "big")
@@ -794,7 +793,7 @@ class Server:
             others = [at for at, _ in options.addresses if at != host]
             hosts = host, *[at for at in others if family_of(at) == family_of(host)][:1]
             for ports in ((port, port + 1), (port + 1, port)):
-                # In the order of the flags of CHANGE-REQUEST.
+                # The flags of CHANGE-REQUEST, halved, are the index: see observe().
                 places = [(at, number) for at in hosts for number in ports]
                 with trying(f"listen on {spelled(places[0])}"):
                     self.listen(places)
@@ -805,7 +804,7 @@ class Server:
         host, _ = here = places[0]
         tcp = socket.create_server(here, family=family_of(host), backlog=1024)
         udp = self.udp[here] = socket.socket(family_of(host), DGRAM)
-        # Where we have all addresses, the kernel says which one was asked.
+        # At a wildcard address IP_PKTINFO says which one was asked, and must answer.
         if host == "0.0.0.0":
             udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO
         if host == "::":
@@ -827,36 +826,36 @@ class Server:
             while (left := until - time.monotonic()) > 0:
                 ready = self.selector.select(left)
                 while self.relays and (pid := os.waitpid(-1, os.WNOHANG)[0]):
-                    self.relays.pop(pid, "")  # before a member joins: its room is free
+                    self.relays.pop(pid, "")  # first: a member may join its room
                 for key, _ in ready:
                     act, *what = key.data
                     act(*what)
 
     def note(self, token: bytes, source: Address) -> bool:
-        """Remember as which port a member is seen; return whether it is one."""
+        """Remember the port of the member with a token; return whether there is one."""
         if (member := self.members.get(token)) and member.source[0] == source[0]:
             member.port = source[1]
             return True
         return False
 
     def observe(self, sock: Socket, places: list[Address]) -> None:
-        """Answer a datagram, from where it is wanted."""
+        """Answer a datagram, from the address and port that it asks for."""
         with contextlib.suppress(OSError, ValueError):
-            message, asked, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
+            message, pktinfo, _, source = sock.recvmsg(LINE_LIMIT, LINE_LIMIT)
             answer, change = stun_answer(message, source[:2], *places[3:])
             if not self.note(message[8:16], source):
                 count = self.asked.get(source[0], 0)
                 if count >= STUN_RATE or len(self.asked) >= SOURCES:
                     return
                 self.asked[source[0]] = count + 1
-            self.udp[places[change // OTHER_PORT]].sendmsg([answer], asked, 0, source)
+            self.udp[places[change // OTHER_PORT]].sendmsg([answer], pktinfo, 0, source)
 
     def accept(self, sock: Socket, places: list[Address]) -> None:
-        """Take a connection, in the place of the oldest where there are too many."""
+        """Take a connection; if there are too many, drop the oldest for it."""
         try:
             connection, source = sock.accept()
         except OSError:
-            return time.sleep(0.01)  # no file is left: let one be closed
+            return time.sleep(0.01)  # EMFILE: let one be closed
         member = Member(connection, source[:2], places)
         connection.setblocking(False)
         self.members[member.nonce[:8]] = member
@@ -864,7 +863,7 @@ class Server:
         self.make_room(member)
 
     def make_room(self, member: Member) -> None:
-        """Drop one if too many wait: the last in a room, or the first of no room."""
+        """Drop one if too many wait: the newest in a room, or the oldest in none."""
         waiting = [m for m in self.members.values() if not m.peer]
         alike = [m for m in waiting if bool(m.room) == bool(member.room)]
         near = [m for m in alike if m.network == member.network]
@@ -888,11 +887,11 @@ class Server:
     def read(self, member: Member) -> None:
         """Act on what a member sends; drop it at its end, or at nonsense."""
         try:
-            # Nothing fits into a buffer that is full and has no message.
+            # A full buffer without a message is an end, too: recv(0) returns nothing.
             if not (data := member.sock.recv(LINE_LIMIT - len(member.buffer))):
                 return self.drop(member)
             member.buffer += data
-            # After a message it may have been dropped.
+            # A message may have the member dropped.
             while member.nonce[:8] in self.members and (message := member.take()):
                 self.obey(member, message)
         except (OSError, ValueError):
@@ -927,7 +926,7 @@ class Server:
             raise ValueError("not a message")
 
     def join(self, member: Member, room: str) -> None:
-        """Pair a member, or let it wait."""
+        """Pair a member, or let it wait; a room without a far end is for one pair."""
         here = [m for m in self.members.values() if m.room == room]
         has_far = room in self.far_until or "far" in [m.side for m in (member, *here)]
         if not has_far and any(m.peer for m in here) or room in self.relays.values():
@@ -935,9 +934,9 @@ class Server:
         keep_alive(member.sock)
         member.room, member.ends_at = room, time.monotonic() + WAIT_TIME
         for other in [m for m in here if not m.peer]:
-            both = member.side, other.side
+            both = member.side, other.side  # while there is a far end, only it pairs
             if both == ("far", "far"):
-                self.drop(other, "taken")  # whose box may have lost its power
+                self.drop(other, "taken")  # its machine may have lost its power
             elif "far" in both or not has_far and both != ("call", "call"):
                 return self.pair(other, member)
         self.make_room(member)
@@ -959,14 +958,14 @@ class Server:
             try:
                 for key in self.selector.get_map().values():
                     if key.fileobj not in socks:
-                        os.close(key.fd)  # or no end of a member would be seen
+                        os.close(key.fd)  # or the server's close() would end nothing
                 signal.setitimer(signal.ITIMER_REAL, min(self.options.relay_time, 1e9))
                 carry(*[Pipe(sock, self.options.relay_bytes) for sock in socks])
             finally:
                 os._exit(0)
-        # A far end takes its next call meanwhile.
+        # A far end takes its next call meanwhile: its room does not count as taken.
         self.relays[pid] = "" if "far" in (one.side, two.side) else one.room
-        one.peer = None
+        one.peer = None  # or drop() would write "gone" into the relayed stream
         self.drop(one)
         self.drop(two)
 
@@ -978,10 +977,10 @@ def join(options: Any, meeting: Meeting, local: Any) -> None:
     """Find a way to the peer, then the target, and carry between; raise Failure."""
     sock, name = find_way(meeting)
     with trying(f"carry {'datagrams' if options.udp else 'the stream'}"):
-        is_hole = sock.type == DGRAM
-        way = Datagrams(sock, meeting.peers) if is_hole else Channel(sock, meeting)
+        is_udp = sock.type == DGRAM  # the relay is TCP
+        way = Datagrams(sock, meeting.peers) if is_udp else Channel(sock, meeting)
         with contextlib.closing(way):
-            say(name)  # from now on, the peer hears of it when we are stopped
+            say(name)  # from here on, stop() makes closing() tell the peer
             if not options.udp:
                 why = "plain: TLS needs Python 3.13 on both sides"
                 say(f"the stream is {'encrypted' if meeting.tls else why}")
@@ -993,7 +992,7 @@ def join(options: Any, meeting: Meeting, local: Any) -> None:
 
 
 def run(work: Callable[..., object], *what: Any) -> int:
-    """Return the exit code of what is done."""
+    """Do this work; return the exit code: 0, or that of a Failure."""
     try:
         work(*what)
     except Failure as failure:
@@ -1012,11 +1011,11 @@ def join_all(options: Any) -> None:
             local = Datagrams(sock)
         elif options.listen:
             listener = socket.create_server(at, family=family_of(at[0]))
-    listener.setsockopt(*RESET)  # of the connections that it takes
+    listener.setsockopt(*RESET)  # which accept() passes on
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         with trying("take a client"):
-            # One at a time waits for a peer, and the others in the backlog.
+            # One client at a time waits for a peer; the others wait in the backlog.
             client = None if options.udp or options.to else listener.accept()[0]
         meeting = meet(options)
         try:
@@ -1035,8 +1034,8 @@ def join_all(options: Any) -> None:
 
 
 def filtering(meeting: Meeting) -> str:
-    """Return what a datagram is let in by: RFC 5780 section 4.4."""
-    sock = bound(DGRAM, meeting.sock.family)  # which has sent nowhere else
+    """Return by what a NAT lets a datagram in: RFC 5780 section 4.4."""
+    sock = bound(DGRAM, meeting.sock.family)  # a port that has sent nowhere else
     for flags, what in ((OTHER_HOST | OTHER_PORT, "nothing"), (OTHER_PORT, "address")):
         with contextlib.suppress(TimeoutError):
             ask_stun(sock, meeting.servers[0], meeting.nonce[:8], flags)
@@ -1101,11 +1100,11 @@ def positive(text: str) -> float:
 
 def main() -> int:
     """Do what the command line wants; return the exit code."""
-    # Were one of these closed, the next socket would take its number.
+    # If descriptor 0, 1 or 2 is closed, a socket would take its number: open it.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # our parent may ignore it
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # SIG_IGN is inherited
     serves = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser("natpunch.py serve" if serves else "natpunch.py")
     parser.description = __doc__
@@ -1116,8 +1115,8 @@ def main() -> int:
     if serves:
         add("addresses", nargs="*", default=["0.0.0.0"])
         add("--no-relay", action="store_true")
-        add("--waiting", type=positive, default=256, metavar="N")  # or to join
-        add("--per-address", type=positive, default=16, metavar="N")  # of these
+        add("--waiting", type=positive, default=256, metavar="N")  # to join, or to pair
+        add("--per-address", type=positive, default=16, metavar="N")  # in one network
         add("--relays", type=positive, default=64, metavar="N")
         add("--relay-bytes", type=positive, default=1 << 40, metavar="N")  # each way
         add("--relay-time", type=positive, default=86400, metavar="N")
@@ -1140,7 +1139,7 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # for BIRTHDAYS and members
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return run(serve if serves else be_client, options)
 
