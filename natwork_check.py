@@ -282,11 +282,11 @@ SETTINGS = """\
 # natwork.conf: every setting of NATWork, commented out at its default.
 #
 # Take the # away to change one, then ask "natwork.py -t" whether it is right
-# and send HUP to the master.  A bad file changes nothing, and all its faults are
-# said at once.  Times are seconds, at most 2000000.  Paths count from the
-# directory of this file, which is what -c names, else ./natwork.conf, else
-# /etc/natwork/natwork.conf.  Some settings need a file beside natwork.py, and
-# where it is not there, they are refused with its name.
+# and send HUP to the master.  A bad file changes nothing, and natwork prints all
+# its faults at once.  Times are seconds, at most 2000000.  Paths count from the
+# directory of this file, which is the one that -c names, else ./natwork.conf,
+# else /etc/natwork/natwork.conf.  Some settings need a file beside natwork.py; if
+# it is missing, natwork refuses them and names the file.
 
 [natwork]
 
@@ -294,34 +294,35 @@ SETTINGS = """\
 
 # Addresses and ports to accept clients on, separated by blanks.  "*" stands for
 # every address of the box, IPv4 and IPv6; port 0 lets the kernel pick one.
-# Sockets that systemd passes take its place, and each start says so if it is set.
+# Sockets that systemd passes take the place of this setting; each start says so if
+# it is set all the same.
 #listen = *:8080
 
 # The inside: networks whose machines may be clients, and whose addresses are
-# not reached through the gateway.  Nobody else is answered, not with one byte.
+# not reached through the gateway.  Other peers get no answer, not one byte.
 #inside = 127.0.0.0/8 ::1 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 \
 169.254.0.0/16 fe80::/10
 
 # --- Where do we leave? -------------------------------------------------------
 
 # Ways out, best first: source addresses or device names, separated by blanks.
-# If one does not answer within a second (an address of the other family: 0.25 s)
-# the next is tried beside it, and one that failed is last for half a minute.
-# What a rule opens on the inside is dialed past the devices named here.  Empty:
-# the routing table decides.
+# If the target does not answer by one of them within a second, the next is tried
+# beside it (one with an address of the other family after 0.25 s).  A way out that
+# failed is tried last for half a minute.  If a rule opens an address of the inside,
+# it is not dialed by a device named here.  Empty: the routing table decides.
 #outside =
 
 # What may be reached: lines (or parts between ";") of
 #   allow|deny [from NETWORKS] [user NAMES] [to TARGETS] [port PORTS]
-# each part a list with commas, the first line that fits decides.  TARGETS are
-# networks, host.example, .example (and all below it) or *.  After your lines
-# come the built-in ones: addresses of this box, loopback, link-local,
-# multicast, unspecified and inside addresses are denied, port 25 is denied
-# (but to redirected clients, whose claimed names no allow believes), the rest
-# is allowed.  An allow opens a denied address only if a network in
-# its "to" contains it, and port 25 only if its "port" says 25.  For SOCKS BIND
-# the rules judge the host that may call, whatever its port; a call from anyone
-# needs "allow to 0.0.0.0/32, ::/128", and then each caller is judged.
+# Each part is a list with commas, and the first line that fits decides.  TARGETS
+# are networks, host.example, .example (that name and all below it) or *.  After
+# your lines come the built-in ones: addresses of this box, loopback, link-local,
+# multicast, unspecified and inside addresses are denied, port 25 is denied except
+# to redirected clients, and the rest is allowed.  An allow opens a denied address
+# only if a network in its "to" contains it, and port 25 only if its "port" says 25.
+# No allow believes a name that a redirected client claims.  For SOCKS BIND the
+# rules judge the host that may call, whatever its port.  A call from anyone needs
+# "allow to 0.0.0.0/32, ::/128", and then the rules judge each caller.
 #   rules =
 #       deny to .ads.example
 #       allow from 10.0.0.7 to 10.1.0.0/16 port 80,443
@@ -329,47 +330,48 @@ SETTINGS = """\
 #rules =
 
 # Who may ask: a file of lines that "natwork.py --passwd NAME" prints, readable
-# by "user" and its group alone (chmod 640).  Then HTTP and SOCKS5 clients have to
-# name themselves, others (SOCKS4, redirected) are refused, and a name may stand
-# in "user" of a rule.  Empty: everybody on the inside, and the name that a SOCKS5
-# client gives is logged, but proves nothing.
+# by "user" and its group alone (chmod 640).  HTTP and SOCKS5 clients must then
+# name themselves, others (SOCKS4, redirected) are refused, and a rule may have a
+# name in "user".  Empty: everybody on the inside; the name that a SOCKS5 client
+# gives is logged, but proves nothing.
 #   natwork.py --passwd alice >>users; curl -x http://10.0.0.1:8080 -U alice ...
 #users =
 
 # Through which other proxies: lines (or parts between ";") of
 #   http://[USER:PASSWORD@]HOST:PORT | socks5://...  [to TARGETS] [scheme http]
-# the first line that takes the target is asked, the others are dialed.  "scheme
-# http" takes http:// requests alone, no tunnels.  TARGETS are as in rules; the
-# target is judged first all the same, and a name that cannot be resolved here
-# goes on only if a rule allows it by name.  A cache for all plain requests:
+# The first line that takes the target is used; targets that no line takes are
+# dialed.  "scheme http" takes http:// requests alone, no tunnels.  TARGETS are as
+# in rules, and the rules judge the target first all the same.  A name that cannot
+# be resolved here goes to the parent only if an allow names it.  A cache for all
+# plain requests:
 #   parents = http://127.0.0.1:3128 scheme http
 #parents =
 
 # Other NATWork boxes, as HOST:PORT, that /proxy.pac offers a browser beside this
-# one: http://GATEWAY:8080/proxy.pac is what to tell it for automatic setup.  The
-# order is drawn from the client's address, and a dead one is passed over.
+# one.  The browser's address for automatic setup is http://GATEWAY:8080/proxy.pac.
+# The client's address gives the order; the browser passes over a dead box.
 #gateways =
 
-# What Via, Proxy-Status and the pages call this gateway, and by what name its
-# pages may be asked for besides its addresses.  Gateways that are chained need
-# different names, or they take each other for a loop.  What follows the first dot
-# is the domain that /lat.json calls the inside's.  Empty: the host name.
+# The name of this gateway in Via, in Proxy-Status and on its pages.  Clients may
+# ask for the pages by this name, besides the addresses.  Gateways that are chained
+# need different names, or they take each other for a loop.  The part after the
+# first dot is the domain of the inside in /lat.json.  Empty: the host name.
 #name =
 
 # --- How many? ----------------------------------------------------------------
 
-# Workers kept idle, ahead of clients: the largest burst that is served without
-# a fork in its way.  Where max_workers is less and this is not set, it is as many.
+# Workers that are kept idle: the largest burst of clients that is served without
+# waiting for a fork.  If this is not set, and max_workers is less, it is as many.
 #spare_workers = 8
 
 # Clients at once; each has a process.  Further ones wait in the kernel's queue.
 #max_workers = 2048
 
-# Sessions at once from one client address; what is beyond is refused.  0: no limit.
+# Sessions at once from one client address; a further one is refused.  0: no limit.
 #max_per_client = 0
 
-# Clients that one worker serves, one after another, before it makes way for a
-# fresh one.  1 gives every client a new process.
+# Clients that one worker serves, one after another, before a fresh worker takes
+# its place.  1 gives every client a new process.
 #clients_per_worker = 1000
 
 # --- How long? ----------------------------------------------------------------
@@ -380,10 +382,12 @@ SETTINGS = """\
 # For a connection to the target, all its addresses together.
 #connect_timeout = 10
 
-# Without a byte in an HTTP exchange, a datagram, or the call that BIND waits for.
+# Without a byte in an HTTP exchange, without a datagram, or without the call that
+# BIND waits for.
 #idle_timeout = 300
 
-# Without a byte in a tunnel (240 if one side has ended): RFC 5382 asks for 2 h 4 min.
+# Without a byte in a tunnel (at most 240 after one side has ended).  RFC 5382 asks
+# for 2 h 4 min.
 #tunnel_timeout = 7440
 
 # A kept-alive client may be silent for this long between two requests.
@@ -394,10 +398,10 @@ SETTINGS = """\
 
 # --- What is opened on the outside, for clients? ------------------------------
 
-# Ports for what a client has opened on the outside: the one where a server calls
-# it back (BIND), the one of its datagrams (UDP ASSOCIATE: the one that it asks for,
-# if that is free and one of these) and its mappings.  LOW-HIGH, or 0 to let the
-# kernel choose.  A firewall on the outside must let these in.
+# Ports that clients open on the outside: for BIND, where a server calls the client
+# back, for UDP ASSOCIATE, which takes the port that the client asks for, if it is
+# free and in this range, and for mappings.  LOW-HIGH, or 0 to let the kernel
+# choose.  A firewall on the outside must let these ports in.
 #bind_ports = 0
 
 # Deliver datagrams from hosts that the client has not written to: yes or no.
@@ -405,26 +409,27 @@ SETTINGS = """\
 #udp_from_anyone = no
 
 # Answer NAT-PMP (RFC 6886) on UDP port 5351 of the inside: yes or no.  A machine
-# of the inside then gets a TCP port of an outside address, for itself and for two
-# hours at most, from bind_ports or, where that is 0, from 1024 on.  The rules judge
+# of the inside can then get a TCP port of an outside address, for itself and for
+# two hours at most, from bind_ports or, if that is 0, from 1024 on.  The rules judge
 # each caller: "from" is its address, "to" and "port" are the machine's.
 #mappings = no
 
-# Such ports at once for one machine.
+# Mappings at once for one machine.
 #max_mappings = 16
 
 # --- What is written down, and as whom? ---------------------------------------
 
-# The access log: "-" is standard output, else a file.  HUP opens it anew.
+# The access log: "-" is standard output, other values are a file.  HUP opens it anew.
 #log = -
 
-# "text" (name=value, one blank between) or "json" (one object a line).
+# "text" (name=value, with one blank between) or "json" (one object a line).
 #log_format = text
 
-# User to become once the listeners are open, when started as root.
+# The user to become once the listeners are open, if root starts the gateway.
 #user = nobody
 
-# Written after the listeners are open, and locked while the gateway lives.  Root
-# makes its directory if need be, for "user", who removes the file at the end.
+# A file for the process ID of the master, written after the listeners are open, and
+# locked while the gateway lives.  Root makes its directory if need be, for "user",
+# so that the gateway can remove the file at the end.
 #pidfile =
 """

@@ -492,7 +492,7 @@ def test_without_the_socket_unit_listen_holds(service: Service) -> None:
     assert "natwork: listening on 127.0.0.9:8081\n" in container.journal()
     service.address = ("127.0.0.9", 8081)
     assert service.get() == 403
-    undo = re.search(r"to undo this: `([^`]+)`", readme.TEXT)
+    undo = re.search(r"To undo this: `([^`]+)`", readme.TEXT)
     assert undo and container.run(undo[1])
     assert container.run("systemctl is-active natwork").stdout == "active\n"
 
@@ -505,7 +505,7 @@ def test_a_port_that_was_taken_is_the_socket_unit_s_again(service: Service) -> N
     # The service comes by itself, with listeners that end with it.
     wait.until(lambda: container.show("ActiveState") == "active", 20)
     assert container.run(active, check=False).stdout == "failed\n"
-    mend = re.search(r"once it is free, under systemd `([^`]+)`", readme.TEXT)
+    mend = re.search(r"Under systemd, once the port is free, `([^`]+)`", readme.TEXT)
     assert mend and container.run(mend[1])
     assert container.run(active).stdout == "active\n" and service.get() == 403
 
