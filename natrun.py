@@ -586,6 +586,7 @@ NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
 DEFAULTS = parse_blocks("0.0.0.0/0 ::/0")
 JOIN = b"+"  # asks to join the two sockets that are sent with it
+ESTABLISHED, CLOSED = 1, 7  # states of TCP
 SYSCTLS = {
     "ipv4/ip_nonlocal_bind": "1",
     "ipv6/ip_nonlocal_bind": "1",
@@ -645,6 +646,12 @@ def make_namespace(outside: Blocks, inside: Blocks) -> socket.socket:
     return cable
 
 
+def state_of(sock: socket.socket) -> int:
+    """Return the state of TCP, the first byte of struct tcp_info."""
+    state: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return state[0]
+
+
 def carry(source: socket.socket, sink: socket.socket) -> None:
     """Move bytes from one socket to another until the end; pass a reset on."""
     try:
@@ -660,7 +667,9 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
                         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
                 while size:
                     size -= os.splice(out, sink.fileno(), size)
-        if not sink.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER):  # it is no reset
+        # A reset is told to one direction; to the other it looks like an end.
+        failed = sink.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER)
+        if not failed and (state_of(source), state_of(sink)) != (CLOSED, ESTABLISHED):
             sink.shutdown(socket.SHUT_WR)
     except OSError:
         for sock in (source, sink):
@@ -1503,6 +1512,8 @@ class Supervisor:
         with sock, contextlib.suppress(OSError):
             if flow.waits:  # else only the program has set O_NONBLOCK
                 sock.setblocking(True)
+            if paired and state_of(sock) == CLOSED:
+                error = 0  # the program gave it up, and the kernel has told it
             if error:  # AF_UNSPEC: who polls sees EPOLLERR, EPOLLHUP and EPOLLOUT
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
         if self.verbose:

@@ -346,7 +346,7 @@ def reset(host: str, port: str) -> list[str]:
     return found
 
 
-def given_up(how: str, first: str, second: str) -> list[str]:
+def given_up(how: str, pause: str, first: str, second: str) -> list[str]:
     """Give a connection up that is under way; return what a second one brings."""
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -362,6 +362,7 @@ def given_up(how: str, first: str, second: str) -> list[str]:
                 found.append(error_of(sock))
             else:
                 assert LIBC.connect(sock.fileno(), bytes(16), 16) == 0  # AF_UNSPEC
+            time.sleep(float(pause))  # has the first ended?
             assert sock.connect_ex(then) == errno.EINPROGRESS
             select.select([], [sock], [], 10)
             found.append(error_of(sock))
