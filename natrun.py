@@ -284,8 +284,7 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 # --- Settings -----------------------------------------------------------------
 #
-# A setting in [natrun] holds for the run, and for each program whose own section does
-# not have it.
+# A program whose own section does not have a setting has that of [natrun].
 
 
 def parse_choice(words: str, text: str) -> str:
@@ -1321,7 +1320,6 @@ class Command:
                         os.tcsetpgrp(fd, front)
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - {signal.SIGCHLD})
 
     def leave(self) -> NoReturn:
@@ -1771,6 +1769,8 @@ def check(given: dict[str, str], programs: Programs) -> int:
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own ends in a traceback
     # Open 0, 1 and 2, or the command takes a socket of ours for its input or output.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(fd, True)

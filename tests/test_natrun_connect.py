@@ -934,6 +934,25 @@ def test_a_signal_ends_it_when_the_command_has_ended(rig: Rig) -> None:
         os.kill(daemon, signal.SIGKILL)
 
 
+def test_an_interrupt_ends_it_before_there_is_a_command(rig: Rig) -> None:
+    with rig.box.within("gateway", lambda: socket.create_server(("10.9.0.1", 0))) as it:
+        place = "10.9.0.1:%d" % it.getsockname()[1]  # which says nothing
+        command = rig.command("nobody", "true", gateway=place)
+        started = natrun_rig.Background(rig, command, rig.home("nobody") / "early")
+        it.settimeout(10)
+        with it.accept()[0]:
+            started.process.send_signal(signal.SIGINT)
+            assert started.process.wait(5) == -signal.SIGINT
+    assert started.err.read_text() == ""
+
+
+def test_an_interrupt_that_is_ignored_stays_so(rig: Rig) -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    command = shlex.join(rig.command("nobody", PYTHON, "-c", code))
+    done = rig.box.run("inside", "sh", "-c", f"trap '' INT; exec {command}")
+    assert done.stdout == "True\n"
+
+
 @users
 def test_it_does_not_run_in_itself(rig: Rig, user: str) -> None:
     inner = rig.command("root", "true")
