@@ -96,6 +96,7 @@ NAME_TIME = 5  # until a name is looked up again: SOCKS tells no time to live
 LEASE = 120  # until a mapping ends that is not renewed
 LOOK_TIME = 0.1  # between two looks whether a signal waits for a thread in a call
 PIPE_SIZE = 1 << 18  # of a pipe for bulk; a larger one does not stay in the CPU's cache
+ALIVE_TIME = 30  # until an idle connection asks if the gateway is still there
 RECORDS = 4096  # in a table that must not grow for ever
 
 
@@ -575,11 +576,10 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 
 # --- The helper ---------------------------------------------------------------
 #
-# A process that is forked while natrun is small.  It makes the sockets of UDP, in a
-# network namespace whose only way out is a cable (veth) to us.  It is also the relay of
-# the waiting room: it joins a connection to the program with one to the gateway by
-# splice(2), and outlives the supervisor until they have ended.  Numbers are from
-# <linux/rtnetlink.h> and <linux/if_link.h>.
+# A process, forked while natrun is small.  It makes the sockets of UDP, in a network
+# namespace whose only way out is a cable (veth) to us.  It is also the relay of the
+# waiting room: by splice(2) it joins connections to the program and the gateway, until
+# they have ended.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
@@ -675,6 +675,8 @@ def join(near: socket.socket, server: socket.socket) -> None:
         for sock in (near, server):
             sock.setblocking(True)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ALIVE_TIME)
         back = threading.Thread(target=carry, args=(server, near))
         back.start()
         carry(near, server)
@@ -1180,10 +1182,7 @@ class Datagrams:
         (self.socks.get(port) or self.open(port)).sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
-        """Put a datagram into the namespace; raise OSError.
-
-        It has no checksum of UDP: the sockets of the namespace need none.
-        """
+        """Put a datagram without UDP's checksum into the namespace; raise OSError."""
         size, addresses = 8 + len(data), source.packed + target.packed
         kind = 0x86DD  # EtherType
         head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
@@ -1214,6 +1213,8 @@ class Datagrams:
         """Open an association with the gateway, and keep it until it ends."""
         try:
             with socket.socket(self.gateway.at.family) as control:
+                control.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ALIVE_TIME)
                 # The gateway takes the same port outside, if that is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
                 relay = await self.gateway.talk(control, request, one.app)
@@ -1641,8 +1642,7 @@ class Supervisor:
             session = socket.socket(gateway.at.family)
             request = request_of(ASSOCIATE, NOWHERE)
             await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
-            self.session.close()
-            self.session = session
+            self.session = session  # which closes the one before
         answer = await gateway.map(port, where.port or port, LEASE)
         place = await gateway.map() if any(where.packed) else where.packed
         here = Endpoint(place, int.from_bytes(answer[2:], "big"))

@@ -343,6 +343,29 @@ def test_a_dead_gateway_is_told_once_and_nothing_comes_late(rig: Rig) -> None:
     assert '"first"' in found and '"last"' in found and "stale" not in found
 
 
+def test_a_gateway_that_had_no_power_is_missed(rig: Rig, echoes: list[Echo]) -> None:
+    address = ["ip", "addr", "add", "10.9.0.3/24", "dev", "lan"]
+    assert rig.box.run("gateway", *address).returncode == 0
+    folders = [rig.folder / "before", rig.folder / "after"]
+    for folder in folders:
+        folder.mkdir()
+    listen = "listen=10.9.0.3:8096 10.9.0.3:8097"
+    gateway = rig.box.natwork(folders[0], listen)
+    words = ["-g", "10.9.0.3:8096", *probe(rig, "outliving", SERVER, echoes[0].place)]
+    command = rig.patched("nobody", "natrun.ALIVE_TIME = 5", *words)
+    started = natrun_rig.Background(rig, command, rig.home("nobody") / "outliving")
+    assert started.line() == "ready"
+    rig.box.run("gateway", "ip", "addr", "del", *address[3:])  # it tells nobody
+    os.killpg(gateway.process.pid, signal.SIGKILL)
+    gateway.process.wait(10)
+    rig.box.run("gateway", *address)
+    gateway = rig.box.natwork(folders[1], listen)
+    assert started.line(1, 40) == '["ECONNRESET", "hello"]'
+    gateway.stop()
+    assert started.process.wait(10) == 0
+    rig.box.run("gateway", "ip", "addr", "del", *address[3:])
+
+
 @pytest.mark.parametrize("anyone", ["yes", "no"])
 def test_a_third_party(rig: Rig, echoes: list[Echo], anyone: str) -> None:
     folder = rig.folder / f"anyone-{anyone}"
