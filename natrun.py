@@ -30,10 +30,9 @@ GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Wit
 -g: NATRUN_GATEWAY, the settings, http://wpad/lat.json, the default route, in turn.
 
 Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a section
-[natrun], and one for each program that differs, such as [curl].
-
-Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 126 if
-the command cannot be run, 127 if it is not found.
+[natrun], and one for each program that differs, such as [curl].  Signals go on to the
+command.  Exit codes: the command's; 125 if natrun fails, 126 if the command cannot be
+run, 127 if it is not found.
 
 natrun is not a fence: the fence is that the machine has no route out.  natrun(1) has
 the settings, and a list of what does not go through natrun.
@@ -132,8 +131,7 @@ def failure(code: int) -> OSError:
 
 # --- Kernel -------------------------------------------------------------------
 #
-# System calls that Python has no function for.  Numbers are from <linux/seccomp.h>,
-# <linux/prctl.h> and <linux/sched.h>.
+# Calls that Python lacks, with numbers from <linux/seccomp.h>, prctl.h and sched.h.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
@@ -762,14 +760,13 @@ class Helper:
 
 # --- Names --------------------------------------------------------------------
 #
-# We answer what a program sends to port 53.  The gateway looks names up, so the program
-# connects to true addresses.  Another SOCKS server cannot: then a name gets an address
-# of 198.18.0.0/15, which no host has (RFC 2544), and connect() to that asks the server
-# for the name.  Names without a dot, and those of the LAT's domains, are asked of the
-# machine's own name server.
+# We answer what a program sends to port 53.  The gateway looks names up.  Another SOCKS
+# server cannot: then a name gets an address of 198.18.0.0/15, which no host has (RFC
+# 2544), and connect() to that asks the server for the name.  Names without a dot, and
+# those of the LAT's domains, are asked of the machine's own name server.
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
-FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
+FAILED, NO_NAME, TRUNCATED = 2, 3, 0x200  # RFC 1035 section 4.1.1
 NAME = re.compile(rb"(?!.{254})[-\w]+(\.[-\w]+)*")
 
 
@@ -832,6 +829,9 @@ class Names:
                 code = NO_NAME  # a server outside does not know it
             elif local or kind not in (A, AAAA, SVCB, HTTPS):
                 response = await timed(self.forward(query, server, app), QUERY_TIME)
+                room = int.from_bytes(query[end + 3 : end + 5], "big")  # by RFC 6891
+                if len(response) > max(room, 512):
+                    response, code = b"", TRUNCATED  # it is to ask again, by TCP
             elif kind in (A, AAAA):  # SVCB and HTTPS get an answer without data
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""

@@ -621,6 +621,34 @@ def test_a_name_of_any_length_is_answered(length: int) -> None:
     assert len(said) == 1 and said[0][:2] == query[:2]
 
 
+@pytest.mark.parametrize(
+    ("option", "size", "fits"),
+    [
+        (b"", 512, True),
+        (b"", 513, False),
+        (b"\0\0\x29\4\xd0" + bytes(6), 1232, True),  # RFC 6891 section 6.1.2
+        (b"\0\0\x29\4\xd0" + bytes(6), 1233, False),
+        (b"\0\0\x29\0\0" + bytes(6), 512, True),
+    ],
+)
+def test_an_answer_without_room_is_to_be_asked_for_by_tcp(
+    monkeypatch: pytest.MonkeyPatch, option: bytes, size: int, fits: bool
+) -> None:
+    question = b"\3www\7example\3com\0\0\x10\0\1"  # TXT
+    query = b"\7\7\1\0\0\1" + bytes(5) + bytes([bool(option)]) + question + option
+    names, server = make_names(), natrun.Endpoint(b"\x08\x08\x08\x08", 53)
+    said: list[bytes] = []
+
+    async def forward(*_: object) -> bytes:
+        return b"a" * size
+
+    monkeypatch.setattr(names, "forward", forward)
+    asyncio.run(names.answer(query, server, "?", said.append))
+    # QR, TC, RD and RA, and the question as the only record.
+    cut = b"\7\7\x83\x80\0\1" + bytes(6) + question
+    assert said == [b"a" * size if fits else cut]
+
+
 def test_fake_names_do_not_grow_for_ever() -> None:
     names = make_names()
     found = [names.fake(b"%d.example" % n) for n in range(natrun.RECORDS + 10)]
