@@ -545,7 +545,7 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
             return Gateway(at, {"inside": lat["inside"], **lat}, programs)
-        except NO_LAT:
+        except (*NO_LAT, RecursionError):  # the last by a page of brackets
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")

@@ -593,6 +593,17 @@ def test_a_target_that_resets_at_once_has_been_connected(
         assert asyncio.run(steps) == natrun.endpoint(("203.0.113.1", 1025))
 
 
+def test_a_page_of_brackets_is_no_table() -> None:
+    def serve(connection: socket.socket, origin: origins.Origin) -> None:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100_000)
+
+    programs = natrun.read_settings(os.devnull)
+    with contextlib.closing(origins.Origin(serve)) as server:
+        with pytest.raises(ValueError, match="has no /lat.json"):
+            natrun.look(server.host, server.port, False, programs)
+
+
 @users
 def test_each_reply_of_socks_has_its_errno(rig: Rig, user: str) -> None:
     make = functools.partial(origins.Origin, reply_as_asked, "10.9.0.1")
