@@ -30,10 +30,9 @@ GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Wit
 -g: NATRUN_GATEWAY, the settings, http://wpad/lat.json, the default route, in turn.
 
 Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a section
-[natrun], and one for each program that differs, such as [curl].
-
-Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 126 if
-the command cannot be run, 127 if it is not found.
+[natrun], and one for each program that differs, such as [curl].  Signals go on to the
+command.  Exit codes: the command's; 125 if natrun fails, 126 if the command cannot be
+run, 127 if it is not found.
 
 natrun is not a fence: the fence is that the machine has no route out.  natrun(1) has
 the settings, and a list of what does not go through natrun.
@@ -96,6 +95,7 @@ NAME_TIME = 5  # until a name is looked up again: SOCKS tells no time to live
 LEASE = 120  # until a mapping ends that is not renewed
 LOOK_TIME = 0.1  # between two looks whether a signal waits for a thread in a call
 PIPE_SIZE = 1 << 18  # of a pipe for bulk; a larger one does not stay in the CPU's cache
+ALIVE_TIME = 30  # until an idle connection asks if the gateway is still there
 RECORDS = 4096  # in a table that must not grow for ever
 
 
@@ -131,8 +131,7 @@ def failure(code: int) -> OSError:
 
 # --- Kernel -------------------------------------------------------------------
 #
-# System calls that Python has no function for.  Numbers are from <linux/seccomp.h>,
-# <linux/prctl.h> and <linux/sched.h>.
+# Calls that Python lacks, with numbers from <linux/seccomp.h>, prctl.h and sched.h.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
@@ -284,8 +283,7 @@ PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 
 # --- Settings -----------------------------------------------------------------
 #
-# A setting in [natrun] holds for the run, and for each program whose own section does
-# not have it.
+# A program whose own section does not have a setting has that of [natrun].
 
 
 def parse_choice(words: str, text: str) -> str:
@@ -547,7 +545,7 @@ def look(text: str, port: int, named: bool, programs: Programs) -> Gateway:
         try:
             lat = asyncio.run(fetch(at, "/lat.json"))
             return Gateway(at, {"inside": lat["inside"], **lat}, programs)
-        except NO_LAT:
+        except (*NO_LAT, RecursionError):  # the last by a page of brackets
             if not named:
                 raise ValueError("it has no /lat.json") from None
             say(f"{at} has no /lat.json, so it is taken for a SOCKS server")
@@ -576,11 +574,10 @@ def find_gateway(option: str, programs: Programs) -> Gateway:
 
 # --- The helper ---------------------------------------------------------------
 #
-# A process that is forked while natrun is small.  It makes the sockets of UDP, in a
-# network namespace whose only way out is a cable (veth) to us.  It is also the relay of
-# the waiting room: it joins a connection to the program with one to the gateway by
-# splice(2), and outlives the supervisor until they have ended.  Numbers are from
-# <linux/rtnetlink.h> and <linux/if_link.h>.
+# A process, forked while natrun is small.  It makes the sockets of UDP, in a network
+# namespace whose only way out is a cable (veth) to us.  It is also the relay of the
+# waiting room: by splice(2) it joins connections to the program and the gateway, until
+# they have ended.  Numbers are from <linux/rtnetlink.h> and <linux/if_link.h>.
 
 NEWLINK, SETLINK, NEWADDR, NEWROUTE = 16, 19, 20, 24
 UP_NOARP, NODAD = 0x81, 0x2
@@ -685,6 +682,8 @@ def join(near: socket.socket, server: socket.socket) -> None:
         for sock in (near, server):
             sock.setblocking(True)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ALIVE_TIME)
         back = threading.Thread(target=carry, args=(server, near))
         back.start()
         carry(near, server)
@@ -770,14 +769,13 @@ class Helper:
 
 # --- Names --------------------------------------------------------------------
 #
-# We answer what a program sends to port 53.  The gateway looks names up, so the program
-# connects to true addresses.  Another SOCKS server cannot: then a name gets an address
-# of 198.18.0.0/15, which no host has (RFC 2544), and connect() to that asks the server
-# for the name.  Names without a dot, and those of the LAT's domains, are asked of the
-# machine's own name server.
+# We answer what a program sends to port 53.  The gateway looks names up.  Another SOCKS
+# server cannot: then a name gets an address of 198.18.0.0/15, which no host has (RFC
+# 2544), and connect() to that asks the server for the name.  Names without a dot, and
+# those of the LAT's domains, are asked of the machine's own name server.
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
-FAILED, NO_NAME = 2, 3  # RFC 1035 section 4.1.1
+FAILED, NO_NAME, TRUNCATED = 2, 3, 0x200  # RFC 1035 section 4.1.1
 NAME = re.compile(rb"(?!.{254})[-\w]+(\.[-\w]+)*")
 
 
@@ -840,6 +838,9 @@ class Names:
                 code = NO_NAME  # a server outside does not know it
             elif local or kind not in (A, AAAA, SVCB, HTTPS):
                 response = await timed(self.forward(query, server, app), QUERY_TIME)
+                room = int.from_bytes(query[end + 3 : end + 5], "big")  # by RFC 6891
+                if len(response) > max(room, 512):
+                    response, code = b"", TRUNCATED  # it is to ask again, by TCP
             elif kind in (A, AAAA):  # SVCB and HTTPS get an answer without data
                 found = await self.look_up(name, app)
                 data = found if len(found) == (4 if kind == A else 16) else b""
@@ -1190,10 +1191,7 @@ class Datagrams:
         (self.socks.get(port) or self.open(port)).sendto(data, there.pair(self.family))
 
     def inject(self, source: Endpoint, target: Endpoint, data: bytes) -> None:
-        """Put a datagram into the namespace; raise OSError.
-
-        It has no checksum of UDP: the sockets of the namespace need none.
-        """
+        """Put a datagram without UDP's checksum into the namespace; raise OSError."""
         size, addresses = 8 + len(data), source.packed + target.packed
         kind = 0x86DD  # EtherType
         head = struct.pack("!BxxxHBB", 0x60, size, 17, 64) + addresses
@@ -1224,6 +1222,8 @@ class Datagrams:
         """Open an association with the gateway, and keep it until it ends."""
         try:
             with socket.socket(self.gateway.at.family) as control:
+                control.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ALIVE_TIME)
                 # The gateway takes the same port outside, if that is free.
                 request = request_of(ASSOCIATE, Endpoint(bytes(4), one.here.port))
                 relay = await self.gateway.talk(control, request, one.app)
@@ -1330,7 +1330,6 @@ class Command:
                         os.tcsetpgrp(fd, front)
         else:
             self.process.returncode = os.waitstatus_to_exitcode(status)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - {signal.SIGCHLD})
 
     def leave(self) -> NoReturn:
@@ -1654,8 +1653,7 @@ class Supervisor:
             session = socket.socket(gateway.at.family)
             request = request_of(ASSOCIATE, NOWHERE)
             await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
-            self.session.close()
-            self.session = session
+            self.session = session  # which closes the one before
         answer = await gateway.map(port, where.port or port, LEASE)
         place = await gateway.map() if any(where.packed) else where.packed
         here = Endpoint(place, int.from_bytes(answer[2:], "big"))
@@ -1782,6 +1780,8 @@ def check(given: dict[str, str], programs: Programs) -> int:
 def main() -> int:
     """Run natrun's command line; return an exit code if it could not."""
     names = ["gateway=", "config=", "check", "help", "version"]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own ends in a traceback
     # Open 0, 1 and 2, or the command takes a socket of ours for its input or output.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(fd, True)

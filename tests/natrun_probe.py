@@ -745,6 +745,27 @@ def inherited() -> list[str]:
     return found
 
 
+def outliving(host: str, place: str) -> list[str]:
+    """Hold a connection and a socket of UDP; return how both do when it ends."""
+    with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+        tcp.settimeout(20)
+        tcp.connect((host, 80))
+        udp.settimeout(0.5)
+        udp.connect(where(place))
+        udp.send(b"hello")
+        udp.recv(100)
+        print("ready", flush=True)
+        try:
+            ended = tcp.recv(100).decode()
+        except OSError as error:
+            ended = told(error)
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                udp.send(b"hello")
+                return [ended, udp.recv(5).decode()]
+        return [ended, "nothing"]
+
+
 def outlasting(place: str) -> list[str]:
     """Send datagrams while the gateway is away, and when it has come back.
 

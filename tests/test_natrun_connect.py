@@ -596,6 +596,17 @@ def test_a_target_that_resets_at_once_has_been_connected(
         assert asyncio.run(steps) == natrun.endpoint(("203.0.113.1", 1025))
 
 
+def test_a_page_of_brackets_is_no_table() -> None:
+    def serve(connection: socket.socket, origin: origins.Origin) -> None:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100_000)
+
+    programs = natrun.read_settings(os.devnull)
+    with contextlib.closing(origins.Origin(serve)) as server:
+        with pytest.raises(ValueError, match="has no /lat.json"):
+            natrun.look(server.host, server.port, False, programs)
+
+
 @users
 def test_each_reply_of_socks_has_its_errno(rig: Rig, user: str) -> None:
     make = functools.partial(origins.Origin, reply_as_asked, "10.9.0.1")
@@ -935,6 +946,25 @@ def test_a_signal_ends_it_when_the_command_has_ended(rig: Rig) -> None:
         assert started.err.read_text() == ""
     finally:
         os.kill(daemon, signal.SIGKILL)
+
+
+def test_an_interrupt_ends_it_before_there_is_a_command(rig: Rig) -> None:
+    with rig.box.within("gateway", lambda: socket.create_server(("10.9.0.1", 0))) as it:
+        place = "10.9.0.1:%d" % it.getsockname()[1]  # which says nothing
+        command = rig.command("nobody", "true", gateway=place)
+        started = natrun_rig.Background(rig, command, rig.home("nobody") / "early")
+        it.settimeout(10)
+        with it.accept()[0]:
+            started.process.send_signal(signal.SIGINT)
+            assert started.process.wait(5) == -signal.SIGINT
+    assert started.err.read_text() == ""
+
+
+def test_an_interrupt_that_is_ignored_stays_so(rig: Rig) -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    command = shlex.join(rig.command("nobody", PYTHON, "-c", code))
+    done = rig.box.run("inside", "sh", "-c", f"trap '' INT; exec {command}")
+    assert done.stdout == "True\n"
 
 
 @users

@@ -343,6 +343,29 @@ def test_a_dead_gateway_is_told_once_and_nothing_comes_late(rig: Rig) -> None:
     assert '"first"' in found and '"last"' in found and "stale" not in found
 
 
+def test_a_gateway_that_had_no_power_is_missed(rig: Rig, echoes: list[Echo]) -> None:
+    address = ["ip", "addr", "add", "10.9.0.3/24", "dev", "lan"]
+    assert rig.box.run("gateway", *address).returncode == 0
+    folders = [rig.folder / "before", rig.folder / "after"]
+    for folder in folders:
+        folder.mkdir()
+    listen = "listen=10.9.0.3:8096 10.9.0.3:8097"
+    gateway = rig.box.natwork(folders[0], listen)
+    words = ["-g", "10.9.0.3:8096", *probe(rig, "outliving", SERVER, echoes[0].place)]
+    command = rig.patched("nobody", "natrun.ALIVE_TIME = 5", *words)
+    started = natrun_rig.Background(rig, command, rig.home("nobody") / "outliving")
+    assert started.line() == "ready"
+    rig.box.run("gateway", "ip", "addr", "del", *address[3:])  # it tells nobody
+    os.killpg(gateway.process.pid, signal.SIGKILL)
+    gateway.process.wait(10)
+    rig.box.run("gateway", *address)
+    gateway = rig.box.natwork(folders[1], listen)
+    assert started.line(1, 40) == '["ECONNRESET", "hello"]'
+    gateway.stop()
+    assert started.process.wait(10) == 0
+    rig.box.run("gateway", "ip", "addr", "del", *address[3:])
+
+
 @pytest.mark.parametrize("anyone", ["yes", "no"])
 def test_a_third_party(rig: Rig, echoes: list[Echo], anyone: str) -> None:
     folder = rig.folder / f"anyone-{anyone}"
@@ -596,6 +619,34 @@ def test_a_name_of_any_length_is_answered(length: int) -> None:
     with contextlib.suppress(ValueError):
         asyncio.run(names.answer(query, server, "?", said.append))
     assert len(said) == 1 and said[0][:2] == query[:2]
+
+
+@pytest.mark.parametrize(
+    ("option", "size", "fits"),
+    [
+        (b"", 512, True),
+        (b"", 513, False),
+        (b"\0\0\x29\4\xd0" + bytes(6), 1232, True),  # RFC 6891 section 6.1.2
+        (b"\0\0\x29\4\xd0" + bytes(6), 1233, False),
+        (b"\0\0\x29\0\0" + bytes(6), 512, True),
+    ],
+)
+def test_an_answer_without_room_is_to_be_asked_for_by_tcp(
+    monkeypatch: pytest.MonkeyPatch, option: bytes, size: int, fits: bool
+) -> None:
+    question = b"\3www\7example\3com\0\0\x10\0\1"  # TXT
+    query = b"\7\7\1\0\0\1" + bytes(5) + bytes([bool(option)]) + question + option
+    names, server = make_names(), natrun.Endpoint(b"\x08\x08\x08\x08", 53)
+    said: list[bytes] = []
+
+    async def forward(*_: object) -> bytes:
+        return b"a" * size
+
+    monkeypatch.setattr(names, "forward", forward)
+    asyncio.run(names.answer(query, server, "?", said.append))
+    # QR, TC, RD and RA, and the question as the only record.
+    cut = b"\7\7\x83\x80\0\1" + bytes(6) + question
+    assert said == [b"a" * size if fits else cut]
 
 
 def test_fake_names_do_not_grow_for_ever() -> None:
