@@ -30,9 +30,10 @@ GATEWAY is HOST, HOST:PORT, or socks5://HOST:PORT for another SOCKS server.  Wit
 -g: NATRUN_GATEWAY, the settings, http://wpad/lat.json, the default route, in turn.
 
 Settings are in FILE, else ~/.config/natrun.conf, else /etc/natrun.conf: a section
-[natrun], and one for each program that differs, such as [curl].  Signals go on to the
-command.  Exit codes: the command's; 125 if natrun fails, 126 if the command cannot be
-run, 127 if it is not found.
+[natrun], and one for each program that differs, such as [curl].
+
+Signals go on to the command.  Exit codes: the command's; 125 if natrun fails, 126 if
+the command cannot be run, 127 if it is not found.
 
 natrun is not a fence: the fence is that the machine has no route out.  natrun(1) has
 the settings, and a list of what does not go through natrun.
@@ -769,10 +770,11 @@ class Helper:
 
 # --- Names --------------------------------------------------------------------
 #
-# We answer what a program sends to port 53.  The gateway looks names up.  Another SOCKS
-# server cannot: then a name gets an address of 198.18.0.0/15, which no host has (RFC
-# 2544), and connect() to that asks the server for the name.  Names without a dot, and
-# those of the LAT's domains, are asked of the machine's own name server.
+# We answer what a program sends to port 53.  The gateway looks names up, so the program
+# connects to true addresses.  Another SOCKS server cannot: then a name gets an address
+# of 198.18.0.0/15, which no host has (RFC 2544), and connect() to that asks the server
+# for the name.  Names without a dot, and those of the LAT's domains, are asked of the
+# machine's own name server.
 
 A, PTR, AAAA, SVCB, HTTPS = 1, 12, 28, 64, 65
 FAILED, NO_NAME, TRUNCATED = 2, 3, 0x200  # RFC 1035 section 4.1.1
@@ -1653,7 +1655,8 @@ class Supervisor:
             session = socket.socket(gateway.at.family)
             request = request_of(ASSOCIATE, NOWHERE)
             await timed(gateway.talk(session, request, "natrun"), REACH_TIME)
-            self.session = session  # which closes the one before
+            self.session.close()
+            self.session = session
         answer = await gateway.map(port, where.port or port, LEASE)
         place = await gateway.map() if any(where.packed) else where.packed
         here = Endpoint(place, int.from_bytes(answer[2:], "big"))
