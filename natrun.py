@@ -1510,15 +1510,15 @@ class Supervisor:
                     await self.meet(sock, server)
         except OSError as failed:
             error = gateway.errno_of(failed)
+        if self.verbose:
+            say(f"{target}: {os.strerror(error) if error else 'connected'}")
         with sock, contextlib.suppress(OSError):
             if flow.waits:  # else only the program has set O_NONBLOCK
                 sock.setblocking(True)
-            if paired and state_of(sock) == CLOSED:
-                error = 0  # the program gave it up, and the kernel has told it
+            if paired and not flow.waits and state_of(sock) == CLOSED:
+                error = 0  # the program gave it up, and SO_ERROR says so
             if error:  # AF_UNSPEC: who polls sees EPOLLERR, EPOLLHUP and EPOLLOUT
                 system(LIBC.connect, sock.fileno(), bytes(16), 16)
-        if self.verbose:
-            say(f"{target}: {os.strerror(error) if error else 'connected'}")
         return error
 
     async def meet(self, sock: socket.socket, server: socket.socket) -> None:
