@@ -1067,6 +1067,12 @@ class Flow:
     def pending(self) -> bool:
         return bool(self.task and not self.task.done())
 
+    def give_up(self) -> None:
+        """Forget a connect(): what is still under way must not meet the next one."""
+        self.peer, self.task = NOWHERE, None
+        if self.copy:
+            self.copy.close()
+
 
 def copy_options(old: socket.socket, new: socket.socket) -> None:
     """Copy the options that a program may have set on a socket before bind()."""
@@ -1465,6 +1471,10 @@ class Supervisor:
             return PROCEED
         near = self.gateway.is_near(call.app, target)
         if near and target.port != 53 and not within(LINKED, target.packed):
+            if self.flows:
+                with call.borrow() as sock:
+                    if sock.proto != socket.IPPROTO_TCP or state_of(sock) == CLOSED:
+                        self.flow_of(sock).give_up()
             return PROCEED
         with call.borrow() as sock:
             if sock.proto != socket.IPPROTO_TCP or near:
@@ -1490,8 +1500,7 @@ class Supervisor:
                 sock.setblocking(waits)
                 copy.close()
                 return error if error in known else errno.EADDRNOTAVAIL
-            if flow.copy:  # what was under way has been given up, and must not meet it
-                flow.copy.close()
+            flow.give_up()
             flow = self.record(sock, peer=target, waits=waits, app=call.app, copy=copy)
             flow.task = asyncio.ensure_future(self.dial(copy, flow, paired))
             return await self.end_of(call, flow, sock) if waits else errno.EINPROGRESS

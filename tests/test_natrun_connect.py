@@ -404,14 +404,13 @@ def say_or_reset(connection: socket.socket, origin: origins.Origin) -> None:
 @pytest.mark.parametrize("pause", ["0", "0.5"])
 @pytest.mark.parametrize("how", ["shutdown", "AF_UNSPEC"])
 @pytest.mark.parametrize("first", [f"{SERVER}:80", f"{NOBODY_THERE}:80"])
+@pytest.mark.parametrize("place, host", [("outside", SERVER), ("gateway", "10.9.0.1")])
 def test_what_was_given_up_does_not_disturb_the_next(
-    rig: Rig, first: str, how: str, pause: str
+    rig: Rig, place: str, host: str, first: str, how: str, pause: str
 ) -> None:
-    make = functools.partial(origins.Origin, say_or_reset, SERVER)
-    server = rig.box.within("outside", make)
-    found = rig.probe(
-        "nobody", "given_up", how, pause, first, f"{SERVER}:{server.port}"
-    )
+    make = functools.partial(origins.Origin, say_or_reset, host)
+    server = rig.box.within(place, make)
+    found = rig.probe("nobody", "given_up", how, pause, first, f"{host}:{server.port}")
     server.close()
     told = ["ECONNRESET"] if how == "shutdown" else []
     assert found == [*told, "ok", "SOME WORDS"] * 2
