@@ -705,7 +705,7 @@ def help_out(control: socket.socket, *blocks: Blocks) -> None:
     # Else a reader of natrun's output would wait until the helper ends.
     for fd in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
-    threading.stack_size(64 * 1024)
+    threading.stack_size(128 * 1024)  # glibc takes no less on ARM64
     give(control, make_namespace, *blocks)
     while True:
         asked, fds, _, _ = socket.recv_fds(control, 8, 2)

@@ -1281,6 +1281,17 @@ natrun.LIBC.{name} = barred"""
     assert "natrun: programs: no\n" in done.stderr
 
 
+def test_its_threads_have_the_stack_that_arm64_wants(rig: Rig) -> None:
+    patch = """
+real = natrun.threading.stack_size
+def stack_size(size):
+    assert size >= 131072  # PTHREAD_STACK_MIN of glibc there
+    return real(size)
+natrun.threading.stack_size = stack_size"""
+    done = rig.box.run("inside", *rig.patched("nobody", patch, "--check"))
+    assert "natrun: namespace: yes\n" in done.stderr
+
+
 def test_it_checks_with_the_settings_that_are_named(rig: Rig) -> None:
     settings = rig.home("nobody") / "check.conf"
     settings.write_text("[natrun]\ngateway = 10.9.0.1:9\n")
