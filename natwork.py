@@ -2262,8 +2262,8 @@ class Race:
             number = sock.connect_ex(attempt.where())
             if number in (0, errno.EISCONN):
                 return self.win(attempt)
-            if number == errno.EADDRNOTAVAIL:  # said by connect(): no port is left
-                number = errno.EAGAIN
+            if number == errno.EADDRNOTAVAIL and route_to(attempt.packed).source:
+                number = errno.EAGAIN  # said by connect(): no port is left
             if number not in (errno.EINPROGRESS, errno.EALREADY):
                 self.fail(OSError(number, os.strerror(number)), attempt)
         return None

@@ -923,6 +923,20 @@ def test_a_box_without_a_free_port_is_overloaded(
         lines.box.set("gateway", ports, before)
 
 
+def test_a_box_whose_ipv6_is_off_has_no_uplink_and_is_not_overloaded(
+    tmp_path: Path,
+) -> None:
+    with boxes.dual_homed() as box:
+        box.set("gateway", "ipv6/conf/all/disable_ipv6", "1")
+        started = box.natwork(tmp_path)
+        with box.connect("inside", ("10.9.0.1", 8080)) as client:
+            data = http_wire.request(b"[2001:db8:9::80]:80", method=b"CONNECT")
+            answer = http_wire.exchange(client, data, b"CONNECT")
+        line = started.lines(1)[0]
+        started.stop()
+    assert (answer.status, line["outcome"]) == (502, "no-uplink")
+
+
 def test_a_device_has_the_address_that_it_has_when_it_is_used(
     lines: Lines, gateway: running.Start
 ) -> None:
