@@ -943,6 +943,25 @@ def test_nothing_is_said_of_setproctitle_where_it_is(daemon: running.Start) -> N
     assert len(gateway.said()) == 2  # with the chapters
 
 
+# What Python 3.12 does at a fork where a title has blanks.
+WARNER = f"""
+import os, runpy, sys, warnings
+fork = os.fork
+def warn():
+    text = "This process (pid=1) is multi-threaded, use of fork() may lead to deadlocks"
+    warnings.warn(text, DeprecationWarning, 2)
+    return fork()
+os.fork, sys.argv[0] = warn, {str(running.ROOT / "natwork.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_nothing_is_said_of_threads_that_there_are_not(daemon: running.Start) -> None:
+    gateway = daemon(program=[sys.executable, "-c", WARNER])
+    assert answers(gateway.address)
+    assert "multi-threaded" not in gateway.errors.read_text()
+
+
 def forbid_ipv6() -> None:
     """Have the kernel refuse this process AF_INET6 sockets, as a box without IPv6."""
     number = {"x86_64": 41, "aarch64": 198}[platform.machine()]  # of socket(2)
