@@ -1011,12 +1011,12 @@ def join_all(options: Any) -> None:
             local = Datagrams(sock)
         elif options.listen:
             listener = socket.create_server(at, family=family_of(at[0]))
-    listener.setsockopt(*RESET)  # which accept() passes on
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        with trying("take a client"):
-            # One client at a time waits for a peer; the others wait in the backlog.
+        with trying("take a client"):  # one at a time: others wait in the backlog
             client = None if options.udp or options.to else listener.accept()[0]
+            if client:
+                client.setsockopt(*RESET)  # the listener's own may come too late
         meeting = meet(options)
         try:
             with trying("start a process"):

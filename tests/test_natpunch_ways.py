@@ -448,8 +448,11 @@ def test_datagrams_that_may_not_be_relayed_are_given_up(by: str) -> None:
 
 def test_a_stream_that_may_not_be_relayed_costs_one_call(relayed: natlab.Lab) -> None:
     # The NAT of the next one may be another.
+    late = "make = natpunch.socket.create_server; natpunch.socket.create_server = "
+    late += "lambda *at, **how: (make(*at, **how), natpunch.time.sleep(0.5))[0]"
     far = punching.peer(relayed, "b", "calls", "--to", "127.0.0.1:9", "--direct-only")
-    near = punching.peer(relayed, "a", "calls", "--listen", "7022", "--direct-only")
+    words = "--listen", "7022", "--direct-only"  # the first caller comes at once
+    near = punching.peer(relayed, "a", "calls", *words, changed=late)
     wait.until(lambda: listening(relayed, 7022))
     here = ("127.0.0.1", 7022)
     for _ in range(2):
