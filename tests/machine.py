@@ -39,6 +39,7 @@ class Container:
             shutil.rmtree(wants)  # what this box would start
         options = ["--quiet", "--register=no", "--keep-unit", "--private-network"]
         options += ["--console=pipe", f"--directory={self.root}", "--boot"]
+        options += [f"--machine={os.urandom(8).hex()}"]  # no name is used twice
         options += [f"--bind-ro={running.ROOT}:/srv/natwork"]
         self.output = (self.folder / "console").open("w+")
         self.process = subprocess.Popen(

@@ -192,7 +192,7 @@ def test_java_gets_a_page_and_the_errno(rig: Rig, user: str) -> None:
     url = "http://www.example.com/page"
     assert rig.output(user, *words, "get", url) == "a page"
     told = rig.output(user, *words, "dial", SERVER, "81").splitlines()
-    assert told == ["Connection refused"] * 2
+    assert [line.partition(" (")[0] for line in told] == ["Connection refused"] * 2
     assert rig.output(user, *words, "dial", SERVER, "80").splitlines() == ["ok"] * 2
 
 

@@ -474,7 +474,7 @@ def test_pip_installs_it(tmp_path: Path) -> None:
             text=True,
             timeout=300,
         )
-        if "NewConnectionError" in done.stderr:
+        if re.search("NewConnectionError|NameResolutionError", done.stderr):
             needs.unavailable("pip reaches no index")
         assert done.returncode == 0, (command, done)
 
