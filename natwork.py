@@ -1227,8 +1227,7 @@ def relay(
                 continue
             before = in_flight
             in_flight = server.bytes_in_flight() + client.bytes_in_flight()
-            # A slow reader may be taking what the kernel holds for it; not if that is
-            # nothing, or as much as at the last look.
+            # A slow reader may be taking what the kernel holds, if that gets less.
             if in_flight in (0, before):
                 raise Refused(IDLE, "nothing moved")
     finally:
@@ -1626,6 +1625,10 @@ class Master:
         """Do some work in this new process, less what belongs to the master alone."""
         for fd in [*self.fds, *(one.lifeline_write for one in self.generations)]:
             os.close(fd)
+        # Where memory is short, the kernel then kills one of us, and not the master.
+        score = "/proc/self/oom_score_adj"
+        with contextlib.suppress(OSError), open(score, "r+") as file:
+            file.write(str(int(file.read()) + 100))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         work(what)
 
@@ -2077,8 +2080,7 @@ class Policy:
     ) -> tuple[Outcome, str]:
         """Return what the first rule that fits says of dialing an address: OK or not.
 
-        With it comes the rule in words.  host is what the client asked for, in lower
-        case; packed is what it led to.
+        With it comes the rule in words.  host, in lower case, has led to packed.
         """
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
@@ -2521,8 +2523,7 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     if not 0 < port < 65536:
         raise Refused(BAD_REQUEST, "port not from 1 to 65535")
     host = name.decode().lower()
-    # A host that ends in a number is an IPv4 address or nothing: resolvers take
-    # 127.1, 0x7f.1 and 2130706433 for 127.0.0.1.
+    # One that ends in a number is an IPv4 address or nothing, as 127.1 and 0x7f.1.
     last = host.removesuffix(".").rpartition(".")[2]
     bare = host.strip("[]")
     if bare != host or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
@@ -3292,8 +3293,7 @@ class Exchange:
     def lingers(self) -> bool:
         """Return whether the client may say more after a whole answer, before a close.
 
-        A client that said close, and sent nothing after that, left no byte unread: our
-        close is then not a reset.
+        A client that said close, and nothing after that, is not reset by our close.
         """
         if self.keep or self.progress in (self.BEGUN, self.BEGUN_UNTIL_CLOSE):
             return False

@@ -999,6 +999,15 @@ def test_who_is_killed_while_the_server_thinks_has_sent_what_he_sent(
     assert (line["outcome"], int(line["up"]), line["down"]) == ("killed", sent, "0")
 
 
+def test_for_memory_the_kernel_kills_a_worker_and_not_the_master(
+    natwork: running.Start,
+) -> None:
+    gateway = natwork("user=root")  # whose processes it may change, as the service's
+    wanted = int(kernel.read(gateway.process.pid, "oom_score_adj")) + 100
+    for pid in gateway.ready(8):
+        wait.until(lambda pid=pid: int(kernel.read(pid, "oom_score_adj")) == wanted)
+
+
 def test_killed_idle_workers_are_replaced_and_leave_no_line(
     natwork: running.Start,
 ) -> None:
