@@ -1211,7 +1211,8 @@ def relay(
             if not running:
                 return
             slot.moved(server.sent, client.sent)
-            # Unasked, POLLHUP and POLLERR mean a reset, if we may still write there.
+            # On a socket that we may still write to, POLLHUP and POLLERR, which poll()
+            # reports unasked, mean a reset.
             wanted = {one.sink.fd: 0 for one in running}
             for fd, events in (one.waits_for for one in running):
                 wanted[fd] = wanted.get(fd, 0) | events
@@ -2080,7 +2081,8 @@ class Policy:
     ) -> tuple[Outcome, str]:
         """Return what the first rule that fits says of dialing an address: OK or not.
 
-        With it comes the rule in words.  host, in lower case, has led to packed.
+        With it comes the rule in words.  host is what the client asked for, in lower
+        case; packed is what it led to.
         """
         user = user.partition(";")[0]  # after it stands what the client says of itself
         host = host.rstrip(".")
@@ -2523,7 +2525,8 @@ def parse_authority(raw: bytes, default: int) -> tuple[str, int]:
     if not 0 < port < 65536:
         raise Refused(BAD_REQUEST, "port not from 1 to 65535")
     host = name.decode().lower()
-    # One that ends in a number is an IPv4 address or nothing, as 127.1 and 0x7f.1.
+    # A host that ends in a number is an IPv4 address or nothing: resolvers take
+    # 127.1, 0x7f.1 and 2130706433 for 127.0.0.1.
     last = host.removesuffix(".").rpartition(".")[2]
     bare = host.strip("[]")
     if bare != host or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
@@ -3293,7 +3296,8 @@ class Exchange:
     def lingers(self) -> bool:
         """Return whether the client may say more after a whole answer, before a close.
 
-        A client that said close, and nothing after that, is not reset by our close.
+        A client that said close, and sent nothing after that, left no byte unread: our
+        close is then not a reset.
         """
         if self.keep or self.progress in (self.BEGUN, self.BEGUN_UNTIL_CLOSE):
             return False

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -255,6 +256,20 @@ def test_a_caller_is_a_process_a_row_and_a_line(
     )
     assert (line["outcome"], line["up"]) == ("closed", "300000")
     wait.until(lambda: counted(box) == 1)
+
+
+def test_a_title_is_not_taken_for_threads(
+    box: boxes.Box, start: Start, echo: Callable[..., int]
+) -> None:
+    # From 3.12 on os.fork() splits /proc/self/stat, with the title, at its spaces.
+    program = ["nice", "-n", "5", sys.executable, str(running.ROOT / "natwork.py")]
+    gateway, port = start(program=program), echo()
+    assert pmp.mapped(box, port, 8000).port == 8000
+    caller, _ = called(box, 8000)
+    with caller:
+        assert wire.echoes(caller)
+    wait.until(lambda: lines(gateway))
+    assert "Warning" not in gateway.errors.read_text()
 
 
 def test_many_call_at_once(
