@@ -1508,7 +1508,7 @@ class Master:
         self.killed = 0  # workers that were killed, and are not replaced yet
         self.told = OPERATOR  # the outcome of a session whose worker is told to end
         # When to do what next, monotonic; fork_at is 0 unless the last fork failed.
-        self.fork_at = self.full_said_at = self.notify_at = 0.0
+        self.fork_at = self.say_full_at = self.notify_at = 0.0
         self.kill_at = math.inf
         board.words[board.MASTER] = os.getpid()
         board.words[board.BEGAN] = int(time.monotonic())
@@ -1555,8 +1555,8 @@ class Master:
         """Have a worker with a silent client leave, if others wait for a worker."""
         if not readable(s.fileno() for s in self.generation.listeners.values()):
             return
-        if time.monotonic() >= self.full_said_at + 60:
-            self.full_said_at = time.monotonic()
+        if time.monotonic() >= self.say_full_at:
+            self.say_full_at = time.monotonic() + 60
             say(f"all {limit} workers are busy and clients wait (max_workers)")
         states = self.board.states()
         for pid, (slot, _) in self.workers.items():

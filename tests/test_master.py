@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import http_wire
 import kernel
+import needs
 import origins
 import pytest
 import running
@@ -95,6 +97,21 @@ def test_all_missing_spares_are_forked_at_once(natwork: running.Start) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait.until(lambda: len(set(gateway.idle()) - set(pids)) == 40)
+
+
+@needs.root
+def test_a_full_house_is_told_also_in_the_first_minute_after_a_boot(
+    natwork: running.Start, origin: origins.Start
+) -> None:
+    since_boot = int(time.monotonic()) - 5
+    program = ["unshare", "--time", f"--monotonic=-{since_boot}", sys.executable]
+    gateway = natwork(
+        "spare_workers=1",
+        "max_workers=1",
+        program=[*program, str(running.ROOT / "natwork.py")],
+    )
+    with http_wire.tunnel(gateway, origin(origins.echo)), gateway.connect():
+        wait.until(lambda: "all 1 workers are busy" in gateway.errors.read_text())
 
 
 def test_beyond_max_workers_clients_wait_and_are_served_later(
