@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 
+# A name of 127.0.0.1 and of no other address; many boxes call ::1 localhost, too.
+PLACES = {info[4][0] for info in socket.getaddrinfo("localhost", 1)}
+LOCALHOST = ["localhost"] * ({"127.0.0.1"} == PLACES)
+
 # By the word of their denial, as a client may write them.
 CLOSED = {
     "loopback": """

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import addresses
 import boxes
 import http_wire
 import kernel
@@ -315,9 +316,11 @@ opened = running.shared("rules=allow to 0.0.0.0/0, ::/0 port 1-65535")
 @pytest.mark.parametrize(
     "spelling",
     """
-    127.0.0.1 localhost LOCALHOST [::ffff:127.0.0.1] [::FFFF:7F00:1] [::127.0.0.1]
-    [2002:7f00:1::] [64:ff9b::127.0.0.1] 0.0.0.0 [::ffff:0.0.0.0]
-    """.split(),
+    127.0.0.1 [::ffff:127.0.0.1] [::FFFF:7F00:1] [::127.0.0.1] [2002:7f00:1::]
+    [64:ff9b::127.0.0.1] 0.0.0.0 [::ffff:0.0.0.0]
+    """.split()
+    + addresses.LOCALHOST
+    + [name.upper() for name in addresses.LOCALHOST],
 )
 def test_the_gateway_does_not_call_itself_whatever_the_rules(
     opened: running.Gateway, spelling: str, method: bytes

@@ -888,14 +888,16 @@ def test_an_encoded_host_is_never_decoded(
 
 @pytest.mark.parametrize("method", [b"GET", b"CONNECT"])
 @pytest.mark.parametrize(
-    "host", [b"127.0.0.1", b"localhost", b"LocalHost", b"[::ffff:127.0.0.1]"]
+    "host",
+    ["127.0.0.1", "[::ffff:127.0.0.1]", *addresses.LOCALHOST]
+    + [name.title() for name in addresses.LOCALHOST],
 )
 def test_the_gateway_does_not_call_itself(
-    natwork: running.Start, host: bytes, method: bytes
+    natwork: running.Start, host: str, method: bytes
 ) -> None:
     gateway = natwork(f"name={running.NAME.decode()}")  # R27
     with gateway.connect() as client:
-        at = b"%b:%d" % (host, gateway.address[1])
+        at = f"{host}:{gateway.address[1]}".encode()
         answer = http_wire.exchange(client, http_wire.request(at, method=method))
         if method == b"GET":  # answered here: see test_pages.py
             assert (answer.status, answer.values(b"Via")) == (200, [])

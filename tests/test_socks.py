@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import addresses
 import http_wire
 import kernel
 import needs
@@ -1012,7 +1013,7 @@ def test_a_client_who_leaves_closes_his_port(gateway: running.Gateway) -> None:
     ("host", "spelled"),
     [
         (SERVER, SERVER),
-        ("127.0.0.1", "localhost"),
+        *[("127.0.0.1", name) for name in addresses.LOCALHOST],
         (SERVER, "::ffff:" + SERVER),
         pytest.param("::1", "::1", marks=needs.ipv6),
     ],

@@ -188,7 +188,9 @@ def test_a_closed_address_is_reached_by_no_way(
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("GET", "UDP")])
 @pytest.mark.parametrize(
-    "target", "127.0.0.1 localhost [::ffff:127.0.0.1] [2002:7f00:1::] 0.0.0.0".split()
+    "target",
+    "127.0.0.1 [::ffff:127.0.0.1] [2002:7f00:1::] 0.0.0.0".split()
+    + addresses.LOCALHOST,
 )
 def test_the_gateway_itself_is_reached_by_no_way(
     opened: running.Gateway, target: str, way: str
