@@ -136,8 +136,8 @@ def failure(code: int) -> OSError:
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
-NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40182103
-NOTIF_ID_VALID = 0x80082102  # as before Linux 5.17, which mended it and takes both
+NOTIF_RECV, NOTIF_SEND = 0xC0502100, 0xC0182101
+NOTIF_ID_VALID, NOTIF_ADDFD = 0x40082102, 0x40182103
 CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
 NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
 ERESTARTSYS = 512  # not in errno: the kernel restarts the call, or makes it EINTR
