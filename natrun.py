@@ -135,15 +135,13 @@ def failure(code: int) -> OSError:
 # Calls that Python lacks, with numbers from <linux/seccomp.h>, prctl.h and sched.h.
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-PIDFD_GETFD, PIDFD_THREAD = 438, 0x80
+PIDFD_GETFD, PIDFD_THREAD, KCMP_FILES = 438, 0x80, 2
 NOTIF_RECV, NOTIF_SEND = 0xC0502100, 0xC0182101
 NOTIF_ID_VALID, NOTIF_ADDFD = 0x40082102, 0x40182103
-CONTINUE, ADDFD_SETFD, ADDFD_SEND = 1, 1, 2
-NEW_LISTENER, WAIT_KILLABLE_RECV = 0x08, 0x20
+CONTINUE, ADDFD_SETFD, ADDFD_SEND, NEW_LISTENER, WAIT_KILLABLE_RECV = 1, 1, 2, 8, 0x20
 ERESTARTSYS = 512  # not in errno: the kernel restarts the call, or makes it EINTR
 MPTCP, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 262, 0x20000000, 30
-NO_NEW_PRIVS, CHILD_SUBREAPER = 38, 36
-NEWUSER, NEWNET = 0x10000000, 0x40000000
+NO_NEW_PRIVS, CHILD_SUBREAPER, NEWUSER, NEWNET = 38, 36, 0x10000000, 0x40000000
 
 
 def system(function: Callable[..., int], *arguments: Any) -> int:
@@ -194,10 +192,9 @@ RULES: list[tuple[Any, ...]] = [
     ("sendmmsg", (307, 269), FAIL | errno.EOPNOTSUPP, (3, MSG_FASTOPEN, MSG_FASTOPEN)),
     ("io_uring_setup", (425, 425), FAIL | errno.ENOSYS),
 ]
-MACHINES = ["x86_64", "aarch64"]
-MACHINE = os.uname().machine
+MACHINES, MACHINE = ["x86_64", "aarch64"], os.uname().machine
 COLUMN = MACHINES.index(MACHINE) if MACHINE in MACHINES else 0
-AUDIT_ARCH, SECCOMP = (0xC000003E, 0xC00000B7)[COLUMN], (317, 277)[COLUMN]
+AUDIT_ARCH, SECCOMP, KCMP = ((0xC000003E, 317, 312), (0xC00000B7, 277, 272))[COLUMN]
 CALLS = {numbers[COLUMN]: name for name, numbers, *_ in RULES}
 
 
@@ -993,8 +990,11 @@ class Call:
         """
         try:
             process = os.pidfd_open(self.tid, PIDFD_THREAD)
-        except OSError:  # before Linux 6.9
-            process = os.pidfd_open(int(self.read_proc("status")["Tgid"]))
+        except OSError:  # before Linux 6.9, if the first thread has the same
+            first = int(self.read_proc("status")["Tgid"])
+            if LIBC.syscall(KCMP, self.tid, first, KCMP_FILES, 0, 0) > 0:
+                raise failure(errno.EPERM) from None
+            process = os.pidfd_open(first)
         with open(process, "rb", 0):  # which closes it
             fd = system(LIBC.syscall, PIDFD_GETFD, process, self.fd, 0)
         try:

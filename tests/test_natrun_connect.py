@@ -521,10 +521,21 @@ def test_a_thread_connects_by_its_own_descriptor(
     rig: Rig, user: str, name: str
 ) -> None:
     version = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
-    if name == "separate" and version < (6, 9):
+    if version < (6, 9):
         needs.unavailable("Linux has no PIDFD_THREAD")
     found = rig.probe(user, name, SERVER, "80")
     assert found == ["ok", [SERVER, 80], *["ENOTCONN"] * (name == "separate")]
+
+
+@pytest.mark.parametrize("name", ["orphaned", "separate"])
+def test_before_linux_6_9_a_thread_connects_no_others_socket(
+    rig: Rig, name: str
+) -> None:
+    words = [PYTHON, str(rig.folder / "natrun_probe.py"), name, SERVER, "80"]
+    unknown = "natrun.PIDFD_THREAD = 1 << 20"  # no Linux has such a flag
+    done = rig.box.run("inside", *rig.patched("nobody", unknown, *words))
+    found = ["EACCES", "ENOTCONN", *["ENOTCONN"] * (name == "separate")]
+    assert json.loads(done.stdout) == found, done.stderr
 
 
 @users
