@@ -104,12 +104,11 @@ def test_a_full_house_is_told_also_in_the_first_minute_after_a_boot(
     natwork: running.Start, origin: origins.Start
 ) -> None:
     since_boot = int(time.monotonic()) - 5
-    program = ["unshare", "--time", f"--monotonic=-{since_boot}", sys.executable]
-    gateway = natwork(
-        "spare_workers=1",
-        "max_workers=1",
-        program=[*program, str(running.ROOT / "natwork.py")],
-    )
+    early = ["unshare", "--time", f"--monotonic=-{since_boot}"]
+    if subprocess.run([*early, "true"], check=False, timeout=10).returncode:
+        needs.unavailable("no time namespaces here")
+    program = [*early, sys.executable, str(running.ROOT / "natwork.py")]
+    gateway = natwork("spare_workers=1", "max_workers=1", program=program)
     with http_wire.tunnel(gateway, origin(origins.echo)), gateway.connect():
         wait.until(lambda: "all 1 workers are busy" in gateway.errors.read_text())
 
