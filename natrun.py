@@ -1474,8 +1474,8 @@ class Supervisor:
             return PROCEED
         near = self.gateway.is_near(call.app, target)
         if near and target.port != 53 and not within(LINKED, target.packed):
-            if self.flows:
-                with call.borrow() as sock:
+            if self.flows:  # the socket may have led elsewhere, and been given up
+                with contextlib.suppress(OSError), call.borrow() as sock:
                     if sock.proto != socket.IPPROTO_TCP or state_of(sock) == CLOSED:
                         self.flow_of(sock).give_up()
             return PROCEED

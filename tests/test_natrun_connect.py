@@ -1292,6 +1292,22 @@ natrun.LIBC.{name} = barred"""
     assert "natrun: programs: no\n" in done.stderr
 
 
+def test_the_inside_is_reached_if_the_socket_cannot_be_looked_at(rig: Rig) -> None:
+    patch = """
+real, connects = natrun.Call.borrow, []
+def borrow(call):
+    connects.extend([call] * (call.name == "connect"))
+    if len(connects) > 1:
+        raise OSError(errno.EMFILE, "no descriptor is left")
+    return real(call)
+natrun.Call.borrow = borrow"""
+    dial = "import socket; a, b = socket.socket(), socket.socket(); "
+    dial += f"a.connect(({SERVER!r}, 80)); b.connect(('10.9.0.1', 8080)); print('ok')"
+    words = [PYTHON, "-c", dial]
+    done = rig.box.run("inside", *rig.patched("nobody", patch, *words))
+    assert done.stdout == "ok\n", done.stderr
+
+
 def test_its_threads_have_the_stack_that_arm64_wants(rig: Rig) -> None:
     patch = """
 real = natrun.threading.stack_size
